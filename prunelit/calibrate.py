@@ -1,0 +1,172 @@
+"""Stream batches through a model and observe named points of every layer; leave no trace.
+
+Legend: B batch, S sequence, T tokens that count (no padding), C width of the point.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelit.decoder import Decoder, Layer, find
+from prunelit.errors import NoCalibration, NonFinite
+from prunelit.progress import track
+
+Batch = Mapping[str, Tensor]
+"""`input_ids` [B, S] and, where there is padding, `attention_mask` [B, S]."""
+
+Point = Literal[
+    "layer_input",  # residual stream entering the layer [T, H]
+    "attention_input",  # what q, k, v read [T, H]
+    "heads",  # input of o: concatenated head outputs [T, Q * D]
+    "attention_output",  # output of o [T, H]
+    "residual",  # residual stream between attention and FFN, input of the FFN's norm [T, H]
+    "mlp_input",  # what gate and up read [T, H]
+    "gate",  # act(gate), or act(up) in a plain FFN [T, F]
+    "up",  # output of up [T, F]
+    "channels",  # input of down [T, F]
+    "mlp_output",  # output of down [T, H]
+    "layer_output",  # residual stream leaving the layer [T, H]
+]
+
+Observer = Callable[[Layer, Mapping[str, Tensor]], None]
+
+
+@torch.no_grad()
+def observe(
+    decoder: Decoder, batches: Sequence[Batch], points: Sequence[Point], observer: Observer, what: str = "calibrating"
+) -> int:
+    """Run every batch once and hand each layer's activations to `observer`, layer by layer, then free them.
+
+    The output projection is not run. Points that a layer lacks (a removed block, no norm before the FFN) are left out.
+    In a distributed run each rank takes every world-size-th batch; sum what you accumulate with `all_sum`.
+
+    Args:
+        decoder: the model; its mode, hooks and gradients are as before when this returns.
+        batches: the same list on every rank.
+        points: what to collect; a point's rows are the tokens that are not padding.
+        observer: called with the layer and {point: [T, C]}.
+        what: name on the progress bar.
+
+    Returns:
+        Number of tokens observed on all ranks.
+
+    Raises:
+        NonFinite: a layer's output holds NaN or infinity.
+        NoCalibration: no batches, or nothing but padding.
+    """
+    if not batches:
+        raise NoCalibration("calibration: expected at least one batch, got none")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    keep: dict[str, Tensor | None] = {"mask": None}
+    held: dict[str, Tensor] = {}
+    tokens = 0
+
+    def hold(point: str, x: Tensor) -> None:
+        rows = x.reshape(-1, x.shape[-1])
+        held[point] = rows if keep["mask"] is None else rows[keep["mask"]]
+
+    def before(point: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        hold(point, args[0] if args else kwargs["hidden_states"])
+
+    def after(point: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hold(point, output[0] if isinstance(output, tuple) else output)
+
+    def layer_done(layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if not torch.isfinite(hidden.sum(dtype=torch.float32)):
+            raise NonFinite(
+                f"layer {layer.index}: activations hold NaN or infinity on the calibration text; "
+                "expected finite numbers: check the model file, or load it in bfloat16 or float32"
+            )
+        if "layer_output" in points:
+            hold("layer_output", hidden)
+        observer(layer, held)
+        held.clear()
+
+    handles: list[Any] = []
+    try:
+        for layer in decoder:
+            for point in points:
+                handles += _attach(layer, point, before, after)
+            handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
+        with evaluating(decoder.model):
+            mine = list(batches)[rank::world]
+            for batch in track(mine, what):
+                ids, mask = batch["input_ids"].to(decoder.device), batch.get("attention_mask")
+                if mask is not None and bool(mask.all()):
+                    mask = None
+                keep["mask"] = None if mask is None else mask.to(ids.device).reshape(-1).bool()
+                tokens += ids.numel() if mask is None else int(mask.sum())
+                extra = {} if mask is None else {"attention_mask": mask.to(ids.device)}
+                decoder.backbone(input_ids=ids, use_cache=False, **extra)
+    finally:
+        for handle in handles:
+            handle.remove()
+    total = int(all_sum(torch.tensor(tokens, device=decoder.device)))
+    if not total:
+        raise NoCalibration("calibration: expected tokens, got only padding")
+    return total
+
+
+def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
+    """Register the hook of one point, if the layer has it."""
+    names = layer.architecture
+    inputs: dict[str, nn.Module | None] = {"layer_input": layer.module}
+    outputs: dict[str, nn.Module | None] = {}
+    if layer.has_attention:
+        inputs |= {"attention_input": layer.qkv[0], "heads": layer.output}
+        outputs |= {"attention_output": layer.output}
+    if layer.has_mlp:
+        # Without a norm before the FFN (OLMo 2), the FFN reads the residual itself.
+        inputs |= {
+            "residual": layer.norm("mlp_norm") or (None if names.parallel else layer.ffn_in[0]),
+            "mlp_input": layer.ffn_in[0],
+            "channels": layer.down,
+        }
+        up = None if names.fused_gate_up else cast(nn.Module, find(layer.mlp, names.up))
+        outputs |= {"gate": layer.activation, "up": up, "mlp_output": layer.down}
+    if point == "up" and layer.has_mlp and names.fused_gate_up:
+        return [layer.ffn_in[0].register_forward_hook(lambda m, a, out: after("up", m, a, out.chunk(2, dim=-1)[1]))]
+    if (module := inputs.get(point)) is not None:
+        return [module.register_forward_pre_hook(partial(before, point), with_kwargs=True)]
+    if (module := outputs.get(point)) is not None:
+        return [module.register_forward_hook(partial(after, point))]
+    return []
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """Sum over ranks, in place and returned; the tensor itself in a single process."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` inside; every submodule back in its own mode after."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Move the model to `device` inside; back to where it was after."""
+    home = next(model.parameters()).device
+    if home == device:
+        yield
+        return
+    model.to(device)
+    try:
+        yield
+    finally:
+        model.to(home)

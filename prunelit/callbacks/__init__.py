@@ -1,0 +1,70 @@
+"""Pruning methods as Lightning callbacks: one file each, found by name.
+
+A method is any file here that defines a public subclass of `PruningCallback`; its file name is its `--method`. Classes
+are imported on first use, so listing the methods imports neither torch nor Lightning.
+"""
+
+import ast
+import difflib
+import importlib
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prunelit.errors import BadOption
+
+_NOT_METHODS = ("__init__", "base")
+
+
+class Method(NamedTuple):
+    """A method as its file declares it."""
+
+    name: str
+    class_name: str
+    card: str  # the file's docstring
+
+    @property
+    def summary(self) -> str:
+        return self.card.split("\n", 1)[0]
+
+
+@cache
+def methods() -> dict[str, Method]:
+    """All methods by name, read from the files' syntax trees (nothing is imported)."""
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.stem in _NOT_METHODS:
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        if classes:
+            found[path.stem] = Method(path.stem, classes[-1], ast.get_docstring(tree) or "")
+    return found
+
+
+def method_class(name: str) -> Any:
+    """The class of a method, by its name ("llm_bip") or by the import path of a class of your own ("my.module.Mine").
+
+    Raises:
+        BadOption: no such method; names the nearest.
+    """
+    if name in methods():
+        return getattr(importlib.import_module(f"{__name__}.{name}"), methods()[name].class_name)
+    module, _, class_name = name.rpartition(".")
+    if module:
+        try:
+            return getattr(importlib.import_module(module), class_name)
+        except (ImportError, AttributeError) as error:
+            raise BadOption(f"method {name!r}: can not be imported: {error}") from error
+    near = difflib.get_close_matches(name, methods(), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{hint}")
+
+
+def __getattr__(name: str) -> Any:
+    for method in methods().values():
+        if method.class_name == name:
+            return method_class(method.name)
+    if name == "PruningCallback":
+        return importlib.import_module(f"{__name__}.base").PruningCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,350 @@
+"""PruningCallback: when a model is cut. A method says what, by overriding `score` (widths) or `plan` (anything).
+
+The cut happens in `setup("fit")`: after the datamodule's setup, before `configure_model`, the restore of a checkpoint,
+the strategy's wrapping and the optimiser, so nothing is ever built on shapes that change.
+"""
+
+import inspect
+import logging
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from prunelit import models, rank, surgery, text
+from prunelit.calibrate import Batch, on_device
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption, BadPlan, NoCalibration, NoModel
+from prunelit.plan import PruningPlan
+from prunelit.rank import LayerScores
+
+_log = logging.getLogger("prunelit")
+_TOKENS_PER_BATCH = 2048
+_MARK = "_prunelit_plans"
+
+
+class PruningCallback(Callback):
+    """Base of all methods.
+
+    Args:
+        ratio: share of the decoder layers' parameters to remove, in (0, 1).
+        scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together
+            after standardising each layer's scores.
+        unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
+        align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
+        protect: layers left whole; negative numbers count from the end.
+        calibration: text source(s) to score on, see `prunelit.text`. Without one: the datamodule's
+            `calibration_dataloader()`, else the first batches of the job's train dataloader.
+        windows: sequences to score on.
+        seqlen: tokens per sequence, where `calibration` is given.
+        seed: of the draw of windows and of the method.
+        plan_file: replay this plan instead of scoring.
+
+    Raises:
+        BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
+    """
+
+    needs_calibration: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        ratio: float,
+        scope: Literal["layer", "global"] = "layer",
+        unit: Literal["kv_group", "query_head"] = "kv_group",
+        align: int = 64,
+        protect: Sequence[int] = (),
+        calibration: str | Sequence[str] | None = None,
+        windows: int = 64,
+        seqlen: int = 512,
+        seed: int = 0,
+        plan_file: str | None = None,
+    ):
+        rank.check_options(ratio, scope, unit, align, protect)
+        for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
+            if value < least:
+                raise BadOption(f"{name}: expected at least {least}, got {value}")
+        for source in [calibration] if isinstance(calibration, str) else calibration or []:
+            text.check_source(source)
+        self.replayed = PruningPlan.load(plan_file) if plan_file else None
+        self.ratio, self.scope, self.unit, self.align, self.protect = ratio, scope, unit, align, list(protect)
+        self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
+        self.plan_file = plan_file
+        self.plan_made: PruningPlan | None = None
+        self.seconds: dict[str, float] = {}
+        self._calibration_record: dict[str, Any] = {}
+
+    # What a method overrides -------------------------------------------------------------------------------------
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        """Importance of every unit, one `LayerScores` per layer, larger = keep. See `prunelit.calibrate.observe`."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither score() nor plan()")
+
+    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        """What stays. Default: `score`, then `prunelit.rank.select` under the budget."""
+        scores = self.score(decoder, batches)
+        shape = decoder.shape
+        kept = rank.select(shape.layers, scores, self.ratio, self.scope, self.unit, self.align, self.protect)
+        return PruningPlan(self.name, shape, kept, self.options, self.seed, self._calibration_record)
+
+    def repair(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+        """Reconstruction after the cut. Default: nothing."""
+
+    # The same steps without a Trainer ----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The method's name: the stem of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every constructor argument and its value."""
+        names = (
+            name
+            for kind in reversed(type(self).__mro__)
+            if issubclass(kind, PruningCallback)
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        )
+        return {name: getattr(self, name) for name in dict.fromkeys(names)}
+
+    def prune(self, model: nn.Module, batches: Sequence[Batch] = ()) -> PruningPlan:
+        """Score, plan and cut a transformers causal LM in place.
+
+        Args:
+            model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
+            batches: calibration batches, see `batches_from`; every rank passes the same list.
+
+        Raises:
+            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
+        """
+        start = time.perf_counter()
+        decoder = Decoder(model)
+        decoder.check_finite()
+        if self.replayed is None:
+            self._calibration_record |= {"tokens": sum(_tokens(batch) for batch in batches)}
+            plan = self.plan(decoder, batches)
+        else:
+            plan = self.replayed
+        _agree(plan)
+        self.seconds["score_and_plan"] = time.perf_counter() - start
+        start = time.perf_counter()
+        surgery.apply(model, plan)
+        self.repair(Decoder(model), plan, batches)
+        self.seconds["cut"] = time.perf_counter() - start
+        self.plan_made = plan
+        predicted = plan.predicted
+        _inform(
+            f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
+            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
+        )
+        return plan
+
+    def batches_from(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
+        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
+        ids = text.windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
+        self._calibration_record = {
+            "source": [sources] if isinstance(sources, str) else list(sources),
+            "windows": len(ids),
+            "seqlen": self.seqlen,
+            "fingerprint": text.fingerprint(ids),
+        }
+        return batched(ids)
+
+    # Lightning ---------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Cut once, before anything is built on the model's shapes."""
+        if stage != "fit" or self.plan_made is not None:
+            return
+        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+            raise BadOption(
+                "strategy: a spawned process would cut a copy and lose it; expected 'ddp', got 'ddp_spawn' or a fork; "
+                "use strategy='ddp'"
+            )
+        model = find_model(pl_module)
+        marks: dict[str, PruningPlan] = model.__dict__.setdefault(_MARK, {})
+        key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
+        if key in marks:  # a second Trainer over the same live model
+            self.plan_made = marks[key]
+            return
+        resumed = resume_path(trainer)
+        if resumed is not None:
+            self.replayed = self._plan_of(resumed)
+        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+            batches: list[Batch] = []
+            if self.replayed is None and self.needs_calibration:
+                start = time.perf_counter()
+                batches = self._find_batches(trainer, pl_module, model)
+                self.seconds["text"] = time.perf_counter() - start
+            marks[key] = self.prune(model, batches)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
+        if self.plan_made is None or not trainer.is_global_zero:
+            return
+        for checkpoint in trainer.checkpoint_callbacks:
+            if folder := getattr(checkpoint, "dirpath", None):
+                self.plan_made.save(Path(folder) / self._sidecar)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, as JSON text."""
+        return {"plan": self.plan_made.to_json() if self.plan_made else None}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint's plan is the one the model was cut with.
+
+        Raises:
+            BadPlan: it is another one.
+        """
+        if state_dict.get("plan") and self.plan_made is not None:
+            saved = PruningPlan.from_json(state_dict["plan"])
+            if saved.digest != self.plan_made.digest:
+                raise BadPlan(
+                    f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
+                    f"{self.plan_made.digest} ({self.plan_made.method}); resume with the configuration of that run"
+                )
+
+    @property
+    def _sidecar(self) -> str:
+        return f"plan.{self.name}.json"
+
+    def _plan_of(self, checkpoint: Path) -> PruningPlan | None:
+        """The plan a checkpoint was made with: in the file, or beside it (a sharded checkpoint is a folder)."""
+        if checkpoint.is_file():
+            # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
+            saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
+            state = saved.get("callbacks", {}).get(self.state_key, {})
+            if state.get("plan"):
+                return PruningPlan.from_json(state["plan"])
+        for folder in (checkpoint, checkpoint.parent):
+            if (beside := folder / self._sidecar).is_file():
+                return PruningPlan.load(beside)
+        _inform(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
+        return None
+
+    def _find_batches(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
+        data = getattr(trainer, "datamodule", None)
+        if self.calibration:
+            tokenizer = next(
+                (t for t in (getattr(owner, "tokenizer", None) for owner in (data, pl_module)) if callable(t)), None
+            )
+            if tokenizer is None:
+                tokenizer = models.load_tokenizer(str(cast(Any, model).config._name_or_path))
+            return self.batches_from(self.calibration, tokenizer)
+        if callable(getattr(data, "calibration_dataloader", None)):
+            loader, source = cast(Any, data).calibration_dataloader(), "calibration_dataloader()"
+        else:
+            # The loader as the user gave it (argument of fit, module or datamodule): Lightning has no public name for it.
+            loader, source = trainer.fit_loop._data_source.dataloader(), "train dataloader"
+        batches = _share(_take(loader, self.windows))
+        if not batches:
+            raise NoCalibration(
+                f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a datamodule with "
+                "calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
+            )
+        self._calibration_record = {
+            "source": [source],
+            "windows": sum(len(batch["input_ids"]) for batch in batches),
+            "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
+            "fingerprint": text.fingerprint(torch.cat([batch["input_ids"].flatten() for batch in batches])),
+        }
+        return batches
+
+
+def batched(windows: Tensor) -> list[Batch]:
+    """Windows [N, S] as batches of about 2,048 tokens."""
+    return [{"input_ids": part} for part in windows.split(max(1, _TOKENS_PER_BATCH // windows.shape[1]))]
+
+
+def find_model(pl_module: LightningModule) -> nn.Module:
+    """The transformers model inside a LightningModule.
+
+    A module that loads its model late may offer `load_model()`; it is called here, before the search.
+
+    Raises:
+        NoModel: there is none yet.
+    """
+    from transformers import PreTrainedModel
+
+    if callable(load := getattr(pl_module, "load_model", None)):
+        load()
+    for module in pl_module.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise NoModel(
+        f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, got none; "
+        "build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
+    )
+
+
+def resume_path(trainer: Trainer) -> Path | None:
+    """The checkpoint that `trainer.fit` is about to restore.
+
+    Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
+    (2.6), and shapes must be right before the restore; so it is read from that frame.
+    """
+    if trainer.ckpt_path:
+        return Path(trainer.ckpt_path)
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            found = frame.f_locals.get("ckpt_path")
+            return Path(found) if found else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _take(loader: Any, sequences: int) -> list[Batch]:
+    """The first batches that hold input_ids, up to a number of sequences."""
+    taken: list[Batch] = []
+    for batch in loader if loader is not None else ():
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            break
+        room = sequences - sum(len(b["input_ids"]) for b in taken)
+        if room <= 0:
+            break
+        names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
+        taken.append({name: batch[name][:room].detach().cpu() for name in names})
+    return taken
+
+
+def _share(batches: list[Batch]) -> list[Batch]:
+    """Rank zero's batches on every rank: shuffled loaders differ between ranks."""
+    if dist.is_initialized():
+        box = [batches]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return batches
+
+
+def _agree(plan: PruningPlan) -> None:
+    """Stop where ranks made different plans.
+
+    Raises:
+        BadPlan: they did.
+    """
+    if dist.is_initialized():
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, plan.digest)
+        if len(set(digests)) > 1:
+            raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
+
+
+def _tokens(batch: Batch) -> int:
+    mask = batch.get("attention_mask")
+    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+
+
+@rank_zero_only
+def _inform(message: str) -> None:
+    _log.info(message)

@@ -1,0 +1,32 @@
+"""Magnitude: l2 norms of the output columns of heads and FFN channels, from the weights alone.
+
+Source: the structured magnitude baseline of FLAP (An et al., AAAI 2024, "Mag-sp"): column norms of the output and down
+projections; a head is the sum of its columns. No text is read.
+
+    callbacks/magnitude.yaml    trainer: {callbacks+: {class_path: prunelit.callbacks.Magnitude, init_args: {ratio: 0.2}}}
+"""
+
+from collections.abc import Sequence
+
+from prunelit.calibrate import Batch
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder, weight_out_in
+from prunelit.rank import LayerScores
+
+
+class Magnitude(PruningCallback):
+    """Score units by the norm of the weights that carry their output. Arguments: see `PruningCallback`."""
+
+    needs_calibration = False
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        found = []
+        for layer in decoder:
+            heads = channels = None
+            if layer.has_attention:
+                columns = weight_out_in(layer.output).detach().float().norm(dim=0)  # [Q * D]
+                heads = columns.view(layer.shape.query_heads, layer.shape.head_dim).sum(1)
+            if layer.has_mlp:
+                channels = weight_out_in(layer.down).detach().float().norm(dim=0)  # [F]
+            found.append(LayerScores(heads, channels))
+        return found

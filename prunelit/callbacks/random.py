@@ -1,0 +1,31 @@
+"""Random: uniform random scores, the floor that every method must beat.
+
+Source: the random baseline of the pruning papers. The same seed gives the same plan on every machine and rank.
+
+    callbacks/random.yaml       trainer: {callbacks+: {class_path: prunelit.callbacks.Random, init_args: {ratio: 0.2}}}
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from prunelit.calibrate import Batch
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder
+from prunelit.rank import LayerScores
+
+
+class Random(PruningCallback):
+    """Score units at random, from `seed`. Arguments: see `PruningCallback`."""
+
+    needs_calibration = False
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        generator = torch.Generator().manual_seed(self.seed)
+        return [
+            LayerScores(
+                torch.rand(layer.shape.query_heads, generator=generator),
+                torch.rand(layer.shape.ffn_channels, generator=generator),
+            )
+            for layer in decoder
+        ]

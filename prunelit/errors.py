@@ -1,0 +1,53 @@
+"""Every error that a user can cause, as a type.
+
+The command line prints the message of a `PrunelitError` on one line and exits with 2; Python code catches the type.
+A message holds four things: the name of what is wrong, what was expected, what came, what to do.
+"""
+
+
+class PrunelitError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class BadOption(PrunelitError, ValueError):
+    """An option has a value outside its range."""
+
+
+class UnknownArchitecture(PrunelitError):
+    """No declaration exists for this `model_type`."""
+
+
+class DeclarationMismatch(PrunelitError):
+    """A declaration names modules or shapes that the loaded model does not have."""
+
+
+class SourceNotFound(PrunelitError):
+    """A model or text source can not be found or read."""
+
+
+class NotEnoughText(PrunelitError):
+    """A text source is shorter than one window."""
+
+
+class NonFinite(PrunelitError):
+    """NaN or infinity in weights, activations or scores."""
+
+
+class InfeasibleBudget(PrunelitError):
+    """The budget can not be met with the units that may be cut."""
+
+
+class BadPlan(PrunelitError):
+    """A pruning plan contradicts itself, or does not fit the model it is applied to."""
+
+
+class OutputNotWritable(PrunelitError):
+    """An output folder can not be created, is not empty, or can not be written."""
+
+
+class NoModel(PrunelitError):
+    """A LightningModule holds no transformers model when callbacks are set up."""
+
+
+class NoCalibration(PrunelitError):
+    """No calibration batches: no text source, no `calibration_dataloader()`, no train batches with `input_ids`."""

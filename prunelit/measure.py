@@ -1,0 +1,100 @@
+"""What a model costs and how well it predicts: parameters, MACs, KV bytes, perplexity."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelit.calibrate import all_sum, evaluating
+from prunelit.decoder import Decoder
+from prunelit.errors import NotEnoughText
+from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.progress import track
+
+_TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
+
+
+def size(model: nn.Module) -> dict[str, int]:
+    """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
+
+    MACs count the multiplications with weights, output projection included; the products of attention with its
+    context, which grow with it, are not counted. KV bytes are in the model's own dtype.
+    """
+    shape = Decoder(model).shape
+    as_it_is = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
+    names = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+    return {name: int(as_it_is.predicted[name]) for name in names}
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str = "perplexity") -> dict[str, float]:
+    """exp(mean negative log-likelihood) over windows of token ids.
+
+    Every window is read on its own, its first token is not predicted; losses are summed in float32 or better. In a
+    distributed run the windows are shared out.
+
+    Args:
+        model: a causal LM.
+        windows: [N, S] token ids without padding.
+        batch_size: windows per forward pass.
+        what: name on the progress bar.
+
+    Returns:
+        {"perplexity", "nll" (mean, nats), "tokens" (predicted ones)}.
+
+    Raises:
+        NotEnoughText: no windows, or windows of one token.
+    """
+    if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
+        raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    with evaluating(model):
+        mine = list(windows.split(batch_size))[rank::world]
+        for batch in track(mine, what):
+            ids = batch.to(device)
+            hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            targets = ids[:, 1:].flatten()
+            pieces = zip(
+                hidden_logits.split(_TOKENS_PER_LOGIT_CHUNK), targets.split(_TOKENS_PER_LOGIT_CHUNK), strict=True
+            )
+            for logits, target in pieces:
+                total[0] += nn.functional.cross_entropy(logits.float(), target, reduction="sum").double()
+            total[1] += targets.numel()
+    nll, tokens = all_sum(total).tolist()
+    mean = nll / tokens
+    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "tokens": int(tokens)}
+
+
+def protocol(sources: Sequence[str], windows: Tensor, dtype: str) -> dict[str, Any]:
+    """What must stand beside a perplexity for it to be comparable."""
+    return {
+        "text": list(sources),
+        "windows": len(windows),
+        "sequence_length": windows.shape[1],
+        "stride": windows.shape[1],
+        "joined_by": "\\n\\n",
+        "dtype": dtype,
+        "mean": "over predicted tokens",
+    }
+
+
+def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """A small aligned text table of {row: {column: number}}."""
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    cells = [["", *(name.replace("_", " ") for name in columns)]]
+    for name, row in rows.items():
+        cells.append([name, *(_number(row.get(column)) for column in columns)])
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
+    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

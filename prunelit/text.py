@@ -1,0 +1,172 @@
+"""Text sources -> windows of token ids. What calibration, training and evaluation all read.
+
+A source is one of
+    builtin:python-docs                          documentation topics of the standard library, ships with every Python
+    path to .parquet, .json, .jsonl or .txt      gzipped too; column `text` or `sentence`; a .txt file is one document
+    hub id, hub_id:config, hub_id:config:split   a Hugging Face dataset; split "train" unless given
+
+Protocol, that of the papers: rows joined by two newlines, tokenised once, windows without overlap, remainder dropped.
+"""
+
+import hashlib
+import logging
+import pydoc_data.topics
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
+from prunelit.models import require_hub
+
+BUILTIN = "builtin:python-docs"
+_COLUMNS = ("text", "sentence")
+_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+
+
+def check_source(source: str) -> None:
+    """Check what can be checked without reading: raise before a model is loaded.
+
+    Raises:
+        SourceNotFound: a file that does not exist, an unknown ending, or an unknown built-in.
+    """
+    if source == BUILTIN:
+        return
+    if source.startswith("builtin:"):
+        raise SourceNotFound(f"text {source!r}: expected {BUILTIN!r}, the only built-in text")
+    path = Path(source).expanduser()
+    if path.is_dir():
+        raise SourceNotFound(f"text {source!r}: expected a file, got a folder; name one of its files")
+    if path.is_file():
+        if _suffix(path) not in _FORMATS:
+            raise SourceNotFound(f"text {source!r}: expected a file ending in {', '.join(_FORMATS)} (or these + .gz)")
+    elif _looks_like_path(source):
+        raise SourceNotFound(f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id")
+
+
+def read(source: str) -> str:
+    """The whole text of a source, rows joined by two newlines.
+
+    Raises:
+        SourceNotFound: missing, unreadable, or without a column of text.
+        NotEnoughText: no text in it.
+    """
+    check_source(source)
+    if source == BUILTIN:
+        topics = pydoc_data.topics.topics
+        rows: Sequence[Any] = [topics[name] for name in sorted(topics)]
+    else:
+        rows = _rows(source)
+    text = "\n\n".join(row if isinstance(row, str) else "" for row in rows)
+    if not text.strip():
+        raise NotEnoughText(f"text {source!r}: expected text, got {len(rows)} empty rows")
+    return text
+
+
+def tokenise(source: str, tokenizer: Any) -> Tensor:
+    """Token ids of a whole source [tokens], with the special tokens the tokenizer adds to one text.
+
+    Raises:
+        SourceNotFound, NotEnoughText: as `read`.
+    """
+    ids = tokenizer(read(source), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def windows(
+    sources: str | Sequence[str], tokenizer: Any, seqlen: int, count: int | None = None, seed: int | None = None
+) -> Tensor:
+    """Windows of token ids from one or several sources, mixed evenly.
+
+    Args:
+        sources: one or more text sources.
+        tokenizer: a transformers tokenizer.
+        seqlen: tokens per window.
+        count: windows in all; None for all there are. Fewer than asked for is a warning, none is an error.
+        seed: draw windows at random (in text order); None takes the first ones.
+
+    Returns:
+        [N, seqlen] int64, the windows of the sources one after the other.
+
+    Raises:
+        BadOption: no source, or `seqlen` < 2, or `count` < 1.
+        NotEnoughText: a source is shorter than one window.
+    """
+    names = [sources] if isinstance(sources, str) else list(sources)
+    if not names:
+        raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN!r}")
+    if seqlen < 2 or (count is not None and count < len(names)):
+        raise BadOption(f"expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}")
+    parts = []
+    for number, source in enumerate(names):
+        found = pack(tokenise(source, tokenizer), seqlen, source)
+        if count is not None:
+            wanted = count // len(names) + (number < count % len(names))
+            if len(found) < wanted:
+                warnings.warn(f"text {source!r}: {wanted} windows of {seqlen} tokens asked for, it has {len(found)}", stacklevel=2)
+            if seed is None:
+                found = found[:wanted]
+            else:
+                generator = torch.Generator().manual_seed(seed + number)
+                found = found[torch.randperm(len(found), generator=generator)[:wanted].sort().values]
+        parts.append(found)
+    return torch.cat(parts)
+
+
+def pack(ids: Tensor, seqlen: int, source: str) -> Tensor:
+    """Cut token ids [tokens] into windows [N, seqlen]; the remainder is dropped.
+
+    Raises:
+        NotEnoughText: fewer tokens than one window.
+    """
+    if len(ids) < seqlen:
+        raise NotEnoughText(
+            f"text {source!r}: expected at least one window of {seqlen} tokens, got {len(ids)} tokens; "
+            "take a longer text or a smaller seqlen"
+        )
+    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+
+
+def fingerprint(ids: Tensor) -> str:
+    """Short hash of token ids."""
+    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+
+def _looks_like_path(source: str) -> bool:
+    return source.startswith((".", "/", "~")) or _suffix(Path(source)) in _FORMATS or source.count("/") > 1
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
+
+
+def _rows(source: str) -> Sequence[Any]:
+    import datasets
+
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    path = Path(source).expanduser()
+    try:
+        if path.is_file():
+            kind = _FORMATS[_suffix(path)]
+            whole = {"sample_by": "document"} if kind == "text" else {}
+            data = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
+        else:
+            name, _, rest = source.partition(":")
+            config, _, split = rest.partition(":")
+            require_hub(name, "text", "a .parquet, .json, .jsonl or .txt file")
+            data = datasets.load_dataset(name, config or None, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise SourceNotFound(f"text {source!r}: can not be read: {_first_line(cause)}") from error
+    column = next((name for name in _COLUMNS if name in data.column_names), None)
+    if column is None:
+        raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_COLUMNS)}, got {data.column_names}")
+    return list(data[column])
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
