@@ -139,6 +139,36 @@ def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Call
     return []
 
 
+class Sums:
+    """Named sums per layer, over batches and ranks, in float64: the order of batches and ranks does not show.
+
+    Args:
+        layers: number of layers.
+    """
+
+    def __init__(self, layers: int):
+        self._sums: list[dict[str, Tensor]] = [{} for _ in range(layers)]
+
+    def add(self, layer: Layer, name: str, value: Tensor) -> None:
+        """Add one batch's sum."""
+        sums = self._sums[layer.index]
+        sums[name] = sums[name] + value.double() if name in sums else value.double()
+
+    def means(self, tokens: int, device: torch.device) -> list[dict[str, Tensor]]:
+        """{name: sum over all ranks / tokens} per layer; a rank that saw no batch takes part with zeros."""
+        found = [{name: list(value.shape) for name, value in sums.items()} for sums in self._sums]
+        everywhere: list[Any] = [found]
+        if dist.is_initialized():
+            everywhere = [None] * dist.get_world_size()
+            dist.all_gather_object(everywhere, found)
+        means = []
+        for index, sums in enumerate(self._sums):
+            shapes = {name: shape for rank in everywhere for name, shape in rank[index].items()}
+            zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in sorted(shapes)}
+            means.append({name: all_sum(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()})
+        return means
+
+
 def all_sum(tensor: Tensor) -> Tensor:
     """Sum over ranks, in place and returned; the tensor itself in a single process."""
     if dist.is_initialized():

@@ -55,13 +55,13 @@ class Layer:
         self.has_mlp = not getattr(find(self.mlp, architecture.down) or self.mlp, "prunelit_removed", False)
         a = architecture
         if self.has_attention:
-            names = (a.fused_qkv,) if a.fused_qkv else (a.query, a.key, a.value)
-            self.qkv = [self._linear(self.attention, cast(str, name)) for name in names]
+            qkv = [a.fused_qkv] if a.fused_qkv else [a.query, a.key, a.value]
+            self.qkv = [self._linear(self.attention, name) for name in qkv]
             self.output = self._linear(self.attention, a.output)
             self.head_dim = int(self._need(self.attention, a.head_dim))
         if self.has_mlp:
-            names = (a.fused_gate_up,) if a.fused_gate_up else tuple(n for n in (a.gate, a.up) if n)
-            self.ffn_in = [self._linear(self.mlp, cast(str, name)) for name in names]
+            ffn_in = [a.fused_gate_up] if a.fused_gate_up else [name for name in (a.gate, a.up) if name]
+            self.ffn_in = [self._linear(self.mlp, name) for name in ffn_in]
             self.down = self._linear(self.mlp, a.down)
             self.activation = cast(nn.Module, self._need(self.mlp, a.activation))
         for name in (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm, a.shared_norm):
@@ -72,6 +72,23 @@ class Layer:
     def norm(self, role: str) -> nn.Module | None:
         """The norm in a role ("mlp_norm", "attention_post_norm", ...) or None where the family has none."""
         return cast("nn.Module | None", find(self.module, getattr(self.architecture, role)))
+
+    def gain(self, role: str) -> Tensor:
+        """|gain| of the norm in a role, float32 [H]; ones where there is no norm, or one without weights."""
+        weight = find(self.norm(role), "weight") if self.norm(role) is not None else None
+        if weight is None:
+            linear = self.output if self.has_attention else self.down
+            return torch.ones(weight_out_in(linear).shape[0], device=cast(Tensor, linear.weight).device)
+        return (cast(Tensor, weight).detach().float() + self.architecture.norm_offset).abs()
+
+    def inverse_norm(self, role: str, x: Tensor) -> Tensor:
+        """What the norm in a role divides by, inverted: 1 / rms (or deviation) per row of x [T, H]; ones without it."""
+        if self.norm(role) is None:
+            return torch.ones(len(x), device=x.device)
+        values = x.float()
+        if self.architecture.norm == "layer":
+            values = values - values.mean(-1, keepdim=True)
+        return values.square().mean(-1).add(1e-6).rsqrt()
 
     def _need(self, root: Any, path: str) -> Any:
         found = find(root, path)
@@ -86,7 +103,9 @@ class Layer:
         linear = cast(nn.Module, self._need(root, path))
         weight = getattr(linear, "weight", None)
         if hasattr(linear, "base_layer"):
-            raise DeclarationMismatch(f"layer {self.index}: {path} already has an adapter; prune before adapters are added")
+            raise DeclarationMismatch(
+                f"layer {self.index}: {path} already has an adapter; prune before adapters are added"
+            )
         if not isinstance(weight, Tensor) or weight.dim() != 2 or not weight.is_floating_point():
             raise DeclarationMismatch(
                 f"layer {self.index}: {path}: expected a floating-point weight matrix, got {type(linear).__name__}; "
@@ -105,14 +124,16 @@ class Layer:
             groups, kv_rest = divmod(kv_rows, 2 * dim)
             if rest or kv_rest or not groups or heads % groups or (not a.fused_qkv and rows[0] != heads * dim):
                 raise DeclarationMismatch(
-                    f"layer {self.index}: rows of q, k, v {rows} and columns of o {heads * dim + rest} do not make whole "
-                    f"heads of {dim}; correct the entry in prunelit/architectures.py"
+                    f"layer {self.index}: rows of q, k, v {rows} and columns of o {heads * dim + rest} do not make "
+                    f"whole heads of {dim}; correct the entry in prunelit/architectures.py"
                 )
             hidden = weight_out_in(self.output).shape[0]
             q_bias, kv_bias = self.qkv[0].bias is not None, self.qkv[-1].bias is not None
             head_cost = dim * (2 * hidden + q_bias) + self._per_head("query")
             kv_cost = dim * (2 * hidden + 2 * kv_bias) + self._per_head("kv")
-            attention_cost = _count(self.attention) + _count(self.norm("attention_norm"), self.norm("attention_post_norm"))
+            attention_cost = _count(self.attention) + _count(
+                self.norm("attention_norm"), self.norm("attention_post_norm")
+            )
         if self.has_mlp:
             channels = weight_out_in(self.down).shape[1]
             hidden = weight_out_in(self.down).shape[0]

@@ -110,10 +110,10 @@ def set_counters(layer: nn.Module, names: Any, config: Any, query_heads: int, kv
         mlp.intermediate_size = channels
 
 
-def set_linear(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+def set_linear(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Give a linear a weight of another shape ([out, in]; Conv1D: [in, out]), and the counts that go with it."""
     linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
-    if linear.bias is not None:
+    if linear.bias is not None and bias is not None:
         linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
     if hasattr(linear, "nf"):  # Conv1D
         linear.nx, linear.nf = weight.shape
@@ -121,7 +121,7 @@ def set_linear(linear: nn.Module, weight: torch.Tensor, bias: torch.Tensor | Non
         linear.out_features, linear.in_features = weight.shape
 
 
-def settle(model: nn.Module, names: Any) -> None:
+def settle(model: Any, names: Any) -> None:
     """After blocks were removed: drop layers that hold nothing, and leave no hole in the KV cache.
 
     The cache finds the number of past tokens in its first layer. Where all layers are of one type, the attentions that
@@ -159,7 +159,7 @@ def settle(model: nn.Module, names: Any) -> None:
             attention.layer_idx = number
 
 
-def _resized(linear: nn.Module, out_features: int | None, in_features: int | None) -> None:
+def _resized(linear: Any, out_features: int | None, in_features: int | None) -> None:
     """An empty weight of the given shape (None: as it is), on the linear's device and in its dtype."""
     transposed = hasattr(linear, "nf")
     rows, columns = linear.weight.shape[::-1] if transposed else linear.weight.shape
@@ -168,7 +168,7 @@ def _resized(linear: nn.Module, out_features: int | None, in_features: int | Non
     set_linear(linear, weight, None if linear.bias is None else linear.bias.new_empty(rows))
 
 
-def build_layer_shapes(model: nn.Module, names: Any) -> None:
+def build_layer_shapes(model: Any, names: Any) -> None:
     """Give the layers of a freshly built dense model the shapes of `config.per_layer_config`, weights still empty."""
     config = model.config
     for layer, own in zip(find(model, names.layers), config.per_layer_config, strict=True):
@@ -244,5 +244,5 @@ class PerLayerModel:
     names: dict[str, Any]
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
-        super().__init__(config, *args, **kwargs)
-        build_layer_shapes(self, types.SimpleNamespace(**self.names))  # type: ignore[arg-type]
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        build_layer_shapes(self, types.SimpleNamespace(**self.names))

@@ -90,7 +90,10 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     for name, row in rows.items():
         cells.append([name, *(_number(row.get(column)) for column in columns)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
-    lines = ["  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in cells]
+    lines = [
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

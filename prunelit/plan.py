@@ -1,4 +1,4 @@
-"""PruningPlan: which units of a decoder stay. The one thing that methods make and surgery, checkpoints and exports read.
+"""PruningPlan: which units of a decoder stay. Methods make it; surgery, checkpoints and exports read it.
 
 Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line, hashed,
 compared across ranks, edited by hand and replayed on another machine without the scores.
@@ -121,7 +121,9 @@ class PruningPlan:
         for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
             _check_layer(index, kept, shape)
         if any(shape.kv_groups for shape in self.model.layers) and all(k.attention_removed for k in self.layers):
-            raise BadPlan("plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)")
+            raise BadPlan(
+                "plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)"
+            )
 
     # What it leaves, without touching a weight -------------------------------------------------------------------
 
@@ -145,7 +147,8 @@ class PruningPlan:
             "parameters": self.model.parameters - removed,
             "block_parameters": dense - removed,
             "macs_per_token": macs + self.model.head_macs,
-            "kv_bytes_per_token": sum(2 * len(k.kv_groups) * s.head_dim for k, s in kept) * self.model.bytes_per_element,
+            "kv_bytes_per_token": sum(2 * len(k.kv_groups) * s.head_dim for k, s in kept)
+            * self.model.bytes_per_element,
             "ratio_of_block_parameters": removed / dense,
             "ratio_of_all_parameters": removed / self.model.parameters,
         }
@@ -267,7 +270,9 @@ def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
         if any(type(item) is not int for item in items):
             raise BadPlan(f"plan: layer {index}: {name}: expected integers, got {list(items)[:5]}")
         if list(items) != sorted(set(items)):
-            raise BadPlan(f"plan: layer {index}: {name}: expected sorted indices without repeats, got {list(items)[:8]}")
+            raise BadPlan(
+                f"plan: layer {index}: {name}: expected sorted indices without repeats, got {list(items)[:8]}"
+            )
         if items and not 0 <= items[0] <= items[-1] < size:
             raise BadPlan(f"plan: layer {index}: {name}: expected indices in [0, {size}), got {items[0]}..{items[-1]}")
     if bool(kept.kv_groups) != bool(kept.query_heads):
@@ -282,7 +287,7 @@ def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
             f"plan: layer {index}: this family's heads are tied by a norm over all of them; "
             f"expected all {shape.query_heads} heads or none, got {len(kept.query_heads)}"
         )
-    per_group = {group: 0 for group in kept.kv_groups}
+    per_group = dict.fromkeys(kept.kv_groups, 0)
     for head in kept.query_heads:
         group = head // shape.group_size
         if group not in per_group:

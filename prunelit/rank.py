@@ -66,9 +66,9 @@ def select(
         shapes: one per layer.
         scores: one per layer.
         ratio: share of the decoder layers' parameters to remove, in (0, 1).
-        scope: "layer" cuts the same number of units from every layer (floor(ratio * groups) KV groups, the FFN takes the
-            rest), so the layers stay alike; "global" ranks the units of all layers together after standardising each
-            layer's scores, so layers come to differ.
+        scope: "layer" cuts the same number of units from every layer (floor(ratio * groups) KV groups, the FFN takes
+            the rest), so the layers stay alike; "global" ranks the units of all layers together after standardising
+            each layer's scores, so layers come to differ.
         unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
         align: kept FFN widths are multiples of this.
         protect: layers left whole; negative numbers count from the end.
@@ -143,11 +143,11 @@ def _ladders(
         found.append(_Ladder(index, "attention", len(steps) + 1, tuple(steps)))
     if score.channels is not None and shape.ffn_channels:
         channels = _checked(index, "channel", score.channels, shape.ffn_channels, standardise)
-        order = torch.argsort(channels, stable=True)
+        ascending = torch.argsort(channels, stable=True)
         width, start, steps = shape.ffn_channels, 0, []
         while width > align:
             narrower = (width - 1) // align * align
-            units = order[start : start + width - narrower]
+            units = ascending[start : start + width - narrower]
             steps.append(_Step(channels[units].mean().item(), len(units) * shape.channel_cost, tuple(units.tolist())))
             start, width = start + len(units), narrower
         found.append(_Ladder(index, "ffn", shape.ffn_channels, tuple(steps)))

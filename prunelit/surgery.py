@@ -36,8 +36,8 @@ def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
     for index, (wanted, shape) in enumerate(zip(made_for.layers, found.layers, strict=True)):
         if wanted != shape:
             raise BadPlan(
-                f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} KV "
-                f"groups, {shape.ffn_channels} channels, expected {wanted.query_heads}, {wanted.kv_groups}, "
+                f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} "
+                f"KV groups, {shape.ffn_channels} channels, expected {wanted.query_heads}, {wanted.kv_groups}, "
                 f"{wanted.ffn_channels}; make a plan for this model, or load the dense one"
             )
     if made_for.weights != found.weights:

@@ -106,7 +106,9 @@ def windows(
         if count is not None:
             wanted = count // len(names) + (number < count % len(names))
             if len(found) < wanted:
-                warnings.warn(f"text {source!r}: {wanted} windows of {seqlen} tokens asked for, it has {len(found)}", stacklevel=2)
+                warnings.warn(
+                    f"text {source!r}: {wanted} windows of {seqlen} tokens asked for, it has {len(found)}", stacklevel=2
+                )
             if seed is None:
                 found = found[:wanted]
             else:

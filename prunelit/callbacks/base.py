@@ -6,9 +6,8 @@ the strategy's wrapping and the optimiser, so nothing is ever built on shapes th
 
 import inspect
 import logging
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -18,17 +17,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
 from prunelit import models, rank, surgery, text
 from prunelit.calibrate import Batch, on_device
+from prunelit.callbacks.job import batched, find_model, resume_path, share, take
 from prunelit.decoder import Decoder
-from prunelit.errors import BadOption, BadPlan, NoCalibration, NoModel
+from prunelit.errors import BadOption, BadPlan, NoCalibration
 from prunelit.plan import PruningPlan
 from prunelit.rank import LayerScores
 
 _log = logging.getLogger("prunelit")
-_TOKENS_PER_BATCH = 2048
 _MARK = "_prunelit_plans"
 
 
@@ -244,13 +243,13 @@ class PruningCallback(Callback):
         if callable(getattr(data, "calibration_dataloader", None)):
             loader, source = cast(Any, data).calibration_dataloader(), "calibration_dataloader()"
         else:
-            # The loader as the user gave it (argument of fit, module or datamodule): Lightning has no public name for it.
+            # The loader as given to fit, or by module or datamodule: Lightning has no public name for it.
             loader, source = trainer.fit_loop._data_source.dataloader(), "train dataloader"
-        batches = _share(_take(loader, self.windows))
+        batches = share(take(loader, self.windows))
         if not batches:
             raise NoCalibration(
-                f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a datamodule with "
-                "calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
+                f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "
+                "datamodule with calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
             )
         self._calibration_record = {
             "source": [source],
@@ -259,72 +258,6 @@ class PruningCallback(Callback):
             "fingerprint": text.fingerprint(torch.cat([batch["input_ids"].flatten() for batch in batches])),
         }
         return batches
-
-
-def batched(windows: Tensor) -> list[Batch]:
-    """Windows [N, S] as batches of about 2,048 tokens."""
-    return [{"input_ids": part} for part in windows.split(max(1, _TOKENS_PER_BATCH // windows.shape[1]))]
-
-
-def find_model(pl_module: LightningModule) -> nn.Module:
-    """The transformers model inside a LightningModule.
-
-    A module that loads its model late may offer `load_model()`; it is called here, before the search.
-
-    Raises:
-        NoModel: there is none yet.
-    """
-    from transformers import PreTrainedModel
-
-    if callable(load := getattr(pl_module, "load_model", None)):
-        load()
-    for module in pl_module.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise NoModel(
-        f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, got none; "
-        "build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
-    )
-
-
-def resume_path(trainer: Trainer) -> Path | None:
-    """The checkpoint that `trainer.fit` is about to restore.
-
-    Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
-    (2.6), and shapes must be right before the restore; so it is read from that frame.
-    """
-    if trainer.ckpt_path:
-        return Path(trainer.ckpt_path)
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            found = frame.f_locals.get("ckpt_path")
-            return Path(found) if found else None
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _take(loader: Any, sequences: int) -> list[Batch]:
-    """The first batches that hold input_ids, up to a number of sequences."""
-    taken: list[Batch] = []
-    for batch in loader if loader is not None else ():
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
-            break
-        room = sequences - sum(len(b["input_ids"]) for b in taken)
-        if room <= 0:
-            break
-        names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
-        taken.append({name: batch[name][:room].detach().cpu() for name in names})
-    return taken
-
-
-def _share(batches: list[Batch]) -> list[Batch]:
-    """Rank zero's batches on every rank: shuffled loaders differ between ranks."""
-    if dist.is_initialized():
-        box = [batches]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return batches
 
 
 def _agree(plan: PruningPlan) -> None:

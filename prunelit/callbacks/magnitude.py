@@ -3,7 +3,7 @@
 Source: the structured magnitude baseline of FLAP (An et al., AAAI 2024, "Mag-sp"): column norms of the output and down
 projections; a head is the sum of its columns. No text is read.
 
-    callbacks/magnitude.yaml    trainer: {callbacks+: {class_path: prunelit.callbacks.Magnitude, init_args: {ratio: 0.2}}}
+    callbacks/magnitude.yaml    attaches it to any LightningCLI job with a second --config
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 Source: the random baseline of the pruning papers. The same seed gives the same plan on every machine and rank.
 
-    callbacks/random.yaml       trainer: {callbacks+: {class_path: prunelit.callbacks.Random, init_args: {ratio: 0.2}}}
+    callbacks/random.yaml       attaches it to any LightningCLI job with a second --config
 """
 
 from collections.abc import Sequence

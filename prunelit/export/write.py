@@ -76,7 +76,9 @@ def save(
     target = Path(folder)
     stock = None if format == "hetero" else uniform.stock_model(model)
     if stock is None and format == "uniform":
-        raise PrunelitError("format 'uniform': layers differ in shape, or no stock class holds them; use format 'hetero'")
+        raise PrunelitError(
+            "format 'uniform': layers differ in shape, or no stock class holds them; use format 'hetero'"
+        )
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         try:

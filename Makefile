@@ -1,0 +1,33 @@
+# Every target makes its own .venv if it is not there.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: quickstart test fast check bench clean
+
+quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/quickstart
+	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
+
+test: $(VENV)/ready ## the whole test suite
+	$(BIN)/python -m pytest
+
+fast: $(VENV)/ready ## the tests that take under two minutes together
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/ready ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/ready ## cost of scoring against one forward pass, on the quickstart's model
+	$(BIN)/python benchmarks/calibration_cost.py
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,169 @@
+"""TextDataModule: windows of text for calibration, training and validation, none of them shared."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from prunelit import models, text
+from prunelit.errors import BadOption, NotEnoughText
+
+
+class TextDataModule(LightningDataModule):
+    """Cut text sources into windows and keep calibration, validation and training windows apart.
+
+    Args:
+        tokenizer: model source whose tokenizer is used (linked to the model on the command line).
+        train: text source(s), see `prunelit.text`; calibration windows come from here too.
+        validation: text source(s); None takes windows of `train`.
+        seqlen: tokens per window.
+        batch_size: windows per batch and process.
+        calibration_windows, validation_windows: how many to set aside.
+        train_windows: at most this many for training; None for all that are left.
+        seed: of the split and of the shuffling.
+
+    Raises:
+        BadOption, SourceNotFound: on construction, before any model is loaded.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str,
+        train: str | list[str] = text.BUILTIN,
+        validation: str | list[str] | None = None,
+        seqlen: int = 256,
+        batch_size: int = 4,
+        calibration_windows: int = 64,
+        validation_windows: int = 32,
+        train_windows: int | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        least = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "validation_windows": (validation_windows, 1)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise BadOption(f"data.{name}: expected at least {minimum}, got {value}")
+        models.check_source(tokenizer)
+        self.train_sources = [train] if isinstance(train, str) else list(train)
+        self.validation_sources = [validation] if isinstance(validation, str) else list(validation or [])
+        for source in self.train_sources + self.validation_sources:
+            text.check_source(source)
+        self.source, self.seqlen, self.batch_size, self.seed = tokenizer, seqlen, batch_size, seed
+        self.counts = (calibration_windows, validation_windows, train_windows)
+        self.tokenizer: Any = None
+
+    def setup(self, stage: str) -> None:
+        """Read, tokenise and split; the same on every rank."""
+        if self.tokenizer is not None:
+            return
+        tokenizer = models.load_tokenizer(self.source)
+        calibration, validation, train = self.counts
+        parts = [
+            _shuffled(text.pack(text.tokenise(source, tokenizer), self.seqlen, source), self.seed + number)
+            for number, source in enumerate(self.train_sources)
+        ]
+        self.calibration, parts = _take_evenly(parts, calibration)
+        if self.validation_sources:
+            self.validation = text.windows(self.validation_sources, tokenizer, self.seqlen, validation)
+        else:
+            self.validation, parts = _take_evenly(parts, validation)
+        # The same text may stand in two sources: what is validated on is neither trained nor calibrated on.
+        seen = _hashes(self.validation)
+        self.calibration = _without(self.calibration, seen)
+        self.train = _without(torch.cat(parts), seen | _hashes(self.calibration))[:train]
+        if not len(self.train) or not len(self.validation):
+            raise NotEnoughText(
+                f"data: expected more than {calibration} calibration and {validation} validation windows of "
+                f"{self.seqlen} tokens, got {sum(map(len, parts)) + len(self.calibration)} in {self.train_sources}; "
+                "take a longer text or fewer windows"
+            )
+        self.tokenizer = tokenizer
+
+    def train_dataloader(self) -> "WindowLoader":
+        """Shuffled anew each epoch; resumes at the batch where a checkpoint was saved."""
+        return WindowLoader(self.train, self.batch_size, self.seed, *self._place())
+
+    def val_dataloader(self) -> "WindowLoader":
+        """In order."""
+        return WindowLoader(self.validation, self.batch_size, None, *self._place())
+
+    def calibration_dataloader(self) -> list[dict[str, Tensor]]:
+        """What pruning callbacks score on; all of it on every rank."""
+        return [{"input_ids": part} for part in self.calibration.split(self.batch_size)]
+
+    def _place(self) -> tuple[int, int]:
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+
+class WindowLoader:
+    """Batches {"input_ids": [B, S]} of windows held in memory, shared out over ranks, with a position to resume from.
+
+    Lightning stores `state_dict()` in checkpoints and calls `load_state_dict()` on resume.
+
+    Args:
+        windows: [N, S] token ids.
+        batch_size: windows per batch and rank.
+        seed: shuffle with seed + epoch and drop what does not fill a batch on every rank; None: in order, all of it.
+        rank, world: this process among how many.
+
+    Raises:
+        NotEnoughText: shuffled windows do not fill one batch on every rank.
+    """
+
+    def __init__(self, windows: Tensor, batch_size: int, seed: int | None, rank: int = 0, world: int = 1):
+        self.windows, self.batch_size, self.seed, self.rank, self.world = windows, batch_size, seed, rank, world
+        self.epoch = self.batch = 0
+        if seed is not None and not len(self):
+            raise NotEnoughText(
+                f"data: expected at least one batch of {batch_size} training windows on each of {world} processes, "
+                f"got {len(windows)} windows; take a longer text or a smaller batch_size"
+            )
+
+    def __len__(self) -> int:
+        if self.seed is not None:
+            return len(self.windows) // (self.batch_size * self.world)
+        return -(-len(self.windows[self.rank :: self.world]) // self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if self.batch >= len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
+        if self.seed is None:
+            order = torch.arange(len(self.windows))
+        else:
+            order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            order = order[: len(self) * self.batch_size * self.world]
+        mine = order[self.rank :: self.world]
+        while self.batch < len(self):
+            index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
+            self.batch += 1
+            yield {"input_ids": self.windows[index]}
+
+    def state_dict(self) -> dict[str, int]:
+        """Position: epoch, and batches taken in it."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on from a position."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def _shuffled(windows: Tensor, seed: int) -> Tensor:
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+
+
+def _take_evenly(parts: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+    """`count` windows, the same number from the front of every part, and the parts without them."""
+    wanted = [count // len(parts) + (number < count % len(parts)) for number in range(len(parts))]
+    taken = torch.cat([part[:size] for part, size in zip(parts, wanted, strict=True)])
+    return taken, [part[size:] for part, size in zip(parts, wanted, strict=True)]
+
+
+def _hashes(windows: Tensor) -> set[str]:
+    return {text.fingerprint(window) for window in windows}
+
+
+def _without(windows: Tensor, seen: set[str]) -> Tensor:
+    keep = [text.fingerprint(window) not in seen for window in windows]
+    return windows[torch.tensor(keep, dtype=torch.bool)] if len(windows) else windows

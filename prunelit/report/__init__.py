@@ -1,0 +1,1 @@
+"""What a run leaves behind: report.json, the model folder, the table."""

@@ -1,0 +1,177 @@
+"""RunReport: measures a `fit` run dense, pruned and recovered, and leaves its folder.
+
+model/        the recovered model, adapters merged, loads with transformers
+plan.json     what was cut
+report.json   dense, pruned, recovered; protocol, seconds, memory, versions, seed; written as soon as a part is known
+"""
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from prunelit import export, lora, measure, text
+from prunelit.calibrate import on_device
+from prunelit.callbacks.base import PruningCallback
+from prunelit.callbacks.job import find_model, resume_path
+from prunelit.data import TextDataModule
+
+_PACKAGES = ("prunelit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "safetensors")
+_SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+
+
+class RunReport(Callback):
+    """Measure a run and save what came of it in `trainer.default_root_dir`.
+
+    Args:
+        batch_size: windows per forward pass when measuring perplexity.
+    """
+
+    def __init__(self, batch_size: int = 4):
+        self.batch_size = batch_size
+        self.report: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure the dense model; the command line puts this callback before the ones that cut."""
+        if stage != "fit" or self.report:
+            return
+        self._folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            export.check_output(self._folder, overwrite=True)
+        with self._timed("load_model"):
+            model = find_model(pl_module)
+        data = getattr(trainer, "datamodule", None)
+        self._windows = data.validation if isinstance(data, TextDataModule) else None
+        self.report = {"protocol": self._protocol(model, data)}
+        if resume_path(trainer) is not None:
+            self.report |= self._earlier()
+        with on_device(model, trainer.strategy.root_device):
+            self._measure("dense", model, measure.size(model))
+        self._write(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the cut model, without adapters, before the first step."""
+        plan = self._plan(trainer)
+        size = {name: self.report["dense"][name] for name in _SIZES}
+        if plan is not None:  # adapters are on by now and are merged away in the end: they do not count
+            size = {name: int(plan.predicted[name]) for name in _SIZES}
+            if trainer.is_global_zero:
+                plan.save(self._folder / "plan.json")
+        adapted: Any = pl_module.model
+        with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
+            self._measure("pruned", adapted, size)
+        self._write(trainer)
+        self._started = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge the adapters, measure, save, show the table."""
+        self.seconds["train"] = time.perf_counter() - self._started
+        merged = lora.merged(pl_module.model)
+        pl_module.model = merged
+        self._measure("recovered", merged, measure.size(merged))
+        if trainer.is_global_zero:
+            with self._timed("save"):
+                tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+                plan = self._plan(trainer)
+                written = export.save(merged, self._folder / "model", tokenizer, plan, overwrite=True)
+            self.report |= {"format": written, "trained_steps": trainer.global_step}
+        trainer.strategy.barrier()
+        self._write(trainer)
+        if trainer.is_global_zero:
+            rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
+            sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: model/ plan.json report.json config.yaml\n")
+
+    def _measure(self, name: str, model: Any, size: dict[str, int]) -> None:
+        if name in self.report:
+            return
+        with self._timed(f"evaluate_{name}"):
+            row: dict[str, Any] = {"perplexity": None}
+            if self._windows is not None:
+                found = measure.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
+                row["perplexity"] = found["perplexity"]
+                self.report["protocol"]["tokens"] = found["tokens"]
+            self.report[name] = row | size
+
+    def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
+        if self._windows is None:
+            return {}
+        sources = data.validation_sources or data.train_sources
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return measure.protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint(self._windows)}
+
+    def _earlier(self) -> dict[str, Any]:
+        """Measurements of the run that is being resumed, if they were made on the same text."""
+        try:
+            found = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        if found.get("protocol", {}).get("fingerprint") != self.report["protocol"].get("fingerprint"):
+            return {}
+        return {name: found[name] for name in ("dense", "pruned") if name in found}
+
+    @staticmethod
+    def _pruner(trainer: Trainer) -> PruningCallback | None:
+        return next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)  # type: ignore[attr-defined]
+
+    def _plan(self, trainer: Trainer) -> Any:
+        pruner = self._pruner(trainer)
+        return pruner.plan_made if pruner else None
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def _write(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        pruner = self._pruner(trainer)
+        stages = self.seconds | (pruner.seconds if pruner else {})
+        self.report |= {
+            "seconds": {name: round(value, 2) for name, value in stages.items()},
+            "peak_memory_mib": peak_memory_mib(),
+            "versions": versions(),
+            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        }
+        write_json(self._folder / "report.json", self.report)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def peak_memory_mib() -> dict[str, float]:
+    """Peak resident memory of this process, and of the GPU if there is one."""
+    unit = 1 if sys.platform == "darwin" else 1024
+    found = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
+    if torch.cuda.is_available():
+        found["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+    return found
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,143 @@
+"""One contract for every method on every family: what prune() promises whoever attaches it."""
+
+import importlib
+import inspect
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from prunelit import measure
+from prunelit.callbacks import method_class, methods
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder
+from prunelit.errors import NonFinite
+from prunelit.plan import PruningPlan
+from tests.tiny import FAMILIES, tiny
+
+ROOT = Path(__file__).parents[2]
+METHODS = tuple(methods())
+# Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module.
+DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
+GQA = ("llama", "phi3", "qwen3", "falcon")
+MOST_LINES = 150
+
+
+def batches_for(model):
+    ids = torch.randint(3, model.config.vocab_size, (4, 8), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[3, 5:] = 0
+    return [{"input_ids": ids[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}]
+
+
+def pruned(name, model, **options):
+    return method_class(name)(**{"ratio": 0.3, "align": 8, **options}).prune(model, batches_for(model))
+
+
+def hooks_of(model):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in kinds}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", METHODS)
+def test_the_model_is_left_as_it_was_found(name, family):
+    model = tiny(family).bfloat16().train()
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 > 0
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad = number % 2 > 0
+    modes = {path: module.training for path, module in model.named_modules()}
+    wanted = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
+    hooks, generators = hooks_of(model), (torch.get_rng_state(), random.getstate())
+    pruned(name, model)
+    assert {path: module.training for path, module in model.named_modules() if path in modes}.items() <= modes.items()
+    for path, parameter in model.named_parameters():
+        assert parameter.requires_grad is wanted[path], path
+        assert parameter.dtype is torch.bfloat16 and parameter.grad is None, path
+    assert hooks_of(model).items() <= hooks.items()
+    assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
+
+
+@pytest.mark.parametrize("family, scope", [(f, "layer") for f in FAMILIES] + [(f, "global") for f in DIVERSE])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
+    model = tiny(family)
+    plan = pruned(name, model, scope=scope)
+    assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.45
+    found = measure.size(model)
+    assert found == {key: plan.predicted[key] for key in found}
+    assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
+
+
+@pytest.mark.parametrize("family", DIVERSE)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_fresh_copy_gets_the_same_plan_and_json_keeps_it(name, family):
+    first, second = (pruned(name, tiny(family), protect=(0,), calibration=None) for _ in range(2))
+    assert first == second and first.to_json() == second.to_json()
+    again = PruningPlan.from_json(first.to_json())
+    assert again == first and again.digest == first.digest
+    assert first.method == name and first.options["protect"] == [0] and first.calibration["tokens"] == 29
+
+
+@pytest.mark.parametrize("family", GQA)
+@pytest.mark.parametrize("name", METHODS)
+def test_query_heads_can_be_the_unit(name, family):
+    model = tiny(family)
+    plan = pruned(name, model, unit="query_head", ratio=0.4)
+    assert plan.predicted["ratio_of_block_parameters"] >= 0.4
+    for kept, shape in zip(plan.layers, plan.model.layers, strict=True):
+        assert shape.group_size > 1
+        assert kept.attention_removed or len(kept.kv_groups) == shape.kv_groups
+    assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", METHODS)
+def test_damaged_weights_are_refused_before_anything_is_cut(name, value):
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight[3, 5] = value
+    before = [(path, p.shape) for path, p in model.named_parameters()]
+    with pytest.raises(NonFinite, match="down_proj"):
+        pruned(name, model)
+    assert [(path, p.shape) for path, p in model.named_parameters()] == before
+    assert not any(hooks_of(model).values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_plan_is_replayed_without_scoring(name, tmp_path, monkeypatch):
+    plan = pruned(name, tiny("llama"))
+    plan.save(tmp_path / "plan.json")
+    replay = method_class(name)(ratio=0.3, plan_file=str(tmp_path / "plan.json"))
+    monkeypatch.setattr(replay, "plan", None)
+    model = tiny("llama")
+    assert replay.prune(model) == plan
+    assert Decoder(model).shape.parameters == plan.predicted["parameters"]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_has_a_yaml_whose_class_path_resolves(name):
+    """One piece per method, attached to any LightningCLI job by a second --config."""
+    data = yaml.safe_load((ROOT / "callbacks" / f"{name}.yaml").read_text(encoding="utf-8"))
+    (entry,) = data["trainer"]["callbacks+"]
+    module, _, class_name = entry["class_path"].rpartition(".")
+    found = getattr(importlib.import_module(module), class_name)
+    assert found is method_class(name)
+    found(**entry["init_args"])
+
+
+def test_every_yaml_belongs_to_a_method():
+    assert {path.stem for path in (ROOT / "callbacks").glob("*.yaml")} <= set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_one_short_file_with_a_card(name):
+    path = Path(inspect.getfile(method_class(name)))
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    method, kind = methods()[name], method_class(name)
+    assert issubclass(kind, PruningCallback) and kind.__name__ == method.class_name
+    assert "Source:" in method.card and f"callbacks/{name}.yaml" in method.card and method.summary.endswith(".")
+    assert (ROOT / "tests" / "callbacks" / f"test_{name}.py").is_file()

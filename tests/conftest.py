@@ -1,0 +1,38 @@
+"""One thread, fixed seeds, no network: set before torch and transformers are imported."""
+
+import os
+import shutil
+import tempfile
+
+_MODULES = tempfile.mkdtemp(prefix="prunelit-modules-")  # for the copies that trust_remote_code=True makes
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_MODULES_CACHE"] = _MODULES
+
+import random  # noqa: E402
+from collections.abc import Iterator  # noqa: E402
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True, max_examples=60)
+hypothesis.settings.load_profile("prunelit")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: longer than about five seconds")
+
+
+def pytest_sessionfinish() -> None:
+    shutil.rmtree(_MODULES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> Iterator[None]:
+    random.seed(0)
+    torch.manual_seed(0)
+    yield

@@ -1,0 +1,317 @@
+"""What is saved loads again equal, in plain transformers and in prunelit; what can not be saved leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
+
+from prunelit import models, surgery
+from prunelit.decoder import Decoder
+from prunelit.errors import OutputNotWritable, PrunelitError
+from prunelit.export import save
+from prunelit.plan import LayerPlan, LayerShape, PruningPlan
+from tests.tiny import FAMILIES, SLIDING, cut, keep, tiny, tokens
+
+
+@torch.no_grad()
+def logits(model: Any) -> Tensor:
+    return model(input_ids=tokens(), use_cache=False).logits
+
+
+def generated(model: Any) -> list[list[int]]:
+    return model.generate(tokens(), max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0).tolist()
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    torch.testing.assert_close(logits(found), logits(expected), rtol=0, atol=0)
+    assert generated(found) == generated(expected)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def plan_with(model: Any, *layers: LayerPlan) -> PruningPlan:
+    return PruningPlan("test", Decoder(model).shape, layers)
+
+
+def uniform(model: Any, groups: int | None = None, heads_in_group: int | None = None) -> PruningPlan:
+    """The same shape in every layer: the last KV groups, the first heads of each, every third channel gone."""
+    shapes = Decoder(model).shape.layers
+
+    def layer(shape: LayerShape) -> LayerPlan:
+        kept = None if groups is None else tuple(range(shape.kv_groups - groups, shape.kv_groups))
+        heads = None if heads_in_group is None else tuple(range(heads_in_group))
+        return keep(shape, kept, heads, tuple(c for c in range(shape.ffn_channels) if c % 3))
+
+    return plan_with(model, *map(layer, shapes))
+
+
+def shorter(model: Any) -> PruningPlan:
+    """Fewer channels everywhere, and one whole layer gone."""
+    first, second, third = Decoder(model).shape.layers
+    channels = tuple(range(8, 72))
+    return plan_with(model, keep(first, channels=channels), keep(second, (), channels=()), keep(third, channels=channels))
+
+
+@pytest.fixture
+def hetero_folder(tmp_path: Path) -> Path:
+    model = tiny("llama")
+    plan = cut(model, "mixed")
+    surgery.apply(model, plan)
+    assert save(model, tmp_path / "hetero", plan=plan) == "hetero"
+    return tmp_path / "hetero"
+
+
+# Every family ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_alike_become_a_stock_class(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    stock = type(model)
+    surgery.apply(model, shorter(model))
+    assert save(model, tmp_path / "m") == "uniform"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert type(again) is stock and again.config.num_hidden_layers == 2
+    assert not list((tmp_path / "m").glob("*.py"))
+    assert_equal(again, model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_of_different_shape(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    plan = cut(model, "mixed")
+    surgery.apply(model, plan)
+    assert save(model, tmp_path / "m", plan=plan) == "hetero"
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True), model)
+    ours = models.load(tmp_path / "m")
+    assert_equal(ours, model)
+    assert [layer.shape for layer in Decoder(ours)] == [layer.shape for layer in Decoder(model)]
+    assert PruningPlan.load(tmp_path / "m" / "plan.json") == plan
+    assert save(ours, tmp_path / "again", plan=plan) == "hetero"
+    assert files(tmp_path / "again") == files(tmp_path / "m")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "smollm3"])
+def test_loaded_model_is_cut_and_saved_again(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    surgery.apply(model, cut(model, "mixed"))
+    save(model, tmp_path / "once")
+    for each in (model, models.load(tmp_path / "once")):
+        shapes = Decoder(each).shape.layers
+        kept = (LayerPlan.dense(shapes[0]), keep(shapes[1], channels=tuple(range(8))), LayerPlan.dense(shapes[2]))
+        surgery.apply(each, plan_with(each, *kept))
+        assert save(each, tmp_path / "twice", overwrite=True) == "hetero"
+        assert_equal(models.load(tmp_path / "twice"), model)
+
+
+@pytest.mark.parametrize("removed", [(0,), (1,), (0, 2)], ids=str)
+@pytest.mark.parametrize("family", [*SLIDING, "mistral-sliding"])
+def test_removed_attention_and_sliding_windows(family: str, removed: tuple[int, ...], tmp_path: Path) -> None:
+    model = tiny(family)
+    shapes = Decoder(model).shape.layers
+    surgery.apply(model, plan_with(model, *(keep(s, () if i in removed else None) for i, s in enumerate(shapes))))
+    assert save(model, tmp_path / "m") == "hetero"
+    assert_equal(models.load(tmp_path / "m"), model)
+
+
+# Heads cut alike ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "family", ["cohere-qk_norm", "glm", "llama", "mistral", "nemotron", "phi", "phi3", "qwen2", "qwen3-wide_heads"]
+)
+@pytest.mark.parametrize("cut_to", [{"groups": 2}, {"heads_in_group": 2}, {"groups": 2, "heads_in_group": 2}], ids=str)
+def test_heads_cut_alike_stay_stock(family: str, cut_to: dict[str, int], tmp_path: Path) -> None:
+    model = tiny(family)
+    surgery.apply(model, uniform(model, **cut_to))
+    assert save(model, tmp_path / "m") == "uniform"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["num_attention_heads"] == cut_to.get("groups", 3) * cut_to.get("heads_in_group", 3)
+    assert_equal(again, model)
+
+
+def test_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tmp_path: Path) -> None:
+    model = tiny("llama-mha", rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0})
+    surgery.apply(model, uniform(model, groups=5))
+    assert model.config.hidden_size % 5
+    assert save(model, tmp_path / "m") == "uniform"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert type(again) is MistralForCausalLM and again.config.sliding_window is None
+    assert_equal(again, model)
+    assert save(again, tmp_path / "again") == "uniform"
+    assert_equal(models.load(tmp_path / "again"), model)
+
+
+def test_biases_that_no_mistral_has_are_kept(tmp_path: Path) -> None:
+    model = tiny("llama-biases", num_key_value_heads=9)
+    surgery.apply(model, uniform(model, groups=5))
+    assert save(model, tmp_path / "m") == "hetero"
+    assert_equal(models.load(tmp_path / "m"), model)
+
+
+def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    surgery.apply(model, cut(model, "mixed"))
+    save(model, tmp_path / "m")
+    again = models.load(tmp_path / "m")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert_equal(again, model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path / "dense")
+    model = models.load(tmp_path / "dense", dtype=dtype)
+    surgery.apply(model, cut(model, "mixed"))
+    save(model, tmp_path / "m")
+    again = models.load(tmp_path / "m")
+    assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+    assert_equal(again, model)
+
+
+def test_model_cast_after_loading_is_saved(tmp_path: Path) -> None:
+    """As Lightning's precision "bf16-true" casts it: `.to` also casts the rotary frequencies, which no file holds."""
+    model = tiny("llama").to(torch.bfloat16)
+    assert save(model, tmp_path / "m") == "uniform"
+    expected = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
+    assert {name: tensor.tolist() for name, tensor in models.load(tmp_path / "m").state_dict().items()} == expected
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = tiny("llama").train()
+    model.model.layers[0].eval()
+    surgery.apply(model, cut(model, "channel"))
+    modes = [module.training for module in model.modules()]
+    before = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
+    save(model, tmp_path / "m")
+    assert {name: (id(p), p.requires_grad) for name, p in model.named_parameters()} == before
+    assert [module.training for module in model.modules()] == modes
+
+
+# Without prunelit, without trust --------------------------------------------------------------------------------------
+
+_PLAIN = """
+import sys
+sys.modules["prunelit"] = None  # any import of it fails, even where it is installed
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+with torch.no_grad():
+    torch.save(model(input_ids=torch.load(sys.argv[2])).logits, sys.argv[3])
+assert [name for name in sys.modules if name.startswith("prunelit")] == ["prunelit"]
+"""
+
+
+@pytest.mark.slow
+def test_folder_loads_where_prunelit_is_not_installed(hetero_folder: Path, tmp_path: Path) -> None:
+    torch.save(tokens(), tmp_path / "ids.pt")
+    command = [sys.executable, "-I", "-c", _PLAIN, str(hetero_folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(models.load(hetero_folder)), rtol=0, atol=0)
+
+
+def test_untrusted_folder_is_refused(hetero_folder: Path) -> None:
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        AutoModelForCausalLM.from_pretrained(hetero_folder, trust_remote_code=False)
+
+
+def test_stock_class_refuses_the_folder(hetero_folder: Path) -> None:
+    """Missing blocks must not be filled with random weights."""
+    with pytest.raises((ValueError, RuntimeError)):
+        LlamaForCausalLM.from_pretrained(hetero_folder)
+
+
+def test_prunelit_runs_no_code_from_the_folder(hetero_folder: Path) -> None:
+    expected = logits(models.load(hetero_folder))
+    (hetero_folder / "modeling_pruned.py").write_text("raise SystemExit('code from the folder was run')\n")
+    torch.testing.assert_close(logits(models.load(hetero_folder)), expected, rtol=0, atol=0)
+
+
+# Nothing half done ----------------------------------------------------------------------------------------------------
+
+
+def test_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(OutputNotWritable, match="--overwrite"):
+        save(tiny("llama"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_overwrite_replaces_the_folder(tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    (target / "old.txt").write_text("old")
+    save(tiny("llama"), target, overwrite=True)
+    assert not (target / "old.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert_equal(models.load(target), tiny("llama"))
+
+
+def test_empty_folder_is_used(tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    assert save(tiny("llama"), tmp_path / "m") == "uniform"
+
+
+def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "m").write_text("a file")
+    for target in (tmp_path / "m", tmp_path / "m" / "below"):
+        with pytest.raises(OutputNotWritable, match="m"):
+            save(tiny("llama"), target, overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["channel", "mixed"])
+def test_what_does_not_read_back_equal_leaves_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = models.load
+
+    def damaged(*args: Any, **kwargs: Any) -> Any:
+        model = load(*args, **kwargs)
+        model.get_output_embeddings().weight.data[:, 0] += 1.0
+        return model
+
+    monkeypatch.setattr(models, "load", damaged)
+    model = tiny("llama")
+    surgery.apply(model, cut(model, kind))
+    with pytest.raises(PrunelitError, match="does not read back equal"):
+        save(model, tmp_path / "m")
+    assert not list(tmp_path.iterdir())
+
+
+def test_old_folder_survives_a_failed_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old.txt").write_text("old")
+    model = tiny("llama")
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] = torch.nan
+    with pytest.raises(PrunelitError):
+        save(model, tmp_path / "m", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+    assert (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+def test_uniform_can_not_be_forced(tmp_path: Path) -> None:
+    model = tiny("llama")
+    surgery.apply(model, cut(model, "mixed"))
+    with pytest.raises(PrunelitError, match="'hetero'"):
+        save(model, tmp_path / "m", format="uniform")
+    assert not list(tmp_path.iterdir())
+
+
+def test_hetero_can_be_asked_for(tmp_path: Path) -> None:
+    model = tiny("llama")
+    surgery.apply(model, uniform(model))
+    assert save(model, tmp_path / "m", format="hetero") == "hetero"
+    assert_equal(models.load(tmp_path / "m"), model)
