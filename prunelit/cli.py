@@ -299,11 +299,14 @@ def condense(message: str) -> str:
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "unknown error"
-    for pattern in (r"is not accepted", r"unrecognized arguments", r"[Nn]o such|does not exist", r"Expected a"):
-        hits = [line for line in lines if re.search(pattern, line)]
-        if hits:
-            key = next((line for line in lines if line.startswith("Parser key") and line != hits[0]), "")
-            return " ".join(part for part in (key, hits[0]) if part)[:400]
+    where = next((line for line in lines if line.startswith("Parser key")), "")
+    for number, line in enumerate(lines[:-1]):
+        if "Problem with given class_path" in line:
+            return f"{where} {line.lstrip('- ')} {lines[number + 1]}".strip()[:400]
+    for pattern in ("is not accepted", "unrecognized arguments", "[Nn]o such|does not exist", "Expected a"):
+        hit = next((line for line in lines if re.search(pattern, line)), None)
+        if hit:
+            return (hit if hit == where else f"{where} {hit}").strip()[:400]
     return " ".join(lines)[:400]
 
 
@@ -317,8 +320,9 @@ def _speak_by_rule() -> None:
     log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0 else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.WARNING if name.startswith("lightning") else logging.ERROR)
-    # Lightning 2.6 on torch 2.13: a notice to Lightning's authors, not to our users.
-    warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
+    for notice in (r"`isinstance\(treespec, LeafSpec\)`", "`is_gradient_checkpointing`", "`gradient_checkpointing_enable`"):
+        warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
     shown = warnings.showwarning
 
     def one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:

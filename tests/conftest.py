@@ -12,7 +12,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_MODULES_CACHE"] = _MODULES
 
 import random  # noqa: E402
-from collections.abc import Iterator  # noqa: E402
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
@@ -23,16 +22,11 @@ hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True
 hypothesis.settings.load_profile("prunelit")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: longer than about five seconds")
-
-
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_MODULES, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
-def _seeds() -> Iterator[None]:
+def _seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
-    yield

@@ -1,6 +1,7 @@
 """One contract for every family and every kind of cut: cutting equals masking, and what is left is a whole model."""
 
 import copy
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from prunelit import architectures, surgery
 from prunelit.architectures import ARCHITECTURES, Architecture, register
 from prunelit.decoder import Decoder
-from prunelit.errors import DeclarationMismatch, UnknownArchitecture
+from prunelit.errors import BadPlan, DeclarationMismatch, UnknownArchitecture
 from prunelit.plan import LayerPlan, PruningPlan
 from tests.tiny import FAMILIES, KINDS, SLIDING, cut, keep, tiny, tokens
 
@@ -70,15 +71,16 @@ def test_cut_equals_masked(case: Case) -> None:
 
 
 def test_parameters_are_as_predicted(case: Case) -> None:
-    assert sum(p.numel() for p in case.cut.parameters()) == case.plan.predicted["parameters"]
-    assert sum(p.numel() for p in case.dense.parameters()) == case.plan.model.parameters > case.plan.predicted["parameters"]
+    dense, cut = (sum(p.numel() for p in model.parameters()) for model in (case.dense, case.cut))
+    assert dense == case.plan.model.parameters
+    assert cut == case.plan.predicted["parameters"] < dense
 
 
 def test_every_parameter_gets_a_finite_gradient(case: Case) -> None:
     case.cut.zero_grad()
     case.cut(input_ids=tokens(), labels=tokens()).loss.backward()
-    bad = [n for n, p in case.cut.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.isfinite().all())]
-    assert not bad
+    grads = {name: p.grad for name, p in case.cut.named_parameters() if p.requires_grad}
+    assert [name for name, grad in grads.items() if grad is None or not grad.isfinite().all()] == []
 
 
 def test_cache_changes_nothing(case: Case) -> None:
@@ -131,6 +133,17 @@ def test_removed_attention_leaves_sliding_windows_right(family: str, removed: tu
     assert_close(found, generated(masked, tokens(), use_cache=True))
 
 
+@pytest.mark.parametrize("family", ["llama", "falcon", "gpt2", "phi3", *SLIDING])
+def test_second_cut_takes_a_layer_out(family: str) -> None:
+    model = tiny(family)
+    surgery.apply(model, cut(model, "mixed"))
+    masked, plan = copy.deepcopy(model), cut(model, "layer")
+    surgery.mask(masked, plan)
+    surgery.apply(model, plan)
+    assert_close(logits(model, tokens()), logits(masked, tokens()))
+    assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_static_cache_without_the_first_attention(family: str) -> None:
     model = tiny(family)
@@ -155,6 +168,32 @@ def test_cut_keeps_dtype_mode_and_requires_grad(family: str, training: bool) -> 
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()}.items() <= expected.items()
     assert {name for name, module in model.named_modules() if module.training != training} == set()
+
+
+def test_plan_for_another_model_changes_nothing() -> None:
+    model, plan = tiny("llama"), cut(tiny("llama-mha"), "mixed")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(BadPlan, match="layer 0 has 9 query heads, 3 KV groups, 96 channels, expected 9, 9, 96"):
+        surgery.apply(model, plan)
+    after = model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_plan_for_other_weights_is_worth_a_warning() -> None:
+    model, plan = tiny("llama"), cut(tiny("llama"), "channel")
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight.neg_()
+    with pytest.warns(UserWarning, match="right for a fine-tuned copy"):
+        surgery.apply(model, plan)
+    assert [layer.shape.ffn_channels for layer in Decoder(model)] == [40, 48, 56]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "stablelm-qk_layernorm"])
+def test_cut_model_can_be_copied(family: str) -> None:
+    model = tiny(family)
+    surgery.apply(model, cut(model, "mixed"))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(again, tokens()), logits(model, tokens()))
 
 
 # Declarations ---------------------------------------------------------------------------------------------------------

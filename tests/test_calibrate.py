@@ -1,10 +1,14 @@
 """observe() hands over what plain forward hooks see, without the padding, and leaves no trace."""
 
+from functools import partial
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from prunelit import surgery
-from prunelit.calibrate import evaluating, observe, on_device
+from prunelit.calibrate import Sums, evaluating, observe, on_device
 from prunelit.decoder import Decoder
 from prunelit.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
@@ -22,7 +26,7 @@ POINTS = (
     "mlp_output",
     "layer_output",
 )
-# family: path of the layers, {point: (module in the layer, "in" or "out")}; neighbours of the hooked module where there are.
+# family: path of the layers, {point: (module in the layer, "in" or "out")}, not the module observe() hooks if possible.
 LLAMA = {
     "layer_input": ("input_layernorm", "in"),
     "attention_input": ("input_layernorm", "out"),
@@ -207,11 +211,14 @@ def test_only_the_points_asked_for_are_held():
     assert {point for _, point in found} == {"up", "heads"}
 
 
-def test_parallel_block_has_no_residual_between_attention_and_ffn():
-    found, _ = observed(tiny("gpt_neox"), batches_for(tiny("gpt_neox")))
-    assert {point for _, point in found} == set(POINTS) - (
-        {"residual"} if Decoder(tiny("gpt_neox")).layers[0].norm("mlp_norm") is None else set()
-    )
+def test_points_that_a_layer_lacks_are_left_out():
+    parallel, _ = observed(tiny("cohere"), batches_for(tiny("cohere")))
+    assert {point for _, point in parallel} == set(POINTS) - {"residual"}
+    model = tiny("llama")
+    surgery.apply(model, cut(model, "mlp"))
+    found, _ = observed(model, batches_for(model))
+    assert {point for index, point in found if index == 0} == {*POINTS[:4], "layer_output"}
+    assert {point for index, point in found if index == 1} == set(POINTS)
 
 
 def test_no_trace_is_left():
@@ -271,3 +278,42 @@ def test_on_device_stays_where_it_is():
     with on_device(model, torch.device("cpu")):
         assert model.lm_head.weight.data_ptr() == where
     assert model.lm_head.weight.data_ptr() == where
+
+
+def test_sums_are_kept_in_float64_and_divided_by_the_tokens():
+    layer = Decoder(tiny("llama")).layers[1]
+    sums = Sums(3)
+    for value in (1e8, 1.0, -1e8):
+        sums.add(layer, "x", torch.tensor([value, 2.0]))
+    first, second, _ = sums.means(2, torch.device("cpu"))
+    assert first == {} and second["x"].tolist() == [0.5, 3.0] and second["x"].dtype is torch.float64
+
+
+def add_channels(sums, layer, x):
+    sums.add(layer, "f", x["channels"].sum(0))
+
+
+def rank_means(rank, folder, runs):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    decoder, found = Decoder(tiny("llama")), []
+    for batches in runs:
+        sums = Sums(len(decoder.layers))
+        tokens = observe(decoder, batches, ["channels"], partial(add_channels, sums))
+        found.append((tokens, sums.means(tokens, decoder.device)))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_batches_and_agree_with_one(tmp_path):
+    """A rank without a batch of its own takes part too."""
+    model = tiny("llama")
+    first, second = batches_for(model)
+    runs = [[first, second, first], [second]]
+    mp.spawn(rank_means, (str(tmp_path), runs), nprocs=2)
+    for rank in (0, 1):
+        for batches, (tokens, means) in zip(runs, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            rows, expected = observed(model, batches, ["channels"])
+            assert tokens == expected
+            for index, mean in enumerate(means):
+                torch.testing.assert_close(mean["f"], rows[index, "channels"].double().mean(0), rtol=1e-5, atol=1e-8)

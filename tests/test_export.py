@@ -1,11 +1,11 @@
-"""What is saved loads again equal, in plain transformers and in prunelit; what can not be saved leaves nothing behind."""
+"""What is saved loads again equal, in plain transformers and in prunelit; what can not be saved leaves nothing."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,6 +18,12 @@ from prunelit.errors import OutputNotWritable, PrunelitError
 from prunelit.export import save
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
 from tests.tiny import FAMILIES, SLIDING, cut, keep, tiny, tokens
+
+
+class Saved(NamedTuple):
+    model: Any
+    plan: PruningPlan
+    folder: Path
 
 
 @torch.no_grad()
@@ -58,7 +64,9 @@ def shorter(model: Any) -> PruningPlan:
     """Fewer channels everywhere, and one whole layer gone."""
     first, second, third = Decoder(model).shape.layers
     channels = tuple(range(8, 72))
-    return plan_with(model, keep(first, channels=channels), keep(second, (), channels=()), keep(third, channels=channels))
+    return plan_with(
+        model, keep(first, channels=channels), keep(second, (), channels=()), keep(third, channels=channels)
+    )
 
 
 @pytest.fixture
@@ -85,19 +93,32 @@ def test_layers_alike_become_a_stock_class(family: str, tmp_path: Path) -> None:
     assert_equal(again, model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_layers_of_different_shape(family: str, tmp_path: Path) -> None:
-    model = tiny(family)
+@pytest.fixture(scope="module", params=FAMILIES)
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """A model of every family whose layers differ in everything, and its folder."""
+    model = tiny(request.param)
     plan = cut(model, "mixed")
     surgery.apply(model, plan)
-    assert save(model, tmp_path / "m", plan=plan) == "hetero"
-    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=True), model)
-    ours = models.load(tmp_path / "m")
-    assert_equal(ours, model)
-    assert [layer.shape for layer in Decoder(ours)] == [layer.shape for layer in Decoder(model)]
-    assert PruningPlan.load(tmp_path / "m" / "plan.json") == plan
-    assert save(ours, tmp_path / "again", plan=plan) == "hetero"
-    assert files(tmp_path / "again") == files(tmp_path / "m")
+    folder = tmp_path_factory.mktemp("saved") / request.param
+    assert save(model, folder, plan=plan) == "hetero"
+    return Saved(model, plan, folder)
+
+
+def test_plain_transformers_loads_layers_of_different_shape(saved: Saved) -> None:
+    assert_equal(AutoModelForCausalLM.from_pretrained(saved.folder, trust_remote_code=True), saved.model)
+
+
+def test_prunelit_loads_layers_of_different_shape(saved: Saved) -> None:
+    ours = models.load(saved.folder)
+    torch.testing.assert_close(logits(ours), logits(saved.model), rtol=0, atol=0)
+    assert [layer.shape for layer in Decoder(ours)] == [layer.shape for layer in Decoder(saved.model)]
+    assert PruningPlan.load(saved.folder / "plan.json") == saved.plan
+
+
+@pytest.mark.slow
+def test_saving_again_writes_the_same_files(saved: Saved, tmp_path: Path) -> None:
+    save(models.load(saved.folder), tmp_path / "again", plan=saved.plan)
+    assert files(tmp_path / "again") == files(saved.folder)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "smollm3"])
@@ -215,7 +236,7 @@ assert [name for name in sys.modules if name.startswith("prunelit")] == ["prunel
 @pytest.mark.slow
 def test_folder_loads_where_prunelit_is_not_installed(hetero_folder: Path, tmp_path: Path) -> None:
     torch.save(tokens(), tmp_path / "ids.pt")
-    command = [sys.executable, "-I", "-c", _PLAIN, str(hetero_folder), str(tmp_path / "ids.pt"), str(tmp_path / "out.pt")]
+    command = [sys.executable, "-I", "-c", _PLAIN, *map(str, (hetero_folder, tmp_path / "ids.pt", tmp_path / "out.pt"))]
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -262,6 +283,21 @@ def test_overwrite_replaces_the_folder(tmp_path: Path) -> None:
 def test_empty_folder_is_used(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     assert save(tiny("llama"), tmp_path / "m") == "uniform"
+
+
+def test_the_current_folder_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    assert save(tiny("llama"), ".") == "uniform"
+    assert (tmp_path / "m" / "config.json").is_file()
+
+
+def test_link_to_a_folder_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk" / "m").mkdir(parents=True)
+    (tmp_path / "m").symlink_to(tmp_path / "disk" / "m")
+    save(tiny("llama"), tmp_path / "m")
+    assert (tmp_path / "disk" / "m" / "config.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "m"]
 
 
 def test_file_in_the_way_is_refused(tmp_path: Path) -> None:

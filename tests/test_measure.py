@@ -135,7 +135,10 @@ def test_protocol_says_what_makes_two_numbers_comparable():
 
 
 def test_table_is_aligned():
-    rows = {"dense": {"parameters": 1234567, "perplexity": 12.3456}, "cut": {"parameters": 900, "tokens_per_second": 7.0}}
+    rows = {
+        "dense": {"parameters": 1234567, "perplexity": 12.3456},
+        "cut": {"parameters": 900, "tokens_per_second": 7.0},
+    }
     assert table(rows).splitlines() == [
         "       parameters  perplexity  tokens per second",
         "------------------------------------------------",

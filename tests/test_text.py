@@ -72,7 +72,7 @@ def one_line(error):
     return "\n" not in str(error.value) and len(str(error.value)) > 20
 
 
-# Reading -----------------------------------------------------------------------------------------------------------------
+# Reading -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("column", ["text", "sentence"])
@@ -110,7 +110,7 @@ def test_builtin_text_is_there_on_every_machine():
     assert len(text.windows(text.BUILTIN, tiny_tokenizer(), 64, 16, seed=0)) == 16
 
 
-# Windows -----------------------------------------------------------------------------------------------------------------
+# Windows -------------------------------------------------------------------------------------------------------------
 
 
 def test_windows_are_the_text_without_overlap_and_without_the_remainder(tmp_path):
@@ -131,7 +131,10 @@ def test_special_tokens_are_added_once(tmp_path):
 
 def test_first_windows_without_a_seed(tmp_path):
     source, tokenizer = write(tmp_path / "a.txt", "abcdefghijklmnop"), tiny_tokenizer()
-    assert [tokenizer.decode(row) for row in text.windows(source, tokenizer, 4, 2, seed=None).tolist()] == ["abcd", "efgh"]
+    assert [tokenizer.decode(row) for row in text.windows(source, tokenizer, 4, 2, seed=None).tolist()] == [
+        "abcd",
+        "efgh",
+    ]
 
 
 def test_a_seed_draws_distinct_windows_in_text_order(tmp_path):
@@ -179,11 +182,11 @@ def test_fingerprint_tells_texts_apart():
     assert text.fingerprint(ids) == text.fingerprint(ids.clone()) != text.fingerprint(ids + 1)
 
 
-# Errors ------------------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "source, hint",
+    ("source", "hint"),
     [
         ("/no/such/file.txt", "no such file"),
         ("no_such_file.jsonl", "no such file"),
@@ -206,7 +209,7 @@ def test_a_folder_or_another_ending_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, content",
+    ("name", "content"),
     [
         ("broken.json", '{"text": "a'),
         ("broken.jsonl", '{"text": "a"}\n{oops\n'),
@@ -235,7 +238,9 @@ def test_a_file_without_a_text_column_says_which_it_has(tmp_path):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("name, content", [("a.txt", " \n "), ("a.txt", ""), ("a.jsonl", '{"text": ""}\n{"text": null}')])
+@pytest.mark.parametrize(
+    ("name", "content"), [("a.txt", " \n "), ("a.txt", ""), ("a.jsonl", '{"text": ""}\n{"text": null}')]
+)
 def test_empty_rows_are_not_enough(tmp_path, name, content):
     with pytest.raises(NotEnoughText, match="empty rows") as error:
         text.read(write(tmp_path / name, content))

@@ -26,7 +26,7 @@ _SLIDING = {"layer_types": ["sliding_attention", "full_attention", "sliding_atte
 
 
 class Row(NamedTuple):
-    """A model to build: its `model_type`, config values beside the usual sizes, and the kinds of cut it does not have."""
+    """A model to build: its `model_type`, config values beside the usual sizes, and the kinds of cut it lacks."""
 
     model_type: str
     config: Mapping[str, Any] = {}

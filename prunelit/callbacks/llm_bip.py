@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from prunelit.calibrate import Batch, Point, Sums, observe
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder, Layer, weight_out_in
+from prunelit.errors import BadOption
 from prunelit.rank import LayerScores
 
 _POINTS: tuple[Point, ...] = ("heads", "attention_output", "residual", "up", "gate", "channels", "mlp_output")
@@ -45,6 +46,8 @@ class LLMBIP(PruningCallback):
         **kwargs: Any,
     ):
         super().__init__(ratio, **kwargs)
+        if form not in ("mean_field", "exact"):
+            raise BadOption(f"form: expected mean_field or exact, got {form!r}")
         self.form, self.propagate_ffn = form, propagate_ffn
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:

@@ -61,7 +61,7 @@ def test_the_model_is_left_as_it_was_found(name, family):
     assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
 
 
-@pytest.mark.parametrize("family, scope", [(f, "layer") for f in FAMILIES] + [(f, "global") for f in DIVERSE])
+@pytest.mark.parametrize(("family", "scope"), [(f, "layer") for f in FAMILIES] + [(f, "global") for f in DIVERSE])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     model = tiny(family)

@@ -1,4 +1,4 @@
-"""LLM-BIP's scores bound, or equal, what a removal does to a block's output, and follow the equations of methods.md 1.2."""
+"""LLM-BIP's scores bound, or equal, what a removal does to a block's output, and follow the equations of the method."""
 
 import pytest
 import torch
@@ -77,10 +77,12 @@ def change_without(model, linear, columns, module, batches, side="output"):
     return l1(after - before)
 
 
-# Acceptance tests of methods.md, section 6 ------------------------------------------------------------------------------
+# Acceptance tests of methods.md, section 6 ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family, padded", [(f, True) for f in PLAIN_RESIDUAL] + [("llama", False), ("gpt2", False)])
+@pytest.mark.parametrize(
+    ("family", "padded"), [(f, True) for f in PLAIN_RESIDUAL] + [("llama", False), ("gpt2", False)]
+)
 def test_channel_score_is_the_change_of_the_block_output(family, padded):
     model = tiny(family)
     batches = batches_for(model, padded=padded)
@@ -146,7 +148,7 @@ def test_kv_group_is_cut_by_the_sum_of_its_heads():
         assert list(kept.kv_groups) == sorted(best)
 
 
-# Against a second implementation -----------------------------------------------------------------------------------------
+# Against a second implementation -------------------------------------------------------------------------------------
 
 
 def channel_scores_token_by_token(model, ids, form):
@@ -202,7 +204,7 @@ def test_the_two_forms_differ_on_a_gated_ffn_and_agree_on_a_plain_one():
         assert torch.allclose(mean, exact, rtol=1e-5, atol=0) is not differ
 
 
-# Families ----------------------------------------------------------------------------------------------------------------
+# Families ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("form", ["mean_field", "exact"])
@@ -222,15 +224,14 @@ def test_post_norm_channel_score_is_exact_with_frozen_norm_statistics(family):
     batches = batches_for(model, padded=True)
     layer = Decoder(model).layers[1]
     norm = layer.norm("mlp_post_norm")
-    with torch.no_grad():
-        layer.down.weight.mul_(10)  # so that the norm's epsilon does not matter
     f, output = rows_at(model, layer.down, batches, "input"), rows_at(model, layer.down, batches)
     gain = norm.weight.detach().double() + layer.architecture.norm_offset
-    frozen = gain / output.square().mean(-1, keepdim=True).sqrt()
+    epsilon = getattr(norm, "variance_epsilon", None) or norm.eps
+    frozen = gain / (output.square().mean(-1, keepdim=True) + epsilon).sqrt()
     scores = scored(model, batches)[1].channels
     for channel in (0, 7, layer.shape.ffn_channels - 1):
         change = f[:, channel, None] * layer.down.weight.detach()[:, channel].double()
-        assert scores[channel].item() == pytest.approx(l1(change * frozen), rel=1e-3)
+        assert scores[channel].item() == pytest.approx(l1(change * frozen), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -250,7 +251,7 @@ def test_residual_scale_scales_the_direct_term():
     torch.testing.assert_close(second, first * 0.25, rtol=1e-5, atol=0)  # the first layer's input is the same
 
 
-@pytest.mark.parametrize("kind, lost, left", [("attention", "heads", "channels"), ("mlp", "channels", "heads")])
+@pytest.mark.parametrize(("kind", "lost", "left"), [("attention", "heads", "channels"), ("mlp", "channels", "heads")])
 def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
@@ -259,12 +260,11 @@ def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     assert all(getattr(score, left) is not None for score in scores)
 
 
-
-# Numerics ----------------------------------------------------------------------------------------------------------------
+# Numerics ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "activation, slope",
+    ("activation", "slope"),
     [(nn.ReLU(), 1.0), (nn.SiLU(), 1.0998), (nn.GELU(), 1.1289), (nn.GELU(approximate="tanh"), 1.1290)],
 )
 def test_lipschitz_constants(activation, slope):

@@ -59,7 +59,7 @@ def test_no_text_is_needed():
     assert not Magnitude.needs_calibration
 
 
-@pytest.mark.parametrize("kind, lost, left", [("attention", "heads", "channels"), ("mlp", "channels", "heads")])
+@pytest.mark.parametrize(("kind", "lost", "left"), [("attention", "heads", "channels"), ("mlp", "channels", "heads")])
 def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))

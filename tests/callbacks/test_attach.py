@@ -1,0 +1,206 @@
+"""A pruning callback on a Lightning job that knows nothing of prunelit: cut once, before anything is built on shapes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from prunelit.callbacks import LLMBIP, Magnitude
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption, BadPlan, NoCalibration, NoModel
+from prunelit.plan import PruningPlan
+from tests.foreign_job import ForeignData, ForeignModule, sequences
+
+ROOT = Path(__file__).parents[2]
+
+
+def trainer(folder: Path, *callbacks: Any, steps: int = 4, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**(defaults | options), callbacks=list(callbacks))
+
+
+def bip(**options: Any) -> LLMBIP:
+    return LLMBIP(**({"ratio": 0.3, "align": 8, "windows": 8} | options))
+
+
+def widths(module: ForeignModule) -> list[tuple[int, int]]:
+    return [(layer.shape.kv_groups, layer.shape.ffn_channels) for layer in Decoder(module.network)]
+
+
+def test_the_job_trains_a_smaller_model(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    dense = sum(p.numel() for p in module.network.parameters())
+    run = trainer(tmp_path, callback)
+    run.fit(module, datamodule=ForeignData())
+    assert callback.plan_made is not None
+    assert sum(p.numel() for p in module.network.parameters()) == callback.plan_made.predicted["parameters"] < dense
+    in_optimizer = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in module.network.parameters()}
+    record = callback.plan_made.calibration
+    assert record["source"] == ["train dataloader"]
+    assert record["windows"] == 8
+    assert record["tokens"] < 8 * 16, "padding was counted"
+
+
+def test_a_loader_passed_to_fit_is_enough(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    trainer(tmp_path, callback).fit(module, train_dataloaders=DataLoader(sequences(), batch_size=4))
+    assert callback.plan_made is not None
+
+
+def test_setup_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    class Spy(ForeignModule):
+        def setup(self, stage: str) -> None:
+            self.state = torch.get_rng_state()
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    module = Spy()
+    torch.set_rng_state(before)
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
+    assert torch.equal(module.state, before)
+
+
+def test_one_model_is_cut_once(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
+    once = widths(module)
+    trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())  # a notebook cell run again
+    trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
+    assert widths(module) == once
+
+
+def test_validation_alone_cuts_nothing(tmp_path: Path) -> None:
+    module = ForeignModule()
+    trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
+    assert widths(module) == [(2, 64)] * 3
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_fresh_dense_model_resumes_into_the_cut_shapes(tmp_path: Path, scope: str) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = bip(scope=scope)
+    trainer(tmp_path, first, checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    assert (tmp_path / "ckpt" / "plan.llm_bip.json").is_file()
+
+    again, module = bip(scope=scope), ForeignModule()
+    again.score = None  # type: ignore[method-assign,assignment]  # scoring again would fail
+    run = trainer(tmp_path, again, steps=6)
+    run.fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+    assert again.plan_made == first.plan_made
+    assert run.global_step == 6
+
+
+def test_a_plan_is_replayed_without_scoring(tmp_path: Path) -> None:
+    first = bip()
+    trainer(tmp_path, first).fit(ForeignModule(), datamodule=ForeignData())
+    assert first.plan_made is not None
+    first.plan_made.save(tmp_path / "plan.json")
+    again = bip(plan_file=str(tmp_path / "plan.json"))
+    again.score = None  # type: ignore[method-assign,assignment]
+    trainer(tmp_path, again).fit(ForeignModule(), datamodule=ForeignData())
+    assert again.plan_made is not None
+    assert again.plan_made.layers == first.plan_made.layers
+
+
+def test_resuming_with_another_plan_is_refused(tmp_path: Path) -> None:
+    callback = Magnitude(ratio=0.3, align=8)
+    trainer(tmp_path, callback).fit(ForeignModule(), datamodule=ForeignData())
+    other = bip(scope="global")
+    trainer(tmp_path, other).fit(ForeignModule(), datamodule=ForeignData())
+    with pytest.raises(BadPlan, match="resume with the configuration of that run"):
+        callback.load_state_dict(other.state_dict())
+
+
+def test_a_model_that_does_not_exist_yet_is_an_error_not_a_skip(tmp_path: Path) -> None:
+    with pytest.raises(NoModel, match="build it in __init__"):
+        trainer(tmp_path, bip()).fit(ForeignModule(late=True), datamodule=ForeignData())
+
+
+def test_no_calibration_text_names_the_three_ways(tmp_path: Path) -> None:
+    class Tuples(ForeignModule):
+        def train_dataloader(self) -> Any:
+            return [(torch.zeros(2, 4), torch.zeros(2))]
+
+    with pytest.raises(NoCalibration, match=r"calibration=.*calibration_dataloader\(\).*input_ids"):
+        trainer(tmp_path, bip()).fit(Tuples())
+
+
+def test_a_datamodules_calibration_loader_comes_first(tmp_path: Path) -> None:
+    class WithCalibration(ForeignData):
+        def calibration_dataloader(self) -> Any:
+            return DataLoader(sequences(6), batch_size=3)  # type: ignore[arg-type]
+
+    callback = bip()
+    trainer(tmp_path, callback).fit(ForeignModule(), datamodule=WithCalibration())
+    assert callback.plan_made is not None
+    assert callback.plan_made.calibration["source"] == ["calibration_dataloader()"]
+    assert callback.plan_made.calibration["windows"] == 6
+
+
+def test_spawned_processes_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, strategy="ddp_spawn", devices=2)
+    with pytest.raises(BadOption, match="use strategy='ddp'"):
+        bip().setup(run, ForeignModule(), "fit")
+
+
+def test_two_methods_on_one_job_both_cut(tmp_path: Path) -> None:
+    module = ForeignModule()
+    first, second = bip(ratio=0.1), Magnitude(ratio=0.1, align=8)
+    trainer(tmp_path, first, second).fit(module, datamodule=ForeignData())
+    assert first.plan_made is not None
+    assert second.plan_made is not None
+    assert second.plan_made.predicted["parameters"] < first.plan_made.predicted["parameters"]
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.foreign_job", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def cli_job(folder: Path, devices: int) -> PruningPlan:
+    """The foreign job on the command line with the method's YAML as a second --config; the plan it left."""
+    folder.mkdir()
+    (folder / "job.yaml").write_text(
+        f"seed_everything: 0\n"
+        f"trainer: {{max_steps: 2, accelerator: cpu, devices: {devices}, strategy: {'ddp' if devices > 1 else 'auto'}, "
+        f"default_root_dir: {folder}, enable_progress_bar: false, logger: false}}\n"
+    )
+    small = (ROOT / "callbacks" / "llm_bip.yaml").read_text().replace("align: 64", "align: 8")
+    (folder / "llm_bip.yaml").write_text(small)
+    done = command("fit", "--config", f"{folder}/job.yaml", "--config", f"{folder}/llm_bip.yaml")
+    assert done.returncode == 0, done.stderr
+    plans = list(folder.rglob("plan.llm_bip.json"))
+    assert len(plans) == 1
+    return PruningPlan.load(plans[0])
+
+
+@pytest.mark.slow
+def test_a_cli_job_takes_the_yaml_and_two_ranks_make_the_plan_of_one(tmp_path: Path) -> None:
+    alone, together = cli_job(tmp_path / "one", 1), cli_job(tmp_path / "two", 2)
+    assert alone.predicted["ratio_of_block_parameters"] >= 0.2
+    assert together == alone

@@ -1,0 +1,324 @@
+"""The command line: the short forms, every YAML on disk, and one clear line with exit code 2 for bad input."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from prunelit.__main__ import COMMANDS, main
+from prunelit.callbacks import methods
+from tests.tiny import tiny, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{n * 7 % 101}" for n in range(3000)))
+    return str(path)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command run in this process."""
+    capsys.readouterr()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prunelit", *arguments])  # Lightning reads it, as from a shell
+        return _run(capsys, arguments)
+
+
+def _run(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> tuple[int, str, str]:
+    try:
+        code = main(list(arguments))
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def small(source: str, words: str, out: Path, *more: str) -> list[str]:
+    sizes = ["--text", words, "--windows", "8", "--seqlen", "16", "--align", "8"]
+    return ["prune", "--model", source, "--ratio", "0.3", *sizes, "--out", str(out), *more]
+
+
+@pytest.mark.parametrize("method", sorted(methods()))
+def test_prune_then_evaluate(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "out"
+    code, text, err = call(capsys, *small(source, words, out, "--method", method))
+    assert code == 0, err
+    assert "removed" in text
+    report = json.loads((out / "report.json").read_text())
+    assert report["pruned"]["ratio_of_block_parameters"] >= 0.3
+    assert report["pruned"]["parameters"] < report["dense"]["parameters"]
+    assert (out / "plan.json").is_file()
+    target = tmp_path / "e.json"
+    code, text, err = call(
+        capsys, "evaluate", "--model", str(out), "--text", words, "--seqlen", "16", "--windows", "4", "--json", str(target)
+    )
+    assert code == 0, err
+    assert json.loads(text) == json.loads(target.read_text())
+    assert {"perplexity", "tokens", "protocol"} <= set(json.loads(text))
+    assert json.loads(text)["tokens"] == 4 * 15
+
+
+def test_the_same_seed_gives_the_same_model(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    for name in ("a", "b"):
+        assert call(capsys, *small(source, words, tmp_path / name, "--seed", "3"))[0] == 0
+    assert (tmp_path / "a/plan.json").read_text() == (tmp_path / "b/plan.json").read_text()
+
+
+def test_global_scope_prunes_to_a_folder_that_loads(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    import prunelit
+
+    assert call(capsys, *small(source, words, tmp_path / "out", "--scope", "global", "--unit", "query_head"))[0] == 0
+    model = prunelit.load(tmp_path / "out")
+    assert torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+def test_a_plan_is_replayed(capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path) -> None:
+    assert call(capsys, *small(source, words, tmp_path / "a"))[0] == 0
+    plan = str(tmp_path / "a" / "plan.json")
+    assert call(capsys, *small(source, words, tmp_path / "b", "--plan_file", plan))[0] == 0
+    assert (tmp_path / "b/plan.json").read_text() == (tmp_path / "a/plan.json").read_text()
+
+
+def test_options_from_a_config_file_and_overrides(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    code, text, _ = call(capsys, *small(source, words, tmp_path / "out", "--method", "magnitude"), "--print_config")
+    assert code == 0
+    config = yaml.safe_load(text)
+    assert config["method"] == "magnitude"
+    assert config["ratio"] == 0.3
+    (tmp_path / "c.yaml").write_text(text)
+    code, text, err = call(capsys, "prune", "--config", str(tmp_path / "c.yaml"), "--ratio", "0.2")
+    assert code == 0, err
+    plan = json.loads((tmp_path / "out/plan.json").read_text())
+    assert (plan["method"], plan["options"]["ratio"]) == ("magnitude", 0.2)
+
+
+# Bad input -------------------------------------------------------------------------------------------------------
+
+
+def refused(result: tuple[int, str, str], *wanted: str) -> None:
+    code, _, err = result
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert code == 2, err
+    assert len(lines) == 1, err
+    assert lines[0].startswith("prunelit: error: ")
+    assert all(word in lines[0] for word in wanted), lines[0]
+
+
+@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.2", "nan", "lots"])
+def test_ratio_out_of_range(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, ratio: str
+) -> None:
+    refused(call(capsys, *small(source, words, tmp_path / "out", f"--ratio={ratio}")), "ratio", ratio)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "wanted"),
+    [
+        (["--model", "./nowhere"], ["model './nowhere'", "no such"]),
+        (["--model", "org/name-that-is-nowhere"], ["org/name-that-is-nowhere", "hf download"]),
+        (["--text", "nowhere.parquet"], ["nowhere.parquet", "no such file"]),
+        (["--text", "builtin:poems"], ["builtin:python-docs"]),
+        (["--method", "llm_bop"], ["did you mean 'llm_bip'"]),
+        (["--method", "no.such.Method"], ["can not be imported"]),
+        (["--ratoi", "0.2"], ["--ratoi"]),
+        (["--scope", "galaxy"], ["scope", "galaxy"]),
+        (["--align", "0"], ["align"]),
+        (["--protect", "[99]"], ["protect", "99"]),
+        (["--seqlen", "100000"], ["at least one window of 100000 tokens"]),
+        (["--ratio", "0.99"], ["ratio 0.99", "at most"]),
+        (["--plan_file", "nowhere.json"], ["plan 'nowhere.json'"]),
+        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
+        (["--device", "toaster"], ["toaster"]),
+        (["--dtype", "float4"], ["dtype", "float4"]),
+    ],
+)
+def test_one_line_and_code_2(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, more: list[str], wanted: list[str]
+) -> None:
+    refused(call(capsys, *small(source, words, tmp_path / "out", *more)), *wanted)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_architecture(capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path) -> None:
+    from transformers import MptConfig, MptForCausalLM
+
+    folder = tmp_path / "odd"
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tiny_tokenizer()), max_seq_len=32)
+    MptForCausalLM(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    refused(call(capsys, *small(str(folder), words, tmp_path / "out")), "'mpt'", "prunelit/architectures.py")
+
+
+def test_nan_weights(capsys: pytest.CaptureFixture[str], words: str, tmp_path: Path) -> None:
+    model = tiny("llama", vocab_size=len(tiny_tokenizer()))
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    tiny_tokenizer().save_pretrained(tmp_path / "nan")
+    refused(call(capsys, *small(str(tmp_path / "nan"), words, tmp_path / "out")), "layers.1.mlp.up_proj.weight", "NaN")
+    assert not (tmp_path / "out").exists()
+    refused(
+        call(capsys, "evaluate", "--model", str(tmp_path / "nan"), "--text", words, "--seqlen", "16"), "up_proj", "NaN"
+    )
+
+
+def test_a_plan_for_another_model(capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path) -> None:
+    assert call(capsys, *small(source, words, tmp_path / "a"))[0] == 0
+    tiny("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=2).save_pretrained(tmp_path / "other")
+    tiny_tokenizer().save_pretrained(tmp_path / "other")
+    arguments = small(str(tmp_path / "other"), words, tmp_path / "b", "--plan_file", str(tmp_path / "a/plan.json"))
+    refused(call(capsys, *arguments), "made for 3 layers", "2")
+
+
+def test_an_output_that_can_not_be_written(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(call(capsys, *small(source, words, tmp_path / "file")), "expected a folder, got a file")
+    refused(call(capsys, *small(source, words, tmp_path / "file" / "below")), "can not be written")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("x")
+    refused(call(capsys, *small(source, words, tmp_path / "full")), "--overwrite")
+    assert (tmp_path / "full" / "thesis.txt").read_text() == "x"
+
+
+def test_unwritable_outputs_are_found_before_the_model_is_loaded(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from prunelit import models
+
+    monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("x")
+    refused(call(capsys, *small(source, words, tmp_path / "file")), "file")
+    refused(call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path)), "json")
+
+
+@pytest.mark.parametrize(
+    ("edit", "wanted"),
+    [
+        ("model: [", ["config"]),
+        ("modle: {model: x}", ["modle"]),
+        ("model: {model: ./nowhere}", ["./nowhere"]),
+        ("trainer: {max_stepz: 3}", ["max_stepz"]),
+        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBOP}]}", ["LLMBOP"]),
+        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBIP, init_args: {ratio: 2.0}}]}", ["ratio", "2.0"]),
+        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBIP, init_args: {ratoi: 0.2}}]}", ["ratoi"]),
+        ("data: {train: nowhere.txt}", ["nowhere.txt"]),
+    ],
+)
+def test_fit_with_a_bad_config(
+    capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path, edit: str, wanted: list[str]
+) -> None:
+    base = {"model": {"model": source}, "trainer": {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu"}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
+    (tmp_path / "edit.yaml").write_text(edit)
+    result = call(capsys, "fit", "--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "edit.yaml"))
+    refused(result, *wanted)
+
+
+# Every YAML on disk, and the light front -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_parses(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    code, text, err = call(capsys, "fit", "--config", str(path), "--print_config")
+    assert code == 0, err
+    assert yaml.safe_load(text)["model"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_callback_stacks_on_a_run(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    whole = str(ROOT / "configs" / "quickstart.yaml")
+    code, text, err = call(capsys, "fit", "--config", whole, "--config", str(path), "--print_config")
+    assert code == 0, err
+    classes = [callback["class_path"] for callback in yaml.safe_load(text)["trainer"]["callbacks"]]
+    assert classes[-1] == yaml.safe_load(path.read_text())["trainer"]["callbacks+"][0]["class_path"]
+
+
+def test_the_front_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from prunelit.__main__ import main; main(['--help']); main(['methods']); main(['methods', 'llm_bip']);"
+        "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules); sys.exit(bool(heavy))"
+    )
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert time.perf_counter() - start < 5  # well under one second; a busy machine is given room
+    assert all(command in done.stdout for command in COMMANDS)
+    assert all(method in done.stdout for method in methods())
+
+
+def test_unknown_commands_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    refused(call(capsys, "prun"), "did you mean 'prune'")
+    refused(call(capsys, "methods", "llm_bop"), "did you mean 'llm_bip'")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 2])
+def test_fit_from_the_shell(source: str, words: str, tmp_path: Path, devices: int) -> None:
+    """A whole run in its own process, on one rank and on two, with one plan and equal measurements."""
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = {
+        "model.model": source,
+        "data.train": words,
+        "data.seqlen": 16,
+        "data.calibration_windows": 8,
+        "data.validation_windows": 8,
+        "trainer.default_root_dir": tmp_path / "run",
+        "trainer.devices": devices,
+        "trainer.accelerator": "cpu",
+        "trainer.strategy": "ddp" if devices > 1 else "auto",
+        "trainer.max_steps": 4,
+        "trainer.val_check_interval": 2,
+        "trainer.logger": "false",
+        "trainer.enable_progress_bar": "false",
+    }
+    small_cut = (ROOT / "callbacks" / "llm_bip.yaml").read_text().replace("align: 64", "align: 8")
+    (tmp_path / "cut.yaml").write_text(small_cut)
+    done = subprocess.run(
+        [sys.executable, "-m", "prunelit", "fit", "--config", str(tmp_path / "cut.yaml")]
+        + [f"--{name}={value}" for name, value in arguments.items()],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "recovered" in done.stdout
+    run = tmp_path / "run"
+    assert {"model", "plan.json", "report.json", "config.yaml"} <= {path.name for path in run.iterdir()}
+    report = json.loads((run / "report.json").read_text())
+    assert report["protocol"]["tokens"] == 8 * 15
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    assert sum(p.numel() for p in model.parameters()) == report["recovered"]["parameters"]
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == source

@@ -1,0 +1,173 @@
+"""RecoveryModule: trains adapters on the cut model; a resumed run ends in the weights of an uninterrupted one."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prunelit import measure, models
+from prunelit.callbacks import LLMBIP
+from prunelit.data import TextDataModule
+from prunelit.errors import BadOption, BadPlan, SourceNotFound
+from prunelit.plan import PruningPlan
+from prunelit.recovery import RecoveryModule
+from prunelit.report.run import RunReport
+from tests.tiny import tiny, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def run(source: str, folder: Path, steps: int, resume: str | None = None, every: int = 3, **options: Any) -> Any:
+    seed_everything(7)
+    module = RecoveryModule(source, **({"lora_rank": 4, "lora_dropout": 0.2, "learning_rate": 1e-2} | options))
+    data = TextDataModule(
+        source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9, seed=1
+    )
+    pruner = LLMBIP(0.3, align=8)
+    keep = ModelCheckpoint(folder / "ckpt", filename="{step}", every_n_train_steps=every, save_top_k=-1)
+    # The schedule must not depend on where the run stops, so every run has the same max_steps and may stop early.
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=8,
+        limit_val_batches=1,
+        val_check_interval=2,
+        callbacks=[pruner, keep, *([_StopAfter(steps)] if steps < 8 else [])],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
+    return module, trainer, pruner
+
+
+class _StopAfter(ModelCheckpoint):
+    """Stops the run as a kill would, after a number of steps (a checkpoint callback only to come last)."""
+
+    def __init__(self, steps: int):
+        super().__init__(save_top_k=0)
+        self.steps = steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_rank": 0}], ids=["lora", "full"])
+def test_resumed_from_the_middle_ends_in_the_same_weights(source: str, tmp_path: Path, options: Any) -> None:
+    straight, *_ = run(source, tmp_path / "straight", 8, **options)
+    run(source, tmp_path / "cut", 3, **options)
+    resumed, trainer, _ = run(source, tmp_path / "cut", 8, str(tmp_path / "cut/ckpt/step=3.ckpt"), **options)
+    assert trainer.global_step == 8
+    expected, found = straight.model.state_dict(), resumed.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_the_first_checkpoint_differs_from_the_end(source: str, tmp_path: Path) -> None:
+    """Guards the test above: steps after the checkpoint do change the weights."""
+    early, *_ = run(source, tmp_path / "a", 3)
+    late, *_ = run(source, tmp_path / "b", 8)
+    assert any(not torch.equal(late.model.state_dict()[k], v) for k, v in early.model.state_dict().items())
+
+
+def test_a_checkpoint_holds_plan_and_adapters_only(source: str, tmp_path: Path) -> None:
+    module, _, pruner = run(source, tmp_path, 3)
+    saved = torch.load(tmp_path / "ckpt/step=3.ckpt", weights_only=False)
+    assert all(".lora_" in name for name in saved["state_dict"])
+    state = next(value for name, value in saved["callbacks"].items() if "LLMBIP" in name)
+    assert PruningPlan.from_json(state["plan"]) == pruner.plan_made
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert set(saved["state_dict"]) == trained
+
+
+def test_a_checkpoint_of_another_rank_is_refused(source: str, tmp_path: Path) -> None:
+    run(source, tmp_path, 3)
+    with pytest.raises(BadPlan, match="another model, plan or lora_rank"):
+        run(source, tmp_path, 8, str(tmp_path / "ckpt/step=3.ckpt"), lora_rank=2)
+
+
+def test_training_lowers_the_loss_and_the_merged_model_keeps_it(source: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(source, tmp_path, 8, lora_dropout=0.0)
+    windows = trainer.datamodule.train
+    with module.model.disable_adapter():
+        cut = measure.perplexity(module.model, windows)["perplexity"]
+    trained = measure.perplexity(module.model, windows)["perplexity"]
+    merged = measure.perplexity(module.merged_model(), windows)["perplexity"]
+    assert trained < cut
+    assert merged == pytest.approx(trained, rel=1e-4)
+    assert not any("lora" in name for name, _ in module.model.named_modules())
+
+
+def test_validation_perplexity_is_that_of_measure(source: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(source, tmp_path, 8)
+    data = trainer.datamodule
+    evaluator = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False)
+    found = evaluator.validate(module, datamodule=data, verbose=False)[0]["val_perplexity"]
+    assert found == pytest.approx(measure.perplexity(module.model, data.validation)["perplexity"], rel=1e-3)
+
+
+def test_gradient_checkpointing_changes_no_weight(source: str, tmp_path: Path) -> None:
+    plain, *_ = run(source, tmp_path / "plain", 4, lora_dropout=0.0)
+    frugal, *_ = run(source, tmp_path / "frugal", 4, lora_dropout=0.0, gradient_checkpointing=True)
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(frugal.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"lora_rank": -1}, BadOption),
+        ({"lora_dropout": 1.0}, BadOption),
+        ({"warmup": 1.5}, BadOption),
+        ({"learning_rate": -1.0}, BadOption),
+        ({"model": "./nowhere"}, SourceNotFound),
+    ],
+)
+def test_bad_options_before_the_model_is_loaded(
+    source: str, options: dict[str, Any], error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
+    with pytest.raises(error):
+        RecoveryModule(**({"model": source} | options))
+
+
+def test_the_report_of_a_whole_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import json
+
+    from transformers import AutoModelForCausalLM
+
+    seed_everything(7)
+    module = RecoveryModule(source, lora_rank=4, learning_rate=1e-2)
+    data = TextDataModule(source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9)
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        accelerator="cpu",
+        max_steps=4,
+        callbacks=[RunReport(), LLMBIP(0.3, align=8)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, datamodule=data)
+    report = json.loads((tmp_path / "report.json").read_text())
+    names = {"perplexity", "parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token"}
+    assert all(names <= set(report[row]) for row in ("dense", "pruned", "recovered"))
+    assert {"protocol", "seconds", "peak_memory_mib", "versions", "seed"} <= set(report)
+    assert report["recovered"]["perplexity"] < report["pruned"]["perplexity"]
+    assert report["pruned"]["parameters"] == report["recovered"]["parameters"] < report["dense"]["parameters"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again = measure.perplexity(saved, data.validation)["perplexity"]
+    assert again == pytest.approx(report["recovered"]["perplexity"], rel=1e-4)
+    assert PruningPlan.load(tmp_path / "plan.json") == PruningPlan.load(tmp_path / "model" / "plan.json")
+    assert "recovered" in capsys.readouterr().out
