@@ -91,6 +91,7 @@ def _lightning(command: str, arguments: list[str]) -> None:
         TextDataModule,
         args=None if sys.argv[1:] == given else given,  # further ranks are started again with this command line
         seed_everything_default=0,
+        trainer_defaults={"default_root_dir": "runs/fit"},
         save_config_callback=SaveRunConfig,
         parser_kwargs={**quiet, "fit": quiet, "validate": quiet},
     )
@@ -286,12 +287,22 @@ def _one_line_errors(command: str) -> Iterator[None]:
         yield
     except PrunelitError:
         raise
+    except ValueError as error:
+        raise _own(error) or error from error
     except (argparse.ArgumentError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
         raise PrunelitError(f"{command}: {condense(str(error))}") from error
     except torch.cuda.OutOfMemoryError as error:
         raise PrunelitError(
             f"{command}: the GPU is out of memory; lower data.batch_size or --seqlen, or use bfloat16"
         ) from error
+
+
+def _own(error: BaseException) -> PrunelitError | None:
+    """The `PrunelitError` behind an error: parsers wrap what constructors raise."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, PrunelitError):
+        chain = chain.__cause__ or chain.__context__
+    return chain
 
 
 def condense(message: str) -> str:

@@ -9,7 +9,7 @@ class PrunelitError(Exception):
     """Base of all errors raised on purpose."""
 
 
-class BadOption(PrunelitError, ValueError):
+class BadOption(PrunelitError):
     """An option has a value outside its range."""
 
 

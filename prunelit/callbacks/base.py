@@ -116,12 +116,15 @@ class PruningCallback(Callback):
         )
         return {name: getattr(self, name) for name in dict.fromkeys(names)}
 
-    def prune(self, model: nn.Module, batches: Sequence[Batch] = ()) -> PruningPlan:
+    def prune(
+        self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None
+    ) -> PruningPlan:
         """Score, plan and cut a transformers causal LM in place.
 
         Args:
             model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
             batches: calibration batches, see `batches_from`; every rank passes the same list.
+            replay: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
             NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
@@ -129,11 +132,10 @@ class PruningCallback(Callback):
         start = time.perf_counter()
         decoder = Decoder(model)
         decoder.check_finite()
-        if self.replayed is None:
+        plan = replay or self.replayed
+        if plan is None:
             self._calibration_record |= {"tokens": sum(_tokens(batch) for batch in batches)}
             plan = self.plan(decoder, batches)
-        else:
-            plan = self.replayed
         _agree(plan)
         self.seconds["score_and_plan"] = time.perf_counter() - start
         start = time.perf_counter()
@@ -163,7 +165,7 @@ class PruningCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Cut once, before anything is built on the model's shapes."""
-        if stage != "fit" or self.plan_made is not None:
+        if stage != "fit":
             return
         if getattr(trainer.strategy, "_start_method", "popen") != "popen":
             raise BadOption(
@@ -173,19 +175,18 @@ class PruningCallback(Callback):
         model = find_model(pl_module)
         marks: dict[str, PruningPlan] = model.__dict__.setdefault(_MARK, {})
         key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
-        if key in marks:  # a second Trainer over the same live model
+        if key in marks:  # fit was called again over the same live model
             self.plan_made = marks[key]
             return
         resumed = resume_path(trainer)
-        if resumed is not None:
-            self.replayed = self._plan_of(resumed)
+        replay = self._plan_of(resumed) if resumed else self.replayed
         with isolate_rng(), on_device(model, trainer.strategy.root_device):
             batches: list[Batch] = []
-            if self.replayed is None and self.needs_calibration:
+            if replay is None and self.needs_calibration:
                 start = time.perf_counter()
                 batches = self._find_batches(trainer, pl_module, model)
                 self.seconds["text"] = time.perf_counter() - start
-            marks[key] = self.prune(model, batches)
+            marks[key] = self.prune(model, batches, replay)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""

@@ -87,6 +87,14 @@ def test_one_model_is_cut_once(tmp_path: Path) -> None:
     assert widths(module) == once
 
 
+def test_a_callback_used_again_cuts_the_next_model(tmp_path: Path) -> None:
+    callback, first, second = bip(), ForeignModule(), ForeignModule()
+    run = trainer(tmp_path, callback)
+    run.fit(first, datamodule=ForeignData())
+    trainer(tmp_path, callback).fit(second, datamodule=ForeignData())
+    assert widths(second) == widths(first) != [(2, 64)] * 3
+
+
 def test_validation_alone_cuts_nothing(tmp_path: Path) -> None:
     module = ForeignModule()
     trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
