@@ -10,10 +10,10 @@ quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/
 	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
 
 test: $(VENV)/ready ## the whole test suite
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 fast: $(VENV)/ready ## the tests that take under two minutes together
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: $(VENV)/ready ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -42,7 +42,7 @@ def main() -> None:
     if options.only:
         print(json.dumps(memory_of(options)))
         return
-    model, method, batches = prepare(options)
+    model, _, batches = prepare(options)
     forward, backbone, prune = [], [], []
     for _ in range(options.repeats):
         forward.append(timed(lambda: plain(model, batches)))
@@ -100,7 +100,9 @@ def memory_of(options: argparse.Namespace) -> float:
 
 def child(only: str) -> float:
     command = [sys.executable, __file__, *sys.argv[1:], "--only", only]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
     return float(done.stdout.strip().splitlines()[-1])
 
 

@@ -134,6 +134,8 @@ def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Call
         return [layer.ffn_in[0].register_forward_hook(lambda m, a, out: after("up", m, a, out.chunk(2, dim=-1)[1]))]
     if (module := inputs.get(point)) is not None:
         return [module.register_forward_pre_hook(partial(before, point), with_kwargs=True)]
+    if names.parallel and point == "mlp_output" and layer.has_mlp:  # Falcon adds to this output in place
+        return [layer.down.register_forward_hook(lambda m, a, out: after("mlp_output", m, a, out.clone()))]
     if (module := outputs.get(point)) is not None:
         return [module.register_forward_hook(partial(after, point))]
     return []

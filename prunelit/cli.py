@@ -332,7 +332,11 @@ def _speak_by_rule() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
         logging.getLogger(name).setLevel(logging.WARNING if name.startswith("lightning") else logging.ERROR)
     # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
-    for notice in (r"`isinstance\(treespec, LeafSpec\)`", "`is_gradient_checkpointing`", "`gradient_checkpointing_enable`"):
+    for notice in (
+        r"`isinstance\(treespec, LeafSpec\)`",
+        "`is_gradient_checkpointing`",
+        "`gradient_checkpointing_enable`",
+    ):
         warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
     shown = warnings.showwarning
 

@@ -71,7 +71,8 @@ class Layer:
 
     def norm(self, role: str) -> nn.Module | None:
         """The norm in a role ("mlp_norm", "attention_post_norm", ...) or None where the family has none."""
-        return cast("nn.Module | None", find(self.module, getattr(self.architecture, role)))
+        found = find(self.module, getattr(self.architecture, role))
+        return None if isinstance(found, nn.Identity) else cast("nn.Module | None", found)
 
     def gain(self, role: str) -> Tensor:
         """|gain| of the norm in a role, float32 [H]; ones where there is no norm, or one without weights."""
@@ -146,6 +147,17 @@ class Layer:
             channel_cost = hidden + sum(wanted // channels * (hidden + (n.bias is not None)) for n in self.ffn_in)
             own = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
             mlp_cost = _count(*own, self.norm("mlp_norm"), self.norm("mlp_post_norm"))
+        shared_cost = _count(self.module) - attention_cost - mlp_cost
+        if self.has_attention and self.has_mlp and shared_cost != _count(self.norm("shared_norm")):
+            left_over = [
+                name
+                for name, child in self.module.named_children()
+                if _count(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
+            ]
+            raise DeclarationMismatch(
+                f"layer {self.index}: expected a role for every module with weights, got none for {left_over}; "
+                "correct the entry in prunelit/architectures.py"
+            )
         return LayerShape(
             heads,
             groups,
@@ -157,7 +169,7 @@ class Layer:
             channel_cost,
             attention_cost,
             mlp_cost,
-            _count(self.module) - attention_cost - mlp_cost,
+            shared_cost,
             a.heads_prunable,
         )
 

@@ -69,7 +69,7 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
     if path is None or find(root, path) is None:
         return
     parent, _, name = path.rpartition(".")
-    setattr(find(root, parent), name, module)
+    setattr(find(root, parent), name, module.train(find(root, path).training))
 
 
 def remove_attention(layer: nn.Module, names: Any) -> None:
@@ -147,9 +147,12 @@ def settle(model: Any, names: Any) -> None:
         layers = nn.ModuleList(layers[index] for index in kept)
         setattr(find(model, parent), name, layers)
         config.num_hidden_layers = len(kept)
-    if len(set(getattr(config, "layer_types", None) or ())) > 1:
-        if any(lacks_attention(layer) for layer in layers):
-            config.kv_sharing_modes = ["reuse" if lacks_attention(layer) else "own" for layer in layers]
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
+    if mixed and any(lacks_attention(layer) for layer in layers):
+        config.kv_sharing_modes = ["reuse" if lacks_attention(layer) else "own" for layer in layers]
+    elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
+        config.kv_sharing_modes = None
+    if mixed:
         numbers: Sequence[int] = range(len(layers))
     else:
         numbers = [sum(not lacks_attention(before) for before in layers[:index]) for index in range(len(layers))]

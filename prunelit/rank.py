@@ -7,6 +7,7 @@ Legend: Q query heads, G KV groups, F FFN channels. A *step* is the smallest cut
 or one query head from every group, or the channels down to the next multiple of `align`.
 """
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -139,7 +140,8 @@ def _ladders(
             steps = []
             for rank in range(shape.group_size - 1):
                 members = [g * shape.group_size + int(order_in_group[g, rank]) for g in range(shape.kv_groups)]
-                steps.append(_Step(heads[members].mean().item(), cost, tuple(members)))
+                mean = max(heads[members].mean().item(), steps[-1].score if steps else -math.inf)
+                steps.append(_Step(mean, cost, tuple(members)))
         found.append(_Ladder(index, "attention", len(steps) + 1, tuple(steps)))
     if score.channels is not None and shape.ffn_channels:
         channels = _checked(index, "channel", score.channels, shape.ffn_channels, standardise)
@@ -148,7 +150,9 @@ def _ladders(
         while width > align:
             narrower = (width - 1) // align * align
             units = ascending[start : start + width - narrower]
-            steps.append(_Step(channels[units].mean().item(), len(units) * shape.channel_cost, tuple(units.tolist())))
+            # Means of equal scores may differ in the last bit; steps are taken in order all the same.
+            mean = max(channels[units].mean().item(), steps[-1].score if steps else -math.inf)
+            steps.append(_Step(mean, len(units) * shape.channel_cost, tuple(units.tolist())))
             start, width = start + len(units), narrower
         found.append(_Ladder(index, "ffn", shape.ffn_channels, tuple(steps)))
     return found

@@ -148,7 +148,7 @@ def _suffix(path: Path) -> str:
 def _rows(source: str) -> Sequence[Any]:
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error below says it in one line
     datasets.disable_progress_bars()
     path = Path(source).expanduser()
     try:
@@ -161,7 +161,7 @@ def _rows(source: str) -> Sequence[Any]:
             config, _, split = rest.partition(":")
             require_hub(name, "text", "a .parquet, .json, .jsonl or .txt file")
             data = datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise SourceNotFound(f"text {source!r}: can not be read: {_first_line(cause)}") from error
     column = next((name for name in _COLUMNS if name in data.column_names), None)

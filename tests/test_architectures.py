@@ -89,6 +89,17 @@ def test_cache_changes_nothing(case: Case) -> None:
     assert_close(torch.stack(steps.logits, dim=1), logits(case.cut, steps.sequences)[:, tokens().shape[1] - 1 : -1])
 
 
+@pytest.mark.parametrize("family", [family for family, kind in CASES if kind == "query_head"])
+def test_eager_attention_counts_the_heads_that_stay(family: str) -> None:
+    """Fused kernels find the groups in the shapes; eager attention repeats keys by the module's own counter."""
+    model = tiny(family)
+    model.set_attn_implementation("eager")
+    masked, plan = copy.deepcopy(model), cut(model, "query_head")
+    surgery.mask(masked, plan)
+    surgery.apply(model, plan)
+    assert_close(logits(model, tokens()), logits(masked, tokens()))
+
+
 # What the table of tiny models promises -------------------------------------------------------------------------------
 
 

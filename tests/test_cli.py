@@ -71,7 +71,18 @@ def test_prune_then_evaluate(
     assert (out / "plan.json").is_file()
     target = tmp_path / "e.json"
     code, text, err = call(
-        capsys, "evaluate", "--model", str(out), "--text", words, "--seqlen", "16", "--windows", "4", "--json", str(target)
+        capsys,
+        "evaluate",
+        "--model",
+        str(out),
+        "--text",
+        words,
+        "--seqlen",
+        "16",
+        "--windows",
+        "4",
+        "--json",
+        str(target),
     )
     assert code == 0, err
     assert json.loads(text) == json.loads(target.read_text())
@@ -264,7 +275,8 @@ def test_every_callback_stacks_on_a_run(capsys: pytest.CaptureFixture[str], path
 
 def test_the_front_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from prunelit.__main__ import main; main(['--help']); main(['methods']); main(['methods', 'llm_bip']);"
+        "import sys; from prunelit.__main__ import main;"
+        "main(['--help']); main(['methods']); main(['methods', 'llm_bip']);"
         "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules); sys.exit(bool(heavy))"
     )
     start = time.perf_counter()

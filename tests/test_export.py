@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
@@ -186,6 +187,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     save(model, tmp_path / "m")
     again = models.load(tmp_path / "m")
     assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     assert_equal(again, model)
 
 
@@ -241,6 +243,15 @@ def test_folder_loads_where_prunelit_is_not_installed(hetero_folder: Path, tmp_p
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(models.load(hetero_folder)), rtol=0, atol=0)
+
+
+def test_plain_transformers_saves_what_it_loaded(hetero_folder: Path, tmp_path: Path) -> None:
+    plain = AutoModelForCausalLM.from_pretrained(hetero_folder, trust_remote_code=True)
+    plain.save_pretrained(tmp_path / "again")
+    assert_equal(models.load(tmp_path / "again"), plain)
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True), plain)
+    with pytest.raises((ValueError, RuntimeError)):
+        LlamaForCausalLM.from_pretrained(tmp_path / "again")
 
 
 def test_untrusted_folder_is_refused(hetero_folder: Path) -> None:

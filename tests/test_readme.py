@@ -41,7 +41,9 @@ def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(source)
     tokenizer.save_pretrained(source)
     monkeypatch.chdir(tmp_path)
-    code = python("prunelit.load").replace("path/or/id", str(source)).replace("ratio=0.2", "ratio=0.3, align=8, windows=4")
+    code = (
+        python("prunelit.load").replace("path/or/id", str(source)).replace("ratio=0.2", "ratio=0.3, align=8, windows=4")
+    )
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["model"].num_parameters() == names["plan"].predicted["parameters"]

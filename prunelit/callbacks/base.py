@@ -116,9 +116,7 @@ class PruningCallback(Callback):
         )
         return {name: getattr(self, name) for name in dict.fromkeys(names)}
 
-    def prune(
-        self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None
-    ) -> PruningPlan:
+    def prune(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
         """Score, plan and cut a transformers causal LM in place.
 
         Args:

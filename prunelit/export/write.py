@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prunelit import models
+from prunelit.calibrate import evaluating
 from prunelit.errors import OutputNotWritable, PrunelitError
 from prunelit.export import hetero, uniform
 from prunelit.plan import PruningPlan
@@ -73,7 +74,7 @@ def save(
         PrunelitError: "uniform" was asked for and no stock class fits; or what was written does not read back equal.
     """
     check_output(folder, overwrite)
-    target = Path(folder)
+    target = Path(folder).resolve()  # "." has a name then, and a link is followed, not replaced
     stock = None if format == "hetero" else uniform.stock_model(model)
     if stock is None and format == "uniform":
         raise PrunelitError(
@@ -120,11 +121,13 @@ def _check_reads_back(model: Any, folder: Path) -> None:
     """
     device = next(model.parameters()).device
     again = models.load(folder, dtype=next(model.parameters()).dtype).to(device)
+    # Tables that are computed, not saved (rotary frequencies), were cast along if the live model was: compare with its.
+    for name, buffer in model.named_buffers():
+        parent, _, last = name.rpartition(".")
+        setattr(again.get_submodule(parent), last, buffer)
     ids = torch.arange(3, 19, device=device)[None] % int(model.config.vocab_size)
-    training = model.training
-    model.eval()
-    expected, found = model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits
-    model.train(training)
+    with evaluating(model):
+        expected, found = model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits
     difference = (expected - found).abs().max().item()
     # Equal weights in equal shapes: what is left is the order of sums. NaN logits can not be compared.
     limit = 1e-3 * expected.abs().max().item()

@@ -1,4 +1,4 @@
-"""A pruning callback on a Lightning job that knows nothing of prunelit: cut once, before anything is built on shapes."""
+"""A pruning callback on a foreign Lightning job: the model is cut once, before anything is built on its shapes."""
 
 import os
 import subprocess
