@@ -100,8 +100,8 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> A
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {_one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
         raise SourceNotFound(
-            f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them ({missing[0]}, ...); "
-            "the files are incomplete or belong to another config"
+            f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them "
+            f"({missing[0]}, ...); the files are incomplete or belong to another config"
         )
     return model.eval()
 
