@@ -84,12 +84,14 @@ class Layer:
 
     def inverse_norm(self, role: str, x: Tensor) -> Tensor:
         """What the norm in a role divides by, inverted: 1 / rms (or deviation) per row of x [T, H]; ones without it."""
-        if self.norm(role) is None:
+        norm = self.norm(role)
+        if norm is None:
             return torch.ones(len(x), device=x.device)
+        epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
         values = x.float()
         if self.architecture.norm == "layer":
             values = values - values.mean(-1, keepdim=True)
-        return values.square().mean(-1).add(1e-6).rsqrt()
+        return values.square().mean(-1).add(epsilon).rsqrt()
 
     def _need(self, root: Any, path: str) -> Any:
         found = find(root, path)

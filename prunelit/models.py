@@ -20,6 +20,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -103,6 +104,10 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> A
             f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them "
             f"({missing[0]}, ...); the files are incomplete or belong to another config"
         )
+    if surplus := sorted(loading["unexpected_keys"]):
+        warnings.warn(
+            f"model {str(source)!r}: {len(surplus)} weights have no place in it ({surplus[0]}, ...)", stacklevel=2
+        )
     return model.eval()
 
 
@@ -155,7 +160,11 @@ def require_hub(name: str, what: str, instead: str) -> None:
         return  # the proxy resolves names; let the client try
     url = urlparse(constants.ENDPOINT)
     try:
-        socket.create_connection((url.hostname or "", url.port or (80 if url.scheme == "http" else 443)), 5).close()
+        port = url.port or (80 if url.scheme == "http" else 443)
+        address = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(*address[:3]) as probe:  # one address only: behind a firewall each costs the whole time-out
+            probe.settimeout(4)
+            probe.connect(address[4])
     except OSError:
         raise SourceNotFound(
             f"{what} {name!r}: no such local file or folder, and the hub {url.hostname} can not be reached; {advice}"

@@ -60,7 +60,10 @@ def read(source: str) -> str:
         rows: Sequence[Any] = [topics[name] for name in sorted(topics)]
     else:
         rows = _rows(source)
-    text = "\n\n".join(row if isinstance(row, str) else "" for row in rows)
+    wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
+    if wrong is not None:
+        raise SourceNotFound(f"text {source!r}: expected rows of text, got a {type(wrong).__name__}: {wrong!r:.40}")
+    text = "\n\n".join(row or "" for row in rows)
     if not text.strip():
         raise NotEnoughText(f"text {source!r}: expected text, got {len(rows)} empty rows")
     return text
@@ -148,9 +151,11 @@ def _suffix(path: Path) -> str:
 def _rows(source: str) -> Sequence[Any]:
     import datasets
 
-    logging.getLogger("datasets").setLevel(logging.CRITICAL)  # the error below says it in one line
-    datasets.disable_progress_bars()
     path = Path(source).expanduser()
+    log, bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # the error below says it in one line
+    datasets.disable_progress_bars()
     try:
         if path.is_file():
             kind = _FORMATS[_suffix(path)]
@@ -164,6 +169,10 @@ def _rows(source: str) -> Sequence[Any]:
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise SourceNotFound(f"text {source!r}: can not be read: {_first_line(cause)}") from error
+    finally:
+        log.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()
     column = next((name for name in _COLUMNS if name in data.column_names), None)
     if column is None:
         raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_COLUMNS)}, got {data.column_names}")

@@ -1,6 +1,7 @@
 """One contract for every family and every kind of cut: cutting equals masking, and what is left is a whole model."""
 
 import copy
+import functools
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,18 +25,18 @@ LACKING = [(family, kind) for family, row in FAMILIES.items() for kind in row.la
 
 
 class Case(NamedTuple):
+    family: str
     plan: PruningPlan
-    dense: Any
     cut: Any
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
 def case(request: pytest.FixtureRequest) -> Case:
     family, kind = request.param
-    dense, model = tiny(family), tiny(family)
+    model = tiny(family)
     plan = cut(model, kind)
     surgery.apply(model, plan)
-    return Case(plan, dense, model)
+    return Case(family, plan, model)
 
 
 @torch.no_grad()
@@ -43,15 +44,20 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits
 
 
+@functools.cache
+def dense_logits(family: str) -> Tensor:
+    return logits(tiny(family), tokens())
+
+
 def generated(model: Any, ids: Tensor, **options: Any) -> Tensor:
-    """Logits of four greedy steps [rows, 4, vocabulary]."""
+    """Logits of three greedy steps [rows, 3, vocabulary]."""
     steps = generate(model, ids, **options)
     return torch.stack(steps.logits, dim=1)
 
 
 def generate(model: Any, ids: Tensor, **options: Any) -> Any:
     return model.generate(
-        ids, max_new_tokens=4, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
+        ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True, **options
     )
 
 
@@ -63,17 +69,16 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 
 def test_cut_equals_masked(case: Case) -> None:
-    masked = copy.deepcopy(case.dense)
+    masked = tiny(case.family)
     surgery.mask(masked, case.plan)
     found = logits(case.cut, tokens())
     assert_close(found, logits(masked, tokens()))
-    assert (found - logits(case.dense, tokens())).abs().max() > 100 * TOLERANCE
+    assert (found - dense_logits(case.family)).abs().max() > 100 * TOLERANCE
 
 
 def test_parameters_are_as_predicted(case: Case) -> None:
-    dense, cut = (sum(p.numel() for p in model.parameters()) for model in (case.dense, case.cut))
-    assert dense == case.plan.model.parameters
-    assert cut == case.plan.predicted["parameters"] < dense
+    found = sum(parameter.numel() for parameter in case.cut.parameters())
+    assert found == case.plan.predicted["parameters"] < case.plan.model.parameters
 
 
 def test_every_parameter_gets_a_finite_gradient(case: Case) -> None:
@@ -128,7 +133,7 @@ def test_left_padding_changes_nothing(family: str, kind: str) -> None:
     assert_close(found[:1], generated(model, tokens()[:1, 4:]))
 
 
-@pytest.mark.parametrize("removed", [(0,), (1,), (2,), (0, 1), (0, 2)], ids=str)
+@pytest.mark.parametrize("removed", [(0,), (1,), (0, 2)], ids=str)
 @pytest.mark.parametrize("family", [*SLIDING, "mistral-sliding"])
 def test_removed_attention_leaves_sliding_windows_right(family: str, removed: tuple[int, ...]) -> None:
     model = tiny(family)
@@ -139,9 +144,7 @@ def test_removed_attention_leaves_sliding_windows_right(family: str, removed: tu
     surgery.mask(masked, plan)
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
-    found = generated(model, tokens(), use_cache=True)
-    assert_close(found, generated(model, tokens(), use_cache=False))
-    assert_close(found, generated(masked, tokens(), use_cache=True))
+    assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
 
 
 @pytest.mark.parametrize("family", ["llama", "falcon", "gpt2", "phi3", *SLIDING])

@@ -135,6 +135,6 @@ class _Bound:
 @torch.no_grad()
 def lipschitz(activation: nn.Module) -> float:
     """Largest slope of an activation on [-10, 10]: ReLU 1, SiLU 1.0998, GELU 1.1289."""
-    grid = torch.linspace(-10, 10, 20001)
-    values = copy.deepcopy(activation).float().cpu()(grid)
+    grid = torch.linspace(-10, 10, 20001, dtype=torch.float64)
+    values = copy.deepcopy(activation).double().cpu()(grid)
     return float((values.diff() / grid.diff()).abs().max())
