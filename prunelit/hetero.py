@@ -69,7 +69,8 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
     if path is None or find(root, path) is None:
         return
     parent, _, name = path.rpartition(".")
-    setattr(find(root, parent), name, module.train(find(root, path).training))
+    module.training = find(root, path).training
+    setattr(find(root, parent), name, module)
 
 
 def remove_attention(layer: nn.Module, names: Any) -> None:
@@ -144,7 +145,9 @@ def settle(model: Any, names: Any) -> None:
             values = getattr(config, attribute, None)
             if isinstance(values, list) and len(values) == len(layers):
                 setattr(config, attribute, [values[index] for index in kept])
+        training = layers.training
         layers = nn.ModuleList(layers[index] for index in kept)
+        layers.training = training
         setattr(find(model, parent), name, layers)
         config.num_hidden_layers = len(kept)
     mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
@@ -216,7 +219,9 @@ def keep_entries(attention: nn.Module, path: str, kept: Sequence[int]) -> None:
         return
     parent, _, name = path.rpartition(".")
     if isinstance(entries, nn.ModuleList):
-        setattr(find(attention, parent), name, nn.ModuleList(entries[index] for index in kept))
+        fewer = nn.ModuleList(entries[index] for index in kept)
+        fewer.training = entries.training
+        setattr(find(attention, parent), name, fewer)
     else:
         value = entries.detach()[torch.tensor(list(kept), device=entries.device)].clone()
         setattr(find(attention, parent), name, nn.Parameter(value, requires_grad=entries.requires_grad))

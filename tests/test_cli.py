@@ -254,6 +254,26 @@ def test_fit_with_a_bad_config(
     refused(result, *wanted)
 
 
+def test_validate_runs_the_validation_loop_and_cuts_nothing(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    base = {
+        "model": {"model": source},
+        "data": {"train": words, "seqlen": 16, "calibration_windows": 4, "validation_windows": 4},
+        "trainer": {
+            "default_root_dir": str(tmp_path / "run"),
+            "accelerator": "cpu",
+            "logger": False,
+            "callbacks": [{"class_path": "prunelit.callbacks.LLMBIP", "init_args": {"ratio": 0.3, "align": 8}}],
+        },
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(base))
+    code, text, err = call(capsys, "validate", "--config", str(tmp_path / "run.yaml"))
+    assert code == 0, err
+    assert "val_perplexity" in text
+    assert not (tmp_path / "run" / "plan.json").exists()
+
+
 # Every YAML on disk, and the light front -------------------------------------------------------------------------
 
 
