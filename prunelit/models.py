@@ -93,7 +93,7 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> A
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with _quiet():
+    with quiet():
         try:
             builder: Any = _saved_class(folder) or AutoModelForCausalLM
             model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True)
@@ -119,7 +119,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoTokenizer
 
-    with _quiet():
+    with quiet():
         try:
             return AutoTokenizer.from_pretrained(resolve(str(source)))
         except _UNREADABLE as error:
@@ -216,7 +216,7 @@ def _from_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logging.getLogger("prunelit").info("converting %s", path.name)
-    with _staged(home) as staging, _quiet():
+    with _staged(home) as staging, quiet():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -271,8 +271,8 @@ def _saved_class(folder: str) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence transformers' loading chatter and bars."""
+def quiet() -> Iterator[None]:
+    """Silence transformers' chatter and bars while it loads or saves."""
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()

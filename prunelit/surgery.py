@@ -44,7 +44,7 @@ def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
         warnings.warn(
             f"the plan was made for weights {made_for.weights} ({made_for.name}), this model has {found.weights} "
             f"({found.name}): right for a fine-tuned copy, wrong for any other model",
-            stacklevel=3,
+            stacklevel=4,  # check_fits, apply, its no_grad wrapper, the caller
         )
 
 

@@ -83,7 +83,8 @@ def save(
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         try:
-            _write(hetero.per_layer_model(model) if stock is None else stock, model, staging)
+            with models.quiet():
+                _write(hetero.per_layer_model(model) if stock is None else stock, model, staging)
             if stock is None:
                 hetero.add_modelling_file(model, staging)
             if tokenizer is not None:
