@@ -12,9 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.decoder import Decoder, Layer, find
+from prunelit.decoder import Decoder, Layer
 from prunelit.errors import NoCalibration, NonFinite
+from prunelit.hetero import find
 from prunelit.progress import track
+
+TOKENS_PER_BATCH = 2048
+"""Of a forward pass that needs no gradient: enough to keep a machine busy, few enough for its memory."""
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] and, where there is padding, `attention_mask` [B, S]."""

@@ -24,7 +24,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunelit import export, measure, models, text
-from prunelit.calibrate import on_device
+from prunelit.calibrate import TOKENS_PER_BATCH, on_device
 from prunelit.callbacks import method_class
 from prunelit.data import TextDataModule
 from prunelit.decoder import Decoder
@@ -33,7 +33,6 @@ from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport, peak_memory_mib, versions, write_json
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-_TOKENS_PER_BATCH = 2048
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -187,7 +186,7 @@ def evaluate(
     Decoder(network).check_finite()
     start = time.perf_counter()
     with on_device(network, _device(device)):
-        found = measure.perplexity(network, ids, max(1, _TOKENS_PER_BATCH // seqlen))
+        found = measure.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen))
     used = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {
         **found,

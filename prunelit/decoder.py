@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prunelit.architectures import Architecture, architecture_of
 from prunelit.errors import DeclarationMismatch, NonFinite
+from prunelit.hetero import find
 from prunelit.plan import LayerShape, ModelShape
 
 _SIGNS_PER_TENSOR = 64
@@ -26,17 +27,6 @@ def weight_out_in(module: nn.Module) -> Tensor:
     """Weight of a linear as [out, in], whichever way it is stored (a view)."""
     weight = cast(Tensor, module.weight)
     return weight.T if is_conv1d(module) else weight
-
-
-def find(root: Any, path: str | None) -> Any:
-    """Attribute of `root` at a dotted path; None where the path is None or leads nowhere; `root` itself for ""."""
-    if path is None:
-        return None
-    for name in path.split(".") if path else ():
-        root = getattr(root, name, None)
-        if root is None:
-            return None
-    return root
 
 
 class Layer:

@@ -57,8 +57,10 @@ class _LayerConfig:
         return getattr(self.__dict__["_config"], name)
 
 
-def find(root: Any, path: str) -> Any:
-    """Attribute of `root` at a dotted path; None where it leads nowhere; `root` itself for ""."""
+def find(root: Any, path: str | None) -> Any:
+    """Attribute of `root` at a dotted path; None where the path is None or leads nowhere; `root` itself for ""."""
+    if path is None:
+        return None
     for name in path.split(".") if path else ():
         root = getattr(root, name, None)
     return root
@@ -66,10 +68,11 @@ def find(root: Any, path: str) -> Any:
 
 def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None:
     """Put `module` at a dotted path below `root`; nothing happens where the path is None or leads nowhere."""
-    if path is None or find(root, path) is None:
+    old = find(root, path)
+    if path is None or old is None:
         return
     parent, _, name = path.rpartition(".")
-    module.training = find(root, path).training
+    module.training = old.training
     setattr(find(root, parent), name, module)
 
 

@@ -34,11 +34,6 @@ def add_lora(model: nn.Module, rank: int, alpha: int, dropout: float) -> Any:
     return get_peft_model(cast(Any, model), config)
 
 
-def base_model(model: Any) -> nn.Module:
-    """The transformers model itself, under adapters or not."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def merged(model: Any) -> nn.Module:
     """The transformers model with its adapters added into the weights (in place); itself where it has none."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model

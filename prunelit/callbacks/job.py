@@ -9,15 +9,13 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch
+from prunelit.calibrate import TOKENS_PER_BATCH, Batch
 from prunelit.errors import NoModel
-
-_TOKENS_PER_BATCH = 2048
 
 
 def batched(windows: Tensor) -> list[Batch]:
     """Windows [N, S] as batches of about 2,048 tokens."""
-    return [{"input_ids": part} for part in windows.split(max(1, _TOKENS_PER_BATCH // windows.shape[1]))]
+    return [{"input_ids": part} for part in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))]
 
 
 def find_model(pl_module: LightningModule) -> nn.Module:

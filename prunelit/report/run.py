@@ -21,7 +21,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
-from prunelit import export, lora, measure, text
+from prunelit import export, measure, text
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import find_model, resume_path
@@ -78,8 +78,8 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
-        merged = lora.merged(pl_module.model)
-        pl_module.model = merged
+        recovered: Any = pl_module
+        merged = recovered.merged_model()
         self._measure("recovered", merged, measure.size(merged))
         if trainer.is_global_zero:
             with self._timed("save"):
