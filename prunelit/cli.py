@@ -128,7 +128,7 @@ def prune(
     export.check_output(out, overwrite)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
-    batches = method.batches_from(list(sources), tokenizer) if method.needs_calibration and not method.replayed else []
+    batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
     seconds = {"text": time.perf_counter() - start}
     start = time.perf_counter()
     network = _load(model, dtype, device)

@@ -18,7 +18,8 @@ from torch import Tensor
 from prunelit.errors import BadOption, InfeasibleBudget, NonFinite
 from prunelit.plan import LayerPlan, LayerShape
 
-Scope = Literal["layer", "global"]
+Scope = Literal["layer", "global", "layer_mean"]
+Budget = Literal["parameters", "macs", "kv_bytes", "latency"]
 Unit = Literal["kv_group", "query_head"]
 
 
@@ -60,6 +61,11 @@ def select(
     unit: Unit = "kv_group",
     align: int = 64,
     protect: Collection[int] = (),
+    *,
+    budget: Budget = "parameters",
+    min_kept: float = 0.0,
+    standardise: bool = True,
+    joint: bool = True,
 ) -> tuple[LayerPlan, ...]:
     """Choose the units that stay.
 
@@ -101,7 +107,15 @@ def select(
 
 
 def check_options(
-    ratio: float, scope: str, unit: str, align: int, protect: Collection[int], layers: int | None = None
+    ratio: float,
+    scope: str,
+    unit: str,
+    align: int,
+    protect: Collection[int],
+    layers: int | None = None,
+    *,
+    budget: str = "parameters",
+    min_kept: float = 0.0,
 ) -> None:
     """Check what can be checked before a model is loaded.
 

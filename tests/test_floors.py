@@ -15,7 +15,7 @@ ROOT = Path(prunelit.__file__).parent
 FLOORS = (
     ("errors", "architectures", "plan", "progress"),
     ("rank", "hetero", "decoder"),
-    ("calibrate", "surgery", "measure", "models", "text", "lora", "quantize", "reconstruct"),
+    ("calibrate", "surgery", "measure", "models", "text", "lora", "stream", "quantize", "reconstruct", "search", "gradients", "distill", "latency"),
     ("recovery", "data", "export", "callbacks"),
     ("cli", "report", "__main__"),
 )

@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 import torch.distributed as dist
@@ -19,28 +19,36 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from prunelit import models, rank, surgery, text
+from prunelit import models, rank, reconstruct, surgery, text
 from prunelit.calibrate import Batch, on_device
 from prunelit.callbacks.job import batched, find_model, resume_path, share, take
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan, NoCalibration
-from prunelit.plan import PruningPlan
+from prunelit.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.rank import LayerScores
 
 _log = logging.getLogger("prunelit")
 _MARK = "_prunelit_plans"
+
+Repair = Literal["none", "bias", "least_squares"]
 
 
 class PruningCallback(Callback):
     """Base of all methods.
 
     Args:
-        ratio: share of the decoder layers' parameters to remove, in (0, 1).
-        scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together
-            after standardising each layer's scores.
+        ratio: share of the decoder layers' budget to remove, in (0, 1).
+        budget: what the ratio counts: "parameters", "macs" (per token), "kv_bytes" (KV cache per token), or "latency"
+            (measured on the machine at hand, see `prunelit.latency`).
+        scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together;
+            "layer_mean" gives layers of little mean importance a larger share of the cut.
         unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
         align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
         protect: layers left whole; negative numbers count from the end.
+        min_kept: least share of each layer's KV groups and of its channels that stays, in [0, 1).
+        repair: what is done for the quality with the calibration text alone: "none"; "bias" adds the mean of what went
+            to the output biases; "least_squares" refits the output projections of what stays, layer by layer
+            (see `prunelit.reconstruct`).
         calibration: text source(s) to score on, see `prunelit.text`. Without one: the datamodule's
             `calibration_dataloader()`, else the first batches of the job's train dataloader.
         windows: sequences to score on.
@@ -52,29 +60,40 @@ class PruningCallback(Callback):
         BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
     """
 
-    needs_calibration: ClassVar[bool] = True
+    reads_text: ClassVar[bool] = True
+    """Whether the method's scores need calibration text."""
+    standardise: ClassVar[bool] = True
+    """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
+    joint: ClassVar[bool] = True
+    """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
 
     def __init__(
         self,
         ratio: float,
-        scope: Literal["layer", "global"] = "layer",
-        unit: Literal["kv_group", "query_head"] = "kv_group",
+        budget: rank.Budget = "parameters",
+        scope: rank.Scope = "layer",
+        unit: rank.Unit = "kv_group",
         align: int = 64,
         protect: Sequence[int] = (),
+        min_kept: float = 0.0,
+        repair: Repair = "none",
         calibration: str | Sequence[str] | None = None,
         windows: int = 64,
         seqlen: int = 512,
         seed: int = 0,
         plan_file: str | None = None,
     ):
-        rank.check_options(ratio, scope, unit, align, protect)
+        rank.check_options(ratio, scope, unit, align, protect, budget=budget, min_kept=min_kept)
+        if repair not in get_args(Repair):
+            raise BadOption(f"repair: expected one of {', '.join(get_args(Repair))}, got {repair!r}")
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
         for source in [calibration] if isinstance(calibration, str) else calibration or []:
             text.check_source(source)
         self.replayed = PruningPlan.load(plan_file) if plan_file else None
-        self.ratio, self.scope, self.unit, self.align, self.protect = ratio, scope, unit, align, list(protect)
+        self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
+        self.protect, self.min_kept, self.repair = list(protect), min_kept, repair
         self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
         self.plan_file = plan_file
         self.plan_made: PruningPlan | None = None
@@ -89,13 +108,41 @@ class PruningCallback(Callback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """What stays. Default: `score`, then `prunelit.rank.select` under the budget."""
-        scores = self.score(decoder, batches)
         shape = decoder.shape
-        kept = rank.select(shape.layers, scores, self.ratio, self.scope, self.unit, self.align, self.protect)
-        return PruningPlan(self.name, shape, kept, self.options, self.seed, self._calibration_record)
+        kept = rank.select(
+            shape.layers,
+            self.score(decoder, batches),
+            self.ratio,
+            self.scope,
+            self.unit,
+            self.align,
+            self.protect,
+            budget=self.budget,
+            min_kept=self.min_kept,
+            standardise=self.standardise,
+            joint=self.joint,
+        )
+        return self.make_plan(shape, kept)
 
-    def repair(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        """Reconstruction after the cut. Default: nothing."""
+    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+        """Carry the plan out in place. Default: `prunelit.surgery.apply`, with the `repair` asked for."""
+        if self.repair == "none":
+            surgery.apply(decoder.model, plan)
+        else:
+            reconstruct.apply(decoder.model, plan, batches, self.repair)
+
+    def make_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
+        """A plan of this method, with its options, seed and calibration on record."""
+        return PruningPlan(self.name, shape, tuple(kept), self.options, self.seed, self._calibration_record)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether `cut` reads text."""
+        return self.repair != "none"
+
+    def needs_text(self, replay: PruningPlan | None = None) -> bool:
+        """Whether `prune` reads calibration text: to score, unless a plan is replayed, or to repair."""
+        return self.repairs or (self.reads_text and (replay or self.replayed) is None)
 
     # The same steps without a Trainer ----------------------------------------------------------------------------
 
@@ -137,8 +184,7 @@ class PruningCallback(Callback):
         _agree(plan)
         self.seconds["score_and_plan"] = time.perf_counter() - start
         start = time.perf_counter()
-        surgery.apply(model, plan)
-        self.repair(Decoder(model), plan, batches)
+        self.cut(decoder, plan, batches)
         self.seconds["cut"] = time.perf_counter() - start
         self.plan_made = plan
         predicted = plan.predicted
@@ -180,7 +226,8 @@ class PruningCallback(Callback):
         replay = self._plan_of(resumed) if resumed else self.replayed
         with isolate_rng(), on_device(model, trainer.strategy.root_device):
             batches: list[Batch] = []
-            if replay is None and self.needs_calibration:
+            # A resumed run repairs again: its checkpoint may hold adapters only, which sit on the repaired weights.
+            if self.needs_text(replay):
                 start = time.perf_counter()
                 batches = self._find_batches(trainer, pl_module, model)
                 self.seconds["text"] = time.perf_counter() - start

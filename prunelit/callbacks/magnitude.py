@@ -17,7 +17,7 @@ from prunelit.rank import LayerScores
 class Magnitude(PruningCallback):
     """Score units by the norm of the weights that carry their output. Arguments: see `PruningCallback`."""
 
-    needs_calibration = False
+    reads_text = False
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         found = []

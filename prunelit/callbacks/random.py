@@ -18,7 +18,7 @@ from prunelit.rank import LayerScores
 class Random(PruningCallback):
     """Score units at random, from `seed`. Arguments: see `PruningCallback`."""
 
-    needs_calibration = False
+    reads_text = False
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         generator = torch.Generator().manual_seed(self.seed)

@@ -56,7 +56,7 @@ def test_the_smallest_channels_go():
 
 
 def test_no_text_is_needed():
-    assert not Magnitude.needs_calibration
+    assert not Magnitude.reads_text
 
 
 @pytest.mark.parametrize(("kind", "lost", "left"), [("attention", "heads", "channels"), ("mlp", "channels", "heads")])

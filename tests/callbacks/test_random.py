@@ -35,4 +35,4 @@ def test_layers_lose_different_units():
 
 
 def test_no_text_is_needed():
-    assert not Random.needs_calibration
+    assert not Random.reads_text
