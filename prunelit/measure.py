@@ -77,7 +77,7 @@ def protocol(sources: Sequence[str], windows: Tensor, dtype: str) -> dict[str, A
         "windows": len(windows),
         "sequence_length": windows.shape[1],
         "stride": windows.shape[1],
-        "joined_by": "\\n\\n",
+        "joined_by": "text: \\n\\n, sentence: space",
         "dtype": dtype,
         "mean": "over predicted tokens",
     }

@@ -5,7 +5,8 @@ A source is one of
     path to .parquet, .json, .jsonl or .txt      gzipped too; column `text` or `sentence`; a .txt file is one document
     hub id, hub_id:config, hub_id:config:split   a Hugging Face dataset; split "train" unless given
 
-Protocol, that of the papers: rows joined by two newlines, tokenised once, windows without overlap, remainder dropped.
+Protocol, that of the papers: rows of a column `text` joined by two newlines, of a column `sentence` (Penn Treebank: one
+sentence a row) by a space; tokenised once, windows without overlap, remainder dropped.
 """
 
 import hashlib
@@ -23,7 +24,7 @@ from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
 from prunelit.models import require_hub
 
 BUILTIN = "builtin:python-docs"
-_COLUMNS = ("text", "sentence")
+_JOINED_BY = {"text": "\n\n", "sentence": " "}
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
@@ -48,7 +49,7 @@ def check_source(source: str) -> None:
 
 
 def read(source: str) -> str:
-    """The whole text of a source, rows joined by two newlines.
+    """The whole text of a source, rows joined as their column's name asks for.
 
     Raises:
         SourceNotFound: missing, unreadable, or without a column of text.
@@ -57,13 +58,13 @@ def read(source: str) -> str:
     check_source(source)
     if source == BUILTIN:
         topics = pydoc_data.topics.topics
-        rows: Sequence[Any] = [topics[name] for name in sorted(topics)]
+        column, rows = "text", [topics[name] for name in sorted(topics)]
     else:
-        rows = _rows(source)
+        column, rows = _rows(source)
     wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
     if wrong is not None:
         raise SourceNotFound(f"text {source!r}: expected rows of text, got a {type(wrong).__name__}: {wrong!r:.40}")
-    text = "\n\n".join(row or "" for row in rows)
+    text = _JOINED_BY[column].join(row or "" for row in rows)
     if not text.strip():
         raise NotEnoughText(f"text {source!r}: expected text, got {len(rows)} empty rows")
     return text
@@ -148,7 +149,8 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def _rows(source: str) -> Sequence[Any]:
+def _rows(source: str) -> tuple[str, list[Any]]:
+    """Name of the text column, and its rows."""
     import datasets
 
     path = Path(source).expanduser()
@@ -173,10 +175,10 @@ def _rows(source: str) -> Sequence[Any]:
         log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
-    column = next((name for name in _COLUMNS if name in data.column_names), None)
+    column = next((name for name in _JOINED_BY if name in data.column_names), None)
     if column is None:
-        raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_COLUMNS)}, got {data.column_names}")
-    return list(data[column])
+        raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {data.column_names}")
+    return column, list(data[column])
 
 
 def _first_line(error: BaseException) -> str:

@@ -75,10 +75,14 @@ def one_line(error):
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["text", "sentence"])
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet"])
-def test_every_format_reads_the_same(tmp_path, ending, column):
-    assert text.read(as_file(tmp_path, ending, column)) == JOINED
+def test_every_format_reads_the_same(tmp_path, ending):
+    assert text.read(as_file(tmp_path, ending, "text")) == JOINED
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".parquet"])
+def test_sentences_are_running_text(tmp_path, ending):
+    assert text.read(as_file(tmp_path, ending, "sentence")) == JOINED.replace("\n\n", " ")
 
 
 def test_column_text_comes_before_sentence(tmp_path):
