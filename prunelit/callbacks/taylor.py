@@ -1,0 +1,63 @@
+"""Taylor: first- or second-order estimate of the loss that the weights of heads and FFN channels carry.
+
+Source: X. Ma, G. Fang, X. Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023,
+arXiv 2305.11627; its code was read for the exact forms. With w a weight, G its gradient of the calibration loss and F
+the mean of its squared gradients over samples, a unit is the sum over its slices (rows of q, k, v, gate, up; columns of
+o, down) of
+
+    form      their --taylor   slice
+    vector    vectorize        |sum_e w G|
+    first     param_first      sum_e |w G|               the default of their script for models with KV groups
+    second    param_second     sum_e w^2 F
+    mixed     param_mix        sum_e |w G - w^2 F / 2|   named as the default in their README
+
+Ours: the key and value rows of a KV group count for that group (their code adds query head h to group h mod G, though
+attention reads it from group h / (Q / G)); a row's bias is one of its elements; G is the mean over sequences. Theirs:
+`protect: [0, 1, 2, 3, -1, -2]` on 32 layers, `align: 1`, 10 sequences of 64 tokens.
+
+    callbacks/taylor.yaml       attaches it to any LightningCLI job with a second --config
+    Python                      Trainer(callbacks=[Taylor(ratio=0.2)])
+"""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from prunelit import gradients
+from prunelit.calibrate import Batch
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption
+from prunelit.rank import LayerScores
+
+
+class Taylor(PruningCallback):
+    """Score heads and FFN channels by weight times gradient.
+
+    Args:
+        ratio: share of the decoder layers' parameters to remove.
+        form: "vector", "first", "second" or "mixed", see above. "vector" and "second" keep numbers per unit only;
+            "first" holds 8 bytes for every weight of the decoder layers, "mixed" 16.
+        layers_at_once: layers for which "first" and "mixed" hold them at the same time; each span of layers is one more
+            pass over the text. None: all.
+        checkpointing: keep the layers' inputs only and run each layer again in the backward pass: less memory for
+            activations, a third more time.
+        kwargs: see `PruningCallback`.
+    """
+
+    def __init__(
+        self,
+        ratio: float,
+        form: gradients.Form = "first",
+        layers_at_once: int | None = None,
+        checkpointing: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(ratio, **kwargs)
+        if form not in get_args(gradients.Form):
+            raise BadOption(f"form: expected one of {', '.join(get_args(gradients.Form))}, got {form!r}")
+        if layers_at_once is not None and layers_at_once < 1:
+            raise BadOption(f"layers_at_once: expected a positive number of layers or null, got {layers_at_once!r}")
+        self.form, self.layers_at_once, self.checkpointing = form, layers_at_once, checkpointing
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        return gradients.of_mean(decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once)

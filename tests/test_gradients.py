@@ -1,0 +1,537 @@
+"""Importances from gradients: explicit loops over slices on one side, finite differences and surgery on the other."""
+
+import random
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from prunelit import surgery
+from prunelit.decoder import Decoder, weight_out_in
+from prunelit.errors import NoCalibration, NonFinite
+from prunelit.gradients import FORMS, each_sample, of_mean, per_sample, samples, slices
+from prunelit.plan import LayerPlan, PruningPlan
+from tests.tiny import FAMILIES, cut, keep, tiny
+
+D, Q, F = 8, 9, 96  # of the tiny models; head size, query heads, FFN channels
+LOOPED = ("llama", "llama-biases", "gpt2", "phi3", "gpt_neox", "opt")
+
+
+def batches_for(model, padded=True, seed=1):
+    """Five sequences in two batches; `padded` pads three of them with other ids, which must not count."""
+    ids = torch.randint(3, model.config.vocab_size, (5, 9), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, 6:] = 0
+        mask[3:, 4:] = 0
+    return [{"input_ids": ids[:3], "attention_mask": mask[:3]}, {"input_ids": ids[3:], "attention_mask": mask[3:]}]
+
+
+def rows_of(batches):
+    """Unpadded rows, one by one (padding on the right)."""
+    return [ids[: int(m.sum())] for b in batches for ids, m in zip(b["input_ids"], b["attention_mask"], strict=True)]
+
+
+def loss_of(model, ids):
+    """In the model's precision; transformers' own loss rounds to float32."""
+    return torch.nn.functional.cross_entropy(model(input_ids=ids[None]).logits[0, :-1], ids[1:])
+
+
+# Reference: explicit loops -------------------------------------------------------------------------------------------
+
+
+def block(number):
+    return list(range(number * D, (number + 1) * D))
+
+
+def pieces(family, layer):
+    """(linear, whether slices are its inputs, kind, indices of the slices of every unit), written out by family."""
+    each = [[channel] for channel in range(F)]
+    if family.startswith("llama"):
+        attention, ffn = layer.self_attn, layer.mlp
+        groups = [block(3 * g) + block(3 * g + 1) + block(3 * g + 2) for g in range(3)]
+        yield attention.q_proj, False, "heads", groups
+        yield attention.k_proj, False, "heads", [block(g) for g in range(3)]
+        yield attention.v_proj, False, "heads", [block(g) for g in range(3)]
+        yield attention.o_proj, True, "heads", groups
+        yield from ((linear, False, "channels", each) for linear in (ffn.gate_proj, ffn.up_proj))
+        yield ffn.down_proj, True, "channels", each
+    elif family == "phi3":
+        groups = [block(3 * g) + block(3 * g + 1) + block(3 * g + 2) for g in range(3)]
+        fused = [groups[g] + block(9 + g) + block(12 + g) for g in range(3)]
+        yield layer.self_attn.qkv_proj, False, "heads", fused
+        yield layer.self_attn.o_proj, True, "heads", groups
+        yield layer.mlp.gate_up_proj, False, "channels", [[channel, F + channel] for channel in range(F)]
+        yield layer.mlp.down_proj, True, "channels", each
+    elif family == "gpt2":
+        yield layer.attn.c_attn, False, "heads", [block(h) + block(Q + h) + block(2 * Q + h) for h in range(Q)]
+        yield layer.attn.c_proj, True, "heads", [block(h) for h in range(Q)]
+        yield layer.mlp.c_fc, False, "channels", each
+        yield layer.mlp.c_proj, True, "channels", each
+    elif family == "gpt_neox":
+        fused = [block(3 * h) + block(3 * h + 1) + block(3 * h + 2) for h in range(Q)]
+        yield layer.attention.query_key_value, False, "heads", fused
+        yield layer.attention.dense, True, "heads", [block(h) for h in range(Q)]
+        yield layer.mlp.dense_h_to_4h, False, "channels", each
+        yield layer.mlp.dense_4h_to_h, True, "channels", each
+    else:
+        attention = layer.self_attn
+        for linear in (attention.q_proj, attention.k_proj, attention.v_proj):
+            yield linear, False, "heads", [block(h) for h in range(Q)]
+        yield attention.out_proj, True, "heads", [block(h) for h in range(Q)]
+        yield layer.fc1, False, "channels", each
+        yield layer.fc2, True, "channels", each
+
+
+def elements(linear, family, inputs, index, of):
+    """Weights (of = "data") or gradients (of = "grad") of one slice, its bias entry last."""
+    weight = getattr(linear.weight, of)
+    if family == "gpt2":
+        weight = weight.T
+    if inputs:
+        return weight[:, index]
+    bias = [] if linear.bias is None else [getattr(linear.bias, of)[index : index + 1]]
+    return torch.cat([weight[index], *bias])
+
+
+def slice_importance(form, w, grads):
+    """Of a slice with weights w and the gradients of all samples it is to be averaged over."""
+    mean = sum(grads) / len(grads)
+    fisher = sum(grad * grad for grad in grads) / len(grads)
+    return {
+        "vector": (w * mean).sum().abs(),
+        "first": (w * mean).abs().sum(),
+        "second": (w * w * fisher).sum(),
+        "mixed": (w * mean - w * w * fisher / 2).abs().sum(),
+    }[form]
+
+
+def layers_of(family, model):
+    paths = {"gpt2": "transformer.h", "gpt_neox": "gpt_neox.layers", "opt": "model.decoder.layers"}
+    return model.get_submodule(paths.get(family, "model.layers"))
+
+
+def looped(family, model, rows, forms):
+    """{form, layer, kind: importance of every unit}, of the mean loss of the rows."""
+    slots, gradients = {}, []
+    for ids in rows:
+        model.zero_grad()
+        loss_of(model, ids).backward()
+        here = {}
+        for index, layer in enumerate(layers_of(family, model)):
+            for number, (linear, inputs, kind, units) in enumerate(pieces(family, layer)):
+                for unit, indices in enumerate(units):
+                    for i in indices:
+                        key = (index, number, kind, unit, i)
+                        slots[key] = elements(linear, family, inputs, i, "data")
+                        here[key] = elements(linear, family, inputs, i, "grad").clone()
+        gradients.append(here)
+    model.zero_grad()
+    found = {}
+    for form in forms:
+        for key, w in slots.items():
+            index, _, kind, unit, _ = key
+            values = found.setdefault((form, index, kind), {})
+            values[unit] = values.get(unit, 0) + slice_importance(form, w, [here[key] for here in gradients])
+    return {key: torch.stack([values[unit] for unit in range(len(values))]) for key, values in found.items()}
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-20)
+
+
+@pytest.mark.parametrize("family", LOOPED)
+def test_importances_of_every_sample_equal_explicit_loops(family):
+    model = tiny(family).double()
+    batches, forms = batches_for(model)[1:], ("mixed", "vector")
+    found = per_sample(Decoder(model), batches, forms)
+    for sample, ids in enumerate(rows_of(batches)):
+        expected = looped(family, model, [ids], forms)
+        for number, form in enumerate(forms):
+            for kind in ("heads", "channels"):
+                for layer in range(3):
+                    assert_same(found[kind][layer][number, sample], expected[form, layer, kind])
+
+
+@pytest.mark.parametrize("family", LOOPED)
+def test_importances_of_the_mean_loss_equal_explicit_loops(family):
+    model = tiny(family).double()
+    batches = batches_for(model)[:1]
+    expected = looped(family, model, rows_of(batches), FORMS)
+    for form in FORMS:
+        for layer, scores in enumerate(of_mean(Decoder(model), batches, form)):
+            groups = Decoder(model).layers[layer].shape.kv_groups
+            assert_same(scores.heads.view(groups, -1).sum(1), expected[form, layer, "heads"])
+            assert_same(scores.channels, expected[form, layer, "channels"])
+
+
+def test_mean_of_equal_sequences_is_the_loss_of_the_batch():
+    model = tiny("llama")
+    (batch, _) = batches_for(model, padded=False)
+    model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss.backward()
+    down = model.model.layers[1].mlp.down_proj.weight
+    up, gate = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.gate_proj.weight
+    expected = sum((w.detach() * w.grad).abs().sum(axis) for w, axis in ((up, 1), (gate, 1), (down, 0)))
+    model.zero_grad()
+    found = of_mean(Decoder(model), [batch], "first")[1].channels
+    torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=0)
+
+
+# Who owns which row --------------------------------------------------------------------------------------------------
+
+
+def rows_gone(model, plan):
+    """{linear's path: (indices of rows, of columns) that surgery drops}, found by comparing weights."""
+    dense = {path: module for path, module in model.named_modules() if hasattr(module, "weight") and "norm" not in path}
+    before = {path: weight_out_in(m).detach().clone() for path, m in dense.items() if m.weight.dim() == 2}
+    surgery.apply(model, plan)
+    found = {}
+    for path, old in before.items():
+        new = weight_out_in(model.get_submodule(path)).detach()
+        for axis, name in ((0, "rows"), (1, "columns")):
+            if new.shape[axis] < old.shape[axis]:
+                kept = {tuple(line.tolist()) for line in (new if axis == 0 else new.T)}
+                lines = old if axis == 0 else old.T
+                found[path, name] = {i for i, line in enumerate(lines) if tuple(line.tolist()) not in kept}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["kv_group", "query_head", "channel"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_surgery_drops_the_slices_of_the_units_it_cuts(family, kind):
+    """For all families and layouts: cut some units of layer 1, and see which rows and columns are gone."""
+    model = tiny(family)
+    decoder = Decoder(model)
+    if kind in FAMILIES[family].lacks:
+        pytest.skip("a kind of cut that this family lacks")
+    shape, layers = decoder.shape, [LayerPlan.dense(layer) for layer in decoder.shape.layers]
+    size = shape.layers[1].group_size
+    if kind == "kv_group":
+        gone = {"query": {h for h in range(shape.layers[1].query_heads) if h // size == 1}, "kv": {1}}
+        layers[1] = keep(shape.layers[1], groups=tuple(g for g in range(shape.layers[1].kv_groups) if g != 1))
+    elif kind == "query_head":
+        gone = {"query": {h for h in range(shape.layers[1].query_heads) if h % size == 1}}
+        layers[1] = keep(shape.layers[1], heads_in_group=tuple(r for r in range(size) if r != 1))
+    else:
+        gone = {"channel": {0, 7, 95}}
+        layers[1] = keep(shape.layers[1], channels=tuple(c for c in range(F) if c not in gone["channel"]))
+    paths = {module: path for path, module in model.named_modules()}
+    expected = {}
+    for of in slices(decoder.layers[1]):
+        owned = {i for kind, units in of.owners.items() for unit in gone.get(kind, ()) for i in units[unit].tolist()}
+        if owned:
+            expected[paths[of.linear], "columns" if of.columns else "rows"] = owned
+    assert rows_gone(model, PruningPlan("test", shape, tuple(layers))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_of_what_is_cut_has_one_owner(family):
+    for layer in Decoder(tiny(family)):
+        for of in slices(layer):
+            owned = torch.cat([units.flatten() for units in of.owners.values()]).tolist()
+            assert sorted(owned) == list(range(len(of.matrix(of.linear.weight))))
+
+
+def test_heads_that_can_not_be_cut_are_left_out():
+    assert per_sample(Decoder(model := tiny("olmo2")), batches_for(model), ("first",))["heads"] == {}
+    assert all(scores.heads is None for scores in of_mean(Decoder(model), batches_for(model), "first"))
+
+
+def test_query_heads_share_what_their_group_owns_or_do_without():
+    model = tiny("llama").double()
+    batches, decoder = batches_for(model), Decoder(model)
+    with_group, alone = (of_mean(decoder, batches, "first", unit)[1].heads for unit in ("kv_group", "query_head"))
+    share = (with_group - alone).view(3, 3)
+    assert (share > 0).all()
+    torch.testing.assert_close(share, share[:, :1].expand(3, 3), rtol=1e-9, atol=0)
+    whole, heads = (per_sample(decoder, batches, ("first",), unit)["heads"][1] for unit in ("kv_group", "query_head"))
+    assert whole.shape == (1, 5, 3) and heads.shape == (1, 5, 9)
+    assert (whole > heads.view(1, 5, 3, 3).sum(-1)).all()
+
+
+# What the products mean ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon", "glm4"])
+def test_the_sum_over_a_slice_is_the_slope_of_the_loss_when_it_shrinks(family):
+    model = tiny(family).double()
+    ids = batches_for(model)[0]["input_ids"][0]
+    found = {}
+    one = [{"input_ids": ids[None]}]
+    each_sample(Decoder(model), one, lambda n, of, p: found.update({(of.layer, of.linear): p.sum(1)}))
+    for of in slices(Decoder(model).layers[1]):
+        for index in (0, 17):
+            slope = 0.0
+            for step in (0.02, -0.02):  # RMS norms round to float32, so a short step would measure that
+                before = [p.detach().clone() for p in of.parameters]
+                with torch.no_grad():
+                    of.matrix(of.linear.weight)[index] *= 1 + step
+                    for bias in of.parameters[1:]:
+                        bias[index] *= 1 + step
+                    slope += loss_of(model, ids).item() / step / 2
+                    for p, old in zip(of.parameters, before, strict=True):
+                        p.copy_(old)
+            assert found[1, of.linear][index].item() == pytest.approx(slope, rel=5e-3, abs=3e-6)
+
+
+# What counts ---------------------------------------------------------------------------------------------------------
+
+
+def test_sequences_are_separate_whatever_the_batches():
+    model = tiny("llama").double()
+    batches, decoder = batches_for(model), Decoder(model)
+    together = per_sample(decoder, batches, ("vector", "mixed"))
+    apart = per_sample(decoder, [{"input_ids": ids[None]} for ids in rows_of(batches)], ("vector", "mixed"))
+    for kind, layers in together.items():
+        for layer, values in layers.items():
+            assert_same(apart[kind][layer], values)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gemma2"])
+def test_padding_on_the_left_counts_as_little_as_on_the_right(family):
+    model = tiny(family)
+    ids = batches_for(model)[0]["input_ids"][0, :6]
+    plain = per_sample(Decoder(model), [{"input_ids": ids[None]}], ("mixed",))["channels"][1]
+    for left in (0, 2, 3):
+        padded = torch.cat([torch.full((left,), 7), ids, torch.full((3 - left,), 8)])
+        mask = torch.tensor([0] * left + [1] * 6 + [0] * (3 - left))
+        batch = {"input_ids": padded[None], "attention_mask": mask[None]}
+        assert torch.equal(per_sample(Decoder(model), [batch], ("mixed",))["channels"][1], plain)
+
+
+def test_a_hole_in_the_mask_is_neither_context_nor_target():
+    model = tiny("llama").double()
+    ids = batches_for(model)[0]["input_ids"][0]
+    mask = torch.ones(9, dtype=torch.long)
+    mask[3:5] = 0
+    found = []
+    for other in (4, 50):
+        row = ids.clone()
+        row[3:5] = other
+        found.append(per_sample(Decoder(model), [{"input_ids": row[None], "attention_mask": mask[None]}], ("mixed",)))
+    assert_same(found[0]["channels"][0], found[1]["channels"][0])
+    assert (found[0]["channels"][0] > 0).any()
+
+
+def test_sequences_without_a_target_are_left_out():
+    ids = torch.full((3, 4), 5)
+    mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]])
+    assert [len(row) for row, _ in samples([{"input_ids": ids, "attention_mask": mask}])] == [2]
+    with pytest.raises(NoCalibration, match="two tokens"):
+        samples([{"input_ids": ids[:1], "attention_mask": mask[:1]}])
+    with pytest.raises(NoCalibration, match="two tokens"):
+        of_mean(Decoder(tiny("llama")), [], "first")
+
+
+# Memory and numerics -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-biases", "gpt2"])
+def test_one_weight_gradient_lives_at_a_time(family):
+    model = tiny(family)
+    seen = []
+
+    def visit(sample, of, p):
+        seen.append((sample, of.layer, sum(parameter.grad is not None for parameter in model.parameters())))
+        assert not p.requires_grad and p.dtype is torch.float32
+
+    decoder = Decoder(model)
+    each_sample(decoder, batches_for(model), visit)
+    linears = sum(len(slices(layer)) for layer in decoder)
+    assert len(seen) == 5 * linears and max(alive for *_, alive in seen) <= 2  # a weight and its bias
+    assert [sample for sample, *_ in seen] == sorted(sample for sample, *_ in seen)
+
+
+def test_only_the_wanted_layers_are_run_backwards():
+    model = tiny("llama")
+    seen, backward = set(), []
+    for index, layer in enumerate(model.model.layers):
+        layer.mlp.register_full_backward_hook(lambda *_, index=index: backward.append(index))
+    each_sample(Decoder(model), batches_for(model), lambda n, of, p: seen.add(of.layer), layers=[1])
+    assert seen == {1} and set(backward) == {1, 2}
+
+
+@pytest.mark.parametrize("form", ["first", "mixed", "vector"])
+def test_layers_at_once_changes_memory_only(form):
+    model = tiny("gpt2")
+    batches, decoder = batches_for(model), Decoder(model)
+    whole = of_mean(decoder, batches, form)
+    for width in (1, 2, 50):
+        for one, other in zip(of_mean(decoder, batches, form, layers_at_once=width), whole, strict=True):
+            assert torch.equal(one.heads, other.heads) and torch.equal(one.channels, other.channels)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "gemma2", "opt", "phi3"])
+def test_checkpointing_runs_layers_twice_with_the_same_result(family):
+    model = tiny(family)
+    runs = []
+    decoder = Decoder(model)
+    decoder.layers[1].activation.register_forward_hook(lambda *_: runs.append(1))
+    plain, passes = per_sample(decoder, batches_for(model), ("mixed",)), len(runs)
+    again = per_sample(decoder, batches_for(model), ("mixed",), checkpointing=True)
+    assert passes == 5 and len(runs) == 15
+    for kind, layers in plain.items():
+        for layer, values in layers.items():
+            assert torch.equal(again[kind][layer], values)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_bfloat16_gradients_are_reduced_in_float32():
+    model = tiny("llama").bfloat16()
+    ids = batches_for(model)[0]["input_ids"][:1]
+    model(input_ids=ids, labels=ids).loss.backward()
+    down = model.model.layers[1].mlp.down_proj.weight
+    products = []
+    expected = down.detach().double() * down.grad.double()
+    model.zero_grad()
+    each_sample(
+        Decoder(model),
+        [{"input_ids": ids}],
+        lambda n, of, p: products.append(p.double()) if of.layer == 1 and of.linear.weight is down else None,
+    )
+    torch.testing.assert_close(products[0].T, expected, rtol=1e-6, atol=0)  # not rounded to 8 bits
+    scores = of_mean(Decoder(model), [{"input_ids": ids}], "first")[1]
+    assert scores.channels.dtype is torch.float64
+
+
+def test_float16_gradients_do_not_vanish():
+    whole, half = tiny("llama"), tiny("llama").half()
+    with torch.no_grad():
+        for model in (whole, half):  # a flat loss: gradients below the least float16 number
+            model.lm_head.weight.mul_(1e-3)
+    batches = batches_for(whole)
+    expected, found = (of_mean(Decoder(model), batches, "first")[1].channels for model in (whole, half))
+    torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
+
+
+# Leave no trace ------------------------------------------------------------------------------------------------------
+
+
+def state_of(model):
+    hooks = [
+        (len(m._forward_hooks), len(m._forward_pre_hooks), m.training, "forward" in m.__dict__) for m in model.modules()
+    ]
+    return hooks, [(p.requires_grad, p._post_accumulate_grad_hooks, id(p.grad)) for p in model.parameters()]
+
+
+def prepared(family="llama"):
+    """A model with mixed modes, mixed `requires_grad` and a gradient of the user's."""
+    model = tiny(family).train()
+    model.model.layers[1].mlp.eval()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad = number % 3 == 0
+    model.lm_head.weight.grad = torch.ones_like(model.lm_head.weight)
+    model.model.layers[0].mlp.up_proj.weight.grad = torch.ones_like(model.model.layers[0].mlp.up_proj.weight)
+    return model
+
+
+def clean(state):
+    hooks, parameters = state
+    return hooks, [(wants, bool(registered), gradient) for wants, registered, gradient in parameters]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_modes_gradients_and_generators_are_as_before(checkpointing):
+    model = prepared()
+    before, generators = clean(state_of(model)), (torch.get_rng_state(), random.getstate())
+    per_sample(Decoder(model), batches_for(model), ("vector",), checkpointing=checkpointing)
+    assert clean(state_of(model)) == before
+    assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
+    assert (model.model.layers[0].mlp.up_proj.weight.grad == 1).all()
+    assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
+
+
+def test_after_an_error_too():
+    model = prepared()
+    before = clean(state_of(model))
+
+    def fail(sample, of, p):
+        raise KeyError("observer")
+
+    with pytest.raises(KeyError, match="observer"):
+        each_sample(Decoder(model), batches_for(model), fail, checkpointing=True)
+    assert clean(state_of(model)) == before
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_a_context_without_gradients_and_frozen_weights_do_not_matter(context):
+    model = tiny("phi3")
+    expected = of_mean(Decoder(model), batches_for(model), "mixed")[2].heads
+    model.requires_grad_(False)
+    with context():
+        found = of_mean(Decoder(model), batches_for(model), "mixed")[2].heads
+        masked = {"input_ids": torch.full((1, 4), 5), "attention_mask": torch.tensor([[1, 1, 0, 1]])}
+        per_sample(Decoder(model), [masked], ("mixed",))
+        assert torch.is_inference_mode_enabled() is (context is torch.inference_mode)
+        assert not torch.is_grad_enabled()
+    assert torch.equal(found, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_named_in_one_line(value):
+    model = prepared()
+    before = clean(state_of(model))
+    with torch.no_grad():
+        model.model.norm.weight[3] = value
+    with pytest.raises(NonFinite, match="sample 0: expected a finite loss") as error:
+        of_mean(Decoder(model), batches_for(model), "first")
+    assert "\n" not in str(error.value) and clean(state_of(model)) == before
+
+
+def test_gradients_that_overflow_name_their_layer():
+    model = tiny("llama")
+    model.model.layers[1].mlp.register_full_backward_pre_hook(lambda m, grads: (grads[0] * float("inf"),))
+    with pytest.raises(NonFinite, match="layer 0: weight gradients hold NaN") as error:
+        per_sample(Decoder(model), batches_for(model), ("vector",))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("kind", "lost", "left"), [("attention", "heads", "channels"), ("mlp", "channels", "heads")])
+def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
+    model = tiny("llama")
+    surgery.apply(model, cut(model, kind))
+    found = per_sample(Decoder(model), batches_for(model), ("first",))
+    assert set(found[lost]) == {1} and set(found[left]) == {0, 1, 2}
+    scores = of_mean(Decoder(model), batches_for(model), "first", layers_at_once=1)
+    assert [getattr(score, lost) is None for score in scores] == [True, False, True]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_finite_importances(family):
+    model = tiny(family)
+    found = per_sample(Decoder(model), batches_for(model), ("vector", "mixed"))
+    for layers in found.values():
+        for values in layers.values():
+            assert torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()
+
+
+# Two ranks -----------------------------------------------------------------------------------------------------------
+
+
+def rank_importances(rank, folder, runs):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    decoder = Decoder(tiny("llama"))
+    found = [[per_sample(decoder, run, ("vector",)), *(of_mean(decoder, run, form) for form in FORMS)] for run in runs]
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_share_the_samples_and_agree_with_one(tmp_path):
+    """A rank without a sample of its own takes part too."""
+    model = tiny("llama")
+    runs = [batches_for(model), [{"input_ids": batches_for(model)[0]["input_ids"][:1]}]]
+    mp.spawn(rank_importances, (str(tmp_path), runs), nprocs=2)
+    decoder = Decoder(model)
+    for rank in (0, 1):
+        for run, (each, *means) in zip(runs, torch.load(tmp_path / f"{rank}.pt", weights_only=False), strict=True):
+            alone = per_sample(decoder, run, ("vector",))
+            for kind, layers in alone.items():
+                assert all(torch.equal(each[kind][layer], values) for layer, values in layers.items())
+            for form, scores in zip(FORMS, means, strict=True):
+                for one, other in zip(scores, of_mean(decoder, run, form), strict=True):
+                    torch.testing.assert_close(one.heads, other.heads, rtol=1e-13, atol=0)
+                    torch.testing.assert_close(one.channels, other.channels, rtol=1e-13, atol=0)
