@@ -1,0 +1,39 @@
+"""Text a model writes itself."""
+
+import random
+
+import torch
+
+from prunelit import own_text
+from tests.tiny import tiny
+
+
+def test_sequences_are_sampled_from_the_model_and_repeat_with_the_seed():
+    model = tiny("llama").train()
+    state, other = torch.get_rng_state(), random.getstate()
+    first = own_text.write(model, tokens=70 * 16, length=16, seed=3)
+    assert [list(batch["input_ids"].shape) for batch in first] == [[64, 16], [6, 16]]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert random.getstate() == other
+    assert model.training
+    again = own_text.write(model, 70 * 16, 16, seed=3)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(own_text.write(model, 64 * 16, 16, seed=4)[0]["input_ids"], first[0]["input_ids"])
+    ids = torch.cat([batch["input_ids"] for batch in first])
+    assert int(ids.min()) >= 3, "padding, start or end of text"
+    assert len(ids[:, 0].unique()) > 20
+
+
+@torch.no_grad()
+def test_the_model_finds_its_own_text_likely():
+    model = tiny("llama")
+    model.lm_head.weight.mul_(8)  # a random model hardly prefers anything
+    ids = own_text.write(model, 64 * 24, 24)[0]["input_ids"]
+
+    def nll(rows):
+        return torch.nn.functional.cross_entropy(
+            model(input_ids=rows).logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()
+        )
+
+    noise = torch.randint(3, 96, ids.shape, generator=torch.Generator().manual_seed(0))
+    assert nll(ids) < nll(noise) - 0.5
