@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
     "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
     "evaluate": "perplexity of any model on any text                     --model M --text T --json FILE",
+    "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",
 }
 
@@ -67,6 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
     except PrunelitError as error:
         sys.stderr.write(f"prunelit: error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("prunelit: interrupted\n")
+        return 130
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
     return 0

@@ -119,9 +119,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """
     from transformers import AutoTokenizer
 
+    folder = resolve(str(source))
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(resolve(str(source)))
+            base = _saved_base(folder)
+            # With a config of the family at hand, transformers needs none of the folder's own code, and does not ask.
+            known = {} if base is None else {"config": base.config_class()}
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
         except _UNREADABLE as error:
             raise SourceNotFound(
                 f"model {str(source)!r}: its tokenizer can not be loaded: {_one_line(error)}"
@@ -259,15 +263,22 @@ def per_layer_class(base: Any, architecture: Architecture) -> Any:
 
 def _saved_class(folder: str) -> Any:
     """The class of a folder that prunelit saved with per-layer shapes; None for any other folder."""
+    base = _saved_base(folder)
+    if base is None:
+        return None
+    config = per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
+    return per_layer_class(base, architecture_of(config))
+
+
+def _saved_base(folder: str) -> Any:
+    """The transformers class that a folder with per-layer shapes stands on; None for any other folder."""
     import transformers
 
     path = Path(folder) / "config.json"
     data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if "per_layer_config" not in data or not str(data.get("model_type", "")).startswith(PRUNED):
         return None
-    base = getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
-    config = per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
-    return per_layer_class(base, architecture_of(config))
+    return getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def track(items: Iterable[T], what: str) -> Iterator[T]:
-    """Iterate with a progress bar that says `what`, how far it is and how long it will take."""
+def track(items: Iterable[T], what: str, unit: str = "batch") -> Iterator[T]:
+    """Iterate with a progress bar that says `what`, how far it is (in `unit`s) and how long it will take."""
     from tqdm.auto import tqdm
 
     quiet = True if int(os.environ.get("LOCAL_RANK", "0") or 0) > 0 else None  # None: off when not a terminal
-    yield from tqdm(items, desc=what, unit="batch", disable=quiet, leave=False)
+    yield from tqdm(items, desc=what, unit=unit, disable=quiet, leave=False)

@@ -14,6 +14,7 @@ import yaml
 
 from prunelit.__main__ import COMMANDS, main
 from prunelit.callbacks import methods
+from prunelit.console import condense
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -130,6 +131,27 @@ def test_options_from_a_config_file_and_overrides(
     assert (plan["method"], plan["options"]["ratio"]) == ("magnitude", 0.2)
 
 
+def test_texts_one_or_several_in_a_file_or_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    other = tmp_path / "more words.txt"
+    other.write_text("more of them " * 200)
+    lines = {"one.yaml": f"text: {words}", "two.yaml": f"text: [{words}, {other}]"}
+    for name, line in lines.items():
+        (tmp_path / name).write_text(f"{line}\nseqlen: 16\nwindows: 4\n")
+    both = [words, str(other)]
+    for arguments, wanted in (
+        (["--config", str(tmp_path / "one.yaml")], [words]),
+        (["--config", str(tmp_path / "two.yaml")], both),
+        (["--config", str(tmp_path / "one.yaml"), "--text", *both], both),
+        (["--text", words, str(other), "--seqlen", "16", "--windows", "4"], both),
+        ([f"--text={words}", "--seqlen", "16", "--windows", "4"], [words]),
+    ):
+        code, text, err = call(capsys, "evaluate", "--model", source, *arguments)
+        assert code == 0, err
+        assert json.loads(text)["protocol"]["text"] == wanted
+
+
 # Bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -159,7 +181,7 @@ def test_ratio_out_of_range(
         (["--text", "builtin:poems"], ["builtin:python-docs"]),
         (["--method", "llm_bop"], ["did you mean 'llm_bip'"]),
         (["--method", "no.such.Method"], ["can not be imported"]),
-        (["--ratoi", "0.2"], ["--ratoi"]),
+        (["--ratoi", "0.2"], ["--ratoi", "did you mean 'ratio'"]),
         (["--scope", "galaxy"], ["scope", "galaxy"]),
         (["--align", "0"], ["align"]),
         (["--protect", "[99]"], ["protect", "99"]),
@@ -169,6 +191,7 @@ def test_ratio_out_of_range(
         (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
         (["--device", "toaster"], ["toaster"]),
         (["--dtype", "float4"], ["dtype", "float4"]),
+        (["--text"], ["text"]),
     ],
 )
 def test_one_line_and_code_2(
@@ -279,7 +302,8 @@ def test_validate_runs_the_validation_loop_and_cuts_nothing(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_parses(capsys: pytest.CaptureFixture[str], path: Path) -> None:
-    code, text, err = call(capsys, "fit", "--config", str(path), "--print_config")
+    command = "compare" if "methods" in yaml.safe_load(path.read_text()) else "fit"
+    code, text, err = call(capsys, command, "--config", str(path), "--print_config")
     assert code == 0, err
     assert yaml.safe_load(text)["model"]
 
@@ -305,6 +329,31 @@ def test_the_front_imports_nothing_heavy() -> None:
     assert time.perf_counter() - start < 5  # well under one second; a busy machine is given room
     assert all(command in done.stdout for command in COMMANDS)
     assert all(method in done.stdout for method in methods())
+
+
+@pytest.mark.parametrize("command", ["prune", "evaluate", "compare"])
+def test_misspelt_options_in_a_file(
+    capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "c.yaml").write_text("modle: x\n")
+    refused(call(capsys, command, "--config", str(tmp_path / "c.yaml")), command, "modle", "did you mean 'model'")
+
+
+def test_chatter_goes_to_the_stderr_of_now(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    """The second command of a process speaks as the first one did."""
+    for name in ("a", "b"):
+        _, _, err = call(capsys, *small(source, words, tmp_path / name))
+        assert err.count("of block parameters removed") == 1
+        assert "Logging error" not in err
+
+
+def test_a_name_inside_a_list_of_an_option_is_said_in_full() -> None:
+    nested = (
+        'Parser key "texts":\n  Problem with given class_path \'a.B\':\n    Parser key "n":\n      Expected a number'
+    )
+    assert condense(nested).endswith('Parser key "n": Expected a number')
 
 
 def test_unknown_commands_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
