@@ -6,7 +6,7 @@ Legend: B batch, S sequence, T tokens that count (no padding), C width of the po
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -37,6 +37,7 @@ Point = Literal[
     "layer_output",  # residual stream leaving the layer [T, H]
 ]
 
+Item = TypeVar("Item")
 Observer = Callable[[Layer, Mapping[str, Tensor]], None]
 
 
@@ -65,7 +66,6 @@ def observe(
     """
     if not batches:
         raise NoCalibration("calibration: expected at least one batch, got none")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     keep: dict[str, Tensor | None] = {"mask": None}
     held: dict[str, Tensor] = {}
     tokens = 0
@@ -99,8 +99,7 @@ def observe(
                 handles += _attach(layer, point, before, after)
             handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
         with evaluating(decoder.model):
-            mine = list(batches)[rank::world]
-            for batch in track(mine, what):
+            for batch in track(own_share(batches), what):
                 ids, mask = batch["input_ids"].to(decoder.device), batch.get("attention_mask")
                 if mask is not None and bool(mask.all()):
                     mask = None
@@ -173,6 +172,17 @@ class Sums:
             zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in sorted(shapes)}
             means.append({name: all_sum(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()})
         return means
+
+
+def own_rank() -> int:
+    """This process's rank; 0 where there is one process."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def own_share(items: Sequence[Item]) -> list[Item]:
+    """This rank's part of a list that all ranks hold: every world-size-th item; all of it in a single process."""
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return list(items)[rank::world]
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -67,7 +67,12 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
             total[1] += targets.numel()
     nll, tokens = all_sum(total).tolist()
     mean = nll / tokens
-    return {"perplexity": math.exp(mean) if mean < 700 else math.inf, "nll": mean, "tokens": int(tokens)}
+    return {"perplexity": perplexity_of(mean), "nll": mean, "tokens": int(tokens)}
+
+
+def perplexity_of(nll: float) -> float:
+    """exp, infinity where it overflows."""
+    return math.exp(nll) if nll < 700 else math.inf
 
 
 def protocol(sources: Sequence[str], windows: Tensor, dtype: str) -> dict[str, Any]:
