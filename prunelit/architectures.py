@@ -40,6 +40,8 @@ class Architecture:
         heads_prunable: False where heads are tied together (a norm over all of them), so no head can be cut exactly.
         per_head: parameters or module lists inside `attention` with one entry per head: path -> "query" | "kv".
         config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
+        config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
+            projection among them; a config without the attribute has no such choice.
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
@@ -74,6 +76,8 @@ class Architecture:
     config_heads: str = "num_attention_heads"
     config_kv_heads: str = "num_key_value_heads"
     config_ffn: str = "intermediate_size"
+    config_attention_bias: str = "attention_bias"
+    config_mlp_bias: str = "mlp_bias"
     layer_config: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
@@ -264,7 +268,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
-    "seed_oss": _LLAMA,
+    "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
     "stablelm": replace(
         _LLAMA,

@@ -336,7 +336,7 @@ def each_sample(
         _checkpointed(decoder.layers if checkpointing else ()),
     ):
         for now, (ids, mask) in track(mine, what):
-            loss = _loss(decoder, ids, mask)
+            loss = sample_loss(decoder, ids, mask)
             if not torch.isfinite(loss):
                 raise NonFinite(
                     f"sample {now}: expected a finite loss on the calibration text, got {loss.item()}; check the model "
@@ -345,8 +345,8 @@ def each_sample(
             (loss * scale).backward()  # type: ignore[no-untyped-call]
 
 
-def _loss(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean next-token cross-entropy of one sequence, float32 or better."""
+def sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
+    """Next-token cross-entropy of one sequence, mean or sum over its targets, float32 or better."""
     ids = ids.clone().to(decoder.device)  # a tensor made in inference mode can not be saved for the backward pass
     extra = {} if mask is None else {"attention_mask": mask.clone().long().to(ids.device)[None]}
     logits = decoder.model(input_ids=ids[None], use_cache=False, **extra).logits[0, :-1]
@@ -354,7 +354,8 @@ def _loss(decoder: Decoder, ids: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None:
         counted = (mask[1:] & mask[:-1]).to(ids.device)
         logits, targets = logits[counted], targets[counted]
-    return nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return nn.functional.cross_entropy(wide, targets, reduction=reduction)
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ _COUNTERS = {
     "num_key_value_groups": "group_size",
     "split_size": "query_width",
 }
+ADDED_BIASES = "added_biases"
+"""Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
 # Config attributes with one entry per layer.
 _PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes")
 
@@ -168,6 +170,12 @@ def settle(model: Any, names: Any) -> None:
             attention.layer_idx = number
 
 
+def _biased(linear: Any) -> None:
+    """Give a linear a bias, still empty, unless it has one."""
+    if linear.bias is None:
+        linear.bias = nn.Parameter(linear.weight.new_empty(linear.weight.shape[0]))
+
+
 def _resized(linear: Any, out_features: int | None, in_features: int | None) -> None:
     """An empty weight of the given shape (None: as it is), on the linear's device and in its dtype."""
     transposed = hasattr(linear, "nf")
@@ -181,7 +189,7 @@ def build_layer_shapes(model: Any, names: Any) -> None:
     """Give the layers of a freshly built dense model the shapes of `config.per_layer_config`, weights still empty."""
     config = model.config
     for layer, own in zip(find(model, names.layers), config.per_layer_config, strict=True):
-        skipped = getattr(own, "skip", ())
+        skipped, biased = getattr(own, "skip", ()), getattr(own, ADDED_BIASES, ())
         heads, groups = getattr(own, names.config_heads), getattr(own, names.config_kv_heads)
         channels = getattr(own, names.config_ffn)
         if "attention" in skipped:
@@ -197,6 +205,8 @@ def build_layer_shapes(model: Any, names: Any) -> None:
                 _resized(find(attention, names.key), groups * dim, None)
                 _resized(find(attention, names.value), groups * dim, None)
             _resized(find(attention, names.output), None, heads * dim)
+            if "attention" in biased:
+                _biased(find(attention, names.output))
             for path, kind in names.per_head.items():
                 keep_entries(attention, path, range(heads if kind == "query" else groups))
         if "mlp" in skipped:
@@ -211,6 +221,8 @@ def build_layer_shapes(model: Any, names: Any) -> None:
                     if path is not None:
                         _resized(find(mlp, path), channels, None)
             _resized(find(mlp, names.down), None, channels)
+            if "mlp" in biased:
+                _biased(find(mlp, names.down))
         set_counters(layer, names, config, heads, groups, channels)
     settle(model, names)
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch, evaluating
+from prunelit.calibrate import Batch, evaluating, own_share
 from prunelit.progress import track
 
 _ROWS = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
@@ -34,16 +34,15 @@ def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> li
     Returns:
         Batches {"input_ids": [B, length]} on the host.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     rows = -(-tokens // length)
     sizes = [min(_ROWS, rows - start) for start in range(0, rows, _ROWS)]
     mine: dict[int, Tensor] = {}
     with evaluating(model):
-        for chunk, size in track(list(enumerate(sizes))[rank::world], "sampling text"):
+        for chunk, size in track(own_share(list(enumerate(sizes))), "sampling text"):
             mine[chunk] = _sample(model, size, length, seed + chunk)
     everyone: list[Any] = [mine]
     if dist.is_initialized():
-        everyone = [None] * world
+        everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
     found = {chunk: ids for part in everyone for chunk, ids in part.items()}
     return [{"input_ids": found[chunk]} for chunk in range(len(sizes))]

@@ -15,6 +15,7 @@ from typing import Any
 from prunelit.errors import BadPlan
 
 FORMAT = "prunelit-plan/1"
+_ADDED = "added_bias"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,29 @@ class LayerShape:
     def parameters(self) -> int:
         return self.attention_cost + self.mlp_cost + self.shared_cost
 
+    # What the layer costs at other widths; 0 heads or 0 channels: the block is removed -------------------------------
+
+    def parameters_at(self, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
+        """Parameters; a removed block takes its norms along, a layer without blocks holds nothing."""
+        if not query_heads and not ffn_channels:
+            return 0
+        attention = mlp = 0
+        if query_heads:
+            attention = self.attention_cost - self.query_head_cost * (self.query_heads - query_heads)
+            attention -= self.kv_head_cost * (self.kv_groups - kv_groups)
+        if ffn_channels:
+            mlp = self.mlp_cost - self.channel_cost * (self.ffn_channels - ffn_channels)
+        return attention + mlp + self.shared_cost
+
+    def macs_at(self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
+        """Multiply-accumulates with weights, per token."""
+        attention = 2 * self.head_dim * (query_heads + kv_groups)  # rows of q, k, v and columns of o
+        return hidden_size * (attention + self.ffn_matrices * ffn_channels)
+
+    def kv_elements_at(self, kv_groups: int) -> int:
+        """Numbers in the KV cache, per token."""
+        return 2 * self.head_dim * kv_groups
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -67,11 +91,22 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What one layer keeps: sorted indices into the dense layer. A removed block keeps nothing (empty tuples)."""
+    """What one layer keeps: sorted indices into the dense layer. A removed block keeps nothing (empty tuples).
+
+    `attention_bias`, `mlp_bias`: the block's output projection, which has no bias, is given one by the repair that goes
+    with the cut (see `prunelit.bias`); the cut alone does not.
+    """
 
     query_heads: tuple[int, ...]
     kv_groups: tuple[int, ...]
     ffn_channels: tuple[int, ...]
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of query heads, KV groups and FFN channels."""
+        return len(self.query_heads), len(self.kv_groups), len(self.ffn_channels)
 
     @property
     def attention_removed(self) -> bool:
@@ -145,25 +180,23 @@ class PruningPlan:
     @property
     def kept_block_parameters(self) -> int:
         """Parameters left in the decoder layers."""
-        return sum(_kept_parameters(k, s) for k, s in zip(self.layers, self.model.layers, strict=True))
+        biases = sum(kept.attention_bias + kept.mlp_bias for kept in self.layers) * self.model.hidden_size
+        pairs = zip(self.layers, self.model.layers, strict=True)
+        return biases + sum(shape.parameters_at(*kept.widths) for kept, shape in pairs)
 
     @property
     def predicted(self) -> dict[str, float]:
         """Parameters, MACs and KV bytes after the cut, and the share removed in both conventions of the field."""
         dense = self.model.block_parameters
         removed = dense - self.kept_block_parameters
-        kept = [(k, s) for k, s in zip(self.layers, self.model.layers, strict=True)]
-        macs = sum(
-            2 * self.model.hidden_size * s.head_dim * (len(k.query_heads) + len(k.kv_groups))
-            + s.ffn_matrices * self.model.hidden_size * len(k.ffn_channels)
-            for k, s in kept
-        )
+        kept = list(zip(self.layers, self.model.layers, strict=True))
+        macs = sum(s.macs_at(self.model.hidden_size, *k.widths) for k, s in kept)
+        kv_elements = sum(s.kv_elements_at(len(k.kv_groups)) for k, s in kept)
         return {
             "parameters": self.model.parameters - removed,
             "block_parameters": dense - removed,
             "macs_per_token": macs + self.model.head_macs,
-            "kv_bytes_per_token": sum(2 * len(k.kv_groups) * s.head_dim for k, s in kept)
-            * self.model.bytes_per_element,
+            "kv_bytes_per_token": kv_elements * self.model.bytes_per_element,
             "ratio_of_block_parameters": removed / dense,
             "ratio_of_all_parameters": removed / self.model.parameters,
         }
@@ -171,17 +204,14 @@ class PruningPlan:
     @property
     def is_uniform(self) -> bool:
         """All layers that stay have the same number of heads, groups and channels."""
-        shapes = {
-            (len(k.query_heads), len(k.kv_groups), len(k.ffn_channels), s.head_dim)
-            for k, s in zip(self.layers, self.model.layers, strict=True)
-            if not k.removed
-        }
+        shapes = {(*k.widths, s.head_dim) for k, s in zip(self.layers, self.model.layers, strict=True) if not k.removed}
         return len(shapes) == 1 and not any(k.attention_removed != k.mlp_removed for k in self.layers)
 
     @property
     def digest(self) -> str:
         """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
-        content = [asdict(self.model), [asdict(layer) for layer in self.layers]]
+        layers = [{name: value for name, value in asdict(layer).items() if value is not False} for layer in self.layers]
+        content = [asdict(self.model), layers]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
     # JSON --------------------------------------------------------------------------------------------------------
@@ -203,8 +233,8 @@ class PruningPlan:
             {
                 "attention": None
                 if layer.attention_removed
-                else {"kv_groups": layer.kv_groups, "query_heads": layer.query_heads},
-                "mlp": None if layer.mlp_removed else {"channels": layer.ffn_channels},
+                else {"kv_groups": layer.kv_groups, "query_heads": layer.query_heads} | _added(layer.attention_bias),
+                "mlp": None if layer.mlp_removed else {"channels": layer.ffn_channels} | _added(layer.mlp_bias),
             }
             for layer in self.layers
         ]
@@ -224,13 +254,7 @@ class PruningPlan:
                 found = data.get("format") if isinstance(data, dict) else type(data).__name__
                 raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r}")
             model = ModelShape(**data["model"], layers=tuple(LayerShape(**shape) for shape in data["dense_layers"]))
-            layers = tuple(
-                LayerPlan(
-                    *_block(layer["attention"], "query_heads", "kv_groups"),
-                    *_block(layer["mlp"], "channels"),
-                )
-                for layer in data["layers"]
-            )
+            layers = tuple(_layer(layer["attention"], layer["mlp"]) for layer in data["layers"])
             return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise BadPlan(f"plan: not a readable {FORMAT} file ({type(error).__name__}: {error})") from error
@@ -258,32 +282,30 @@ class PruningPlan:
             raise BadPlan(f"{path}: {error}") from error
 
 
+def _layer(attention: Mapping[str, Any] | None, mlp: Mapping[str, Any] | None) -> LayerPlan:
+    heads, groups = _block(attention, "query_heads", "kv_groups")
+    (channels,) = _block(mlp, "channels")
+    biases = [block is not None and block.get(_ADDED, False) for block in (attention, mlp)]
+    return LayerPlan(heads, groups, channels, *biases)
+
+
 def _block(block: Mapping[str, Any] | None, *names: str) -> list[tuple[int, ...]]:
     """The index lists of a block in JSON; all empty for null, the removed block."""
     if block is None:
         return [() for _ in names]
-    if not isinstance(block, Mapping) or set(block) != set(names) or not all(block.values()):
+    if not isinstance(block, Mapping) or set(block) - {_ADDED} != set(names) or not all(block[name] for name in names):
         raise BadPlan(
             f"plan: expected a block {{{', '.join(names)}}} with indices, or null (removed), got {block!r:.80}"
         )
     return [tuple(block[name]) for name in names]
 
 
+def _added(bias: bool) -> dict[str, bool]:
+    return {_ADDED: True} if bias else {}
+
+
 def _lines(items: Sequence[Any]) -> str:
     return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in items) + "\n ]"
-
-
-def _kept_parameters(kept: LayerPlan, shape: LayerShape) -> int:
-    if kept.removed:
-        return 0
-    attention = mlp = 0
-    if not kept.attention_removed:
-        attention = shape.attention_cost
-        attention -= shape.query_head_cost * (shape.query_heads - len(kept.query_heads))
-        attention -= shape.kv_head_cost * (shape.kv_groups - len(kept.kv_groups))
-    if not kept.mlp_removed:
-        mlp = shape.mlp_cost - shape.channel_cost * (shape.ffn_channels - len(kept.ffn_channels))
-    return attention + mlp + shape.shared_cost
 
 
 def _check_sizes(where: str, shape: Any, *positive: str) -> None:
@@ -308,6 +330,15 @@ def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
             )
         if items and not 0 <= items[0] <= items[-1] < size:
             raise BadPlan(f"plan: layer {index}: {name}: expected indices in [0, {size}), got {items[0]}..{items[-1]}")
+    for name, added, removed in (
+        ("attention", kept.attention_bias, not kept.kv_groups),
+        ("mlp", kept.mlp_bias, not kept.ffn_channels),
+    ):
+        if type(added) is not bool or (added and removed):
+            raise BadPlan(
+                f"plan: layer {index}: {name}: added_bias: expected true or false, and false for a removed block, "
+                f"got {added!r:.40}"
+            )
     if bool(kept.kv_groups) != bool(kept.query_heads):
         raise BadPlan(
             f"plan: layer {index}: expected KV groups and query heads, or neither (attention removed), "

@@ -1,56 +1,34 @@
 """Scores -> kept units: the budget, its scope, rounding and protection. Pure functions on tensors.
 
-The budget is a promise: at least `ratio` of the decoder layers' parameters goes, and giving back any one rounding step
+The budget is a promise: at least `ratio` of what the decoder layers cost goes, and giving back any one rounding step
 would break it.
 
-Legend: Q query heads, G KV groups, F FFN channels. A *step* is the smallest cut that keeps a layer legal: one KV group,
-or one query head from every group, or the channels down to the next multiple of `align`.
+A step is the smallest cut that keeps a layer legal, see `prunelit.ladders`.
 """
 
-import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import bisect
+from collections.abc import Collection, Iterable, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from prunelit.errors import BadOption, InfeasibleBudget, NonFinite
+from prunelit.errors import BadOption, InfeasibleBudget
+from prunelit.ladders import Cost, Ladder, LayerScores, Unit, ladders_of, standardised
 from prunelit.plan import LayerPlan, LayerShape
 
 Scope = Literal["layer", "global", "layer_mean"]
 Budget = Literal["parameters", "macs", "kv_bytes", "latency"]
-Unit = Literal["kv_group", "query_head"]
 
-
-@dataclass(frozen=True)
-class LayerScores:
-    """Importance of one layer's units, larger = keep. None: this kind is not scored and stays whole.
-
-    Attributes:
-        heads: [Q]; the score of a KV group is the sum over its query heads.
-        channels: [F].
-    """
-
-    heads: Tensor | None = None
-    channels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Step:
-    score: float
-    cost: int  # parameters
-    units: tuple[int, ...]  # KV groups, query heads or channels that go
-
-
-@dataclass(frozen=True)
-class _Ladder:
-    """The steps of one kind in one layer, cheapest loss first; they can only be taken in order."""
-
-    layer: int
-    kind: Literal["attention", "ffn"]
-    units: int  # steps plus the one that must stay (attention); FFN channels
-    steps: tuple[_Step, ...]
+_COSTS: dict[str, Cost] = {
+    "parameters": LayerShape.parameters_at,
+    # Per unit of hidden size, and per byte of an element: factors that all layers share do not change a ratio.
+    "macs": lambda shape, heads, groups, channels: shape.macs_at(1, heads, groups, channels),
+    "kv_bytes": lambda shape, heads, groups, channels: shape.kv_elements_at(groups),
+}
+_KINDS = ("attention", "ffn")
+_SPREAD = 0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
 
 
 def select(
@@ -66,19 +44,30 @@ def select(
     min_kept: float = 0.0,
     standardise: bool = True,
     joint: bool = True,
+    cost: Cost | None = None,
 ) -> tuple[LayerPlan, ...]:
     """Choose the units that stay.
 
     Args:
         shapes: one per layer.
         scores: one per layer.
-        ratio: share of the decoder layers' parameters to remove, in (0, 1).
+        ratio: share of the decoder layers' budget to remove, in (0, 1).
         scope: "layer" cuts the same number of units from every layer (floor(ratio * groups) KV groups, the FFN takes
-            the rest), so the layers stay alike; "global" ranks the units of all layers together after standardising
-            each layer's scores, so layers come to differ.
+            the rest), so the layers stay alike; "global" ranks the units of all layers together, so layers come to
+            differ; "layer_mean" cuts from each kind in each layer the share `ratio - ratio / 4 * z`, all shares moved
+            alike to meet the budget, with z the layer's mean raw score, standardised over the layers.
         unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
         align: kept FFN widths are multiples of this.
         protect: layers left whole; negative numbers count from the end.
+        budget: what `ratio` counts, see `Budget`: parameters, MACs per token, bytes of KV cache per token, seconds.
+        min_kept: least share of each layer's KV groups (or query heads per group) and channels that stays, in [0, 1);
+            rounded up.
+        standardise: scope "global" gives each layer's scores of a kind mean 0 and deviation 1 first; False takes them
+            as they are.
+        joint: scope "global" ranks heads and channels in one list; False ranks each kind by itself, heads to at most
+            `ratio` of their own cost, and channels take the rest.
+        cost: what a layer costs at given widths, in place of the budget's own count; "latency" needs one
+            (`prunelit.latency`).
 
     Returns:
         One `LayerPlan` per layer; at least one KV group (or query head per group) and `align` channels stay in each.
@@ -86,23 +75,37 @@ def select(
     Raises:
         BadOption: an option outside its range.
         NonFinite: a score is NaN or infinite.
-        InfeasibleBudget: the layers that may be cut do not hold that many removable parameters.
+        InfeasibleBudget: the layers that may be cut do not hold that much of the budget.
     """
-    check_options(ratio, scope, unit, align, protect, len(shapes))
+    check_options(ratio, scope, unit, align, protect, len(shapes), budget=budget, min_kept=min_kept)
+    price = cost or _COSTS.get(budget)
+    if price is None:
+        raise BadOption(f"budget: expected a measured cost for {budget!r}, got none; see prunelit.latency.measure")
     whole = {layer % len(shapes) for layer in protect}
-    ladders: list[_Ladder] = []
+    compared = scope == "global"
+    ladders: list[Ladder] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
         if index not in whole:
-            ladders += _ladders(index, shape, score, unit, align, standardise=scope == "global")
-    dense = sum(shape.parameters for shape in shapes)
+            ladders += ladders_of(index, shape, score, price, unit, align, min_kept, compared, compared and standardise)
+    dense = sum(price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
     target = ratio * dense
-    most = sum(step.cost for ladder in ladders for step in ladder.steps)
-    if most < target:
+    most = sum(ladder.saves()[-1] for ladder in ladders)
+    if most < target or not dense:
+        least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
         raise InfeasibleBudget(
-            f"ratio {ratio}: expected at most {most / dense:.4f} with one {unit} and {align} channels kept in each of "
-            f"{len(shapes) - len(whole)} unprotected layers; lower ratio or align, or protect fewer layers"
+            f"ratio {ratio} of {budget}: expected at most {most / dense if dense else 0:.4f} with {least} and {align} "
+            f"channels kept in each of {len(shapes) - len(whole)} unprotected layers; lower ratio, align or min_kept, "
+            "or protect fewer layers"
         )
-    taken = _uniform(ladders, ratio, target) if scope == "layer" else _global(ladders, target)
+    if scope == "layer":
+        taken = _uniform(ladders, ratio, target)
+    elif scope == "layer_mean":
+        taken = _in_order(ladders, _by_layer_mean(ladders, ratio), target)
+    elif joint:
+        taken = _in_order(ladders, _by_score(ladders, _KINDS), target)
+    else:
+        heads = dense - sum(price(shape, 0, 0, shape.ffn_channels) for shape in shapes)
+        taken = _in_order(ladders, _kinds_apart(ladders, ratio * heads), target)
     return _plans(shapes, ladders, taken, unit)
 
 
@@ -124,9 +127,13 @@ def check_options(
     """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise BadOption(f"ratio: expected a number between 0 and 1 (both excluded), got {ratio!r}")
-    for name, value, allowed in (("scope", scope, ("layer", "global")), ("unit", unit, ("kv_group", "query_head"))):
-        if value not in allowed:
-            raise BadOption(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+    if isinstance(min_kept, bool) or not isinstance(min_kept, int | float) or not 0 <= min_kept < 1:
+        raise BadOption(f"min_kept: expected a number from 0 to below 1, got {min_kept!r}")
+    for name, value, allowed in (("scope", scope, Scope), ("unit", unit, Unit), ("budget", budget, Budget)):
+        if value not in get_args(allowed):
+            raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
+    if budget == "kv_bytes" and unit == "query_head":
+        raise BadOption("budget: 'kv_bytes' counts KV groups; expected unit 'kv_group' with it, got 'query_head'")
     if isinstance(align, bool) or not isinstance(align, int) or align < 1:
         raise BadOption(f"align: expected a positive integer number of channels, got {align!r}")
     for layer in protect:
@@ -134,91 +141,84 @@ def check_options(
             raise BadOption(f"protect: expected layer numbers in [{-(layers or 0)}, {layers}), got {layer!r}")
 
 
-def _ladders(
-    index: int, shape: LayerShape, score: LayerScores, unit: Unit, align: int, standardise: bool
-) -> list[_Ladder]:
-    found = []
-    if score.heads is not None and shape.kv_groups and shape.heads_prunable:
-        heads = _checked(index, "head", score.heads, shape.query_heads, standardise)
-        by_group = heads.view(shape.kv_groups, shape.group_size)
-        if unit == "kv_group":
-            groups = by_group.sum(1)
-            cost = shape.group_size * shape.query_head_cost + shape.kv_head_cost
-            order = torch.argsort(groups, stable=True).tolist()
-            # Standardised scores of different kinds are compared, so a group counts as the mean of its heads there.
-            value = by_group.mean(1) if standardise else groups
-            steps = [_Step(value[g].item(), cost, (g,)) for g in order[:-1]]
-        else:
-            order_in_group = torch.argsort(by_group, dim=1, stable=True)  # [G, Q / G]
-            cost = shape.kv_groups * shape.query_head_cost
-            steps = []
-            for rank in range(shape.group_size - 1):
-                members = [g * shape.group_size + int(order_in_group[g, rank]) for g in range(shape.kv_groups)]
-                mean = max(heads[members].mean().item(), steps[-1].score if steps else -math.inf)
-                steps.append(_Step(mean, cost, tuple(members)))
-        found.append(_Ladder(index, "attention", len(steps) + 1, tuple(steps)))
-    if score.channels is not None and shape.ffn_channels:
-        channels = _checked(index, "channel", score.channels, shape.ffn_channels, standardise)
-        ascending = torch.argsort(channels, stable=True)
-        width, start, steps = shape.ffn_channels, 0, []
-        while width > align:
-            narrower = (width - 1) // align * align
-            units = ascending[start : start + width - narrower]
-            # Means of equal scores may differ in the last bit; steps are taken in order all the same.
-            mean = max(channels[units].mean().item(), steps[-1].score if steps else -math.inf)
-            steps.append(_Step(mean, len(units) * shape.channel_cost, tuple(units.tolist())))
-            start, width = start + len(units), narrower
-        found.append(_Ladder(index, "ffn", shape.ffn_channels, tuple(steps)))
-    return found
+_Queue = list[tuple[int, int]]  # (ladder, position of the step in it), first to go first
 
 
-def _checked(index: int, kind: str, score: Tensor, size: int, standardise: bool) -> Tensor:
-    """The scores in float64 on the CPU, finite, [size]; mean 0 and deviation 1 if asked."""
-    values = score.detach().to("cpu", torch.float64).flatten()
-    if len(values) != size:
-        raise BadOption(f"layer {index}: expected {size} {kind} scores, got {len(values)}")
-    if not torch.isfinite(values).all():
-        raise NonFinite(
-            f"layer {index}: {kind} scores hold NaN or infinity; expected finite numbers: check the weights, the "
-            "calibration text and the dtype"
-        )
-    if standardise:
-        values = values - values.mean()
-        deviation = values.square().mean().sqrt()
-        values = values / deviation if deviation > 0 else values
-    return values
-
-
-def _uniform(ladders: list[_Ladder], ratio: float, target: float) -> list[int]:
+def _uniform(ladders: list[Ladder], ratio: float, target: float) -> list[int]:
     """Steps taken per ladder: the same number in every layer."""
-    attention = [ladder for ladder in ladders if ladder.kind == "attention"]
-    ffn = [ladder for ladder in ladders if ladder.kind == "ffn"]
-    longest = max((len(ladder.steps) for ladder in ffn), default=0)
+    saves = [ladder.saves() for ladder in ladders]
+    longest = {kind: max((len(each.steps) for each in ladders if each.kind == kind), default=0) for kind in _KINDS}
+    share = [sum(step.after <= int(ratio * ladder.rungs) for step in ladder.steps) for ladder in ladders]
+
+    def taken(extra: int, channels: int) -> list[int]:
+        wanted = [share[i] + extra if each.kind == "attention" else channels for i, each in enumerate(ladders)]
+        return [min(count, len(each.steps)) for count, each in zip(wanted, ladders, strict=True)]
+
+    def saved(extra: int, channels: int) -> float:
+        return sum(saves[number][count] for number, count in enumerate(taken(extra, channels)))
+
     # floor(ratio * groups) first; more only where the FFN alone can not carry the rest.
-    for extra in range(max((len(ladder.steps) for ladder in attention), default=0) + 1):
-        taken = {id(a): min(int(ratio * a.units) + extra, len(a.steps)) for a in attention}
-        for count in range(longest + 1):
-            taken |= {id(f): min(count, len(f.steps)) for f in ffn}
-            steps = [taken[id(ladder)] for ladder in ladders]
-            if _cost(ladders, steps) >= target:
-                return steps
+    counts = range(longest["ffn"] + 1)
+    for extra in range(longest["attention"] + 1):
+        channels = bisect.bisect_left(counts, target, key=partial(saved, extra))
+        if channels < len(counts):
+            return taken(extra, channels)
     raise AssertionError("unreachable: select() checked that the budget can be met")
 
 
-def _global(ladders: list[_Ladder], target: float) -> list[int]:
-    """Steps taken per ladder: lowest standardised score first, over all layers and kinds."""
-    queue = sorted(
+def _by_score(ladders: list[Ladder], kinds: Collection[str]) -> _Queue:
+    """Lowest score first, over all layers and the given kinds."""
+    return _sorted(
         (step.score, number, position)
         for number, ladder in enumerate(ladders)
         for position, step in enumerate(ladder.steps)
+        if ladder.kind in kinds
     )
+
+
+def _kinds_apart(ladders: list[Ladder], limit: float) -> _Queue:
+    """Heads that save at most `limit` together, then channels, then what is left of the heads."""
+    heads = _by_score(ladders, ("attention",))
+    saved = accumulate(ladders[number].steps[position].cost for number, position in heads)
+    within = sum(each <= limit for each in saved)
+    return heads[:within] + _by_score(ladders, ("ffn",)) + heads[within:]
+
+
+def _by_layer_mean(ladders: list[Ladder], ratio: float) -> _Queue:
+    """Steps in the order in which a growing common shift of all shares takes them.
+
+    A step is taken once the layer's share, `ratio - spread * z + shift`, passes the middle of the step: shares are
+    rounded to the nearest step, and stop by themselves at nothing and at all that may go.
+    """
+    shift = []
+    for kind in _KINDS:
+        chosen = [(number, ladder) for number, ladder in enumerate(ladders) if ladder.kind == kind]
+        if not chosen:
+            continue
+        means = torch.tensor([ladder.mean for _, ladder in chosen], dtype=torch.float64)
+        # Scores that were standardised before have means of rounding errors, which say nothing.
+        says = means.std(correction=0) > 1e-9 * max(ladder.size for _, ladder in chosen)
+        z = standardised(means) if says else torch.zeros_like(means)
+        for (number, ladder), deviation in zip(chosen, z.tolist(), strict=True):
+            share = ratio - _SPREAD * ratio * deviation
+            for position, step in enumerate(ladder.steps):
+                shift.append(((step.before + step.after) / 2 / ladder.rungs - share, number, position))
+    return _sorted(shift)
+
+
+def _sorted(queue: Iterable[tuple[float, int, int]]) -> _Queue:
+    return [(number, position) for _, number, position in sorted(queue)]
+
+
+def _in_order(ladders: list[Ladder], queue: _Queue, target: float) -> list[int]:
+    """Steps taken per ladder: as the queue says until the target is met."""
     taken, cut = [0] * len(ladders), 0.0
-    for _, number, position in queue:
+    for number, position in queue:
         if cut >= target:
             break
         cut += ladders[number].steps[position].cost
         taken[number] = position + 1
-    for _, number, position in reversed(queue):  # the last step overshoots: give back what the budget does not need
+    for number, position in reversed(queue):  # the last step overshoots: give back what the budget does not need
         cost = ladders[number].steps[position].cost
         if taken[number] == position + 1 and cut - cost >= target:
             cut -= cost
@@ -226,11 +226,7 @@ def _global(ladders: list[_Ladder], target: float) -> list[int]:
     return taken
 
 
-def _cost(ladders: list[_Ladder], taken: list[int]) -> int:
-    return sum(step.cost for ladder, count in zip(ladders, taken, strict=True) for step in ladder.steps[:count])
-
-
-def _plans(shapes: Sequence[LayerShape], ladders: list[_Ladder], taken: list[int], unit: Unit) -> tuple[LayerPlan, ...]:
+def _plans(shapes: Sequence[LayerShape], ladders: list[Ladder], taken: list[int], unit: Unit) -> tuple[LayerPlan, ...]:
     cut: dict[tuple[int, str], set[int]] = {}
     for ladder, count in zip(ladders, taken, strict=True):
         cut[ladder.layer, ladder.kind] = {item for step in ladder.steps[:count] for item in step.units}

@@ -89,11 +89,11 @@ class Stream:
         try:
             yield
         finally:
-            for index, forward in before.items():
-                if forward is None:
+            for index, own in before.items():
+                if own is None:
                     del layers[index].forward
                 else:
-                    layers[index].forward = forward
+                    layers[index].forward = own
 
     @torch.no_grad()
     def _probe(self) -> list[bool]:

@@ -4,7 +4,7 @@ Legend: Q query heads, G KV groups, D head size, F FFN channels.
 """
 
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,19 +61,29 @@ def apply(model: nn.Module, plan: PruningPlan) -> None:
     decoder = Decoder(model)
     check_fits(decoder, plan)
     for layer, kept in zip(decoder, plan.layers, strict=True):
-        if layer.has_attention:
-            _cut_attention(layer, kept)
-        if layer.has_mlp:
-            _cut_mlp(layer, kept)
-        set_counters(
-            layer.module,
-            layer.architecture,
-            decoder.config,
-            len(kept.query_heads),
-            len(kept.kv_groups),
-            len(kept.ffn_channels),
-        )
-    settle(model, decoder.architecture)
+        cut_layer(layer, kept, decoder.config)
+    finish(decoder, plan)
+
+
+@torch.no_grad()
+def cut_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
+    """Cut one layer in place. `finish` follows once all layers are cut; until then the model runs layer by layer.
+
+    Args:
+        layer: as it is before the cut; look at its module afresh afterwards.
+        kept: what of it stays.
+        config: of the model.
+    """
+    if layer.has_attention:
+        _cut_attention(layer, kept)
+    if layer.has_mlp:
+        _cut_mlp(layer, kept)
+    set_counters(layer.module, layer.architecture, config, *kept.widths)
+
+
+def finish(decoder: Decoder, plan: PruningPlan) -> None:
+    """After every layer was cut: drop layers without blocks, close holes in the KV cache, write widths that agree."""
+    settle(decoder.model, decoder.architecture)
     if plan.is_uniform:
         _set_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
 

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from prunelit import models, surgery
+from prunelit import bias, measure, models, surgery
 from prunelit.decoder import Decoder
 from prunelit.errors import OutputNotWritable, PrunelitError
 from prunelit.export import save
+from prunelit.export.uniform import fits
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
-from tests.tiny import FAMILIES, cut, keep, tiny, tokens
+from tests.tiny import FAMILIES, cut, keep, tiny, tiny_tokenizer, tokens
 
 
 class Saved(NamedTuple):
@@ -259,6 +260,16 @@ def test_untrusted_folder_is_refused(hetero_folder: Path) -> None:
         AutoModelForCausalLM.from_pretrained(hetero_folder, trust_remote_code=False)
 
 
+def test_tokenizer_of_the_folder_is_read_without_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, tokenizer = tiny("llama"), tiny_tokenizer()
+    surgery.apply(model, cut(model, "mixed"))
+    assert save(model, tmp_path / "m", tokenizer) == "hetero"
+    capsys.readouterr()
+    again = models.load_tokenizer(tmp_path / "m")
+    assert capsys.readouterr().out == ""  # transformers asks there whether it may run the folder's code
+    assert again("what it says").input_ids == tokenizer("what it says").input_ids
+
+
 def test_stock_class_refuses_the_folder(hetero_folder: Path) -> None:
     """Missing blocks must not be filled with random weights."""
     with pytest.raises((ValueError, RuntimeError)):
@@ -269,6 +280,142 @@ def test_prunelit_runs_no_code_from_the_folder(hetero_folder: Path) -> None:
     expected = logits(models.load(hetero_folder))
     (hetero_folder / "modeling_pruned.py").write_text("raise SystemExit('code from the folder was run')\n")
     torch.testing.assert_close(logits(models.load(hetero_folder)), expected, rtol=0, atol=0)
+
+
+# Added biases ---------------------------------------------------------------------------------------------------------
+
+
+SOME = ("llama", "phi3", "gpt2", "gemma2", "cohere", "olmo2", "falcon", "qwen2", "opt")
+
+
+def compensate(model: Any, plan: PruningPlan) -> PruningPlan:
+    """Cut and add the means of what went to the output biases."""
+    stated = bias.declare(Decoder(model), plan, True)
+    bias.apply_bias(model, stated, [{"input_ids": tokens(4, 12)}])
+    return stated
+
+
+def biases_of(model: Any) -> dict[str, Tensor]:
+    return {name: value for name, value in model.state_dict().items() if name.endswith(".bias")}
+
+
+@pytest.mark.parametrize("family", [f if f in SOME else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+@pytest.mark.parametrize("kind", ["mixed", "alike"])
+def test_added_biases_are_saved(family: str, kind: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    plan = compensate(model, cut(model, "mixed") if kind == "mixed" else uniform(model))
+    size = measure.size(model)
+    assert size == {name: plan.predicted[name] for name in size}
+    written = save(model, tmp_path / "m", plan=plan)
+    assert written == "hetero" or kind == "alike"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=written == "hetero")
+    ours = models.load(tmp_path / "m")
+    assert_equal(plain, model)
+    assert_equal(ours, model)
+    found, expected = biases_of(ours), biases_of(model)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert not any(value.any() for name, value in found.items() if name not in expected)
+    if written == "hetero":
+        assert found.keys() == expected.keys() and measure.size(ours) == size
+    assert PruningPlan.load(tmp_path / "m" / "plan.json") == plan
+
+
+@pytest.mark.parametrize("heads", [{}, {"groups": 2}, {"heads_in_group": 2}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "granite", "smollm3", "seed_oss", "hyperclovax"])
+def test_a_config_that_can_have_biases_stays_stock(family: str, heads: dict[str, int], tmp_path: Path) -> None:
+    model = tiny(family)
+    stock = type(model)
+    compensate(model, uniform(model, **heads))
+    assert save(model, tmp_path / "m") == "uniform"
+    assert not list((tmp_path / "m").glob("*.py"))
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    names = Decoder(model).architecture
+    assert type(again) is stock and getattr(again.config, names.config_mlp_bias)
+    assert getattr(again.config, names.config_attention_bias) is bool(heads)
+    assert_equal(again, model)
+    assert save(again, tmp_path / "again") == "uniform"
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2"])
+def test_a_config_that_can_not_have_them_becomes_hetero(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    compensate(model, uniform(model))
+    with pytest.raises(PrunelitError, match="'hetero'"):
+        save(model, tmp_path / "u", format="uniform")
+    assert save(model, tmp_path / "m") == "hetero"
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert config["per_layer_config"] == {str(layer): {"added_biases": ["mlp"]} for layer in range(3)}
+    assert config["added_biases"] == []  # of layers that say nothing
+
+
+def test_only_biases_may_be_spare() -> None:
+    """Zeros stand for them; the gains of norms that a model lacks can not be made up."""
+    model, other = tiny("llama"), tiny("qwen3", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
+    surplus = {name.rsplit(".", 2)[1] for name in other.state_dict().keys() - model.state_dict().keys()}
+    assert surplus == {"q_norm", "k_norm"} and not model.state_dict().keys() - other.state_dict().keys()
+    assert fits(type(other), other.config, model, spare_biases=True) is None
+    biased = tiny("llama-biases")
+    assert fits(type(biased), biased.config, model, spare_biases=True) is not None
+    assert fits(type(biased), biased.config, model) is None
+
+
+def test_layers_without_an_added_bias_have_none(tmp_path: Path) -> None:
+    model = tiny("llama")
+    first, *others = Decoder(model).shape.layers
+    compensate(model, plan_with(model, keep(first, channels=tuple(range(40))), *map(LayerPlan.dense, others)))
+    assert save(model, tmp_path / "m") == "hetero"
+    assert list(biases_of(models.load(tmp_path / "m"))) == ["model.layers.0.mlp.down_proj.bias"]
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama-mha", "gpt_neox", "falcon"])
+def test_what_was_read_is_written_again(family: str, tmp_path: Path) -> None:
+    """Also where the layers are alike, and only biases or head counts keep the folder from being a stock one."""
+    model = tiny(family)
+    compensate(model, uniform(model, groups=7 if family in ("llama-mha", "gpt_neox") else 2))
+    assert save(model, tmp_path / "once") == "hetero"
+    assert save(models.load(tmp_path / "once"), tmp_path / "twice") == "hetero"
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True), model)
+    assert files(tmp_path / "once").keys() == files(tmp_path / "twice").keys()
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "once", trust_remote_code=True)
+    plain.save_pretrained(tmp_path / "plain")
+    assert_equal(models.load(tmp_path / "plain"), model)
+
+
+def test_a_hetero_folder_of_layers_alike_becomes_stock_again(tmp_path: Path) -> None:
+    model = tiny("llama")
+    surgery.apply(model, uniform(model, groups=2))
+    assert save(model, tmp_path / "once", format="hetero") == "hetero"
+    assert save(models.load(tmp_path / "once"), tmp_path / "twice") == "uniform"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
+    assert type(again) is LlamaForCausalLM
+    assert_equal(again, model)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "phi3"])
+def test_a_loaded_model_with_added_biases_is_cut_again(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    compensate(model, cut(model, "mixed"))
+    save(model, tmp_path / "once")
+    for each in (model, models.load(tmp_path / "once")):
+        shapes = Decoder(each).shape.layers
+        kept = (LayerPlan.dense(shapes[0]), keep(shapes[1], channels=tuple(range(8))), LayerPlan.dense(shapes[2]))
+        plan = compensate(each, plan_with(each, *kept))
+        assert measure.size(each)["parameters"] == plan.predicted["parameters"]
+        assert not any(layer.mlp_bias for layer in plan.layers)  # it has one by now
+        assert save(each, tmp_path / "twice", overwrite=True) == "hetero"
+        assert_equal(models.load(tmp_path / "twice"), model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_added_biases_keep_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path / "dense")
+    for name, plan in (("mixed", lambda m: cut(m, "mixed")), ("alike", uniform)):
+        model = models.load(tmp_path / "dense", dtype=dtype)
+        compensate(model, plan(model))
+        save(model, tmp_path / name)
+        again = models.load(tmp_path / name)
+        assert {parameter.dtype for parameter in again.parameters()} == {dtype}
+        assert_equal(again, model)
 
 
 # Nothing half done ----------------------------------------------------------------------------------------------------

@@ -14,10 +14,25 @@ import prunelit
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
     ("errors", "architectures", "plan", "progress"),
-    ("rank", "hetero", "decoder"),
-    ("calibrate", "surgery", "measure", "models", "text", "lora", "stream", "quantize", "reconstruct", "search", "gradients", "distill", "latency"),
+    ("rank", "ladders", "hetero", "decoder"),
+    (
+        *("calibrate", "surgery", "measure", "models", "text", "lora", "quantize", "stream", "latency"),
+        *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
+        *(
+            "bias",
+            "least_squares",
+            "lockstep",
+            "reconstruct",
+            "two_step",
+            "distill",
+            "search",
+            "blocks",
+            "evaluator",
+            "journal",
+        ),  # what works on a plan
+    ),
     ("recovery", "data", "export", "callbacks"),
-    ("cli", "report", "__main__"),
+    ("cli", "commands", "console", "compare", "cells", "trial", "report", "__main__"),
 )
 SIBLINGS_APART = 3  # on this floor packages and modules do not import each other
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}

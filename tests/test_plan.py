@@ -78,6 +78,24 @@ def test_json_has_one_layer_a_line_and_null_for_what_is_gone() -> None:
     assert '\n  {"attention": {"kv_groups": [0], "query_heads": [0, 1]}, "mlp": null},\n' in text
 
 
+def test_json_states_added_biases_only_where_there_are_any() -> None:
+    kept = LayerPlan((0, 1), (0,), (1, 5))
+    plan = plan_of(replace(kept, attention_bias=True), replace(kept, mlp_bias=True))
+    text = plan.to_json()
+    assert (
+        '{"attention": {"kv_groups": [0], "query_heads": [0, 1], "added_bias": true}, "mlp": {"channels": [1, 5]}}'
+        in text
+    )
+    assert '"mlp": {"channels": [1, 5], "added_bias": true}' in text
+    assert PruningPlan.from_json(text) == plan
+    assert "added_bias" not in plan_of(kept).to_json()
+
+
+def test_a_plan_written_before_biases_could_be_added_has_its_digest() -> None:
+    plan = plan_of(LayerPlan((0, 1), (0,), (1, 5)), LayerPlan((), (), (1, 2)))
+    assert plan.digest == "ad167e97e8e565e0"
+
+
 def test_predicted_is_computed_not_read() -> None:
     data = json.loads(plan_of().to_json())
     data["predicted"]["parameters"] = 1
@@ -131,6 +149,26 @@ def test_predicted_is_what_a_model_of_the_kept_shapes_has(plan: PruningPlan) -> 
     as_it_is = plan_of(model=smaller).predicted
     for name in ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token"):
         assert plan.predicted[name] == as_it_is[name]
+
+
+def test_an_added_bias_costs_the_hidden_size() -> None:
+    kept = LayerPlan((0, 1), (0,), (1, 5))
+    bare, biased = plan_of(kept), plan_of(replace(kept, attention_bias=True, mlp_bias=True), kept)
+    assert biased.kept_block_parameters == plan_of(kept, kept).kept_block_parameters + 2 * 64
+    assert biased.predicted["macs_per_token"] == plan_of(kept, kept).predicted["macs_per_token"]
+    one = plan_of(replace(kept, mlp_bias=True))
+    assert one.predicted["parameters"] == bare.predicted["parameters"] + 64
+    assert one.digest != bare.digest and one.is_uniform == bare.is_uniform
+
+
+@given(plans())
+def test_costs_at_widths_are_those_of_a_layer_of_these_widths(plan: PruningPlan) -> None:
+    for kept, shape in zip(plan.layers, plan.model.layers, strict=True):
+        smaller = layer_shape(*kept.widths[:2], 8, kept.widths[2])
+        assert shape.parameters_at(*kept.widths) == smaller.parameters
+        assert shape.macs_at(64, *kept.widths) == smaller.macs_at(64, *kept.widths)
+        assert shape.kv_elements_at(kept.widths[1]) == 2 * 8 * smaller.kv_groups
+        assert shape.parameters_at(*LayerPlan.dense(shape).widths) == shape.parameters
 
 
 def test_shared_norm_goes_only_with_the_whole_layer() -> None:
@@ -205,6 +243,9 @@ _CHANNELS = tuple(range(96))
         (LayerPlan((0, 1, 2), (0,), _CHANNELS), "layer 1: query head 2 belongs to KV group 1, which is cut"),
         (LayerPlan((0, 1, 2), (0, 1), _CHANNELS), "layer 1: expected the same number of query heads"),
         (LayerPlan((0, 1), (0, 1), _CHANNELS), "layer 1: expected the same number of query heads"),
+        (LayerPlan((), (), _CHANNELS, attention_bias=True), "layer 1: attention: added_bias: .*removed block"),
+        (LayerPlan((0, 1), (0,), (), mlp_bias=True), "layer 1: mlp: added_bias: .*removed block"),
+        (LayerPlan((0, 1), (0,), _CHANNELS, mlp_bias=1), "added_bias: expected true or false"),  # type: ignore[arg-type]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -272,6 +313,8 @@ def without(*path: Any) -> Callable[[dict[str, Any]], None]:
         "one layer too few": without("layers", 0),
         "layer without mlp": without("layers", 0, "mlp"),
         "layer is a list": edit("layers", 0, to=[1, 2]),
+        "added bias is text": edit("layers", 0, "mlp", "added_bias", to="true"),
+        "only an added bias": edit("layers", 0, "mlp", to={"added_bias": True}),
         "misspelt channels": edit("layers", 0, "mlp", to={"chanels": [0, 1]}),
         "misspelt kv_groups": edit("layers", 0, "attention", to={"groups": [0], "query_heads": [0, 1]}),
         "mlp is an empty table": edit("layers", 0, "mlp", to={}),

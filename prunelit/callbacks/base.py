@@ -7,7 +7,8 @@ the strategy's wrapping and the optimiser, so nothing is ever built on shapes th
 import inspect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast, get_args
 
@@ -19,7 +20,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from prunelit import models, rank, reconstruct, surgery, text
+from prunelit import bias, latency, models, rank, reconstruct, surgery, text
 from prunelit.calibrate import Batch, on_device
 from prunelit.callbacks.job import batched, find_model, resume_path, share, take
 from prunelit.decoder import Decoder
@@ -66,6 +67,8 @@ class PruningCallback(Callback):
     """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
     joint: ClassVar[bool] = True
     """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
+    repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
+    """What `repair` may be; a method that adds one carries it out in `cut`."""
 
     def __init__(
         self,
@@ -84,8 +87,8 @@ class PruningCallback(Callback):
         plan_file: str | None = None,
     ):
         rank.check_options(ratio, scope, unit, align, protect, budget=budget, min_kept=min_kept)
-        if repair not in get_args(Repair):
-            raise BadOption(f"repair: expected one of {', '.join(get_args(Repair))}, got {repair!r}")
+        if repair not in self.repair_choices:
+            raise BadOption(f"repair: expected one of {', '.join(self.repair_choices)}, got {repair!r}")
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
@@ -108,26 +111,42 @@ class PruningCallback(Callback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """What stays. Default: `score`, then `prunelit.rank.select` under the budget."""
-        shape = decoder.shape
-        kept = rank.select(
-            shape.layers,
-            self.score(decoder, batches),
-            self.ratio,
-            self.scope,
-            self.unit,
-            self.align,
-            self.protect,
+        return self.make_plan(decoder.shape, self.selector(decoder)(self.score(decoder, batches)))
+
+    def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
+        """`prunelit.rank.select` with this callback's options: scores -> kept units. A latency is measured here, once.
+
+        Raises:
+            InfeasibleBudget, NonFinite: when it is called.
+        """
+        cost: rank.Cost | None = None
+        if self.budget == "latency":
+            table = latency.measure(decoder, self.unit, self.align)
+            self._calibration_record = {**self._calibration_record, "latency": table.record}
+            cost = table.seconds
+        elif self.budget == "parameters" and self.repair == "bias":
+            cost = bias.parameters(decoder)
+        return partial(
+            rank.select,
+            decoder.shape.layers,
+            ratio=self.ratio,
+            scope=self.scope,
+            unit=self.unit,
+            align=self.align,
+            protect=self.protect,
             budget=self.budget,
             min_kept=self.min_kept,
             standardise=self.standardise,
             joint=self.joint,
+            cost=cost,
         )
-        return self.make_plan(shape, kept)
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
         """Carry the plan out in place. Default: `prunelit.surgery.apply`, with the `repair` asked for."""
         if self.repair == "none":
             surgery.apply(decoder.model, plan)
+        elif self.repair == "bias":
+            bias.apply_bias(decoder.model, plan, batches)
         else:
             reconstruct.apply(decoder.model, plan, batches, self.repair)
 
@@ -181,6 +200,7 @@ class PruningCallback(Callback):
         if plan is None:
             self._calibration_record |= {"tokens": sum(_tokens(batch) for batch in batches)}
             plan = self.plan(decoder, batches)
+        plan = bias.declare(decoder, plan, self.repair == "bias")
         _agree(plan)
         self.seconds["score_and_plan"] = time.perf_counter() - start
         start = time.perf_counter()

@@ -15,7 +15,8 @@ import prunelit.hetero
 from prunelit.architectures import PRUNED
 from prunelit.decoder import Decoder
 from prunelit.errors import PrunelitError
-from prunelit.export.uniform import fits
+from prunelit.export.uniform import built, fits, stock_base
+from prunelit.hetero import ADDED_BIASES, find
 from prunelit.models import per_layer_class
 
 _FILE = "modeling_pruned"
@@ -27,12 +28,13 @@ def per_layer_model(model: nn.Module) -> Any:
     Raises:
         PrunelitError: no dense skeleton has this head size (a family whose config can not say it).
     """
-    decoder, base = Decoder(model), _stock_base(type(model))
+    decoder, base = Decoder(model), stock_base(type(model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
     build = per_layer_class(base, decoder.architecture)
     # The skeleton's head size must be the model's: some families read it, others divide the hidden size.
     for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
         settings = _settings(decoder, heads)
+        _declare_biases(settings, decoder, built(build, build.config_class.from_dict(settings)))
         shell = fits(build, build.config_class.from_dict(settings), model)
         if shell is not None:
             return shell
@@ -43,7 +45,7 @@ def per_layer_model(model: nn.Module) -> Any:
 
 def add_modelling_file(model: nn.Module, folder: Path) -> None:
     """Write the modelling file beside a saved per-layer model, and the `auto_map` that points to it."""
-    base, names = _stock_base(type(model)), Decoder(model).architecture.names
+    base, names = stock_base(type(model)), Decoder(model).architecture.names
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
@@ -69,7 +71,25 @@ def _settings(decoder: Decoder, heads: int) -> dict[str, Any]:
         skip = [name for name, there in (("attention", layer.has_attention), ("mlp", layer.has_mlp)) if not there]
         if own or skip:
             layers[index] = own | ({"skip": skip} if skip else {})
+    settings.pop(ADDED_BIASES, None)
     return settings | {"per_layer_config": layers, "model_type": None, "auto_map": None}
+
+
+def _declare_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> None:
+    """Add to the settings which output projections have a bias that those of the skeleton lack."""
+    names = decoder.architecture
+    if shell is None:
+        return
+    for layer, bare in zip(decoder, find(shell, names.layers), strict=True):
+        attention, mlp = find(bare, names.attention), find(bare, names.mlp)
+        pairs = {
+            "attention": (layer.output, find(attention, names.output)) if layer.has_attention else None,
+            "mlp": (layer.down, find(mlp, names.down)) if layer.has_mlp else None,
+        }
+        added = [block for block, pair in pairs.items() if pair and pair[0].bias is not None and pair[1].bias is None]
+        if added:
+            settings["per_layer_config"].setdefault(layer.index, {})[ADDED_BIASES] = added
+            settings[ADDED_BIASES] = []  # the schema wants a value for the layers that say nothing
 
 
 def _modelling_file(base: Any, names: dict[str, Any]) -> str:
@@ -92,8 +112,3 @@ class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
     config_class = Pruned{config.__name__}
     names = {pprint.pformat(names, indent=4, width=100, sort_dicts=False)}
 """
-
-
-def _stock_base(kind: type) -> Any:
-    """The transformers class that a (possibly already pruned) model class stands on."""
-    return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))

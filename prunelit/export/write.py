@@ -106,8 +106,14 @@ def save(
 
 
 def _write(shell: Any, model: Any, folder: Path) -> None:
-    """Save `model`'s weights under another class: `shell` is that class built on the meta device."""
-    shell.load_state_dict(model.state_dict(), strict=True, assign=True)
+    """Save `model`'s weights under another class: `shell` is that class built on the meta device.
+
+    Biases that only the class has are zeros.
+    """
+    weights = model.state_dict()
+    like = next(model.parameters())
+    zeros = {name: like.new_zeros(spare.shape) for name, spare in shell.state_dict().items() if name not in weights}
+    shell.load_state_dict(weights | zeros, strict=True, assign=True)
     shell.tie_weights()
     shell.generation_config = copy.deepcopy(model.generation_config)
     shell.save_pretrained(folder)

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ METHODS = tuple(methods())
 # Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module.
 DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
 GQA = ("llama", "phi3", "qwen3", "falcon")
+EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 MOST_LINES = 150
 
 
@@ -36,12 +38,19 @@ def pruned(name, model, **options):
     return method_class(name)(**{"ratio": 0.3, "align": 8, **options}).prune(model, batches_for(model))
 
 
+def dense_path(model, plan, path):
+    """Where a module or parameter of a cut model was before whole layers went."""
+    layers = Decoder(model).architecture.layers
+    kept = [str(index) for index, layer in enumerate(plan.layers) if not layer.removed]
+    return re.sub(rf"^({re.escape(layers)}\.)(\d+)", lambda found: found[1] + kept[int(found[2])], path)
+
+
 def hooks_of(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in kinds}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_is_left_as_it_was_found(name, family):
     model = tiny(family).bfloat16().train()
@@ -52,16 +61,21 @@ def test_the_model_is_left_as_it_was_found(name, family):
     modes = {path: module.training for path, module in model.named_modules()}
     wanted = {path: parameter.requires_grad for path, parameter in model.named_parameters()}
     hooks, generators = hooks_of(model), (torch.get_rng_state(), random.getstate())
-    pruned(name, model)
-    assert {path: module.training for path, module in model.named_modules() if path in modes}.items() <= modes.items()
+    plan = pruned(name, model, scope="layer")  # no head goes, so lists of per-head norms keep their paths
+    for path, module in model.named_modules():
+        assert module.training is modes.get(dense_path(model, plan, path), module.training), path
     for path, parameter in model.named_parameters():
-        assert parameter.requires_grad is wanted[path], path
+        before = dense_path(model, plan, path)
+        # A bias that a repair has added follows its weight.
+        known = before if before in wanted else before.removesuffix("bias") + "weight"
+        assert parameter.requires_grad is wanted[known], path
         assert parameter.dtype is torch.bfloat16 and parameter.grad is None, path
     assert hooks_of(model).items() <= hooks.items()
     assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
 
 
-@pytest.mark.parametrize(("family", "scope"), [(f, "layer") for f in FAMILIES] + [(f, "global") for f in DIVERSE])
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     model = tiny(family)
@@ -75,7 +89,7 @@ def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
 @pytest.mark.parametrize("family", DIVERSE)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_fresh_copy_gets_the_same_plan_and_json_keeps_it(name, family):
-    first, second = (pruned(name, tiny(family), protect=(0,), calibration=None) for _ in range(2))
+    first, second = (pruned(name, tiny(family), ratio=0.25, protect=(0,), calibration=None) for _ in range(2))
     assert first == second and first.to_json() == second.to_json()
     again = PruningPlan.from_json(first.to_json())
     assert again == first and again.digest == first.digest
@@ -114,7 +128,7 @@ def test_a_plan_is_replayed_without_scoring(name, tmp_path, monkeypatch):
     replay = method_class(name)(ratio=0.3, plan_file=str(tmp_path / "plan.json"))
     monkeypatch.setattr(replay, "plan", None)
     model = tiny("llama")
-    assert replay.prune(model) == plan
+    assert replay.prune(model, batches_for(model) if replay.needs_text() else ()) == plan
     assert Decoder(model).shape.parameters == plan.predicted["parameters"]
 
 

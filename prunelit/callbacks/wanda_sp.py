@@ -1,0 +1,130 @@
+"""Wanda-sp: weight magnitude times activation norm, averaged over the output columns of heads and FFN channels.
+
+Source: the structured Wanda baseline of FLAP (Y. An et al., AAAI 2024, arXiv 2312.11983; its code was read), after
+M. Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695. With W the output
+projection of a block and x_j its input over the calibration tokens,
+
+    s_j = mean_i |W_ij| * ||x_j||_2        a head is the sum of its channels
+
+Ours: the norm is a root mean square, so the number of tokens does not show. FLAP's code scores each layer on text that
+has passed the layers cut before it; that is `sequential: true`, about two passes. The default is one dense pass.
+
+    callbacks/wanda_sp.yaml     attaches it to any LightningCLI job with a second --config
+
+Legend: B batch, S sequence, T tokens, H hidden, C inputs of an output projection.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelit.bias import losses
+from prunelit.calibrate import Batch, Sums, all_sum, evaluating, observe
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder, Layer, weight_out_in
+from prunelit.errors import BadOption, NoCalibration
+from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.rank import LayerScores
+from prunelit.stream import Stream
+
+
+class WandaSp(PruningCallback):
+    """Score heads and FFN channels by weight magnitude times activation norm.
+
+    Args:
+        ratio: share of the decoder layers' budget to remove.
+        sequential: score every layer on text that has passed the layers before it as they are cut; for scope "layer",
+            which alone knows what a layer loses before the layers above are scored.
+        kwargs: see `PruningCallback`.
+    """
+
+    def __init__(self, ratio: float, sequential: bool = False, **kwargs: Any):
+        super().__init__(ratio, **kwargs)
+        if sequential and self.scope != "layer":
+            raise BadOption(f"sequential: expected scope 'layer' with it, got {self.scope!r}")
+        self.sequential = sequential
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        sums = Sums(len(decoder.layers))
+
+        def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
+            for point, rows in x.items():
+                sums.add(layer, point, _squares(rows))
+
+        tokens = observe(decoder, batches, ("heads", "channels"), accumulate)
+        return [_scores(layer, x) for layer, x in zip(decoder, sums.means(tokens, decoder.device), strict=True)]
+
+    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        return self._plan_in_sequence(decoder, batches) if self.sequential else super().plan(decoder, batches)
+
+    @torch.no_grad()
+    def _plan_in_sequence(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        """Layer by layer: score it, choose what it keeps, and let the text pass it without the rest."""
+        select, shape, stream = self.selector(decoder), decoder.shape, Stream(decoder)
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = list(batches)[rank::world]
+        tokens = int(all_sum(torch.tensor(sum(int(_real(batch).sum()) for batch in mine), device=decoder.device)))
+        if not tokens:
+            raise NoCalibration("calibration: expected at least one batch with tokens, got none")
+        streams: list[Tensor | None] = [None] * len(mine)
+        # Under scope "layer" the numbers of units do not depend on scores, so those to come may be zeros.
+        scores = [LayerScores(torch.zeros(s.query_heads), torch.zeros(s.ffn_channels)) for s in shape.layers]
+        kept: list[LayerPlan] = []
+        with evaluating(decoder.model), ExitStack() as cuts:
+            for layer in decoder:
+                span = layer.index, layer.index + 1
+                sums = Sums(len(decoder.layers))
+                with ExitStack() as watching:
+                    seen: dict[str, Tensor] = {}
+                    for point, linear in _inputs(layer):
+                        watching.callback(linear.register_forward_pre_hook(partial(_see, seen, point)).remove)
+                    for batch, hidden in zip(mine, streams, strict=True):
+                        stream.run(batch, hidden, *span)
+                        real = _real(batch).flatten().to(decoder.device)
+                        for point, x in seen.items():
+                            sums.add(layer, point, _squares(x.reshape(-1, x.shape[-1])[real]))
+                scores[layer.index] = _scores(layer, sums.means(tokens, decoder.device)[layer.index])
+                kept.append(select(scores)[layer.index])
+                for _, linear, gone in losses(layer, kept[-1]):
+                    cuts.callback(linear.register_forward_pre_hook(partial(_drop, gone.to(decoder.device))).remove)
+                streams = [stream.run(batch, hidden, *span) for batch, hidden in zip(mine, streams, strict=True)]
+        return self.make_plan(shape, kept)
+
+
+def _squares(rows: Tensor) -> Tensor:
+    """Sums of squares over tokens: [T, C] -> [C]."""
+    return rows.float().square().sum(0, dtype=torch.float64)
+
+
+def _scores(layer: Layer, squares: Mapping[str, Tensor]) -> LayerScores:
+    """Scores of a layer from the mean squares of what its output projections read."""
+    found = {
+        point: weight_out_in(linear).detach().float().abs().mean(0) * squares[point].sqrt()
+        for point, linear in _inputs(layer)
+    }
+    heads = found["heads"].view(layer.shape.query_heads, -1).sum(1) if "heads" in found else None
+    return LayerScores(heads, found.get("channels"))
+
+
+def _inputs(layer: Layer) -> list[tuple[str, nn.Module]]:
+    """The output projections that a layer has, by the point that they read."""
+    heads = [("heads", layer.output)] if layer.has_attention else []
+    return heads + ([("channels", layer.down)] if layer.has_mlp else [])
+
+
+def _real(batch: Batch) -> Tensor:
+    """Which tokens are not padding [B, S]."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+
+
+def _see(seen: dict[str, Tensor], point: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen[point] = args[0]
+
+
+def _drop(gone: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (args[0].masked_fill(gone, 0.0), *args[1:])

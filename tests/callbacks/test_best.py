@@ -1,0 +1,85 @@
+"""Best: every part of it is worth its place, and the parts it is made of meet."""
+
+import pytest
+import torch
+
+from prunelit.callbacks import Best
+from prunelit.decoder import Decoder
+from prunelit.distill import dense_streams
+from prunelit.errors import BadOption
+from prunelit.sensitivity import fisher
+from prunelit.stream import Stream
+from tests.tiny import VOCABULARY, tiny
+
+
+def batches(rows=16, length=24, seed=5):
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return [{"input_ids": part} for part in ids.split(4)]
+
+
+@torch.no_grad()
+def distance(model, dense, text):
+    """Relative squared distance of what leaves the last layer."""
+    found, wanted = (torch.cat(dense_streams(Decoder(m), text)) for m in (model, dense))
+    return float((found - wanted).square().sum() / wanted.square().sum())
+
+
+def pruned(**options):
+    model = tiny("llama")
+    Best(**({"ratio": 0.4, "align": 1, "epochs": 0, "own_text": 0} | options)).prune(model, batches())
+    return model
+
+
+def test_the_refit_pays_on_text_it_has_not_seen():
+    dense, unseen = tiny("llama"), batches(seed=6)
+    assert distance(pruned(), dense, unseen) < 0.9 * distance(pruned(ridge=1e9), dense, unseen)
+
+
+def test_the_least_share_follows_the_ratio():
+    assert Best(ratio=0.2).min_kept == 0.5
+    assert Best(ratio=0.5).options["min_kept"] == 0.3125
+    assert Best(ratio=0.5, min_kept=0.0).min_kept == 0
+
+
+def test_distillation_brings_the_logits_closer():
+    dense, text = tiny("llama"), batches()
+
+    @torch.no_grad()
+    def divergence(model):
+        p, q = (torch.cat([m(**b).logits for b in text]).log_softmax(-1) for m in (dense, model))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
+    assert divergence(pruned(epochs=6, learning_rate=2e-4)) < divergence(pruned())
+
+
+def test_the_score_is_the_fisher_information_per_parameter():
+    decoder, text = Decoder(tiny("llama")), batches()
+    found = Best(ratio=0.3, align=1).score(decoder, text)
+    for layer, scores, wanted in zip(decoder, found, fisher(decoder, text), strict=True):
+        hidden, dim = 72, layer.shape.head_dim
+        torch.testing.assert_close(scores.channels * 3 * hidden, wanted.channels)
+        groups = wanted.heads.view(layer.shape.kv_groups, -1).sum(1) / ((2 * layer.shape.group_size + 2) * dim * hidden)
+        torch.testing.assert_close(scores.heads.view(layer.shape.kv_groups, -1).mean(1), groups)
+
+
+def test_a_replayed_plan_is_repaired_like_the_first_time():
+    first, second = tiny("llama"), tiny("llama")
+    plan = Best(ratio=0.3, align=1).prune(first, batches())
+    again = Best(ratio=0.3, align=1)
+    assert again.needs_text(plan)
+    again.prune(second, batches(), plan)
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_streams_of_the_dense_model_end_in_its_logits():
+    model, text = tiny("gemma2"), batches(4)
+    (hidden,) = dense_streams(Decoder(model), text)
+    assert torch.equal(Stream(Decoder(model)).run(text[0], hidden, 3), model(**text[0]).logits)
+
+
+@pytest.mark.parametrize("option", ["own_text", "epochs", "learning_rate", "ridge"])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(BadOption, match=f"{option}: expected"):
+        Best(ratio=0.2, **{option: value})
