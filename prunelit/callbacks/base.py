@@ -135,11 +135,15 @@ class PruningCallback(Callback):
             align=self.align,
             protect=self.protect,
             budget=self.budget,
-            min_kept=self.min_kept,
+            min_kept=self.least_share(decoder),
             standardise=self.standardise,
             joint=self.joint,
             cost=cost,
         )
+
+    def least_share(self, decoder: Decoder) -> float:
+        """`min_kept`; a method may derive it from the model."""
+        return self.min_kept
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
         """Carry the plan out in place. Default: `prunelit.surgery.apply`, with the `repair` asked for."""
@@ -198,7 +202,7 @@ class PruningCallback(Callback):
         decoder.check_finite()
         plan = replay or self.replayed
         if plan is None:
-            self._calibration_record |= {"tokens": sum(_tokens(batch) for batch in batches)}
+            self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
             plan = self.plan(decoder, batches)
         plan = bias.declare(decoder, plan, self.repair == "bias")
         _agree(plan)

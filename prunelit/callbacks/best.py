@@ -60,8 +60,7 @@ class Best(PruningCallback):
         **kwargs: Any,
     ):
         super().__init__(ratio, scope=scope, min_kept=min_kept or 0.0, **kwargs)
-        if min_kept is None:
-            self.min_kept = round(_EVEN * (1 - ratio), 4)
+        self.min_kept = min_kept  # type: ignore[assignment]
         for name, value in (("own_text", own_text), ("epochs", epochs), ("learning_rate", learning_rate)):
             if not 0 <= value < math.inf:
                 raise BadOption(f"{name}: expected a number of at least 0, got {value!r}")
@@ -84,6 +83,20 @@ class Best(PruningCallback):
                 channels = channels / shape.channel_cost
             found.append(LayerScores(heads, channels))
         return found
+
+    def least_share(self, decoder: Decoder) -> float:
+        if self.min_kept is not None:
+            return self.min_kept
+        shapes = decoder.shape.layers
+        whole = {layer % len(shapes) for layer in self.protect}
+        cuttable = sum(
+            shape.channel_cost * shape.ffn_channels
+            + shape.heads_prunable * (shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups)
+            for index, shape in enumerate(shapes)
+            if index not in whole
+        )
+        even = self.ratio * decoder.shape.block_parameters / max(1, cuttable)
+        return max(0.0, _EVEN * (1 - even))
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
         tokens = int(self.own_text * sum(batch["input_ids"].numel() for batch in batches))
