@@ -123,15 +123,6 @@ class Lockstep:
             self.heads = held
 
     @torch.no_grad()
-    @torch.no_grad()
-    def pass_through(self, index: int, points: Sequence[Point]) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """`visit` and `leave` in one run over layer `index`, for a walk on which nothing is fitted."""
-        self.layer = self._layer(index)
-        for place, hidden in enumerate(self.cut):
-            found = self._run(place, hidden, (*points, "layer_output"))
-            self.cut[place] = found.pop("layer_output")
-            yield place, {point: self._rows(place, x) for point, x in found.items()}
-
     def leave(self) -> None:
         """Advance the cut stream over the layer as it is now."""
         for place, hidden in enumerate(self.cut):
