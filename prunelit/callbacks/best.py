@@ -23,7 +23,7 @@ from prunelit.calibrate import Batch, own_share
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
-from prunelit.plan import PruningPlan
+from prunelit.plan import LayerShape, PruningPlan
 from prunelit.rank import LayerScores
 from prunelit.sensitivity import fisher
 
@@ -89,13 +89,8 @@ class Best(PruningCallback):
             return self.min_kept
         shapes = decoder.shape.layers
         whole = {layer % len(shapes) for layer in self.protect}
-        cuttable = sum(
-            shape.channel_cost * shape.ffn_channels
-            + shape.heads_prunable * (shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups)
-            for index, shape in enumerate(shapes)
-            if index not in whole
-        )
-        even = self.ratio * decoder.shape.block_parameters / max(1, cuttable)
+        most = sum(_removable(shape, self.unit) for index, shape in enumerate(shapes) if index not in whole)
+        even = self.ratio * decoder.shape.block_parameters / max(1, most)
         return max(0.0, _EVEN * (1 - even))
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
@@ -106,3 +101,14 @@ class Best(PruningCallback):
         dense = distill.dense_streams(decoder, own) if self.epochs else []
         reconstruct.apply(decoder.model, plan, text, ridge=self.ridge)
         distill.distill(Decoder(decoder.model), own, dense, self.epochs, self.learning_rate, seed=self.seed)
+
+
+def _removable(shape: LayerShape, unit: rank.Unit) -> int:
+    """Parameters of a layer that may go; one KV group, or query head of each, has to stay."""
+    found = shape.channel_cost * shape.ffn_channels
+    if shape.heads_prunable and shape.kv_groups:
+        if unit == "kv_group":
+            found += (shape.kv_groups - 1) * (shape.group_size * shape.query_head_cost + shape.kv_head_cost)
+        else:
+            found += (shape.query_heads - shape.kv_groups) * shape.query_head_cost
+    return found

@@ -37,7 +37,7 @@ def test_the_refit_pays_on_text_it_has_not_seen():
 
 def test_the_least_share_follows_the_ratio():
     decoder = Decoder(tiny("llama"))
-    assert 0.48 < Best(ratio=0.2).least_share(decoder) < 0.5  # norms can not be cut, so the rest bears a little more
+    assert 0.4 < Best(ratio=0.2).least_share(decoder) < 0.5  # not all can be cut, so the rest bears more
     assert Best(ratio=0.5, protect=[0, 1]).least_share(decoder) == 0
     assert Best(ratio=0.5, min_kept=0.1).least_share(decoder) == 0.1
 
