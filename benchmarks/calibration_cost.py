@@ -49,7 +49,7 @@ def main() -> None:
         backbone.append(timed(lambda: plain(model.base_model, batches)))
         fresh = copy.deepcopy(model)
         prune.append(timed(lambda fresh=fresh: new(options).prune(fresh, batches)))
-    memory = {only: child(only) for only in ("load", "forward", "prune")}
+    memory = {only: child(__file__, only) for only in ("load", "forward", "prune")}
     result = {
         "command": "python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
         "method": options.method,
@@ -98,8 +98,9 @@ def memory_of(options: argparse.Namespace) -> float:
     return peak_memory_mib()["process"]
 
 
-def child(only: str) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", only]
+def child(script: str, only: str) -> float:
+    """What a script prints when it is run again for one kind of work, in a process of its own."""
+    command = [sys.executable, script, *sys.argv[1:], "--only", only]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
     )

@@ -10,15 +10,13 @@ result is written to benchmarks/results/.
 import argparse
 import copy
 import json
-import os
 import platform
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from calibration_cost import QUICKSTART, ROOT, plain, timed
+from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 
 from prunelit import models, reconstruct
 from prunelit.callbacks import method_class
@@ -51,7 +49,7 @@ def main() -> None:
         fresh = copy.deepcopy(model)
         seconds["repair"].append(timed(lambda fresh=fresh: reconstruct.apply(fresh, plan, batches)))
     least = {name: min(values) for name, values in seconds.items()}
-    memory = {only: child(only) for only in KINDS}
+    memory = {only: child(__file__, only) for only in KINDS}
     result = {
         "command": "python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
         "tokens": sum(batch["input_ids"].numel() for batch in batches),
@@ -82,14 +80,6 @@ def memory_of(options: argparse.Namespace) -> float:
     elif options.only == "repair":
         reconstruct.apply(model, plan, batches)
     return peak_memory_mib()["process"]
-
-
-def child(only: str) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--only", only]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    return float(done.stdout.strip().splitlines()[-1])
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.blocks import Block, Blocks
-from prunelit.calibrate import Batch, evaluating, own_rank
+from prunelit.calibrate import Batch, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NoCalibration
 from prunelit.hetero import remove_attention, remove_mlp
@@ -91,7 +91,7 @@ class BlockEvaluator:
         world = dist.get_world_size() if dist.is_initialized() else 1
         found: dict[Blocks, Value] = {}
         with evaluating(self.decoder.model):
-            for removed in todo[own_rank() :: world]:
+            for removed in own_share(todo):
                 found[removed] = self._run(removed, removed if base is None else base, limit)
                 if world == 1:
                     self._note(removed, base, found[removed])

@@ -17,11 +17,10 @@ from functools import partial
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from prunelit.calibrate import Batch, all_sum, evaluating
+from prunelit.calibrate import Batch, all_sum, evaluating, own_share
 from prunelit.decoder import Decoder, Layer, is_conv1d
 from prunelit.errors import NoCalibration, NonFinite
 from prunelit.progress import track
@@ -310,9 +309,8 @@ def each_sample(
         NonFinite: a loss is NaN or infinite.
         NoCalibration: no sequence of two tokens.
     """
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     wanted = [of for layer in decoder if layers is None or layer.index in layers for of in slices(layer)]
-    mine = list(enumerate(samples(batches)))[rank::world]
+    mine = own_share(list(enumerate(samples(batches))))
     if not wanted:
         return
     half = cast(Tensor, wanted[0].linear.weight).dtype == torch.float16

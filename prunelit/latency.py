@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from prunelit import surgery
-from prunelit.calibrate import evaluating
+from prunelit.calibrate import evaluating, own_rank
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
 from prunelit.hetero import find
@@ -89,7 +89,7 @@ def measure(
     distinct = list(dict.fromkeys(layer.shape for layer in decoder))
     limit = getattr(decoder.config, "max_position_embeddings", None) or tokens + repeats + 1
     length = max(1, min(tokens, limit - repeats - 1))
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if own_rank() == 0:
         clock = timer or partial(_timed, mode, length)
         curves = [_curves(decoder, shape, unit, align, points, repeats, clock) for shape in distinct]
     if dist.is_initialized():

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibrate import all_sum
+from prunelit.calibrate import all_sum, own_rank
 from prunelit.decoder import weight_out_in
 
 _ATTEMPTS = 8  # the ridge grows tenfold while the matrix has no Cholesky factor
@@ -118,7 +118,7 @@ class NormalEquations:
         self.all_sum()
         solution = torch.zeros_like(self.cross, dtype=torch.float32)
         numbers = torch.tensor([ridge, self.squares[0]], dtype=torch.float64, device=self.gram.device)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if own_rank() == 0:
             found = self._solved(ridge)
             if found is not None:
                 # LAPACK's columns come first in memory; what is sent to other ranks has rows first.

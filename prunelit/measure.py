@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibrate import all_sum, evaluating
+from prunelit.calibrate import all_sum, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NotEnoughText
 from prunelit.plan import LayerPlan, PruningPlan
@@ -50,12 +49,10 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
     """
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
-        mine = list(windows.split(batch_size))[rank::world]
-        for batch in track(mine, what):
+        for batch in track(own_share(windows.split(batch_size)), what):
             ids = batch.to(device)
             hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             targets = ids[:, 1:].flatten()

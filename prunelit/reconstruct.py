@@ -37,7 +37,6 @@ def apply(
     how: str = "least_squares",
     target: Target = "residual",
     ridge: float = 1e-2,
-    weights: Sequence[Sequence[Tensor]] | None = None,
 ) -> list[dict[str, Any]]:
     """Cut `model` in place as `plan` says and refit the output projections of what is kept, layer by layer.
 
@@ -54,7 +53,6 @@ def apply(
             so makes up for the layers below as well; "module" fits it to the dense projection's own output. Where a
             norm follows the projection, and for attention in a parallel layer, it is the module in both cases.
         ridge: pull towards the weights that are there, relative to the mean square of the inputs.
-        weights: of the squared errors, [T] for every layer and batch of this rank; None: all tokens alike.
 
     Returns:
         One record for each linear: {"layer", "block", "before", "after" (errors relative to the outputs wanted),
@@ -82,8 +80,7 @@ def apply(
             surgery.cut_layer(dense, kept, decoder.config)
             lock.look()
             for block, end in ends.items():
-                of = None if weights is None else weights[index]
-                fit = equations(lock, block, end, weights=of, hold_heads=block == "attention").solve(ridge)
+                fit = equations(lock, block, end, hold_heads=block == "attention").solve(ridge)
                 fit.add_to(output_of(lock.layer, block)[0])
                 records.append(record(index, block, fit))
             if index + 1 < len(decoder.layers):
@@ -113,7 +110,6 @@ def equations(
     block: Block,
     end: Point,
     also: Visitor | None = None,
-    weights: Sequence[Tensor] | None = None,
     **options: Any,
 ) -> NormalEquations:
     """The normal equations of a block's output projection, from one pass over the cut stream.
@@ -123,7 +119,6 @@ def equations(
         block: "attention" (the projection o) or "mlp" (down).
         end: where the dense model's values are the target: the projection's own output, or the residual stream.
         also: sees the activations of the same pass: (points to see, function of {point: [T, width]}).
-        weights: [T] for every batch of this rank, see `NormalEquations.add`.
         options: of `Lockstep.visit`.
     """
     linear, inputs, output = output_of(lock.layer, block)
@@ -134,7 +129,7 @@ def equations(
     points, watch = also or ((), None)
     for place, x in lock.visit((inputs, output, end, *points), **options):
         error = (widened(lock.target(end, place)) - x[end]) / scale
-        found.add(x[inputs], error, x[output] + error, None if weights is None else weights[place])
+        found.add(x[inputs], error, x[output] + error)
         if watch is not None:
             watch(x)
     return found

@@ -17,6 +17,8 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
+
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("prunelit")
@@ -30,3 +32,13 @@ def pytest_sessionfinish() -> None:
 def _seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny model and its tokenizer, a model source."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)

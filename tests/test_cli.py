@@ -20,15 +20,6 @@ from tests.tiny import tiny, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 @pytest.fixture
 def words(tmp_path: Path) -> str:
     path = tmp_path / "words.txt"

@@ -6,7 +6,8 @@ from torch import nn
 
 from prunelit import moments
 from prunelit.decoder import Decoder, weight_out_in
-from tests.test_reconstruct import rows_at, text
+from tests.observed import rows_at
+from tests.test_reconstruct import text
 from tests.tiny import FAMILIES, tiny
 
 

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from prunelit import reconstruct, surgery
-from prunelit.calibrate import evaluating
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import BadOption, BadPlan, NoCalibration
 from prunelit.least_squares import NormalEquations
 from prunelit.plan import LayerPlan, PruningPlan
+from tests.observed import rows_at
 from tests.tiny import FAMILIES, KINDS, VOCABULARY, cut, keep, tiny
 
 # GQA, Conv1D with biases, fused q/k/v and gate/up, parallel blocks with grouped rows, residual multiplier, norms after.
@@ -30,30 +30,6 @@ def text(windows=18, length=16):
     mask = torch.ones_like(third)
     mask[-2:, length - 6 :] = 0
     return [{"input_ids": first}, {"input_ids": second}, {"input_ids": third, "attention_mask": mask}]
-
-
-@torch.no_grad()
-def rows_at(model, module, batches, side="output"):
-    """What enters or leaves a module in whole forward passes, [real tokens, width] in float64."""
-    found, mask = [], None
-
-    def hold(value):
-        value = value[0] if isinstance(value, tuple) else value
-        rows = value.detach().clone().reshape(-1, value.shape[-1])
-        found.append(rows if mask is None else rows[mask.reshape(-1).bool()])
-
-    if side == "input":
-        handle = module.register_forward_pre_hook(
-            lambda m, args, kwargs: hold(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    else:
-        handle = module.register_forward_hook(lambda m, args, output: hold(output))
-    with evaluating(model):
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            model(**batch, use_cache=False)
-    handle.remove()
-    return torch.cat(found).double()
 
 
 def ridge_by_lstsq(x, error, ridge, bias):

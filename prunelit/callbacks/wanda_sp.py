@@ -20,11 +20,10 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.bias import losses
-from prunelit.calibrate import Batch, Sums, all_sum, evaluating, observe
+from prunelit.calibrate import Batch, Sums, all_sum, evaluating, observe, own_share
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder, Layer, weight_out_in
 from prunelit.errors import BadOption, NoCalibration
@@ -66,8 +65,7 @@ class WandaSp(PruningCallback):
     def _plan_in_sequence(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """Layer by layer: score it, choose what it keeps, and let the text pass it without the rest."""
         select, shape, stream = self.selector(decoder), decoder.shape, Stream(decoder)
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = list(batches)[rank::world]
+        mine = own_share(batches)
         tokens = int(all_sum(torch.tensor(sum(int(_real(batch).sum()) for batch in mine), device=decoder.device)))
         if not tokens:
             raise NoCalibration("calibration: expected at least one batch with tokens, got none")

@@ -10,33 +10,10 @@ from prunelit.callbacks.flap import FLAP
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import BadOption
+from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
 
 METRICS = ("WIFV", "IFV", "WIFN")
-
-
-def batches_for(model, padded=True):
-    ids = torch.randint(3, model.config.vocab_size, (5, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[3, 5:] = 0
-    return [{"input_ids": ids[:2]}, {"input_ids": ids[2:]} | ({"attention_mask": mask[2:]} if padded else {})]
-
-
-@torch.no_grad()
-def tokens_at(model, linear, batches):
-    """What a linear reads, one float64 row a token that is not padding."""
-    found = []
-
-    def keep(module, args):
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        found.extend(row.double() for row, real in zip(rows, mask.flatten(), strict=True) if real)
-
-    handle = linear.register_forward_pre_hook(keep)
-    for batch in batches:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        model(**batch, use_cache=False)
-    handle.remove()
-    return found
 
 
 def metric_of(metric, linear, inputs):
@@ -66,8 +43,8 @@ def reference(metric, model, batches):
     """(heads [9], channels [96]) of every layer, as the paper's code makes them comparable."""
     found = []
     for layer in Decoder(model):
-        attention = metric_of(metric, layer.output, tokens_at(model, layer.output, batches)) ** 2
-        ffn = metric_of(metric, layer.down, tokens_at(model, layer.down, batches))
+        attention = metric_of(metric, layer.output, rows_at(model, layer.output, batches, "input")) ** 2
+        ffn = metric_of(metric, layer.down, rows_at(model, layer.down, batches, "input"))
         found.append((standard(attention).view(9, -1).mean(1), standard(ffn)))
     return found
 
@@ -142,7 +119,7 @@ def test_layer_means_are_of_the_metrics_themselves():
         model.model.layers[1].mlp.down_proj.weight.mul_(3)
     batches = batches_for(model)
     raw = FLAP(0.3, scope="layer_mean").score(Decoder(model), batches)
-    inputs = tokens_at(model, Decoder(model).layers[1].down, batches)
+    inputs = rows_at(model, Decoder(model).layers[1].down, batches, "input")
     expected = metric_of("WIFV", Decoder(model).layers[1].down, inputs)
     torch.testing.assert_close(raw[1].channels.double(), expected, rtol=1e-3, atol=1e-12)
     plan = FLAP(0.3, scope="layer_mean", align=8).prune(model, batches)
@@ -159,7 +136,7 @@ def test_means_far_from_zero_do_not_swallow_the_variance():
     with torch.no_grad():  # channels that are large and nearly constant
         model.transformer.h[0].mlp.c_fc.bias.add_(1000.0)
     scores = FLAP(0.3, metric="IFV", scope="layer_mean").score(Decoder(model), batches)[0].channels
-    inputs = torch.stack(tokens_at(model, Decoder(model).layers[0].down, batches))
+    inputs = rows_at(model, Decoder(model).layers[0].down, batches, "input")
     expected = inputs.var(0, correction=0)
     assert (inputs.mean(0) ** 2 / expected).min() > 1e5
     torch.testing.assert_close(scores.double(), expected, rtol=1e-3, atol=0)

@@ -12,7 +12,8 @@ from prunelit.callbacks.magnitude import Magnitude
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import BadOption
 from prunelit.plan import PruningPlan
-from tests.test_reconstruct import add, output_error, ridge_by_lstsq, rows_at, text
+from tests.observed import rows_at
+from tests.test_reconstruct import add, output_error, ridge_by_lstsq, text
 from tests.tiny import cut, tiny
 
 FOUR = ("llama", "gpt2", "phi3", "gpt_neox")  # GQA; Conv1D and biases; fused; parallel and fused by group

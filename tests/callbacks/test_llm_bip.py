@@ -6,10 +6,10 @@ from torch import nn
 
 from prunelit import surgery
 from prunelit.architectures import ARCHITECTURES
-from prunelit.calibrate import evaluating
 from prunelit.callbacks.llm_bip import LLMBIP, lipschitz
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import BadOption
+from tests.observed import rows_at
 from tests.tiny import FAMILIES, cut, tiny
 
 PARALLEL = ("cohere", "cohere2", "falcon", "falcon-multi_query", "gpt_neox", "gptj", "phi", "stablelm-parallel")
@@ -30,30 +30,6 @@ def batches_for(model, count=2, rows=2, length=9, padded=False, seed=1):
             mask[rows // 2 :, length - 4 :] = 0
         found.append({"input_ids": ids, "attention_mask": mask} if padded else {"input_ids": ids})
     return found
-
-
-@torch.no_grad()
-def rows_at(model, module, batches, side="output"):
-    """What enters or leaves a module, as [real tokens, width], with a plain hook."""
-    found, mask = [], None
-
-    def keep(value):
-        value = value[0] if isinstance(value, tuple) else value
-        rows = value.reshape(-1, value.shape[-1])
-        found.append(rows if mask is None else rows[mask.reshape(-1).bool()])
-
-    if side == "input":
-        handle = module.register_forward_pre_hook(
-            lambda m, args, kwargs: keep(args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-        )
-    else:
-        handle = module.register_forward_hook(lambda m, args, output: keep(output))
-    with evaluating(model):
-        for batch in batches:
-            mask = batch.get("attention_mask")
-            model(**batch, use_cache=False)
-    handle.remove()
-    return torch.cat(found).double()
 
 
 def scored(model, batches, **options):

@@ -10,33 +10,10 @@ from prunelit.callbacks.wanda_sp import WandaSp
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import BadOption, InfeasibleBudget, NoCalibration
 from prunelit.plan import LayerPlan, PruningPlan
+from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
 
 DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere", "falcon")
-
-
-def batches_for(model, padded=True):
-    ids = torch.randint(3, model.config.vocab_size, (5, 8), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[3, 5:] = 0
-    return [{"input_ids": ids[:2]}, {"input_ids": ids[2:]} | ({"attention_mask": mask[2:]} if padded else {})]
-
-
-@torch.no_grad()
-def tokens_at(model, linear, batches):
-    """What a linear reads, one float64 vector a token that is not padding."""
-    found = []
-
-    def keep(module, args):
-        rows = args[0].reshape(-1, args[0].shape[-1])
-        found.extend(row.double() for row, real in zip(rows, mask.flatten(), strict=True) if real)
-
-    handle = linear.register_forward_pre_hook(keep)
-    for batch in batches:
-        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        model(**batch, use_cache=False)
-    handle.remove()
-    return found
 
 
 def channel_scores(linear, inputs):
@@ -55,7 +32,7 @@ def test_scores_equal_a_token_by_token_implementation(family):
     batches = batches_for(model)
     scores = WandaSp(0.3).score(Decoder(model), batches)
     layer = Decoder(model).layers[1]
-    heads, channels = tokens_at(model, layer.output, batches), tokens_at(model, layer.down, batches)
+    heads, channels = rows_at(model, layer.output, batches, "input"), rows_at(model, layer.down, batches, "input")
     assert len(heads) == len(channels) == 37  # three of forty tokens are padding
     expected = channel_scores(layer.output, heads) / 37**0.5
     by_head = torch.stack([expected[h * 8 : h * 8 + 8].sum() for h in range(9)])
@@ -79,7 +56,7 @@ def test_bfloat16_squares_are_summed_in_float32_or_better():
     batches = [{"input_ids": tokens(4, 32)}] * 8
     scores = WandaSp(0.3).score(Decoder(model), batches)[0]
     layer = Decoder(model).layers[0]
-    inputs = torch.stack(tokens_at(model, layer.down, batches[:1]))
+    inputs = rows_at(model, layer.down, batches[:1], "input")
     expected = layer.down.weight.detach().double().abs().mean(0) * inputs.square().mean(0).sqrt()
     torch.testing.assert_close(scores.channels.double(), expected, rtol=1e-5, atol=0)
 
@@ -106,8 +83,8 @@ def layer_by_layer(model, batches, ratio, **options):
     for index in range(len(kept)):
         partly = copy_with(model, PruningPlan("test", dense, tuple(kept)))
         layer = Decoder(partly).layers[index]
-        heads = channel_scores(layer.output, tokens_at(partly, layer.output, batches)).view(9, 8).sum(1)
-        channels = channel_scores(layer.down, tokens_at(partly, layer.down, batches))
+        heads = channel_scores(layer.output, rows_at(partly, layer.output, batches, "input")).view(9, 8).sum(1)
+        channels = channel_scores(layer.down, rows_at(partly, layer.down, batches, "input"))
         groups, count = WandaSp(ratio, **options).prune(tiny_like(model), batches).layers[index].widths[1:]
         best = heads.view(-1, dense.layers[index].group_size).sum(1).argsort(descending=True)[:groups]
         size = dense.layers[index].group_size
