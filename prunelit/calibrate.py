@@ -174,6 +174,16 @@ class Sums:
         return means
 
 
+def first(batches: Sequence[Batch], sequences: int | None) -> list[Batch]:
+    """The first so many sequences of batches; None: all."""
+    found: list[Batch] = []
+    for batch in batches:
+        left = None if sequences is None else sequences - sum(len(b["input_ids"]) for b in found)
+        if left is None or left > 0:
+            found.append({name: x[:left] for name, x in batch.items()})
+    return found
+
+
 def own_rank() -> int:
     """This process's rank; 0 where there is one process."""
     return dist.get_rank() if dist.is_initialized() else 0

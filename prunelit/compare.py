@@ -6,6 +6,7 @@ ln(perplexity / dense perplexity), because one text alone misleads.
 
     out/cells/      one JSON for each cell, named by a digest of everything that determines it
     out/plans/      one plan for each cell, with `plans: true`
+    out/kept/       scores and journals that serve several ratios; may be deleted
     compare.json    the whole comparison: what was asked, protocol, all cells, versions
     compare.md      the tables
     perplexity_vs_parameters.png .svg, perplexity_vs_latency.png .svg
@@ -131,7 +132,7 @@ def compare(
         board = weights_and_biases.open_run(wandb_project, folder.name, folder, closing) if wandb_project else None
         dense = load_on(model, dtype, device)
         Decoder(dense).check_finite()
-        trials = Trials(dense, windows, drawn, calibration, folder, target, latency, plans)
+        trials = Trials(dense, windows, drawn, calibration, folder, target, latency, plans, again)
         report = _head(model, table, ratios, seeds, calibration, measured, trials)
         report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
         _run(trials, list(zip(cells, built, strict=True)), running, again, report)

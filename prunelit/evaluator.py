@@ -5,8 +5,8 @@ Nothing is cut here: a block is masked by the very stubs that surgery puts in it
 Legend: B batch, S sequence, H hidden, V vocabulary, L layers.
 """
 
-import hashlib
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,11 +21,11 @@ from prunelit.decoder import Decoder
 from prunelit.errors import NoCalibration
 from prunelit.hetero import remove_attention, remove_mlp
 from prunelit.journal import Journal, Value
+from prunelit.kept import digest, model_fingerprint, text_fingerprint
 from prunelit.measure import perplexity_of
 from prunelit.stream import Stream
 
 _TOKENS_PER_LOGIT_CHUNK = 512
-_VALUES_PER_TENSOR = 256
 
 
 class BlockEvaluator:
@@ -63,6 +63,9 @@ class BlockEvaluator:
         self.journal = Journal(journal, self.fingerprint()) if journal else None
         self.values_known: dict[Blocks, Value] = dict(self.journal.found) if self.journal else {}
         self.evaluations = 0
+        self.recalled_seconds = 0.0
+        """What evaluations in the journal took that were asked for here."""
+        self._asked: set[Blocks] = set()
         self._layer_sequences = 0
         self.tick: Callable[[], object] = lambda: None
 
@@ -88,18 +91,26 @@ class BlockEvaluator:
             limit: an evaluation that is bound to exceed this many nats may stop; its value is not exact then.
         """
         todo = [s for s in dict.fromkeys(sets) if not self._is_known(s, limit)]
+        if self.journal:
+            first = set(sets) - self._asked - set(todo)
+            self.recalled_seconds += sum(self.journal.seconds.get(removed, 0.0) for removed in first)
+            self._asked |= set(sets)
         world = dist.get_world_size() if dist.is_initialized() else 1
         found: dict[Blocks, Value] = {}
+        start = time.perf_counter()
         with evaluating(self.decoder.model):
             for removed in own_share(todo):
                 found[removed] = self._run(removed, removed if base is None else base, limit)
                 if world == 1:
-                    self._note(removed, base, found[removed])
+                    now = time.perf_counter()
+                    self._note(removed, base, found[removed], now - start)
+                    start = now
         if world > 1:
             everywhere: list[Any] = [None] * world
             dist.all_gather_object(everywhere, found)
+            each_took = (time.perf_counter() - start) / max(1, len(todo))
             for removed in todo:
-                self._note(removed, base, next(each[removed] for each in everywhere if removed in each))
+                self._note(removed, base, next(each[removed] for each in everywhere if removed in each), each_took)
         return [self.values_known[removed] for removed in sets]
 
     def layers_left(self, removed: Blocks, start: int = 0) -> int:
@@ -111,27 +122,18 @@ class BlockEvaluator:
         )
 
     def fingerprint(self) -> str:
-        """Hash of a sample of the weights, of their dtype, and of the tokens."""
-        content = hashlib.sha256()
-        for name, parameter in self.decoder.model.named_parameters():
-            flat = parameter.detach().flatten()
-            sample = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].to("cpu", torch.float64)
-            content.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode() + sample.numpy().tobytes())
-        for batch in self.batches:
-            for name in sorted(batch):
-                values = batch[name].to("cpu", torch.int64)
-                content.update(f"{name} {list(values.shape)}".encode() + values.numpy().tobytes())
-        return content.hexdigest()[:16]
+        """Hash of a sample of the weights, and of the tokens."""
+        return digest(model_fingerprint(self.decoder.model) + text_fingerprint(self.batches))
 
     def _is_known(self, removed: Blocks, limit: float) -> bool:
         value = self.values_known.get(removed)
         return value is not None and (value.exact or value.nll > limit)
 
-    def _note(self, removed: Blocks, base: Blocks | None, value: Value) -> None:
+    def _note(self, removed: Blocks, base: Blocks | None, value: Value, seconds: float) -> None:
         self.values_known[removed] = value
         self.evaluations += 1
         if self.journal:
-            self.journal.write(removed, base or frozenset(), value)
+            self.journal.write(removed, base or frozenset(), value, seconds)
 
     def _run(self, removed: Blocks, base: Blocks, limit: float) -> Value:
         start = self._start(removed, base)

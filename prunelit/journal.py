@@ -39,18 +39,21 @@ class Journal:
 
     def __init__(self, path: str, fingerprint: str):
         self.path = Path(path)
+        self.seconds: dict[Blocks, float] = {}
+        """What each evaluation took, of those that the file had."""
         self.header = json.dumps({"format": JOURNAL, "fingerprint": fingerprint}) + "\n"
         box: list[Any] = [None]
         if own_rank() == 0:
             try:
-                box = [self._read()]
+                box = [(self._read(), self.seconds)]
             except (BadOption, OutputNotWritable) as error:
                 box = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         if isinstance(box[0], Exception):
             raise box[0]
-        self.found: dict[Blocks, Value] = box[0]
+        self.found: dict[Blocks, Value] = box[0][0]
+        self.seconds = box[0][1]
 
     def _read(self) -> dict[Blocks, Value]:
         """The finished evaluations; what a kill has left half written is dropped, in the file too."""
@@ -73,7 +76,8 @@ class Journal:
                 try:
                     entry = json.loads(line)
                     names, value = entry["removed"] + entry["candidate"], Value(float(entry["nll"]), entry["exact"])
-                    found[frozenset(map(Block.parse, names))] = value
+                    removed = frozenset(map(Block.parse, names))
+                    found[removed], self.seconds[removed] = value, float(entry.get("seconds", 0.0))
                 except (ValueError, KeyError, TypeError, IndexError):
                     break
                 good += line + "\n"
@@ -82,7 +86,7 @@ class Journal:
             raise OutputNotWritable(f"journal {str(self.path)!r}: {error.strerror or error}") from error
         return found
 
-    def write(self, removed: Blocks, base: Blocks, value: Value) -> None:
+    def write(self, removed: Blocks, base: Blocks, value: Value, seconds: float = 0.0) -> None:
         """Add one evaluation; it is in the file when this returns.
 
         Raises:
@@ -94,6 +98,7 @@ class Journal:
             "nll": value.nll,
             "perplexity": perplexity_of(value.nll),
             "exact": value.exact,
+            "seconds": round(seconds, 3),
         }
         if own_rank() == 0:
             try:

@@ -6,7 +6,6 @@ comparison that asks for the same, and by no other.
 
 import copy
 import gc
-import hashlib
 import json
 import math
 import random
@@ -15,7 +14,6 @@ import statistics
 import time
 import traceback
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +29,10 @@ from prunelit.callbacks.job import batched
 from prunelit.cells import Calibration, Cell, Latency
 from prunelit.decoder import Decoder
 from prunelit.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.kept import Kept, digest, model_fingerprint
 from prunelit.report.run import versions, write_json
 
 _FORMAT = "prunelit-cell/1"
-_SAMPLE = 4096
 
 
 @dataclass
@@ -46,10 +44,11 @@ class Trials:
         windows: what perplexity is measured on, {name: [N, S] token ids}.
         drawn: calibration windows [N, S] for each seed; empty where no method reads text.
         calibration: what they were drawn as.
-        folder: holds cells/, plans/ and the journals of searches that are under way.
+        folder: holds cells/, plans/ and kept/.
         device: where a cell is computed.
         latency: how prefill is measured; None: it is not.
         plans: keep every cell's plan.
+        again: scores that are kept may be of a method that has been changed; compute them.
     """
 
     dense: nn.Module
@@ -60,12 +59,13 @@ class Trials:
     device: torch.device
     latency: Latency | None = None
     plans: bool = False
+    again: bool = False
 
     def __post_init__(self) -> None:
         self._versions = versions()
         self._common = {
             "format": _FORMAT,
-            "model": fingerprint(self.dense),
+            "model": model_fingerprint(self.dense),
             "dtype": str(next(self.dense.parameters()).dtype).removeprefix("torch."),
             "device": self.device.type,
         }
@@ -97,6 +97,11 @@ class Trials:
         stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
         return self.folder / kind / f"{stem}-{_digest(key)}.json"
 
+    def _journal(self, cell: Cell, key: Mapping[str, Any]) -> Path:
+        """One for all ratios of a row: a longer search goes on from a shorter one."""
+        which = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
+        return self.folder / "kept" / f"{cell.row.method}-{digest(json.dumps(which))}.jsonl"
+
     # Work --------------------------------------------------------------------------------------------------------
 
     def measure_dense(self) -> dict[str, Any]:
@@ -116,8 +121,7 @@ class Trials:
     def run(self, cell: Cell) -> dict[str, Any]:
         """Prune, measure and write one cell; a failure is written down as one.
 
-        A method with an option `journal` keeps it here until the cell is finished, so that a long search that was
-        killed goes on where it was.
+        What a method computed that its other ratios can use, scores or the journal of a search, stays in kept/.
 
         Returns:
             What `find` returns from now on.
@@ -127,12 +131,13 @@ class Trials:
         """
         method = cell.row.build(cell.ratio, cell.seed, self.calibration)
         key = self.key(cell, method)
-        journal = self._path(cell, key, "journals").with_suffix(".jsonl")
         result: dict[str, Any]
         try:
             if "journal" in cell.row.accepts and "journal" not in cell.row.options:
+                journal = self._journal(cell, key)
                 _saving(lambda path: path.parent.mkdir(exist_ok=True), journal)
                 method = cell.row.build(cell.ratio, cell.seed, self.calibration, journal=str(journal))
+            method.kept = None if self.again else Kept(self.folder / "kept")
             result = self._prune_and_measure(cell, method, key)
         except PrunelitError as error:
             result = {"failed": str(error)}
@@ -147,10 +152,6 @@ class Trials:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         _write(self._path(cell, key), {"key": key, **result, "versions": self._versions})
-        if "failed" not in result:
-            journal.unlink(missing_ok=True)
-            with suppress(OSError):  # others may be under way
-                journal.parent.rmdir()
         return self.find(cell, method)
 
     def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +173,9 @@ class Trials:
             start = time.perf_counter()
             plan = method.prune(network, batches)
             _wait(self.device)
-            seconds = {"prune": time.perf_counter() - start} | method.seconds
+            # What was recalled counts as if it had been computed, so that ratios compare.
+            taken = time.perf_counter() - start + method.seconds.get("recalled", 0.0)
+            seconds = {"prune": taken} | method.seconds
         options = {name: value for name, value in plan.options.items() if name != "journal"}
         plan = replace(plan, options=options, calibration=record | dict(plan.calibration))
         start = time.perf_counter()
@@ -193,21 +196,6 @@ class Trials:
         if self.plans:
             _saving(plan.save, self._path(cell, key, "plans"))
         return found
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Hash of a model's configuration and of a sample of every tensor's bytes: another one for a fine-tuned copy."""
-    config = {
-        name: value
-        for name, value in model.config.to_dict().items()  # type: ignore[operator, union-attr]
-        if name not in ("_name_or_path", "transformers_version")
-    }
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, value in model.state_dict().items():
-        flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
-        found.update(name.encode() + bytes(sample.view(torch.uint8).numpy()))
-    return found.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -249,7 +237,7 @@ def _windows_key(ids: Tensor) -> str:
 
 
 def _digest(key: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(json.dumps(key, sort_keys=True))
 
 
 def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from prunelit import surgery
-from prunelit.calibrate import Sums, evaluating, observe, on_device
+from prunelit.calibrate import Sums, evaluating, first, observe, on_device
 from prunelit.decoder import Decoder
 from prunelit.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
@@ -317,3 +317,12 @@ def test_two_ranks_share_the_batches_and_agree_with_one(tmp_path):
             assert tokens == expected
             for index, mean in enumerate(means):
                 torch.testing.assert_close(mean["f"], rows[index, "channels"].double().mean(0), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("sequences, sizes", [(None, [2, 3]), (1, [1]), (2, [2]), (4, [2, 2]), (9, [2, 3])])
+def test_the_first_sequences_of_batches(sequences, sizes):
+    batches = [{"input_ids": torch.arange(8).view(2, 4)}, {"input_ids": torch.arange(12).view(3, 4) + 8}]
+    found = first(batches, sequences)
+    assert [len(batch["input_ids"]) for batch in found] == sizes
+    together = torch.cat([batch["input_ids"] for batch in found]).flatten()
+    assert torch.equal(together, torch.arange(len(together)))

@@ -28,9 +28,10 @@ from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
 from prunelit.cells import rows, sources
 from prunelit.errors import SourceNotFound
+from prunelit.kept import model_fingerprint as fingerprint
 from prunelit.rank import LayerScores
 from prunelit.report import plots, tables
-from prunelit.trial import fingerprint, prefill_seconds
+from prunelit.trial import prefill_seconds
 from tests.test_cli import call, refused
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -459,8 +460,8 @@ def test_a_search_goes_on_from_its_journal(
     assert Diary.read == []
     code, _, err = call(capsys, *arguments)
     assert (code, Diary.read) == (0, ["half of the search"]), err
-    assert not (tmp_path / "out" / "journals").exists()
-    assert "journals" not in next((tmp_path / "out" / "plans").iterdir()).read_text()
+    assert [path.suffix for path in (tmp_path / "out" / "kept").iterdir()] == [".jsonl"]
+    assert ".jsonl" not in next((tmp_path / "out" / "plans").iterdir()).read_text()
     assert "1 finished earlier" in call(capsys, *arguments)[2]
 
 

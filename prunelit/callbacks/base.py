@@ -18,13 +18,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
+from torch import Tensor, nn
 
 from prunelit import bias, latency, models, rank, reconstruct, surgery, text
 from prunelit.calibrate import Batch, on_device
 from prunelit.callbacks.job import batched, find_model, resume_path, share, take
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan, NoCalibration
+from prunelit.kept import Found, Kept, model_fingerprint, source_fingerprint, text_fingerprint
 from prunelit.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.rank import LayerScores
 
@@ -67,6 +68,9 @@ class PruningCallback(Callback):
     """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
     joint: ClassVar[bool] = True
     """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
+    score_reads: ClassVar[tuple[str, ...] | None] = None
+    """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
+    any option may."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
     """What `repair` may be; a method that adds one carries it out in `cut`."""
 
@@ -101,6 +105,7 @@ class PruningCallback(Callback):
         self.plan_file = plan_file
         self.plan_made: PruningPlan | None = None
         self.seconds: dict[str, float] = {}
+        self.kept: Kept | None = None
         self._calibration_record: dict[str, Any] = {}
 
     # What a method overrides -------------------------------------------------------------------------------------
@@ -111,7 +116,39 @@ class PruningCallback(Callback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """What stays. Default: `score`, then `prunelit.rank.select` under the budget."""
-        return self.make_plan(decoder.shape, self.selector(decoder)(self.score(decoder, batches)))
+        return self.make_plan(decoder.shape, self.selector(decoder)(self.scored(decoder, batches)))
+
+    def scored(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        """`score`, or what is kept of it from an earlier run."""
+
+        def pairs() -> list[tuple[Tensor | None, Tensor | None]]:
+            return [(layer.heads, layer.channels) for layer in self.score(decoder, batches)]
+
+        return [LayerScores(*pair) for pair in self.recall("scores", decoder, batches, pairs)]
+
+    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], Found]) -> Found:
+        """`compute`, or what is kept of it in `self.kept` from an earlier run with the same model, text and options.
+
+        Args:
+            what: name of the result.
+            decoder: the dense model.
+            batches: what it is computed on.
+            compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
+        """
+        code = source_fingerprint(type(self))
+        if self.kept is None or not self.reads_text or code is None:
+            return compute()
+        key = {
+            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "code": code,
+            "options": {n: v for n, v in self.options.items() if n in (self.score_reads or self.options)},
+            "model": model_fingerprint(decoder.model),
+            "text": text_fingerprint(batches),
+            "device": decoder.device.type,
+        }
+        found, saved = self.kept.recall(f"{self.name}-{what}", key, compute)
+        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
+        return found
 
     def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
         """`prunelit.rank.select` with this callback's options: scores -> kept units. A latency is measured here, once.

@@ -46,6 +46,7 @@ class Best(PruningCallback):
     """
 
     standardise = False
+    score_reads = ("unit", "own_text", "seed")
     repair_choices = ("none",)  # it has its own
 
     def __init__(
@@ -96,7 +97,11 @@ class Best(PruningCallback):
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
         tokens = int(self.own_text * sum(batch["input_ids"].numel() for batch in batches))
         length = min(_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
-        text = [*batches, *(own_text.write(decoder.model, tokens, length, self.seed) if tokens else ())]
+        text = list(batches)
+        if tokens:
+            text += self.recall(
+                "text", decoder, batches, lambda: own_text.write(decoder.model, tokens, length, self.seed)
+            )
         own = own_share(text)
         dense = distill.dense_streams(decoder, own) if self.epochs else []
         reconstruct.apply(decoder.model, plan, text, ridge=self.ridge)

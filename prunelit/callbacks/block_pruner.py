@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from prunelit.blocks import Goal, Kinds, without
-from prunelit.calibrate import Batch
+from prunelit.calibrate import Batch, first
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
@@ -34,6 +34,8 @@ class BlockPruner(PruningCallback):
             blocks for kept ones while that helps.
         beam_width: sets that "beam" goes on with.
         journal: file of finished evaluations, one a line; a search that was killed goes on from it.
+        search_windows: calibration sequences that the search evaluates on, the first ones; None: all. A search runs
+            the text hundreds of times.
         cache_gib: host memory for residual streams, GiB per process.
         kwargs: see `PruningCallback`; `scope`, `unit` and `align` say nothing about whole blocks.
     """
@@ -46,6 +48,7 @@ class BlockPruner(PruningCallback):
         search: Method = "lazy",
         beam_width: int = 4,
         journal: str | None = None,
+        search_windows: int | None = None,
         cache_gib: float = 2.0,
         **kwargs: Any,
     ):
@@ -55,15 +58,17 @@ class BlockPruner(PruningCallback):
         for name, value, allowed in (("blocks", blocks, get_args(Kinds)), ("search", search, get_args(Method))):
             if value not in allowed:
                 raise BadOption(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
-        if isinstance(beam_width, bool) or not isinstance(beam_width, int) or beam_width < 1:
-            raise BadOption(f"beam_width: expected at least 1, got {beam_width!r}")
+        for name, number in (("beam_width", beam_width), ("search_windows", search_windows)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise BadOption(f"{name}: expected at least 1, got {number!r}")
         if not 0 <= cache_gib < float("inf"):
             raise BadOption(f"cache_gib: expected gibibytes, 0 or more, got {cache_gib!r}")
         self.count, self.blocks, self.search, self.beam_width = count, blocks, search, beam_width
-        self.journal, self.cache_gib = journal, cache_gib
+        self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        evaluator = BlockEvaluator(decoder, batches, self.journal, self.cache_gib)
+        evaluator = BlockEvaluator(decoder, first(batches, self.search_windows), self.journal, self.cache_gib)
         found = remove_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
+        self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}
         return self.make_plan(decoder.shape, without(decoder.shape, found.removed))

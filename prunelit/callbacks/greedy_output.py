@@ -55,6 +55,7 @@ class GreedyOutput(PruningCallback):
     """
 
     joint = False
+    score_reads = ("moment",)
     repair_choices = (*get_args(Repair), "two_step")
 
     def __init__(
@@ -89,13 +90,13 @@ class GreedyOutput(PruningCallback):
         return moments.of_model(decoder, batches, self.moment)
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        scores, limit = self.score(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
+        scores, limit = self.scored(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
         select: Callable[..., tuple[LayerPlan, ...]] = self.selector(decoder)
         kept, shapes = select(scores), [layer.shape for layer in decoder]
         fewer = [len(each.query_heads) < shape.query_heads for each, shape in zip(kept, shapes, strict=True)]
         divergences: list[Tensor | None] = [None] * len(shapes)
         if limit and (self.tau is not None or any(fewer)):
-            divergences = similarity.of_model(decoder, batches)
+            divergences = self.recall("divergences", decoder, batches, lambda: similarity.of_model(decoder, batches))
         if any(found is not None for found in divergences):
             if self.scope == "global" and self.unit == "kv_group":
                 whole = {layer % len(shapes) for layer in self.protect}

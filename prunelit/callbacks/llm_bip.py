@@ -38,6 +38,8 @@ class LLMBIP(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
+    score_reads = ("form", "propagate_ffn")
+
     def __init__(
         self,
         ratio: float,

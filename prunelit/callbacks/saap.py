@@ -54,6 +54,7 @@ class SAAP(PruningCallback):
 
     standardise = False
     joint = False
+    score_reads = ("fusion", "second_order", "unit", "checkpointing")
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class SAAP(PruningCallback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         select, shape = self.selector(decoder), decoder.shape
-        mean, asi = self._statistics(decoder, batches)
+        mean, asi = self.recall("statistics", decoder, batches, lambda: self._statistics(decoder, batches))
         if self.asi == "literal" or (self.asi == "candidate" and self.kappa > 1):
             self._search(mean, asi, select(_scores(mean, shape.layers, self.unit)))
         return self.make_plan(shape, select(_scores(mean, shape.layers, self.unit)))

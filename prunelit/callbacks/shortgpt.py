@@ -34,6 +34,8 @@ class ShortGPT(PruningCallback):
         kwargs: see `PruningCallback`; `scope`, `unit` and `align` say nothing about whole layers.
     """
 
+    score_reads = ()
+
     def __init__(self, ratio: float | None = None, count: int | None = None, **kwargs: Any):
         self.goal = Goal.of(ratio, count, kwargs)
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
@@ -53,7 +55,7 @@ class ShortGPT(PruningCallback):
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         shape = decoder.shape
         free = blocks_of(shape, protect=self.protect)
-        influence = self.influence(decoder, batches)
+        influence = self.recall("influence", decoder, batches, lambda: self.influence(decoder, batches))
 
         def blocks(layers: Sequence[int]) -> list[Block]:
             return [block for block in free if block.layer in layers]

@@ -44,6 +44,8 @@ class Taylor(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
+    score_reads = ("form", "unit", "checkpointing", "layers_at_once")
+
     def __init__(
         self,
         ratio: float,

@@ -42,6 +42,8 @@ class WandaSp(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
+    score_reads = ()
+
     def __init__(self, ratio: float, sequential: bool = False, **kwargs: Any):
         super().__init__(ratio, **kwargs)
         if sequential and self.scope != "layer":

@@ -166,6 +166,7 @@ def test_the_work_saved_is_said_in_the_log(caplog):
         ({"count": 1, "blocks": "heads"}, "blocks"),
         ({"count": 1, "search": "annealing"}, "search"),
         ({"count": 1, "beam_width": 0}, "beam_width"),
+        ({"count": 1, "search_windows": 0}, "search_windows"),
         ({"count": 1, "cache_gib": -1}, "cache_gib"),
         ({"count": 1, "cache_gib": math.nan}, "cache_gib"),
         ({"ratio": 0.2, "budget": "latency"}, "budget"),
@@ -188,3 +189,14 @@ def test_the_command_line_offers_the_options_of_the_method_and_of_the_base():
     parser.add_class_arguments(BlockPruner, None)
     found = parser.parse_args(["--count=5", "--search=beam", "--journal=a.jsonl", "--windows=8", "--protect=[0]"])
     assert (found.ratio, found.count, found.search, found.windows, found.protect) == (None, 5, "beam", 8, [0])
+
+
+def test_the_search_may_read_less_text_than_there_is():
+    model = tiny("llama")
+    batches = batches_for(model)
+    some = BlockPruner(count=2, search_windows=3).prune(tiny("llama"), batches)
+    fewer = [batches[0], {name: x[:1] for name, x in batches[1].items()}]
+    assert some.layers == BlockPruner(count=2).prune(tiny("llama"), fewer).layers
+    found = some.calibration["search"]["perplexity"]
+    assert found == BlockPruner(count=2).prune(tiny("llama"), fewer).calibration["search"]["perplexity"]
+    assert found != BlockPruner(count=2).prune(tiny("llama"), batches).calibration["search"]["perplexity"]

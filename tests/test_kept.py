@@ -1,0 +1,176 @@
+"""What is kept is what was computed, of the same model, text and options only, and is never half a file."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+
+from prunelit.calibrate import Sums, observe
+from prunelit.callbacks import method_class, methods
+from prunelit.callbacks.base import PruningCallback
+from prunelit.decoder import Decoder
+from prunelit.errors import OutputNotWritable
+from prunelit.kept import Kept, model_fingerprint, text_fingerprint
+from prunelit.rank import LayerScores
+from tests.observed import batches_for
+from tests.tiny import tiny
+
+READING = [name for name in methods() if method_class(name).reads_text]
+SHARED = [name for name in READING if method_class(name).score_reads is not None]
+
+
+class Watching:
+    """Mixed into a method: notes the options that it reads."""
+
+    read: set[str]
+
+    def __getattribute__(self, name: str):
+        if name in object.__getattribute__(self, "__dict__").get("watched", ()):
+            object.__getattribute__(self, "__dict__")["read"].add(name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_scores_read_no_option_that_their_key_lacks(name):
+    kind = method_class(name)
+    if kind.score is PruningCallback.score:
+        kind = type(name, (kind,), {"score": lambda self, decoder, batches: self.influence(decoder, batches)})
+    watching = type(name, (Watching, kind), {})
+    method = watching(ratio=0.3, align=8)
+    model = tiny("llama")
+    decoder, batches = Decoder(model), batches_for(model)
+    method.__dict__.update(watched=set(kind(ratio=0.3).options), read=set())
+    method.score(decoder, batches)
+    assert method.__dict__["read"] <= set(kind.score_reads)
+    assert set(kind.score_reads) <= set(kind(ratio=0.3).options)
+
+
+@pytest.mark.parametrize("name", READING)
+def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
+    fresh = {}
+    for ratio in (0.2, 0.4):
+        model = tiny("llama")
+        fresh[ratio] = method_class(name)(ratio=ratio, align=8).prune(model, batches_for(model))
+    for ratio in (0.2, 0.4, 0.2):
+        model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
+        method.kept = Kept(tmp_path)
+        assert method.prune(model, batches_for(model)).digest == fresh[ratio].digest
+    repeated = method.seconds.get("recalled", 0.0)
+    assert repeated > 0 or name == "block_pruner"  # which has its journal
+
+
+def test_scores_are_computed_once_for_all_ratios(tmp_path, monkeypatch):
+    calls = []
+    kind = method_class("llm_bip")
+    real = kind.score
+    monkeypatch.setattr(kind, "score", lambda *args: calls.append(1) or real(*args))
+    for ratio in (0.2, 0.3, 0.4):
+        model, method = tiny("llama"), kind(ratio=ratio, align=8)
+        method.kept = Kept(tmp_path)
+        method.prune(model, batches_for(model))
+    assert len(calls) == 1
+    for changed in ({"form": "exact"}, {"propagate_ffn": False}):
+        method = kind(ratio=0.3, align=8, **changed)
+        method.kept = Kept(tmp_path)
+        method.prune(tiny("llama"), batches_for(tiny("llama")))
+    other = tiny("llama")
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.mul_(1.0001)
+    method = kind(ratio=0.3, align=8)
+    method.kept = Kept(tmp_path)
+    method.prune(other, batches_for(other))
+    batches = batches_for(other)
+    batches[0]["input_ids"] = batches[0]["input_ids"].flip(1)
+    method = kind(ratio=0.3, align=8)
+    method.kept = Kept(tmp_path)
+    method.prune(tiny("llama"), batches)
+    assert len(calls) == 5
+
+
+class Foreign(PruningCallback):
+    """A method of somebody else's, whose scores may depend on anything."""
+
+    def score(self, decoder, batches):
+        sums = Sums(len(decoder.layers))
+        tokens = observe(decoder, batches, ("channels",), lambda layer, x: sums.add(layer, "c", x["channels"].sum(0)))
+        means = sums.means(tokens, decoder.device)
+        return [LayerScores(channels=mean["c"] * (1 if self.ratio < 0.25 else -1)) for mean in means]
+
+
+def test_a_method_that_says_nothing_shares_nothing_between_ratios(tmp_path):
+    plans = []
+    for kept in (None, Kept(tmp_path)):
+        for ratio in (0.2, 0.3):
+            model, method = tiny("llama"), Foreign(ratio=ratio, align=8)
+            method.kept = kept
+            plans.append(method.prune(model, batches_for(model)).layers)
+    assert plans[:2] == plans[2:]
+
+
+CONTENT = [(torch.arange(6.0).view(2, 3), None), (torch.zeros(0), torch.ones(2, dtype=torch.float64))]
+
+
+def test_a_result_comes_back_as_it_was(tmp_path):
+    kept = Kept(tmp_path / "new" / "folder")
+    first, saved = kept.recall("scores", {"a": 1}, lambda: CONTENT)
+    assert first is CONTENT and saved == 0
+    again, saved = kept.recall("scores", {"a": 1}, lambda: pytest.fail("computed again"))
+    assert saved > 0 and torch.equal(again[0][0], CONTENT[0][0]) and again[0][1] is None
+    assert again[1][1].dtype is torch.float64
+    assert kept.recall("scores", {"a": 2}, lambda: "other")[0] == "other"
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other key"])
+def test_a_damaged_file_is_computed_anew(damage, tmp_path):
+    kept = Kept(tmp_path)
+    kept.recall("scores", {"a": 1}, lambda: CONTENT)
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    if damage == "other key":
+        Kept(tmp_path / "b").recall("scores", {"a": 2}, lambda: "theirs")
+        os.replace(next((tmp_path / "b").iterdir()), path)
+    else:
+        path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 100}[damage])
+    assert kept.recall("scores", {"a": 1}, lambda: "anew") == ("anew", 0.0)
+    assert kept.recall("scores", {"a": 1}, lambda: pytest.fail("computed again"))[0] == "anew"
+
+
+def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
+    code = f"""
+        import os, torch
+        from prunelit.kept import Kept
+        os.replace = lambda *paths: (print("ready", flush=True), __import__("time").sleep(60))
+        Kept({str(tmp_path)!r}).recall("scores", {{"a": 1}}, lambda: torch.ones(1000))
+    """
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == "ready\n"
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    child.stdout.close()
+    assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
+    assert Kept(tmp_path).recall("scores", {"a": 1}, lambda: "anew")[0] == "anew"
+
+
+def test_a_folder_that_can_not_be_written_is_said_so(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputNotWritable, match="can not be written"):
+        Kept(tmp_path / "file" / "folder").recall("scores", {}, lambda: 1)
+
+
+def test_seconds_that_were_saved_are_those_that_it_took(tmp_path):
+    kept = Kept(tmp_path)
+    kept.recall("slow", {}, lambda: time.sleep(0.2))
+    assert 0.2 <= kept.recall("slow", {}, lambda: None)[1] < 2
+
+
+def test_fingerprints_tell_models_and_texts_apart():
+    model = tiny("llama")
+    prints = {model_fingerprint(model), model_fingerprint(tiny("llama").bfloat16()), model_fingerprint(tiny("qwen3"))}
+    assert len(prints) == 3 and model_fingerprint(tiny("llama")) in prints
+    first, second = batches_for(model)
+    assert text_fingerprint([first]) == text_fingerprint([dict(first)]) != text_fingerprint([second])
