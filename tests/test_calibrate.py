@@ -319,7 +319,7 @@ def test_two_ranks_share_the_batches_and_agree_with_one(tmp_path):
                 torch.testing.assert_close(mean["f"], rows[index, "channels"].double().mean(0), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize("sequences, sizes", [(None, [2, 3]), (1, [1]), (2, [2]), (4, [2, 2]), (9, [2, 3])])
+@pytest.mark.parametrize(("sequences", "sizes"), [(None, [2, 3]), (1, [1]), (2, [2]), (4, [2, 2]), (9, [2, 3])])
 def test_the_first_sequences_of_batches(sequences, sizes):
     batches = [{"input_ids": torch.arange(8).view(2, 4)}, {"input_ids": torch.arange(12).view(3, 4) + 8}]
     found = first(batches, sequences)
