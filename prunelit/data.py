@@ -1,12 +1,13 @@
 """TextDataModule: windows of text for calibration, training and validation, none of them shared."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
+from prunelit import instructions as instruction_data
 from prunelit import models, text
 from prunelit.errors import BadOption, NotEnoughText
 
@@ -21,7 +22,10 @@ class TextDataModule(LightningDataModule):
         seqlen: tokens per window.
         batch_size: windows per batch and process.
         calibration_windows, validation_windows: how many to set aside.
-        train_windows: at most this many for training; None for all that are left.
+        train_windows: at most this many for training; None for all that are left, 0 for none (with `instructions`).
+        instructions: source(s) of questions and answers to train on as well, see `prunelit.instructions`; the loss is
+            on the answers alone.
+        examples: at most this many of them; None for all.
         seed: of the split and of the shuffling.
 
     Raises:
@@ -39,6 +43,8 @@ class TextDataModule(LightningDataModule):
         validation_windows: int = 32,
         train_windows: int | None = None,
         seed: int = 0,
+        instructions: str | list[str] | None = None,
+        examples: int | None = None,
     ):
         super().__init__()
         least = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "validation_windows": (validation_windows, 1)}
@@ -48,8 +54,13 @@ class TextDataModule(LightningDataModule):
         models.check_source(tokenizer)
         self.train_sources = [train] if isinstance(train, str) else list(train)
         self.validation_sources = [validation] if isinstance(validation, str) else list(validation or [])
-        for source in self.train_sources + self.validation_sources:
+        self.instruction_sources = [instructions] if isinstance(instructions, str) else list(instructions or [])
+        for source in self.train_sources + self.validation_sources + self.instruction_sources:
             text.check_source(source)
+        for name, value in (("train_windows", train_windows), ("examples", examples)):
+            if value is not None and value < (0 if instructions and name == "train_windows" else 1):
+                raise BadOption(f"data.{name}: expected a positive number or null, got {value}")
+        self.examples = examples
         self.source, self.seqlen, self.batch_size, self.seed = tokenizer, seqlen, batch_size, seed
         self.counts = (calibration_windows, validation_windows, train_windows)
         self.tokenizer: Any = None
@@ -73,7 +84,8 @@ class TextDataModule(LightningDataModule):
         seen = _hashes(self.validation)
         self.calibration = _without(self.calibration, seen)
         self.train = _without(torch.cat(parts), seen | _hashes(self.calibration))[:train]
-        if not len(self.train) or not len(self.validation):
+        self.rows = self._mixed(tokenizer)
+        if not len(self.rows["input_ids"]) or not len(self.validation):
             raise NotEnoughText(
                 f"data: expected more than {calibration} calibration and {validation} validation windows of "
                 f"{self.seqlen} tokens, got {sum(map(len, parts)) + len(self.calibration)} in {self.train_sources}; "
@@ -81,13 +93,23 @@ class TextDataModule(LightningDataModule):
             )
         self.tokenizer = tokenizer
 
+    def _mixed(self, tokenizer: Any) -> dict[str, Tensor]:
+        """What is trained on: windows of text, and examples."""
+        if not self.instruction_sources:
+            return {"input_ids": self.train}
+        found = [instruction_data.read(source, tokenizer, self.seqlen) for source in self.instruction_sources]
+        examples = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        order = torch.randperm(len(examples["labels"]), generator=torch.Generator().manual_seed(self.seed))
+        windows = {"input_ids": self.train, "labels": self.train, "attention_mask": torch.ones_like(self.train)}
+        return {name: torch.cat([windows[name], rows[order[: self.examples]]]) for name, rows in examples.items()}
+
     def train_dataloader(self) -> "WindowLoader":
         """Shuffled anew each epoch; resumes at the batch where a checkpoint was saved."""
-        return WindowLoader(self.train, self.batch_size, self.seed, *self._place())
+        return WindowLoader(self.rows, self.batch_size, self.seed, *self._place())
 
     def val_dataloader(self) -> "WindowLoader":
         """In order."""
-        return WindowLoader(self.validation, self.batch_size, None, *self._place())
+        return WindowLoader({"input_ids": self.validation}, self.batch_size, None, *self._place())
 
     def calibration_dataloader(self) -> list[dict[str, Tensor]]:
         """What pruning callbacks score on; all of it on every rank."""
@@ -98,47 +120,48 @@ class TextDataModule(LightningDataModule):
 
 
 class WindowLoader:
-    """Batches {"input_ids": [B, S]} of windows held in memory, shared out over ranks, with a position to resume from.
+    """Batches of rows held in memory, shared out over ranks, with a position to resume from.
 
     Lightning stores `state_dict()` in checkpoints and calls `load_state_dict()` on resume.
 
     Args:
-        windows: [N, S] token ids.
-        batch_size: windows per batch and rank.
+        rows: {"input_ids": [N, S], ...}; of rows with an attention mask, what all of a batch pad is left out.
+        batch_size: rows per batch and rank.
         seed: shuffle with seed + epoch and drop what does not fill a batch on every rank; None: in order, all of it.
         rank, world: this process among how many.
 
     Raises:
-        NotEnoughText: shuffled windows do not fill one batch on every rank.
+        NotEnoughText: shuffled rows do not fill one batch on every rank.
     """
 
-    def __init__(self, windows: Tensor, batch_size: int, seed: int | None, rank: int = 0, world: int = 1):
-        self.windows, self.batch_size, self.seed, self.rank, self.world = windows, batch_size, seed, rank, world
+    def __init__(self, rows: Mapping[str, Tensor], batch_size: int, seed: int | None, rank: int = 0, world: int = 1):
+        self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
+        self.size = len(rows["input_ids"])
         self.epoch = self.batch = 0
         if seed is not None and not len(self):
             raise NotEnoughText(
                 f"data: expected at least one batch of {batch_size} training windows on each of {world} processes, "
-                f"got {len(windows)} windows; take a longer text or a smaller batch_size"
+                f"got {self.size} windows; take a longer text or a smaller batch_size"
             )
 
     def __len__(self) -> int:
         if self.seed is not None:
-            return len(self.windows) // (self.batch_size * self.world)
-        return -(-len(self.windows[self.rank :: self.world]) // self.batch_size)
+            return self.size // (self.batch_size * self.world)
+        return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.batch >= len(self):
             self.epoch, self.batch = self.epoch + 1, 0
         if self.seed is None:
-            order = torch.arange(len(self.windows))
+            order = torch.arange(self.size)
         else:
-            order = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
             order = order[: len(self) * self.batch_size * self.world]
         mine = order[self.rank :: self.world]
         while self.batch < len(self):
             index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
             self.batch += 1
-            yield {"input_ids": self.windows[index]}
+            yield _trimmed({name: values[index] for name, values in self.rows.items()})
 
     def state_dict(self) -> dict[str, int]:
         """Position: epoch, and batches taken in it."""
@@ -147,6 +170,13 @@ class WindowLoader:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on from a position."""
         self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+def _trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the columns that every row pads (on the right)."""
+    mask = batch.get("attention_mask")
+    longest = None if mask is None else int(mask.sum(1).max())
+    return {name: values[:, :longest] for name, values in batch.items()}
 
 
 def _shuffled(windows: Tensor, seed: int) -> Tensor:

@@ -282,6 +282,12 @@ class PruningPlan:
             raise BadPlan(f"{path}: {error}") from error
 
 
+def plans_of(model: Any) -> dict[str, PruningPlan]:
+    """The plans by which callbacks have cut a live model, in order; written there by whoever cuts."""
+    found: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
+    return found
+
+
 def _layer(attention: Mapping[str, Any] | None, mlp: Mapping[str, Any] | None) -> LayerPlan:
     heads, groups = _block(attention, "query_heads", "kv_groups")
     (channels,) = _block(mlp, "channels")

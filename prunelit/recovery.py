@@ -1,4 +1,10 @@
-"""RecoveryModule: fine-tune a cut model back to quality. The model, the loss, the optimiser; no pruning here."""
+"""RecoveryModule: fine-tune a cut model back to quality. The model, the loss, the optimiser; no pruning here.
+
+What is trained: adapters on a base in full precision or quantised, or all weights. Towards what: the tokens of a text,
+or the dense model's distributions (`prunelit.losses`). In what order things are built is Lightning's:
+
+    load_model (callbacks cut here) -> configure_model: dense teacher, quantise, adapters -> optimiser -> restore
+"""
 
 import random
 from collections.abc import Mapping
@@ -7,11 +13,14 @@ from typing import Any, Literal, cast
 import numpy
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
 from prunelit import lora, models
 from prunelit.errors import BadOption, BadPlan
+from prunelit.losses import divergence, hidden_distance, inputs_of, labels_of
+from prunelit.plan import plans_of
 
 
 class RecoveryModule(LightningModule):
@@ -30,6 +39,11 @@ class RecoveryModule(LightningModule):
         weight_decay: AdamW's.
         warmup: share of the optimiser steps that warm up linearly.
         gradient_checkpointing: recompute activations in the backward pass (less memory, about a third slower).
+        loss: "cross_entropy" on the next tokens, or "distill": divergence from the dense model's distributions, which
+            costs its forward pass; it shares embeddings and output projection with the cut model where these are frozen.
+        temperature: of the distillation.
+        label_share: of the cross-entropy in the loss "distill", in [0, 1].
+        hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
 
     Raises:
         BadOption, SourceNotFound: on construction, before the model is loaded.
@@ -46,6 +60,10 @@ class RecoveryModule(LightningModule):
         weight_decay: float = 0.0,
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        loss: Literal["cross_entropy", "distill"] = "cross_entropy",
+        temperature: float = 1.0,
+        label_share: float = 0.0,
+        hidden_weight: float = 0.0,
     ):
         super().__init__()
         for name, value, low, high in (
@@ -53,16 +71,24 @@ class RecoveryModule(LightningModule):
             ("lora_dropout", lora_dropout, 0, 1),
             ("learning_rate", learning_rate, 0, None),
             ("warmup", warmup, 0, 1),
+            ("label_share", label_share, 0, 1),
+            ("hidden_weight", hidden_weight, 0, None),
         ):
             if value < low or (high is not None and value >= high):
                 wanted = f"in [{low}, {high})" if high is not None else f"of at least {low}"
                 raise BadOption(f"model.{name}: expected a number {wanted}, got {value}")
+        if loss not in ("cross_entropy", "distill"):
+            raise BadOption(f"model.loss: expected cross_entropy or distill, got {loss!r}")
+        if not 0 < temperature < float("inf"):
+            raise BadOption(f"model.temperature: expected a positive number, got {temperature}")
         models.check_source(model)
         self.save_hyperparameters()
         self.strict_loading = (
             False  # a checkpoint holds trainable weights only; on_load_checkpoint checks that all came
         )
         self.model: Any = None
+        self._dense: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
+        self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
 
@@ -79,12 +105,32 @@ class RecoveryModule(LightningModule):
     def configure_model(self) -> None:
         """Add the adapters, once; the callbacks have cut by now."""
         options = self.hparams
+        if options["loss"] == "distill" and not self._dense:
+            self._load_dense()
         if options["lora_rank"] and not hasattr(self.model, "peft_config"):
             self.model = lora.add_lora(self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"])
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
+
+    def _load_dense(self) -> None:
+        """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
+        dense = models.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
+        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        if self.hparams["lora_rank"] and not sharded:
+            mine = dict(self.model.named_parameters(remove_duplicate=False))
+            for path, module in dense.named_modules():
+                for name, parameter in list(module.named_parameters(prefix=path, recurse=False)):
+                    own = mine.get(name)
+                    if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
+                        setattr(module, name.rpartition(".")[2], own)
+        kept = list(range(dense.config.num_hidden_layers))
+        for plan in plans_of(self.model).values():
+            kept = [kept[index] for index, layer in enumerate(plan.layers) if not layer.removed]
+        # hidden_states[i] leaves layer i - 1, but the last one the final norm.
+        self._pairs = [*((j + 1, layer + 1) for j, layer in enumerate(kept[:-1])), (-1, -1)]
+        self._dense = [dense]
 
     def configure_optimizers(self) -> Any:
         """AdamW on what is trainable; linear warm-up, then cosine to zero, per step."""
@@ -103,15 +149,36 @@ class RecoveryModule(LightningModule):
     # Steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """Mean next-token cross-entropy of a batch; padding does not count."""
-        loss: Tensor = self.model(**_inputs(batch), labels=_labels(batch), use_cache=False).loss
+        """The loss of a batch; padding does not count."""
+        loss = self._cross_entropy(batch) if self.hparams["loss"] == "cross_entropy" else self._distance(batch)
         self.log("train_loss", loss.detach(), prog_bar=True)
+        return loss
+
+    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
+        loss: Tensor = self.model(**inputs_of(batch), labels=labels_of(batch), use_cache=False).loss
+        return loss
+
+    def _distance(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """From the dense model: divergence, hidden states, and a share of cross-entropy."""
+        options, labels = self.hparams, labels_of(batch)
+        share, hidden = options["label_share"], options["hidden_weight"] > 0
+        dense = self._dense[0].to(self.device)
+        wanted = {"use_cache": False, "output_hidden_states": hidden}
+        with torch.no_grad():
+            teacher = dense(**inputs_of(batch), **wanted)
+        student = self.model(**inputs_of(batch), **wanted, **({"labels": labels} if share else {}))
+        loss = (1 - share) * divergence(student.logits, teacher.logits, labels, options["temperature"])
+        if share:
+            loss = loss + share * student.loss
+        if hidden:
+            states = ([of.hidden_states[at[n]] for at in self._pairs] for n, of in enumerate((student, teacher)))
+            loss = loss + options["hidden_weight"] * hidden_distance(*states, labels)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Perplexity over all validation tokens."""
-        logits = self.model(**_inputs(batch), use_cache=False).logits[:, :-1].float()
-        self.val_perplexity.update(logits, _labels(batch)[:, 1:])
+        logits = self.model(**inputs_of(batch), use_cache=False).logits[:, :-1].float()
+        self.val_perplexity.update(logits, labels_of(batch)[:, 1:])
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def merged_model(self) -> Any:
@@ -148,19 +215,6 @@ class RecoveryModule(LightningModule):
         if self._random_states is not None:
             _set_random_states(self._random_states)
             self._random_states = None
-
-
-def _inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-
-
-def _labels(batch: Mapping[str, Tensor]) -> Tensor:
-    """Token ids with -100 where there is padding, [B, S]."""
-    if "labels" in batch:
-        return batch["labels"]
-    if "attention_mask" not in batch:
-        return batch["input_ids"]
-    return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
 def _shape(shape: Any) -> str:

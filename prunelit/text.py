@@ -149,8 +149,16 @@ def _suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def _rows(source: str) -> tuple[str, list[Any]]:
-    """Name of the text column, and its rows."""
+def table(source: str, what: str = "text") -> Any:
+    """A file or hub dataset as a `datasets.Dataset`.
+
+    Args:
+        source: see above; not a built-in text.
+        what: name of the source in errors.
+
+    Raises:
+        SourceNotFound: missing or unreadable.
+    """
     import datasets
 
     path = Path(source).expanduser()
@@ -162,19 +170,23 @@ def _rows(source: str) -> tuple[str, list[Any]]:
         if path.is_file():
             kind = _FORMATS[_suffix(path)]
             whole = {"sample_by": "document"} if kind == "text" else {}
-            data = datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
-        else:
-            name, _, rest = source.partition(":")
-            config, _, split = rest.partition(":")
-            require_hub(name, "text", "a .parquet, .json, .jsonl or .txt file")
-            data = datasets.load_dataset(name, config or None, split=split or "train")
+            return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
+        name, _, rest = source.partition(":")
+        config, _, split = rest.partition(":")
+        require_hub(name, what, "a .parquet, .json, .jsonl or .txt file")
+        return datasets.load_dataset(name, config or None, split=split or "train")
     except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise SourceNotFound(f"text {source!r}: can not be read: {_first_line(cause)}") from error
+        raise SourceNotFound(f"{what} {source!r}: can not be read: {_first_line(cause)}") from error
     finally:
         log.setLevel(level)
         if bars:
             datasets.enable_progress_bars()
+
+
+def _rows(source: str) -> tuple[str, list[Any]]:
+    """Name of the text column, and its rows."""
+    data = table(source)
     column = next((name for name in _JOINED_BY if name in data.column_names), None)
     if column is None:
         raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {data.column_names}")

@@ -76,8 +76,8 @@ def test_bad_options(data: Any, options: dict[str, Any], error: type[Exception])
     assert "\n" not in str(caught.value)
 
 
-def windows(count: int) -> torch.Tensor:
-    return torch.arange(count * 2).view(count, 2)
+def windows(count: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": torch.arange(count * 2).view(count, 2)}
 
 
 def test_ranks_share_an_epoch_out() -> None:
@@ -92,7 +92,7 @@ def test_ranks_share_an_epoch_out() -> None:
 def test_validation_sees_every_window_once() -> None:
     loaders = [WindowLoader(windows(11), 3, seed=None, rank=rank, world=2) for rank in range(2)]
     seen = torch.cat([batch["input_ids"] for loader in loaders for batch in loader])
-    assert sorted(seen[:, 0].tolist()) == windows(11)[:, 0].tolist()
+    assert sorted(seen[:, 0].tolist()) == windows(11)["input_ids"][:, 0].tolist()
 
 
 @pytest.mark.parametrize("stop", [1, 4, 7, 9])

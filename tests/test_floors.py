@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "architectures", "plan", "progress"),
     ("rank", "ladders", "hetero", "decoder"),
     (
-        *("calibrate", "surgery", "measure", "models", "text", "lora", "quantize", "stream", "latency", "kept"),
+        *("calibrate", "surgery", "measure", "models", "text", "lora", "quantize", "stream", "latency", "kept", "losses", "instructions"),
         *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
         *(
             "bias",

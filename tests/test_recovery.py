@@ -9,10 +9,11 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from prunelit import measure, models
-from prunelit.callbacks import LLMBIP
+from prunelit.callbacks import LLMBIP, ShortGPT
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, BadPlan, SourceNotFound
-from prunelit.plan import PruningPlan
+from prunelit.losses import divergence
+from prunelit.plan import PruningPlan, plans_of
 from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport
 from tests.tiny import tiny, tiny_tokenizer
@@ -130,6 +131,10 @@ def test_gradient_checkpointing_changes_no_weight(source: str, tmp_path: Path) -
         ({"lora_dropout": 1.0}, BadOption),
         ({"warmup": 1.5}, BadOption),
         ({"learning_rate": -1.0}, BadOption),
+        ({"loss": "mse"}, BadOption),
+        ({"temperature": 0.0}, BadOption),
+        ({"label_share": 1.0}, BadOption),
+        ({"hidden_weight": -1.0}, BadOption),
         ({"model": "./nowhere"}, SourceNotFound),
     ],
 )
@@ -171,3 +176,50 @@ def test_the_report_of_a_whole_run(source: str, tmp_path: Path, capsys: pytest.C
     assert again == pytest.approx(report["recovered"]["perplexity"], rel=1e-4)
     assert PruningPlan.load(tmp_path / "plan.json") == PruningPlan.load(tmp_path / "model" / "plan.json")
     assert "recovered" in capsys.readouterr().out
+
+
+# Towards the dense model ---------------------------------------------------------------------------------------------
+
+
+def test_distillation_comes_closer_to_the_dense_model(source: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(source, tmp_path, 8, lora_dropout=0.0, loss="distill", learning_rate=2e-3)
+    windows, dense = trainer.datamodule.train, models.load(source)
+
+    def distance(model: Any) -> float:
+        with torch.no_grad():
+            return divergence(model(windows).logits, dense(windows).logits, windows).item()
+
+    with module.model.disable_adapter():
+        before = distance(module.model)
+    assert distance(module.model) < 0.9 * before
+    assert not any("_dense" in name for name in module.state_dict())
+
+
+def test_the_dense_model_shares_what_is_frozen_and_is_not_changed(source: str, tmp_path: Path) -> None:
+    module, *_ = run(source, tmp_path / "lora", 3, loss="distill", hidden_weight=1.0, label_share=0.5)
+    teacher, mine = module._dense[0], module.model.get_base_model()
+    assert teacher.model.embed_tokens.weight is mine.model.embed_tokens.weight
+    assert teacher.lm_head.weight is mine.lm_head.weight
+    full, *_ = run(source, tmp_path / "full", 3, loss="distill", lora_rank=0)
+    for found in (teacher, full._dense[0]):
+        for name, value in models.load(source).state_dict().items():
+            assert torch.equal(found.state_dict()[name], value), name
+        assert not found.training
+
+
+def test_hidden_states_are_paired_by_the_layers_that_stayed(source: str, tmp_path: Path) -> None:
+    module = RecoveryModule(source, loss="distill")
+    module.load_model()
+    plan = ShortGPT(count=1).prune(module.model, [{"input_ids": torch.arange(32).view(2, 16)}])
+    plans_of(module.model)["first"] = plan
+    (gone,) = [index for index, layer in enumerate(plan.layers) if layer.removed]
+    module.trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)  # type: ignore[assignment]
+    module._load_dense()
+    layers = [index for index in range(len(plan.layers)) if index != gone]
+    assert module._pairs == [*((j + 1, layer + 1) for j, layer in enumerate(layers[:-1])), (-1, -1)]
+    whole = RecoveryModule(source, loss="distill", hidden_weight=1.0)
+    whole.load_model()
+    whole.trainer = module.trainer
+    whole._load_dense()
+    batch = {"input_ids": torch.arange(16)[None]}
+    assert whole._distance(batch).item() == pytest.approx(0, abs=1e-5)
