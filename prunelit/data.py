@@ -147,7 +147,7 @@ class WindowLoader:
     def __len__(self) -> int:
         if self.seed is not None:
             return self.size // (self.batch_size * self.world)
-        return -(-len(range(self.rank, self.size, self.world)) // self.batch_size)
+        return -(-self.size // (self.batch_size * self.world))
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if self.batch >= len(self):
@@ -158,10 +158,20 @@ class WindowLoader:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
             order = order[: len(self) * self.batch_size * self.world]
         mine = order[self.rank :: self.world]
+        if self.seed is None:  # as many batches on every rank, since a sharded model needs all ranks for every pass
+            mine = torch.cat([mine, mine.new_full((-(-self.size // self.world) - len(mine),), -1)])
         while self.batch < len(self):
             index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
             self.batch += 1
-            yield _trimmed({name: values[index] for name, values in self.rows.items()})
+            yield _trimmed(self._taken(index))
+
+    def _taken(self, index: Tensor) -> dict[str, Tensor]:
+        """Rows by number; -1 is a row of which nothing is predicted."""
+        batch = {name: values[index] for name, values in self.rows.items()}
+        if bool((index < 0).any()):
+            labels = batch.get("labels", batch["input_ids"])
+            batch["labels"] = labels.masked_fill((index < 0)[:, None], -100)
+        return batch
 
     def state_dict(self) -> dict[str, int]:
         """Position: epoch, and batches taken in it."""

@@ -23,7 +23,7 @@ def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
-    """Token ids [B, S] with -100 where nothing is to be predicted: padding, or what the batch's own labels leave out."""
+    """Token ids [B, S] with -100 where nothing is predicted: padding, or what the batch's own labels leave out."""
     if "labels" in batch:
         return batch["labels"]
     if "attention_mask" not in batch:
@@ -60,7 +60,7 @@ def _chunk(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
-    """Mean over pairs of hidden states of the squared error relative to the teacher's mean square.
+    """Mean over pairs of hidden states and tokens of the squared error relative to the teacher's squared norm.
 
     Args:
         student, teacher: hidden states [B, S, H], the same number of them, in pairs.
@@ -70,6 +70,7 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels
     total = student[0].new_zeros((), dtype=torch.float32)
     for cut, dense in zip(student, teacher, strict=True):
         wanted = dense[counts].float()
-        error = (cut[counts].float() - wanted).square().mean()
-        total = total + error / wanted.square().mean().clamp(min=1e-12)
-    return total / len(student)
+        error = (cut[counts].float() - wanted).square().sum(-1)
+        # By token, so that the mean over a batch is the mean of those over its parts, on whatever rank.
+        total = total + (error / wanted.square().sum(-1).clamp(min=1e-12)).sum()
+    return total / (len(student) * counts.sum().clamp(min=1))

@@ -52,9 +52,11 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     with evaluating(model):
-        for batch in track(own_share(windows.split(batch_size)), what):
+        for batch, counts in track(_even_share(windows.split(batch_size)), what):
             ids = batch.to(device)
             hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+            if not counts:
+                continue
             targets = ids[:, 1:].flatten()
             pieces = zip(
                 hidden_logits.split(_TOKENS_PER_LOGIT_CHUNK), targets.split(_TOKENS_PER_LOGIT_CHUNK), strict=True
@@ -65,6 +67,14 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
     nll, tokens = all_sum(total).tolist()
     mean = nll / tokens
     return {"perplexity": perplexity_of(mean), "nll": mean, "tokens": int(tokens)}
+
+
+def _even_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+    """This rank's batches, and whether they count: every rank gets as many, since a sharded model needs all ranks for
+    every pass."""
+    mine = [(batch, True) for batch in own_share(batches)]
+    most = len(own_share(batches, rank=0))
+    return mine + [(batches[0], False)] * (most - len(mine))
 
 
 def perplexity_of(nll: float) -> float:

@@ -13,11 +13,10 @@ from typing import Any, Literal, cast
 import numpy
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from prunelit import lora, models
+from prunelit import lora, models, strategies
 from prunelit.errors import BadOption, BadPlan
 from prunelit.losses import divergence, hidden_distance, inputs_of, labels_of
 from prunelit.plan import plans_of
@@ -40,7 +39,7 @@ class RecoveryModule(LightningModule):
         warmup: share of the optimiser steps that warm up linearly.
         gradient_checkpointing: recompute activations in the backward pass (less memory, about a third slower).
         loss: "cross_entropy" on the next tokens, or "distill": divergence from the dense model's distributions, which
-            costs its forward pass; it shares embeddings and output projection with the cut model where these are frozen.
+            costs its forward pass; what is frozen and was not cut, the two models share.
         temperature: of the distillation.
         label_share: of the cross-entropy in the loss "distill", in [0, 1].
         hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
@@ -88,6 +87,8 @@ class RecoveryModule(LightningModule):
         )
         self.model: Any = None
         self._dense: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
+        self._configured = False
+        self._skeleton: list[Any] = []  # of a sharded model, without memory; in a list as well
         self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
@@ -103,22 +104,26 @@ class RecoveryModule(LightningModule):
         self.load_model()
 
     def configure_model(self) -> None:
-        """Add the adapters, once; the callbacks have cut by now."""
-        options = self.hparams
-        if options["loss"] == "distill" and not self._dense:
+        """The dense teacher, adapters, and what a strategy needs; once, and the callbacks have cut by now."""
+        if self._configured:
+            return
+        self._configured, options = True, self.hparams
+        if options["loss"] == "distill":
             self._load_dense()
-        if options["lora_rank"] and not hasattr(self.model, "peft_config"):
+        strategies.mark_layers(self.model)
+        if options["lora_rank"]:
             self.model = lora.add_lora(self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"])
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
+        if strategies.is_sharded(self.trainer.strategy):
+            self._skeleton = [strategies.prepare(self.model, models.DTYPES[options["dtype"]], self.device_mesh)]
 
     def _load_dense(self) -> None:
         """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
         dense = models.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
-        sharded = isinstance(self.trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        if self.hparams["lora_rank"] and not sharded:
+        if self.hparams["lora_rank"] and not strategies.is_sharded(self.trainer.strategy):
             mine = dict(self.model.named_parameters(remove_duplicate=False))
             for path, module in dense.named_modules():
                 for name, parameter in list(module.named_parameters(prefix=path, recurse=False)):
@@ -182,7 +187,9 @@ class RecoveryModule(LightningModule):
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def merged_model(self) -> Any:
-        """The plain transformers model with the adapters merged in (in place)."""
+        """The plain transformers model with the adapters merged in (in place); all ranks call."""
+        if self._skeleton:
+            self.model = strategies.gathered(self.trainer.strategy.model, self._skeleton.pop())
         self.model = lora.merged(self.model)
         return self.model
 

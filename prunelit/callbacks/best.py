@@ -57,7 +57,7 @@ class Best(PruningCallback):
         own_text: float = 1.0,
         ridge: float = 1e-2,
         epochs: int = 1,
-        learning_rate: float = 1e-4,
+        learning_rate: float = 3e-4,
         **kwargs: Any,
     ):
         super().__init__(ratio, scope=scope, min_kept=min_kept or 0.0, **kwargs)
