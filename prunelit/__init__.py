@@ -27,6 +27,8 @@ _HOME = {
     "Random": "prunelit.callbacks",
     "RecoveryModule": "prunelit.recovery",
     "TextDataModule": "prunelit.data",
+    "AtomicCheckpointIO": "prunelit.checkpoint",
+    "SaveOnSigterm": "prunelit.checkpoint",
     "PrunelitError": "prunelit.errors",
 }
 

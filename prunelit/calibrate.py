@@ -3,8 +3,8 @@
 Legend: B batch, S sequence, T tokens that count (no padding), C width of the point.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any, Literal, TypeVar, cast
 
@@ -39,6 +39,12 @@ Point = Literal[
 
 Item = TypeVar("Item")
 Observer = Callable[[Layer, Mapping[str, Tensor]], None]
+Step = tuple[Sequence[Layer], Iterable[tuple[Batch, Callable[[], object]]]]
+"""Layers, and every batch with the call that runs it through them."""
+Steps = Callable[[Decoder, Sequence[Batch], str], Generator[Step, None, None]]
+STEPS = "prunelit_steps"
+"""Attribute of a model that is not to be run batch by batch, each through all layers: its own `Steps`, which take every
+batch through every layer once. The third argument is the name on the progress bar."""
 
 
 @torch.no_grad()
@@ -68,7 +74,6 @@ def observe(
         raise NoCalibration("calibration: expected at least one batch, got none")
     keep: dict[str, Tensor | None] = {"mask": None}
     held: dict[str, Tensor] = {}
-    tokens = 0
 
     def hold(point: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
@@ -92,28 +97,45 @@ def observe(
         observer(layer, held)
         held.clear()
 
-    handles: list[Any] = []
-    try:
-        for layer in decoder:
-            for point in points:
-                handles += _attach(layer, point, before, after)
-            handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
-        with evaluating(decoder.model):
-            for batch in track(own_share(batches), what):
-                ids, mask = batch["input_ids"].to(decoder.device), batch.get("attention_mask")
-                if mask is not None and bool(mask.all()):
-                    mask = None
-                keep["mask"] = None if mask is None else mask.to(ids.device).reshape(-1).bool()
-                tokens += ids.numel() if mask is None else int(mask.sum())
-                extra = {} if mask is None else {"attention_mask": mask.to(ids.device)}
-                decoder.backbone(input_ids=ids, use_cache=False, **extra)
-    finally:
-        for handle in handles:
-            handle.remove()
+    steps: Steps = getattr(decoder.model, STEPS, _at_once)
+    with evaluating(decoder.model), closing(steps(decoder, own_share(batches), what)) as walk:
+        for layers, runs in walk:
+            handles: list[Any] = []
+            try:
+                for layer in layers:
+                    for point in points:
+                        handles += _attach(layer, point, before, after)
+                    handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
+                for batch, run in runs:
+                    mask = mask_of(batch)
+                    keep["mask"] = None if mask is None else mask.to(decoder.device).reshape(-1).bool()
+                    run()
+            finally:
+                for handle in handles:
+                    handle.remove()
+    counts = ((batch["input_ids"].numel(), mask_of(batch)) for batch in own_share(batches))
+    tokens = sum(size if mask is None else int(mask.sum()) for size, mask in counts)
     total = int(all_sum(torch.tensor(tokens, device=decoder.device)))
     if not total:
         raise NoCalibration("calibration: expected tokens, got only padding")
     return total
+
+
+def _at_once(decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[Step, None, None]:
+    """One step: every batch through all layers."""
+
+    def run(batch: Batch) -> object:
+        mask = mask_of(batch)
+        extra = {} if mask is None else {"attention_mask": mask.to(decoder.device)}
+        return decoder.backbone(input_ids=batch["input_ids"].to(decoder.device), use_cache=False, **extra)
+
+    yield decoder.layers, ((batch, partial(run, batch)) for batch in track(batches, what))
+
+
+def mask_of(batch: Batch) -> Tensor | None:
+    """The padding mask of a batch; None where it says nothing."""
+    mask = batch.get("attention_mask")
+    return None if mask is None or bool(mask.all()) else mask
 
 
 def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
@@ -189,10 +211,10 @@ def own_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def own_share(items: Sequence[Item]) -> list[Item]:
-    """This rank's part of a list that all ranks hold: every world-size-th item; all of it in a single process."""
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    return list(items)[rank::world]
+def own_share(items: Sequence[Item], rank: int | None = None) -> list[Item]:
+    """This rank's part (or another's) of a list that all ranks hold: every world-size-th item; all in one process."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    return list(items)[own_rank() if rank is None else rank :: world]
 
 
 def all_sum(tensor: Tensor) -> Tensor:

@@ -3,6 +3,9 @@
 The only place that knows both callbacks and recovery.
 """
 
+import errno
+import os
+import pydoc
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +13,11 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from prunelit import commands, compare
+from prunelit import checkpoint, commands, compare
+from prunelit.callbacks.base import PruningCallback
 from prunelit.console import one_line_errors, speak_by_rule
 from prunelit.data import TextDataModule
+from prunelit.errors import BadOption, OutputNotWritable
 from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport
 
@@ -45,7 +50,9 @@ class SaveRunConfig(SaveConfigCallback):
         if stage == "fit" and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
+            partial = path.with_name(f".{path.name}.{os.getpid()}")
+            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
+            os.replace(partial, path)
 
 
 class PrunelitCLI(LightningCLI):
@@ -61,22 +68,68 @@ class PrunelitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.link_arguments("model.model", "data.tokenizer")
         parser.add_lightning_class_args(RunReport, "report")
+        parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
+
+    def before_instantiate_classes(self) -> None:
+        """`--plan` goes to the callbacks that cut."""
+        config = self.config[self.subcommand]
+        if not config.plan:
+            return
+        cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
+        if len(cutting) != 1:
+            raise BadOption(
+                f"plan: expected one pruning callback in trainer.callbacks, which cuts by {config.plan!r}, got "
+                f"{len(cutting)}; add one of callbacks/*.yaml as a second --config"
+            )
+        cutting[0].init_args.plan_file = config.plan
 
     def before_fit(self) -> None:
-        """The report measures the dense model, so it comes before whatever cuts it."""
+        """The report measures the dense model, so it comes before whatever cuts it. `last` is the newest whole one."""
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunReport))  # type: ignore[attr-defined]
+        checkpoint.prepare(self.trainer)
+        if self.config_init.fit.get("ckpt_path") == "last":
+            found = checkpoint.newest(self.trainer)
+            self.config_init.fit.ckpt_path = None if found is None else str(found)
+
+
+def _cuts(class_path: str) -> bool:
+    kind = pydoc.locate(class_path)
+    return isinstance(kind, type) and issubclass(kind, PruningCallback)
+
+
+def _spelt_out(arguments: list[str]) -> list[str]:
+    """`--model SOURCE`, as the other commands have it, is `--model.model SOURCE`."""
+    found = list(arguments)
+    for place, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == "--model":
+            value = value if equals else "".join(arguments[place + 1 : place + 2])
+            if not value.startswith("{") and Path(value).suffix not in (".yaml", ".yml"):
+                found[place] = f"--model.model{equals}{value if equals else ''}"
+    return found
 
 
 def _lightning(command: str, arguments: list[str]) -> int:
     quiet = {"exit_on_error": False}
+    if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
+        sys.argv[2:] = _spelt_out(arguments)
+    arguments = _spelt_out(arguments)
     given = [command, *arguments]
-    PrunelitCLI(
-        RecoveryModule,
-        TextDataModule,
-        args=None if sys.argv[1:] == given else given,  # further ranks are started again with this command line
-        seed_everything_default=0,
-        trainer_defaults={"default_root_dir": "runs/fit"},
-        save_config_callback=SaveRunConfig,
-        parser_kwargs={**quiet, "fit": quiet, "validate": quiet},
-    )
+    try:
+        PrunelitCLI(
+            RecoveryModule,
+            TextDataModule,
+            args=None if sys.argv[1:] == given else given,  # further ranks are started again with this command line
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "runs/fit", "callbacks": [checkpoint.SaveOnSigterm()]},
+            save_config_callback=SaveRunConfig,
+            parser_kwargs={**quiet, "fit": quiet, "validate": quiet},
+        )
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        raise OutputNotWritable(
+            f"output {str(error.filename or 'of this run')!r}: can not be written: {error.strerror}; make room, then "
+            "--ckpt_path last goes on from the newest checkpoint"
+        ) from error
     return 0

@@ -5,6 +5,7 @@ import json
 import re
 import time
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +13,7 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from prunelit import export, measure, models, text
+from prunelit import export, measure, models, streamed, text
 from prunelit.calibrate import TOKENS_PER_BATCH, on_device
 from prunelit.callbacks import method_class
 from prunelit.console import condense, nearest, say
@@ -35,6 +36,8 @@ def prune(
     dtype: Dtype = "auto",
     device: str = "auto",
     overwrite: bool = False,
+    stream: bool = False,
+    memory_gib: float | None = None,
 ) -> dict[str, Any]:
     """Cut a model and save it, no training.
 
@@ -46,11 +49,18 @@ def prune(
         dtype: of scoring and of the saved weights; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
         overwrite: replace an output folder that is not empty.
+        stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
+            local folder with safetensors, and the method one that observes the model once.
+        memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
 
     Returns:
         The content of report.json.
     """
     models.check_source(model)
+    if stream:
+        streamed.check_source(model)
+    elif memory_gib is not None:
+        raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
     for source in sources:
         text.check_source(source)
     export.check_output(out, overwrite)
@@ -59,9 +69,12 @@ def prune(
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
     seconds = {"text": time.perf_counter() - start}
     start = time.perf_counter()
-    network = load_on(model, dtype, device)
+    if stream:
+        network = streamed.load(model, dtype, place(device), memory_gib, scratch=Path(out).parent)
+    else:
+        network = load_on(model, dtype, device)
     seconds["load_model"] = time.perf_counter() - start
-    with on_device(network, place(device)):
+    with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
         plan = method.prune(network, batches)
         seconds |= method.seconds
@@ -138,10 +151,11 @@ def run_prune(command: str, arguments: list[str]) -> int:
     parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
     parser.add_class_arguments(kind, None, skip={"calibration"}, sub_configs=False)
     options = parse(parser, arguments, lists=["text"])
-    own = ("config", "model", "text", "out", "method", "dtype", "device", "overwrite")
-    method = kind(**{key: value for key, value in vars(options).items() if key not in own})
-    sources = listed(options.text)
-    report = prune(options.model, sources, options.out, method, options.dtype, options.device, options.overwrite)
+    same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib")
+    method = kind(
+        **{key: value for key, value in vars(options).items() if key not in (*same, "config", "text", "method")}
+    )
+    report = prune(sources=listed(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     say(f"{measure.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")

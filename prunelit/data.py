@@ -57,9 +57,12 @@ class TextDataModule(LightningDataModule):
         self.instruction_sources = [instructions] if isinstance(instructions, str) else list(instructions or [])
         for source in self.train_sources + self.validation_sources + self.instruction_sources:
             text.check_source(source)
-        for name, value in (("train_windows", train_windows), ("examples", examples)):
-            if value is not None and value < (0 if instructions and name == "train_windows" else 1):
-                raise BadOption(f"data.{name}: expected a positive number or null, got {value}")
+        for name, most, minimum in (
+            ("train_windows", train_windows, 0 if instructions else 1),
+            ("examples", examples, 1),
+        ):
+            if most is not None and most < minimum:
+                raise BadOption(f"data.{name}: expected a positive number or null, got {most}")
         self.examples = examples
         self.source, self.seqlen, self.batch_size, self.seed = tokenizer, seqlen, batch_size, seed
         self.counts = (calibration_windows, validation_windows, train_windows)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunelit.architectures import Architecture, architecture_of
 from prunelit.errors import DeclarationMismatch, NonFinite
 from prunelit.hetero import find
+from prunelit.on_disk import OnDisk
 from prunelit.plan import LayerShape, ModelShape
 
 _SIGNS_PER_TENSOR = 64
@@ -227,18 +228,20 @@ class Decoder:
         signs = hashlib.sha256()
         for layer in self.layers:
             for parameter in layer.module.parameters():
-                flat = parameter.detach().flatten()
+                flat = (parameter.stored() if isinstance(parameter, OnDisk) else parameter.detach()).flatten()
                 step = max(1, flat.numel() // _SIGNS_PER_TENSOR)
                 signs.update(bytes((flat[::step][:_SIGNS_PER_TENSOR] > 0).tolist()))
         return signs.hexdigest()[:16]
 
     def check_finite(self) -> None:
-        """Raise on the first parameter that holds NaN or infinity.
+        """Raise on the first parameter that holds NaN or infinity. Those on disk are checked when they are loaded.
 
         Raises:
             NonFinite: with the parameter's name.
         """
         for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, OnDisk):
+                continue
             if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
                 raise NonFinite(
                     f"parameter {name}: expected finite weights, got NaN or infinity; the model file is damaged or its "

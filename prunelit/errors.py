@@ -51,3 +51,7 @@ class NoModel(PrunelitError):
 
 class NoCalibration(PrunelitError):
     """No calibration batches: no text source, no `calibration_dataloader()`, no train batches with `input_ids`."""
+
+
+class BadQuantisation(PrunelitError):
+    """A linear can not be quantised faithfully, or a quantised model can not do what is asked of it."""

@@ -7,19 +7,19 @@ determines its content; a damaged one is computed anew.
 import hashlib
 import inspect
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from prunelit.calibrate import Batch, own_rank
-from prunelit.errors import OutputNotWritable
+from prunelit.errors import BadPlan
+from prunelit.whole import damage, write_whole
 
 _SAMPLE = 4096  # values of each tensor that a model's fingerprint reads
 
@@ -62,32 +62,85 @@ class Kept:
         start = time.perf_counter()
         found = compute()
         if own_rank() == 0:
-            _write(path, {"key": said, "seconds": time.perf_counter() - start, "found": found})
+            write_whole(path, {"key": said, "seconds": time.perf_counter() - start, "found": found})
         return found, 0.0
+
+    # Weights: too large for one broadcast --------------------------------------------------------------------------
+
+    def has(self, name: str) -> bool:
+        """Whether a whole file of this name is here; the same answer on every rank."""
+        box = [own_rank() == 0 and damage(self.folder / name) is None]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def keep_changes(self, name: str, model: nn.Module, dense: Mapping[str, str], seconds: float) -> None:
+        """Write the tensors of a model that are not those of the dense one; every rank calls it.
+
+        Args:
+            name: of the file.
+            model: after the cut and its repair.
+            dense: `tensor_digests` of the model before; read on rank zero only.
+            seconds: that it took.
+
+        Raises:
+            OutputNotWritable: the disk refused.
+        """
+        if own_rank() == 0:
+            changed = tensor_digests(model)
+            tensors = {n: v.detach() for n, v in model.state_dict().items() if changed[n] != dense.get(n)}
+            write_whole(self.folder / name, {"seconds": seconds, "tensors": tensors})
+        if dist.is_initialized():
+            dist.barrier()
+
+    @torch.no_grad()
+    def put_back(self, name: str, model: nn.Module) -> float:
+        """Load what `keep_changes` wrote into a model that was cut by the same plan; the seconds that were saved.
+
+        A linear that was given a bias is given it again. Every rank calls it; rank zero reads.
+
+        Raises:
+            BadPlan: the file is of a model of other shapes.
+        """
+        found: dict[str, Any] = {"seconds": 0.0, "tensors": {}}
+        if own_rank() == 0:
+            found = torch.load(self.folder / name, map_location="cpu", mmap=True, weights_only=True)
+        tensors: dict[str, Tensor] = found["tensors"]
+        box = [(found["seconds"], {n: (v.shape, v.dtype) for n, v in tensors.items()})]
+        if dist.is_initialized():
+            dist.broadcast_object_list(box, src=0)
+        seconds, shapes = box[0]
+        device = next(model.parameters()).device
+        state = model.state_dict()
+        for tensor, (shape, dtype) in shapes.items():
+            value = tensors[tensor].to(device) if own_rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
+            if dist.is_initialized():
+                dist.broadcast(value, src=0)
+            owner, _, leaf = tensor.rpartition(".")
+            if tensor in state and state[tensor].shape == shape and state[tensor].dtype == dtype:
+                state[tensor].copy_(value)
+            elif leaf == "bias" and getattr(module := model.get_submodule(owner), leaf, value) is None:
+                trained = cast(Tensor, module.weight).requires_grad
+                module.bias = nn.Parameter(value.clone(), requires_grad=trained)
+            else:
+                raise BadPlan(
+                    f"kept weights {str(self.folder / name)!r}: expected the tensors of this cut model, got {tensor} "
+                    f"of shape {list(shape)}; remove the file"
+                )
+        return float(seconds)
 
 
 def _read(path: Path, key: str) -> dict[str, Any] | None:
+    if damage(path) is not None:
+        return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # noqa: BLE001  (missing, or damaged: a pickle that is cut short fails in many ways)
+    except Exception:  # noqa: BLE001  (whole, but not of ours)
         return None
     return content if isinstance(content, dict) and content.get("key") == key else None
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    """To the side, onto the disk, then into place: a file of this name is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with suppress(OSError):
-            partial.unlink()
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+# Fingerprints ----------------------------------------------------------------------------------------------------
 
 
 def digest(said: str) -> str:
@@ -103,6 +156,13 @@ def source_fingerprint(kind: type) -> str | None:
         return None
 
 
+@cache
+def package_fingerprint() -> str:
+    """Hash of all of prunelit's own code."""
+    root = Path(__file__).parent
+    return digest("".join(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))))
+
+
 def model_fingerprint(model: nn.Module) -> str:
     """Hash of a model's configuration and of a sample of every tensor's bytes: another one for a fine-tuned copy."""
     config = {
@@ -110,12 +170,38 @@ def model_fingerprint(model: nn.Module) -> str:
         for name, value in model.config.to_dict().items()  # type: ignore[operator, union-attr]
         if name not in ("_name_or_path", "transformers_version")
     }
-    found = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    return _sampled(model, json.dumps(config, sort_keys=True, default=str))
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of a sample of every tensor's bytes: a newer transformers, whose configurations say more, changes it not."""
+    return _sampled(model, "")
+
+
+def _sampled(model: nn.Module, said: str) -> str:
+    found = hashlib.sha256(said.encode())
     for name, value in model.state_dict().items():
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
         found.update(name.encode() + bytes(sample.view(torch.uint8).numpy()))
     return found.hexdigest()[:16]
+
+
+def tensor_digests(model: nn.Module) -> dict[str, str]:
+    """Hash of all bytes of every tensor, with its shape and dtype, by its name in the state dict."""
+    found = {}
+    for name, value in model.state_dict().items():
+        flat = value.detach().flatten().cpu().view(torch.uint8).numpy()
+        found[name] = f"{list(value.shape)} {value.dtype} {hashlib.sha256(flat).hexdigest()}"
+    return found
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+    """Hash of a tokenizer's vocabulary, special tokens included; None where it shows none."""
+    if not callable(vocabulary := getattr(tokenizer, "get_vocab", None)):
+        return None
+    special = {name: str(value) for name, value in getattr(tokenizer, "special_tokens_map", {}).items()}
+    return digest(json.dumps([vocabulary(), special], sort_keys=True, default=str))
 
 
 def text_fingerprint(batches: Sequence[Batch]) -> str:

@@ -6,6 +6,7 @@ or the dense model's distributions (`prunelit.losses`). In what order things are
     load_model (callbacks cut here) -> configure_model: dense teacher, quantise, adapters -> optimiser -> restore
 """
 
+import copy
 import random
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -16,10 +17,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from prunelit import lora, models, strategies
+from prunelit import lora, models, quantize, strategies
 from prunelit.errors import BadOption, BadPlan
 from prunelit.losses import divergence, hidden_distance, inputs_of, labels_of
 from prunelit.plan import plans_of
+
+_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
 class RecoveryModule(LightningModule):
@@ -43,6 +46,14 @@ class RecoveryModule(LightningModule):
         temperature: of the distillation.
         label_share: of the cross-entropy in the loss "distill", in [0, 1].
         hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
+        base: "none" leaves the weights under the adapters as they are; "nf4" (bitsandbytes, QLoRA) and "int4" (groups
+            with float zero points, into which adapters merge without loss) hold them in 4 bits (`prunelit.quantize`).
+            With nf4 every process keeps the cut weights in host memory too: adapters are merged into those.
+        group_size: inputs per group of int4: 16, 32, 64 or 128.
+        ffn_lora_rank: rank in FFN blocks; None: lora_rank.
+        rank_rule: "even", or "by_cut": more rank where more was cut, at no more adapter parameters.
+        ffn_learning_rate: peak in FFN blocks; None: learning_rate.
+        optimizer: "adamw" (torch), or of bitsandbytes "adamw8bit", "paged_adamw8bit" (pages on CUDA only).
 
     Raises:
         BadOption, SourceNotFound: on construction, before the model is loaded.
@@ -63,6 +74,12 @@ class RecoveryModule(LightningModule):
         temperature: float = 1.0,
         label_share: float = 0.0,
         hidden_weight: float = 0.0,
+        base: quantize.Base = "none",
+        group_size: int = 32,
+        ffn_lora_rank: int | None = None,
+        rank_rule: Literal["even", "by_cut"] = "even",
+        ffn_learning_rate: float | None = None,
+        optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw",
     ):
         super().__init__()
         for name, value, low, high in (
@@ -72,6 +89,8 @@ class RecoveryModule(LightningModule):
             ("warmup", warmup, 0, 1),
             ("label_share", label_share, 0, 1),
             ("hidden_weight", hidden_weight, 0, None),
+            ("ffn_lora_rank", 1 if ffn_lora_rank is None else ffn_lora_rank, 1, None),
+            ("ffn_learning_rate", ffn_learning_rate or 0.0, 0, None),
         ):
             if value < low or (high is not None and value >= high):
                 wanted = f"in [{low}, {high})" if high is not None else f"of at least {low}"
@@ -80,6 +99,18 @@ class RecoveryModule(LightningModule):
             raise BadOption(f"model.loss: expected cross_entropy or distill, got {loss!r}")
         if not 0 < temperature < float("inf"):
             raise BadOption(f"model.temperature: expected a positive number, got {temperature}")
+        if rank_rule not in ("even", "by_cut"):
+            raise BadOption(f"model.rank_rule: expected even or by_cut, got {rank_rule!r}")
+        if optimizer not in _OPTIMIZERS:
+            raise BadOption(f"model.optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
+        if not lora_rank and (base != "none" or ffn_lora_rank or rank_rule != "even"):
+            raise BadOption(
+                "model.lora_rank: expected at least 1 with a 4-bit base, ffn_lora_rank or rank_rule by_cut, got 0; "
+                "weights in 4 bits can not be trained themselves"
+            )
+        if rank_rule == "by_cut" and ffn_lora_rank:
+            raise BadOption("model.ffn_lora_rank: expected null with rank_rule by_cut, which chooses ranks itself")
+        quantize.check_options(base, group_size)
         models.check_source(model)
         self.save_hyperparameters()
         self.strict_loading = (
@@ -89,6 +120,7 @@ class RecoveryModule(LightningModule):
         self._dense: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
         self._configured = False
         self._skeleton: list[Any] = []  # of a sharded model, without memory; in a list as well
+        self._full: list[Any] = []  # the cut model before nf4
         self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
@@ -111,14 +143,27 @@ class RecoveryModule(LightningModule):
         if options["loss"] == "distill":
             self._load_dense()
         strategies.mark_layers(self.model)
+        if options["base"] == "nf4":
+            self._full = [copy.deepcopy(self.model).cpu()]
+        quantize.quantize(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
-            self.model = lora.add_lora(self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"])
+            self.model = lora.add_lora(
+                self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"], self._ranks()
+            )
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
         if strategies.is_sharded(self.trainer.strategy):
             self._skeleton = [strategies.prepare(self.model, models.DTYPES[options["dtype"]], self.device_mesh)]
+
+    def _ranks(self) -> lora.Ranks | None:
+        options = self.hparams
+        plans = list(plans_of(self.model).values())
+        if options["rank_rule"] == "by_cut" and plans:
+            size = options["group_size"] if options["base"] == "int4" else 1
+            return lora.rank_by_cut(plans[-1], options["lora_rank"], size)
+        return {"ffn": options["ffn_lora_rank"]} if options["ffn_lora_rank"] else None
 
     def _load_dense(self) -> None:
         """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
@@ -138,17 +183,16 @@ class RecoveryModule(LightningModule):
         self._dense = [dense]
 
     def configure_optimizers(self) -> Any:
-        """AdamW on what is trainable; linear warm-up, then cosine to zero, per step."""
+        """The optimiser of what is trainable; linear warm-up, then cosine to zero, per step."""
         from transformers import get_cosine_schedule_with_warmup
 
-        trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trainable, lr=self.hparams["learning_rate"], weight_decay=self.hparams["weight_decay"]
-        )
+        options = self.hparams
+        groups = lora.parameter_groups(self.model, options["learning_rate"], options["ffn_learning_rate"])
+        optimizer = _optimizer(options["optimizer"])(groups, weight_decay=options["weight_decay"])
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise BadOption("trainer: expected max_steps or max_epochs (the schedule ends there), got neither")
-        schedule = get_cosine_schedule_with_warmup(optimizer, int(self.hparams["warmup"] * steps), int(steps))
+        schedule = get_cosine_schedule_with_warmup(optimizer, int(options["warmup"] * steps), int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # Steps --------------------------------------------------------------------------------------------------------
@@ -176,8 +220,10 @@ class RecoveryModule(LightningModule):
         if share:
             loss = loss + share * student.loss
         if hidden:
-            states = ([of.hidden_states[at[n]] for at in self._pairs] for n, of in enumerate((student, teacher)))
-            loss = loss + options["hidden_weight"] * hidden_distance(*states, labels)
+            mine, theirs = zip(
+                *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._pairs), strict=True
+            )
+            loss = loss + options["hidden_weight"] * hidden_distance(mine, theirs, labels)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
@@ -187,9 +233,14 @@ class RecoveryModule(LightningModule):
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def merged_model(self) -> Any:
-        """The plain transformers model with the adapters merged in (in place); all ranks call."""
+        """The transformers model with the adapters merged in; all ranks call.
+
+        Without loss, and still 4-bit, on int4; out of nf4 into the cut weights in full precision.
+        """
         if self._skeleton:
             self.model = strategies.gathered(self.trainer.strategy.model, self._skeleton.pop())
+        if self._full:
+            self.model = lora.merge_into(self._full.pop(), self.model).to(self.device)
         self.model = lora.merged(self.model)
         return self.model
 
@@ -222,6 +273,15 @@ class RecoveryModule(LightningModule):
         if self._random_states is not None:
             _set_random_states(self._random_states)
             self._random_states = None
+
+
+def _optimizer(name: str) -> Any:
+    """The class; those of bitsandbytes keep their state in 8 bits."""
+    if name == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, _OPTIMIZERS[name])
 
 
 def _shape(shape: Any) -> str:

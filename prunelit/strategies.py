@@ -78,7 +78,7 @@ def skeleton(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, weights | {id(buffer): buffer for buffer in model.buffers()})
 
 
-def gathered(module: nn.Module, empty: nn.Module) -> nn.Module:
+def gathered(module: Any, empty: nn.Module) -> nn.Module:
     """A sharded model's weights in one piece, on the CPU of every process.
 
     Args:
@@ -88,7 +88,8 @@ def gathered(module: nn.Module, empty: nn.Module) -> nn.Module:
     from transformers import PreTrainedModel
 
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
-    mine = {name.removeprefix("model."): value.cpu() for name, value in state.items() if name.startswith("model.")}
+    weights = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))
+    mine = {name.removeprefix("model."): value.cpu() for name, value in weights if name.startswith("model.")}
     empty.load_state_dict(mine, assign=True)
     for module in empty.modules():
         if isinstance(module, PreTrainedModel):

@@ -14,9 +14,11 @@ import prunelit
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
     ("errors", "architectures", "plan", "progress"),
-    ("rank", "ladders", "hetero", "decoder"),
+    ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
-        *("calibrate", "surgery", "measure", "models", "text", "lora", "quantize", "stream", "latency", "kept", "losses", "instructions"),
+        *("calibrate", "surgery", "measure", "models", "text", "stream", "latency", "kept", "whole"),
+        *("streamed", "layerwise"),  # models that do not fit
+        *("lora", "quantize", "int4", "linears", "losses", "instructions"),  # what recovery is made of
         *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
         *(
             "bias",
@@ -31,10 +33,11 @@ FLOORS = (
             "journal",
         ),  # what works on a plan
     ),
+    ("strategies",),
     ("recovery", "data", "export", "callbacks"),
-    ("cli", "commands", "console", "compare", "cells", "trial", "report", "__main__"),
+    ("cli", "commands", "console", "compare", "cells", "trial", "report", "checkpoint", "__main__"),
 )
-SIBLINGS_APART = 3  # on this floor packages and modules do not import each other
+SIBLINGS_APART = 4  # on this floor packages and modules do not import each other
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 # Third parties of the modules that are to run without the others.
 ONLY = {

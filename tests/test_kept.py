@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -9,16 +10,19 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from prunelit.calibrate import Sums, observe
 from prunelit.callbacks import method_class, methods
 from prunelit.callbacks.base import PruningCallback
+from prunelit.callbacks.job import same_on_all_ranks
 from prunelit.decoder import Decoder
-from prunelit.errors import OutputNotWritable
-from prunelit.kept import Kept, model_fingerprint, text_fingerprint
+from prunelit.errors import BadOption, BadPlan, OutputNotWritable
+from prunelit.kept import Kept, model_fingerprint, text_fingerprint, tokenizer_fingerprint
 from prunelit.rank import LayerScores
 from tests.observed import batches_for
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_tokenizer
 
 READING = [name for name in methods() if method_class(name).reads_text]
 SHARED = [name for name in READING if method_class(name).score_reads is not None]
@@ -174,3 +178,121 @@ def test_fingerprints_tell_models_and_texts_apart():
     assert len(prints) == 3 and model_fingerprint(tiny("llama")) in prints
     first, second = batches_for(model)
     assert text_fingerprint([first]) == text_fingerprint([dict(first)]) != text_fingerprint([second])
+
+
+# The finished plan and repaired weights ----------------------------------------------------------------------------
+
+REPAIRS = {
+    "llm_bip": {"repair": "least_squares", "scope": "global"},
+    "flap": {"repair": "bias"},
+    "greedy_output": {"repair": "two_step"},
+    "magnitude": {"repair": "bias"},
+    "best": {},
+}
+
+
+@pytest.mark.parametrize(("name", "family"), [*((name, "llama") for name in REPAIRS), ("flap", "gpt2")])
+def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypatch):
+    kind = method_class(name)
+    cut = []
+    for again in (False, True):
+        model, method = tiny(family).train(), kind(ratio=0.3, align=8, **REPAIRS[name])
+        method.kept = method.kept_cut = Kept(tmp_path)
+        method.prune(model, batches_for(model))
+        cut.append((model, method))
+        if not again:
+            for used in ("cut", "plan", "score"):
+                monkeypatch.setattr(kind, used, lambda *args: pytest.fail("computed again"))
+            if not kind.reads_text:
+                monkeypatch.undo()
+                monkeypatch.setattr(kind, "cut", lambda *args: pytest.fail("repaired again"))
+    (first, before), (second, after) = cut
+    assert before.plan_made == after.plan_made and before.repaired == after.repaired
+    assert second.config.to_dict() == first.config.to_dict()
+    found = second.state_dict()
+    assert found.keys() == first.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in first.state_dict().items())
+    wants = {name: p.requires_grad for name, p in first.named_parameters()}
+    assert wants == {name: p.requires_grad for name, p in second.named_parameters()}
+    assert second.training == first.training
+
+
+def test_only_what_the_repair_changed_is_written(tmp_path):
+    model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares", protect=[0])
+    method.kept_cut = Kept(tmp_path)
+    method.prune(model, batches_for(model))
+    tensors = torch.load(tmp_path / method.repaired)["tensors"]
+    assert tensors and all(".layers.1." in name or ".layers.2." in name for name in tensors)
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-50], lambda whole: whole[:5000] + b"x" + whole[5001:]])
+def test_damaged_repaired_weights_are_made_anew(damage, tmp_path):
+    prints = []
+    for _ in range(2):
+        model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares")
+        method.kept_cut = Kept(tmp_path)
+        method.prune(model, batches_for(model))
+        prints.append(model_fingerprint(model))
+        path = tmp_path / method.repaired
+        path.write_bytes(damage(path.read_bytes()))
+    assert prints[0] == prints[1]
+
+
+def test_a_flipped_bit_in_scores_is_seen(tmp_path):
+    kept = Kept(tmp_path)
+    kept.recall("scores", {}, lambda: torch.zeros(1000))
+    (path,) = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert torch.equal(kept.recall("scores", {}, lambda: torch.ones(3))[0], torch.ones(3))
+
+
+def test_weights_of_another_model_are_not_put_back(tmp_path):
+    kept, model = Kept(tmp_path), tiny("llama")
+    kept.keep_changes("x.pt", model, {}, 1.0)
+    with pytest.raises(BadPlan, match=r"x\.pt.*remove the file"):
+        kept.put_back("x.pt", tiny("llama", intermediate_size=64))
+
+
+def test_a_tokenizer_is_known_by_its_words():
+    tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other)
+    tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=2)
+    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other)
+    other.add_tokens(["more"])
+    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
+    assert tokenizer_fingerprint(None) is None
+
+
+def rank(number, port, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    same_on_all_ranks("text", "a")
+    said = ""
+    try:
+        same_on_all_ranks("calibration text", "ab"[number])
+    except BadOption as error:
+        said = str(error)
+    assert "expected the same on every rank, got ['a', 'b']" in said
+    prints = []
+    for _ in range(2):
+        model, method = tiny("llama"), method_class("flap")(ratio=0.3, align=8)
+        method.kept = method.kept_cut = Kept(f"{folder}/{number}")  # folders that only rank zero's is read of
+        method.prune(model, batches_for(model))
+        prints.append(model_fingerprint(model))
+        method.cut = None
+    assert prints[0] == prints[1]
+    with open(f"{folder}/{number}.txt", "w") as file:
+        file.write(prints[0])
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_find_what_rank_zero_kept_and_say_where_they_differ(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(rank, (port, str(tmp_path)), nprocs=2)
+    assert (tmp_path / "0.txt").read_text() == (tmp_path / "1.txt").read_text()
+    assert (tmp_path / "0").is_dir() and not (tmp_path / "1").exists()

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from prunelit import measure, models
+from prunelit import measure, models, quantize
 from prunelit.callbacks import LLMBIP, ShortGPT
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, BadPlan, SourceNotFound
@@ -28,13 +28,15 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def run(source: str, folder: Path, steps: int, resume: str | None = None, every: int = 3, **options: Any) -> Any:
+def run(
+    source: str, folder: Path, steps: int, resume: str | None = None, every: int = 3, align: int = 8, **options: Any
+) -> Any:
     seed_everything(7)
     module = RecoveryModule(source, **({"lora_rank": 4, "lora_dropout": 0.2, "learning_rate": 1e-2} | options))
     data = TextDataModule(
         source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9, seed=1
     )
-    pruner = LLMBIP(0.3, align=8)
+    pruner = LLMBIP(0.3, align=align)
     keep = ModelCheckpoint(folder / "ckpt", filename="{step}", every_n_train_steps=every, save_top_k=-1)
     # The schedule must not depend on where the run stops, so every run has the same max_steps and may stop early.
     trainer = Trainer(
@@ -135,6 +137,14 @@ def test_gradient_checkpointing_changes_no_weight(source: str, tmp_path: Path) -
         ({"temperature": 0.0}, BadOption),
         ({"label_share": 1.0}, BadOption),
         ({"hidden_weight": -1.0}, BadOption),
+        ({"base": "int8"}, BadOption),
+        ({"base": "int4", "group_size": 20}, BadOption),
+        ({"base": "nf4", "lora_rank": 0}, BadOption),
+        ({"rank_rule": "odd"}, BadOption),
+        ({"rank_rule": "by_cut", "ffn_lora_rank": 4}, BadOption),
+        ({"ffn_lora_rank": 0}, BadOption),
+        ({"ffn_learning_rate": -1.0}, BadOption),
+        ({"optimizer": "sgd"}, BadOption),
         ({"model": "./nowhere"}, SourceNotFound),
     ],
 )
@@ -223,3 +233,62 @@ def test_hidden_states_are_paired_by_the_layers_that_stayed(source: str, tmp_pat
     whole._load_dense()
     batch = {"input_ids": torch.arange(16)[None]}
     assert whole._distance(batch).item() == pytest.approx(0, abs=1e-5)
+
+
+# On 4-bit bases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Widths that nf4 takes on a CPU."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = tiny_tokenizer()
+    shape = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    tiny("llama", vocab_size=len(tokenizer), head_dim=32, **shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("base", ["int4", "nf4"])
+def test_a_quantised_run_resumes_and_ends_in_the_same_weights(wide: str, tmp_path: Path, base: str) -> None:
+    options = {"base": base, "group_size": 16, "align": 64}
+    straight, *_ = run(wide, tmp_path / "straight", 8, **options)
+    run(wide, tmp_path / "cut", 3, **options)
+    resumed, trainer, _ = run(wide, tmp_path / "cut", 8, str(tmp_path / "cut/ckpt/step=3.ckpt"), **options)
+    assert trainer.global_step == 8 and quantize.quantised_as(resumed.model) == base
+    mine, theirs = ({n: p for n, p in m.model.named_parameters() if "lora_" in n} for m in (straight, resumed))
+    assert mine and all(torch.equal(theirs[name], value) for name, value in mine.items())
+
+
+def test_int4_merges_without_loss_and_stays_int4(wide: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(wide, tmp_path, 8, base="int4", group_size=16, lora_dropout=0.0, align=64)
+    windows = trainer.datamodule.validation
+    with torch.no_grad():
+        before = module.model.eval()(windows).logits
+        merged = module.merged_model()
+        after = merged(windows).logits
+    assert quantize.quantised_as(merged) == "int4"
+    assert (after - before).norm() <= 1e-4 * before.norm()
+
+
+def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(wide, tmp_path, 8, base="nf4", lora_dropout=0.0, align=64)
+    base, windows = module._full[0], trainer.datamodule.validation
+    plain = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = module.merged_model()
+    assert quantize.quantised_as(merged) is None and not any("lora" in name for name in merged.state_dict())
+    assert any(not torch.equal(merged.state_dict()[name], value) for name, value in plain.items())
+    assert measure.perplexity(merged, windows)["perplexity"] < 200
+
+
+def test_options_of_adapters_reach_them(wide: str, tmp_path: Path) -> None:
+    module, trainer, _ = run(
+        wide, tmp_path / "a", 2, ffn_lora_rank=2, ffn_learning_rate=1e-3, optimizer="adamw8bit", base="int4", align=64
+    )
+    ranks = {name.split(".")[-3]: len(p) for name, p in module.model.named_parameters() if "lora_A" in name}
+    assert set(ranks.values()) == {2, 4}
+    assert [group["name"] for group in trainer.optimizers[0].param_groups] == ["other", "ffn"]
+    assert type(trainer.optimizers[0]).__name__ == "AdamW8bit"
+    by_cut, *_ = run(wide, tmp_path / "b", 2, rank_rule="by_cut", lora_rank=16, align=16)
+    found = {len(p) for name, p in by_cut.model.named_parameters() if "lora_A" in name}
+    assert len(found) > 1, "one kind lost more than the other"

@@ -1,275 +1,70 @@
-"""PruningCallback: when a model is cut. A method says what, by overriding `score` (widths) or `plan` (anything).
+"""PruningCallback: when a model is cut. A method says what, see `prunelit.callbacks.method`.
 
 The cut happens in `setup("fit")`: after the datamodule's setup, before `configure_model`, the restore of a checkpoint,
 the strategy's wrapping and the optimiser, so nothing is ever built on shapes that change.
 """
 
-import inspect
+import json
 import logging
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+import warnings
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import Tensor, nn
+from torch import nn
 
-from prunelit import bias, latency, models, rank, reconstruct, surgery, text
+from prunelit import models, text
 from prunelit.calibrate import Batch, on_device
-from prunelit.callbacks.job import batched, find_model, resume_path, share, take
-from prunelit.decoder import Decoder
+from prunelit.callbacks.job import (
+    check_same,
+    find_model,
+    find_tokenizer,
+    identity,
+    kept_folder,
+    resume_path,
+    same_on_all_ranks,
+    saved_states,
+    share,
+    take,
+)
+from prunelit.callbacks.method import PruningMethod, Repair
 from prunelit.errors import BadOption, BadPlan, NoCalibration
-from prunelit.kept import Found, Kept, model_fingerprint, source_fingerprint, text_fingerprint
-from prunelit.plan import LayerPlan, ModelShape, PruningPlan
-from prunelit.rank import LayerScores
+from prunelit.kept import Kept, text_fingerprint, weights_fingerprint
+from prunelit.plan import PruningPlan, plans_of
+
+__all__ = ["PruningCallback", "Repair"]
 
 _log = logging.getLogger("prunelit")
-_MARK = "_prunelit_plans"
-
-Repair = Literal["none", "bias", "least_squares"]
+_ELSEWHERE = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
 
 
-class PruningCallback(Callback):
-    """Base of all methods.
+class PruningCallback(PruningMethod, Callback):
+    """Base of all methods: cuts a job's model, and leaves in its checkpoints what a run goes on from.
 
-    Args:
-        ratio: share of the decoder layers' budget to remove, in (0, 1).
-        budget: what the ratio counts: "parameters", "macs" (per token), "kv_bytes" (KV cache per token), or "latency"
-            (measured on the machine at hand, see `prunelit.latency`).
-        scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together;
-            "layer_mean" gives layers of little mean importance a larger share of the cut.
-        unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
-        align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
-        protect: layers left whole; negative numbers count from the end.
-        min_kept: least share of each layer's KV groups and of its channels that stays, in [0, 1).
-        repair: what is done for the quality with the calibration text alone: "none"; "bias" adds the mean of what went
-            to the output biases; "least_squares" refits the output projections of what stays, layer by layer
-            (see `prunelit.reconstruct`).
-        calibration: text source(s) to score on, see `prunelit.text`. Without one: the datamodule's
-            `calibration_dataloader()`, else the first batches of the job's train dataloader.
-        windows: sequences to score on.
-        seqlen: tokens per sequence, where `calibration` is given.
-        seed: of the draw of windows and of the method.
-        plan_file: replay this plan instead of scoring.
+    Scores, the finished plan and repaired weights are kept in the folder `kept` of the Trainer's `default_root_dir`, so
+    that a run that was killed computes none of them again; without a `default_root_dir` of its own (it would be the
+    working directory) nothing is kept. The folder may be deleted. On disk: a few kilobytes, and for methods that repair
+    the weights of the changed decoder layers, about the size of the cut model.
 
-    Raises:
-        BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
+    Arguments: see `PruningMethod`.
     """
 
-    reads_text: ClassVar[bool] = True
-    """Whether the method's scores need calibration text."""
-    standardise: ClassVar[bool] = True
-    """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
-    joint: ClassVar[bool] = True
-    """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
-    score_reads: ClassVar[tuple[str, ...] | None] = None
-    """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
-    any option may."""
-    repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
-    """What `repair` may be; a method that adds one carries it out in `cut`."""
-
-    def __init__(
-        self,
-        ratio: float,
-        budget: rank.Budget = "parameters",
-        scope: rank.Scope = "layer",
-        unit: rank.Unit = "kv_group",
-        align: int = 64,
-        protect: Sequence[int] = (),
-        min_kept: float = 0.0,
-        repair: Repair = "none",
-        calibration: str | Sequence[str] | None = None,
-        windows: int = 64,
-        seqlen: int = 512,
-        seed: int = 0,
-        plan_file: str | None = None,
-    ):
-        rank.check_options(ratio, scope, unit, align, protect, budget=budget, min_kept=min_kept)
-        if repair not in self.repair_choices:
-            raise BadOption(f"repair: expected one of {', '.join(self.repair_choices)}, got {repair!r}")
-        for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
-            if value < least:
-                raise BadOption(f"{name}: expected at least {least}, got {value}")
-        for source in [calibration] if isinstance(calibration, str) else calibration or []:
-            text.check_source(source)
-        self.replayed = PruningPlan.load(plan_file) if plan_file else None
-        self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
-        self.protect, self.min_kept, self.repair = list(protect), min_kept, repair
-        self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
-        self.plan_file = plan_file
-        self.plan_made: PruningPlan | None = None
-        self.seconds: dict[str, float] = {}
-        self.kept: Kept | None = None
-        self._calibration_record: dict[str, Any] = {}
-
-    # What a method overrides -------------------------------------------------------------------------------------
-
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        """Importance of every unit, one `LayerScores` per layer, larger = keep. See `prunelit.calibrate.observe`."""
-        raise NotImplementedError(f"{type(self).__name__} overrides neither score() nor plan()")
-
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        """What stays. Default: `score`, then `prunelit.rank.select` under the budget."""
-        return self.make_plan(decoder.shape, self.selector(decoder)(self.scored(decoder, batches)))
-
-    def scored(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        """`score`, or what is kept of it from an earlier run."""
-
-        def pairs() -> list[tuple[Tensor | None, Tensor | None]]:
-            return [(layer.heads, layer.channels) for layer in self.score(decoder, batches)]
-
-        return [LayerScores(*pair) for pair in self.recall("scores", decoder, batches, pairs)]
-
-    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], Found]) -> Found:
-        """`compute`, or what is kept of it in `self.kept` from an earlier run with the same model, text and options.
-
-        Args:
-            what: name of the result.
-            decoder: the dense model.
-            batches: what it is computed on.
-            compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
-        """
-        code = source_fingerprint(type(self))
-        if self.kept is None or not self.reads_text or code is None:
-            return compute()
-        key = {
-            "method": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": code,
-            "options": {n: v for n, v in self.options.items() if n in (self.score_reads or self.options)},
-            "model": model_fingerprint(decoder.model),
-            "text": text_fingerprint(batches),
-            "device": decoder.device.type,
-        }
-        found, saved = self.kept.recall(f"{self.name}-{what}", key, compute)
-        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
-        return found
-
-    def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
-        """`prunelit.rank.select` with this callback's options: scores -> kept units. A latency is measured here, once.
-
-        Raises:
-            InfeasibleBudget, NonFinite: when it is called.
-        """
-        cost: rank.Cost | None = None
-        if self.budget == "latency":
-            table = latency.measure(decoder, self.unit, self.align)
-            self._calibration_record = {**self._calibration_record, "latency": table.record}
-            cost = table.seconds
-        elif self.budget == "parameters" and self.repair == "bias":
-            cost = bias.parameters(decoder)
-        return partial(
-            rank.select,
-            decoder.shape.layers,
-            ratio=self.ratio,
-            scope=self.scope,
-            unit=self.unit,
-            align=self.align,
-            protect=self.protect,
-            budget=self.budget,
-            min_kept=self.least_share(decoder),
-            standardise=self.standardise,
-            joint=self.joint,
-            cost=cost,
-        )
-
-    def least_share(self, decoder: Decoder) -> float:
-        """`min_kept`; a method may derive it from the model."""
-        return self.min_kept
-
-    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        """Carry the plan out in place. Default: `prunelit.surgery.apply`, with the `repair` asked for."""
-        if self.repair == "none":
-            surgery.apply(decoder.model, plan)
-        elif self.repair == "bias":
-            bias.apply_bias(decoder.model, plan, batches)
-        else:
-            reconstruct.apply(decoder.model, plan, batches, self.repair)
-
-    def make_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
-        """A plan of this method, with its options, seed and calibration on record."""
-        return PruningPlan(self.name, shape, tuple(kept), self.options, self.seed, self._calibration_record)
-
-    @property
-    def repairs(self) -> bool:
-        """Whether `cut` reads text."""
-        return self.repair != "none"
-
-    def needs_text(self, replay: PruningPlan | None = None) -> bool:
-        """Whether `prune` reads calibration text: to score, unless a plan is replayed, or to repair."""
-        return self.repairs or (self.reads_text and (replay or self.replayed) is None)
-
-    # The same steps without a Trainer ----------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        """The method's name: the stem of its file."""
-        return type(self).__module__.rpartition(".")[2]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Every constructor argument and its value."""
-        names = (
-            name
-            for kind in reversed(type(self).__mro__)
-            if issubclass(kind, PruningCallback)
-            for name, parameter in inspect.signature(kind.__init__).parameters.items()
-            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
-        )
-        return {name: getattr(self, name) for name in dict.fromkeys(names)}
-
-    def prune(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
-        """Score, plan and cut a transformers causal LM in place.
-
-        Args:
-            model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
-            batches: calibration batches, see `batches_from`; every rank passes the same list.
-            replay: cut by this plan instead of scoring; default: that of `plan_file`.
-
-        Raises:
-            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
-        """
-        start = time.perf_counter()
-        decoder = Decoder(model)
-        decoder.check_finite()
-        plan = replay or self.replayed
-        if plan is None:
-            self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
-            plan = self.plan(decoder, batches)
-        plan = bias.declare(decoder, plan, self.repair == "bias")
-        _agree(plan)
-        self.seconds["score_and_plan"] = time.perf_counter() - start
-        start = time.perf_counter()
-        self.cut(decoder, plan, batches)
-        self.seconds["cut"] = time.perf_counter() - start
-        self.plan_made = plan
-        predicted = plan.predicted
-        _inform(
-            f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
-            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
-        )
-        return plan
-
-    def batches_from(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
-        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
-        ids = text.windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
-        self._calibration_record = {
-            "source": [sources] if isinstance(sources, str) else list(sources),
-            "windows": len(ids),
-            "seqlen": self.seqlen,
-            "fingerprint": text.fingerprint(ids),
-        }
-        return batched(ids)
-
-    # Lightning ---------------------------------------------------------------------------------------------------
+    _identity: dict[str, str | None] | None = None
+    _cut_weights: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Cut once, before anything is built on the model's shapes."""
+        """Cut once, before anything is built on the model's shapes.
+
+        Raises:
+            BadPlan: the checkpoint to resume from is of another model, tokenizer, method or options.
+            SourceNotFound: it is missing or damaged.
+            BadOption: a strategy of spawned processes, or ranks that read different text.
+        """
         if stage != "fit":
             return
         if getattr(trainer.strategy, "_start_method", "popen") != "popen":
@@ -278,21 +73,37 @@ class PruningCallback(Callback):
                 "use strategy='ddp'"
             )
         model = find_model(pl_module)
-        marks: dict[str, PruningPlan] = model.__dict__.setdefault(_MARK, {})
+        marks = plans_of(model)
         key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
         if key in marks:  # fit was called again over the same live model
             self.plan_made = marks[key]
             return
-        resumed = resume_path(trainer)
-        replay = self._plan_of(resumed) if resumed else self.replayed
+        mine = self.kept is None or self.kept is self.kept_cut
+        folder = kept_folder(trainer)
+        self.kept_cut = Kept(folder) if folder else None
+        self.kept = self.kept_cut if mine else self.kept
+        self.repaired = self._cut_weights = None
+        self._identity = identity(model, trainer, pl_module)
+        replay, saved = self.replayed, dict[str, Any]()
+        if resumed := resume_path(trainer):
+            replay, saved = self._resume(resumed)
         with isolate_rng(), on_device(model, trainer.strategy.root_device):
+            # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
+            repaired = saved.get("repaired") if replay and self.kept_cut else None
             batches: list[Batch] = []
-            # A resumed run repairs again: its checkpoint may hold adapters only, which sit on the repaired weights.
-            if self.needs_text(replay):
+            if self.needs_text(replay) and not (self.kept_cut and repaired and self.kept_cut.has(repaired)):
                 start = time.perf_counter()
                 batches = self._find_batches(trainer, pl_module, model)
                 self.seconds["text"] = time.perf_counter() - start
-            marks[key] = self.prune(model, batches, replay)
+            marks[key] = self._prune(model, batches, replay, repaired)
+            if self.repairs:
+                self._cut_weights = weights_fingerprint(model)
+                if saved.get("cut_weights") not in (None, self._cut_weights):
+                    warnings.warn(
+                        "checkpoint: it was trained on other repaired weights than those made now: the kept ones are "
+                        "gone, and text, machine or version differ",
+                        stacklevel=2,
+                    )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
@@ -303,8 +114,12 @@ class PruningCallback(Callback):
                 self.plan_made.save(Path(folder) / self._sidecar)
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan, as JSON text."""
-        return {"plan": self.plan_made.to_json() if self.plan_made else None}
+        """The plan, as JSON text; fingerprints of the dense model and the tokenizer, and of repaired weights."""
+        return {
+            "plan": self.plan_made.to_json() if self.plan_made else None,
+            "repaired": self.repaired,
+            "cut_weights": self._cut_weights,
+        } | (self._identity or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint's plan is the one the model was cut with.
@@ -312,6 +127,7 @@ class PruningCallback(Callback):
         Raises:
             BadPlan: it is another one.
         """
+        check_same(state_dict, self._identity)
         if state_dict.get("plan") and self.plan_made is not None:
             saved = PruningPlan.from_json(state_dict["plan"])
             if saved.digest != self.plan_made.digest:
@@ -324,29 +140,59 @@ class PruningCallback(Callback):
     def _sidecar(self) -> str:
         return f"plan.{self.name}.json"
 
-    def _plan_of(self, checkpoint: Path) -> PruningPlan | None:
-        """The plan a checkpoint was made with: in the file, or beside it (a sharded checkpoint is a folder)."""
-        if checkpoint.is_file():
-            # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
-            saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
-            state = saved.get("callbacks", {}).get(self.state_key, {})
-            if state.get("plan"):
-                return PruningPlan.from_json(state["plan"])
-        for folder in (checkpoint, checkpoint.parent):
-            if (beside := folder / self._sidecar).is_file():
-                return PruningPlan.load(beside)
-        _inform(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
-        return None
+    def _resume(self, checkpoint: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+        """The plan a checkpoint was made with, in the file or beside it (a sharded one is a folder), and our state.
+
+        Raises:
+            BadPlan: another model, tokenizer, method or options than now.
+            SourceNotFound: missing or damaged.
+        """
+        states = saved_states(checkpoint)
+        saved: dict[str, Any] = states.get(self.state_key, {})
+        check_same(saved, self._identity)
+        plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
+        if plan is None:
+            beside = [folder / self._sidecar for folder in (checkpoint, checkpoint.parent)]
+            plan = next((PruningPlan.load(path) for path in beside if path.is_file()), None) if not states else None
+        if plan is None:
+            others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
+            if others:
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
+                    f"{type(self).__name__}; resume with the configuration of that run"
+                )
+            _inform(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
+            return None, saved
+        self._check_asked(plan, checkpoint)
+        return plan, saved
+
+    def _check_asked(self, plan: PruningPlan, checkpoint: Path) -> None:
+        """A run that goes on with a plan must ask for that plan."""
+        if self.replayed is not None:
+            if _units(self.replayed) != _units(plan):
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
+                    f"{self.replayed.digest}; resume with the configuration of that run"
+                )
+            return
+        asked = json.loads(json.dumps(self.options, default=str))
+        made = json.loads(json.dumps(dict(plan.options), default=str))
+        for name in sorted(asked.keys() & made.keys() - set(_ELSEWHERE)):
+            if asked[name] != made[name]:
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its plan was made with {name} {made[name]!r}, this run asks for "
+                    f"{asked[name]!r}; resume with the configuration of that run, or start another one"
+                )
 
     def _find_batches(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
         data = getattr(trainer, "datamodule", None)
         if self.calibration:
-            tokenizer = next(
-                (t for t in (getattr(owner, "tokenizer", None) for owner in (data, pl_module)) if callable(t)), None
-            )
+            tokenizer = find_tokenizer(trainer, pl_module)
             if tokenizer is None:
                 tokenizer = models.load_tokenizer(str(cast(Any, model).config._name_or_path))
-            return self.batches_from(self.calibration, tokenizer)
+            batches = self.batches_from(self.calibration, tokenizer)
+            same_on_all_ranks("calibration text", text_fingerprint(batches))
+            return batches
         if callable(getattr(data, "calibration_dataloader", None)):
             loader, source = cast(Any, data).calibration_dataloader(), "calibration_dataloader()"
         else:
@@ -367,22 +213,9 @@ class PruningCallback(Callback):
         return batches
 
 
-def _agree(plan: PruningPlan) -> None:
-    """Stop where ranks made different plans.
-
-    Raises:
-        BadPlan: they did.
-    """
-    if dist.is_initialized():
-        digests: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(digests, plan.digest)
-        if len(set(digests)) > 1:
-            raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
-
-
-def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
+def _units(plan: PruningPlan) -> list[Any]:
+    """What is kept; biases are declared when a plan is carried out."""
+    return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]
 
 
 @rank_zero_only

@@ -18,6 +18,7 @@ from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
 from prunelit.evaluator import BlockEvaluator
+from prunelit.kept import digest, model_fingerprint, text_fingerprint
 from prunelit.plan import PruningPlan
 from prunelit.search import Method, remove_blocks
 
@@ -67,7 +68,11 @@ class BlockPruner(PruningCallback):
         self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        evaluator = BlockEvaluator(decoder, first(batches, self.search_windows), self.journal, self.cache_gib)
+        journal, few = self.journal, first(batches, self.search_windows)
+        if journal is None and self.kept is not None:
+            which = digest(model_fingerprint(decoder.model) + text_fingerprint(few))
+            journal = str(self.kept.folder / f"block_pruner-{which}.jsonl")
+        evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
         found = remove_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}

@@ -5,12 +5,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prunelit.calibrate import TOKENS_PER_BATCH, Batch
-from prunelit.errors import NoModel
+from prunelit.errors import BadOption, BadPlan, NoModel
+from prunelit.kept import tokenizer_fingerprint, weights_fingerprint
+from prunelit.whole import check_whole
 
 
 def batched(windows: Tensor) -> list[Batch]:
@@ -54,6 +57,72 @@ def resume_path(trainer: Trainer) -> Path | None:
             return Path(found) if found else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+def saved_states(checkpoint: Path) -> dict[str, Any]:
+    """States of the callbacks in a checkpoint file; none for a sharded checkpoint, which is a folder.
+
+    Raises:
+        SourceNotFound: the file is missing, cut short or damaged.
+    """
+    if checkpoint.is_dir() or not is_local(checkpoint):
+        return {}
+    check_whole(checkpoint)
+    # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
+    states: dict[str, Any] = saved.get("callbacks", {})
+    return states
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether a path is on a file system, not behind a protocol ("s3://...")."""
+    return ":/" not in str(path)
+
+
+def kept_folder(trainer: Trainer) -> Path | None:
+    """Where a run keeps what is expensive; None where the job has no folder of its own, or not on this machine."""
+    root = trainer.default_root_dir
+    return Path(root) / "kept" if is_local(root) and Path(root).resolve() != Path.cwd() else None
+
+
+def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """The `tokenizer` of the datamodule or the module; None where neither has one."""
+    owners = (getattr(trainer, "datamodule", None), pl_module)
+    return next((t for t in (getattr(owner, "tokenizer", None) for owner in owners) if callable(t)), None)
+
+
+def identity(model: nn.Module, trainer: Trainer, pl_module: LightningModule) -> dict[str, str | None]:
+    """Fingerprints of a job's model as it is now and of its tokenizer, for `check_same`."""
+    tokenizer = tokenizer_fingerprint(find_tokenizer(trainer, pl_module))
+    return {"model": weights_fingerprint(model), "tokenizer": tokenizer}
+
+
+def check_same(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
+    """Check what a checkpoint says of model and tokenizer against this job's; what one of them does not say may differ.
+
+    Raises:
+        BadPlan: another one.
+    """
+    what = {"model": "model (or the same in another dtype)", "tokenizer": "tokenizer"}
+    for name, found in (mine or {}).items():
+        if saved.get(name) and found and saved[name] != found:
+            raise BadPlan(
+                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {found}; "
+                "resume with the configuration of that run"
+            )
+
+
+def same_on_all_ranks(what: str, value: str) -> None:
+    """Stop where processes differ; every rank calls it.
+
+    Raises:
+        BadOption: they do.
+    """
+    if dist.is_initialized():
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise BadOption(f"{what}: expected the same on every rank, got {values}; give every machine the same files")
 
 
 def take(loader: Any, sequences: int) -> list[Batch]:

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from prunelit import models
+from prunelit import models, streamed
 from prunelit.calibrate import evaluating
 from prunelit.errors import OutputNotWritable, PrunelitError
-from prunelit.export import hetero, uniform
+from prunelit.export import hetero, layerwise, uniform
 from prunelit.plan import PruningPlan
 
 Format = Literal["auto", "uniform", "hetero"]
@@ -84,7 +84,8 @@ def save(
     try:
         try:
             with models.quiet():
-                _write(hetero.per_layer_model(model) if stock is None else stock, model, staging)
+                write = layerwise.write if streamed.is_streamed(model) else _write
+                write(hetero.per_layer_model(model) if stock is None else stock, model, staging)
             if stock is None:
                 hetero.add_modelling_file(model, staging)
             if tokenizer is not None:
@@ -126,15 +127,8 @@ def _check_reads_back(model: Any, folder: Path) -> None:
     Raises:
         PrunelitError: they differ.
     """
-    device = next(model.parameters()).device
-    again = models.load(folder, dtype=next(model.parameters()).dtype).to(device)
-    # Tables that are computed, not saved (rotary frequencies), were cast along if the live model was: compare with its.
-    for name, buffer in model.named_buffers():
-        parent, _, last = name.rpartition(".")
-        setattr(again.get_submodule(parent), last, buffer)
-    ids = torch.arange(3, 19, device=device)[None] % int(model.config.vocab_size)
-    with evaluating(model):
-        expected, found = model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits
+    read_back = layerwise.read_back if streamed.is_streamed(model) else _read_back
+    expected, found = read_back(model, folder)
     difference = (expected - found).abs().max().item()
     # Equal weights in equal shapes: what is left is the order of sums. NaN logits can not be compared.
     limit = 1e-3 * expected.abs().max().item()
@@ -145,3 +139,16 @@ def _check_reads_back(model: Any, folder: Path) -> None:
         )
     if difference:
         warnings.warn(f"the saved model's logits differ by {difference:.1e} from those in memory", stacklevel=3)
+
+
+def _read_back(model: Any, folder: Path) -> tuple[Tensor, Tensor]:
+    """Logits of the model and of the folder on fixed tokens."""
+    device = next(model.parameters()).device
+    again = models.load(folder, dtype=next(model.parameters()).dtype).to(device)
+    # Tables that are computed, not saved (rotary frequencies), were cast along if the live model was: compare with its.
+    for name, buffer in model.named_buffers():
+        parent, _, last = name.rpartition(".")
+        setattr(again.get_submodule(parent), last, buffer)
+    ids = torch.arange(3, 19, device=device)[None] % int(model.config.vocab_size)
+    with evaluating(model):
+        return model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits

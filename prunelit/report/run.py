@@ -6,6 +6,7 @@ report.json   dense, pruned, recovered; protocol, seconds, memory, versions, see
 """
 
 import json
+import logging
 import os
 import platform
 import resource
@@ -20,13 +21,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 
-from prunelit import export, measure, text
+from prunelit import export, linears, measure, quantize, strategies, text
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
-from prunelit.callbacks.job import find_model, resume_path
+from prunelit.callbacks.job import check_same, find_model, identity, resume_path, same_on_all_ranks, saved_states
 from prunelit.data import TextDataModule
+from prunelit.errors import OutputNotWritable
+from prunelit.kept import text_fingerprint
 
+_log = logging.getLogger("prunelit")
 _PACKAGES = ("prunelit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "safetensors")
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
@@ -42,9 +47,16 @@ class RunReport(Callback):
         self.batch_size = batch_size
         self.report: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
+        self._identity: dict[str, str | None] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Measure the dense model; the command line puts this callback before the ones that cut."""
+        """Measure the dense model; the command line puts this callback before the ones that cut.
+
+        Raises:
+            BadPlan: the checkpoint to resume from is of another model or tokenizer.
+            SourceNotFound: it is missing or damaged.
+            BadOption: ranks read different text.
+        """
         if stage != "fit" or self.report:
             return
         self._folder = Path(trainer.default_root_dir)
@@ -53,10 +65,15 @@ class RunReport(Callback):
         with self._timed("load_model"):
             model = find_model(pl_module)
         data = getattr(trainer, "datamodule", None)
+        self._identity = identity(model, trainer, pl_module)
+        if resumed := resume_path(trainer):
+            check_same(saved_states(resumed).get(self.state_key, {}), self._identity)
         self._windows = data.validation if isinstance(data, TextDataModule) else None
-        self.report = {"protocol": self._protocol(model, data)}
-        if resume_path(trainer) is not None:
-            self.report |= self._earlier()
+        if isinstance(data, TextDataModule):
+            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
+            same_on_all_ranks("data", text_fingerprint(parts))
+        self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
+        self.report |= self._earlier(resumed is not None)
         with on_device(model, trainer.strategy.root_device):
             self._measure("dense", model, measure.size(model))
         self._write(trainer)
@@ -72,6 +89,8 @@ class RunReport(Callback):
         adapted: Any = pl_module.model
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
             self._measure("pruned", adapted, size)
+        self.report["memory"] = quantize.bytes_per_parameter(adapted)
+        _say_memory(self.report["memory"])
         self._write(trainer)
         self._started = time.perf_counter()
 
@@ -79,7 +98,12 @@ class RunReport(Callback):
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
         recovered: Any = pl_module
+        if strategies.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
+            self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
         merged = recovered.merged_model()
+        if base := linears.quantised_as(merged):
+            merged = quantize.dequantised(merged)
+            self.report["base"] = f"{base}: the saved weights are the rounded ones, in full precision"
         self._measure("recovered", merged, measure.size(merged))
         if trainer.is_global_zero:
             with self._timed("save"):
@@ -92,6 +116,18 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
             sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: model/ plan.json report.json config.yaml\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of the dense model and the tokenizer."""
+        return dict(self._identity)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check them; a sharded checkpoint can not be read before.
+
+        Raises:
+            BadPlan: another model or tokenizer.
+        """
+        check_same(state_dict, self._identity)
 
     def _measure(self, name: str, model: Any, size: dict[str, int]) -> None:
         if name in self.report:
@@ -111,15 +147,19 @@ class RunReport(Callback):
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         return measure.protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint(self._windows)}
 
-    def _earlier(self) -> dict[str, Any]:
-        """Measurements of the run that is being resumed, if they were made on the same text."""
+    def _earlier(self, resumed: bool) -> dict[str, Any]:
+        """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
+        only where that run is resumed."""
         try:
             found = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return {}
-        if found.get("protocol", {}).get("fingerprint") != self.report["protocol"].get("fingerprint"):
+        mine = json.loads(json.dumps(self.report))
+        for part in (found.get("protocol", {}), mine["protocol"]):
+            part.pop("tokens", None)  # known once something is measured
+        if any(found.get(name) != value for name, value in mine.items()):
             return {}
-        return {name: found[name] for name in ("dense", "pruned") if name in found}
+        return {name: found[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in found}
 
     @staticmethod
     def _pruner(trainer: Trainer) -> PruningCallback | None:
@@ -149,17 +189,33 @@ class RunReport(Callback):
         write_json(self._folder / "report.json", self.report)
 
 
+@rank_zero_only
+def _say_memory(memory: dict[str, float]) -> None:
+    trained = memory["trainable_parameters"]
+    _log.info(
+        f"training {int(trained):,} of {int(memory['parameters']):,} parameters "
+        f"({trained / memory['parameters']:.2%}); the base takes {memory['bytes_per_base_parameter']:.2f} bytes each"
+    )
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically."""
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write a text file atomically: a reader sees the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a text file atomically: a reader sees the old one or the new one.
+
+    Raises:
+        OutputNotWritable: the disk refused; the old one is as it was.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(content, encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(content, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
 
 
 def peak_memory_mib() -> dict[str, float]:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from prunelit.callbacks import LLMBIP, Magnitude
 from prunelit.decoder import Decoder
-from prunelit.errors import BadOption, BadPlan, NoCalibration, NoModel
+from prunelit.errors import BadOption, BadPlan, NoCalibration, NoModel, SourceNotFound
 from prunelit.plan import PruningPlan
 from tests.foreign_job import ForeignData, ForeignModule, sequences
 
@@ -114,6 +114,86 @@ def test_a_fresh_dense_model_resumes_into_the_cut_shapes(tmp_path: Path, scope: 
     run.fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
     assert again.plan_made == first.plan_made
     assert run.global_step == 6
+
+
+def test_a_run_by_a_plan_file_goes_on_by_it_and_by_no_other(tmp_path: Path) -> None:
+    for name, scope in (("mine", "layer"), ("other", "global")):
+        made = bip(scope=scope)
+        trainer(tmp_path / name, made, steps=0).fit(ForeignModule(), datamodule=ForeignData())
+        assert made.plan_made is not None
+        made.plan_made.save(tmp_path / f"{name}.json")
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    for name, resume in (("mine", None), ("mine", "last.ckpt"), ("other", "last.ckpt")):
+        callback = bip(plan_file=str(tmp_path / f"{name}.json"), repair="bias")  # biases that no file declares
+        run = trainer(tmp_path, callback, *([] if resume else [checkpoint]), enable_checkpointing=not resume)
+        path = str(tmp_path / "ckpt" / resume) if resume else None
+        if name == "mine":
+            run.fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=path)
+        else:
+            with pytest.raises(BadPlan, match="plan_file"):
+                run.fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=path)
+
+
+def fail(*args: Any) -> None:
+    pytest.fail("computed again")
+
+
+def test_a_job_with_a_folder_of_its_own_keeps_what_is_expensive(tmp_path: Path, monkeypatch: Any) -> None:
+    modules = [ForeignModule(), ForeignModule()]
+    for module in modules:  # the first was killed before it had a checkpoint
+        callback = bip(repair="least_squares")
+        torch.manual_seed(5)
+        trainer(tmp_path / "run", callback, steps=0).fit(module, datamodule=ForeignData())
+        for name in ("score", "cut"):
+            monkeypatch.setattr(LLMBIP, name, fail)
+    first, again = (module.network.state_dict() for module in modules)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert {path.name.split("-")[1] for path in (tmp_path / "run/kept").iterdir()} == {"scores", "plan", "repaired"}
+
+
+def test_a_job_without_one_keeps_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning's default_root_dir where none is given
+    trainer(tmp_path, bip(repair="least_squares"), steps=0).fit(ForeignModule(), datamodule=ForeignData())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_puts_repaired_weights_back_or_says_that_they_differ(tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = bip(repair="least_squares")
+    trainer(tmp_path, first, checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+
+    with monkeypatch.context() as patch:  # neither text nor repair
+        patch.setattr(LLMBIP, "cut", fail)
+        patch.setattr(LLMBIP, "_find_batches", fail)
+        again = bip(repair="least_squares")
+        trainer(tmp_path, again, steps=6).fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=last)
+        assert again.state_dict() == first.state_dict()
+
+    for path in (tmp_path / "kept").iterdir():
+        path.unlink()
+    module = ForeignModule()
+    torch.manual_seed(9)  # other batches come first
+    with pytest.warns(UserWarning, match="other repaired weights"):
+        trainer(tmp_path, bip(repair="least_squares"), steps=6).fit(module, datamodule=ForeignData(), ckpt_path=last)
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_scored(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(LLMBIP, "score", fail)
+    with pytest.raises(SourceNotFound, match=r"nowhere\.ckpt.*missing"):
+        trainer(tmp_path, bip()).fit(
+            ForeignModule(), datamodule=ForeignData(), ckpt_path=str(tmp_path / "nowhere.ckpt")
+        )
+
+
+def test_a_fine_tuned_copy_of_the_model_is_another_model(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, bip(), checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    module = ForeignModule()
+    with torch.no_grad():
+        module.network.lm_head.weight.mul_(1.001)
+    with pytest.raises(BadPlan, match="another model"):
+        trainer(tmp_path, bip()).fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
 
 
 def test_a_plan_is_replayed_without_scoring(tmp_path: Path) -> None:

@@ -1,0 +1,190 @@
+"""A model that does not fit: embeddings, norms, biases and head in memory, the weights of its layers on disk.
+
+`load` gives a model that methods, `surgery.apply` and `export.save` take as any other. `observe` loads one layer after
+the other and runs all batches through it, while the residual streams wait (`prunelit.layerwise`). A cut is made when a
+weight is read. Saving and reading back go layer by layer (`prunelit.export.layerwise`). What needs all layers at once,
+for gradients, or runs the model again and again, to search or to refit, is refused.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from prunelit import models
+from prunelit.calibrate import STEPS
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption, SourceNotFound
+from prunelit.layerwise import GIB, Walk, linears_of
+from prunelit.on_disk import NOT_STREAMED, OnDisk
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def check_source(source: str) -> None:
+    """Check that a model can be streamed from where it is.
+
+    Raises:
+        SourceNotFound: not a local folder with safetensors.
+    """
+    path = Path(source).expanduser()
+    if not any((path / name).is_file() for name in (INDEX, SINGLE)):
+        raise SourceNotFound(
+            f"model {source!r}: to stream it, expected a local folder with {SINGLE} or {INDEX}, got none; save it "
+            "there first (save_pretrained), or leave out --stream"
+        )
+
+
+def is_streamed(model: nn.Module) -> bool:
+    """Whether weights of the model are on disk."""
+    return any(isinstance(parameter, OnDisk) for parameter in model.parameters())
+
+
+def load(
+    source: str | os.PathLike[str],
+    dtype: str = "auto",
+    device: torch.device | str = "cpu",
+    memory_gib: float | None = None,
+    scratch: str | os.PathLike[str] | None = None,
+    known: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """A causal LM whose layers stay on disk; otherwise as `prunelit.models.load`.
+
+    Args:
+        source: a local folder with safetensors.
+        dtype: "auto" (as saved; float32 for float16 on a CPU), "float32", "bfloat16" or "float16".
+        device: where it is computed with.
+        memory_gib: most bytes of weights and activations held at once, GiB; None: no limit. Residual streams that
+            exceed it wait in files.
+        scratch: folder for these files; None: the system's temporary folder.
+        known: tensors by name; those that are always in memory and equal them are shared.
+
+    Raises:
+        BadOption: an unknown dtype, or a budget below one layer and what is always in memory.
+        SourceNotFound: the folder is missing, unreadable, incomplete, or its names are not the model's.
+    """
+    if dtype not in ("auto", *models.DTYPES):
+        raise BadOption(f"dtype: expected one of auto, {', '.join(models.DTYPES)}, got {dtype!r}")
+    if memory_gib is not None and not 0 < memory_gib < float("inf"):
+        raise BadOption(f"memory_gib: expected a positive number of GiB, got {memory_gib!r}")
+    check_source(str(source))
+    folder, budget = Path(source).expanduser(), None if memory_gib is None else int(memory_gib * GIB)
+    device = torch.device(device)
+    walk = Walk(budget, scratch)
+    with models.quiet():
+        try:
+            files = _Files(folder)
+            model = _skeleton(folder, files, dtype, device)
+            walk.check(Decoder(model))
+            _fill(model, files, device, known or {})
+        except models._UNREADABLE as error:
+            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {models._one_line(error)}") from error
+    setattr(model, STEPS, walk)
+    return model.eval()
+
+
+class _Files:
+    """The tensors of a folder by name, mapped into memory when they are read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / INDEX
+        if index.is_file():
+            self.file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), SINGLE)
+
+    def view(self, name: str) -> Tensor:
+        """A tensor, not yet read."""
+        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))
+
+    def names(self, model: Any) -> dict[str, str]:
+        """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_of}
+
+
+def _skeleton(folder: Path, files: _Files, dtype: str, device: torch.device) -> Any:
+    """The model of a folder on the meta device, but for the tables that are computed, not saved."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    kind = models._saved_class(str(folder))
+    config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
+    stored = config.dtype or next(x.dtype for x in map(files.view, files.file_of) if x.is_floating_point())
+    wanted = models.DTYPES.get(dtype, getattr(torch, str(stored).removeprefix("torch.")))
+    with torch.device("meta"):
+        build = kind._from_config if kind else AutoModelForCausalLM.from_config
+        model = build(config, dtype=wanted)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in model.modules():
+        own = [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
+        for name in own:
+            module.register_buffer(name, torch.empty_like(getattr(module, name), device=device), persistent=False)
+        if own:
+            with torch.no_grad():
+                model._init_weights(module)  # computes them, as when transformers loads a model
+    if dtype == "auto" and device.type == "cpu" and wanted == torch.float16:
+        model.float()
+    return model
+
+
+def _fill(model: Any, files: _Files, device: torch.device, known: Mapping[str, Tensor]) -> None:
+    """Give a skeleton its weights: those of the layers' linears on disk, the rest in memory.
+
+    Args:
+        model: of `_skeleton`.
+        files: its weights.
+        device: where it is computed with.
+        known: tensors by name; where the file holds the same values, they are shared.
+    """
+    linears = [linear for layer in Decoder(model) for linear in linears_of(layer)]
+    on_disk, names = {id(linear.weight) for linear in linears}, files.names(model)
+    missing: set[str] = set()
+    for name, meta in model.state_dict(keep_vars=True).items():
+        if name not in names:
+            missing.add(name)
+            continue
+        found = names[name]
+        view, (path, _, last) = files.view(found), name.rpartition(".")
+        if view.shape != meta.shape:
+            raise SourceNotFound(
+                f"model {str(files.folder)!r}: {found}: expected {list(meta.shape)}, got {list(view.shape)}; the "
+                "files are quantised or belong to another config"
+            )
+        if id(meta) in on_disk:
+            value: Tensor = OnDisk.of(name, partial(files.view, found), meta.shape, meta.dtype, device)
+        elif name in known and torch.equal(known[name], view.to(device, meta.dtype)):
+            value = known[name]
+        else:
+            value = view.to(device, meta.dtype, copy=True)
+        owner = model.get_submodule(path)
+        setattr(owner, last, nn.Parameter(value) if isinstance(meta, nn.Parameter) else value)
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    lost = [name for name, x in model.state_dict().items() if x.is_meta and not isinstance(x, OnDisk)]
+    if lost:
+        raise SourceNotFound(
+            f"model {str(files.folder)!r}: can not be streamed: expected all weights under the model's own names, got "
+            f"none for {len(lost)} of them ({lost[0]}, ...); load it and save it again with save_pretrained"
+        )
+    for linear in linears:
+        linear.register_forward_pre_hook(_refuse)
+
+
+def _refuse(linear: nn.Module, args: Any) -> None:
+    if isinstance(linear.weight, OnDisk):
+        raise BadOption(NOT_STREAMED)
