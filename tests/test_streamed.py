@@ -178,7 +178,7 @@ class Held(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.bfloat16])
 def test_a_model_larger_than_the_budget_is_pruned_within_it(dtype: torch.dtype, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 8}
     model = tiny("llama", **sizes, num_key_value_heads=4, head_dim=16).to(dtype)
@@ -364,5 +364,5 @@ def test_a_weight_on_disk_is_read_when_its_values_are_needed() -> None:
         assert not isinstance(linear.weight, OnDisk)
         assert linear.weight.data_ptr() != values.data_ptr()
     assert linear.weight is weight
-    with pytest.raises(BadOption, match="^stream: "), torch.no_grad():
+    with pytest.raises(BadOption, match=r"^stream: "), torch.no_grad():
         weight.copy_(values)
