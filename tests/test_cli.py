@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from prunelit import cli
 from prunelit.__main__ import COMMANDS, main
 from prunelit.callbacks import methods
 from prunelit.console import condense
@@ -394,3 +395,27 @@ def test_fit_from_the_shell(source: str, words: str, tmp_path: Path, devices: in
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert sum(p.numel() for p in model.parameters()) == report["recovered"]["parameters"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == source
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--model", "a/b"], ["--model.model", "a/b"]),
+        (["--config", "x.yaml", "--model=a/b"], ["--config", "x.yaml", "--model.model=a/b"]),
+        (["--model", "part.yaml"], ["--model", "part.yaml"]),
+        (["--model.lora_rank", "4"], ["--model.lora_rank", "4"]),
+    ],
+)
+def test_fit_takes_a_model_as_the_other_commands_do(given: list[str], wanted: list[str]) -> None:
+    assert cli._spelt_out(given) == wanted
+
+
+def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text("{}")
+    options = ["--model", source, "--trainer.default_root_dir", str(tmp_path / "run"), "--plan"]
+    refused(
+        call(capsys, "fit", *options, str(tmp_path / "plan.json")), "plan", "expected one pruning callback", "got 0"
+    )
+    more = [*options, "nowhere.json", "--config", str(ROOT / "configs" / "recover-lora.yaml")]
+    refused(call(capsys, "fit", *more), "nowhere.json")
+    assert not (tmp_path / "run").exists()
