@@ -17,7 +17,9 @@ ROWS = {name: {} for name in methods()} | {
     "llm_bip, global, least squares": {"scope": "global", "repair": "least_squares"},
     "greedy_output, two steps": {"repair": "two_step"},
     "wanda_sp, layer mean, bias": {"scope": "layer_mean", "repair": "bias"},
+    "best, closed forms": {"epochs": 0},
 }
+TRAINED = ("best",)  # every rank adds rows to a step, so two ranks take fewer and larger ones than one process
 
 
 def batches():
@@ -65,4 +67,6 @@ def test_two_ranks_make_the_plan_of_one(folder, name, family):
     first, second = (torch.load(folder / f"{name}.{family}.{rank}.pt") for rank in (0, 1))
     for path, weight in model.state_dict().items():
         assert torch.equal(first[path], second[path]), path
+        if name in TRAINED:
+            continue
         torch.testing.assert_close(first[path], weight, rtol=1e-2, atol=1e-3, msg=path)
