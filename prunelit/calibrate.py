@@ -196,6 +196,11 @@ class Sums:
         return means
 
 
+def batched(windows: Tensor) -> list[Batch]:
+    """Windows [N, S] as batches of about 2,048 tokens."""
+    return [{"input_ids": part} for part in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))]
+
+
 def first(batches: Sequence[Batch], sequences: int | None) -> list[Batch]:
     """The first so many sequences of batches; None: all."""
     found: list[Batch] = []

@@ -23,9 +23,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from prunelit import measure, text
-from prunelit.calibrate import TOKENS_PER_BATCH, evaluating, on_device
+from prunelit.calibrate import TOKENS_PER_BATCH, batched, evaluating, on_device
 from prunelit.callbacks.base import PruningCallback
-from prunelit.callbacks.job import batched
 from prunelit.cells import Calibration, Cell, Latency
 from prunelit.decoder import Decoder
 from prunelit.errors import NonFinite, OutputNotWritable, PrunelitError

@@ -68,6 +68,15 @@ def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
     assert repeated > 0 or name == "block_pruner"  # which has its journal
 
 
+@pytest.mark.parametrize("name", SHARED)
+def test_what_another_ratio_computed_is_found(name, tmp_path):
+    for ratio in (0.2, 0.4):
+        model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
+        method.kept = Kept(tmp_path)
+        method.prune(model, batches_for(model))
+    assert method.seconds["recalled"] > 0
+
+
 def test_scores_are_computed_once_for_all_ratios(tmp_path, monkeypatch):
     calls = []
     kind = method_class("llm_bip")

@@ -9,7 +9,7 @@ import pytest
 from lightning.pytorch import Trainer
 
 from prunelit.__main__ import COMMANDS
-from prunelit.callbacks.job import batched
+from prunelit.calibrate import batched
 from prunelit.text import windows
 from tests.tiny import tiny, tiny_tokenizer
 

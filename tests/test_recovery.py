@@ -19,15 +19,6 @@ from prunelit.report.run import RunReport
 from tests.tiny import tiny, tiny_tokenizer
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
 def run(
     source: str, folder: Path, steps: int, resume: str | None = None, every: int = 3, align: int = 8, **options: Any
 ) -> Any:

@@ -16,7 +16,7 @@ from prunelit import strategies
 from prunelit.callbacks import LLMBIP
 from prunelit.data import TextDataModule
 from prunelit.recovery import RecoveryModule
-from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny import tiny
 
 ROOT = Path(__file__).parents[1]
 RECIPES: dict[str, dict[str, Any]] = {
@@ -68,15 +68,6 @@ def worker(rank: int, port: int, source: str, folder: str) -> None:
         module, trainer = fit(source, Path(folder), strategy_of(strategy), 2, **RECIPES[recipe])
         found = {"validation": trainer.callback_metrics["val_perplexity"], **module.merged_model().state_dict()}
         torch.save(found, Path(folder) / f"{strategy}.{recipe}.{rank}.pt")
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="module")

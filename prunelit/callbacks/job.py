@@ -10,15 +10,10 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from prunelit.calibrate import TOKENS_PER_BATCH, Batch
+from prunelit.calibrate import Batch
 from prunelit.errors import BadOption, BadPlan, NoModel
 from prunelit.kept import tokenizer_fingerprint, weights_fingerprint
 from prunelit.whole import check_whole
-
-
-def batched(windows: Tensor) -> list[Batch]:
-    """Windows [N, S] as batches of about 2,048 tokens."""
-    return [{"input_ids": part} for part in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))]
 
 
 def find_model(pl_module: LightningModule) -> nn.Module:

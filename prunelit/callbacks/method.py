@@ -15,8 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit import bias, latency, rank, reconstruct, surgery, text
-from prunelit.calibrate import Batch, own_rank
-from prunelit.callbacks.job import batched
+from prunelit.calibrate import Batch, batched, own_rank
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
 from prunelit.kept import (
@@ -142,8 +141,10 @@ class PruningMethod:
             batches: what it is computed on.
             compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
         """
+        if self.kept is None or not self.reads_text:
+            return compute()
         key = self._key(decoder, batches, self.score_reads)
-        if self.kept is None or not self.reads_text or key is None:
+        if key is None:
             return compute()
         found, saved = self.kept.recall(f"{self.name}-{what}", key, compute)
         self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
@@ -159,7 +160,7 @@ class PruningMethod:
         key = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "code": code,
-            "options": {n: v for n, v in self.options.items() if n in (reads or self.options)},
+            "options": {n: v for n, v in self.options.items() if reads is None or n in reads},
             "model": model_fingerprint(decoder.model),
             "text": text_fingerprint(batches),
             "device": decoder.device.type,
@@ -281,8 +282,8 @@ class PruningMethod:
 
     def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """`plan`, or the finished plan of an earlier run with the same options."""
-        key = self._key(decoder, batches)
-        if self.kept_cut is None or not self.reads_text or key is None:
+        key = self._key(decoder, batches) if self.kept_cut is not None and self.reads_text else None
+        if self.kept_cut is None or key is None:
             return self.plan(decoder, batches)
         found, saved = self.kept_cut.recall(f"{self.name}-plan", key, lambda: self.plan(decoder, batches).to_json())
         self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
@@ -290,8 +291,8 @@ class PruningMethod:
 
     def _cut_once(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch], repaired: str | None) -> None:
         """`cut`; where that repairs, what an earlier run has made of the weights is put back instead."""
-        key = self._key(decoder, batches)
-        if self.kept_cut is None or not self.repairs or key is None:
+        key = self._key(decoder, batches) if self.kept_cut is not None and self.repairs else None
+        if self.kept_cut is None or key is None:
             self.cut(decoder, plan, batches)
             return
         said = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
