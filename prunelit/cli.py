@@ -13,8 +13,9 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from prunelit import checkpoint, commands, compare
+from prunelit import checkpoint, compare
 from prunelit.callbacks.base import PruningCallback
+from prunelit.commands import evaluate, prune
 from prunelit.console import one_line_errors, speak_by_rule
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, OutputNotWritable
@@ -31,8 +32,8 @@ def run(command: str, arguments: list[str]) -> int:
     runs = {
         "fit": _lightning,
         "validate": _lightning,
-        "prune": commands.run_prune,
-        "evaluate": commands.run_evaluate,
+        "prune": prune.run,
+        "evaluate": evaluate.run,
         "compare": compare.run_compare,
     }
     speak_by_rule()

@@ -30,7 +30,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from prunelit import export, measure, models, text
 from prunelit.callbacks.base import PruningCallback
 from prunelit.cells import Calibration, Cell, Latency, Measured, Row, only_rows, rows, sources, values
-from prunelit.commands import Dtype, listed, load_on, parse, parser_of, place
+from prunelit.commands.options import Dtype, listed, load_on, parse, parser_of, place
 from prunelit.console import say
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError

