@@ -2,10 +2,11 @@
 
     python benchmarks/recovery_recipes.py --data FOLDER [--out DIR] [--only NAME ...] [--steps 64]
 
-The model is cut once (30% of the decoder layers' parameters, FLAP, no repair) and every recipe trains that plan on steps
-x batch x seqlen tokens of WikiText-2 raw train and novels, mixed. Then perplexity in float32 on WikiText-2 raw test, PTB
-validation and C4, first windows of 1,024 tokens; the measure is the mean of ln(perplexity / dense). A finished recipe is
-a file in --out and is not run again. The result is written to benchmarks/results/recovery_recipes.json.
+The model is cut once (30% of the decoder layers' parameters, FLAP, no repair). Every recipe trains that plan on steps
+x batch x seqlen tokens of WikiText-2 raw train and novels, mixed. Then perplexity in float32 on the first windows of
+1,024 tokens of WikiText-2 raw test, PTB validation and C4; the measure is the mean of ln(perplexity / dense). A
+finished recipe is a file in --out and is not run again. The result is written to
+benchmarks/results/recovery_recipes.json.
 """
 
 import argparse

@@ -5,7 +5,8 @@ the family calls it: adapters, frozen and trained parameters of a layer are gath
 
     DDP                     nothing to do
     DecoderFSDP             Lightning's FSDP (torch FSDP1), a GPU only
-    ModelParallelStrategy   Lightning's FSDP2 (torch `fully_shard`): spread by `prepare`, in `configure_model`
+    DecoderFSDP2            Lightning's ModelParallelStrategy (torch FSDP2, `fully_shard`) over all processes: spread by
+                            `prepare`, in `configure_model`
 """
 
 import copy
@@ -30,6 +31,24 @@ class DecoderFSDP(FSDPStrategy):
 
     def __init__(self, **kwargs: Any):
         super().__init__(auto_wrap_policy=is_wrapped, **kwargs)
+
+
+class DecoderFSDP2(ModelParallelStrategy):
+    """FSDP2 over all processes of all nodes; Lightning's "auto" would spread weights over nodes and tensors within one.
+
+    Tensors are not split within a layer: the cut shapes differ by layer.
+
+    Args:
+        save_distributed_checkpoint: a folder with a file for each process, saved faster, instead of one file.
+        kwargs: of Lightning's ModelParallelStrategy.
+    """
+
+    def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any):
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
 
 
 def is_wrapped(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:

@@ -1,7 +1,10 @@
 """Two gloo processes end in the weights of one process with twice the batch: DDP and FSDP2."""
 
+import json
 import os
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 import yaml
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy
 
 from prunelit import strategies
 from prunelit.callbacks import LLMBIP
@@ -24,6 +27,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "full": {"lora_rank": 0},
     "distill": {"loss": "distill", "hidden_weight": 1.0},
     "frugal": {"gradient_checkpointing": True},
+    "int4": {"base": "int4", "group_size": 16},
 }
 CASES = [("ddp", name) for name in RECIPES] + [("fsdp2", name) for name in RECIPES]
 
@@ -55,8 +59,9 @@ def fit(source: str, folder: Path, strategy: Any, devices: int, **options: Any) 
 
 def strategy_of(name: str) -> Any:
     if name == "ddp":
-        return DDPStrategy(process_group_backend="gloo")
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
+        settings = yaml.safe_load((ROOT / "configs" / "strategies" / "ddp.yaml").read_text(encoding="utf-8"))
+        return DDPStrategy(process_group_backend="gloo", **settings["trainer"]["strategy"]["init_args"])
+    return strategies.DecoderFSDP2(save_distributed_checkpoint=True, process_group_backend="gloo")
 
 
 def worker(rank: int, port: int, source: str, folder: str) -> None:
@@ -94,6 +99,31 @@ def test_two_processes_end_where_one_does(
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5, msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_torchrun_takes_the_command_of_the_docs(source: str, tmp_path: Path, strategy: str) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d"]
+    configs = [str(ROOT / "configs" / name) for name in ("recover-lora.yaml", f"strategies/{strategy}.yaml")]
+    small = ["--data.seqlen", "16", "--trainer.max_steps", "4", "--trainer.val_check_interval", "2"]
+    small += ["--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    backend = ["--trainer.strategy.process_group_backend", "gloo"] if strategy == "fsdp2" else []
+    done = subprocess.run(
+        [*launcher, "--rdzv-endpoint", "localhost:0", "-m", "prunelit", "fit", "--model", source]
+        + [part for config in configs for part in ("--config", config)]
+        + [*small, *backend],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    report = json.loads((tmp_path / "runs" / "recover-lora" / "report.json").read_text(encoding="utf-8"))
+    assert report["trained_steps"] == 4
+    assert report["recovered"]["parameters"] == report["pruned"]["parameters"] < report["dense"]["parameters"]
+
+
 def test_a_skeleton_has_the_names_and_no_memory() -> None:
     model = tiny("llama")
     empty = strategies.skeleton(model)
@@ -120,5 +150,5 @@ def test_a_strategy_stacks_on_any_run(name: str) -> None:
 
 
 def test_what_is_sharded() -> None:
-    assert strategies.is_sharded(ModelParallelStrategy())
+    assert strategies.is_sharded(strategies.DecoderFSDP2())
     assert not strategies.is_sharded(DDPStrategy())
