@@ -13,8 +13,6 @@ ln(perplexity / dense perplexity), because one text alone misleads.
 """
 
 import logging
-import os
-import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,7 +21,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -36,7 +33,7 @@ from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError
 from prunelit.progress import track
 from prunelit.report import plots, tables, weights_and_biases
-from prunelit.report.run import versions, write_json, write_text
+from prunelit.report.run import hardware, versions, write_json, write_text
 from prunelit.trial import Trials
 
 _log = logging.getLogger("prunelit")
@@ -207,7 +204,7 @@ def _head(
         },
         "texts": protocol,
         "latency": asdict(trials.latency) if trials.latency else None,
-        "hardware": _hardware(trials.device),
+        "hardware": hardware(trials.device),
         "versions": versions(),
     }
 
@@ -261,10 +258,3 @@ def _make(*folders: Path) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputNotWritable(f"output {str(folder)!r}: can not be made: {error.strerror or error}") from error
-
-
-def _hardware(device: torch.device) -> dict[str, Any]:
-    name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"device": name, "threads": torch.get_num_threads()}

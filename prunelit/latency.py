@@ -22,12 +22,12 @@ from torch import nn
 
 from prunelit import surgery
 from prunelit.calibrate import evaluating, own_rank
+from prunelit.clock import in_turn
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
 from prunelit.hetero import find
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.progress import track
 
 Mode = Literal["prefill", "decode"]
 Curve = list[list[float]]
@@ -127,13 +127,7 @@ def _curves(
     widths = _spread(shape.ffn_channels, points, align)
     kept += [LayerPlan(small.query_heads, small.kv_groups, tuple(range(width))) for width in widths]
     runs = [timer(*_one_layer(decoder, shape, plan)) for plan in kept]
-    times: list[list[float]] = [[] for _ in runs]
-    for run in runs:
-        run()  # the first run of a shape sets up kernels and buffers
-    for _ in track(range(repeats), "measuring latency"):
-        for run, seen in zip(runs, times, strict=True):
-            seen.append(run())
-    found = [statistics.median(seen) for seen in times]
+    found = [statistics.median(seen) for seen in in_turn(runs, repeats, "measuring latency")]
     heads = len(found) - len(widths)
     base = found[0] if heads else 0.0
     attention = [(len(plan.query_heads), seconds) for plan, seconds in zip(kept[:heads], found[:heads], strict=True)]

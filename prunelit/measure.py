@@ -13,6 +13,7 @@ from prunelit.errors import NotEnoughText
 from prunelit.plan import LayerPlan, PruningPlan
 from prunelit.progress import track
 
+_NOT_PREDICTED = -100  # the label that torch's cross entropy leaves out
 _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 
 
@@ -29,7 +30,9 @@ def size(model: nn.Module) -> dict[str, int]:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str = "perplexity") -> dict[str, float]:
+def perplexity(
+    model: nn.Module, windows: Tensor, batch_size: int = 4, what: str = "perplexity", stride: int | None = None
+) -> dict[str, float]:
     """exp(mean negative log-likelihood) over windows of token ids.
 
     Every window is read on its own, its first token is not predicted; losses are summed in float32 or better. In a
@@ -40,6 +43,8 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
         windows: [N, S] token ids without padding.
         batch_size: windows per forward pass.
         what: name on the progress bar.
+        stride: tokens from one window of a text to the next, where they overlap: all but the first window predict
+            only their last `stride` tokens, so that each token counts once. None: no overlap.
 
     Returns:
         {"perplexity", "nll" (mean, nats), "tokens" (predicted ones)}.
@@ -51,19 +56,22 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 4, what: str
         raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
+    labels = windows.clone()
+    if stride is not None:
+        labels[1:, : max(1, windows.shape[1] - stride)] = _NOT_PREDICTED
     with evaluating(model):
-        for batch, counts in track(_even_share(windows.split(batch_size)), what):
-            ids = batch.to(device)
+        for batch, counts in track(_even_share(torch.stack((windows, labels)).split(batch_size, 1)), what):
+            ids, wanted = batch.to(device)
             hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             if not counts:
                 continue
-            targets = ids[:, 1:].flatten()
+            targets = wanted[:, 1:].flatten()
             pieces = zip(
                 hidden_logits.split(_TOKENS_PER_LOGIT_CHUNK), targets.split(_TOKENS_PER_LOGIT_CHUNK), strict=True
             )
             for logits, target in pieces:
                 total[0] += nn.functional.cross_entropy(logits.float(), target, reduction="sum").double()
-            total[1] += targets.numel()
+            total[1] += (targets != _NOT_PREDICTED).sum()
     nll, tokens = all_sum(total).tolist()
     mean = nll / tokens
     return {"perplexity": perplexity_of(mean), "nll": mean, "tokens": int(tokens)}
@@ -82,13 +90,13 @@ def perplexity_of(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def protocol(sources: Sequence[str], windows: Tensor, dtype: str) -> dict[str, Any]:
+def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:
     """What must stand beside a perplexity for it to be comparable."""
     return {
         "text": list(sources),
         "windows": len(windows),
         "sequence_length": windows.shape[1],
-        "stride": windows.shape[1],
+        "stride": stride or windows.shape[1],
         "joined_by": "text: \\n\\n, sentence: space",
         "dtype": dtype,
         "mean": "over predicted tokens",

@@ -13,7 +13,8 @@ import hashlib
 import logging
 import pydoc_data.topics
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,12 @@ def tokenise(source: str, tokenizer: Any) -> Tensor:
 
 
 def windows(
-    sources: str | Sequence[str], tokenizer: Any, seqlen: int, count: int | None = None, seed: int | None = None
+    sources: str | Sequence[str],
+    tokenizer: Any,
+    seqlen: int,
+    count: int | None = None,
+    seed: int | None = None,
+    stride: int | None = None,
 ) -> Tensor:
     """Windows of token ids from one or several sources, mixed evenly.
 
@@ -91,12 +97,13 @@ def windows(
         seqlen: tokens per window.
         count: windows in all; None for all there are. Fewer than asked for is a warning, none is an error.
         seed: draw windows at random (in text order); None takes the first ones.
+        stride: tokens from the start of one window to the next; None: `seqlen`, they do not overlap.
 
     Returns:
         [N, seqlen] int64, the windows of the sources one after the other.
 
     Raises:
-        BadOption: no source, or `seqlen` < 2, or `count` < 1.
+        BadOption: no source, or `seqlen` < 2, or `count` < 1, or a stride outside 1 .. seqlen or over several sources.
         NotEnoughText: a source is shorter than one window.
     """
     names = [sources] if isinstance(sources, str) else list(sources)
@@ -104,9 +111,10 @@ def windows(
         raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN!r}")
     if seqlen < 2 or (count is not None and count < len(names)):
         raise BadOption(f"expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}")
+    check_stride(stride, seqlen, names)
     parts = []
     for number, source in enumerate(names):
-        found = pack(tokenise(source, tokenizer), seqlen, source)
+        found = pack(tokenise(source, tokenizer), seqlen, source, stride)
         if count is not None:
             wanted = count // len(names) + (number < count % len(names))
             if len(found) < wanted:
@@ -122,8 +130,22 @@ def windows(
     return torch.cat(parts)
 
 
-def pack(ids: Tensor, seqlen: int, source: str) -> Tensor:
-    """Cut token ids [tokens] into windows [N, seqlen]; the remainder is dropped.
+def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> None:
+    """Check the stride of windows that overlap.
+
+    Raises:
+        BadOption: it is outside 1 .. seqlen, or there are several sources, of which each has a first window.
+    """
+    if stride is not None and (not 1 <= stride <= seqlen or len(sources) > 1):
+        raise BadOption(
+            f"stride: expected 1 to {seqlen} (the sequence length) and one text source, got {stride} and "
+            f"{len(sources)} sources; measure texts under names of their own"
+        )
+
+
+def pack(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Tensor:
+    """Cut token ids [tokens] into windows [N, seqlen], one every `stride` tokens (None: `seqlen`, no overlap); the
+    remainder is dropped.
 
     Raises:
         NotEnoughText: fewer tokens than one window.
@@ -133,7 +155,7 @@ def pack(ids: Tensor, seqlen: int, source: str) -> Tensor:
             f"text {source!r}: expected at least one window of {seqlen} tokens, got {len(ids)} tokens; "
             "take a longer text or a smaller seqlen"
         )
-    return ids[: len(ids) // seqlen * seqlen].view(-1, seqlen)
+    return ids.unfold(0, seqlen, stride or seqlen).contiguous()
 
 
 def fingerprint(ids: Tensor) -> str:
@@ -162,22 +184,32 @@ def table(source: str, what: str = "text") -> Any:
     import datasets
 
     path = Path(source).expanduser()
+    with quiet_datasets():
+        try:
+            if path.is_file():
+                kind = _FORMATS[_suffix(path)]
+                whole = {"sample_by": "document"} if kind == "text" else {}
+                return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
+            name, _, rest = source.partition(":")
+            config, _, split = rest.partition(":")
+            require_hub(name, what, "a .parquet, .json, .jsonl or .txt file")
+            return datasets.load_dataset(name, config or None, split=split or "train")
+        except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error
+            raise SourceNotFound(f"{what} {source!r}: can not be read: {first_line(cause)}") from error
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence the bars and the log of `datasets`: what goes wrong is said in one line by whoever reads."""
+    import datasets
+
     log, bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
     level = log.level
-    log.setLevel(logging.CRITICAL)  # the error below says it in one line
+    log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     try:
-        if path.is_file():
-            kind = _FORMATS[_suffix(path)]
-            whole = {"sample_by": "document"} if kind == "text" else {}
-            return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
-        name, _, rest = source.partition(":")
-        config, _, split = rest.partition(":")
-        require_hub(name, what, "a .parquet, .json, .jsonl or .txt file")
-        return datasets.load_dataset(name, config or None, split=split or "train")
-    except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-        cause = error.__cause__ or error
-        raise SourceNotFound(f"{what} {source!r}: can not be read: {_first_line(cause)}") from error
+        yield
     finally:
         log.setLevel(level)
         if bars:
@@ -193,5 +225,6 @@ def _rows(source: str) -> tuple[str, list[Any]]:
     return column, list(data[column])
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Type and first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from prunelit import measure, text
+from prunelit import clock, measure, text
 from prunelit.calibrate import TOKENS_PER_BATCH, batched, evaluating, on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.cells import Calibration, Cell, Latency
@@ -211,16 +212,13 @@ def prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) ->
     decoders = [Decoder(network) for network in networks]
     limit = min(decoder.config.vocab_size for decoder in decoders)
     ids = torch.randint(limit, (1, tokens), generator=torch.Generator().manual_seed(0)).to(decoders[0].device)
-    taken: list[list[float]] = [[] for _ in decoders]
-    for turn in range(repeats + 1):
-        for decoder, seconds in zip(decoders, taken, strict=True):
-            with evaluating(decoder.model):
-                _wait(decoder.device)
-                start = time.perf_counter()
-                decoder.backbone(input_ids=ids, use_cache=False)
-                _wait(decoder.device)
-                seconds += [time.perf_counter() - start] * (turn > 0)
-    return [statistics.median(seconds) for seconds in taken]
+
+    def one(decoder: Decoder) -> float:
+        with evaluating(decoder.model):
+            return clock.seconds(lambda: decoder.backbone(input_ids=ids, use_cache=False), decoder.device)
+
+    taken = clock.in_turn([partial(one, decoder) for decoder in decoders], repeats, "measuring prefill")
+    return [statistics.median(each) for each in taken]
 
 
 def _perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "architectures", "plan", "progress"),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
-        *("calibrate", "surgery", "measure", "models", "text", "stream", "latency", "kept", "whole"),
+        *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
         *("streamed", "layerwise"),  # models that do not fit
         *("lora", "quantize", "int4", "linears", "losses", "instructions"),  # what recovery is made of
         *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
@@ -35,7 +35,7 @@ FLOORS = (
     ),
     ("strategies",),
     ("recovery", "data", "export", "callbacks"),
-    ("cli", "commands", "console", "compare", "cells", "trial", "report", "checkpoint", "__main__"),
+    ("cli", "commands", "console", "compare", "cells", "trial", "evaluation", "report", "checkpoint", "__main__"),
 )
 SIBLINGS_APART = 4  # on this floor packages and modules do not import each other
 LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}

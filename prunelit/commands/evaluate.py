@@ -1,18 +1,27 @@
-"""`python -m prunelit evaluate`: perplexity of any model on any text."""
+"""`python -m prunelit evaluate`: perplexity of any model on any text; with more asked for, a whole evaluation."""
 
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prunelit import export, measure, models, text
+from prunelit import export, measure, text
 from prunelit.calibrate import TOKENS_PER_BATCH, on_device
-from prunelit.commands.options import Dtype, Sources, listed, load_on, parse, parser_of, place
+from prunelit.commands.options import Dtype, Sources, listed, parse, parser_of, place
 from prunelit.console import say
-from prunelit.decoder import Decoder
-from prunelit.errors import OutputNotWritable
+from prunelit.errors import BadOption, OutputNotWritable
+from prunelit.evaluation import run as whole
+from prunelit.evaluation.markdown import markdown
+from prunelit.evaluation.perplexities import Text
+from prunelit.evaluation.speed import Speed
+from prunelit.evaluation.subject import Subject
+from prunelit.models import load_tokenizer
 from prunelit.report.run import versions, write_json
+
+_MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
+"""Options that ask for more than one perplexity."""
 
 
 def evaluate(
@@ -22,33 +31,37 @@ def evaluate(
     windows: int | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
+    stride: int | None = None,
+    adapter: str | None = None,
 ) -> dict[str, Any]:
     """Perplexity of any model on any text.
 
     Args:
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
         sources: text sources, mixed evenly.
-        seqlen: tokens per window; windows do not overlap.
+        seqlen: tokens per window.
         windows: the first so many windows; null for all.
         dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: no overlap.
+        adapter: folder of a PEFT adapter for the model, merged into it; null for none.
 
     Returns:
         {"perplexity", "nll", "tokens", "protocol", "model", size, "seconds", "versions"}.
     """
-    models.check_source(model)
+    subject = Subject(model, adapter, dtype, device)
+    subject.check()
     for source in sources:
         text.check_source(source)
-    ids = text.windows(list(sources), models.load_tokenizer(model), seqlen, windows)
-    network = load_on(model, dtype, device)
-    Decoder(network).check_finite()
+    ids = text.windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
+    network = subject.load()
     start = time.perf_counter()
     with on_device(network, place(device)):
-        found = measure.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen))
+        found = measure.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
     used = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {
         **found,
-        "protocol": measure.protocol(sources, ids, used),
+        "protocol": measure.protocol(sources, ids, used, stride),
         "model": model,
         **measure.size(network),
         "seconds": round(time.perf_counter() - start, 2),
@@ -58,18 +71,38 @@ def evaluate(
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit evaluate`."""
-    parser = parser_of(command, "perplexity of any model on any text")
-    parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="text source(s)")
+    parser = parser_of(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
+    parser.add_argument(
+        "--text", type=Sources | None, default=None, help="text source(s); built-in where nothing else is asked for"
+    )
+    parser.add_argument("--seqlen", type=int, default=1024, help="of --text: tokens per window")
+    parser.add_argument("--windows", type=int | None, default=None, help="of --text: the first so many; null for all")
+    parser.add_argument(
+        "--stride", type=int | None, default=None, help="of --text: tokens between windows; null: seqlen"
+    )
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    parser.add_function_arguments(evaluate, None, skip={"sources"}, sub_configs=False)
-    options = parse(parser, arguments, lists=["text"])
+    parser.add_function_arguments(whole.evaluate, None, sub_configs=False)
+    inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
+    options = parser.instantiate(parse(parser, arguments, ["text", "tasks", "prompts"], inner))
     if options.json:
         export.check_output(Path(options.json).resolve().parent, overwrite=True)
         if Path(options.json).is_dir():
             raise OutputNotWritable(f"json {options.json!r}: expected a file, got a folder")
-    sources = listed(options.text)
-    result = evaluate(options.model, sources, options.seqlen, options.windows, options.dtype, options.device)
-    if options.json:
-        write_json(Path(options.json), result)
-    say(json.dumps(result, indent=2))
+    given = {name: value for name, value in vars(options).items() if name != "config"}
+    target = given.pop("json")
+    of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}
+    if not any(given[name] for name in _MORE):
+        chosen = {name: given[name] for name in ("model", "dtype", "device", "adapter")}
+        result = evaluate(sources=listed(of_text.pop("text") or text.BUILTIN), **of_text, **chosen)
+        said = json.dumps(result, indent=2)
+    else:
+        if of_text["text"]:
+            if "text" in (given["texts"] or {}):
+                raise BadOption("texts: expected names other than 'text', which is that of --text")
+            given["texts"] = {"text": Text(**of_text), **(given["texts"] or {})}
+        result = whole.evaluate(**given)
+        said = markdown(result) + (f"\n{given['out']}/: evaluate.md, evaluate.json" if given["out"] else "")
+    if target:
+        write_json(Path(target), result)
+    say(said)
     return 0

@@ -236,3 +236,11 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """The machine that times and rounding depend on."""
+    name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    return {"device": name, "threads": torch.get_num_threads()}

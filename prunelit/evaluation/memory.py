@@ -1,0 +1,87 @@
+"""Peak memory of one model at work, in a process of its own, so that nothing else counts.
+
+On a GPU it is what torch allocated at most; on a CPU the peak of resident memory after loading, less what the process
+had before it loaded the model. Where a system can not reset its peak (macOS) loading counts too, and the result says so.
+"""
+
+import resource
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunelit.calibrate import on_device
+from prunelit.commands.options import place
+from prunelit.errors import PrunelitError
+from prunelit.evaluation.speed import Runner, Speed
+from prunelit.evaluation.subject import Subject
+
+_STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
+    """Peak memory of prefill and decode.
+
+    Args:
+        subject: the model; it is loaded in another process.
+        wanted: the work.
+
+    Returns:
+        {"peak_bytes", "of": "GPU" or "process", "loading_counts"}.
+
+    Raises:
+        PrunelitError: the process was killed, most likely because memory ran out.
+    """
+    threads = torch.get_num_threads()
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_peak, subject, wanted, threads).result()
+    except BrokenProcessPool as error:
+        raise PrunelitError(
+            f"peak memory of {subject.source!r}: the process that measures it was killed, most likely out of memory; "
+            "lower speed.prompt, speed.context or speed.batch"
+        ) from error
+
+
+def _peak(subject: Subject, wanted: Speed, threads: int) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    target = place(subject.device)
+    before = _resident("VmRSS")
+    network = subject.load()
+    with on_device(network, target):
+        if target.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(target)
+            _work(network, wanted)
+            return {"peak_bytes": torch.cuda.max_memory_allocated(target), "of": "GPU", "loading_counts": False}
+        reset = _reset_peak()
+        _work(network, wanted)
+        return {"peak_bytes": _resident("VmHWM") - before, "of": "process", "loading_counts": not reset}
+
+
+def _work(network: Any, wanted: Speed) -> None:
+    runner = Runner(network, wanted)
+    runner.read(wanted.prompt)
+    runner.generate(runner.context)
+
+
+def _reset_peak() -> bool:
+    """Whether the kernel forgot the peak of resident memory so far (Linux)."""
+    try:
+        _RESET.write_text("5", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def _resident(name: str) -> int:
+    """Resident memory now (VmRSS) or at most (VmHWM), bytes; the peak of all time where there is no /proc."""
+    try:
+        lines = _STATUS.read_text(encoding="ascii").splitlines()
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024

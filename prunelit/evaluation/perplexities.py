@@ -1,0 +1,108 @@
+"""Perplexity of several texts, each with its protocol; numbers of two protocols never stand in one table."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunelit import measure, text
+from prunelit.calibrate import TOKENS_PER_BATCH
+from prunelit.cells import Measured
+from prunelit.errors import BadOption, NonFinite
+
+OF_A_TABLE = ("sequence_length", "stride", "dtype", "mean")
+"""What numbers that stand beside each other must have in common; texts are columns, and have their own windows."""
+
+
+@dataclass(frozen=True)
+class Text(Measured):
+    """A text that perplexity is measured on.
+
+    Args:
+        text: text source(s), mixed evenly.
+        seqlen: tokens per window.
+        windows: the first so many windows; null for all.
+        stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: `seqlen`,
+            no overlap.
+    """
+
+    stride: int | None = None
+
+    def __post_init__(self) -> None:
+        text.check_stride(self.stride, self.seqlen, [self.text] if isinstance(self.text, str) else self.text)
+
+
+def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: str) -> dict[str, Any]:
+    """{"nll", "perplexity" (null where no float holds it), "tokens"} of one text.
+
+    Args:
+        network: a causal LM.
+        windows: [N, S] token ids.
+        stride: see `Text`.
+        what: name on the progress bar.
+
+    Raises:
+        NonFinite: the loss is NaN or infinite.
+    """
+    batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
+    found: dict[str, Any] = measure.perplexity(network, windows, batch_size, what, stride)
+    if not math.isfinite(found["nll"]):
+        raise NonFinite(
+            f"{what}: expected a finite loss, got {found['nll']}; activations overflow, try --dtype float32"
+        )
+    return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
+
+
+def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
+    """What must stand beside a perplexity for it to be comparable; the source names the split."""
+    found = measure.protocol(sources, windows, dtype, stride)
+    return found | {"fingerprint": text.fingerprint(windows)}
+
+
+def tables(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
+    """The texts of a result apart by protocol, one group for each table.
+
+    Args:
+        texts: {name: {"protocol", ...}}.
+    """
+    groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    for name, entry in texts.items():
+        groups.setdefault(_common(entry["protocol"]), {})[name] = entry
+    return list(groups.values())
+
+
+def one_table(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What all texts of a table have in common of their protocol.
+
+    Raises:
+        BadOption: two of them were measured differently.
+    """
+    first: Mapping[str, Any] | None = None
+    for name, entry in texts.items():
+        first = first or entry["protocol"]
+        if _common(entry["protocol"]) != _common(first):
+            differs = [key for key in OF_A_TABLE if entry["protocol"][key] != first[key]]
+            raise BadOption(
+                f"perplexity of {name!r}: expected one protocol in a table, got {differs[0]} "
+                f"{entry['protocol'][differs[0]]} beside {first[differs[0]]}; make a table for each"
+            )
+    return dict(zip(OF_A_TABLE, _common(first or {}), strict=True))
+
+
+def check_same_text(name: str, mine: Tensor, theirs: Tensor) -> None:
+    """Two models are compared on the same tokens.
+
+    Raises:
+        BadOption: their tokenizers read the text differently.
+    """
+    if mine.shape != theirs.shape or not mine.equal(theirs):
+        raise BadOption(
+            f"against: expected a model with the same tokenizer, got one that reads {name!r} as other tokens; "
+            "their perplexities do not compare: leave texts out, or evaluate each alone"
+        )
+
+
+def _common(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(protocol.get(key) for key in OF_A_TABLE)

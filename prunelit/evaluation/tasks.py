@@ -1,0 +1,261 @@
+"""Zero-shot tasks of lm-evaluation-harness, from the hub or from local files, checked before a model is loaded.
+
+The definition of a task (prompt, choices, metrics) is always the harness' own: for a local file a small YAML includes
+it and replaces nothing but where the rows come from. Any `lm_eval --include_path FOLDER` reads these YAML files too.
+"""
+
+import gzip
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunelit import models
+from prunelit.console import nearest
+from prunelit.errors import BadOption, SourceNotFound
+from prunelit.report.run import write_text
+
+_ENDINGS = (".jsonl.gz", ".jsonl")
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        definition: the harness' YAML, relative to lm_eval/tasks.
+        dataset: hub id of the rows.
+        split: the one that the harness scores.
+        fields: what the definition reads, and what is right there.
+    """
+
+    definition: str
+    dataset: str
+    split: str
+    fields: Mapping[str, "Field"]
+
+
+@dataclass(frozen=True)
+class Field:
+    """What a field of a row must hold: said to the user, and checked with the whole row at hand."""
+
+    said: str
+    holds: Callable[[Any, Row], bool]
+
+
+def _words(value: Any, row: Row) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _number_below(count: Callable[[Row], int]) -> Callable[[Any, Row], bool]:
+    def holds(value: Any, row: Row) -> bool:
+        given = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < count(row)
+
+    return holds
+
+
+def _choices(value: Any, row: Row) -> bool:
+    texts, labels = (value.get("text"), value.get("label")) if isinstance(value, Mapping) else (None, None)
+    if not isinstance(texts, list) or not isinstance(labels, list):
+        return False
+    return len(texts) == len(labels) > 1 and all(isinstance(word, str) for word in texts + labels)
+
+
+def _one_of_labels(value: Any, row: Row) -> bool:
+    return isinstance(value, str) and _choices(row.get("choices"), row) and value.strip() in row["choices"]["label"]
+
+
+_TEXT = Field("text", _words)
+_BINARY = Field("0 or 1", _number_below(lambda row: 2))
+_OPTIONS = {
+    "choices": Field("{text: [...], label: [...]} of one length", _choices),
+    "answerKey": Field("one of choices.label", _one_of_labels),
+}
+_GAP = Field("text with a gap _", lambda value, row: _words(value, row) and "_" in value)
+_ENDING = Field(
+    "a list of two texts or more",
+    lambda value, row: isinstance(value, list) and len(value) > 1 and all(_words(each, row) for each in value),
+)
+_WHICH = Field(
+    "the number of an ending",
+    _number_below(lambda row: len(row["endings"]) if isinstance(row.get("endings"), list) else 0),
+)
+
+TASKS: dict[str, Task] = {
+    "piqa": Task(
+        "piqa/piqa.yaml", "baber/piqa", "validation", {"goal": _TEXT, "sol1": _TEXT, "sol2": _TEXT, "label": _BINARY}
+    ),
+    "hellaswag": Task(
+        "hellaswag/hellaswag.yaml",
+        "Rowan/hellaswag",
+        "validation",
+        {
+            **dict.fromkeys(("ctx_a", "activity_label"), _TEXT),
+            "ctx_b": Field("text, may be empty", lambda value, row: isinstance(value, str)),
+            "endings": _ENDING,
+            "label": _WHICH,
+        },
+    ),
+    "winogrande": Task(
+        "winogrande/default.yaml",
+        "allenai/winogrande",
+        "validation",
+        {
+            "sentence": _GAP,
+            "option1": _TEXT,
+            "option2": _TEXT,
+            "answer": Field('"1" or "2"', lambda value, row: value in ("1", "2")),
+        },
+    ),
+    "arc_easy": Task("arc/arc_easy.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_OPTIONS}),
+    "arc_challenge": Task("arc/arc_challenge.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_OPTIONS}),
+    "boolq": Task(
+        "super_glue/boolq/default.yaml",
+        "aps/super_glue",
+        "validation",
+        {"passage": _TEXT, "question": _TEXT, "label": _BINARY},
+    ),
+    "openbookqa": Task(
+        "openbookqa/openbookqa.yaml", "allenai/openbookqa", "test", {"question_stem": _TEXT, **_OPTIONS}
+    ),
+}
+
+
+def named(names: Sequence[str]) -> list[str]:
+    """The tasks of these names; "all" for every one.
+
+    Raises:
+        BadOption: no such task, or one twice.
+    """
+    for name in names:
+        if name != "all" and name not in TASKS:
+            raise BadOption(f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")
+    found = list(TASKS) if "all" in names else list(names)
+    if len(set(found)) < len(found):
+        raise BadOption(f"tasks: expected each once, got {found}")
+    return found
+
+
+def require_harness() -> Path:
+    """The folder of the harness' own tasks.
+
+    Raises:
+        BadOption: lm-evaluation-harness is not installed.
+    """
+    found = importlib.util.find_spec("lm_eval")
+    if found is None or not found.submodule_search_locations:
+        raise BadOption("tasks: zero-shot tasks need lm-evaluation-harness: pip install 'prunelit[zeroshot]'")
+    return Path(found.submodule_search_locations[0]) / "tasks"
+
+
+def local_files(names: Sequence[str], folder: str) -> dict[str, Path]:
+    """The file of each task, every row of it checked.
+
+    Args:
+        names: of tasks.
+        folder: holds NAME.jsonl or NAME.jsonl.gz.
+
+    Raises:
+        SourceNotFound: no such folder or file, or a row without what the task reads; names line and field.
+    """
+    home = Path(folder).expanduser()
+    if not home.is_dir():
+        raise SourceNotFound(f"tasks_folder {folder!r}: expected a folder with NAME.jsonl or NAME.jsonl.gz, got none")
+    found = {}
+    for name in names:
+        paths = [path for ending in _ENDINGS if (path := home / f"{name}{ending}").is_file()]
+        if not paths:
+            there = ", ".join(sorted(path.name for path in home.iterdir())[:8]) or "nothing"
+            raise SourceNotFound(f"tasks_folder {folder!r}: expected {name}.jsonl or {name}.jsonl.gz, got {there}")
+        _check_rows(name, paths[0])
+        found[name] = paths[0].resolve()
+    return found
+
+
+def _check_rows(name: str, path: Path) -> None:
+    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                where = f"task file {str(path)!r}: line {number}"
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise SourceNotFound(
+                        f"{where}: expected one JSON object a line, got {line.strip()!r:.60}"
+                    ) from error
+                if not isinstance(row, dict):
+                    raise SourceNotFound(f"{where}: expected a JSON object, got {row!r:.60}")
+                for field, wanted in TASKS[name].fields.items():
+                    if field not in row:
+                        raise SourceNotFound(f"{where}: expected a field {field!r} ({wanted.said}), got {sorted(row)}")
+                    if not wanted.holds(row[field], row):
+                        raise SourceNotFound(f"{where}: {field}: expected {wanted.said}, got {row[field]!r:.60}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise SourceNotFound(f"task file {str(path)!r}: can not be read: {type(error).__name__}: {error}") from error
+    if not number:
+        raise SourceNotFound(f"task file {str(path)!r}: expected rows, got an empty file")
+
+
+def require_online(names: Sequence[str]) -> None:
+    """Check within seconds that the rows of tasks are in the local cache or can be fetched.
+
+    Raises:
+        SourceNotFound: they are not, and can not.
+    """
+    for name in names:
+        try:
+            models.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
+        except SourceNotFound as error:
+            raise SourceNotFound(f"task {name!r}: {error}") from error
+
+
+def write_definitions(files: Mapping[str, Path], harness: Path, folder: Path) -> dict[str, str]:
+    """A YAML for each task that includes the harness' own and reads its rows from a local file.
+
+    Args:
+        files: of `local_files`.
+        harness: of `require_harness`.
+        folder: where NAME.yaml is written.
+
+    Returns:
+        {task: path of its YAML}.
+
+    Raises:
+        OutputNotWritable: the disk refused.
+    """
+    written = {}
+    for name, path in files.items():
+        task = TASKS[name]
+        splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
+        splits[f"{task.split}_split"] = task.split
+        content = {
+            "include": str(harness / task.definition),
+            "task": name,
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {task.split: str(path)}},
+            **splits,
+        }
+        target = folder / f"{name}.yaml"
+        write_text(target, yaml.safe_dump(content, sort_keys=False))
+        written[name] = str(target)
+    return written
+
+
+def stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str]:
+    """{task: path of the harness' own YAML}, which fetches rows from the hub."""
+    return {name: str(harness / TASKS[name].definition) for name in names}
+
+
+def file_fingerprint(path: Path) -> str:
+    """Hash of a file's bytes."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
