@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 from jsonargparse import ArgumentParser
 
@@ -59,7 +59,7 @@ class Measured:
     windows: int | None = None
 
     @classmethod
-    def of(cls, name: str, given: Any) -> "Measured":
+    def of(cls, name: str, given: Any) -> Self:
         """From what stands in a file under `texts`: {text, seqlen, windows}, or a source alone.
 
         Raises:

@@ -96,6 +96,23 @@ def test_perplexity_does_not_depend_on_the_batch_size():
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
+@pytest.mark.parametrize(("length", "stride"), [(10, 3), (10, 9), (8, 1)])
+def test_with_a_stride_every_token_counts_once_with_the_context_of_its_window(length, stride):
+    model, text = tiny("llama"), tokens(1, 26)[0]
+    windows = text.unfold(0, length, stride)
+    expected = negative_log_likelihoods(model, windows[:1])
+    for window in windows[1:]:
+        expected += negative_log_likelihoods(model, window[None])[-stride:]
+    found = perplexity(model, windows, batch_size=2, stride=stride)
+    assert found["tokens"] == len(expected) == length - 1 + stride * (len(windows) - 1)
+    assert found["nll"] == pytest.approx(sum(expected) / len(expected), rel=1e-6)
+
+
+def test_a_stride_of_the_whole_window_is_no_overlap():
+    model, windows = tiny("llama"), tokens(3, 9)
+    assert perplexity(model, windows, stride=9) == perplexity(model, windows)
+
+
 def test_perplexity_of_uniform_logits_is_the_vocabulary():
     model = tiny("llama")
     with torch.no_grad():

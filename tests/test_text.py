@@ -125,6 +125,21 @@ def test_windows_are_the_text_without_overlap_and_without_the_remainder(tmp_path
     assert tokenizer.decode(found.flatten().tolist()) == content[: len(content) // seqlen * seqlen]
 
 
+def test_windows_with_a_stride_overlap(tmp_path):
+    source, tokenizer = write(tmp_path / "a.txt", "abcdefghijk"), tiny_tokenizer()
+    ids = text.tokenise(source, tokenizer)
+    found = text.windows(source, tokenizer, 4, stride=3)
+    assert found.tolist() == [ids[start : start + 4].tolist() for start in (0, 3, 6)]
+    assert text.windows(source, tokenizer, 4, stride=4).equal(text.windows(source, tokenizer, 4))
+    assert text.windows(source, tokenizer, 4, 2, stride=3).equal(found[:2])
+
+
+@pytest.mark.parametrize("options", [{"stride": 0}, {"stride": 5}, {"stride": 2, "sources": ["a", "b"]}])
+def test_strides_out_of_range_are_refused(options):
+    with pytest.raises(BadOption, match="stride: expected 1 to 4"):
+        text.windows(**{"sources": "a", "tokenizer": None, "seqlen": 4, **options})
+
+
 def test_special_tokens_are_added_once(tmp_path):
     tokenizer = tiny_tokenizer()
     special = [("<s>", 1), ("</s>", 2)]

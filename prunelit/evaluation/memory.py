@@ -1,7 +1,7 @@
 """Peak memory of one model at work, in a process of its own, so that nothing else counts.
 
 On a GPU it is what torch allocated at most; on a CPU the peak of resident memory after loading, less what the process
-had before it loaded the model. Where a system can not reset its peak (macOS) loading counts too, and the result says so.
+had before it loaded the model. Where a system can not reset its peak (macOS) loading counts too; the result says so.
 """
 
 import resource

@@ -26,12 +26,19 @@ class Text(Measured):
         windows: the first so many windows; null for all.
         stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: `seqlen`,
             no overlap.
+        file: what is read instead of `text` where a folder of files is given, relative to it.
     """
 
     stride: int | None = None
+    file: str | None = None
 
     def __post_init__(self) -> None:
-        text.check_stride(self.stride, self.seqlen, [self.text] if isinstance(self.text, str) else self.text)
+        text.check_stride(self.stride, self.seqlen, self.said(None))
+
+    def said(self, data: str | None) -> list[str]:
+        """The sources that are read, as they were written; `data` is the folder of files, if there is one."""
+        given = self.file if data and self.file else self.text
+        return [given] if isinstance(given, str) else list(given)
 
 
 def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from prunelit import export, measure, models, text
 from prunelit.calibrate import on_device
-from prunelit.cells import sources
 from prunelit.commands.options import Dtype, listed, place
 from prunelit.errors import BadOption
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
@@ -29,37 +28,13 @@ from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
+from prunelit.evaluation.wanted import Wanted, of_tasks, of_texts
 from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
 from prunelit.report.run import hardware, versions, write_json, write_text
 
 _log = logging.getLogger("prunelit")
 _FORMAT = "prunelit-evaluation/1"
 Found = TypeVar("Found")
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is measured, all of it checked.
-
-    Attributes:
-        texts: what perplexity is measured on.
-        opened: their sources as they are opened.
-        definitions: {task: path of its YAML}.
-        files: {task: its local file}; empty where rows come from the hub.
-        limit: items of each task; None for all.
-        batch_size: requests of a task per forward pass.
-        speed: None: not measured.
-        samples: None: none are written.
-    """
-
-    texts: Mapping[str, Text] = field(default_factory=dict)
-    opened: Mapping[str, list[str]] = field(default_factory=dict)
-    definitions: Mapping[str, str] = field(default_factory=dict)
-    files: Mapping[str, Path] = field(default_factory=dict)
-    limit: int | None = None
-    batch_size: int = 8
-    speed: Speed | None = None
-    samples: Samples | None = None
 
 
 def evaluate(
@@ -87,8 +62,8 @@ def evaluate(
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
         against: model source to compare with, as a rule the dense model; null for none.
         adapter: folder of a PEFT adapter for `model`, merged into it; null for none.
-        texts: what perplexity is measured on, {name: {text, seqlen, windows, stride}}, lengths in tokens.
-        data: folder of text files whose paths are relative.
+        texts: what perplexity is measured on, {name: {text, file, seqlen, windows, stride}}, lengths in tokens.
+        data: folder of text files whose paths are relative; the texts' `file` is read instead of their `text`.
         tasks: zero-shot tasks by lm-evaluation-harness: all, or some of piqa, hellaswag, winogrande, arc_easy,
             arc_challenge, boolq, openbookqa; null for none.
         tasks_folder: folder with NAME.jsonl or NAME.jsonl.gz for each task; null: rows come from the hub.
@@ -119,8 +94,8 @@ def evaluate(
             export.check_output(out, overwrite=True)
         folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
         wanted = Wanted(
-            **_texts(texts or {}, data),
-            **_tasks(listed(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
+            **of_texts(texts or {}, data),
+            **of_tasks(listed(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
             speed=speed if isinstance(speed, Speed) else Speed() if speed else None,
             samples=Samples(tuple(listed(prompts)) if prompts else Samples.prompts, chat, sample_tokens)
             if samples or prompts
@@ -135,32 +110,6 @@ def evaluate(
             write_json(folder / "evaluate.json", report)
             write_text(folder / "evaluate.md", markdown(report))
     return report
-
-
-def _texts(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
-    measured = {str(name): Text.of(str(name), given) for name, given in texts.items()}
-    return {
-        "texts": measured,
-        "opened": {name: sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()},
-    }
-
-
-def _tasks(
-    names: list[str], folder: str | None, definitions: Path, limit: int | None, batch_size: int
-) -> dict[str, Any]:
-    for name, value in (("limit", limit), ("batch_size", batch_size)):
-        if value is not None and value < 1:
-            raise BadOption(f"{name}: expected at least 1, got {value}" + "; null takes all" * (name == "limit"))
-    wanted = tasks.named(names)
-    found: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
-    if not wanted:
-        return found
-    harness = tasks.require_harness()
-    if folder is None:
-        tasks.require_online(wanted)
-        return found | {"definitions": tasks.stock_definitions(wanted, harness)}
-    files = tasks.local_files(wanted, folder)
-    return found | {"definitions": tasks.write_definitions(files, harness, definitions), "files": files}
 
 
 class Evaluation:
@@ -287,7 +236,7 @@ class Evaluation:
         entries: dict[str, Any] = {}
         for name, given in self.wanted.texts.items():
             ids, dtype = self.windows[name], self._keys["model"]["dtype"]
-            entry = {"protocol": perplexities.protocol(listed(given.text), ids, dtype, given.stride)}
+            entry = {"protocol": perplexities.protocol(given.said(self.wanted.data), ids, dtype, given.stride)}
             entry |= {who: found[who]["texts"][name] for who in found}
             if "against" in entry:
                 entry["log_ratio"] = entry["model"]["nll"] - entry["against"]["nll"]

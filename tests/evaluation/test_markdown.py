@@ -1,0 +1,53 @@
+"""Tables are Markdown, one for each protocol; the code refuses two protocols in one."""
+
+from typing import Any
+
+import pytest
+
+from prunelit.errors import BadOption
+from prunelit.evaluation import perplexities
+from prunelit.evaluation.markdown import markdown, perplexity_table, table
+from tests.tiny import tokens
+
+
+def text(length: int, *nll: float) -> dict[str, Any]:
+    found = {who: {"nll": value, "tokens": 30} for who, value in zip(("model", "against"), nll, strict=False)}
+    ratio = {"log_ratio": nll[0] - nll[1]} if len(nll) > 1 else {}
+    return {"protocol": perplexities.protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
+
+
+def test_a_table() -> None:
+    assert table([["", "a|b"], ["x", "1"]]) == "|  | a\\|b |\n| --- | --- |\n| x | 1 |"
+
+
+def test_perplexities_of_one_protocol() -> None:
+    said, grid, notes = perplexity_table({"a": text(12, 3.0, 2.9), "b": text(12, 2.5, 2.0)})
+    assert said == "Windows of 12 tokens, without overlap; mean over predicted tokens, float32."
+    assert grid.splitlines() == [
+        "|  | a | b | mean |",
+        "| --- | --- | --- | --- |",
+        "| model | 20.1 | 12.2 |  |",
+        "| against | 18.2 | 7.39 |  |",
+        "| ln(model / against) | 0.100 | 0.500 | 0.300 |",
+    ]
+    assert notes.splitlines() == [f"- {name}: a.txt; 3 windows, 30 tokens" for name in "ab"]
+    assert perplexity_table({"a": text(12, 3.0)})[1].splitlines()[-1] == "| model | 20.1 |"
+
+
+def test_two_protocols_in_one_table_are_refused() -> None:
+    with pytest.raises(BadOption, match="make a table for each"):
+        perplexity_table({"a": text(12, 3.0), "b": text(16, 3.0)})
+
+
+def test_the_whole_report_has_a_table_for_each_protocol() -> None:
+    size = {"parameters": 10, "block_parameters": 5, "macs_per_token": 9, "kv_bytes_per_token": 0}
+    report = {
+        "command": "python -m prunelit evaluate",
+        "model": {"source": "m", "adapter": "lora"} | size,
+        "perplexity": {"a": text(12, 3.0), "b": text(16, 3.0), "c": text(12, 2.0)},
+        "hardware": {"device": "CPU", "threads": 1},
+        "versions": {"torch": "2"},
+    }
+    said = markdown(report)
+    assert "# Evaluation of `m` with adapter `lora`" in said
+    assert said.index("|  | a | c |") < said.index("Windows of 16 tokens") < said.index("|  | b |")

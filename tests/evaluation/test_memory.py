@@ -1,0 +1,34 @@
+"""Peak memory grows with the work, and a process that dies is one line."""
+
+import os
+from typing import Any
+
+import pytest
+
+from prunelit.errors import PrunelitError
+from prunelit.evaluation import memory
+from prunelit.evaluation.speed import Speed
+from prunelit.evaluation.subject import Subject
+
+
+@pytest.mark.slow
+def test_more_logits_take_more_memory(dense: str) -> None:
+    small, large = (
+        memory.peak_bytes(Subject(dense), Speed(prompt=length, batch=batch, new_tokens=2, repeats=1))
+        for length, batch in ((8, 1), (500, 64))
+    )
+    scores = 64 * 9 * 500 * 8 * 4  # queries of one layer, float32: far less than a layer needs in all
+    assert large["peak_bytes"] - small["peak_bytes"] > scores
+    assert small["of"] == "process"
+
+
+def _die(*_: Any) -> None:
+    os._exit(9)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_one_line(dense: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_peak", _die)
+    with pytest.raises(PrunelitError, match="was killed, most likely out of memory") as error:
+        memory.peak_bytes(Subject(dense), Speed())
+    assert "\n" not in str(error.value)

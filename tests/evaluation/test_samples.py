@@ -1,0 +1,44 @@
+"""Completions equal a greedy loop without a cache; chats go through the template."""
+
+import pytest
+import torch
+
+from prunelit.errors import BadOption
+from prunelit.evaluation import samples
+from prunelit.evaluation.samples import Samples
+from tests.tiny import tiny, tiny_tokenizer
+
+
+def greedy(model: torch.nn.Module, ids: list[int], count: int) -> list[int]:
+    found = list(ids)
+    for _ in range(count):
+        with torch.no_grad():
+            found.append(int(model(input_ids=torch.tensor([found]), use_cache=False).logits[0, -1].argmax()))
+    return found[len(ids) :]
+
+
+def test_completions_are_greedy_and_without_the_prompt() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    model.generation_config.do_sample = True  # as the generation config of many chat models has it
+    model.generation_config.temperature = 0.7
+    found = samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=6))
+    expected = [greedy(model, tokenizer(prompt)["input_ids"], 6) for prompt in ("ab c", "x")]
+    assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+def test_a_chat_goes_through_the_template() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    with pytest.raises(BadOption, match="chat template"):
+        samples.write(model, tokenizer, Samples(["hi"], chat=True))
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+    (found,) = samples.write(model, tokenizer, Samples(["hi"], chat=True, new_tokens=5))
+    expected = greedy(model, tokenizer("user: hi\nbot:")["input_ids"], 5)
+    assert found == tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("given", [{"prompts": [" "]}, {"prompts": []}, {"new_tokens": 0}])
+def test_nothing_to_write(given: dict[str, object]) -> None:
+    with pytest.raises(BadOption):
+        Samples(**given)  # type: ignore[arg-type]
