@@ -79,11 +79,10 @@ def perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines += [[who, *(number(perplexity_of(entry[who])) for entry in texts.values())] for who in _who(first)]
     if "log_ratio" in first:
         ratios = [entry["log_ratio"] for entry in texts.values()]
-        lines[0].append("mean")
-        lines[-2].append("")
-        lines[-1].append("")
-        mean = sum(ratios) / len(ratios)
-        lines.append(["ln(model / against)", *(f"{ratio:.3f}" for ratio in ratios), f"{mean:.3f}"])
+        lines.append(["ln(model / against)", *(f"{ratio:.3f}" for ratio in ratios)])
+        if len(ratios) > 1:
+            last = ["mean", "", "", f"{sum(ratios) / len(ratios):.3f}"]
+            lines = [[*line, cell] for line, cell in zip(lines, last, strict=True)]
     notes = [
         f"- {name}: {', '.join(entry['protocol']['text'])}; {entry['protocol']['windows']} windows, "
         f"{entry['model']['tokens']:,} tokens"

@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -123,6 +123,7 @@ class Evaluation:
 
     def __init__(self, subjects: Mapping[str, Subject], wanted: Wanted, kept: Kept | None):
         self.subjects, self.wanted, self.kept = subjects, wanted, kept
+        _check_one_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
         self.device = place(next(iter(subjects.values())).device)
         self.tokenizers = {who: models.load_tokenizer(subject.source) for who, subject in subjects.items()}
         if wanted.samples:
@@ -138,7 +139,7 @@ class Evaluation:
         for who, subject in self.subjects.items():
             network = subject.load()
             self._keys[who] = self._key_of(who, network)
-            self._check_one_dtype()
+            _check_one_dtype({key["dtype"] for key in self._keys.values()})
             with on_device(network, self.device):
                 found[who] = self._alone(who, network)
             if self.wanted.speed:  # both must be there at once
@@ -177,11 +178,6 @@ class Evaluation:
             "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
             "device": self.device.type,
         }
-
-    def _check_one_dtype(self) -> None:
-        dtypes = sorted({key["dtype"] for key in self._keys.values()})
-        if len(dtypes) > 1:
-            raise BadOption(f"against: expected both models in one dtype, got {' and '.join(dtypes)}; pass --dtype")
 
     def _recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
         if self.kept is None:
@@ -279,3 +275,9 @@ class Evaluation:
         if "against" in result:
             result["ratios"] = speed.ratios(result["model"], result["against"])
         return result
+
+
+def _check_one_dtype(dtypes: Collection[str]) -> None:
+    if len(dtypes) > 1:
+        said = " and ".join(sorted(dtypes))
+        raise BadOption(f"against: expected both models in one dtype, got {said}; pass --dtype")

@@ -14,7 +14,7 @@ from prunelit.progress import track
 PROMPTS = (
     "The capital of France is",
     "Water boils at a temperature of",
-    "def fibonacci(n):\n    ",
+    "def fibonacci(n):\n",
     "Once upon a time there was a small robot who",
 )
 """Built in: a fact, a number, code, a story."""

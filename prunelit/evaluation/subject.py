@@ -1,5 +1,6 @@
 """The model that is evaluated: any source, with a PEFT adapter merged into it where one is given."""
 
+import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,17 @@ class Subject:
             raise SourceNotFound(
                 f"adapter {self.adapter!r}: expected a folder with adapter_config.json, as PEFT saves it, got none"
             )
+
+    def expected_dtype(self) -> str | None:
+        """The dtype that the model will have, from its config; None where only loading can tell."""
+        if self.dtype != "auto":
+            return self.dtype
+        config = Path(models.resolve(self.source)) / "config.json"
+        if not config.is_file():
+            return None
+        content = json.loads(config.read_text(encoding="utf-8"))
+        found = content.get("dtype") or content.get("torch_dtype")
+        return "float32" if found == "float16" and place(self.device).type == "cpu" else found  # as `load_on` has it
 
     def load(self) -> Any:
         """The model on the CPU, its adapter in its weights, all of them finite.

@@ -213,8 +213,14 @@ def test_weights_that_are_no_numbers(data: Path, tmp_path: Path) -> None:
         evaluate(str(tmp_path / "nan"), **everything(data))
 
 
-def test_models_in_two_dtypes_do_not_compare(dense: str, data: Path, tmp_path: Path) -> None:
-    models.load(dense, "bfloat16").save_pretrained(tmp_path / "half")
-    tiny_tokenizer().save_pretrained(tmp_path / "half")
+def test_models_in_two_dtypes_do_not_compare(
+    dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for dtype, folder in (("bfloat16", "half"), ("float16", "narrow")):
+        models.load(dense, dtype).save_pretrained(tmp_path / folder)
+        tiny_tokenizer().save_pretrained(tmp_path / folder)
+    texts = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
+    assert evaluate(str(tmp_path / "narrow"), dense, device="cpu", **texts)["perplexity"]["a"]["against"]
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BadOption, match="one dtype, got bfloat16 and float32; pass --dtype"):
         evaluate(str(tmp_path / "half"), dense, **everything(data, speed=False))
