@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -140,6 +141,8 @@ class Evaluation:
             network = subject.load()
             self._keys[who] = self._key_of(who, network)
             _check_one_dtype({key["dtype"] for key in self._keys.values()})
+            if self.wanted.speed:
+                self.wanted.speed.check(network)
             with on_device(network, self.device):
                 found[who] = self._alone(who, network)
             if self.wanted.speed:  # both must be there at once
@@ -196,11 +199,13 @@ class Evaluation:
             if not engine:
                 engine.append(zero_shot.ZeroShot(network, self.tokenizers[who], self.wanted.batch_size))
             found = engine[0].run(name, self.wanted.definitions[name], self.wanted.limit)
-            _log.info("%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v))
+            _log.info(
+                "%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v is not None)
+            )
             return found
 
         found["tasks"] = {
-            name: self._recall(f"task-{name}-{who}", self._task_key(who, name), lambda name=name: run(name))  # type: ignore[misc]
+            name: self._recall(f"task-{name}-{who}", self._task_key(who, name), partial(run, name))
             for name in self.wanted.definitions
         }
         if given := self.wanted.samples:

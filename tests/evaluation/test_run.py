@@ -204,6 +204,14 @@ def test_bad_input_is_said_before_a_model_is_loaded(
     assert "\n" not in str(error.value)
 
 
+def test_more_tokens_than_positions_is_said_before_anything_is_measured(
+    dense: str, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(perplexities, "perplexity", lambda *_: pytest.fail("something was measured"))
+    with pytest.raises(BadOption, match="at most 512 tokens, the model's positions, got 514"):
+        evaluate(dense, **everything(data, speed=Speed(prompt=512, new_tokens=2)))
+
+
 def test_weights_that_are_no_numbers(data: Path, tmp_path: Path) -> None:
     model = tiny("llama", vocab_size=len(tiny_tokenizer()))
     model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
