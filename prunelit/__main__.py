@@ -11,6 +11,7 @@ COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
     "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
     "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
+    "export": "write a model in another format, with its proof      --model DIR --format padded --out PATH",
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
     "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",

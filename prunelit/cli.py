@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from prunelit import checkpoint, compare
 from prunelit.callbacks.base import PruningCallback
-from prunelit.commands import evaluate, prune
+from prunelit.commands import evaluate, export, prune
 from prunelit.console import one_line_errors, speak_by_rule
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, OutputNotWritable
@@ -33,6 +33,7 @@ def run(command: str, arguments: list[str]) -> int:
         "fit": _lightning,
         "validate": _lightning,
         "prune": prune.run,
+        "export": export.run,
         "evaluate": evaluate.run,
         "compare": compare.run_compare,
     }

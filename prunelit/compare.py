@@ -33,8 +33,9 @@ from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError
 from prunelit.progress import track
 from prunelit.report import plots, tables, weights_and_biases
-from prunelit.report.run import hardware, versions, write_json, write_text
+from prunelit.report.run import hardware, write_json, write_text
 from prunelit.trial import Trials
+from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
 

@@ -55,3 +55,11 @@ class NoCalibration(PrunelitError):
 
 class BadQuantisation(PrunelitError):
     """A linear can not be quantised faithfully, or a quantised model can not do what is asked of it."""
+
+
+class DoesNotFit(PrunelitError):
+    """An export format can not hold the shapes of a model."""
+
+
+class NotProved(PrunelitError):
+    """What was written is not the model in memory; it was removed."""

@@ -25,13 +25,11 @@ def write_whole(path: Path, content: Any) -> None:
     Raises:
         OutputNotWritable: the disk refused; what stood at `path` before still does.
     """
-    beside = f".{path.name}.{platform.node()}."
-    partial = path.with_name(f"{beside}{os.getpid()}")
+    partial = beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for left in path.parent.iterdir():
-            if left.name.startswith(beside) and not _runs(left.name.removeprefix(beside)):
-                left.unlink(missing_ok=True)
+        for left in abandoned(path):
+            left.unlink(missing_ok=True)
         with partial.open("wb") as file:
             torch.save(content, file)
             file.flush()
@@ -49,6 +47,22 @@ def write_whole(path: Path, content: Any) -> None:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def beside(path: Path, suffix: str = "") -> Path:
+    """A name for this process to write to at the side of `path`."""
+    return path.with_name(f"{_prefix(path)}{os.getpid()}{suffix}")
+
+
+def abandoned(path: Path, suffix: str = "") -> list[Path]:
+    """What processes of this machine that have ended left at the side of `path`, under names of `beside`."""
+    start = _prefix(path)
+    found = [left for left in path.parent.iterdir() if left.name.startswith(start) and left.name.endswith(suffix)]
+    return [left for left in found if not _runs(left.name.removeprefix(start).removesuffix(suffix))]
+
+
+def _prefix(path: Path) -> str:
+    return f".{path.name}.{platform.node()}."
 
 
 def _runs(process: str) -> bool:

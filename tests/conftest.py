@@ -17,6 +17,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from prunelit.export import proof, reload  # noqa: E402
 from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -32,6 +33,13 @@ def pytest_sessionfinish() -> None:
 def _seeds() -> None:
     random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _proofs_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What commands ask of a new process, which takes seconds, is asked in this one; but for tests marked so."""
+    if request.node.get_closest_marker("new_process") is None:
+        monkeypatch.setattr(proof, "in_new_process", reload.answer)
 
 
 @pytest.fixture(scope="module")

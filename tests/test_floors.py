@@ -13,7 +13,7 @@ import prunelit
 
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
-    ("errors", "architectures", "plan", "progress"),
+    ("errors", "architectures", "plan", "progress", "versions"),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
         *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
@@ -45,6 +45,7 @@ ONLY = {
     "architectures": set(),
     "plan": set(),
     "progress": {"tqdm"},
+    "versions": set(),
     "hetero": {"torch", "transformers"},
 }
 SOURCES = {

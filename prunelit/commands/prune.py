@@ -12,7 +12,8 @@ from prunelit.callbacks import method_class
 from prunelit.commands.options import Dtype, Sources, listed, load_on, parse, parser_of, peek, place
 from prunelit.console import say
 from prunelit.errors import BadOption
-from prunelit.report.run import peak_memory_mib, versions, write_json
+from prunelit.report.run import peak_memory_mib, write_json
+from prunelit.versions import versions
 
 
 def prune(
@@ -25,6 +26,8 @@ def prune(
     overwrite: bool = False,
     stream: bool = False,
     memory_gib: float | None = None,
+    format: str = "auto",
+    max_shard_size: str = "5GB",
 ) -> dict[str, Any]:
     """Cut a model and save it, no training.
 
@@ -39,6 +42,8 @@ def prune(
         stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
             local folder with safetensors, and the method one that observes the model once.
         memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
+        format: "auto", or one of those of `export`.
+        max_shard_size: of one weight file, as 5GB or 500MB.
 
     Returns:
         The content of report.json.
@@ -50,7 +55,7 @@ def prune(
         raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
     for source in sources:
         text.check_source(source)
-    export.check_output(out, overwrite)
+    export.check_request(out, format, "", overwrite, max_shard_size)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
@@ -66,7 +71,9 @@ def prune(
         plan = method.prune(network, batches)
         seconds |= method.seconds
         start = time.perf_counter()
-        written = export.save(network, out, tokenizer, plan, overwrite=overwrite)
+        written = export.write_model(
+            *(network, out, tokenizer, plan, format, overwrite), max_shard_size=max_shard_size, fresh_process=True
+        )
         seconds["save"] = time.perf_counter() - start
     ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
     report = {
@@ -75,7 +82,7 @@ def prune(
         "dense": dense,
         "pruned": measure.size(network) | ratios,
         "calibration": plan.calibration,
-        "format": written,
+        "format": written.format,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
         "peak_memory_mib": peak_memory_mib(),
         "versions": versions(),
@@ -97,7 +104,7 @@ def run(command: str, arguments: list[str]) -> int:
     parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
     parser.add_class_arguments(kind, None, skip={"calibration"}, sub_configs=False)
     options = parse(parser, arguments, lists=["text"])
-    same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib")
+    same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
     method = kind(
         **{key: value for key, value in vars(options).items() if key not in (*same, "config", "text", "method")}
     )

@@ -1,4 +1,4 @@
-"""A folder for layers of different shape: `per_layer_config` in config.json, one generated modelling file.
+"""hetero: a folder for layers of different shape: `per_layer_config` in config.json, one generated modelling file.
 
 `skip` lists removed blocks ("attention", "mlp") in the words of transformers' own schema. The `model_type` is changed,
 so that stock classes refuse the folder instead of filling missing blocks with random weights.
@@ -6,6 +6,7 @@ so that stock classes refuse the folder instead of filling missing blocks with r
 
 import json
 import pprint
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from torch import nn
 import prunelit.hetero
 from prunelit.architectures import PRUNED
 from prunelit.decoder import Decoder
-from prunelit.errors import PrunelitError
+from prunelit.errors import DoesNotFit
+from prunelit.export.folder import write_as
+from prunelit.export.formats import Format, Job
+from prunelit.export.proof import prove
 from prunelit.export.uniform import built, fits, stock_base
 from prunelit.hetero import ADDED_BIASES, find
 from prunelit.models import per_layer_class
@@ -26,7 +30,7 @@ def per_layer_model(model: nn.Module) -> Any:
     """The model's class with per-layer shapes, built on the meta device.
 
     Raises:
-        PrunelitError: no dense skeleton has this head size (a family whose config can not say it).
+        DoesNotFit: no dense skeleton has this head size (a family whose config can not say it).
     """
     decoder, base = Decoder(model), stock_base(type(model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
@@ -38,8 +42,9 @@ def per_layer_model(model: nn.Module) -> Any:
         shell = fits(build, build.config_class.from_dict(settings), model)
         if shell is not None:
             return shell
-    raise PrunelitError(
-        f"output: no skeleton of {base.__name__} has heads of size {shapes[0].head_dim}; cut channels or blocks only"
+    raise DoesNotFit(
+        f"format 'hetero': no skeleton of {base.__name__} has heads of size {shapes[0].head_dim}; cut channels or "
+        "blocks only"
     )
 
 
@@ -112,3 +117,23 @@ class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
     config_class = Pruned{config.__name__}
     names = {pprint.pformat(names, indent=4, width=100, sort_dicts=False)}
 """
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write a model with the shapes of its layers, and the modelling file that builds them.
+
+    Raises:
+        DoesNotFit: see `per_layer_model`.
+    """
+    write_as(per_layer_model(job.model), job)
+    add_modelling_file(job.model, job.place)
+    return {}
+
+
+_LOADS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or prunelit.load("PATH"), without
+tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
+
+FORMAT = Format("hetero", _LOADS, write, partial(prove, remote_code=True))

@@ -1,7 +1,8 @@
-"""Which stock transformers class, if any, holds a cut model."""
+"""uniform: a stock transformers class, wherever one holds the shapes of all layers."""
 
 import copy
-from typing import Any, cast
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -9,7 +10,12 @@ from torch import nn
 
 from prunelit.architectures import PRUNED
 from prunelit.decoder import Decoder
+from prunelit.errors import DoesNotFit
+from prunelit.export.folder import write_as
+from prunelit.export.formats import Format, Job
+from prunelit.export.proof import prove
 from prunelit.hetero import ADDED_BIASES
+from prunelit.plan import LayerShape
 
 # What configs and models raise on widths that they can not have.
 _REFUSED = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
@@ -23,55 +29,80 @@ def stock_base(kind: type) -> Any:
 def stock_model(model: nn.Module) -> Any:
     """A stock class built with the cut widths on the meta device, whose parameter shapes equal the model's.
 
-    The model's own class is tried first. A Llama whose heads no longer divide the hidden size is a Mistral: the same
-    computation, and a config that accepts any number of heads. Where output projections were given biases, and the
-    family's config can have biases, it is told so; the class then has more of them, which are zeros in the file.
-
     Returns:
         The model on the meta device, or None where no stock class fits.
+    """
+    widths = {_widths(layer.shape) for layer in Decoder(model)}
+    if len(widths) != 1:
+        return None
+    only = widths.pop()
+    if not only.query_heads or not only.ffn_channels:
+        return None
+    for build, config, spare_biases in candidates(model, only):
+        shell = fits(build, config, model, spare_biases)
+        if shell is not None:
+            return shell
+    return None
+
+
+class Widths(NamedTuple):
+    """What all layers of a stock class have."""
+
+    query_heads: int
+    kv_groups: int
+    head_dim: int
+    ffn_channels: int
+
+
+def _widths(shape: LayerShape) -> Widths:
+    return Widths(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
+
+
+def candidates(model: nn.Module, widths: Widths) -> Iterator[tuple[Any, Any, bool]]:
+    """Stock classes that may hold a model of these widths: class, config, and whether it may have biases to spare.
+
+    The model's own class comes first. A Llama whose heads no longer divide the hidden size is a Mistral: the same
+    computation, and a config that accepts any number of heads. Where output projections were given biases, and the
+    family's config can have biases, it is told so; the class then has more of them, which are zeros in the file.
     """
     import transformers
 
     decoder = Decoder(model)
-    shapes = {(s.query_heads, s.kv_groups, s.head_dim, s.ffn_channels) for s in (layer.shape for layer in decoder)}
-    if len(shapes) != 1:
-        return None
-    heads, groups, dim, channels = shapes.pop()
-    if not heads or not channels:
-        return None
     names = decoder.architecture
-    widths = {names.config_heads: heads, names.config_kv_heads: groups, names.config_ffn: channels}
+    settings: dict[str, int] = {
+        names.config_heads: widths.query_heads,
+        names.config_kv_heads: widths.kv_groups,
+        names.config_ffn: widths.ffn_channels,
+    }
     build: Any = type(model)
     config = copy.deepcopy(cast(Any, model.config))
     if str(config.model_type).startswith(PRUNED):  # it was read from a folder with per-layer shapes
         build = stock_base(build)
         own = ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
-        settings = {name: value for name, value in config.to_dict().items() if name not in own}
+        kept = {name: value for name, value in config.to_dict().items() if name not in own}
         try:
-            config = build.config_class.from_dict(settings | widths)
+            config = build.config_class.from_dict(kept | settings)
         except _REFUSED:
-            return None
-    for name, value in widths.items():
+            return
+    for name, value in settings.items():
         if hasattr(config, name):
             setattr(config, name, value)
     if not isinstance(getattr(type(config), "head_dim", None), property):
-        config.head_dim = widths["head_dim"] = dim  # many families read it if it is there; the others show below
-    candidates = [(build, config)]
+        # many families read it if it is there; what the others have instead shows in their shapes
+        config.head_dim = settings["head_dim"] = widths.head_dim
+    yield build, config, False
     if config.model_type == "llama":
-        settings = config.to_dict() | widths | {"sliding_window": None}
+        kept = config.to_dict() | settings | {"sliding_window": None}
         for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
-            settings.pop(name, None)
-        candidates.append((transformers.MistralForCausalLM, transformers.MistralConfig(**settings)))
-    for kind, candidate in candidates:
-        shell = fits(kind, candidate, model)
-        if shell is not None:
-            return shell
-    linears = [(names.config_attention_bias, layer.output) for layer in decoder]
-    linears += [(names.config_mlp_bias, layer.down) for layer in decoder]
+            kept.pop(name, None)
+        yield transformers.MistralForCausalLM, transformers.MistralConfig(**kept), False
+    linears = [(names.config_attention_bias, layer.output) for layer in decoder if layer.has_attention]
+    linears += [(names.config_mlp_bias, layer.down) for layer in decoder if layer.has_mlp]
     switches = {name for name, linear in linears if linear.bias is not None and getattr(config, name, None) is False}
     for name in switches:
         setattr(config, name, True)
-    return fits(build, config, model, spare_biases=True) if switches else None
+    if switches:
+        yield build, config, True
 
 
 def fits(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) -> Any:
@@ -104,3 +135,40 @@ def built(build: Any, config: Any) -> Any:
 
 def _is_bias(name: str) -> bool:
     return name.endswith(".bias")
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write a model under a stock class.
+
+    Raises:
+        DoesNotFit: no stock class holds it; says why.
+    """
+    shell = stock_model(job.model)
+    if shell is None:
+        raise DoesNotFit(
+            f"format 'uniform': {_misfit(job.model)}; use format 'hetero', or 'padded' where no code may be loaded"
+        )
+    write_as(shell, job)
+    return {}
+
+
+def _misfit(model: nn.Module) -> str:
+    """Why no stock class holds a model."""
+    first, *others = [layer.shape for layer in Decoder(model)]
+    for index, shape in enumerate(others, 1):
+        if _widths(shape) != _widths(first):
+            return f"expected layers of one shape, got {_says(first)} in layer 0, {_says(shape)} in layer {index}"
+    return f"expected a stock class with the model's parameters, got none with {_says(first)} and its biases"
+
+
+def _says(shape: LayerShape) -> str:
+    return f"{shape.query_heads} query heads, {shape.kv_groups} KV groups, {shape.ffn_channels} channels"
+
+
+LOADS = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH")
+tokenizer = AutoTokenizer.from_pretrained("PATH")"""
+
+FORMAT = Format("uniform", LOADS, write, prove)

@@ -1,48 +1,65 @@
-"""save(model, folder): the plainest format that fits, written to the side and moved into place, then read back.
+"""save(model, folder): the plainest format that fits, written to the side, proved, and moved into place."""
 
-uniform   a stock transformers class, wherever one can hold the shapes
-hetero    per-layer shapes in transformers' `per_layer_config` schema and one generated modelling file (`auto_map`)
-"""
-
-import copy
+import json
+import logging
 import os
-import shutil
-import tempfile
-import warnings
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
-from prunelit import models, streamed
-from prunelit.calibrate import evaluating
-from prunelit.errors import OutputNotWritable, PrunelitError
-from prunelit.export import hetero, layerwise, uniform
+from prunelit import measure
+from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
+from prunelit.export import staging
+from prunelit.export.card import CARD, card
+from prunelit.export.formats import AUTO, Format, Job, format_of
+from prunelit.export.proof import PROOF
 from prunelit.plan import PruningPlan
 
-Format = Literal["auto", "uniform", "hetero"]
+_log = logging.getLogger("prunelit")
 
 
-def check_output(folder: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """Create the parents of an output folder and check that it can be written, before any work is done.
+def check_request(
+    target: str | os.PathLike[str],
+    format: str = "auto",
+    kind: str = "",
+    overwrite: bool = False,
+    max_shard_size: str = "5GB",
+) -> None:
+    """Check what can be checked without a model.
 
     Raises:
-        OutputNotWritable: a file is in the way, the folder is not empty and `overwrite` is off, or writing is refused.
+        BadOption: an unknown format, kind or size of shards; a kind for a format that has none.
+        OutputNotWritable: see `check_output`.
+        PrunelitError: the format needs something that is not installed.
     """
-    path = Path(folder)
-    try:
-        if path.exists() and not path.is_dir():
-            raise OutputNotWritable(f"output {str(path)!r}: expected a folder, got a file; choose another path")
-        if path.is_dir() and any(path.iterdir()) and not overwrite:
-            raise OutputNotWritable(
-                f"output {str(path)!r}: expected a new or empty folder; choose another path or pass --overwrite"
-            )
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
-            pass
-    except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+    chosen = format_of(AUTO[0] if format == "auto" else format)
+    if kind and kind not in chosen.kinds:
+        expected = f"one of {', '.join(chosen.kinds)}" if chosen.kinds else "none (it keeps the model's dtype)"
+        raise BadOption(f"type {kind!r}: expected {expected} with format {format!r}")
+    if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
+        raise BadOption(f"max_shard_size: expected a size as '5GB' or '500MB', got {max_shard_size!r}")
+    chosen.ready()
+    staging.check_output(target, overwrite, _is_file(chosen, Path(target)))
+
+
+def _is_file(format: Format, target: Path) -> bool:
+    return bool(format.suffix) and target.suffix == format.suffix
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: its format, where, the verdict (`proof.json`), and what the format has to say."""
+
+    format: str
+    path: Path
+    proof: Mapping[str, Any]
+    size: Mapping[str, int]
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -50,105 +67,103 @@ def save(
     folder: str | os.PathLike[str],
     tokenizer: Any = None,
     plan: PruningPlan | None = None,
-    format: Format = "auto",
+    format: str = "auto",
     overwrite: bool = False,
+    **more: Any,
 ) -> str:
-    """Write a cut (or dense) causal LM so that it loads again with equal logits.
-
-    The folder appears complete or not at all. `prunelit.load` reads every format; plain transformers reads "uniform",
-    and "hetero" with `trust_remote_code=True`.
-
-    Args:
-        model: what `surgery.apply` left; no adapters, not quantised.
-        folder: target.
-        tokenizer: saved beside the model if given.
-        plan: saved as plan.json if given.
-        format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero".
-        overwrite: replace a folder that is not empty.
+    """`write_model`, for those who want to know the format only.
 
     Returns:
         The format written.
 
     Raises:
-        OutputNotWritable: see `check_output`, or the disk refused while writing.
-        PrunelitError: "uniform" was asked for and no stock class fits; or what was written does not read back equal.
+        PrunelitError: see `write_model`.
     """
-    check_output(folder, overwrite)
-    target = Path(folder).resolve()  # "." has a name then, and a link is followed, not replaced
-    stock = None if format == "hetero" else uniform.stock_model(model)
-    if stock is None and format == "uniform":
-        raise PrunelitError(
-            "format 'uniform': layers differ in shape, or no stock class holds them; use format 'hetero'"
-        )
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        try:
-            with models.quiet():
-                write = layerwise.write if streamed.is_streamed(model) else _write
-                write(hetero.per_layer_model(model) if stock is None else stock, model, staging)
-            if stock is None:
-                hetero.add_modelling_file(model, staging)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(staging)
-            if plan is not None:
-                plan.save(staging / "plan.json")
-        except OSError as error:
-            raise OutputNotWritable(f"output {str(target)!r}: can not be written: {error.strerror or error}") from error
-        _check_reads_back(model, staging)
-        staging.chmod(0o755)
-        old = target.with_name(f".{target.name}.old.{os.getpid()}")
-        if target.exists():
-            os.replace(target, old)
-        os.replace(staging, target)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return "uniform" if stock is not None else "hetero"
+    return write_model(model, folder, tokenizer, plan, format, overwrite, **more).format
 
 
-def _write(shell: Any, model: Any, folder: Path) -> None:
-    """Save `model`'s weights under another class: `shell` is that class built on the meta device.
+def write_model(
+    model: nn.Module,
+    target: str | os.PathLike[str],
+    tokenizer: Any = None,
+    plan: PruningPlan | None = None,
+    format: str = "auto",
+    overwrite: bool = False,
+    kind: str = "",
+    max_shard_size: str = "5GB",
+    fresh_process: bool = False,
+    report: Mapping[str, Any] | None = None,
+) -> Written:
+    """Write a cut (or dense) causal LM so that it loads again with equal logits.
 
-    Biases that only the class has are zeros.
-    """
-    weights = model.state_dict()
-    like = next(model.parameters())
-    zeros = {name: like.new_zeros(spare.shape) for name, spare in shell.state_dict().items() if name not in weights}
-    shell.load_state_dict(weights | zeros, strict=True, assign=True)
-    shell.tie_weights()
-    shell.generation_config = copy.deepcopy(model.generation_config)
-    shell.save_pretrained(folder)
+    The target appears complete or not at all. `prunelit.load` reads the folders; plain transformers reads "uniform" and
+    "padded", and "hetero" with `trust_remote_code=True`.
 
-
-@torch.no_grad()
-def _check_reads_back(model: Any, folder: Path) -> None:
-    """Read the folder again and compare logits on fixed tokens.
+    Args:
+        model: what `surgery.apply` left; no adapters, not quantised.
+        target: a folder; or a file, where the format is one and `target` has its suffix.
+        tokenizer: saved beside the model if given.
+        plan: saved as plan.json if given.
+        format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero"; others: see `formats`.
+        overwrite: replace what is there.
+        kind: number format of the weights, for formats that have several; "" for the first of them.
+        max_shard_size: of one weight file, as "5GB".
+        fresh_process: prove in a new process, with plain transformers, generation included; otherwise it is read back
+            in this one, which is faster.
+        report: of the run that made it (report.json), for the model card.
 
     Raises:
-        PrunelitError: they differ.
+        BadOption: an unknown format, kind or size of shards.
+        OutputNotWritable: see `check_output`, or the disk refused while writing.
+        DoesNotFit: the format can not hold the model's shapes.
+        NotProved: what was written is not the same model; nothing was kept.
     """
-    read_back = layerwise.read_back if streamed.is_streamed(model) else _read_back
-    expected, found = read_back(model, folder)
-    difference = (expected - found).abs().max().item()
-    # Equal weights in equal shapes: what is left is the order of sums. NaN logits can not be compared.
-    limit = 1e-3 * expected.abs().max().item()
-    if not difference <= limit:
-        raise PrunelitError(
-            f"output: the saved model does not read back equal: largest logit difference {difference:.2e}, "
-            f"expected at most {limit:.2e}; nothing was kept"
-        )
-    if difference:
-        warnings.warn(f"the saved model's logits differ by {difference:.1e} from those in memory", stacklevel=3)
+    check_request(target, format, kind, overwrite, max_shard_size)
+    tried = AUTO if format == "auto" else (format,)
+    path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
+    for name in tried:
+        chosen = format_of(name)
+        job = Job(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
+        try:
+            with staging.staged(path, _is_file(chosen, path)) as folder:
+                return _written(chosen, job, folder, report or {})
+        except DoesNotFit:
+            if name == tried[-1]:
+                raise
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise OutputNotWritable(f"output {str(path)!r}: can not be written: {reason}") from error
+    raise AssertionError(tried)
 
 
-def _read_back(model: Any, folder: Path) -> tuple[Tensor, Tensor]:
-    """Logits of the model and of the folder on fixed tokens."""
-    device = next(model.parameters()).device
-    again = models.load(folder, dtype=next(model.parameters()).dtype).to(device)
-    # Tables that are computed, not saved (rotary frequencies), were cast along if the live model was: compare with its.
-    for name, buffer in model.named_buffers():
-        parent, _, last = name.rpartition(".")
-        setattr(again.get_submodule(parent), last, buffer)
-    ids = torch.arange(3, 19, device=device)[None] % int(model.config.vocab_size)
-    with evaluating(model):
-        return model(input_ids=ids, use_cache=False).logits, again(input_ids=ids, use_cache=False).logits
+def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) -> Written:
+    """Write a format into a folder and prove it.
+
+    Args:
+        chosen: the format.
+        job: with the target as its place.
+        folder: an empty one, at the side of the target.
+        report: for the card.
+
+    Raises:
+        NotProved: it is not the same model.
+    """
+    target, file = job.place, _is_file(chosen, job.place)
+    place = folder / (target.name if file else f"model{chosen.suffix}") if chosen.suffix else folder
+    job = replace(job, place=place)
+    facts = chosen.write(job)
+    if not chosen.suffix and job.tokenizer is not None:
+        job.tokenizer.save_pretrained(folder)
+    proof = {"format": chosen.name, **chosen.prove(job)}
+    if not proof["passed"]:
+        raise NotProved(f"output: {proof['why']}; nothing was kept")
+    written = Written(chosen.name, target, proof, facts.get("size") or measure.size(job.model), facts)
+    name = f"{target.stem}.{PROOF}" if file else PROOF
+    (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+    if not file:
+        (folder / CARD).write_text(card(written.size, proof, facts.get("note"), chosen, job, report), encoding="utf-8")
+        if job.plan is not None:
+            job.plan.save(folder / "plan.json")
+    if "note" in facts:
+        _log.info(facts["note"])
+    return written

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,9 @@ from prunelit.callbacks.job import check_same, find_model, identity, resume_path
 from prunelit.data import TextDataModule
 from prunelit.errors import OutputNotWritable
 from prunelit.kept import text_fingerprint
+from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
-_PACKAGES = ("prunelit", "torch", "lightning", "transformers", "peft", "datasets", "torchmetrics", "safetensors")
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
@@ -109,8 +108,13 @@ class RunReport(Callback):
             with self._timed("save"):
                 tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
                 plan = self._plan(trainer)
-                written = export.save(merged, self._folder / "model", tokenizer, plan, overwrite=True)
-            self.report |= {"format": written, "trained_steps": trainer.global_step}
+                written = export.write_model(
+                    *(merged, self._folder / "model", tokenizer, plan),
+                    overwrite=True,
+                    fresh_process=True,
+                    report=self.report,
+                )
+            self.report |= {"format": written.format, "trained_steps": trainer.global_step}
         trainer.strategy.barrier()
         self._write(trainer)
         if trainer.is_global_zero:
@@ -224,17 +228,6 @@ def peak_memory_mib() -> dict[str, float]:
     found = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
     if torch.cuda.is_available():
         found["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return found
-
-
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
     return found
 
 

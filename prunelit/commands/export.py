@@ -1,0 +1,89 @@
+"""`python -m prunelit export`: write a model in another format, with the proof that it is the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prunelit import export as writers
+from prunelit import measure, models
+from prunelit.commands.options import Dtype, parse, parser_of
+from prunelit.console import say
+from prunelit.decoder import Decoder
+from prunelit.plan import LayerPlan, PruningPlan
+
+
+def export(
+    model: str,
+    out: str,
+    format: str = "auto",
+    type: str = "",
+    dtype: Dtype = "auto",
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+) -> writers.Written:
+    """Write a model in another format, with the proof that it is the same.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id; cut or dense. A plan.json in the folder
+            goes along, and a report.json tells the model card what was measured.
+        out: folder, or file where the format is one, to write to.
+        format: "auto" (uniform where a stock class holds the shapes, else hetero), "uniform", "hetero", "padded"; what
+            each is and what loads it: docs/export.md.
+        type: number format of the weights, for formats that have several; "" for their default.
+        dtype: the weights are converted to it first; "auto" leaves them as they are.
+        max_shard_size: of one weight file, as 5GB or 500MB.
+        overwrite: replace what is there, once the new one is proved.
+
+    Raises:
+        PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
+    """
+    models.check_source(model)
+    writers.check_request(out, format, type, overwrite, max_shard_size)
+    plan, report = _of_run(Path(model).expanduser())
+    tokenizer = models.load_tokenizer(model)
+    network = models.load(model, dtype)
+    Decoder(network).check_finite()
+    return writers.write_model(
+        *(network, out, tokenizer, plan, format, overwrite),
+        kind=type,
+        max_shard_size=max_shard_size,
+        fresh_process=True,
+        report=report,
+    )
+
+
+def _of_run(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+    """The plan by which a folder's model was cut, and the report of the run: beside it, or above `model/`."""
+    if not (folder / "plan.json").is_file():
+        return None, {}
+    plan = PruningPlan.load(folder / "plan.json")
+    for place in (folder, folder.resolve().parent):
+        if not all((place / name).is_file() for name in ("plan.json", "report.json")):
+            continue
+        if PruningPlan.load(place / "plan.json") == plan:
+            try:
+                return plan, dict(json.loads((place / "report.json").read_text(encoding="utf-8")))
+            except ValueError:
+                break  # a report is no part of the model
+    return plan, {}
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit export`."""
+    parser = parser_of(command, "write a model in another format, with the proof that it is the same")
+    parser.add_function_arguments(export, None, sub_configs=False)
+    options = parse(parser, arguments)
+    written = export(**{name: value for name, value in vars(options).items() if name != "config"})
+    rows = {written.format: {name: int(value) for name, value in written.size.items()}}
+    plan_file = written.path / "plan.json"
+    if plan_file.is_file():
+        shape = PruningPlan.load(plan_file).model
+        dense = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers)).predicted
+        rows = {"dense": {name: int(dense[name]) for name in written.size}} | rows
+    say(measure.table(rows))
+    proof = written.proof
+    say(f"\nproved: {proof['loader']}")
+    if "largest_difference" in proof:
+        say(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
+    say(f"{written.path}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    return 0

@@ -1,0 +1,79 @@
+"""What a format is, and which there are."""
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunelit.errors import BadOption
+from prunelit.plan import PruningPlan
+
+# One module of this package each; imported when it is used.
+FORMATS = ("uniform", "hetero", "padded")
+AUTO = ("uniform", "hetero")
+"""What format "auto" tries, in this order."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model to write and to prove.
+
+    Attributes:
+        model: a causal LM, cut or dense; no adapters.
+        place: an empty folder, or the file to write for a format with a suffix; not the final target.
+        tokenizer: of the model, or None.
+        plan: by which the model was cut, or None.
+        kind: one of `Format.kinds`; "" where the format has none.
+        max_shard_size: of one weight file, as "5GB".
+        fresh_process: prove in a new process, as its users will load it; else in this one, which is faster.
+    """
+
+    model: Any
+    place: Path
+    tokenizer: Any = None
+    plan: PruningPlan | None = None
+    kind: str = ""
+    max_shard_size: str = "5GB"
+    fresh_process: bool = False
+
+
+def _always() -> None:
+    """Nothing has to be installed."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to write a model; see the package's docstring.
+
+    Attributes:
+        name: on the command line.
+        loads: Python (or shell) that loads the result, for the card; "PATH" stands for where it is.
+        write: Job -> facts. Raises `DoesNotFit`.
+        prove: Job -> verdict.
+        suffix: of the one file that the format is; "" for a folder.
+        kinds: number formats of the weights to choose from (`--type`), the default first; empty: the model's own dtype.
+        library: `library_name` on the hub.
+        ready: raises a `PrunelitError` where something is not installed; called before a model is loaded.
+    """
+
+    name: str
+    loads: str
+    write: Callable[[Job], Mapping[str, Any]]
+    prove: Callable[[Job], dict[str, Any]]
+    suffix: str = ""
+    kinds: tuple[str, ...] = ()
+    library: str = "transformers"
+    ready: Callable[[], None] = _always
+
+
+def format_of(name: str) -> Format:
+    """The format of a name.
+
+    Raises:
+        BadOption: there is none.
+    """
+    if name not in FORMATS:
+        raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}")
+    found: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
+    return found

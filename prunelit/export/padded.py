@@ -1,0 +1,185 @@
+"""padded: layers that differ, in a stock class: zeros up to the largest kept width of each kind.
+
+For programs that load plain models only. A head or channel of zeros adds exactly nothing, and neither does a removed
+block, which comes back as a block of zeros. Every layer then has the heads, KV groups and channels of the largest one,
+so a part of what the cut saved is given up; the writer says how much.
+
+Legend: Q query heads, G KV groups, D head size, F FFN channels, H hidden.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunelit import measure, streamed
+from prunelit.decoder import Decoder, Layer, is_conv1d
+from prunelit.errors import DoesNotFit
+from prunelit.export.folder import write_as
+from prunelit.export.formats import Format, Job
+from prunelit.export.proof import prove
+from prunelit.export.uniform import LOADS, Widths, built, candidates
+from prunelit.hetero import find
+
+
+def write(job: Job) -> dict[str, Any]:
+    """Write a model under a stock class, with zeros in place of what only its largest layers have.
+
+    Returns:
+        {"note", "size": of what is written, "saved_of_dense", "kept_of_saving": shares of parameters, with a plan}.
+
+    Raises:
+        DoesNotFit: no stock class of the family has such widths; or the model is streamed from disk.
+    """
+    if streamed.is_streamed(job.model):
+        raise DoesNotFit("format 'padded': expected a model in memory, got a streamed one; export the saved folder")
+    shell, weights = _stock(job.model)
+    write_as(shell, job, weights)
+    size, cut = measure.size(shell), measure.size(job.model)
+    facts: dict[str, Any] = {"size": size, "cut_size": cut}
+    note = f"padded: {size['parameters']:,} parameters, {size['parameters'] - cut['parameters']:,} of them zeros again"
+    if job.plan is not None:
+        dense = job.plan.model.parameters
+        saved, would = dense - size["parameters"], dense - cut["parameters"]
+        facts |= {"saved_of_dense": saved / dense, "kept_of_saving": saved / would if would else 1.0}
+        note += (
+            f"; still {saved / dense:.1%} smaller than the dense model, where the cut one is {would / dense:.1%}: "
+            f"{1 - facts['kept_of_saving']:.0%} of the saving is given up"
+        )
+    return facts | {"note": note}
+
+
+def _stock(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+    """A stock class on the meta device that has room for every layer, and its weights.
+
+    Raises:
+        DoesNotFit: there is none.
+    """
+    decoder = Decoder(model)
+    tried = []
+    for widths in _wide_enough(decoder):
+        tried.append(widths)
+        for build, config, _ in candidates(model, widths):
+            if getattr(config, "kv_sharing_modes", None) is not None:  # every layer has an attention again
+                config.kv_sharing_modes = None
+            shell = built(build, config)
+            weights = None if shell is None else _weights(decoder, shell, widths)
+            if weights is not None:
+                return shell, weights
+    least = tried[0]
+    raise DoesNotFit(
+        f"format 'padded': no {decoder.config.model_type} of transformers has {least.query_heads} query heads in "
+        f"{least.kv_groups} KV groups of size {least.head_dim} and this model's biases; use format 'hetero'"
+    )
+
+
+def _wide_enough(decoder: Decoder) -> Iterator[Widths]:
+    """Widths that hold every layer: the least first, then those of classes whose head size is H / Q."""
+    shapes = [layer.shape for layer in decoder]
+    groups = max(shape.kv_groups for shape in shapes)
+    in_group, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
+    channels = max(shape.ffn_channels for shape in shapes) or 1
+    yield Widths(groups * in_group, groups, dim, channels)
+    heads = int(decoder.config.hidden_size) // dim
+    for more in range(groups, heads + 1):
+        if heads % more == 0 and heads // more >= in_group and (heads, more) != (groups * in_group, groups):
+            yield Widths(heads, more, dim, channels)
+
+
+def _weights(decoder: Decoder, shell: nn.Module, widths: Widths) -> dict[str, Tensor] | None:
+    """The weights of `shell`; None where its shapes are others, or a weight of the model has no place in it."""
+    wide = Decoder(shell)
+    found = {Widths(s.query_heads, s.kv_groups, s.head_dim, s.ffn_channels) for s in (layer.shape for layer in wide)}
+    if found != {widths} or len(wide.layers) != len(decoder.layers):
+        return None
+    own, room = decoder.model.state_dict(), {name: x.shape for name, x in shell.state_dict().items()}
+    like = next(decoder.model.parameters())
+    for layer in decoder:
+        prefix = f"{decoder.architecture.layers}.{layer.index}."
+        for path, axis, places, size in _spread(layer, widths):
+            conv1d = is_conv1d(cast(nn.Module, find(layer.module, path)))
+            for part in ("weight", "bias") if axis == 0 else ("weight",):
+                if (name := f"{prefix}{path}.{part}") in own:
+                    own[name] = _scattered(own[name], axis ^ (conv1d and part == "weight"), places, size)
+        own = _with_per_head(layer, prefix, own, widths)
+    if any(name not in room or room[name] != x.shape for name, x in own.items()):
+        return None
+    return {name: own[name] if name in own else like.new_zeros(shape) for name, shape in room.items()}
+
+
+def _spread(layer: Layer, widths: Widths) -> Iterator[tuple[str, int, Tensor, int]]:
+    """Where rows (axis 0) and columns (1) of a layer's linears go: path in the layer, axis, their new places, how many
+    there are in all."""
+    a, dim = layer.architecture, widths.head_dim
+    if layer.has_attention:
+        queries, groups = _heads(layer, widths)
+        total_q, total_kv = widths.query_heads, widths.kv_groups
+        if not a.fused_qkv:
+            for name, places, total in (
+                (a.query, queries, total_q),
+                (a.key, groups, total_kv),
+                (a.value, groups, total_kv),
+            ):
+                yield f"{a.attention}.{name}", 0, _rows(places, dim), total * dim
+        elif a.qkv_layout == "concat":
+            blocks = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
+            yield f"{a.attention}.{a.fused_qkv}", 0, _rows(blocks, dim), (total_q + 2 * total_kv) * dim
+        else:  # per group: its query heads, its key head, its value head
+            in_group, has = total_q // total_kv, layer.shape.group_size
+            places = [g * (in_group + 2) + k for g in groups for k in (*range(has), in_group, in_group + 1)]
+            yield f"{a.attention}.{a.fused_qkv}", 0, _rows(places, dim), (total_q + 2 * total_kv) * dim
+        yield f"{a.attention}.{a.output}", 1, _rows(queries, dim), total_q * dim
+    if layer.has_mlp:
+        total, kept = widths.ffn_channels, torch.arange(layer.shape.ffn_channels)
+        inside = f"{a.mlp}." if a.mlp else ""
+        if a.fused_gate_up:
+            yield f"{inside}{a.fused_gate_up}", 0, torch.cat([kept, total + kept]), 2 * total
+        else:
+            for path in (a.gate, a.up):
+                if path is not None:
+                    yield f"{inside}{path}", 0, kept, total
+        yield f"{inside}{a.down}", 1, kept, total
+
+
+def _heads(layer: Layer, widths: Widths) -> tuple[list[int], list[int]]:
+    """Places of a layer's query heads and of its KV groups among those of the widest layer."""
+    in_group = widths.query_heads // widths.kv_groups
+    groups = list(range(layer.shape.kv_groups))
+    return [g * in_group + k for g in groups for k in range(layer.shape.group_size)], groups
+
+
+def _with_per_head(layer: Layer, prefix: str, own: dict[str, Tensor], widths: Widths) -> dict[str, Tensor]:
+    """The weights with a layer's entries of single heads (norms) at the places of these heads."""
+    if not layer.has_attention:
+        return own
+    queries, groups = _heads(layer, widths)
+    for path, kind in layer.architecture.per_head.items():
+        places, total = (queries, widths.query_heads) if kind == "query" else (groups, widths.kv_groups)
+        name = f"{prefix}{layer.architecture.attention}.{path}"
+        if name in own:
+            own[name] = _scattered(own[name], 0, torch.tensor(places), total)
+        else:
+            moved = {key: own.pop(key) for key in list(own) if key.startswith(f"{name}.")}
+            for key, x in moved.items():
+                number, _, rest = key.removeprefix(f"{name}.").partition(".")
+                own[f"{name}.{places[int(number)]}.{rest}"] = x
+    return own
+
+
+def _rows(heads: Sequence[int], dim: int) -> Tensor:
+    """Rows of the given heads: [len(heads) * D]."""
+    return (torch.tensor(heads)[:, None] * dim + torch.arange(dim)).flatten()
+
+
+def _scattered(x: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
+    """`x` with its entries along an axis at `places`, and zeros at the others of `size`."""
+    if len(places) == size:
+        return x
+    shape = list(x.shape)
+    shape[axis] = size
+    return x.new_zeros(shape).index_copy_(axis, places.to(x.device), x)
+
+
+FORMAT = Format("padded", LOADS, write, partial(prove, same_shapes=False))

@@ -1,0 +1,173 @@
+"""The proof that a folder is the model in memory: load it again, compare.
+
+Logits on fixed tokens are compared with those of the model in memory; in a new process also greedy generation with the
+KV cache with that without. A model that is streamed from disk does not fit into a process a second time: its folder is
+read layer by layer, and every tensor compared as well.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunelit import models, streamed
+from prunelit.calibrate import evaluating
+from prunelit.errors import NotProved
+from prunelit.export import layerwise, reload
+from prunelit.export.formats import Job
+from prunelit.versions import versions
+
+PROOF = "proof.json"
+_TOKENS, _NEW_TOKENS = 32, 8
+
+
+def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict[str, Any]:
+    """Load a folder that transformers loads, and compare it with the model in memory.
+
+    Args:
+        job: with the folder.
+        remote_code: it comes with a modelling file.
+        same_shapes: its tensors have the shapes of those in memory; otherwise sums may be rounded in another order.
+
+    Returns:
+        The verdict: {"passed", "why" (it did not), "loader", "dtype", "largest_difference", "limit", "tokens", ...}.
+    """
+    device = next(job.model.parameters()).device
+    verdict: dict[str, Any]
+    if streamed.is_streamed(job.model):
+        expected, found = layerwise.read_back(job.model, job.place)
+        verdict = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
+    elif job.fresh_process:
+        ids = fixed_tokens(job.model)
+        answer = in_new_process(
+            {
+                "folder": str(job.place),
+                "remote_code": remote_code,
+                "device": str(device),
+                "tokens": ids.tolist(),
+                "new_tokens": _NEW_TOKENS,
+                "threads": torch.get_num_threads(),
+            }
+        )
+        expected, found = _logits(job.model, ids, answer["buffers"]), answer["logits"]
+        loader = f"AutoModelForCausalLM.from_pretrained(..., trust_remote_code={remote_code}) in a new process"
+        verdict = {"loader": loader} | _of_cache(answer, expected)
+    else:
+        ids = fixed_tokens(job.model)
+        again = models.load(job.place, dtype=next(job.model.parameters()).dtype).to(device)
+        with torch.no_grad():
+            found = again(input_ids=ids, use_cache=False).logits
+        expected = _logits(job.model, ids, dict(again.named_buffers()))
+        verdict = {"loader": "prunelit.load in the process that wrote it"}
+    expected, found = expected.float().cpu(), found.float().cpu()
+    difference = (expected - found).abs().max().item()
+    # Equal weights in equal shapes: what is left is the order of sums. NaN logits can not be compared.
+    limit = _limit(expected, 0 if same_shapes else 4, next(job.model.parameters()).dtype)
+    why = verdict.get("why")
+    if not difference <= limit:
+        why = (
+            "the saved model does not read back equal: largest logit difference "
+            f"{difference:.2e}, expected at most {limit:.2e}"
+        )
+    elif difference and same_shapes:
+        warnings.warn(f"the saved model's logits differ by {difference:.1e} from those in memory", stacklevel=4)
+    return {
+        "passed": why is None,
+        "why": why,
+        **verdict,
+        "dtype": str(next(job.model.parameters()).dtype).removeprefix("torch."),
+        "device": str(device),
+        "largest_difference": difference,
+        "limit": limit,
+        "largest_logit": expected.abs().max().item(),
+        "tokens": expected.shape[0] * expected.shape[1],
+        "versions": versions(),
+    }
+
+
+def fixed_tokens(model: nn.Module) -> Tensor:
+    """Token ids [2, S] on the model's device, the same whenever they are asked for."""
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None) or _TOKENS + _NEW_TOKENS
+    length = max(2, min(_TOKENS, int(longest) - _NEW_TOKENS))
+    ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
+    return (ids * 7 + 3) % int(config.vocab_size)
+
+
+def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
+    """`reload.answer`, from a process that knows transformers only.
+
+    Raises:
+        NotProved: the folder can not be loaded or run; says what that process said last.
+    """
+    with tempfile.TemporaryDirectory(prefix="prunelit-proof-") as beside:
+        asked, answered = Path(beside, "asked.json"), Path(beside, "answered.pt")
+        asked.write_text(json.dumps(question), encoding="utf-8")
+        # The copies that trust_remote_code makes go with the process; nothing is looked up on a hub.
+        environment = os.environ | {"HF_MODULES_CACHE": str(Path(beside, "modules")), "HF_HUB_OFFLINE": "1"}
+        # -P: this package's folder is not searched for modules
+        command = [sys.executable, "-P", reload.__file__, str(asked), str(answered)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            raise NotProved(f"output: what was written can not be loaded again: {said[:300]}; nothing was kept")
+        return dict(torch.load(answered, weights_only=True))
+
+
+def _of_cache(answer: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
+    difference = answer["cache_difference"]
+    limit = _limit(expected.float(), 8, expected.dtype)  # attention to one token takes another kernel
+    found = {
+        "cache_difference": difference,
+        "cache_limit": limit,
+        "generated": answer["cached"],
+        "same_text_without_cache": answer["cached"] == answer["uncached"],
+    }
+    if difference <= limit:
+        return found
+    return found | {
+        "why": f"generation with the KV cache differs from that without: largest logit difference {difference:.2e}, "
+        f"expected at most {limit:.2e}"
+    }
+
+
+def _limit(expected: Tensor, roundings: int, dtype: torch.dtype) -> float:
+    """The largest difference that the order of sums explains."""
+    return max(1e-3, roundings * torch.finfo(dtype).eps) * expected.abs().max().item()
+
+
+@torch.no_grad()
+def _logits(model: Any, ids: Tensor, reloaded: Mapping[str, Tensor]) -> Tensor:
+    with evaluating(model), _as_reloaded(model, reloaded):
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits
+
+
+@contextmanager
+def _as_reloaded(model: nn.Module, reloaded: Mapping[str, Tensor]) -> Iterator[None]:
+    """Inside, tables that are computed, not saved (rotary frequencies), have the precision that they are loaded with.
+
+    They were rounded along if the live model was cast; nothing else about them is taken from the folder.
+    """
+    changed = []
+    for name, own in model.named_buffers():
+        other = reloaded.get(name)
+        if other is None or other.dtype == own.dtype or not torch.equal(other.to(own.device, own.dtype), own):
+            continue
+        path, _, last = name.rpartition(".")
+        changed.append((model.get_submodule(path), last, own))
+        setattr(*changed[-1][:2], other.to(own.device))
+    try:
+        yield
+    finally:
+        for owner, last, own in changed:
+            setattr(owner, last, own)
