@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from prunelit.calibrate import all_sum, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NotEnoughText
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.progress import track
 
 _NOT_PREDICTED = -100  # the label that torch's cross entropy leaves out
@@ -23,7 +23,11 @@ def size(model: nn.Module) -> dict[str, int]:
     MACs count the multiplications with weights, output projection included; the products of attention with its
     context, which grow with it, are not counted. KV bytes are in the model's own dtype.
     """
-    shape = Decoder(model).shape
+    return dense_size(Decoder(model).shape)
+
+
+def dense_size(shape: ModelShape) -> dict[str, int]:
+    """`size` of a model of this shape."""
     as_it_is = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
     names = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
     return {name: int(as_it_is.predicted[name]) for name in names}

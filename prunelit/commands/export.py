@@ -9,7 +9,7 @@ from prunelit import measure, models
 from prunelit.commands.options import Dtype, parse, parser_of
 from prunelit.console import say
 from prunelit.decoder import Decoder
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.plan import PruningPlan
 
 
 def export(
@@ -74,12 +74,7 @@ def run(command: str, arguments: list[str]) -> int:
     parser.add_function_arguments(export, None, sub_configs=False)
     options = parse(parser, arguments)
     written = export(**{name: value for name, value in vars(options).items() if name != "config"})
-    rows = {written.format: {name: int(value) for name, value in written.size.items()}}
-    plan_file = written.path / "plan.json"
-    if plan_file.is_file():
-        shape = PruningPlan.load(plan_file).model
-        dense = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers)).predicted
-        rows = {"dense": {name: int(dense[name]) for name in written.size}} | rows
+    rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
     say(measure.table(rows))
     proof = written.proof
     say(f"\nproved: {proof['loader']}")

@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from prunelit.export.formats import Format, Job
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.export.formats import Format, Job, Written
+from prunelit.plan import PruningPlan
 
 CARD = "README.md"
 _SIZES = {
@@ -24,24 +24,16 @@ _SIZES = {
 _TAKEN_OVER = ("base_model", "license", "license_name", "license_link", "language")
 
 
-def card(
-    size: Mapping[str, int],
-    proof: Mapping[str, Any],
-    note: str | None,
-    chosen: Format,
-    job: Job,
-    report: Mapping[str, Any],
-) -> str:
+def card(written: Written, chosen: Format, job: Job, report: Mapping[str, Any]) -> str:
     """Markdown with the hub's front matter.
 
     Args:
-        size: of what was written, as `measure.size`.
-        proof: the verdict.
-        note: what the format has to say.
+        written: sizes, verdict, what the format has to say.
         chosen: the format.
         job: the model, its plan.
         report: report.json of the run that made it; may be empty.
     """
+    note = written.facts.get("note")
     source = str(getattr(job.model.config, "_name_or_path", "") or "")
     head = _front_matter(source, chosen)
     name = job.plan.model.name if job.plan else Path(source).name or type(job.model).__name__
@@ -49,10 +41,10 @@ def card(
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         _title(name, job.plan),
         f"## Load\n\n```python\n{chosen.loads}\n```" + (f"\n\n{_sentence(note)}" if note else ""),
-        _what_is_left(size, job.plan),
+        _what_is_left(written, job.plan),
         _how(job.plan),
         _quality(report),
-        _proof(proof),
+        _proof(written.proof),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -89,14 +81,13 @@ def _title(name: str, plan: PruningPlan | None) -> str:
     )
 
 
-def _what_is_left(size: Mapping[str, int], plan: PruningPlan | None) -> str:
-    if plan is None:
+def _what_is_left(written: Written, plan: PruningPlan | None) -> str:
+    size, dense = written.size, written.dense
+    if plan is None or dense is None:
         rows = [f"| {what} | {size[name]:,} |" for name, what in _SIZES.items()]
         return "\n".join(["## Size", "", "| | |", "|---|---|", *rows])
-    whole = LayerPlan.dense
-    dense = PruningPlan("none", plan.model, tuple(whole(layer) for layer in plan.model.layers)).predicted
     rows = [
-        f"| {what} | {int(dense[name]):,} | {size[name]:,} | {1 - size[name] / dense[name]:.1%} |"
+        f"| {what} | {dense[name]:,} | {size[name]:,} | {1 - size[name] / dense[name]:.1%} |"
         for name, what in _SIZES.items()
         if dense[name]
     ]
@@ -129,7 +120,7 @@ def _layers(plan: PruningPlan) -> Iterator[str]:
 def _how(plan: PruningPlan | None) -> str:
     if plan is None:
         return ""
-    options = ", ".join(f"{name} {_shown(value)}" for name, value in plan.options.items())
+    options = ", ".join(f"{name} {_shown(value)}" for name, value in plan.options.items() if value is not None)
     read = plan.calibration
     text = (
         f"{read['windows']} windows of {read['seqlen']} tokens of {_shown(read['source'])}"

@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,27 @@ class Job:
     kind: str = ""
     max_shard_size: str = "5GB"
     fresh_process: bool = False
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        format: which one.
+        path: where.
+        proof: the verdict, as in proof.json.
+        size: of what was written, as `measure.size`.
+        dense: size of the dense model in the same dtype, where there is a plan.
+        facts: what the format's `write` had to say.
+    """
+
+    format: str
+    path: Path
+    proof: Mapping[str, Any]
+    size: Mapping[str, int]
+    dense: Mapping[str, int] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _always() -> None:

@@ -44,9 +44,10 @@ def write(job: Job) -> dict[str, Any]:
         dense = job.plan.model.parameters
         saved, would = dense - size["parameters"], dense - cut["parameters"]
         facts |= {"saved_of_dense": saved / dense, "kept_of_saving": saved / would if would else 1.0}
+        smaller = f"still {saved / dense:.1%} smaller" if saved > 0 else "not smaller"
         note += (
-            f"; still {saved / dense:.1%} smaller than the dense model, where the cut one is {would / dense:.1%}: "
-            f"{1 - facts['kept_of_saving']:.0%} of the saving is given up"
+            f"; {smaller} than the dense model, where the cut one is {would / dense:.1%} smaller: "
+            f"{min(1, 1 - facts['kept_of_saving']):.0%} of the saving is given up"
         )
     return facts | {"note": note}
 

@@ -6,6 +6,7 @@ read layer by layer, and every tensor compared as well.
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from prunelit.export import layerwise, reload
 from prunelit.export.formats import Job
 from prunelit.versions import versions
 
+_log = logging.getLogger("prunelit")
 PROOF = "proof.json"
 _TOKENS, _NEW_TOKENS = 32, 8
 
@@ -109,6 +111,7 @@ def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
     Raises:
         NotProved: the folder can not be loaded or run; says what that process said last.
     """
+    _log.info("written; loading it again in a new process")
     with tempfile.TemporaryDirectory(prefix="prunelit-proof-") as beside:
         asked, answered = Path(beside, "asked.json"), Path(beside, "answered.pt")
         asked.write_text(json.dumps(question), encoding="utf-8")

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from prunelit import measure
 from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.export import staging
 from prunelit.export.card import CARD, card
-from prunelit.export.formats import AUTO, Format, Job, format_of
+from prunelit.export.formats import AUTO, Format, Job, Written, format_of
 from prunelit.export.proof import PROOF
 from prunelit.plan import PruningPlan
 
@@ -49,17 +49,6 @@ def check_request(
 
 def _is_file(format: Format, target: Path) -> bool:
     return bool(format.suffix) and target.suffix == format.suffix
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written: its format, where, the verdict (`proof.json`), and what the format has to say."""
-
-    format: str
-    path: Path
-    proof: Mapping[str, Any]
-    size: Mapping[str, int]
-    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save(
@@ -157,13 +146,20 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) 
     proof = {"format": chosen.name, **chosen.prove(job)}
     if not proof["passed"]:
         raise NotProved(f"output: {proof['why']}; nothing was kept")
-    written = Written(chosen.name, target, proof, facts.get("size") or measure.size(job.model), facts)
+    dense = None
+    if job.plan is not None:
+        element = next(job.model.parameters()).element_size()
+        dense = measure.dense_size(replace(job.plan.model, bytes_per_element=element))
+    written = Written(chosen.name, target, proof, facts.get("size") or measure.size(job.model), dense, facts)
     name = f"{target.stem}.{PROOF}" if file else PROOF
     (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     if not file:
-        (folder / CARD).write_text(card(written.size, proof, facts.get("note"), chosen, job, report), encoding="utf-8")
+        (folder / CARD).write_text(card(written, chosen, job, report), encoding="utf-8")
         if job.plan is not None:
             job.plan.save(folder / "plan.json")
+    for made in folder.iterdir():  # safetensors are written for their owner's eyes only
+        if made.is_file():
+            made.chmod((folder / name).stat().st_mode)
     if "note" in facts:
         _log.info(facts["note"])
     return written

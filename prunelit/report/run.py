@@ -40,10 +40,12 @@ class RunReport(Callback):
 
     Args:
         batch_size: windows per forward pass when measuring perplexity.
+        format: of the saved model: "auto", or one of those of `python -m prunelit export`.
     """
 
-    def __init__(self, batch_size: int = 4):
+    def __init__(self, batch_size: int = 4, format: str = "auto"):
         self.batch_size = batch_size
+        self.format = format
         self.report: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._identity: dict[str, str | None] = {}
@@ -61,6 +63,7 @@ class RunReport(Callback):
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             export.check_output(self._folder, overwrite=True)
+            export.check_request(self._folder / "model", self.format, overwrite=True)
         with self._timed("load_model"):
             model = find_model(pl_module)
         data = getattr(trainer, "datamodule", None)
@@ -109,7 +112,7 @@ class RunReport(Callback):
                 tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
                 plan = self._plan(trainer)
                 written = export.write_model(
-                    *(merged, self._folder / "model", tokenizer, plan),
+                    *(merged, self._folder / "model", tokenizer, plan, self.format),
                     overwrite=True,
                     fresh_process=True,
                     report=self.report,

@@ -1,0 +1,213 @@
+"""Targets appear whole or not at all: processes killed, disks full, targets that are there already, or one file."""
+
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
+from prunelit.export import check_output, check_request, formats, save, write, write_model
+from prunelit.export.staging import staged
+from tests.tiny import tiny
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def dead() -> int:
+    """Number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+_SLOW = """
+import sys, time
+from prunelit import export, models
+from prunelit.export import proof
+def wait(question):
+    sys.stdout.write("written\\n")
+    sys.stdout.flush()
+    time.sleep(600)
+proof.in_new_process = wait
+export.save(models.load(sys.argv[1]), sys.argv[2], overwrite=True, fresh_process=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("there", [False, True])
+def test_a_killed_export_leaves_the_target_as_it_was(source: str, there: bool, tmp_path: Path) -> None:
+    target = tmp_path / "m"
+    if there:
+        target.mkdir()
+        (target / "old.txt").write_text("old")
+    command = [sys.executable, "-c", _SLOW, source, str(target)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout and process.stdout.readline() == "written\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    left = f".m.{platform.node()}.{process.pid}"
+    assert names(tmp_path) == sorted([left, *(["m"] if there else [])])
+    assert "model.safetensors" in names(tmp_path / left)
+    if there:
+        assert (target / "old.txt").read_text() == "old"
+    save(tiny("llama"), target, overwrite=True)  # and the next one tidies up
+    assert names(tmp_path) == ["m"] and "model.safetensors" in names(target) and "old.txt" not in names(target)
+
+
+def test_what_living_processes_write_is_left_alone(tmp_path: Path) -> None:
+    other = tmp_path / f".m.{platform.node()}.{os.getppid()}"
+    other.mkdir()
+    save(tiny("llama"), tmp_path / "m")
+    assert names(tmp_path) == sorted(["m", other.name])
+
+
+def test_an_old_target_comes_back_where_the_new_one_did_not_arrive(dead: int, tmp_path: Path) -> None:
+    """Killed between the two moves of an overwrite: the old content is beside its place, complete."""
+    old = tmp_path / f".m.{platform.node()}.{dead}.old"
+    old.mkdir()
+    (old / "old.txt").write_text("old")
+    with pytest.raises(OutputNotWritable, match="--overwrite"):
+        check_output(tmp_path / "m")
+    assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+def test_an_old_target_goes_where_the_new_one_has_arrived(dead: int, tmp_path: Path) -> None:
+    old = tmp_path / f".m.{platform.node()}.{dead}.old"
+    old.mkdir()
+    (old / "old.txt").write_text("old")
+    (tmp_path / "m").mkdir()
+    check_output(tmp_path / "m")
+    assert names(tmp_path) == ["m"]
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """Files can not grow beyond `size` bytes: what a full disk does, for one process."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("format", ["uniform", "hetero", "padded"])
+@pytest.mark.parametrize("size", [500, 50_000])
+def test_a_full_disk_is_one_line_and_keeps_the_old(format: str, size: int, tmp_path: Path) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old.txt").write_text("old")
+    with room_for(size), pytest.raises(OutputNotWritable, match=r"m': can not be written: .*large") as error:
+        save(tiny("llama"), tmp_path / "m", format=format, overwrite=True)
+    assert "\n" not in str(error.value)
+    assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "old.txt").write_text("old")
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if (Path(source) / "new.txt").exists():
+            raise PermissionError(1, "Operation not permitted")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with (
+        pytest.raises(OutputNotWritable, match="can not be replaced: Operation not permitted"),
+        staged(tmp_path / "m") as folder,
+    ):
+        (folder / "new.txt").write_text("new")
+    assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+# A format that is one file --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A format that writes its kind into one file, and says of its proof what the test wants."""
+    verdict: dict[str, Any] = {"passed": True, "why": None, "loader": "a reader"}
+
+    def writing(job: formats.Job) -> dict[str, Any]:
+        job.place.write_text(f"{job.kind} of {job.model.config.model_type}")
+        return {"note": "one file"}
+
+    format = formats.Format("one", "read('PATH')", writing, lambda job: verdict, ".one", ("f16", "q8"), "one")
+    real = write.format_of
+    monkeypatch.setattr(write, "format_of", lambda name: format if name == "one" else real(name))
+    return verdict
+
+
+def test_one_file_and_its_verdict(one: dict[str, Any], tmp_path: Path) -> None:
+    target = tmp_path / "model.one"
+    written = write_model(tiny("llama"), target, format="one")
+    assert target.read_text() == "f16 of llama" and written.path == target
+    assert names(tmp_path) == ["model.one", "model.proof.json"]
+    with pytest.raises(OutputNotWritable, match=r"expected a new file; .* --overwrite"):
+        write_model(tiny("llama"), target, format="one")
+    write_model(tiny("llama"), target, format="one", kind="q8", overwrite=True)
+    assert target.read_text() == "q8 of llama" and names(tmp_path) == ["model.one", "model.proof.json"]
+
+
+def test_one_file_in_a_folder(one: dict[str, Any], tmp_path: Path) -> None:
+    write_model(tiny("llama"), tmp_path / "m", format="one")
+    assert names(tmp_path / "m") == ["README.md", "model.one", "proof.json"]
+    assert "library_name: one" in (tmp_path / "m" / "README.md").read_text()
+
+
+def test_one_file_that_is_not_proved_is_not_there(one: dict[str, Any], tmp_path: Path) -> None:
+    target = tmp_path / "model.one"
+    target.write_text("old")
+    one |= {"passed": False, "why": "another text"}
+    with pytest.raises(NotProved, match="output: another text; nothing was kept"):
+        write_model(tiny("llama"), target, format="one", overwrite=True)
+    assert target.read_text() == "old" and names(tmp_path) == ["model.one"]
+
+
+def test_one_file_where_a_folder_is(one: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "model.one").mkdir()
+    with pytest.raises(OutputNotWritable, match="expected a file, got a folder"):
+        check_request(tmp_path / "model.one", "one")
+
+
+def test_kinds_and_sizes_are_checked_without_a_model(one: dict[str, Any], tmp_path: Path) -> None:
+    check_request(tmp_path / "m", "one", "q8")
+    with pytest.raises(BadOption, match="type 'q4': expected one of f16, q8 with format 'one'"):
+        check_request(tmp_path / "m", "one", "q4")
+    with pytest.raises(BadOption, match="type 'q8': expected none"):
+        check_request(tmp_path / "m", "auto", "q8")
+    with pytest.raises(BadOption, match="format 'two': expected one of auto, uniform"):
+        check_request(tmp_path / "m", "two")
+    for wrong in ("lots", "5", "5 GB", "-5GB", ""):
+        with pytest.raises(BadOption, match="max_shard_size"):
+            check_request(tmp_path / "m", max_shard_size=wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_goes_on_only_where_a_format_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refusing(job: formats.Job) -> dict[str, Any]:
+        tried.append(job.place.is_dir())
+        raise DoesNotFit("format: no")
+
+    refuses = formats.Format("no", "", refusing, lambda job: {})
+    monkeypatch.setattr(write, "format_of", lambda name: refuses)
+    with pytest.raises(DoesNotFit):
+        save(tiny("llama"), tmp_path / "m")
+    assert tried == [True, True] and not list(tmp_path.iterdir())
