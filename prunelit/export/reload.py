@@ -54,7 +54,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Load a folder and run it.
 
     Args:
-        question: {"folder", "remote_code", "device", "tokens": [B, S], "new_tokens"}.
+        question: {"folder", "remote_code", "dtype", "device", "tokens": [B, S], "new_tokens"}.
 
     Returns:
         `answers`.
@@ -64,7 +64,11 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """
     from transformers import AutoModelForCausalLM
 
-    options = {"dtype": "auto", "trust_remote_code": question["remote_code"], "output_loading_info": True}
+    options = {
+        "dtype": getattr(torch, question["dtype"]),
+        "trust_remote_code": question["remote_code"],
+        "output_loading_info": True,
+    }
     loaded: Any = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):

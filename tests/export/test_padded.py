@@ -138,10 +138,13 @@ def test_what_a_hetero_folder_holds_is_padded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
-    model = tiny("llama").to(dtype)
+    save(tiny("llama"), tmp_path / "dense")
+    model = models.load(tmp_path / "dense", dtype)
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "m", format="padded")
     assert {parameter.dtype for parameter in models.load(tmp_path / "m").parameters()} == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}  # of the model that was compared in float32
+    assert_padded(models.load(tmp_path / "m", "float32"), model.float())
 
 
 def test_it_says_what_the_zeros_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
