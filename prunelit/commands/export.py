@@ -80,5 +80,5 @@ def run(command: str, arguments: list[str]) -> int:
     say(f"\nproved: {proof['loader']}")
     if "largest_difference" in proof:
         say(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
-    say(f"{written.path}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    say(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
     return 0

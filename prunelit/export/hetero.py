@@ -133,7 +133,8 @@ def write(job: Job) -> dict[str, Any]:
 _LOADS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)  # or prunelit.load("PATH"), without
+model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
+# or, without code from the folder: model = prunelit.load("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
 
 FORMAT = Format("hetero", _LOADS, write, partial(prove, remote_code=True))

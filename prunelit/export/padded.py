@@ -28,7 +28,8 @@ def write(job: Job) -> dict[str, Any]:
     """Write a model under a stock class, with zeros in place of what only its largest layers have.
 
     Returns:
-        {"note", "size": of what is written, "saved_of_dense", "kept_of_saving": shares of parameters, with a plan}.
+        {"note", "size": of what is written, "cut_size": of the model, "saved_of_dense", "kept_of_saving": shares of
+        parameters, where there is a plan}.
 
     Raises:
         DoesNotFit: no stock class of the family has such widths; or the model is streamed from disk.
@@ -92,8 +93,7 @@ def _wide_enough(decoder: Decoder) -> Iterator[Widths]:
 def _weights(decoder: Decoder, shell: nn.Module, widths: Widths) -> dict[str, Tensor] | None:
     """The weights of `shell`; None where its shapes are others, or a weight of the model has no place in it."""
     wide = Decoder(shell)
-    found = {Widths(s.query_heads, s.kv_groups, s.head_dim, s.ffn_channels) for s in (layer.shape for layer in wide)}
-    if found != {widths} or len(wide.layers) != len(decoder.layers):
+    if {Widths.of(layer.shape) for layer in wide} != {widths} or len(wide.layers) != len(decoder.layers):
         return None
     own, room = decoder.model.state_dict(), {name: x.shape for name, x in shell.state_dict().items()}
     like = next(decoder.model.parameters())
@@ -104,7 +104,7 @@ def _weights(decoder: Decoder, shell: nn.Module, widths: Widths) -> dict[str, Te
             for part in ("weight", "bias") if axis == 0 else ("weight",):
                 if (name := f"{prefix}{path}.{part}") in own:
                     own[name] = _scattered(own[name], axis ^ (conv1d and part == "weight"), places, size)
-        own = _with_per_head(layer, prefix, own, widths)
+        _move_per_head(layer, prefix, own, widths)
     if any(name not in room or room[name] != x.shape for name, x in own.items()):
         return None
     return {name: own[name] if name in own else like.new_zeros(shape) for name, shape in room.items()}
@@ -151,10 +151,10 @@ def _heads(layer: Layer, widths: Widths) -> tuple[list[int], list[int]]:
     return [g * in_group + k for g in groups for k in range(layer.shape.group_size)], groups
 
 
-def _with_per_head(layer: Layer, prefix: str, own: dict[str, Tensor], widths: Widths) -> dict[str, Tensor]:
-    """The weights with a layer's entries of single heads (norms) at the places of these heads."""
+def _move_per_head(layer: Layer, prefix: str, own: dict[str, Tensor], widths: Widths) -> None:
+    """Move a layer's entries of single heads (norms) to the places of these heads."""
     if not layer.has_attention:
-        return own
+        return
     queries, groups = _heads(layer, widths)
     for path, kind in layer.architecture.per_head.items():
         places, total = (queries, widths.query_heads) if kind == "query" else (groups, widths.kv_groups)
@@ -166,7 +166,6 @@ def _with_per_head(layer: Layer, prefix: str, own: dict[str, Tensor], widths: Wi
             for key, x in moved.items():
                 number, _, rest = key.removeprefix(f"{name}.").partition(".")
                 own[f"{name}.{places[int(number)]}.{rest}"] = x
-    return own
 
 
 def _rows(heads: Sequence[int], dim: int) -> Tensor:

@@ -44,40 +44,21 @@ def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict
     Returns:
         The verdict: {"passed", "why" (it did not), "loader", "dtype", "largest_difference", "limit", "tokens", ...}.
     """
-    device, stored = next(job.model.parameters()).device, next(job.model.parameters()).dtype
+    stored = next(job.model.parameters()).dtype
     computed = stored if same_shapes else torch.float32
-    verdict: dict[str, Any]
     if streamed.is_streamed(job.model):
         expected, found = layerwise.read_back(job.model, job.place)
-        verdict = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
+        verdict: dict[str, Any] = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
     elif job.fresh_process:
-        ids = fixed_tokens(job.model)
-        answer = in_new_process(
-            {
-                "folder": str(job.place),
-                "remote_code": remote_code,
-                "dtype": str(computed).removeprefix("torch."),
-                "device": str(device),
-                "tokens": ids.tolist(),
-                "new_tokens": _NEW_TOKENS,
-                "threads": torch.get_num_threads(),
-            }
-        )
-        expected, found = _logits(job.model, ids, computed, answer["buffers"]), answer["logits"]
-        loader = f"AutoModelForCausalLM.from_pretrained(..., trust_remote_code={remote_code}) in a new process"
-        verdict = {"loader": loader} | _of_cache(answer, expected)
+        expected, found, verdict = _elsewhere(job, remote_code, computed)
     else:
-        ids = fixed_tokens(job.model)
-        again = models.load(job.place, computed).to(device)
-        with torch.no_grad():
-            found = again(input_ids=ids, use_cache=False).logits
-        expected = _logits(job.model, ids, computed, dict(again.named_buffers()))
+        expected, found = _here(job, computed)
         verdict = {"loader": "prunelit.load in the process that wrote it"}
     expected, found = expected.float().cpu(), found.float().cpu()
     difference = (expected - found).abs().max().item()
     # Equal weights: what is left is the order of sums. NaN logits can not be compared.
     limit = 1e-3 * expected.abs().max().item()
-    why = verdict.get("why")
+    why = verdict.pop("why", None)
     if not difference <= limit:
         why = (
             "the saved model does not read back equal: largest logit difference "
@@ -91,13 +72,40 @@ def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict
         **verdict,
         "dtype": str(stored).removeprefix("torch."),
         "compared_in": str(computed).removeprefix("torch."),
-        "device": str(device),
+        "device": str(next(job.model.parameters()).device),
         "largest_difference": difference,
         "limit": limit,
         "largest_logit": expected.abs().max().item(),
         "tokens": expected.shape[0] * expected.shape[1],
         "versions": versions(),
     }
+
+
+@torch.no_grad()
+def _here(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits of the model and of the folder, loaded in this process."""
+    ids = fixed_tokens(job.model)
+    again = models.load(job.place, dtype).to(ids.device)
+    return _logits(job.model, ids, dtype, dict(again.named_buffers())), again(input_ids=ids, use_cache=False).logits
+
+
+def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Logits of the model and of the folder, loaded in a new process, and what is known of its generation."""
+    ids = fixed_tokens(job.model)
+    answer = in_new_process(
+        {
+            "folder": str(job.place),
+            "remote_code": remote_code,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": str(ids.device),
+            "tokens": ids.tolist(),
+            "new_tokens": _NEW_TOKENS,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    expected = _logits(job.model, ids, dtype, answer["buffers"])
+    loader = f"AutoModelForCausalLM.from_pretrained(..., trust_remote_code={remote_code}) in a new process"
+    return expected, answer["logits"], {"loader": loader} | _of_cache(answer, expected)
 
 
 def fixed_tokens(model: nn.Module) -> Tensor:
@@ -126,11 +134,14 @@ def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+            if done.returncode < 0:
+                said = f"its process was ended by signal {-done.returncode} (out of memory?)"
             raise NotProved(f"output: what was written can not be loaded again: {said[:300]}; nothing was kept")
         return dict(torch.load(answered, weights_only=True))
 
 
 def _of_cache(answer: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
+    """The part of the verdict that is about generation with the KV cache."""
     difference = answer["cache_difference"]
     # One token at a time takes other kernels, whose sums differ by rounding.
     limit = max(1e-3, 32 * torch.finfo(expected.dtype).eps) * expected.abs().max().item()

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -32,7 +32,7 @@ def stock_model(model: nn.Module) -> Any:
     Returns:
         The model on the meta device, or None where no stock class fits.
     """
-    widths = {_widths(layer.shape) for layer in Decoder(model)}
+    widths = {Widths.of(layer.shape) for layer in Decoder(model)}
     if len(widths) != 1:
         return None
     only = widths.pop()
@@ -53,9 +53,10 @@ class Widths(NamedTuple):
     head_dim: int
     ffn_channels: int
 
-
-def _widths(shape: LayerShape) -> Widths:
-    return Widths(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
+    @classmethod
+    def of(cls, shape: LayerShape) -> Self:
+        """Those of a layer."""
+        return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
 
 def candidates(model: nn.Module, widths: Widths) -> Iterator[tuple[Any, Any, bool]]:
@@ -156,7 +157,7 @@ def _misfit(model: nn.Module) -> str:
     """Why no stock class holds a model."""
     first, *others = [layer.shape for layer in Decoder(model)]
     for index, shape in enumerate(others, 1):
-        if _widths(shape) != _widths(first):
+        if Widths.of(shape) != Widths.of(first):
             return f"expected layers of one shape, got {_says(first)} in layer 0, {_says(shape)} in layer {index}"
     return f"expected a stock class with the model's parameters, got none with {_says(first)} and its biases"
 

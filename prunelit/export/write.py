@@ -125,6 +125,13 @@ def write_model(
     raise AssertionError(tried)
 
 
+def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise (OSError(str(error)) if "os error" in str(error) else error) from error
+
+
 def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) -> Written:
     """Write a format into a folder and prove it.
 
@@ -142,7 +149,7 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) 
     job = replace(job, place=place)
     facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
-        job.tokenizer.save_pretrained(folder)
+        _save_tokenizer(job.tokenizer, folder)
     proof = {"format": chosen.name, **chosen.prove(job)}
     if not proof["passed"]:
         raise NotProved(f"output: {proof['why']}; nothing was kept")

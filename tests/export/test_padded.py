@@ -29,7 +29,7 @@ def test_every_family_loads_in_its_stock_class(family: str, tmp_path: Path) -> N
     model = tiny(family)
     stock, plan = type(model), cut(model, "mixed")
     surgery.apply(model, plan)
-    written = write_model(model, tmp_path / "m", plan=plan, format="padded")
+    written = write_model(model, tmp_path / "m", plan=plan, format="padded", fresh_process=True)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert type(again) is stock and not list((tmp_path / "m").glob("*.py"))
     assert_padded(again, model)

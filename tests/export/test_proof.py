@@ -16,14 +16,14 @@ from prunelit import surgery
 from prunelit.errors import NotProved
 from prunelit.export import folder, formats, hetero, padded, proof, reload, save, uniform, write_model
 from tests.export.alike import uniform as cut_alike
-from tests.tiny import cut, tiny, tokens
+from tests.tiny import FAMILIES, SLIDING, cut, tiny, tokens
 
-FORMATS = {"uniform": cut_alike, "hetero": lambda m: cut(m, "mixed"), "padded": lambda m: cut(m, "mixed")}
+CUTS = {"uniform": cut_alike, "hetero": lambda m: cut(m, "mixed"), "padded": lambda m: cut(m, "mixed")}
 
 
 def cut_for(format: str) -> Any:
     model = tiny("llama")
-    surgery.apply(model, FORMATS[format](model))
+    surgery.apply(model, CUTS[format](model))
     return model
 
 
@@ -51,7 +51,7 @@ def one_fewer(place: Path) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=[pytest.mark.new_process, pytest.mark.slow])])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUTS)
 def test_the_verdict_stands_beside_the_weights(format: str, fresh: bool, tmp_path: Path) -> None:
     written = write_model(cut_for(format), tmp_path / "m", format=format, fresh_process=fresh)
     verdict = json.loads((tmp_path / "m" / "proof.json").read_text())
@@ -65,8 +65,18 @@ def test_the_verdict_stands_beside_the_weights(format: str, fresh: bool, tmp_pat
         assert [len(text) for text in verdict["generated"]] == [8, 8]
 
 
+@pytest.mark.parametrize("family", [f if f in SLIDING else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
+def test_every_family_is_proved(family: str, tmp_path: Path) -> None:
+    """As commands do, generation included; its padded models are in test_padded.py."""
+    model = tiny(family)
+    surgery.apply(model, cut(model, "mixed"))
+    proof = write_model(model, tmp_path / "m", fresh_process=True).proof
+    assert proof["format"] == "hetero" and proof["largest_difference"] == 0
+    assert proof["same_text_without_cache"] and proof["cache_difference"] <= 1e-5
+
+
 @pytest.mark.parametrize("fresh", [False, True])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUTS)
 def test_other_weights_leave_nothing(format: str, fresh: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(monkeypatch, another_head)
     with pytest.raises(NotProved, match=r"largest logit difference .*; nothing was kept"):
@@ -82,6 +92,15 @@ def test_missing_weights_are_not_made_up(format: str, tmp_path: Path, monkeypatc
     with pytest.raises(NotProved, match=r"can not be loaded again: .*1 parameters \(model.norm.weight"):
         save(cut_for(format), tmp_path / "m", format=format, fresh_process=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.new_process
+def test_a_process_without_memory_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "killed.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(reload, "__file__", str(tmp_path / "killed.py"))
+    with pytest.raises(NotProved, match=r"ended by signal 9 \(out of memory\?\); nothing was kept"):
+        save(tiny("llama"), tmp_path / "m", fresh_process=True)
 
 
 @pytest.mark.slow
@@ -157,11 +176,11 @@ def test_short_models_are_asked_about_short_texts() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", CUTS)
 def test_long_generation_in_a_new_process(format: str, tmp_path: Path) -> None:
     """As a user without prunelit: plain transformers, and a text that outgrows the sliding window."""
     model = tiny("gemma2")
-    surgery.apply(model, FORMATS[format](model))
+    surgery.apply(model, CUTS[format](model))
     save(model, tmp_path / "m", format=format)
     code = """
 import sys

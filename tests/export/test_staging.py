@@ -16,7 +16,7 @@ import pytest
 from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.export import check_output, check_request, formats, save, write, write_model
 from prunelit.export.staging import staged
-from tests.tiny import tiny
+from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +114,21 @@ def test_a_full_disk_is_one_line_and_keeps_the_old(format: str, size: int, tmp_p
         save(tiny("llama"), tmp_path / "m", format=format, overwrite=True)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its library raises bare exceptions."""
+    tokenizer = tiny_tokenizer()
+    saving = tokenizer.save_pretrained
+
+    def late(folder: Path) -> None:
+        with room_for(500):
+            saving(folder)
+
+    monkeypatch.setattr(tokenizer, "save_pretrained", late)
+    with pytest.raises(OutputNotWritable, match="m': can not be written: File too large"):
+        save(tiny("llama"), tmp_path / "m", tokenizer)
+    assert names(tmp_path) == []
 
 
 def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
