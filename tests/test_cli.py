@@ -392,6 +392,8 @@ def test_fit_from_the_shell(source: str, words: str, tmp_path: Path, devices: in
     assert {"model", "plan.json", "report.json", "config.yaml"} <= {path.name for path in run.iterdir()}
     report = json.loads((run / "report.json").read_text())
     assert report["protocol"]["tokens"] == 8 * 15
+    assert f"| recovered | {report['recovered']['perplexity']:.2f} |" in (run / "model" / "README.md").read_text()
+    assert "in a new process" in json.loads((run / "model" / "proof.json").read_text())["loader"]
     model = AutoModelForCausalLM.from_pretrained(run / "model")
     assert sum(p.numel() for p in model.parameters()) == report["recovered"]["parameters"]
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == source

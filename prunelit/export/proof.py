@@ -124,11 +124,12 @@ def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
         NotProved: the folder can not be loaded or run; says what that process said last.
     """
     _log.info("written; loading it again in a new process")
-    with tempfile.TemporaryDirectory(prefix="prunelit-proof-") as beside:
-        asked, answered = Path(beside, "asked.json"), Path(beside, "answered.pt")
+    # In the folder itself: if this process is killed, it goes with what else was left there.
+    with tempfile.TemporaryDirectory(prefix=".proof-", dir=question["folder"]) as inside:
+        asked, answered = Path(inside, "asked.json"), Path(inside, "answered.pt")
         asked.write_text(json.dumps(question), encoding="utf-8")
         # The copies that trust_remote_code makes go with the process; nothing is looked up on a hub.
-        environment = os.environ | {"HF_MODULES_CACHE": str(Path(beside, "modules")), "HF_HUB_OFFLINE": "1"}
+        environment = os.environ | {"HF_MODULES_CACHE": str(Path(inside, "modules")), "HF_HUB_OFFLINE": "1"}
         # -P: this package's folder is not searched for modules
         command = [sys.executable, "-P", reload.__file__, str(asked), str(answered)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
