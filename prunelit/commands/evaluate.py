@@ -18,7 +18,8 @@ from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
 from prunelit.models import load_tokenizer
-from prunelit.report.run import versions, write_json
+from prunelit.report.run import write_json
+from prunelit.versions import versions
 
 _MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
 """Options that ask for more than one perplexity."""

@@ -31,7 +31,8 @@ from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
 from prunelit.evaluation.wanted import Wanted, of_tasks, of_texts
 from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
-from prunelit.report.run import hardware, versions, write_json, write_text
+from prunelit.report.run import hardware, write_json, write_text
+from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
 _FORMAT = "prunelit-evaluation/1"
