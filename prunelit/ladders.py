@@ -150,6 +150,24 @@ def _ladder(
     return Ladder(index, kind, rungs, raw.mean().item(), raw.abs().mean().item(), tuple(steps))
 
 
+def tied(ladders: Sequence[Ladder]) -> Ladder:
+    """One ladder whose steps are those of several, taken together: rung by rung, at their mean score.
+
+    Args:
+        ladders: of one kind, in different layers; a rung that is no step in all of them is none here.
+    """
+    gains = [dict(zip([0, *(step.after for step in each.steps)], each.saves(), strict=True)) for each in ladders]
+    steps: list[Step] = []
+    for before, after in pairwise(sorted(set.intersection(*map(set, gains)))):
+        cost = math.fsum(gain[after] - gain[before] for gain in gains)
+        inside = [step for each in ladders for step in each.steps if before < step.after <= after]
+        weights = [step.after - step.before for step in inside]
+        mean = math.fsum(step.score * weight for step, weight in zip(inside, weights, strict=True)) / sum(weights)
+        steps.append(Step(max(mean, steps[-1].score if steps else -math.inf), cost, (), before, after))
+    mean, size = (math.fsum(getattr(each, name) for each in ladders) / len(ladders) for name in ("mean", "size"))
+    return Ladder(-1, ladders[0].kind, min(each.rungs for each in ladders), mean, size, tuple(steps))
+
+
 def _ceil(share: float) -> int:
     return math.ceil(share - 1e-9)  # 0.55 * 100 is a little more than 55
 

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 
 from prunelit.errors import BadOption, InfeasibleBudget
-from prunelit.ladders import Cost, Ladder, LayerScores, Unit, ladders_of, standardised
+from prunelit.ladders import Cost, Ladder, LayerScores, Unit, ladders_of, standardised, tied
 from prunelit.plan import LayerPlan, LayerShape
 
 Scope = Literal["layer", "global", "layer_mean"]
@@ -42,6 +42,7 @@ def select(
     *,
     budget: Budget = "parameters",
     min_kept: float = 0.0,
+    uniform_heads: bool = False,
     standardise: bool = True,
     joint: bool = True,
     cost: Cost | None = None,
@@ -62,6 +63,8 @@ def select(
         budget: what `ratio` counts, see `Budget`: parameters, MACs per token, bytes of KV cache per token, seconds.
         min_kept: least share of each layer's KV groups (or query heads per group) and channels that stays, in [0, 1);
             rounded up.
+        uniform_heads: every layer loses the same number of KV groups (or query heads per group), whatever the scope;
+            none where a layer is protected. FFN widths may differ.
         standardise: scope "global" gives each layer's scores of a kind mean 0 and deviation 1 first; False takes them
             as they are.
         joint: scope "global" ranks heads and channels in one list; False ranks each kind by itself, heads to at most
@@ -77,7 +80,9 @@ def select(
         NonFinite: a score is NaN or infinite.
         InfeasibleBudget: the layers that may be cut do not hold that much of the budget.
     """
-    check_options(ratio, scope, unit, align, protect, len(shapes), budget=budget, min_kept=min_kept)
+    check_options(
+        *(ratio, scope, unit, align, protect, len(shapes)), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
+    )
     price = cost or _COSTS.get(budget)
     if price is None:
         raise BadOption(f"budget: expected a measured cost for {budget!r}, got none; see prunelit.latency.measure")
@@ -87,11 +92,16 @@ def select(
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
         if index not in whole:
             ladders += ladders_of(index, shape, score, price, unit, align, min_kept, compared, compared and standardise)
+    found, members = ladders, [[number] for number in range(len(ladders))]
+    if uniform_heads:
+        ladders, members = _heads_tied(shapes, found)
     dense = sum(price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
     target = ratio * dense
     most = sum(ladder.saves()[-1] for ladder in ladders)
     if most < target or not dense:
         least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
+        if uniform_heads:
+            least += " (uniform_heads: as many as any other layer keeps)"
         raise InfeasibleBudget(
             f"ratio {ratio} of {budget}: expected at most {most / dense if dense else 0:.4f} with {least} and {align} "
             f"channels kept in each of {len(shapes) - len(whole)} unprotected layers; lower ratio, align or min_kept, "
@@ -106,7 +116,12 @@ def select(
     else:
         heads = dense - sum(price(shape, 0, 0, shape.ffn_channels) for shape in shapes)
         taken = _in_order(ladders, _kinds_apart(ladders, ratio * heads), target)
-    return _plans(shapes, ladders, taken, unit)
+    gone = [0] * len(found)
+    for ladder, count, group in zip(ladders, taken, members, strict=True):
+        rung = ladder.steps[count - 1].after if count else 0
+        for number in group:
+            gone[number] = sum(step.after <= rung for step in found[number].steps)
+    return _plans(shapes, found, gone, unit)
 
 
 def check_options(
@@ -119,6 +134,7 @@ def check_options(
     *,
     budget: str = "parameters",
     min_kept: float = 0.0,
+    uniform_heads: bool = False,
 ) -> None:
     """Check what can be checked before a model is loaded.
 
@@ -132,6 +148,8 @@ def check_options(
     for name, value, allowed in (("scope", scope, Scope), ("unit", unit, Unit), ("budget", budget, Budget)):
         if value not in get_args(allowed):
             raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
+    if not isinstance(uniform_heads, bool):
+        raise BadOption(f"uniform_heads: expected true or false, got {uniform_heads!r}")
     if budget == "kv_bytes" and unit == "query_head":
         raise BadOption("budget: 'kv_bytes' counts KV groups; expected unit 'kv_group' with it, got 'query_head'")
     if isinstance(align, bool) or not isinstance(align, int) or align < 1:
@@ -139,6 +157,19 @@ def check_options(
     for layer in protect:
         if isinstance(layer, bool) or not isinstance(layer, int) or (layers and not -layers <= layer < layers):
             raise BadOption(f"protect: expected layer numbers in [{-(layers or 0)}, {layers}), got {layer!r}")
+
+
+def _heads_tied(shapes: Sequence[LayerShape], ladders: list[Ladder]) -> tuple[list[Ladder], list[list[int]]]:
+    """The ladders with those of heads as one, or none where a layer with heads has no ladder; and what each stands for.
+
+    The second list holds, for every ladder of the first, the numbers of the ladders that it moves.
+    """
+    heads = [number for number, ladder in enumerate(ladders) if ladder.kind == "attention"]
+    channels = [number for number, ladder in enumerate(ladders) if ladder.kind == "ffn"]
+    together = bool(heads) and len(heads) == sum(shape.kv_groups > 0 for shape in shapes)
+    first = [(tied([ladders[number] for number in heads]), heads)] if together else []
+    both = first + [(ladders[number], [number]) for number in channels]
+    return [ladder for ladder, _ in both], [members for _, members in both]
 
 
 _Queue = list[tuple[int, int]]  # (ladder, position of the step in it), first to go first

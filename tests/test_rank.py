@@ -679,3 +679,65 @@ def test_many_channels_are_cut_one_by_one_in_good_time() -> None:
     start = time.process_time()
     select(shapes, scores, 0.3, "layer", align=1)
     assert time.process_time() - start < 30  # quadratic, it takes minutes
+
+
+# uniform_heads --------------------------------------------------------------------------------------------------------
+
+
+def head_counts(layers: Sequence[LayerPlan]) -> set[tuple[int, int]]:
+    return {(len(kept.query_heads), len(kept.kv_groups)) for kept in layers}
+
+
+@given(cases(alike=True), st.sampled_from(["global", "layer_mean", "layer"]), st.booleans(), st.booleans())
+def test_uniform_heads_keeps_as_many_in_every_layer(case: Case, scope: Any, standardise: bool, joint: bool) -> None:
+    dense = {(case.shapes[0].query_heads, case.shapes[0].kv_groups)}
+    try:
+        layers = select(
+            *(case.shapes, case.scores, case.ratio, scope, case.unit, case.align, case.protect),
+            uniform_heads=True,
+            standardise=standardise,
+            joint=joint,
+        )
+    except InfeasibleBudget:
+        free = len(case.shapes) - len(case.whole)
+        heads = case.attention_step(case.shapes[0]) if not case.whole else 0
+        rungs = case.shapes[0].kv_groups if case.unit == "kv_group" else case.shapes[0].group_size
+        width = case.shapes[0].ffn_channels
+        most = free * (heads * (rungs - 1) + 30 * (width - min(case.align, width)))
+        assert most < case.target
+        return
+    assert case.cut(layers) >= case.target
+    assert len(head_counts(layers)) == 1
+    if case.whole:
+        assert head_counts(layers) == dense
+    check_layers(case, layers)
+    if scope != "layer":  # one step less of the FFN of one layer, or of the heads of all, would break the promise
+        spare = case.cut(layers) - case.target
+        for shape, kept in zip(case.shapes, layers, strict=True):
+            if (width := len(kept.ffn_channels)) < shape.ffn_channels:
+                assert spare < 30 * (min(shape.ffn_channels, width + case.align) - width)
+        if head_counts(layers) != dense:
+            assert spare < case.attention_step(case.shapes[0]) * len(case.shapes)
+
+
+def test_uniform_heads_go_by_their_mean_over_layers() -> None:
+    """A cheap group beside a dear one in the other layer: on average both are dear, so channels go instead."""
+    shapes, channels = [layer_shape(2, 1, 32)] * 2, torch.arange(32.0)
+    heads = (torch.tensor([0.0, 0.1]), torch.tensor([500.0, 900.0]))
+    scores = [LayerScores(heads[0], channels), LayerScores(heads[1], 100 + channels)]
+    free, tied = (
+        select(shapes, scores, 0.3, "global", align=8, standardise=False, uniform_heads=uniform)
+        for uniform in (False, True)
+    )
+    assert [len(kept.kv_groups) for kept in free] == [1, 2]
+    assert head_counts(tied) == {(2, 2)}
+    assert len(tied[0].ffn_channels) < len(tied[1].ffn_channels)
+
+
+def test_uniform_heads_says_why_a_budget_can_not_be_met() -> None:
+    shapes = [layer_shape()] * 2
+    scores = [scores_of(shape) for shape in shapes]
+    with pytest.raises(InfeasibleBudget, match="uniform_heads"):
+        select(shapes, scores, 0.45, align=8, protect=[0], uniform_heads=True)
+    with pytest.raises(BadOption, match="uniform_heads: expected true or false"):
+        check_options(0.2, "layer", "kv_group", 1, (), uniform_heads="yes")

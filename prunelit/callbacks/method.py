@@ -49,6 +49,8 @@ class PruningMethod:
         align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
         protect: layers left whole; negative numbers count from the end.
         min_kept: least share of each layer's KV groups and of its channels that stays, in [0, 1).
+        uniform_heads: every layer loses the same number of KV groups or query heads, whatever the scope (none where a
+            layer is protected); FFN widths may differ. For runtimes with one head count, see `prunelit.serving`.
         repair: what is done for the quality with the calibration text alone: "none"; "bias" adds the mean of what went
             to the output biases; "least_squares" refits the output projections of what stays, layer by layer
             (see `prunelit.reconstruct`).
@@ -84,6 +86,7 @@ class PruningMethod:
         align: int = 64,
         protect: Sequence[int] = (),
         min_kept: float = 0.0,
+        uniform_heads: bool = False,
         repair: Repair = "none",
         calibration: str | Sequence[str] | None = None,
         windows: int = 64,
@@ -91,7 +94,9 @@ class PruningMethod:
         seed: int = 0,
         plan_file: str | None = None,
     ):
-        rank.check_options(ratio, scope, unit, align, protect, budget=budget, min_kept=min_kept)
+        rank.check_options(
+            *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
+        )
         if repair not in self.repair_choices:
             raise BadOption(f"repair: expected one of {', '.join(self.repair_choices)}, got {repair!r}")
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
@@ -101,7 +106,8 @@ class PruningMethod:
             text.check_source(source)
         self.replayed = PruningPlan.load(plan_file) if plan_file else None
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
-        self.protect, self.min_kept, self.repair = list(protect), min_kept, repair
+        self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
+        self.repair = repair
         self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
         self.plan_file = plan_file
         self.plan_made: PruningPlan | None = None
@@ -192,6 +198,7 @@ class PruningMethod:
             protect=self.protect,
             budget=self.budget,
             min_kept=self.least_share(decoder),
+            uniform_heads=self.uniform_heads,
             standardise=self.standardise,
             joint=self.joint,
             cost=cost,
@@ -259,16 +266,8 @@ class PruningMethod:
         self, model: nn.Module, batches: Sequence[Batch], replay: PruningPlan | None, repaired: str | None
     ) -> PruningPlan:
         """`prune`; `repaired` names a file in `kept_cut` of weights that were repaired after a cut by `replay`."""
-        start = time.perf_counter()
         decoder = Decoder(model)
-        decoder.check_finite()
-        plan = replay or self.replayed
-        if plan is None:
-            self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
-            plan = self._planned(decoder, batches)
-        plan = bias.declare(decoder, plan, self.repair == "bias")
-        _agree(plan)
-        self.seconds["score_and_plan"] = time.perf_counter() - start
+        plan = self._decided(decoder, batches, replay)
         start = time.perf_counter()
         self._cut_once(decoder, plan, batches, repaired)
         self.seconds["cut"] = time.perf_counter() - start
@@ -278,6 +277,34 @@ class PruningMethod:
             f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
             f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
         )
+        return plan
+
+    def decide(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
+        """The plan that `prune` with the same arguments cuts by; nothing is cut.
+
+        Args:
+            model: dense model, left as it is.
+            batches: calibration batches; none where the scores read no text, see `reads_text`.
+            replay: a plan to take instead of scoring; default: that of `plan_file`.
+
+        Raises:
+            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as `prune`.
+        """
+        decoder = Decoder(model)
+        plan = self._decided(decoder, batches, replay)
+        surgery.check_fits(decoder, plan)
+        return plan
+
+    def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
+        start = time.perf_counter()
+        decoder.check_finite()
+        plan = replay or self.replayed
+        if plan is None:
+            self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
+            plan = self._planned(decoder, batches)
+        plan = bias.declare(decoder, plan, self.repair == "bias")
+        _agree(plan)
+        self.seconds["score_and_plan"] = time.perf_counter() - start
         return plan
 
     def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:

@@ -24,6 +24,7 @@ METHODS = tuple(methods())
 DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
 GQA = ("llama", "phi3", "qwen3", "falcon")
 EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+WHOLE_BLOCKS = ("block_pruner", "shortgpt")
 MOST_LINES = 150
 
 
@@ -106,6 +107,31 @@ def test_query_heads_can_be_the_unit(name, family):
         assert shape.group_size > 1
         assert kept.attention_removed or len(kept.kv_groups) == shape.kv_groups
     assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
+
+
+@pytest.mark.parametrize("unit", ["kv_group", "query_head"])
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in WHOLE_BLOCKS])
+def test_uniform_heads_keeps_as_many_in_every_layer(name, unit):
+    model = tiny("llama")
+    plan = pruned(name, model, scope="global", unit=unit, uniform_heads=True, ratio=0.4)
+    assert len({(len(kept.query_heads), len(kept.kv_groups)) for kept in plan.layers}) == 1
+    assert plan.predicted["ratio_of_block_parameters"] >= 0.4 and plan.options["uniform_heads"] is True
+
+
+@pytest.mark.parametrize("repair", ["none", "bias"])
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_decided_without_a_cut_is_what_is_cut(name, repair):
+    model, options = tiny("llama"), {"ratio": 0.3, "align": 8}
+    method = method_class(name)
+    if repair in method.repair_choices and name not in (*WHOLE_BLOCKS, "best"):
+        options["repair"] = repair
+    batches = batches_for(model)
+    before = {path: value.clone() for path, value in model.state_dict().items()}
+    hooks = hooks_of(model)
+    plan = method(**options).decide(model, batches)
+    assert model.state_dict().keys() == before.keys() and hooks_of(model) == hooks
+    assert all(torch.equal(value, before[path]) for path, value in model.state_dict().items())
+    assert plan == method(**options).prune(model, batches)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
