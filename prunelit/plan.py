@@ -1,21 +1,23 @@
 """PruningPlan: which units of a decoder stay. Methods make it; surgery, checkpoints and exports read it.
 
-Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line, hashed,
-compared across ranks, edited by hand and replayed on another machine without the scores.
+Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line (see
+`prunelit.plan_json`), hashed, compared across ranks, edited by hand and replayed on another machine without the scores.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from prunelit import plan_json
 from prunelit.errors import BadPlan
 
 FORMAT = "prunelit-plan/1"
 _ADDED = "added_bias"
+_SAID = {int: "a count", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -157,15 +159,18 @@ class PruningPlan:
             ("options", self.options, Mapping),
             ("calibration", self.calibration, Mapping),
         ):
-            if not isinstance(value, kind):
+            if not isinstance(value, kind) or isinstance(value, bool):
                 raise BadPlan(f"plan: {name}: expected {kind.__name__}, got {value!r:.80}")
-        _check_sizes("model", self.model, "hidden_size", "parameters")
+        _check_kinds("plan: model", self.model)
         for index, shape in enumerate(self.model.layers):
-            _check_sizes(f"dense layer {index}", shape)
-            if (shape.kv_groups == 0) != (shape.query_heads == 0) or shape.query_heads % (shape.kv_groups or 1):
-                raise BadPlan(f"plan: dense layer {index}: {shape.query_heads} heads in {shape.kv_groups} KV groups")
-        if not self.model.layers:
-            raise BadPlan("plan: expected at least one layer, got none")
+            _check_dense(index, shape)
+        if not self.model.layers or not self.model.block_parameters:
+            raise BadPlan("plan: dense_layers: expected at least one layer with parameters, got none")
+        if self.model.parameters < self.model.block_parameters or not self.model.hidden_size:
+            raise BadPlan(
+                f"plan: model: expected a hidden size, and at least the {self.model.block_parameters} parameters of its "
+                f"layers, got {self.model.hidden_size} and {self.model.parameters}"
+            )
         if len(self.layers) != len(self.model.layers):
             raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
         for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
@@ -217,7 +222,7 @@ class PruningPlan:
     # JSON --------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
-        """JSON text, one layer a line; a removed block is null."""
+        """JSON text, one layer a line; indices as ranges ("0-2, 5"), a removed block is null."""
         model = asdict(self.model)
         shapes = model.pop("layers")
         head = {
@@ -233,31 +238,36 @@ class PruningPlan:
             {
                 "attention": None
                 if layer.attention_removed
-                else {"kv_groups": layer.kv_groups, "query_heads": layer.query_heads} | _added(layer.attention_bias),
-                "mlp": None if layer.mlp_removed else {"channels": layer.ffn_channels} | _added(layer.mlp_bias),
+                else _written(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
+                "mlp": None if layer.mlp_removed else _written(layer.mlp_bias, channels=layer.ffn_channels),
             }
             for layer in self.layers
         ]
-        body = json.dumps(head, indent=1)[:-2]
-        return f'{body},\n "dense_layers": {_lines(shapes)},\n "layers": {_lines(layers)}\n}}\n'
+        return plan_json.written(head, {"dense_layers": shapes, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
-        """Read what `to_json` wrote; `predicted` is computed again, not read.
+        """Read what `to_json` wrote, now or in earlier versions; `predicted` is computed again, not read.
 
         Raises:
-            BadPlan: not JSON, not this format, a field missing, or contradictory content.
+            BadPlan: not JSON, not this format, a name missing or unknown, or contradictory content.
         """
-        try:
-            data = json.loads(text)
-            if not isinstance(data, dict) or data.get("format") != FORMAT:
-                found = data.get("format") if isinstance(data, dict) else type(data).__name__
-                raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r}")
-            model = ModelShape(**data["model"], layers=tuple(LayerShape(**shape) for shape in data["dense_layers"]))
-            layers = tuple(_layer(layer["attention"], layer["mlp"]) for layer in data["layers"])
-            return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise BadPlan(f"plan: not a readable {FORMAT} file ({type(error).__name__}: {error})") from error
+        data = plan_json.parsed(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r:.60}")
+        names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
+        plan_json.known("plan", data, names, ("format", "predicted"))
+        for name in ("dense_layers", "layers"):
+            if not isinstance(data[name], list):
+                raise BadPlan(f"plan: {name}: expected a list of layers, got {data[name]!r:.60}")
+        shapes = [_made(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])]
+        model = _made(ModelShape, "plan: model", data["model"], layers=tuple(shapes))
+        if len(data["layers"]) != len(shapes):
+            raise BadPlan(f"plan: layers: expected {len(shapes)}, one per dense layer, got {len(data['layers'])}")
+        pairs = enumerate(zip(data["layers"], shapes, strict=True))
+        layers = tuple(_layer(f"plan: layer {index}", layer, shape) for index, (layer, shape) in pairs)
+        return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to `path` atomically (a reader sees the old file or the new one)."""
@@ -288,38 +298,55 @@ def plans_of(model: Any) -> dict[str, PruningPlan]:
     return found
 
 
-def _layer(attention: Mapping[str, Any] | None, mlp: Mapping[str, Any] | None) -> LayerPlan:
-    heads, groups = _block(attention, "query_heads", "kv_groups")
-    (channels,) = _block(mlp, "channels")
-    biases = [block is not None and block.get(_ADDED, False) for block in (attention, mlp)]
-    return LayerPlan(heads, groups, channels, *biases)
+def _written(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
+    return {name: plan_json.spans(indices) for name, indices in kept.items()} | ({_ADDED: True} if bias else {})
 
 
-def _block(block: Mapping[str, Any] | None, *names: str) -> list[tuple[int, ...]]:
-    """The index lists of a block in JSON; all empty for null, the removed block."""
-    if block is None:
-        return [() for _ in names]
-    if not isinstance(block, Mapping) or set(block) - {_ADDED} != set(names) or not all(block[name] for name in names):
-        raise BadPlan(
-            f"plan: expected a block {{{', '.join(names)}}} with indices, or null (removed), got {block!r:.80}"
-        )
-    return [tuple(block[name]) for name in names]
+def _made(kind: Any, where: str, data: Any, **more: Any) -> Any:
+    """A dataclass from an object with its fields; those with a default may be missing."""
+    own = [item for item in fields(kind) if item.name not in more]
+    needed = [item.name for item in own if item.default is MISSING]
+    plan_json.known(where, data, needed, [item.name for item in own if item.name not in needed])
+    made = kind(**data, **more)
+    _check_kinds(where, made)
+    return made
 
 
-def _added(bias: bool) -> dict[str, bool]:
-    return {_ADDED: True} if bias else {}
+def _layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
+    plan_json.known(where, layer, ("attention", "mlp"))
+    units = {"query_heads": shape.query_heads, "kv_groups": shape.kv_groups, "channels": shape.ffn_channels}
+
+    def block(name: str, *kinds: str) -> list[Any]:
+        """The indices of each kind, then whether a bias is added; nothing for null, the removed block."""
+        said, at = layer[name], f"{where}: {name}"
+        if said is None:
+            return [*[()] * len(kinds), False]
+        plan_json.known(f"{at} (null where it goes)", said, kinds, (_ADDED,))
+        found = [plan_json.indices(f"{at}: {kind}", said[kind], units[kind]) for kind in kinds]
+        return [*found, said.get(_ADDED, False)]
+
+    heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
+    channels, mlp_bias = block("mlp", "channels")
+    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias)
 
 
-def _lines(items: Sequence[Any]) -> str:
-    return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in items) + "\n ]"
+def _check_kinds(where: str, data: Any) -> None:
+    """Counts are integers and not negative, names are text, switches are true or false."""
+    for item in fields(data):
+        value, kind = getattr(data, item.name), item.type
+        if kind in _SAID and (type(value) is not kind or (kind is int and value < 0)):
+            raise BadPlan(f"{where}: {item.name}: expected {_SAID[kind]}, got {value!r:.40}")
 
 
-def _check_sizes(where: str, shape: Any, *positive: str) -> None:
-    """Counts of a dataclass are integers, not negative; some of them not zero."""
-    for item in fields(shape):
-        value = getattr(shape, item.name)
-        if item.type in (int, "int") and (type(value) is not int or value < (item.name in positive)):
-            raise BadPlan(f"plan: {where}: {item.name}: expected a count, got {value!r:.40}")
+def _check_dense(index: int, shape: LayerShape) -> None:
+    """A dense layer's numbers belong together."""
+    where = f"plan: dense layer {index}"
+    _check_kinds(where, shape)
+    if (shape.kv_groups == 0) != (shape.query_heads == 0) or shape.query_heads % (shape.kv_groups or 1):
+        raise BadPlan(f"{where}: {shape.query_heads} heads in {shape.kv_groups} KV groups")
+    heads = shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups
+    if heads > shape.attention_cost or shape.channel_cost * shape.ffn_channels > shape.mlp_cost:
+        raise BadPlan(f"{where}: its heads or channels cost more than the block they are part of")
 
 
 def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:

@@ -74,8 +74,8 @@ def test_file_keeps_everything(tmp_path: Path) -> None:
 
 def test_json_has_one_layer_a_line_and_null_for_what_is_gone() -> None:
     text = plan_of(LayerPlan((), (), (1, 2)), LayerPlan((0, 1), (0,), ())).to_json()
-    assert '\n  {"attention": null, "mlp": {"channels": [1, 2]}},\n' in text
-    assert '\n  {"attention": {"kv_groups": [0], "query_heads": [0, 1]}, "mlp": null},\n' in text
+    assert '\n  {"attention": null, "mlp": {"channels": "1-2"}},\n' in text
+    assert '\n  {"attention": {"kv_groups": "0", "query_heads": "0-1"}, "mlp": null},\n' in text
 
 
 def test_json_states_added_biases_only_where_there_are_any() -> None:
@@ -83,10 +83,10 @@ def test_json_states_added_biases_only_where_there_are_any() -> None:
     plan = plan_of(replace(kept, attention_bias=True), replace(kept, mlp_bias=True))
     text = plan.to_json()
     assert (
-        '{"attention": {"kv_groups": [0], "query_heads": [0, 1], "added_bias": true}, "mlp": {"channels": [1, 5]}}'
+        '{"attention": {"kv_groups": "0", "query_heads": "0-1", "added_bias": true}, "mlp": {"channels": "1, 5"}}'
         in text
     )
-    assert '"mlp": {"channels": [1, 5], "added_bias": true}' in text
+    assert '"mlp": {"channels": "1, 5", "added_bias": true}' in text
     assert PruningPlan.from_json(text) == plan
     assert "added_bias" not in plan_of(kept).to_json()
 

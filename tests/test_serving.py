@@ -1,0 +1,196 @@
+"""What the table says of a plan is what the writers find by building the class; the rest is what the docstring cites."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prunelit import bias, surgery
+from prunelit.decoder import Decoder
+from prunelit.export.hetero import per_layer_model
+from prunelit.export.uniform import stock_model
+from prunelit.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
+from prunelit.serving import Row, notes, padded_widths, serving
+from tests.callbacks.test_contract import DIVERSE
+from tests.test_plan import layer_shape, model_shape
+from tests.tiny import FAMILIES, KINDS, cut, keep, tiny
+
+STOCK, HETERO = "transformers, stock class", "transformers, per-layer shapes"
+EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+
+
+def row(plan: PruningPlan, target: str) -> Row:
+    (found,) = (each for each in serving(plan) if each.target == target)
+    return found
+
+
+def ways(shape: LayerShape) -> Iterator[tuple[str, LayerPlan]]:
+    """Cuts that all layers can share."""
+    yield "dense", keep(shape)
+    yield "channels", keep(shape, channels=tuple(range(40)))
+    if shape.heads_prunable:
+        for groups in range(1, shape.kv_groups):
+            yield f"{groups} groups", keep(shape, groups=tuple(range(groups)), channels=tuple(range(48)))
+        for heads in range(1, shape.group_size):
+            yield f"{heads} heads of a group", keep(shape, heads_in_group=tuple(range(heads)))
+
+
+def uniform_plans(model: Any) -> Iterator[tuple[str, PruningPlan]]:
+    shape = Decoder(model).shape
+    for name, kept in ways(shape.layers[0]):
+        yield name, PruningPlan("test", shape, (kept,) * len(shape.layers))
+
+
+def carried_out(model: Any, plan: PruningPlan) -> Any:
+    """The model cut, with the biases that the plan declares, all zeros."""
+    surgery.apply(model, plan)
+    for layer, kept in zip(Decoder(model), (k for k in plan.layers if not k.removed), strict=True):
+        pairs = [(kept.attention_bias, getattr(layer, "output", None)), (kept.mlp_bias, getattr(layer, "down", None))]
+        for added, linear in pairs:
+            if added:
+                linear.bias = nn.Parameter(torch.zeros(model.config.hidden_size))
+    return model
+
+
+def check(build: Any, plan: PruningPlan, what: str) -> None:
+    model = carried_out(build(), plan)
+    said = row(plan, STOCK)
+    assert (said.answer == "yes") == (stock_model(model) is not None), (what, said)
+    assert (row(plan, HETERO).answer == "yes") == (per_layer_model(model) is not None), what
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_stock_and_per_layer_are_what_the_writers_find(family: str) -> None:
+    def build() -> Any:
+        return tiny(family)
+
+    for name, plan in uniform_plans(build()):
+        check(build, plan, name)
+        check(build, bias.declare(Decoder(build()), plan, True), f"{name}, with biases")
+    for kind in (*KINDS, "mixed"):
+        if kind not in FAMILIES[family].lacks:
+            check(build, cut(build(), kind), kind)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_heads_that_do_not_divide_the_hidden_size(family: str) -> None:
+    sizes = FAMILIES[family].sizes
+    if "num_attention_heads" not in sizes or not Decoder(tiny(family)).layers[0].shape.heads_prunable:
+        pytest.skip("the family has another name for heads, or does not lose any")
+
+    def build() -> Any:
+        groups = {"num_key_value_heads": 6} if "num_key_value_heads" in sizes else {}
+        head_dim = {"head_dim": 6} if "head_dim" in sizes else {}
+        return tiny(family, num_attention_heads=12, **groups, **head_dim)
+
+    for name, plan in uniform_plans(build()):
+        if name.startswith(("5 groups", "7 groups", "4 groups")):
+            check(build, plan, name)
+
+
+# What the rest of the table says, on Llamas of 9 heads in 3 groups ---------------------------------------------------
+
+SHAPE = layer_shape(9, 3, 8, 96, hidden=72)
+LLAMA = model_shape(*[SHAPE] * 3, hidden=72)
+DENSE = LayerPlan.dense(SHAPE)
+NARROW = keep(SHAPE, channels=tuple(range(64)))
+FEWER = keep(SHAPE, groups=(0, 1))
+NO_ATTENTION, NO_FFN, GONE = keep(SHAPE, groups=()), keep(SHAPE, channels=()), keep(SHAPE, groups=(), channels=())
+
+
+def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama") -> PruningPlan:
+    return PruningPlan("test", replace(model, model_type=family), layers)
+
+
+@pytest.mark.parametrize(
+    ("target", "layers", "family", "answer", "says"),
+    [
+        (STOCK, (DENSE, GONE, DENSE), "llama", "yes", "alike"),
+        (STOCK, (DENSE, NARROW, DENSE), "llama", "no", "FFN widths differ.*scope: layer"),
+        (STOCK, (DENSE, FEWER, NARROW), "llama", "no", "heads and FFN widths differ.*scope: layer"),
+        (STOCK, (DENSE, NO_FFN, DENSE), "llama", "no", "M1.*cuts widths"),
+        (STOCK, (FEWER,) * 3, "gpt_neox", "no", r"head size.*ratio below 0\.333"),
+        (STOCK, (DENSE,) * 3, "mpt", "?", "mpt"),
+        ("vLLM, stock class", (FEWER,) * 3, "llama", "yes", ""),
+        ("vLLM, stock class", (FEWER,) * 3, "qwen2", "no", r"head size.*ratio below 0\.333"),
+        ("vLLM, stock class", (NARROW,) * 3, "qwen2", "yes", ""),
+        ("vLLM, stock class", (FEWER,) * 3, "granite", "?", "not looked up"),
+        ("vLLM, stock class", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
+        ("vLLM, stock class", (NARROW,) * 3, "helium", "?", "no class"),
+        ("vLLM, DeciLM", (DENSE, NARROW, NO_ATTENTION), "llama", "yes", ""),
+        ("vLLM, DeciLM", (DENSE, FEWER, DENSE), "llama", "no", "got 6, 9.*uniform_heads: true"),
+        ("vLLM, DeciLM", (NO_ATTENTION, DENSE, DENSE), "llama", "no", r"layer 0.*protect: \[0\]"),
+        ("vLLM, DeciLM", (GONE, NO_ATTENTION, DENSE), "llama", "no", "layer 1"),
+        ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "qwen3", "no", "qwen3.*scope: layer"),
+        ("llama.cpp, own graph", (FEWER,) * 3, "mistral", "yes", "as llama"),
+        ("llama.cpp, own graph", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
+        ("llama.cpp, own graph", (DENSE,) * 3, "gemma", "?", "gemma"),
+        ("llama.cpp, deci graph", (DENSE, NO_FFN, FEWER), "llama", "yes", "32 channels of zeros"),
+        ("llama.cpp, deci graph", (DENSE, NARROW, FEWER), "qwen3", "no", "qwen3.*scope: layer"),
+        ("TensorRT-LLM", (NARROW,) * 3, "llama", "yes", ""),
+        ("TensorRT-LLM", (FEWER,) * 3, "llama", "?", "not looked up"),
+        ("TensorRT-LLM", (DENSE, NARROW, DENSE), "llama", "no", "scope: layer"),
+        ("INT4, groups of 32", (DENSE,) * 3, "llama", "no", "hidden size: 72"),
+        ("INT4, groups of 32", (DENSE,) * 3, "gpt2", "no", "stored"),
+    ],
+)
+def test_the_table(target: str, layers: tuple[LayerPlan, ...], family: str, answer: str, says: str) -> None:
+    found = row(plan_of(*layers, family=family), target)
+    assert found.answer == answer
+    assert re.search(says, f"{found.why} {found.option}"), found
+    assert (found.known == "unread") == (answer == "?")
+    assert found.answer != "yes" or "scope" not in found.option
+
+
+def test_int4_groups_name_the_width_that_does_not_divide() -> None:
+    shape = layer_shape(9, 3, 64, 1536, hidden=576)
+    model = model_shape(*[shape] * 2, hidden=576)
+    odd = keep(shape, groups=(0,), channels=tuple(range(1500)))
+    plan = plan_of(LayerPlan.dense(shape), odd, model=model)
+    said = {each.target: each for each in serving(plan) if each.target.startswith("INT4")}
+    assert [said[f"INT4, groups of {size}"].answer for size in (32, 64, 128)] == ["yes", "yes", "no"]
+    assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layers" in said["INT4, groups of 64"].why
+    assert "hidden size: 576" in said["INT4, groups of 128"].why and said["INT4, groups of 128"].option == "group_size: 64"
+
+
+def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
+    plan = plan_of(FEWER, NARROW, NO_FFN)
+    assert padded_widths(plan) == (9, 3, 96)
+    narrow = plan_of(keep(SHAPE, groups=(1,), channels=tuple(range(48))), GONE, keep(SHAPE, channels=tuple(range(64))))
+    assert padded_widths(narrow) == (9, 3, 64)
+    left = 2 * SHAPE.parameters_at(9, 3, 64)
+    assert f"saves {1 - left / LLAMA.block_parameters:.1%}" in row(narrow, "transformers, padded").why
+    assert padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (9, 3, 96)  # its head size is 72 / heads
+
+
+def test_notes_on_widths_and_gpus() -> None:
+    eight = layer_shape(8, 4, 8, 128)
+    model = model_shape(*[eight] * 2)
+    whole = plan_of(*[LayerPlan.dense(eight)] * 2, model=model)
+    assert notes(whole) == ["tensor parallel over 2, 4, 8 GPUs: heads, KV groups (or copies of them) and channels divide"]
+    odd = plan_of(LayerPlan.dense(eight), keep(eight, groups=(0, 1, 2), channels=tuple(range(100))), model=model)
+    width, parallel = notes(odd)
+    assert "1 layers (1)" in width and "align: 64" in width
+    assert "no number of GPUs" in parallel
+
+
+def test_the_option_named_makes_it_serve() -> None:
+    """A global cut is refused by DeciLM; the same cut with `uniform_heads` is not; with `scope: layer` all take it."""
+    from tests.callbacks.test_contract import pruned
+
+    plans = {
+        name: pruned("magnitude", tiny("llama"), ratio=0.5, align=8, **options)
+        for name, options in {
+            "global": {"scope": "global"},
+            "uniform_heads": {"scope": "global", "uniform_heads": True},
+            "layer": {"scope": "layer"},
+        }.items()
+    }
+    said = {name: {each.target: each.answer for each in serving(plan)} for name, plan in plans.items()}
+    assert said["global"]["vLLM, DeciLM"] == "no" and said["global"][STOCK] == "no"
+    assert said["uniform_heads"]["vLLM, DeciLM"] == "yes"
+    assert said["layer"][STOCK] == said["layer"]["vLLM, stock class"] == said["layer"]["llama.cpp, own graph"] == "yes"
