@@ -11,6 +11,7 @@ COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
     "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
     "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
+    "plan": "what a cut would leave and what serves it; show, diff  --model M --ratio 0.2 --out plan.json",
     "export": "write a model in another format, with its proof      --model DIR --format padded --out PATH",
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
     "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",
@@ -58,6 +59,10 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.write(__version__ + "\n")
         elif command == "methods":
             sys.stdout.write(list_methods(rest) + "\n")
+        elif command == "plan" and rest[:1] in (["show"], ["diff"]):
+            from prunelit.commands import plan_files
+
+            return plan_files.run(rest)
         elif command in COMMANDS:
             from prunelit import cli
 

@@ -7,6 +7,9 @@ import errno
 import os
 import pydoc
 import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 
 from prunelit import checkpoint, compare
 from prunelit.callbacks.base import PruningCallback
-from prunelit.commands import evaluate, export, prune
+from prunelit.commands import evaluate, export, plan, prune
 from prunelit.console import one_line_errors, speak_by_rule
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, OutputNotWritable
@@ -29,9 +32,10 @@ def run(command: str, arguments: list[str]) -> int:
     Raises:
         PrunelitError: bad input, in one line.
     """
-    runs = {
+    runs: dict[str, Callable[[str, list[str]], int]] = {
         "fit": _lightning,
         "validate": _lightning,
+        "plan": partial(plan.run, job_of=job),
         "prune": prune.run,
         "export": export.run,
         "evaluate": evaluate.run,
@@ -74,7 +78,7 @@ class PrunelitCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """`--plan` goes to the callbacks that cut."""
-        config = self.config[self.subcommand]
+        config = self.config[self.subcommand] if self.subcommand else self.config
         if not config.plan:
             return
         cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
@@ -92,6 +96,23 @@ class PrunelitCLI(LightningCLI):
         if self.config_init.fit.get("ckpt_path") == "last":
             found = checkpoint.newest(self.trainer)
             self.config_init.fit.ckpt_path = None if found is None else str(found)
+
+
+def job(arguments: list[str]) -> plan.Job:
+    """What `fit` with these arguments runs, parsed and built as there, but not run."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the command line is `plan`'s
+        made = PrunelitCLI(
+            RecoveryModule,
+            TextDataModule,
+            args=_spelt_out(arguments),
+            run=False,
+            seed_everything_default=0,
+            trainer_defaults={"default_root_dir": "runs/fit"},
+            save_config_callback=None,
+            parser_kwargs={"exit_on_error": False},
+        )
+    return plan.Job(made.trainer, made.model, made.datamodule)
 
 
 def _cuts(class_path: str) -> bool:

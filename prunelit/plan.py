@@ -168,8 +168,8 @@ class PruningPlan:
             raise BadPlan("plan: dense_layers: expected at least one layer with parameters, got none")
         if self.model.parameters < self.model.block_parameters or not self.model.hidden_size:
             raise BadPlan(
-                f"plan: model: expected a hidden size, and at least the {self.model.block_parameters} parameters of its "
-                f"layers, got {self.model.hidden_size} and {self.model.parameters}"
+                f"plan: model: expected a hidden size, and at least the {self.model.block_parameters} parameters of "
+                f"its layers, got {self.model.hidden_size} and {self.model.parameters}"
             )
         if len(self.layers) != len(self.model.layers):
             raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")

@@ -81,7 +81,10 @@ def select(
         InfeasibleBudget: the layers that may be cut do not hold that much of the budget.
     """
     check_options(
-        *(ratio, scope, unit, align, protect, len(shapes)), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
+        *(ratio, scope, unit, align, protect, len(shapes)),
+        budget=budget,
+        min_kept=min_kept,
+        uniform_heads=uniform_heads,
     )
     price = cost or _COSTS.get(budget)
     if price is None:

@@ -1,16 +1,16 @@
-"""Will it serve: what loads the result of a plan, read off the plan alone; no weight, no config, no library is needed.
+"""Will it serve: what loads the result of a plan, read off the plan alone; no weight, config or library is needed.
 
-For transformers this predicts what the writers of `prunelit.export` find by building the class; a contract test holds the
-two together over all families. The rest is said with how it is known: "tried" was run (transformers 5.23; llama.cpp through
-its wheel), "read" was found in the program's source and not run, "unread" in neither.
+For transformers this foretells what the writers of `prunelit.export` find by building the class; a contract test holds
+the two together over all families. The rest is said with how it is known: "tried" was run (transformers 5.23; llama.cpp
+through its wheel), "read" was found in the program's source and not run, "unread" is neither.
 
-    vLLM            vllm/model_executor/models/: registry.py (classes), llama.py (reads head_dim), qwen2.py (head size is
-                    hidden size / heads), nemotron_nas.py (DeciLM: one number of query heads for all layers, KV groups and
-                    FFN widths per layer, blocks may be missing, but not the first attention: it opens the residual)
-    llama.cpp       src/models/deci.cpp: heads, KV groups and FFN widths per layer, Llama's computation, biases allowed, no
-                    norms on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks: same text
-    TensorRT-LLM    tensorrt_llm/_torch/models/modeling_nemotron_nas.py: as vLLM's, but FFN widths are rounded up to 256;
-                    issue 1600: other classes have one shape for all layers
+    vLLM           vllm/model_executor/models/: registry.py (classes), llama.py (reads head_dim), qwen2.py (head size is
+                   hidden size / heads), nemotron_nas.py (DeciLM: one number of query heads for all layers, KV groups
+                   and FFN widths per layer; blocks may be missing, but not the first attention: it opens the residual)
+    llama.cpp      src/models/deci.cpp: heads, KV groups and FFN widths per layer, Llama's computation, biases, no norms
+                   on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks: the same text
+    TensorRT-LLM   tensorrt_llm/_torch/models/modeling_nemotron_nas.py: as vLLM's, but FFN widths are rounded up to 256;
+                   issue 1600: other classes have one shape for all layers
 """
 
 import math
@@ -26,31 +26,28 @@ GROUP_SIZES = (32, 64, 128)
 FAST_WIDTH = 64
 
 # transformers 5.23: configs without a head size of their own, which is then hidden size / heads.
-_HEAD_SIZE_DERIVED = frozenset("biogpt falcon gpt2 gpt_neox gptj helium opt persimmon stablelm".split())
+_HEAD_SIZE_DERIVED = frozenset(
+    {"biogpt", "falcon", "gpt2", "gpt_neox", "gptj", "helium", "opt", "persimmon", "stablelm"}
+)
 # Configs that refuse heads which do not divide the hidden size. A Llama can be written as a Mistral.
 _HEADS_DIVIDE = frozenset(
-    "arcee cwm gemma2 gemma3_text hyperclovax internlm3 iquestcoder jais2 llama vaultgemma".split()
+    {"arcee", "cwm", "gemma2", "gemma3_text", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "vaultgemma"}
 )
 # Sets of blocks whose output projections a config can give biases.
 _ATTENTION, _FFN = frozenset({"attention"}), frozenset({"mlp"})
+_ANY = (_ATTENTION, _FFN, _ATTENTION | _FFN)
 _SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
-    **dict.fromkeys(
-        "arcee granite hyperclovax iquestcoder llama nemotron seed_oss smollm3".split(),
-        (_ATTENTION, _FFN, _ATTENTION | _FFN),
-    ),
-    **dict.fromkeys(
-        "apertus cohere cohere2 gemma gemma2 gemma3_text hunyuan_v1_dense olmo qwen3 vaultgemma".split(),
-        (_ATTENTION,),
-    ),
+    **dict.fromkeys(("arcee", "granite", "hyperclovax", "iquestcoder", "llama"), _ANY),
+    **dict.fromkeys(("nemotron", "seed_oss", "smollm3"), _ANY),
+    **dict.fromkeys(("apertus", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"), (_ATTENTION,)),
+    **dict.fromkeys(("hunyuan_v1_dense", "olmo", "qwen3", "vaultgemma"), (_ATTENTION,)),
     **dict.fromkeys(("cwm", "helium"), (_FFN,)),
     "internlm3": (_ATTENTION | _FFN,),
 }
 _CONV1D = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
 
-_VLLM = frozenset(
-    "apertus arcee cohere cohere2 cwm ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm glm4 gpt2 gpt_neox gptj granite "
-    "hunyuan_v1_dense internlm3 jais2 llama mistral nemotron olmo olmo2 olmo3 opt persimmon phi phi3 qwen2 qwen3 seed_oss "
-    "stablelm starcoder2".split()
+_NOT_IN_VLLM = frozenset(
+    {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
 )
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_IT = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
 _LLAMA_LAYERS = frozenset({"llama", "mistral", "phi3", "qwen2"})  # what DeciLM and llama.cpp's deci compute
@@ -158,8 +155,8 @@ def notes(plan: PruningPlan) -> list[str]:
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % FAST_WIDTH]
     if odd:
         found.append(
-            f"FFN widths of {len(odd)} layers ({_some(odd)}) are no multiples of {FAST_WIDTH}: 16-bit and 4-bit GPU kernels "
-            f"are slow or missing there; align: {FAST_WIDTH}"
+            f"FFN widths of {len(odd)} layers ({_some(odd)}) are no multiples of {FAST_WIDTH}: 16-bit and 4-bit GPU "
+            f"kernels are slow or missing there; align: {FAST_WIDTH}"
         )
     parallel = [
         number
@@ -238,12 +235,16 @@ def _stock(cut: _Cut) -> _Verdict:
     heads, hidden = len(kept.query_heads), cut.plan.model.hidden_size
     if not _holds(cut, heads, shape.head_dim):
         if cut.family in _HEAD_SIZE_DERIVED:
-            return _Verdict("no", f"its config takes head size = {hidden} / heads, not {shape.head_dim}", _all_heads(cut))
+            return _Verdict(
+                "no", f"its config takes head size = {hidden} / heads, not {shape.head_dim}", _all_heads(cut)
+            )
         return _Verdict("no", f"its config refuses {heads} heads at hidden size {hidden}", "another ratio or unit")
     if not _biases_fit(cut):
         return _no_biases(cut)
     as_mistral = cut.family == "llama" and hidden % heads
-    return _Verdict("yes", "all layers alike" + (f"; as Mistral: {heads} heads do not divide {hidden}" if as_mistral else ""))
+    return _Verdict(
+        "yes", "all layers alike" + (f"; as Mistral: {heads} heads do not divide {hidden}" if as_mistral else "")
+    )
 
 
 def _hetero(cut: _Cut) -> _Verdict:
@@ -265,7 +266,7 @@ def _vllm(cut: _Cut) -> _Verdict:
     stock = _stock(cut)
     if stock.answer != "yes":
         return stock
-    if cut.family not in _VLLM:
+    if cut.family in _NOT_IN_VLLM:
         return _Verdict("?", f"no class of its own for {cut.family} in the copy read")
     if cut.heads_are_those_of_the_config or cut.family in _VLLM_READS_HEAD_SIZE:
         return _Verdict("yes", "its own class")
@@ -287,7 +288,9 @@ def _vllm_deci(cut: _Cut) -> _Verdict:
 
 def _llama_cpp(cut: _Cut) -> _Verdict:
     if cut.family not in _LLAMA_CPP:
-        return _Verdict("?", f"prunelit writes no graph for {cut.family}; llama.cpp's converter may, from a stock folder")
+        return _Verdict(
+            "?", f"prunelit writes no graph for {cut.family}; llama.cpp's converter may, from a stock folder"
+        )
     if not cut.plan.is_uniform:
         return _differ(cut)
     if cut.family == "qwen3" and cut.biases:
@@ -321,7 +324,9 @@ def _int4(cut: _Cut, size: int) -> _Verdict:
     for what, width in inputs:
         if width % size:
             best = next((group for group in (64, 32, 16) if fitting % group == 0), None)
-            return _Verdict("no", f"{what}: {width} inputs, no multiple of {size}", f"group_size: {best}" if best else "")
+            return _Verdict(
+                "no", f"{what}: {width} inputs, no multiple of {size}", f"group_size: {best}" if best else ""
+            )
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % size]
     if odd:
         return _Verdict("yes", f"channels of zeros are added in {len(odd)} layers", f"align: {size}")
@@ -331,4 +336,3 @@ def _int4(cut: _Cut, size: int) -> _Verdict:
 def _some(items: list[int] | list[str]) -> str:
     said = ", ".join(map(str, items[:6]))
     return said if len(items) <= 6 else f"{said}, ..."
-

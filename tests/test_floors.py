@@ -13,7 +13,7 @@ import prunelit
 
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
-    ("errors", "architectures", "plan", "progress", "versions"),
+    ("errors", "architectures", "plan", "plan_json", "plan_diff", "serving", "progress", "versions"),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
         *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
@@ -44,6 +44,10 @@ ONLY = {
     "errors": set(),
     "architectures": set(),
     "plan": set(),
+    "plan_json": set(),
+    "plan_diff": set(),
+    "serving": set(),
+    "report.plan_card": set(),
     "progress": {"tqdm"},
     "versions": set(),
     "hetero": {"torch", "transformers"},
@@ -163,7 +167,7 @@ def test_every_module_has_a_floor_and_a_new_one_needs_it() -> None:
     "statement",
     [
         "import prunelit; prunelit.__version__; dir(prunelit)",
-        "import prunelit.plan, prunelit.architectures, prunelit.errors, prunelit.progress",
+        "import prunelit.plan, prunelit.serving, prunelit.architectures, prunelit.errors, prunelit.progress",
         "import prunelit; prunelit.PruningPlan; prunelit.Architecture",
     ],
 )

@@ -1,4 +1,4 @@
-"""What the table says of a plan is what the writers find by building the class; the rest is what the docstring cites."""
+"""What the table says of a plan is what the writers find by building the class; the rest follows what was read."""
 
 import re
 from collections.abc import Iterator
@@ -154,7 +154,9 @@ def test_int4_groups_name_the_width_that_does_not_divide() -> None:
     said = {each.target: each for each in serving(plan) if each.target.startswith("INT4")}
     assert [said[f"INT4, groups of {size}"].answer for size in (32, 64, 128)] == ["yes", "yes", "no"]
     assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layers" in said["INT4, groups of 64"].why
-    assert "hidden size: 576" in said["INT4, groups of 128"].why and said["INT4, groups of 128"].option == "group_size: 64"
+    assert (
+        "hidden size: 576" in said["INT4, groups of 128"].why and said["INT4, groups of 128"].option == "group_size: 64"
+    )
 
 
 def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
@@ -171,7 +173,9 @@ def test_notes_on_widths_and_gpus() -> None:
     eight = layer_shape(8, 4, 8, 128)
     model = model_shape(*[eight] * 2)
     whole = plan_of(*[LayerPlan.dense(eight)] * 2, model=model)
-    assert notes(whole) == ["tensor parallel over 2, 4, 8 GPUs: heads, KV groups (or copies of them) and channels divide"]
+    assert notes(whole) == [
+        "tensor parallel over 2, 4, 8 GPUs: heads, KV groups (or copies of them) and channels divide"
+    ]
     odd = plan_of(LayerPlan.dense(eight), keep(eight, groups=(0, 1, 2), channels=tuple(range(100))), model=model)
     width, parallel = notes(odd)
     assert "1 layers (1)" in width and "align: 64" in width

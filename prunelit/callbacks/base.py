@@ -78,10 +78,7 @@ class PruningCallback(PruningMethod, Callback):
         if key in marks:  # fit was called again over the same live model
             self.plan_made = marks[key]
             return
-        mine = self.kept is None or self.kept is self.kept_cut
-        folder = kept_folder(trainer)
-        self.kept_cut = Kept(folder) if folder else None
-        self.kept = self.kept_cut if mine else self.kept
+        self._keep_beside(trainer)
         self.repaired = self._cut_weights = None
         self._identity = identity(model, trainer, pl_module)
         replay, saved = self.replayed, dict[str, Any]()
@@ -104,6 +101,23 @@ class PruningCallback(PruningMethod, Callback):
                         "gone, and text, machine or version differ",
                         stacklevel=2,
                     )
+
+    def decide_for(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
+        """The plan by which `setup` would cut this job's model; nothing is cut. The run finds what was scored.
+
+        The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
+        """
+        model = find_model(pl_module)
+        self._keep_beside(trainer)
+        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+            scores = self.reads_text and self.replayed is None
+            return self.decide(model, self._find_batches(trainer, pl_module, model) if scores else [])
+
+    def _keep_beside(self, trainer: Trainer) -> None:
+        mine = self.kept is None or self.kept is self.kept_cut
+        folder = kept_folder(trainer)
+        self.kept_cut = Kept(folder) if folder else None
+        self.kept = self.kept_cut if mine else self.kept
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""

@@ -11,13 +11,17 @@ import torch
 import yaml
 from jsonargparse import ArgumentParser
 
-from prunelit import models
+from prunelit import models, text
+from prunelit.callbacks import method_class
+from prunelit.callbacks.base import PruningCallback
 from prunelit.console import condense, nearest
 from prunelit.errors import BadOption, PrunelitError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Sources = str | list[str]
+
+_NOT_THE_METHODS = ("config", "method", "plan", "text")
 
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
 
@@ -54,6 +58,42 @@ def parse(
         hint = nearest(next(filter(None, unknown.groups())), known) if unknown else ""
         command = str(parser.prog).rpartition(" ")[2]
         raise PrunelitError(f"{command}: {message}{hint}") from error
+
+
+def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> Any:
+    """Add --method, --plan, --text and the options of the method asked for.
+
+    Returns:
+        The method's class; with --plan and no --method, one that carries plans out and scores nothing.
+    """
+    plan, name = peek("plan", arguments), peek("method", arguments)
+    kind = PruningCallback if plan and not name else method_class(name or default)
+    parser.add_argument(
+        "--method",
+        type=str | None,
+        default=name or (None if plan else default),
+        help="pruning method; `python -m prunelit methods` lists them",
+    )
+    parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
+    parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
+    if plan:
+        parser.add_argument("--ratio", type=float | None, default=None, help="not read: the plan says what goes")
+    parser.add_class_arguments(kind, None, skip={"calibration", *(("ratio",) if plan else ())}, sub_configs=False)
+    return kind
+
+
+def method_of(kind: Any, options: Any, others: Collection[str]) -> Any:
+    """The method that parsed options ask for.
+
+    Args:
+        kind: of `add_method`.
+        options: parsed.
+        others: names of options that are not the method's.
+    """
+    own = {name: value for name, value in vars(options).items() if name not in (*others, *_NOT_THE_METHODS)}
+    if options.plan:
+        own |= {"ratio": 0.5, "plan_file": options.plan}  # any ratio: nothing reads it
+    return kind(**own)
 
 
 def listed(given: str | Sequence[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """`python -m prunelit prune`: cut a model and save it, no training."""
 
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 from prunelit import export, measure, models, streamed, text
 from prunelit.calibrate import on_device
-from prunelit.callbacks import method_class
-from prunelit.commands.options import Dtype, Sources, listed, load_on, parse, parser_of, peek, place
+from prunelit.commands.options import Dtype, add_method, listed, load_on, method_of, parse, parser_of, place
 from prunelit.console import say
 from prunelit.errors import BadOption
+from prunelit.plan import PruningPlan
 from prunelit.report.run import peak_memory_mib, write_json
 from prunelit.versions import versions
 
@@ -94,23 +95,28 @@ def prune(
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit prune`."""
-    name = peek("method", arguments) or "llm_bip"
-    kind = method_class(name)
     parser = parser_of(command, "cut a model and save it, no training")
-    parser.add_argument(
-        "--method", type=str, default=name, help="pruning method; `python -m prunelit methods` lists them"
-    )
-    parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
+    kind = add_method(parser, arguments, "llm_bip")
     parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
-    parser.add_class_arguments(kind, None, skip={"calibration"}, sub_configs=False)
     options = parse(parser, arguments, lists=["text"])
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
-    method = kind(
-        **{key: value for key, value in vars(options).items() if key not in (*same, "config", "text", "method")}
-    )
+    method = method_of(kind, options, same)
+    if options.plan and not options.method and method.repair == "none":
+        _say_what_is_left_out(method.replayed)
     report = prune(sources=listed(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     say(f"{measure.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
     say(f"{options.out}/: {report['format']} model, plan.json, report.json")
     return 0
+
+
+def _say_what_is_left_out(plan: PruningPlan) -> None:
+    """A plan holds what stays, not how its method repairs what stays."""
+    repair = plan.options.get("repair") or "none"
+    if repair != "none" or any(kept.attention_bias or kept.mlp_bias for kept in plan.layers):
+        warnings.warn(
+            f"plan: {plan.method} also repairs (repair: {repair}); only the cut is made here; add "
+            f"--method {plan.method} --text T, with its options, for both",
+            stacklevel=2,
+        )

@@ -1,0 +1,119 @@
+"""A plan as text: what it leaves, layer by layer, what it promises in time, what serves it; how two plans differ."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from prunelit.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.plan_diff import Difference
+from prunelit.plan_json import spans
+from prunelit.serving import notes, serving
+
+_TOTALS = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+
+
+class Measured(NamedTuple):
+    """Seconds of all decoder layers, dense and planned, and how they were measured (`latency.LatencyTable.record`)."""
+
+    dense: float
+    planned: float
+    record: Mapping[str, Any]
+
+
+def card(plan: PruningPlan, measured: Measured | None = None) -> str:
+    """Totals against the dense model, time, the layers, and the serving table."""
+    model = plan.model
+    head = f"{plan.method} on {model.name} ({model.model_type}, {len(model.layers)} layers), plan {plan.digest}"
+    predicted = plan.predicted
+    removed = (
+        f"removed {predicted['ratio_of_block_parameters']:.2%} of block parameters, "
+        f"{predicted['ratio_of_all_parameters']:.2%} of all"
+    )
+    parts = [head, totals({"dense": dense_of(plan), "planned": plan}), removed, _time(plan, measured)]
+    return "\n\n".join([*parts, layers(plan), will_it_serve(plan)])
+
+
+def dense_of(plan: PruningPlan) -> PruningPlan:
+    """The plan that keeps everything."""
+    return replace(plan, layers=tuple(map(LayerPlan.dense, plan.model.layers)))
+
+
+def totals(plans: dict[str, PruningPlan]) -> str:
+    """What two plans leave, and the ratio of the second to the first."""
+    values = [plan.predicted for plan in plans.values()]
+    rows = [["", *plans, "ratio"]]
+    for name in _TOTALS:
+        first, second = (int(each[name]) for each in values)
+        ratio = f"{second / first:.3f}" if first else "-"
+        rows.append([name.replace("_", " "), f"{first:,}", f"{second:,}", ratio])
+    return _columns(rows, right=(1, 2, 3))
+
+
+def layers(plan: PruningPlan) -> str:
+    """What the layers keep, neighbours of one shape in one line."""
+    rows = [["layers", "query heads", "KV groups", "FFN channels", ""]]
+    numbered = enumerate(zip(plan.layers, plan.model.layers, strict=True))
+    for said, run in groupby(numbered, lambda item: _widths(*item[1])):
+        indices = [index for index, _ in run]
+        rows.append([spans(indices), *said])
+    return _columns(rows, right=(1, 2, 3))
+
+
+def _widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:
+    pairs = zip(kept.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
+    said = [f"{here}/{there}" if here else "-" for here, there in pairs]
+    gone = [name for name, removed in (("attention", kept.attention_removed), ("FFN", kept.mlp_removed)) if removed]
+    biased = [name for name, added in (("attention", kept.attention_bias), ("FFN", kept.mlp_bias)) if added]
+    what = "layer gone" if kept.removed else f"{gone[0]} gone" if gone else ""
+    bias = f"bias added: {', '.join(biased)}" if biased else ""
+    return *said, "; ".join(filter(None, (what, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
+
+
+def _time(plan: PruningPlan, measured: Measured | None) -> str:
+    dense, planned = (each.predicted["macs_per_token"] for each in (dense_of(plan), plan))
+    if measured is None:
+        return f"time: MACs promise {dense / max(1, planned):.2f} times the speed; --latency true measures it here"
+    head = plan.model.head_macs
+    promise = f"{(dense - head) / max(1, planned - head):.2f} by their MACs"
+    how = "{mode} of {tokens} tokens, {device}, {dtype}".format(**measured.record)
+    speed = f"{measured.dense / measured.planned:.2f} times the speed" if measured.planned else "nothing left to run"
+    return (
+        f"time: decoder layers, {how}, summed from a few measured widths: {measured.dense * 1e3:.1f} ms dense, "
+        f"{measured.planned * 1e3:.1f} ms planned: {speed}; {promise}"
+    )
+
+
+def will_it_serve(plan: PruningPlan) -> str:
+    """The serving table with its notes."""
+    rows = [["will it serve?", "", "why", "what makes it a yes", "how known"]]
+    rows += [[row.target, row.answer, row.why, row.option, row.known] for row in serving(plan)]
+    return "\n".join([_columns(rows), "", *notes(plan)])
+
+
+def difference(first: PruningPlan, second: PruningPlan, found: Sequence[Difference], names: tuple[str, str]) -> str:
+    """Totals of both plans and a line for every difference; `found` is not empty."""
+    rows = [["layer", "units", "kept", f"only in {names[0]}", f"only in {names[1]}"]]
+    rows += [[str(each.layer), each.kind.replace("_", " "), *_said(each)] for each in found]
+    layers = len({each.layer for each in found})
+    count = f"{layers} of {len(first.layers)} layers differ"
+    return "\n\n".join([totals(dict(zip(names, (first, second), strict=True))), _columns(rows), count])
+
+
+def _said(each: Difference) -> Iterator[str]:
+    first, second = ("added" if n is True else "none" if n is False else str(n) for n in each.widths)
+    yield f"{first} -> {second}"
+    for units in (each.only_first, each.only_second):
+        said = spans(units)
+        yield said if len(said) <= 40 else f"{said[:34].rpartition(',')[0]}, ... ({len(units)})"
+
+
+def _columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Aligned columns under a head line; those in `right` are flush right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows[1:])])
