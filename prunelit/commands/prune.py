@@ -1,7 +1,7 @@
 """`python -m prunelit prune`: cut a model and save it, no training."""
 
+import logging
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -115,8 +115,8 @@ def _say_what_is_left_out(plan: PruningPlan) -> None:
     """A plan holds what stays, not how its method repairs what stays."""
     repair = plan.options.get("repair") or "none"
     if repair != "none" or any(kept.attention_bias or kept.mlp_bias for kept in plan.layers):
-        warnings.warn(
-            f"plan: {plan.method} also repairs (repair: {repair}); only the cut is made here; add "
-            f"--method {plan.method} --text T, with its options, for both",
-            stacklevel=2,
+        logging.getLogger("prunelit").warning(
+            "plan: %s also repairs (repair: %s); only the cut is made here; add --method %s --text T, with its "
+            "options, for both",
+            *(plan.method, repair, plan.method),
         )
