@@ -13,7 +13,7 @@ import prunelit
 
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
-    ("errors", "architectures", "plan", "plan_json", "plan_diff", "serving", "progress", "versions"),
+    ("errors", "architectures", "plan", "plan_json", "plan_diff", "stock_shapes", "serving", "progress", "versions"),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
         *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
@@ -46,6 +46,7 @@ ONLY = {
     "plan": set(),
     "plan_json": set(),
     "plan_diff": set(),
+    "stock_shapes": set(),
     "serving": set(),
     "report.plan_card": set(),
     "progress": {"tqdm"},

@@ -14,7 +14,8 @@ from prunelit.decoder import Decoder
 from prunelit.export.hetero import per_layer_model
 from prunelit.export.uniform import stock_model
 from prunelit.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
-from prunelit.serving import Row, notes, padded_widths, serving
+from prunelit.serving import Row, deci_sizes, notes, serving
+from prunelit.stock_shapes import padded_widths
 from tests.callbacks.test_contract import DIVERSE
 from tests.test_plan import layer_shape, model_shape
 from tests.tiny import FAMILIES, KINDS, cut, keep, tiny
@@ -76,11 +77,15 @@ def test_stock_and_per_layer_are_what_the_writers_find(family: str) -> None:
             check(build, cut(build(), kind), kind)
 
 
-@pytest.mark.parametrize("family", EVERY)
+def other_heads(family: str) -> bool:
+    """Whether the family says its number of heads as most do, and can lose some."""
+    row = FAMILIES[family]
+    return "num_attention_heads" in row.sizes and "kv_group" not in row.lacks
+
+
+@pytest.mark.parametrize("family", [f for f in EVERY if other_heads(f if isinstance(f, str) else f.values[0])])
 def test_heads_that_do_not_divide_the_hidden_size(family: str) -> None:
     sizes = FAMILIES[family].sizes
-    if "num_attention_heads" not in sizes or not Decoder(tiny(family)).layers[0].shape.heads_prunable:
-        pytest.skip("the family has another name for heads, or does not lose any")
 
     def build() -> Any:
         groups = {"num_key_value_heads": 6} if "num_key_value_heads" in sizes else {}
@@ -99,7 +104,12 @@ LLAMA = model_shape(*[SHAPE] * 3, hidden=72)
 DENSE = LayerPlan.dense(SHAPE)
 NARROW = keep(SHAPE, channels=tuple(range(64)))
 FEWER = keep(SHAPE, groups=(0, 1))
+WIDER = layer_shape(9, 3, 8, 512, hidden=72)
+WIDE, WIDE_FEWER = LayerPlan.dense(WIDER), keep(WIDER, groups=(0, 1), channels=tuple(range(256)))
+WIDE_NO_ATTENTION, WIDE_NO_FFN = keep(WIDER, groups=()), keep(WIDER, channels=())
 NO_ATTENTION, NO_FFN, GONE = keep(SHAPE, groups=()), keep(SHAPE, channels=()), keep(SHAPE, groups=(), channels=())
+
+WIDES = (WIDE, WIDE_FEWER, WIDE_NO_ATTENTION)
 
 
 def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama") -> PruningPlan:
@@ -121,10 +131,16 @@ def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama"
         ("vLLM, stock class", (FEWER,) * 3, "granite", "?", "not looked up"),
         ("vLLM, stock class", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
         ("vLLM, stock class", (NARROW,) * 3, "helium", "?", "no class"),
-        ("vLLM, DeciLM", (DENSE, NARROW, NO_ATTENTION), "llama", "yes", ""),
-        ("vLLM, DeciLM", (DENSE, FEWER, DENSE), "llama", "no", "got 6, 9.*uniform_heads: true"),
-        ("vLLM, DeciLM", (NO_ATTENTION, DENSE, DENSE), "llama", "no", r"layer 0.*protect: \[0\]"),
-        ("vLLM, DeciLM", (GONE, NO_ATTENTION, DENSE), "llama", "no", "layer 1"),
+        ("vLLM, DeciLM", (WIDE, WIDE_NO_ATTENTION, WIDE_NO_FFN), "llama", "yes", "as it is"),
+        (
+            "vLLM, DeciLM",
+            (WIDE, WIDE_FEWER, WIDE),
+            "llama",
+            "yes",
+            "filled up with zeros: saves.* uniform_heads: true$",
+        ),
+        ("vLLM, DeciLM", (WIDE_NO_ATTENTION, WIDE, WIDE), "llama", "yes", r"zeros.* protect: \[0\]$"),
+        ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "llama", "yes", "zeros.* align: 256$"),
         ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "qwen3", "no", "qwen3.*scope: layer"),
         ("llama.cpp, own graph", (FEWER,) * 3, "mistral", "yes", "as llama"),
         ("llama.cpp, own graph", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
@@ -134,12 +150,13 @@ def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama"
         ("TensorRT-LLM", (NARROW,) * 3, "llama", "yes", ""),
         ("TensorRT-LLM", (FEWER,) * 3, "llama", "?", "not looked up"),
         ("TensorRT-LLM", (DENSE, NARROW, DENSE), "llama", "no", "scope: layer"),
-        ("INT4, groups of 32", (DENSE,) * 3, "llama", "no", "hidden size: 72"),
+        ("INT4, groups of 32", (DENSE,) * 3, "llama", "yes", "in groups of 8 .hidden size: 72"),
         ("INT4, groups of 32", (DENSE,) * 3, "gpt2", "no", "stored"),
     ],
 )
 def test_the_table(target: str, layers: tuple[LayerPlan, ...], family: str, answer: str, says: str) -> None:
-    found = row(plan_of(*layers, family=family), target)
+    model = model_shape(*[WIDER if layers[1] in WIDES else SHAPE] * 3, hidden=72)
+    found = row(plan_of(*layers, family=family, model=model), target)
     assert found.answer == answer
     assert re.search(says, f"{found.why} {found.option}"), found
     assert (found.known == "unread") == (answer == "?")
@@ -152,11 +169,12 @@ def test_int4_groups_name_the_width_that_does_not_divide() -> None:
     odd = keep(shape, groups=(0,), channels=tuple(range(1500)))
     plan = plan_of(LayerPlan.dense(shape), odd, model=model)
     said = {each.target: each for each in serving(plan) if each.target.startswith("INT4")}
-    assert [said[f"INT4, groups of {size}"].answer for size in (32, 64, 128)] == ["yes", "yes", "no"]
+    assert {each.answer for each in said.values()} == {"yes"}
     assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layers" in said["INT4, groups of 64"].why
-    assert (
-        "hidden size: 576" in said["INT4, groups of 128"].why and said["INT4, groups of 128"].option == "group_size: 64"
-    )
+    assert said["INT4, groups of 128"].why.startswith("in groups of 64 (hidden size: 576 inputs); channels of zeros")
+    narrow = layer_shape(9, 3, 4, 96, hidden=36)
+    few = row(plan_of(LayerPlan.dense(narrow), model=model_shape(narrow, hidden=36)), "INT4, groups of 32")
+    assert (few.answer, few.why) == ("no", "hidden size: 36 inputs, no multiple of 8")
 
 
 def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
@@ -183,7 +201,7 @@ def test_notes_on_widths_and_gpus() -> None:
 
 
 def test_the_option_named_makes_it_serve() -> None:
-    """A global cut is refused by DeciLM; the same cut with `uniform_heads` is not; with `scope: layer` all take it."""
+    """DeciLM takes a global cut with zeros; with `uniform_heads` heads need none; with `scope: layer` all take it."""
     from tests.callbacks.test_contract import pruned
 
     plans = {
@@ -194,7 +212,24 @@ def test_the_option_named_makes_it_serve() -> None:
             "layer": {"scope": "layer"},
         }.items()
     }
-    said = {name: {each.target: each.answer for each in serving(plan)} for name, plan in plans.items()}
-    assert said["global"]["vLLM, DeciLM"] == "no" and said["global"][STOCK] == "no"
-    assert said["uniform_heads"]["vLLM, DeciLM"] == "yes"
-    assert said["layer"][STOCK] == said["layer"]["vLLM, stock class"] == said["layer"]["llama.cpp, own graph"] == "yes"
+    said = {name: {each.target: each for each in serving(plan)} for name, plan in plans.items()}
+    assert said["global"][STOCK].answer == "no"
+    assert "uniform_heads: true" in said["global"]["vLLM, DeciLM"].option
+    assert "uniform_heads" not in said["uniform_heads"]["vLLM, DeciLM"].option
+    for target in (STOCK, "vLLM, stock class", "llama.cpp, own graph"):
+        assert said["layer"][target].answer == "yes"
+
+
+def test_sizes_of_a_folder_for_decilm() -> None:
+    eight = layer_shape(8, 4, 8, 300)
+    few = keep(eight, groups=(0, 1, 2), channels=tuple(range(200)))
+    ones = keep(eight, heads_in_group=(0,))
+    model = model_shape(*[eight] * 3)
+    assert deci_sizes(plan_of(LayerPlan.dense(eight), few, ones, model=model)) == [
+        (8, 4, 512),
+        (8, 4, 256),
+        (8, 4, 512),
+    ]
+    gone = keep(eight, groups=())
+    assert deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 512), (6, 3, 256), (6, 3, 256)]
+    assert deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 512)

@@ -86,7 +86,7 @@ def _time(plan: PruningPlan, measured: Measured | None) -> str:
 
 def will_it_serve(plan: PruningPlan) -> str:
     """The serving table with its notes."""
-    rows = [["will it serve?", "", "why", "what makes it a yes", "how known"]]
+    rows = [["will it serve?", "", "why", "option", "how known"]]
     rows += [[row.target, row.answer, row.why, row.option, row.known] for row in serving(plan)]
     return "\n".join([_columns(rows), "", *notes(plan)])
 
