@@ -10,8 +10,8 @@ from prunelit.errors import PrunelitError
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
     "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
-    "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
     "plan": "what a cut would leave and what serves it; show, diff  --model M --ratio 0.2 --out plan.json",
+    "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
     "export": "write a model in another format, with its proof      --model DIR --format padded --out PATH",
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
     "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",

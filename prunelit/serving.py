@@ -48,7 +48,7 @@ _TENSORRT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 class Row(NamedTuple):
-    """Whether one program serves the result, why, how it is known; and the option that makes a no a yes, or saves zeros."""
+    """Whether one program serves the result, why, how it is known; the option that makes a no a yes or spares zeros."""
 
     target: str
     answer: Answer

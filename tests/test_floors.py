@@ -13,7 +13,7 @@ import prunelit
 
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
-    ("errors", "architectures", "plan", "plan_json", "plan_diff", "stock_shapes", "serving", "progress", "versions"),
+    ("errors", "architectures", "shapes", "plan", "plan_json", "plan_diff", "stock_shapes", "serving", "progress", "versions"),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
         *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
@@ -43,6 +43,7 @@ LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 ONLY = {
     "errors": set(),
     "architectures": set(),
+    "shapes": set(),
     "plan": set(),
     "plan_json": set(),
     "plan_diff": set(),
