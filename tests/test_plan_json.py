@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from prunelit import plan_json
 from prunelit.errors import BadPlan
 from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.report.plan_card import card
 from tests.test_plan import DENSE, edit, plan_of, plans, without
 
 PLAN = plan_of(LayerPlan((0, 1, 4, 5), (0, 2), tuple(range(3, 90))), LayerPlan((), (), (1, 2)))
@@ -167,6 +168,7 @@ def check_valid(plan: PruningPlan) -> None:
     assert again == plan and again.digest == plan.digest
     assert 0 < plan.predicted["parameters"] <= plan.model.parameters
     assert 0 <= plan.predicted["ratio_of_block_parameters"] <= 1
+    assert plan.digest in card(plan).encode().decode()
 
 
 def test_the_dense_plan_of_a_wide_layer_is_a_short_file() -> None:
