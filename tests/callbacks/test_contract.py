@@ -118,13 +118,12 @@ def test_uniform_heads_keeps_as_many_in_every_layer(name, unit):
     assert plan.predicted["ratio_of_block_parameters"] >= 0.4 and plan.options["uniform_heads"] is True
 
 
-@pytest.mark.parametrize("repair", ["none", "bias"])
-@pytest.mark.parametrize("name", METHODS)
+REPAIRS = [(name, repair) for name in METHODS for repair in ("none", "bias") if (name, repair) != ("best", "bias")]
+
+
+@pytest.mark.parametrize(("name", "repair"), REPAIRS)  # best has its own
 def test_what_is_decided_without_a_cut_is_what_is_cut(name, repair):
-    model, options = tiny("llama"), {"ratio": 0.3, "align": 8}
-    method = method_class(name)
-    if repair in method.repair_choices and name not in (*WHOLE_BLOCKS, "best"):
-        options["repair"] = repair
+    model, method, options = tiny("llama"), method_class(name), {"ratio": 0.3, "align": 8, "repair": repair}
     batches = batches_for(model)
     before = {path: value.clone() for path, value in model.state_dict().items()}
     hooks = hooks_of(model)
