@@ -13,7 +13,18 @@ import prunelit
 
 ROOT = Path(prunelit.__file__).parent
 FLOORS = (
-    ("errors", "architectures", "shapes", "plan", "plan_json", "plan_diff", "stock_shapes", "serving", "progress", "versions"),
+    (
+        "errors",
+        "architectures",
+        "shapes",
+        "plan",
+        "plan_json",
+        "plan_diff",
+        "stock_shapes",
+        "serving",
+        "progress",
+        "versions",
+    ),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
         *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),

@@ -11,6 +11,8 @@ from torch import nn
 
 from prunelit import bias, surgery
 from prunelit.decoder import Decoder
+from prunelit.errors import DoesNotFit
+from prunelit.export import padded
 from prunelit.export.hetero import per_layer_model
 from prunelit.export.uniform import stock_model
 from prunelit.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
@@ -21,6 +23,7 @@ from tests.test_plan import layer_shape, model_shape
 from tests.tiny import FAMILIES, KINDS, cut, keep, tiny
 
 STOCK, HETERO = "transformers, stock class", "transformers, per-layer shapes"
+PADDED = "transformers, padded"
 EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
@@ -62,10 +65,17 @@ def check(build: Any, plan: PruningPlan, what: str) -> None:
     said = row(plan, STOCK)
     assert (said.answer == "yes") == (stock_model(model) is not None), (what, said)
     assert (row(plan, HETERO).answer == "yes") == (per_layer_model(model) is not None), what
+    try:
+        layer = Decoder(padded._stock(model)[0]).layers[0].shape
+    except DoesNotFit:
+        assert row(plan, PADDED).answer == "no", what
+    else:
+        assert row(plan, PADDED).answer == "yes", what
+        assert (layer.query_heads, layer.kv_groups, layer.ffn_channels) == padded_widths(plan), what
 
 
 @pytest.mark.parametrize("family", EVERY)
-def test_stock_and_per_layer_are_what_the_writers_find(family: str) -> None:
+def test_transformers_rows_are_what_the_writers_find(family: str) -> None:
     def build() -> Any:
         return tiny(family)
 
@@ -75,6 +85,7 @@ def test_stock_and_per_layer_are_what_the_writers_find(family: str) -> None:
     for kind in (*KINDS, "mixed"):
         if kind not in FAMILIES[family].lacks:
             check(build, cut(build(), kind), kind)
+            check(build, bias.declare(Decoder(build()), cut(build(), kind), True), f"{kind}, with biases")
 
 
 def other_heads(family: str) -> bool:

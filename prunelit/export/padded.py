@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunelit import measure, streamed
 from prunelit.decoder import Decoder, Layer, is_conv1d
-from prunelit.errors import DoesNotFit
+from prunelit.errors import DeclarationMismatch, DoesNotFit
 from prunelit.export.folder import write_as
 from prunelit.export.formats import Format, Job
 from prunelit.export.proof import prove
@@ -92,7 +92,10 @@ def _wide_enough(decoder: Decoder) -> Iterator[Widths]:
 
 def _weights(decoder: Decoder, shell: nn.Module, widths: Widths) -> dict[str, Tensor] | None:
     """The weights of `shell`; None where its shapes are others, or a weight of the model has no place in it."""
-    wide = Decoder(shell)
+    try:
+        wide = Decoder(shell)
+    except DeclarationMismatch:  # a class that takes some of its widths from elsewhere, as Helium does
+        return None
     if {Widths.of(layer.shape) for layer in wide} != {widths} or len(wide.layers) != len(decoder.layers):
         return None
     own, room = decoder.model.state_dict(), {name: x.shape for name, x in shell.state_dict().items()}
