@@ -20,6 +20,7 @@ def export(
     dtype: Dtype = "auto",
     max_shard_size: str = "5GB",
     overwrite: bool = False,
+    unproved: bool = False,
 ) -> writers.Written:
     """Write a model in another format, with the proof that it is the same.
 
@@ -27,18 +28,19 @@ def export(
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id; cut or dense. A plan.json in the folder
             goes along, and a report.json tells the model card what was measured.
         out: folder, or file where the format is one, to write to.
-        format: "auto" (uniform where a stock class holds the shapes, else hetero), "uniform", "hetero", "padded"; what
-            each is and what loads it: docs/export.md.
+        format: "auto" (uniform where a stock class holds the shapes, else hetero), "uniform", "hetero", "padded",
+            "gguf" (llama.cpp), "deci" (vLLM's layout); what each is and what loads it: docs/export.md.
         type: number format of the weights, for formats that have several; "" for their default.
         dtype: the weights are converted to it first; "auto" leaves them as they are.
         max_shard_size: of one weight file, as 5GB or 500MB.
         overwrite: replace what is there, once the new one is proved.
+        unproved: leave out the proof, as where the program that it needs is not installed.
 
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
     """
     models.check_source(model)
-    writers.check_request(out, format, type, overwrite, max_shard_size)
+    writers.check_request(out, format, type, overwrite, max_shard_size, unproved)
     plan, report = _of_run(Path(model).expanduser())
     tokenizer = models.load_tokenizer(model)
     network = models.load(model, dtype)
@@ -49,6 +51,7 @@ def export(
         max_shard_size=max_shard_size,
         fresh_process=True,
         report=report,
+        unproved=unproved,
     )
 
 
@@ -77,7 +80,9 @@ def run(command: str, arguments: list[str]) -> int:
     rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
     say(measure.table(rows))
     proof = written.proof
-    say(f"\nproved: {proof['loader']}")
+    say(f"\nproved: {proof['loader']}" if proof["passed"] else "\nnot proved, as asked")
+    if "summary" in proof:
+        say(proof["summary"])
     if "largest_difference" in proof:
         say(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
     say(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")

@@ -161,6 +161,8 @@ def _proof(proof: Mapping[str, Any]) -> str:
             f"- largest difference of logits to the model in memory: {proof['largest_difference']:.3g} on "
             f"{proof['tokens']} fixed tokens (at most {proof['limit']:.2g}; largest logit {proof['largest_logit']:.3g})"
         )
+    if "summary" in proof:
+        lines.append(f"- {proof['summary']}")
     if "cache_difference" in proof:
         lines.append(
             f"- greedy generation with the KV cache and without: difference of logits {proof['cache_difference']:.3g} "

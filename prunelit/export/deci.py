@@ -257,7 +257,9 @@ def prove(job: Job) -> dict[str, Any]:
     """
     ids = fixed_tokens(job.model)
     question = {"folder": str(job.place), "tokens": ids.tolist(), "threads": torch.get_num_threads()}
-    answer = script.ask(deci_reader.__file__, question, "format 'deci': the folder can not be read as a DeciLM")
+    answer = script.ask(
+        deci_reader.__file__, question, job.place, "format 'deci': the folder can not be read as a DeciLM"
+    )
     found = torch.load(io.BytesIO(answer), weights_only=True)
     with torch.no_grad(), as_float32(job.model) as model:
         expected = model(input_ids=ids, use_cache=False).logits.cpu()

@@ -76,6 +76,7 @@ class Format:
         kinds: number formats of the weights to choose from (`--type`), the default first; empty: the model's own dtype.
         library: `library_name` on the hub.
         ready: raises a `PrunelitError` where something is not installed; called before a model is loaded.
+        provable: the same, for what only the proof needs.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Format:
     kinds: tuple[str, ...] = ()
     library: str = "transformers"
     ready: Callable[[], None] = _always
+    provable: Callable[[], None] = _always
 
 
 def format_of(name: str) -> Format:

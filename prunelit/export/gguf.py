@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prunelit.decoder import Decoder
-from prunelit.errors import DoesNotFit, PrunelitError
+from prunelit.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.export import gguf_proof, gguf_tokenizer
 from prunelit.export.formats import Format, Job
 from prunelit.export.gguf_layout import BLOCK, GRAPHS, Entry, Sizes, entries, graph_of, sizes
@@ -142,16 +142,16 @@ def _check_half(name: str, values: "np.ndarray[Any, Any]", quantisation: Any) ->
 
 
 def _ready() -> None:
-    """Raise where the writer or llama.cpp is not installed.
+    if importlib.util.find_spec("gguf") is None:
+        raise PrunelitError("format 'gguf': expected the package gguf, got none; pip install 'prunelit[gguf]'")
 
-    Raises:
-        PrunelitError: with the command that installs it.
-    """
-    for package, extra in (("gguf", "gguf"), ("xllamacpp", "llamacpp")):
-        if importlib.util.find_spec(package) is None:
-            raise PrunelitError(
-                f"format 'gguf': expected {package}, which is not installed; pip install 'prunelit[{extra}]'"
-            )
+
+def _provable() -> None:
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise NotProved(
+            "format 'gguf': not proved: llama.cpp is not installed; pip install 'prunelit[llamacpp]', "
+            "or write it without proof: --unproved true"
+        )
 
 
 _LOADS = """\
@@ -161,4 +161,4 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = "PATH"
 server = xllamacpp.Server(parameters)  # or: llama-server -m PATH"""
 
-FORMAT = Format("gguf", _LOADS, write, partial(gguf_proof.prove, write_file), ".gguf", KINDS, "gguf", _ready)
+FORMAT = Format("gguf", _LOADS, write, partial(gguf_proof.prove, write_file), ".gguf", KINDS, "gguf", _ready, _provable)

@@ -83,7 +83,9 @@ def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict
             "texts": texts,
             "threads": torch.get_num_threads(),
         }
-        answer = script.ask(llama_cpp.__file__, question, "format 'gguf': llama.cpp can not run the file")
+        answer = script.ask(
+            llama_cpp.__file__, question, job.place.parent, "format 'gguf': llama.cpp can not run the file", "error"
+        )
     exact, served = json.loads(answer)
     with as_float32(job.model) as model, _inputs(model) as largest:
         expected = _greedy(model, prompts, new_tokens)
@@ -95,6 +97,7 @@ def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict
         "passed": why is None,
         "why": why,
         "loader": "llama.cpp (xllamacpp) in a new process, KV cache on",
+        "summary": f"in float32: {_says(exactly)}, limit {LIMIT:g}; as {job.kind}: {_says(found)}",
         "type": job.kind,
         "exact": exactly,
         "as_it_is": found | {"tokens_per_second": served["tokens_per_second"]},
@@ -107,6 +110,13 @@ def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict
         "generated": job.tokenizer.decode([step["id"] for step in served["steps"][0]]),
         "versions": versions(),
     }
+
+
+def _says(found: Mapping[str, Any]) -> str:
+    return (
+        f"{'the same' if found['same_text'] else 'another'} greedy text, log-probabilities differ by "
+        f"{found['mean_difference']:.2g} in the mean and {found['largest_difference']:.2g} at most"
+    )
 
 
 def _why(

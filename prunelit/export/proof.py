@@ -5,12 +5,8 @@ KV cache with that without. A model that is streamed from disk does not fit into
 read layer by layer, and every tensor compared as well.
 """
 
-import json
+import io
 import logging
-import os
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,8 +18,7 @@ from torch import Tensor, nn
 
 from prunelit import models, streamed
 from prunelit.calibrate import evaluating
-from prunelit.errors import NotProved
-from prunelit.export import layerwise, reload
+from prunelit.export import layerwise, reload, script
 from prunelit.export.formats import Job
 from prunelit.versions import versions
 
@@ -124,21 +119,10 @@ def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
         NotProved: the folder can not be loaded or run; says what that process said last.
     """
     _log.info("written; loading it again in a new process")
-    # In the folder itself: if this process is killed, it goes with what else was left there.
-    with tempfile.TemporaryDirectory(prefix=".proof-", dir=question["folder"]) as inside:
-        asked, answered = Path(inside, "asked.json"), Path(inside, "answered.pt")
-        asked.write_text(json.dumps(question), encoding="utf-8")
-        # The copies that trust_remote_code makes go with the process; nothing is looked up on a hub.
-        environment = os.environ | {"HF_MODULES_CACHE": str(Path(inside, "modules")), "HF_HUB_OFFLINE": "1"}
-        # -P: this package's folder is not searched for modules
-        command = [sys.executable, "-P", reload.__file__, str(asked), str(answered)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-            if done.returncode < 0:
-                said = f"its process was ended by signal {-done.returncode} (out of memory?)"
-            raise NotProved(f"output: what was written can not be loaded again: {said[:300]}; nothing was kept")
-        return dict(torch.load(answered, weights_only=True))
+    answer = script.ask(
+        reload.__file__, question, Path(question["folder"]), "output: what was written can not be loaded again"
+    )
+    return dict(torch.load(io.BytesIO(answer), weights_only=True))
 
 
 def _of_cache(answer: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:

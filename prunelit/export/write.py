@@ -21,6 +21,7 @@ from prunelit.export.proof import PROOF
 from prunelit.plan import PruningPlan
 
 _log = logging.getLogger("prunelit")
+_UNPROVED = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
 
 
 def check_request(
@@ -29,13 +30,14 @@ def check_request(
     kind: str = "",
     overwrite: bool = False,
     max_shard_size: str = "5GB",
+    unproved: bool = False,
 ) -> None:
     """Check what can be checked without a model.
 
     Raises:
         BadOption: an unknown format, kind or size of shards; a kind for a format that has none.
         OutputNotWritable: see `check_output`.
-        PrunelitError: the format needs something that is not installed.
+        PrunelitError: the format, or without `unproved` its proof, needs something that is not installed.
     """
     chosen = format_of(AUTO[0] if format == "auto" else format)
     if kind and kind not in chosen.kinds:
@@ -44,6 +46,8 @@ def check_request(
     if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
         raise BadOption(f"max_shard_size: expected a size as '5GB' or '500MB', got {max_shard_size!r}")
     chosen.ready()
+    if not unproved:
+        chosen.provable()
     staging.check_output(target, overwrite, _is_file(chosen, Path(target)))
 
 
@@ -82,6 +86,7 @@ def write_model(
     max_shard_size: str = "5GB",
     fresh_process: bool = False,
     report: Mapping[str, Any] | None = None,
+    unproved: bool = False,
 ) -> Written:
     """Write a cut (or dense) causal LM so that it loads again with equal logits.
 
@@ -100,6 +105,7 @@ def write_model(
         fresh_process: prove in a new process, with plain transformers, generation included; otherwise it is read back
             in this one, which is faster.
         report: of the run that made it (report.json), for the model card.
+        unproved: leave out the proof; the verdict then says so.
 
     Raises:
         BadOption: an unknown format, kind or size of shards.
@@ -107,7 +113,7 @@ def write_model(
         DoesNotFit: the format can not hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
-    check_request(target, format, kind, overwrite, max_shard_size)
+    check_request(target, format, kind, overwrite, max_shard_size, unproved)
     tried = AUTO if format == "auto" else (format,)
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
@@ -115,7 +121,7 @@ def write_model(
         job = Job(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
         try:
             with staging.staged(path, _is_file(chosen, path)) as folder:
-                return _written(chosen, job, folder, report or {})
+                return _written(chosen, job, folder, report or {}, unproved)
         except DoesNotFit:
             if name == tried[-1]:
                 raise
@@ -132,7 +138,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
 
 
-def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) -> Written:
+def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any], unproved: bool) -> Written:
     """Write a format into a folder and prove it.
 
     Args:
@@ -140,6 +146,7 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) 
         job: with the target as its place.
         folder: an empty one, at the side of the target.
         report: for the card.
+        unproved: do not prove it.
 
     Raises:
         NotProved: it is not the same model.
@@ -150,8 +157,8 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any]) 
     facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
         _save_tokenizer(job.tokenizer, folder)
-    proof = {"format": chosen.name, **chosen.prove(job)}
-    if not proof["passed"]:
+    proof = {"format": chosen.name, **(_UNPROVED if unproved else chosen.prove(job))}
+    if not proof["passed"] and not unproved:
         raise NotProved(f"output: {proof['why']}; nothing was kept")
     dense = None
     if job.plan is not None:
