@@ -13,6 +13,7 @@ Legend: H hidden size, Q query heads, G KV groups, S query heads in a group, D h
 import copy
 import io
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -59,8 +60,9 @@ class DeciLMConfig(PretrainedConfig):
 
     def __init__(self, block_configs=(), rope_parameters=None, rope_theta=None, rope_scaling=None, **settings):
         super().__init__(**settings)
-        self.rope_theta, self.rope_scaling = rope_theta, rope_scaling  # as transformers 4 has them
-        self.rope_parameters = rope_parameters  # last: in transformers 5 it is rope_scaling under another name
+        self.rope_parameters = rope_parameters
+        if not hasattr(PretrainedConfig, "rope_scaling"):  # transformers 4, which has them apart
+            self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.block_configs = [Block({name: Block(part) for name, part in block.items()}) for block in block_configs]
 '''
 _STEP = 256  # of FFN widths
@@ -112,18 +114,24 @@ def write(job: Job) -> dict[str, Any]:
 def _sizes(decoder: Decoder) -> list[_Sizes]:
     """Sizes that hold every layer: the least common number of query heads, then the fewest KV heads with it."""
     shapes = [layer.shape for layer in decoder]
-    heads = max(shape.query_heads for shape in shapes)
-    while not all(_groups(heads, shape.kv_groups, shape.group_size) for shape in shapes):
-        heads += 1  # ends at the most groups times the largest group
+    heads = common_heads([(shape.kv_groups, shape.group_size) for shape in shapes])
     found = []
     for index, shape in enumerate(shapes):
         there = shape.query_heads or index == 0
-        groups = _groups(heads, shape.kv_groups, shape.group_size) if there else 0
+        groups = kv_heads(heads, shape.kv_groups, shape.group_size) if there else 0
         found.append(_Sizes(heads if there else 0, groups, -(-shape.ffn_channels // _STEP) * _STEP))
     return found
 
 
-def _groups(heads: int, groups: int, size: int) -> int:
+def common_heads(layers: Sequence[tuple[int, int]]) -> int:
+    """The least number of query heads with room for every layer's (groups, heads in a group)."""
+    heads = max(groups * size for groups, size in layers)
+    while not all(kv_heads(heads, groups, size) for groups, size in layers):
+        heads += 1  # ends at the most groups times the largest group
+    return heads
+
+
+def kv_heads(heads: int, groups: int, size: int) -> int:
     """The fewest KV heads among `heads` query heads with room for `groups` groups of `size`; 0: there are none."""
     fitting = (more for more in range(max(groups, 1), heads + 1) if heads % more == 0 and heads // more >= size)
     return next(fitting, 0)

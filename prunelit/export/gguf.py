@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,21 @@ def write_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, 
     layers = sizes(decoder, kind)
     tensors = list(entries(decoder, GRAPHS[graph], layers))
     wanted = _quantisations(tensors, kind)
-    writer = gguf.GGUFWriter(file, graph)
-    _metadata(writer, decoder, graph, layers, kind)
-    gguf_tokenizer.write(writer, vocabulary)
-    for entry in tensors:
-        quantisation = wanted[entry.name]
-        shape, dtype = _stored(entry.shape, quantisation)
-        size = math.prod(shape) * dtype.itemsize
-        writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=quantisation)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for entry in track(tensors, "writing gguf", unit="tensor"):
-        values = entry.values().float().cpu().contiguous().numpy()
-        _check_half(entry.name, values, wanted[entry.name])
-        writer.write_tensor_data(gguf.quants.quantize(values, wanted[entry.name]))
-    writer.close()
+    with closing(gguf.GGUFWriter(file, graph)) as writer:
+        _metadata(writer, decoder, graph, layers, kind)
+        gguf_tokenizer.write(writer, vocabulary)
+        for entry in tensors:
+            quantisation = wanted[entry.name]
+            shape, dtype = _stored(entry.shape, quantisation)
+            size = math.prod(shape) * dtype.itemsize
+            writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=quantisation)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in track(tensors, "writing gguf", unit="tensor"):
+            values = entry.values().float().cpu().contiguous().numpy()
+            _check_half(entry.name, values, wanted[entry.name])
+            writer.write_tensor_data(gguf.quants.quantize(values, wanted[entry.name]))
     return graph, sum(found.name == "F16" for found in wanted.values()) if kind == "q8_0" else 0
 
 

@@ -150,7 +150,7 @@ def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: py
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
 
 
-# A format that is one file --------------------------------------------------------------------------------------------
+# A format that is one file -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -51,7 +51,7 @@ def hetero_folder(tmp_path: Path) -> Path:
     return tmp_path / "hetero"
 
 
-# Every family ---------------------------------------------------------------------------------------------------------
+# Every family --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -117,7 +117,7 @@ def test_removed_attention_and_sliding_windows(family: str, removed: tuple[int, 
     assert_equal(models.load(tmp_path / "m"), model)
 
 
-# Heads cut alike ------------------------------------------------------------------------------------------------------
+# Heads cut alike -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -193,7 +193,7 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-# Without prunelit, without trust --------------------------------------------------------------------------------------
+# Without prunelit, without trust -------------------------------------------------------------------------------------
 
 _PLAIN = """
 import sys
@@ -253,7 +253,7 @@ def test_prunelit_runs_no_code_from_the_folder(hetero_folder: Path) -> None:
     torch.testing.assert_close(logits(models.load(hetero_folder)), expected, rtol=0, atol=0)
 
 
-# Added biases ---------------------------------------------------------------------------------------------------------
+# Added biases --------------------------------------------------------------------------------------------------------
 
 
 SOME = ("llama", "phi3", "gpt2", "gemma2", "cohere", "olmo2", "falcon", "qwen2", "opt")
@@ -383,7 +383,7 @@ def test_added_biases_keep_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None
         assert_equal(again, model)
 
 
-# Nothing half done ----------------------------------------------------------------------------------------------------
+# Nothing half done ---------------------------------------------------------------------------------------------------
 
 
 def test_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
