@@ -84,7 +84,7 @@ def write(job: Job) -> dict[str, Any]:
     """Write config, weights and the configuration file that `auto_map` points to.
 
     Returns:
-        {"note", "zeros": parameters that only fill up}.
+        {"note", "size": of what is written, "zeros": parameters that only fill up}.
 
     Raises:
         DoesNotFit: not a family whose layers are Llama's, or a rope that is not in the layout.
@@ -101,14 +101,26 @@ def write(job: Job) -> dict[str, Any]:
     (job.place / "config.json").write_text(config, encoding="utf-8")
     (job.place / f"{_FILE}.py").write_text(_CONFIGURATION, encoding="utf-8")
     copy.deepcopy(job.model.generation_config).save_pretrained(job.place)
-    whole = sum(x.numel() for x in weights.values())
-    zeros = whole - sum(parameter.numel() for parameter in job.model.parameters())
-    heads = max(size.query_heads for size in layers)
+    size = _size(decoder, layers, weights)
+    zeros = size["parameters"] - sum(parameter.numel() for parameter in job.model.parameters())
+    heads = max(layer.query_heads for layer in layers)
     note = (
-        f"deci: {heads} query heads in every attention, FFN widths in steps of {_STEP}: {zeros:,} of {whole:,} "
-        "parameters are zeros that fill up; vLLM itself was not run"
+        f"deci: {heads} query heads in every attention, FFN widths in steps of {_STEP}: {zeros:,} of "
+        f"{size['parameters']:,} parameters are zeros that fill up; vLLM itself was not run"
     )
-    return {"note": note, "zeros": zeros}
+    return {"note": note, "size": size, "zeros": zeros}
+
+
+def _size(decoder: Decoder, layers: list[_Sizes], weights: dict[str, Tensor]) -> dict[str, int]:
+    """What is in the folder, as `measure.size` counts it."""
+    blocks = {name: x for name, x in weights.items() if name.startswith("model.layers.")}
+    matrices, table = sum(x.numel() for x in blocks.values() if x.dim() == 2), weights["model.embed_tokens.weight"]
+    return {
+        "parameters": sum(x.numel() for x in weights.values()),
+        "block_parameters": sum(x.numel() for x in blocks.values()),
+        "macs_per_token": matrices + table.numel(),
+        "kv_bytes_per_token": 2 * head_dim(decoder) * sum(layer.kv_groups for layer in layers) * table.element_size(),
+    }
 
 
 def _sizes(decoder: Decoder) -> list[_Sizes]:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from prunelit import surgery
+from prunelit import measure, surgery
 from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit, NotProved
 from prunelit.export import deci, deci_reader, save, script, write_model
@@ -83,10 +83,14 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     widths = [deci_reader.width(block.ffn.ffn_mult, 256) for block in config.block_configs[:2]]
     assert widths == [256, 768]
     whole = sum(x.numel() for x in load_file(tmp_path / "model.safetensors").values())
-    assert (
-        facts["zeros"] == whole - sum(x.numel() for x in model.parameters())
-        and "vLLM itself was not run" in facts["note"]
-    )
+    assert facts["size"]["parameters"] == whole == facts["zeros"] + sum(x.numel() for x in model.parameters())
+    assert facts["size"]["kv_bytes_per_token"] == 2 * 8 * (1 + 2 + 1) * 4
+    assert "vLLM itself was not run" in facts["note"]
+
+
+def test_sizes_are_counted_as_elsewhere(tmp_path: Path) -> None:
+    model = tiny("mistral", intermediate_size=256)
+    assert assert_reads_back(model, tmp_path)["size"] == measure.size(model)
 
 
 @given(st.integers(1, 64), st.integers(1, 200))
