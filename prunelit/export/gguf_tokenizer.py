@@ -75,7 +75,7 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DoesNotFit("format 'gguf': expected a fast tokenizer, got none; save it with tokenizer.json")
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
+    described = _described(tokenizer)
     core = described["model"]
     if core["type"] != "BPE":
         raise DoesNotFit(
@@ -89,7 +89,7 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
             f"{max(entries.values()) + 1}; resize the table first"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["merges"]]
-    pieces = bool(core.get("byte_fallback"))
+    pieces = has_pieces(tokenizer)
     tokens = [f"[PAD{row}]" for row in range(rows)]
     types = [_UNUSED] * rows
     for token, row in core["vocab"].items():
@@ -101,7 +101,7 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     first = tokenizer("a")["input_ids"]
     return Vocabulary(
         kind="llama" if pieces else "gpt2",
-        pre="default" if pieces else _pre_tokenizer(described),
+        pre=_pieces(described) if pieces else _pre_tokenizer(described),
         tokens=tokens,
         types=types,
         scores=_scores(tokens, types, merges) if pieces else None,
@@ -112,6 +112,15 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
         add_eos=tokenizer.eos_token_id is not None and first[-1] == tokenizer.eos_token_id,
         chat_template=_chat_template(tokenizer),
     )
+
+
+def has_pieces(tokenizer: Any) -> bool:
+    """Whether it is BPE over characters with byte fallback, as SentencePiece trains it."""
+    return bool(_described(tokenizer)["model"].get("byte_fallback"))
+
+
+def _described(tokenizer: Any) -> dict[str, Any]:
+    return dict(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
 def write(writer: Any, vocabulary: Vocabulary) -> None:
@@ -151,6 +160,22 @@ def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[floa
     return [
         0.0 if kind in (_CONTROL, _UNKNOWN, _BYTE) else -float(ranks.get(token, len(ranks))) for token, kind in pairs
     ]
+
+
+def _pieces(described: dict[str, Any]) -> str:
+    """Check that spaces become part of pieces and nothing else is done to a text; there is one such name.
+
+    Raises:
+        DoesNotFit: something else is done.
+    """
+    normalizers = {step["type"] for step in _steps(described["normalizer"], "normalizers")}
+    splits = {step["type"] for step in _steps(described["pre_tokenizer"], "pretokenizers")}
+    if others := sorted((normalizers - {"Prepend", "Replace"}) | (splits - {"Metaspace"})):
+        raise DoesNotFit(
+            f"format 'gguf': expected a tokenizer that makes pieces with their spaces, got {', '.join(others)} in it; "
+            "llama.cpp would cut other tokens; use format 'hetero'"
+        )
+    return "default"
 
 
 def _pre_tokenizer(described: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ llama.cpp's own settings.
 """
 
 import json
+import math
 import statistics
 import sys
 import urllib.request
@@ -66,8 +67,8 @@ def greedy(
             }
         )
         found = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-        best = max(found, key=lambda one: one["logprob"])
-        steps.append({"id": best["id"], "logprobs": {str(one["id"]): one["logprob"] for one in found}})
+        logprobs = {one["id"]: math.nan if one["logprob"] is None else one["logprob"] for one in found}
+        steps.append({"id": max(logprobs, key=lambda token: logprobs[token]), "logprobs": logprobs})
         times.append(answer["timings"]["prompt_ms"])
     return steps, times[1:]
 

@@ -274,6 +274,17 @@ def test_a_weight_beyond_float16(tmp_path: Path) -> None:
     assert tensors(written(model, tmp_path / "m.gguf", "bf16"))["blk.1.ffn_up.weight"][3, 5] == -70144
 
 
+def test_activations_beyond_float16(tmp_path: Path) -> None:
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight *= 1e4  # what goes into down_proj, and then as much less
+        model.model.layers[1].post_attention_layernorm.weight *= 1e3
+        model.model.layers[1].mlp.down_proj.weight *= 1e-10
+    with pytest.raises(NotProved, match=r"in f16, log-probabilities differ by .* beyond float16: pass --type bf16"):
+        save(model, tmp_path / "m.gguf", tokenizer(), format="gguf", kind="f16")
+    assert save(model, tmp_path / "m.gguf", tokenizer(), format="gguf", kind="bf16") == "gguf"
+
+
 def test_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match="expected a model with a tokenizer, got none"):
         save(build("llama"), tmp_path / "m.gguf", format="gguf")

@@ -7,13 +7,13 @@ from typing import Any
 import gguf
 import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from prunelit.errors import DoesNotFit, NotProved
 from prunelit.export import gguf as writer
 from prunelit.export import gguf_tokenizer, save, write_model
 from prunelit.export.formats import Job
-from prunelit.export.gguf_proof import MARKED_TEXTS
+from prunelit.export.gguf_proof import MARKED_TEXTS, SPACE_FIRST
 from tests.export.tokenizers_of import KINDS, TEMPLATE, VOCABULARY, tokenizer
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -41,7 +41,20 @@ def changed(**parts: Any) -> Any:
 def test_llama_cpp_reads_the_same_tokens(kind: str, add_bos: bool, tmp_path: Path) -> None:
     made = write_model(model(), tmp_path / "m.gguf", tokenizer(kind, add_bos), format="gguf")
     assert set(made.proof["texts_misread"]) <= set(MARKED_TEXTS)
-    assert made.proof["texts"] == 9 and made.proof["exact"]["same_text"]
+    assert made.proof["texts"] == 10 and made.proof["exact"]["same_text"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"), [("gpt-2", GPT2Tokenizer), ("qwen2", Qwen2Tokenizer), ("sentencepiece", LlamaTokenizer)]
+)
+@pytest.mark.parametrize("template", [None, "<s>[INST] {{ messages[0]['content'] }} [/INST]"])
+def test_classes_of_transformers(kind: str, known: Any, template: str | None, tmp_path: Path) -> None:
+    core = json.loads(tokenizer(kind).backend_tokenizer.to_str())["model"]
+    tokens = known(vocab=core["vocab"], merges=[tuple(pair) for pair in core["merges"]])
+    tokens.chat_template = template
+    made = write_model(model(vocab_size=VOCABULARY + 4), tmp_path / "m.gguf", tokens, format="gguf")
+    pieces = {"<s>[INST] What is 2 + 2? [/INST]", SPACE_FIRST} if kind == "sentencepiece" else set()
+    assert set(made.proof["texts_misread"]) <= {*MARKED_TEXTS, *pieces}
 
 
 def test_what_is_written(tmp_path: Path) -> None:
@@ -79,6 +92,10 @@ def test_pieces_have_scores_in_the_order_of_their_merges(tmp_path: Path) -> None
         (tiny_tokenizer, "expected a BPE tokenizer, got WordLevel"),
         (lambda: changed(pre_tokenizer=None), "expected a tokenizer that splits text as gpt-2, smollm"),
         (lambda: changed(normalizer={"type": "Lowercase"}), r"got other rules \(Lowercase; ByteLevel\)"),
+        (
+            lambda: _pieces_with(pre_tokenizers.Digits()),
+            "tokenizer that makes pieces with their spaces, got Digits in it",
+        ),
         (lambda: _split(r"\p{N}{1,2}|\p{L}+|."), "got other rules"),
         (lambda: type("Slow", (), {"is_fast": False})(), "expected a fast tokenizer, got none"),
     ],
@@ -87,6 +104,12 @@ def test_unknown_rules_are_refused(tokens: Any, why: str, tmp_path: Path) -> Non
     with pytest.raises(DoesNotFit, match=why):
         save(model(), tmp_path / "m.gguf", tokens(), format="gguf")
     assert not list(tmp_path.iterdir())
+
+
+def _pieces_with(step: Any) -> Any:
+    tokens = tokenizer("sentencepiece")
+    tokens.backend_tokenizer.pre_tokenizer = step
+    return tokens
 
 
 def _split(expression: str) -> Any:
