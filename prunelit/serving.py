@@ -14,6 +14,7 @@ What stock classes can have is in `prunelit.stock_shapes`. Every row says how it
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 from prunelit.architectures import ARCHITECTURES
@@ -41,9 +42,9 @@ _NOT_IN_VLLM = frozenset(
 )
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_IT = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
 # What DeciLM and llama.cpp's llama and deci compute.
-_LLAMA_LAYERS = frozenset({"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"})
+LLAMA_LAYERS = frozenset({"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"})
 _CODES = 8  # 4-bit numbers in a word: the smallest group that is written
-_DECI_STEP = 256  # of DeciLM's FFN widths
+DECI_STEP = 256  # of DeciLM's FFN widths
 _TENSORRT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
@@ -133,15 +134,15 @@ def _vllm(cut: Cut) -> Verdict:
 
 
 def _vllm_deci(cut: Cut) -> Verdict:
-    if cut.family not in _LLAMA_LAYERS:
+    if cut.family not in LLAMA_LAYERS:
         return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _alike(cut))
     model, sizes = cut.plan.model, deci_sizes(cut.plan)
     filled = []
     if any(heads != len(kept.query_heads) for (heads, *_), (_, kept, _) in zip(sizes, cut.layers, strict=True)):
         first = any(kept.attention_removed for _, kept, _ in cut.layers[:1])
         filled += ["protect: [0]"] * first + ["uniform_heads: true"] * (len(cut.query_heads) > 1)
-    if any(width % _DECI_STEP for width in cut.channels):
-        filled.append(f"align: {_DECI_STEP}")
+    if any(width % DECI_STEP for width in cut.channels):
+        filled.append(f"align: {DECI_STEP}")
     if not filled:
         return Verdict("yes", "every width per layer as it is")
     left = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, cut.layers, strict=True))
@@ -149,12 +150,16 @@ def _vllm_deci(cut: Cut) -> Verdict:
 
 
 def deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
-    """Query heads, KV groups and channels of each layer that stays in a folder for DeciLM.
+    """`deci_widths` of the layers that stay."""
+    return deci_widths([kept.widths for _, kept, _ in Cut(plan).layers])
 
-    One number of query heads for all; FFN widths in steps of 256; the first layer has an attention.
+
+def deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Query heads, KV groups and channels of each layer in a folder for DeciLM, from those it has; 0: no such block.
+
+    One number of query heads for all, the least with room for every layer; FFN widths in steps of 256; the first layer
+    has an attention.
     """
-    layers = Cut(plan).layers
-    widths = [kept.widths for _, kept, _ in layers]
     heads = max((queries for queries, _, _ in widths), default=0)
     while not all(_groups(heads, groups, queries // max(1, groups)) for queries, groups, _ in widths):
         heads += 1  # ends at the most groups times the largest group
@@ -162,7 +167,7 @@ def deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
     for place, (queries, groups, channels) in enumerate(widths):
         there = queries > 0 or place == 0
         room = _groups(heads, groups, queries // max(1, groups)) if there else 0
-        sizes.append((heads if there else 0, room, -(-channels // _DECI_STEP) * _DECI_STEP))
+        sizes.append((heads if there else 0, room, -(-channels // DECI_STEP) * DECI_STEP))
     return sizes
 
 
@@ -173,7 +178,7 @@ def _groups(heads: int, groups: int, size: int) -> int:
 
 
 def _llama_cpp(cut: Cut) -> Verdict:
-    if cut.family not in _LLAMA_LAYERS | {"qwen3"}:
+    if cut.family not in LLAMA_LAYERS | {"qwen3"}:
         return Verdict(
             "?", f"prunelit writes no graph for {cut.family}; llama.cpp's converter may, from a stock folder"
         )
@@ -186,7 +191,7 @@ def _llama_cpp(cut: Cut) -> Verdict:
 
 
 def _llama_cpp_deci(cut: Cut) -> Verdict:
-    if cut.family not in _LLAMA_LAYERS:
+    if cut.family not in LLAMA_LAYERS:
         return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _alike(cut))
     filled = " (a missing FFN is 32 channels of zeros)" if any(kept.mlp_removed for _, kept, _ in cut.layers) else ""
     return Verdict("yes", f"every width per layer{filled}")

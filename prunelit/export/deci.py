@@ -13,7 +13,6 @@ Legend: H hidden size, Q query heads, G KV groups, S query heads in a group, D h
 import copy
 import io
 import json
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -35,6 +34,7 @@ from prunelit.export.llama_layers import (
     rope_factors,
 )
 from prunelit.export.proof import fixed_tokens
+from prunelit.serving import DECI_STEP, deci_widths
 from prunelit.versions import versions
 
 _FILE = "configuration_decilm"
@@ -65,7 +65,6 @@ class DeciLMConfig(PretrainedConfig):
             self.rope_theta, self.rope_scaling = rope_theta, rope_scaling
         self.block_configs = [Block({name: Block(part) for name, part in block.items()}) for block in block_configs]
 '''
-_STEP = 256  # of FFN widths
 
 
 class _Sizes(NamedTuple):
@@ -105,7 +104,7 @@ def write(job: Job) -> dict[str, Any]:
     zeros = size["parameters"] - sum(parameter.numel() for parameter in job.model.parameters())
     heads = max(layer.query_heads for layer in layers)
     note = (
-        f"deci: {heads} query heads in every attention, FFN widths in steps of {_STEP}: {zeros:,} of "
+        f"deci: {heads} query heads in every attention, FFN widths in steps of {DECI_STEP}: {zeros:,} of "
         f"{size['parameters']:,} parameters are zeros that fill up; vLLM itself was not run"
     )
     return {"note": note, "size": size, "zeros": zeros}
@@ -124,29 +123,8 @@ def _size(decoder: Decoder, layers: list[_Sizes], weights: dict[str, Tensor]) ->
 
 
 def _sizes(decoder: Decoder) -> list[_Sizes]:
-    """Sizes that hold every layer: the least common number of query heads, then the fewest KV heads with it."""
-    shapes = [layer.shape for layer in decoder]
-    heads = common_heads([(shape.kv_groups, shape.group_size) for shape in shapes])
-    found = []
-    for index, shape in enumerate(shapes):
-        there = shape.query_heads or index == 0
-        groups = kv_heads(heads, shape.kv_groups, shape.group_size) if there else 0
-        found.append(_Sizes(heads if there else 0, groups, -(-shape.ffn_channels // _STEP) * _STEP))
-    return found
-
-
-def common_heads(layers: Sequence[tuple[int, int]]) -> int:
-    """The least number of query heads with room for every layer's (groups, heads in a group)."""
-    heads = max(groups * size for groups, size in layers)
-    while not all(kv_heads(heads, groups, size) for groups, size in layers):
-        heads += 1  # ends at the most groups times the largest group
-    return heads
-
-
-def kv_heads(heads: int, groups: int, size: int) -> int:
-    """The fewest KV heads among `heads` query heads with room for `groups` groups of `size`; 0: there are none."""
-    fitting = (more for more in range(max(groups, 1), heads + 1) if heads % more == 0 and heads // more >= size)
-    return next(fitting, 0)
+    shapes = (layer.shape for layer in decoder)
+    return [_Sizes(*size) for size in deci_widths([(s.query_heads, s.kv_groups, s.ffn_channels) for s in shapes])]
 
 
 def _biased(decoder: Decoder) -> set[str]:
@@ -210,7 +188,7 @@ def ffn_mult(channels: int, hidden: int) -> float:
     Raises:
         DoesNotFit: rounding takes it elsewhere.
     """
-    found = round(1.5 * (channels - _STEP / 2) / hidden, 6)  # the middle of what is rounded up to it
+    found = round(1.5 * (channels - DECI_STEP / 2) / hidden, 6)  # the middle of what is rounded up to it
     if deci_reader.width(found, hidden) != channels:
         raise DoesNotFit(f"format 'deci': no ffn_mult gives {channels} channels at hidden size {hidden}; use 'hetero'")
     return found

@@ -22,7 +22,6 @@ from torch import Tensor
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import DoesNotFit
 from prunelit.export.llama_layers import (
-    LLAMA_LAYERS,
     check_llama_layers,
     family_of,
     head_dim,
@@ -31,6 +30,7 @@ from prunelit.export.llama_layers import (
     rope_factors,
 )
 from prunelit.hetero import find
+from prunelit.serving import LLAMA_LAYERS
 
 BLOCK = 32
 """Numbers in a block of Q8_0; channels of an FFN that stands for none."""
@@ -102,7 +102,7 @@ def graph_of(decoder: Decoder) -> str:
         DoesNotFit: none does; says which formats remain.
     """
     family = family_of(decoder)
-    check_llama_layers(decoder, "gguf", tuple(FAMILIES))
+    check_llama_layers(decoder, "gguf", FAMILIES)
     widths = {(s.query_heads, s.kv_groups, s.ffn_channels) for s in (layer.shape for layer in decoder)}
     uniform = len(widths) == 1 and 0 not in next(iter(widths))
     square = {heads * head_dim(decoder) for heads, _, _ in widths} == {int(decoder.config.hidden_size)}

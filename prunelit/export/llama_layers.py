@@ -6,6 +6,7 @@ code; what they can not express is refused here, in one line, before anything is
 Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
 """
 
+from collections.abc import Collection
 from typing import Any, cast
 
 import torch
@@ -15,9 +16,8 @@ from prunelit.architectures import PRUNED
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import DoesNotFit
 from prunelit.hetero import find
+from prunelit.serving import LLAMA_LAYERS
 
-LLAMA_LAYERS = ("llama", "mistral", "ministral", "qwen2", "seed_oss", "internlm3", "iquestcoder", "cwm")
-"""Families whose layers are Llama's: RMS norms before the blocks, rope over the whole head, SiLU-gated FFN."""
 _ROPES = ("default", "linear", "llama3")
 
 
@@ -89,7 +89,7 @@ def context_length(decoder: Decoder) -> int:
     return min(limit, int(window)) if window and "sliding_attention" in types else limit
 
 
-def check_llama_layers(decoder: Decoder, format: str, families: tuple[str, ...] = LLAMA_LAYERS) -> None:
+def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] = LLAMA_LAYERS) -> None:
     """Check the family and what its config may change about the computation.
 
     Raises:
@@ -97,7 +97,9 @@ def check_llama_layers(decoder: Decoder, format: str, families: tuple[str, ...] 
     """
     family, config = family_of(decoder), decoder.config
     if family not in families:
-        raise DoesNotFit(f"format {format!r}: expected a model of {', '.join(families)}, got {family!r}; use 'hetero'")
+        raise DoesNotFit(
+            f"format {format!r}: expected a model of {', '.join(sorted(families))}, got {family!r}; use 'hetero'"
+        )
     activation = str(getattr(config, "hidden_act", "silu"))
     if activation not in ("silu", "swish"):
         raise DoesNotFit(f"format {format!r}: expected hidden_act 'silu', got {activation!r}; use format 'hetero'")

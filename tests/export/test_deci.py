@@ -17,6 +17,7 @@ from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit, NotProved
 from prunelit.export import deci, deci_reader, save, script, write_model
 from prunelit.export.formats import Job
+from prunelit.serving import deci_widths
 from tests.export.alike import compensate, logits, plan_with
 from tests.export.test_gguf import LINEAR, LLAMA3, YARN
 from tests.tiny import cut, keep, tiny, tiny_tokenizer, tokens
@@ -98,19 +99,20 @@ def test_multipliers_give_the_width(hidden: int, steps: int) -> None:
     assert deci_reader.width(deci.ffn_mult(256 * steps, 128 * hidden), 128 * hidden) == 256 * steps
 
 
-@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8)), min_size=1, max_size=6))
-def test_one_number_of_query_heads_has_room_for_all(layers: list[tuple[int, int]]) -> None:
-    heads = deci.common_heads(layers)
-    assert heads <= max(groups for groups, _ in layers) * max(size for _, size in layers)
-    for groups, size in layers:
-        found = deci.kv_heads(heads, groups, size)
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 600)), min_size=1, max_size=6))
+def test_one_number_of_query_heads_has_room_for_all(layers: list[tuple[int, int, int]]) -> None:
+    sizes = deci_widths([(groups * size, groups, channels) for groups, size, channels in layers])
+    (heads,) = {found for found, _, _ in sizes}
+    assert heads <= max(groups for groups, _, _ in layers) * max(size for _, size, _ in layers)
+    for (groups, size, channels), (_, found, width) in zip(layers, sizes, strict=True):
         assert heads % found == 0 and found >= groups and heads // found >= size
+        assert width % 256 == 0 and channels <= width < channels + 256
 
 
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (lambda: tiny("qwen3"), "expected a model of llama, .*, got 'qwen3'"),
+        (lambda: tiny("qwen3"), "expected a model of cwm, .*, got 'qwen3'"),
         (lambda: tiny("gemma"), "got 'gemma'"),
         (lambda: tiny("llama", rope_parameters=YARN), "got 'yarn'"),
         (lambda: tiny("llama", hidden_act="gelu"), "expected hidden_act 'silu', got 'gelu'"),

@@ -16,7 +16,7 @@ from prunelit.export import gguf as writer
 from prunelit.export import gguf_layout, save, write_model
 from prunelit.export.formats import Job
 from prunelit.export.gguf_proof import MEAN_LIMITS
-from prunelit.export.llama_layers import LLAMA_LAYERS
+from prunelit.serving import LLAMA_LAYERS
 from tests.export.alike import compensate, plan_with
 from tests.export.tokenizers_of import VOCABULARY, tokenizer
 from tests.test_cli import call, refused
@@ -170,7 +170,7 @@ def test_llama_cpp_writes_the_same_text(family: str, kind: str | None, graph: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", LLAMA_LAYERS)
+@pytest.mark.parametrize("family", sorted(LLAMA_LAYERS))
 def test_families_whose_layers_are_those_of_llama(family: str, tmp_path: Path) -> None:
     longer = {"cwm": {"max_position_embeddings": 131072}}.get(family, {})
     for kind in (None, "mixed"):
