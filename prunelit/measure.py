@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunelit import twin
 from prunelit.calibrate import all_sum, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NotEnoughText
@@ -20,10 +21,10 @@ _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 def size(model: nn.Module) -> dict[str, int]:
     """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
 
-    MACs count the multiplications with weights, output projection included; the products of attention with its
-    context, which grow with it, are not counted. KV bytes are in the model's own dtype.
+    A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
+    products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
     """
-    return dense_size(Decoder(model).shape)
+    return dense_size(Decoder(twin.plain(model)).shape)
 
 
 def dense_size(shape: ModelShape) -> dict[str, int]:
