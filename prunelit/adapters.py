@@ -71,6 +71,7 @@ def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
         for part, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # it is written for its owner's eyes only
 
 
 def _config(model: Any, found: Mapping[str, tuple[Tensor, Tensor]]) -> Any:

@@ -81,13 +81,13 @@ def tensors(
         linear: O outputs, I inputs; its group size is a multiple of `size`.
         size: the file's group size.
         outputs: rows in the file, at least O.
-        inputs: columns in the file, at least I, and a multiple of `size`.
+        inputs: columns in the file, the next multiple of `size` from I on.
         parts: how many blocks of rows the linear has; rows of zeros are added to each.
         dtype: of scales, zeros and bias.
     """
     repeat, groups = linear.group_size // size, inputs // size
-    packed = functional.pad(linear.packed[:, : inputs // 2], (0, max(0, inputs // 2 - linear.packed.shape[1])))
-    found = {"weight": padded(packed, outputs, parts).contiguous().view(torch.uint32)}
+    codes = padded(linear.packed[:, : inputs // 2], outputs, parts)
+    found = {"weight": codes.contiguous().view(torch.uint32)}
     for name, values in (("scales", linear.scale), ("qbiases", linear.zero)):
         own = values.repeat_interleave(repeat, 1)[:, :groups].to(dtype)
         found[name] = padded(own, outputs, parts).contiguous()

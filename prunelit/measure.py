@@ -95,6 +95,31 @@ def perplexity_of(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
+def difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
+    """How far two models' logits are apart on the same tokens.
+
+    Args:
+        before: [N, S, V].
+        after: of the other model.
+        ids: [N, S], to compare losses as well.
+
+    Returns:
+        {"tokens", "largest_logit", "largest_difference", "relative" (Frobenius)}, with ids also {"loss_before",
+        "loss_after"} (mean, nats).
+    """
+    first, second = before.float().cpu(), after.float().cpu()
+    found = {
+        "tokens": first.shape[0] * first.shape[1],
+        "largest_logit": first.abs().max().item(),
+        "largest_difference": (first - second).abs().max().item(),
+        "relative": ((first - second).norm() / first.norm()).item(),
+    }
+    if ids is not None:
+        for name, logits in (("loss_before", first), ("loss_after", second)):
+            found[name] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().cpu()).item()
+    return found
+
+
 def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:
     """What must stand beside a perplexity for it to be comparable."""
     return {
