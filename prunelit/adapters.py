@@ -144,12 +144,8 @@ def _into_zeros(model: Any, folder: Path, settings: Any) -> Any:
                 f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
                 f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
             )
-        rank = settings.r
-        scaling = _scaling(settings, linear.name)
-        if len(a) != rank and not settings.rank_pattern:
-            raise BadAdapter(f"adapter {str(folder)!r}: {linear.name}: expected rank {rank}, got {len(a)}")
         update = b @ grouped[..., 0]
-        module.zero += (scaling * update).to(module.zero.device)
+        module.zero += (_scaling(settings, linear.name) * update).to(module.zero.device)
     return model
 
 

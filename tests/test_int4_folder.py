@@ -54,10 +54,8 @@ def test_added_rows_are_zero_and_stand_behind_each_part() -> None:
     bias = torch.nn.Parameter(torch.randn(10))
     linear = Int4Linear.from_weight(torch.randn(10, 20), bias, 16)
     found = int4_folder.tensors(linear, 8, 16, 24, 2, torch.float32)
-    whole, own = (
-        _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], 8, 4)[:, :20],
-        linear.dequantised(),
-    )
+    whole = _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], 8, 4)[:, :20]
+    own = linear.dequantised()
     assert torch.equal(whole[:5], own[:5]) and torch.equal(whole[8:13], own[5:])
     assert not whole[5:8].any() and not whole[13:].any()
     assert torch.equal(found["bias"][8:13], bias[5:]) and not found["bias"][[5, 6, 7, 13, 14, 15]].any()

@@ -58,7 +58,7 @@ def prepare(
         say(f"{Path(model).name}: INT4 in groups of {stored}; its rounded weights are written in full precision")
     if adapter is not None:
         network = adapters.merge_onto(network, adapter)
-        say(f"adapter {Path(adapter).name} merged")
+        say(f"adapter {adapter!r}: merged")
     if quantised_as(network) is None:
         Decoder(network).check_finite()
     if format == "int4" and quantised_as(network) is None:
