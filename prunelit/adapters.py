@@ -10,6 +10,7 @@ Legend: O outputs, I inputs, S group size, G groups, r rank.
 import copy
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunelit import models
 from prunelit.architectures import architecture_of
 from prunelit.decoder import is_conv1d
 from prunelit.errors import BadAdapter
@@ -99,8 +101,9 @@ def check(folder: str | os.PathLike[str], source: str) -> None:
     Raises:
         BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
     """
-    _settings(Path(folder))
-    shapes = _shapes(Path(folder))
+    path = Path(folder).expanduser()
+    _settings(path)
+    shapes = _shapes(path)
     base = _shapes_of_folder(Path(source).expanduser())
     if base:
         _compare(folder, shapes, base, source)
@@ -117,14 +120,20 @@ def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
     Raises:
         BadAdapter: see `check`; or an adapter that tells the inputs of an INT4 group apart.
     """
-    path = Path(folder)
+    path = Path(folder).expanduser()
     settings = _settings(path)
     _compare(folder, _shapes(path), {x.name: widths(x.module) for x in decoder_linears(model)}, "the model")
     if quantised_as(model) == "int4":
         return _into_zeros(model, path, settings)
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    try:
+        with models.quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
+            return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
+        said = " ".join(str(error).split())[:200]
+        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {said}") from error
 
 
 def _into_zeros(model: Any, folder: Path, settings: Any) -> Any:

@@ -27,7 +27,19 @@ FLOORS = (
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
-        *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole", "skeleton"),
+        *(
+            "calibrate",
+            "surgery",
+            "measure",
+            "models",
+            "text",
+            "stream",
+            "clock",
+            "latency",
+            "kept",
+            "whole",
+            "skeleton",
+        ),
         *("streamed", "layerwise"),  # models that do not fit
         *(
             "lora",
