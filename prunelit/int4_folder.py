@@ -6,9 +6,9 @@
 
     W~ = scales * code + qbiases
 
-It is the one 4-bit layout of transformers with a float offset that can be saved, loads without another package, and is
-not tied to a device: kernels on Apple GPUs, plain linears in the dtype of `scales` everywhere else. One group size S
-holds for the whole model, and divides every width; any divisor of ours is the same numbers with scales repeated.
+It is the one 4-bit layout of transformers with a float offset that can be saved, and loads without a package for
+quantisation on any device: kernels on Apple GPUs, plain linears in the dtype of `scales` everywhere else. One group
+size S holds for the whole model, and divides every width; any divisor of ours is the same numbers, scales repeated.
 
 Legend: O outputs, I inputs, S group size.
 """

@@ -1,4 +1,4 @@
-"""int4: 4-bit groups in a layout that transformers reads without another package (`prunelit.int4_folder`).
+"""int4: 4-bit groups in a layout that transformers reads without a package for quantisation (`prunelit.int4_folder`).
 
 A model in 4 bits is written with the very codes, scales and zeros that it has; no linear is unpacked. Under which
 class, and with which modelling file, is decided as for plain weights.

@@ -48,14 +48,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(tmp_path_factory.mktemp("made"))
 
 
-@pytest.fixture(autouse=True)
-def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """New processes are for the tests of the writers."""
-    from prunelit.export import proof, reload
-
-    monkeypatch.setattr(proof, "in_new_process", reload.answer)
-
-
 def exported(out: Path, *options: str) -> Any:
     assert run("export", ["--out", str(out), *options]) == 0
     return models.load(out, four_bit=True)
