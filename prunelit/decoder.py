@@ -228,6 +228,8 @@ class Decoder:
         signs = hashlib.sha256()
         for layer in self.layers:
             for parameter in layer.module.parameters():
+                if parameter.is_meta and not isinstance(parameter, OnDisk):  # a model for shapes alone: no signs
+                    continue
                 flat = (parameter.stored() if isinstance(parameter, OnDisk) else parameter.detach()).flatten()
                 step = max(1, flat.numel() // _SIGNS_PER_TENSOR)
                 signs.update(bytes((flat[::step][:_SIGNS_PER_TENSOR] > 0).tolist()))

@@ -63,3 +63,7 @@ class DoesNotFit(PrunelitError):
 
 class NotProved(PrunelitError):
     """What was written is not the model in memory; it was removed."""
+
+
+class BadAdapter(PrunelitError):
+    """Saved adapters can not be read, or do not fit the model that they are to be merged into."""

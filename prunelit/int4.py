@@ -162,9 +162,22 @@ class Int4Linear(nn.Module):
             BadOption: the group size is none of GROUP_SIZES.
         """
         codes, scale, zero = quantise(weight, group_size)
-        linear = cls(weight.shape[1], weight.shape[0], group_size, False, compute_dtype, "meta")
-        linear.packed, linear.scale, linear.zero = _pack(codes, group_size), scale, zero
-        linear.bias = bias
+        return cls.from_parts(_pack(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
+
+    @classmethod
+    def from_parts(
+        cls,
+        packed: Tensor,
+        scale: Tensor,
+        zero: Tensor,
+        in_features: int,
+        bias: nn.Parameter | None = None,
+        compute_dtype: torch.dtype | None = None,
+    ) -> "Int4Linear":
+        """A linear of tensors as it holds them (see the class), of any group size: as files have it."""
+        linear = cls(in_features, len(packed), GROUP_SIZES[0], False, compute_dtype, "meta")
+        linear.group_size = 2 * packed.shape[1] // scale.shape[1]
+        linear.packed, linear.scale, linear.zero, linear.bias = packed, scale, zero, bias
         return linear
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:

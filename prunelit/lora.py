@@ -69,16 +69,33 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | N
             replace_module(model, linear.name, adapter)
         return model
 
-    from peft import LoraConfig, get_peft_model
+    from peft import get_peft_model
 
-    architecture = architecture_of(model.config)
-    patterns = _patterns(linears, chosen, rank, architecture.layers)
+    return get_peft_model(model, peft_config(model, chosen, rank, alpha, dropout))
+
+
+def peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float, dropout: float = 0.0) -> Any:
+    """PEFT's configuration of adapters on every prunable linear.
+
+    Args:
+        model: transformers model, plain or quantised.
+        ranks: of the linears, in the order of `decoder_linears`.
+        rank: that of most.
+        alpha: adapters are scaled by alpha / rank, whatever their own rank.
+        dropout: on the adapters' input.
+    """
+    from peft import LoraConfig
+
+    linears, architecture = decoder_linears(model), architecture_of(model.config)
+    patterns = _patterns(linears, ranks, rank, architecture.layers)
     known = {linear.name for linear in linears}
     # Where FFN linears sit in the layer itself, a removed block leaves their names behind, on modules without weights.
-    strays = [n for n, _ in model.named_modules() if n.split(".")[-1] in architecture.linears and n not in known]
-    config = LoraConfig(
+    strays = [
+        name for name, _ in model.named_modules() if name.split(".")[-1] in architecture.linears and name not in known
+    ]
+    return LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(architecture.linears),
         exclude_modules=strays or None,
@@ -87,7 +104,6 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | N
         fan_in_fan_out=any(is_conv1d(linear.module) for linear in linears),
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
 
 
 def rank_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[str, int]]:

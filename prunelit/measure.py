@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunelit import twin
 from prunelit.calibrate import all_sum, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NotEnoughText
@@ -20,10 +21,10 @@ _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 def size(model: nn.Module) -> dict[str, int]:
     """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
 
-    MACs count the multiplications with weights, output projection included; the products of attention with its
-    context, which grow with it, are not counted. KV bytes are in the model's own dtype.
+    A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
+    products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
     """
-    return dense_size(Decoder(model).shape)
+    return dense_size(Decoder(twin.plain(model)).shape)
 
 
 def dense_size(shape: ModelShape) -> dict[str, int]:
@@ -92,6 +93,31 @@ def _even_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
 def perplexity_of(nll: float) -> float:
     """exp, infinity where it overflows."""
     return math.exp(nll) if nll < 700 else math.inf
+
+
+def difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
+    """How far two models' logits are apart on the same tokens.
+
+    Args:
+        before: [N, S, V].
+        after: of the other model.
+        ids: [N, S], to compare losses as well.
+
+    Returns:
+        {"tokens", "largest_logit", "largest_difference", "relative" (Frobenius)}, with ids also {"loss_before",
+        "loss_after"} (mean, nats).
+    """
+    first, second = before.float().cpu(), after.float().cpu()
+    found = {
+        "tokens": first.shape[0] * first.shape[1],
+        "largest_logit": first.abs().max().item(),
+        "largest_difference": (first - second).abs().max().item(),
+        "relative": ((first - second).norm() / first.norm()).item(),
+    }
+    if ids is not None:
+        for name, logits in (("loss_before", first), ("loss_after", second)):
+            found[name] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().cpu()).item()
+    return found
 
 
 def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
 from prunelit.errors import BadOption, SourceNotFound
 from prunelit.hetero import PerLayerConfig, PerLayerModel
@@ -76,12 +77,14 @@ def check_source(source: str) -> None:
         raise SourceNotFound(f"model {source!r}: no such folder or file")
 
 
-def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> Any:
+def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four_bit: bool = False) -> Any:
     """Load a causal LM from any source; what prunelit saved needs no remote code.
 
     Args:
         source: see the top of this file.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
+        four_bit: leave the linears of an int4 folder in 4 bits, as `int4.Int4Linear`; else they are made plain, one by
+            one, as transformers does.
 
     Raises:
         BadOption: an unknown dtype.
@@ -95,6 +98,9 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto") -> A
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with quiet():
         try:
+            if int4_folder.config_of(folder) is not None:
+                model = int4_folder.read(Path(folder), _saved_class(folder), wanted)
+                return model if four_bit else quantize.dequantised(model)
             builder: Any = _saved_class(folder) or AutoModelForCausalLM
             model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True)
         except _UNREADABLE as error:

@@ -22,7 +22,7 @@ Base = Literal["none", "nf4", "int4"]
 BASES = ("none", "nf4", "int4")
 _NF4_BLOCK = 64  # other sizes are wrong on CPUs at more widths
 _NF4_BOUND = 0.15  # right results are near 0.09, wrong ones were 0.2 to 1.2
-_CONV1D = "prunelit_conv1d"  # on quantised modules that stand for transformers' Conv1D
+CONV1D = "prunelit_conv1d"  # on quantised modules that stand for transformers' Conv1D
 
 # Said at import on CPUs where an optional kernel of the hub is missing; PEFT imports bitsandbytes too.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -148,7 +148,7 @@ def quantize(
         bound = error_bound(group_size) if base == "int4" else _NF4_BOUND
         records.append(Quantised(name, len(weight), weight.shape[1], _error(weight, _weight(new))))
         _guard(records[-1], base, bound)
-        setattr(new, _CONV1D, is_conv1d(old))
+        setattr(new, CONV1D, is_conv1d(old))
         replace_module(model, name, new)
     if base == "nf4":
         model.is_loaded_in_4bit = True  # PEFT takes its 4-bit adapters where it finds this
@@ -171,9 +171,9 @@ def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
     if has_adapters(model):
         raise BadQuantisation("dequantised: expected a model without adapters, got some; merge them first")
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for linear in decoder_linears(model):
-        if isinstance(linear.module, Int4Linear) or is_nf4(linear.module):
-            replace_module(model, linear.name, _linear(linear.module, dtype))
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Int4Linear) or is_nf4(module):
+            replace_module(model, name, _linear(module, dtype))
     if hasattr(model, "is_loaded_in_4bit"):
         del model.is_loaded_in_4bit
     return model
@@ -275,7 +275,7 @@ def _linear(module: Any, dtype: torch.dtype) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     weight = _weight(module, dtype)
-    turned = getattr(module, _CONV1D, False)
+    turned = getattr(module, CONV1D, False)
     linear: Any = Conv1D(1, 1) if turned else nn.Linear(1, 1, bias=module.bias is not None, device="meta")
     linear.requires_grad_(False)
     set_linear(linear, weight.T.contiguous() if turned else weight.contiguous(), _cast(module.bias, dtype))

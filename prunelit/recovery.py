@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from prunelit import lora, models, quantize, strategies
+from prunelit import lora, models, quantize, strategies, twin
 from prunelit.errors import BadOption, BadPlan
 from prunelit.losses import divergence, hidden_distance, inputs_of, labels_of
 from prunelit.plan import plans_of
@@ -232,13 +232,22 @@ class RecoveryModule(LightningModule):
         self.val_perplexity.update(logits, labels_of(batch)[:, 1:])
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
+    def whole_model(self) -> Any:
+        """The model with its adapters, all of it on this process; all ranks call."""
+        if self._skeleton:
+            self.model = strategies.gathered(self.trainer.strategy.model, self._skeleton.pop())
+        return self.model
+
+    def cut_model(self) -> Any:
+        """The model below the adapters, sharing their base's tensors; for nf4 the cut weights in full precision."""
+        return self._full[0] if self._full else twin.below_adapters(self.whole_model())
+
     def merged_model(self) -> Any:
         """The transformers model with the adapters merged in; all ranks call.
 
         Without loss, and still 4-bit, on int4; out of nf4 into the cut weights in full precision.
         """
-        if self._skeleton:
-            self.model = strategies.gathered(self.trainer.strategy.model, self._skeleton.pop())
+        self.whole_model()
         if self._full:
             self.model = lora.merge_into(self._full.pop(), self.model).to(self.device)
         self.model = lora.merged(self.model)

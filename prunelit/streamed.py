@@ -6,16 +6,13 @@ weight is read. Saving and reading back go layer by layer (`prunelit.export.laye
 for gradients, or runs the model again and again, to search or to refit, is refused.
 """
 
-import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from prunelit import models
@@ -24,8 +21,7 @@ from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, SourceNotFound
 from prunelit.layerwise import GIB, Walk, linears_of
 from prunelit.on_disk import NOT_STREAMED, OnDisk
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from prunelit.skeleton import INDEX, SINGLE, Files, skeleton
 
 
 def check_source(source: str) -> None:
@@ -80,7 +76,7 @@ def load(
     walk = Walk(budget, scratch)
     with models.quiet():
         try:
-            files = _Files(folder)
+            files = Files(folder)
             model = _skeleton(folder, files, dtype, device)
             walk.check(Decoder(model))
             _fill(model, files, device, known or {})
@@ -90,60 +86,21 @@ def load(
     return model.eval()
 
 
-class _Files:
-    """The tensors of a folder by name, mapped into memory when they are read."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        index = folder / INDEX
-        if index.is_file():
-            self.file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), SINGLE)
-
-    def view(self, name: str) -> Tensor:
-        """A tensor, not yet read."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            return cast(Tensor, file.get_tensor(name))
-
-    def names(self, model: Any) -> dict[str, str]:
-        """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-        renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
-        known, prefix = model.state_dict(), model.base_model_prefix
-        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_of}
-
-
-def _skeleton(folder: Path, files: _Files, dtype: str, device: torch.device) -> Any:
-    """The model of a folder on the meta device, but for the tables that are computed, not saved."""
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _skeleton(folder: Path, files: Files, dtype: str, device: torch.device) -> Any:
+    """The model of a folder on the meta device, in the dtype asked for."""
+    from transformers import AutoConfig
 
     kind = models._saved_class(str(folder))
     config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
     stored = config.dtype or next(x.dtype for x in map(files.view, files.file_of) if x.is_floating_point())
     wanted = models.DTYPES.get(dtype, getattr(torch, str(stored).removeprefix("torch.")))
-    with torch.device("meta"):
-        build = kind._from_config if kind else AutoModelForCausalLM.from_config
-        model = build(config, dtype=wanted)
-    model.config.name_or_path = model.name_or_path = str(folder)
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    for module in model.modules():
-        own = [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
-        for name in own:
-            module.register_buffer(name, torch.empty_like(getattr(module, name), device=device), persistent=False)
-        if own:
-            with torch.no_grad():
-                model._init_weights(module)  # computes them, as when transformers loads a model
+    model = skeleton(folder, kind, wanted, device)
     if dtype == "auto" and device.type == "cpu" and wanted == torch.float16:
         model.float()
     return model
 
 
-def _fill(model: Any, files: _Files, device: torch.device, known: Mapping[str, Tensor]) -> None:
+def _fill(model: Any, files: Files, device: torch.device, known: Mapping[str, Tensor]) -> None:
     """Give a skeleton its weights: those of the layers' linears on disk, the rest in memory.
 
     Args:

@@ -27,9 +27,31 @@ FLOORS = (
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk"),
     (
-        *("calibrate", "surgery", "measure", "models", "text", "stream", "clock", "latency", "kept", "whole"),
+        *(
+            "calibrate",
+            "surgery",
+            "measure",
+            "models",
+            "text",
+            "stream",
+            "clock",
+            "latency",
+            "kept",
+            "whole",
+            "skeleton",
+        ),
         *("streamed", "layerwise"),  # models that do not fit
-        *("lora", "quantize", "int4", "linears", "losses", "instructions"),  # what recovery is made of
+        *(
+            "lora",
+            "quantize",
+            "int4",
+            "linears",
+            "losses",
+            "instructions",
+            "int4_folder",
+            "twin",
+            "adapters",
+        ),  # what recovery is made of
         *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
         *(
             "bias",

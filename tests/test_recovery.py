@@ -1,5 +1,6 @@
 """RecoveryModule: trains adapters on the cut model; a resumed run ends in the weights of an uninterrupted one."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import AutoModelForCausalLM
 
 from prunelit import measure, models, quantize
 from prunelit.callbacks import LLMBIP, ShortGPT
@@ -148,10 +150,6 @@ def test_bad_options_before_the_model_is_loaded(
 
 
 def test_the_report_of_a_whole_run(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
-
-    from transformers import AutoModelForCausalLM
-
     seed_everything(7)
     module = RecoveryModule(source, lora_rank=4, learning_rate=1e-2)
     data = TextDataModule(source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9)
@@ -260,6 +258,73 @@ def test_int4_merges_without_loss_and_stays_int4(wide: str, tmp_path: Path) -> N
         after = merged(windows).logits
     assert quantize.quantised_as(merged) == "int4"
     assert (after - before).norm() <= 1e-4 * before.norm()
+
+
+def ended(source: str, folder: Path, report: Any = None, **options: Any) -> dict[str, Any]:
+    """The report of a run to its end."""
+    seed_everything(7)
+    module = RecoveryModule(source, **({"lora_rank": 4, "learning_rate": 1e-2, "lora_dropout": 0.0} | options))
+    data = TextDataModule(source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9)
+    trainer = Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=4,
+        callbacks=[report or RunReport(), LLMBIP(0.3, align=options.get("group_size", 64))],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    trainer.fit(module, datamodule=data)
+    return dict(json.loads((folder / "report.json").read_text()))
+
+
+def by_transformers(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
+
+
+@pytest.mark.parametrize("base", ["none", "int4", "nf4"])
+def test_what_merging_changed_is_said_and_adapters_are_kept(
+    wide: str, tmp_path: Path, base: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    from peft import PeftModel
+
+    with caplog.at_level("INFO", "prunelit"):
+        report = ended(wide, tmp_path, base=base, group_size=64 if base == "nf4" else 16)
+    merge = report["merge"]
+    assert merge["base"] == base and (merge["relative"] <= 1e-5) == (base != "nf4")
+    assert abs(merge["loss_before"] - merge["loss_after"]) <= (0.5 if base == "nf4" else 1e-4)
+    assert f"loss {merge['loss_before']:.4f} before, {merge['loss_after']:.4f} after" in caplog.text
+    assert report["format"] == ("int4" if base == "int4" else "uniform")
+    model = by_transformers(tmp_path / "model")
+    adapter = PeftModel.from_pretrained(by_transformers(tmp_path / "base"), tmp_path / "adapter").eval()
+    ids = torch.arange(16)[None]
+    with torch.no_grad():
+        wanted, found = (m(input_ids=ids, use_cache=False).logits for m in (model, adapter))
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()
+    assert PruningPlan.load(tmp_path / "adapter" / "plan.json") == PruningPlan.load(tmp_path / "plan.json")
+
+
+def test_the_saved_int4_model_is_the_measured_one(wide: str, tmp_path: Path) -> None:
+    report = ended(wide, tmp_path, RunReport(save_base=False), base="int4", group_size=16)
+    assert not (tmp_path / "base").exists() and (tmp_path / "adapter").is_dir()
+    data = TextDataModule(wide, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4, train_windows=9)
+    data.setup("fit")
+    for model in (by_transformers(tmp_path / "model"), models.load(tmp_path / "model", four_bit=True)):
+        again = measure.perplexity(model, data.validation)["perplexity"]
+        assert again == pytest.approx(report["recovered"]["perplexity"], rel=1e-5)
+        assert measure.size(model) == {name: report["recovered"][name] for name in measure.size(model)}
+
+
+def test_another_format_holds_rounded_weights(wide: str, tmp_path: Path) -> None:
+    report = ended(wide, tmp_path, RunReport(format="uniform", save_base=False), base="int4", group_size=16)
+    assert report["format"] == "uniform" and "rounded" in report["base"]
+    assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+def test_int4_is_asked_for_with_its_base(wide: str, tmp_path: Path) -> None:
+    with pytest.raises(BadOption, match=r"report\.format: expected int4 with base int4, got base none"):
+        ended(wide, tmp_path, RunReport(format="int4"))
 
 
 def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:

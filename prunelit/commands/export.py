@@ -6,9 +6,9 @@ from typing import Any
 
 from prunelit import export as writers
 from prunelit import measure, models
+from prunelit.commands import prepare
 from prunelit.commands.options import Dtype, parse, parser_of
 from prunelit.console import say
-from prunelit.decoder import Decoder
 from prunelit.plan import PruningPlan
 
 
@@ -18,6 +18,8 @@ def export(
     format: str = "auto",
     type: str = "",
     dtype: Dtype = "auto",
+    group_size: int | None = None,
+    adapter: str | None = None,
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     unproved: bool = False,
@@ -28,10 +30,13 @@ def export(
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id; cut or dense. A plan.json in the folder
             goes along, and a report.json tells the model card what was measured.
         out: folder, or file where the format is one, to write to.
-        format: "auto" (uniform where a stock class holds the shapes, else hetero), "uniform", "hetero", "padded",
-            "gguf" (llama.cpp), "deci" (vLLM's layout); what each is and what loads it: docs/export.md.
+        format: "auto" (uniform where a stock class holds the shapes, else hetero; int4 for an int4 folder), "uniform",
+            "hetero", "padded", "gguf" (llama.cpp), "deci" (vLLM's layout), "int4"; what each is and what loads it:
+            docs/export.md.
         type: number format of the weights, for formats that have several; "" for their default.
         dtype: the weights are converted to it first; "auto" leaves them as they are.
+        group_size: inputs per group where a model in full precision becomes int4: 16, 32 (default), 64 or 128.
+        adapter: folder in PEFT's format (LoRA) that is merged into the model first; made for this very model.
         max_shard_size: of one weight file, as 5GB or 500MB.
         overwrite: replace what is there, once the new one is proved.
         unproved: leave out the proof, as where the program that it needs is not installed.
@@ -41,10 +46,10 @@ def export(
     """
     models.check_source(model)
     writers.check_request(out, format, type, overwrite, max_shard_size, unproved)
+    prepare.check(model, format, group_size, adapter)
     plan, report = _of_run(Path(model).expanduser())
     tokenizer = models.load_tokenizer(model)
-    network = models.load(model, dtype)
-    Decoder(network).check_finite()
+    network = prepare.prepare(model, dtype, format, group_size, adapter, say)
     return writers.write_model(
         *(network, out, tokenizer, plan, format, overwrite),
         kind=type,

@@ -43,7 +43,7 @@ def prune(
         stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
             local folder with safetensors, and the method one that observes the model once.
         memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
-        format: "auto", or one of those of `export`.
+        format: "auto", or one of those of `export`, but for "int4".
         max_shard_size: of one weight file, as 5GB or 500MB.
 
     Returns:
@@ -57,6 +57,8 @@ def prune(
     for source in sources:
         text.check_source(source)
     export.check_request(out, format, "", overwrite, max_shard_size)
+    if format == "int4":
+        raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []

@@ -1,15 +1,13 @@
 """The model that is evaluated: any source, with a PEFT adapter merged into it where one is given."""
 
 import json
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prunelit import lora, models
+from prunelit import adapters, models
 from prunelit.commands.options import Dtype, load_on, place
 from prunelit.decoder import Decoder
-from prunelit.errors import BadQuantisation, SourceNotFound
 
 
 @dataclass(frozen=True)
@@ -32,14 +30,13 @@ class Subject:
         """Check what can be checked before anything is loaded.
 
         Raises:
-            SourceNotFound: no such model or adapter; BadOption: no such device.
+            SourceNotFound: no such model; BadAdapter: no such adapter, or one of other shapes; BadOption: no such
+                device.
         """
         models.check_source(self.source)
         place(self.device)
-        if self.adapter is not None and not (Path(self.adapter).expanduser() / "adapter_config.json").is_file():
-            raise SourceNotFound(
-                f"adapter {self.adapter!r}: expected a folder with adapter_config.json, as PEFT saves it, got none"
-            )
+        if self.adapter is not None:
+            adapters.check(self.adapter, self.source)
 
     def expected_dtype(self) -> str | None:
         """The dtype that the model will have, from its config; None where only loading can tell."""
@@ -56,28 +53,12 @@ class Subject:
         """The model on the CPU, its adapter in its weights, all of them finite.
 
         Raises:
-            SourceNotFound: the model can not be loaded, or the adapter does not fit it.
+            SourceNotFound: the model can not be loaded.
+            BadAdapter: the adapter does not fit it.
             NonFinite: NaN or infinity in the weights.
-            BadQuantisation: the adapter is to go into quantised weights.
         """
         network = load_on(self.source, self.dtype, self.device)
         if self.adapter is not None:
-            network = _adapted(network, self.adapter)
+            network = adapters.merge_onto(network, self.adapter)
         Decoder(network).check_finite()
         return network
-
-
-def _adapted(network: Any, adapter: str) -> Any:
-    from peft import PeftModel
-
-    try:
-        with models.quiet(), warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
-            return lora.merged(PeftModel.from_pretrained(network, str(Path(adapter).expanduser())))
-    except BadQuantisation:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
-        said = " ".join(str(error).split())[:200]
-        raise SourceNotFound(
-            f"adapter {adapter!r}: expected an adapter of this model, got one that does not load: {said}"
-        ) from error

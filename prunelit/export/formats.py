@@ -10,7 +10,7 @@ from prunelit.errors import BadOption
 from prunelit.plan import PruningPlan
 
 # One module of this package each; imported when it is used.
-FORMATS = ("uniform", "hetero", "padded", "gguf", "deci")
+FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")
 AUTO = ("uniform", "hetero")
 """What format "auto" tries, in this order."""
 

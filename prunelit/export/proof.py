@@ -27,7 +27,13 @@ PROOF = "proof.json"
 _TOKENS, _NEW_TOKENS = 32, 8
 
 
-def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict[str, Any]:
+def prove(
+    job: Job,
+    remote_code: bool = False,
+    same_shapes: bool = True,
+    placed: bool = False,
+    tolerance: float | None = None,
+) -> dict[str, Any]:
     """Load a folder that transformers loads, and compare it with the model in memory.
 
     Args:
@@ -35,6 +41,8 @@ def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict
         remote_code: it comes with a modelling file.
         same_shapes: its tensors have the shapes of those in memory. Otherwise sums are rounded in another order, which
             16 bits show: both are then compared in float32, which holds the same weights.
+        placed: it loads only onto a device that is named (`device_map`).
+        tolerance: largest difference that is expected, as a share of the largest logit; None: that of rounded sums.
 
     Returns:
         The verdict: {"passed", "why" (it did not), "loader", "dtype", "largest_difference", "limit", "tokens", ...}.
@@ -45,21 +53,21 @@ def prove(job: Job, remote_code: bool = False, same_shapes: bool = True) -> dict
         expected, found = layerwise.read_back(job.model, job.place)
         verdict: dict[str, Any] = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
     elif job.fresh_process:
-        expected, found, verdict = _elsewhere(job, remote_code, computed)
+        expected, found, verdict = _elsewhere(job, remote_code, computed, placed)
     else:
         expected, found = _here(job, computed)
         verdict = {"loader": "prunelit.load in the process that wrote it"}
     expected, found = expected.float().cpu(), found.float().cpu()
     difference = (expected - found).abs().max().item()
     # Equal weights: what is left is the order of sums. NaN logits can not be compared.
-    limit = 1e-3 * expected.abs().max().item()
+    limit = (1e-3 if tolerance is None else tolerance) * expected.abs().max().item()
     why = verdict.pop("why", None)
     if not difference <= limit:
         why = (
             "the saved model does not read back equal: largest logit difference "
             f"{difference:.2e}, expected at most {limit:.2e}"
         )
-    elif difference and same_shapes:
+    elif difference and same_shapes and tolerance is None:
         warnings.warn(f"the saved model's logits differ by {difference:.1e} from those in memory", stacklevel=4)
     return {
         "passed": why is None,
@@ -84,7 +92,7 @@ def _here(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _logits(job.model, ids, dtype, dict(again.named_buffers())), again(input_ids=ids, use_cache=False).logits
 
 
-def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype, placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits of the model and of the folder, loaded in a new process, and what is known of its generation."""
     ids = fixed_tokens(job.model)
     answer = in_new_process(
@@ -93,13 +101,15 @@ def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype) -> tuple[Tensor,
             "remote_code": remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(ids.device),
+            "placed": placed,
             "tokens": ids.tolist(),
             "new_tokens": _NEW_TOKENS,
             "threads": torch.get_num_threads(),
         }
     )
     expected = _logits(job.model, ids, dtype, answer["buffers"])
-    loader = f"AutoModelForCausalLM.from_pretrained(..., trust_remote_code={remote_code}) in a new process"
+    how = f'device_map="{ids.device}", ' if placed else ""
+    loader = f"AutoModelForCausalLM.from_pretrained(..., {how}trust_remote_code={remote_code}) in a new process"
     return expected, answer["logits"], {"loader": loader} | _of_cache(answer, expected)
 
 

@@ -54,7 +54,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     """Load a folder and run it.
 
     Args:
-        question: {"folder", "remote_code", "dtype", "device", "tokens": [B, S], "new_tokens"}.
+        question: {"folder", "remote_code", "dtype", "device", "placed" (load straight onto it), "tokens": [B, S],
+            "new_tokens"}.
 
     Returns:
         `answers`.
@@ -69,6 +70,8 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
         "trust_remote_code": question["remote_code"],
         "output_loading_info": True,
     }
+    if question["placed"]:
+        options["device_map"] = question["device"]
     loaded: Any = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):

@@ -18,6 +18,7 @@ from prunelit.export import staging
 from prunelit.export.card import CARD, card
 from prunelit.export.formats import AUTO, Format, Job, Written, format_of
 from prunelit.export.proof import PROOF
+from prunelit.linears import quantised_as
 from prunelit.plan import PruningPlan
 
 _log = logging.getLogger("prunelit")
@@ -94,11 +95,12 @@ def write_model(
     "padded", and "hetero" with `trust_remote_code=True`.
 
     Args:
-        model: what `surgery.apply` left; no adapters, not quantised.
+        model: what `surgery.apply` left; no adapters; plain, or int4.
         target: a folder; or a file, where the format is one and `target` has its suffix.
         tokenizer: saved beside the model if given.
         plan: saved as plan.json if given.
-        format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero"; others: see `formats`.
+        format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero", and "int4" for a model in
+            4 bits; others: see `formats`.
         overwrite: replace what is there.
         kind: number format of the weights, for formats that have several; "" for the first of them.
         max_shard_size: of one weight file, as "5GB".
@@ -115,6 +117,13 @@ def write_model(
     """
     check_request(target, format, kind, overwrite, max_shard_size, unproved)
     tried = AUTO if format == "auto" else (format,)
+    if base := quantised_as(model):
+        if base == "int4" and format == "auto":
+            tried = ("int4",)
+        elif base != format:
+            raise DoesNotFit(
+                f"format {format!r}: expected plain linears, got {base}; prunelit.quantize.dequantised first"
+            )
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
         chosen = format_of(name)

@@ -1,6 +1,7 @@
 """RunReport: measures a `fit` run dense, pruned and recovered, and leaves its folder.
 
 model/        the recovered model, adapters merged, loads with transformers
+adapter/      the adapters in PEFT's format, and base/, the cut model that they are for
 plan.json     what was cut
 report.json   dense, pruned, recovered; protocol, seconds, memory, versions, seed; written as soon as a part is known
 """
@@ -22,13 +23,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from prunelit import export, linears, measure, quantize, strategies, text
+from prunelit import export, int4_folder, linears, measure, quantize, strategies, text
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import check_same, find_model, identity, resume_path, same_on_all_ranks, saved_states
 from prunelit.data import TextDataModule
-from prunelit.errors import OutputNotWritable
+from prunelit.errors import BadOption, BadQuantisation, OutputNotWritable
 from prunelit.kept import text_fingerprint
+from prunelit.report import merging
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
@@ -41,11 +43,13 @@ class RunReport(Callback):
     Args:
         batch_size: windows per forward pass when measuring perplexity.
         format: of the saved model: "auto", or one of those of `python -m prunelit export`.
+        save_base: also save the cut model before recovery as base/, which the saved adapters are for.
     """
 
-    def __init__(self, batch_size: int = 4, format: str = "auto"):
+    def __init__(self, batch_size: int = 4, format: str = "auto", save_base: bool = True):
         self.batch_size = batch_size
         self.format = format
+        self.save_base = save_base
         self.report: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._identity: dict[str, str | None] = {}
@@ -56,7 +60,7 @@ class RunReport(Callback):
         Raises:
             BadPlan: the checkpoint to resume from is of another model or tokenizer.
             SourceNotFound: it is missing or damaged.
-            BadOption: ranks read different text.
+            BadOption: ranks read different text, or the format is not that of the base.
         """
         if stage != "fit" or self.report:
             return
@@ -64,6 +68,11 @@ class RunReport(Callback):
         if trainer.is_global_zero:
             export.check_output(self._folder, overwrite=True)
             export.check_request(self._folder / "model", self.format, overwrite=True)
+        if self.format == "int4" and pl_module.hparams.get("base") != "int4":
+            raise BadOption(
+                f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
+                "`python -m prunelit export --format int4` rounds the saved model"
+            )
         with self._timed("load_model"):
             model = find_model(pl_module)
         data = getattr(trainer, "datamodule", None)
@@ -102,15 +111,11 @@ class RunReport(Callback):
         recovered: Any = pl_module
         if strategies.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
             self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
-        merged = recovered.merged_model()
-        if base := linears.quantised_as(merged):
-            merged = quantize.dequantised(merged)
-            self.report["base"] = f"{base}: the saved weights are the rounded ones, in full precision"
+        tokenizer, plan = getattr(getattr(trainer, "datamodule", None), "tokenizer", None), self._plan(trainer)
+        merged = self._merged(trainer, recovered, tokenizer, plan)
         self._measure("recovered", merged, measure.size(merged))
         if trainer.is_global_zero:
             with self._timed("save"):
-                tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-                plan = self._plan(trainer)
                 written = export.write_model(
                     *(merged, self._folder / "model", tokenizer, plan, self.format),
                     overwrite=True,
@@ -122,7 +127,41 @@ class RunReport(Callback):
         self._write(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
-            sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: model/ plan.json report.json config.yaml\n")
+            made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
+            sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: {made} plan.json report.json config.yaml\n")
+
+    def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
+        """The model with its adapters merged; before that they are saved as they are."""
+        adapted = recovered.model
+        if not linears.has_adapters(adapted):
+            return recovered.merged_model()
+        base = linears.quantised_as(adapted) or "none"
+        ids = merging.fixed_batch(self._windows, adapted)
+        before = merging.logits(adapted, ids)
+        recovered.whole_model()  # all ranks
+        if trainer.is_global_zero:
+            with self._timed("save_adapter"):
+                written = merging.save_adapter(recovered, self._folder, tokenizer, plan, self.save_base, self.report)
+            if written:
+                self.report["base_format"] = written
+        merged = recovered.merged_model()
+        self.report["merge"] = {"base": base} | measure.difference(before, merging.logits(merged, ids), ids)
+        _say(merging.sentence(base, self.report["merge"]))
+        if base == "int4" and not self._four_bit(merged):
+            merged = quantize.dequantised(merged)
+            self.report["base"] = "int4: the saved weights are the rounded ones, in full precision"
+        return merged
+
+    def _four_bit(self, merged: Any) -> bool:
+        """Whether an int4 model is saved as such."""
+        if self.format not in ("auto", "int4"):
+            return False
+        try:
+            int4_folder.group_size(merged)
+        except BadQuantisation as error:
+            _say(f"saved in full precision: {error}")
+            return False
+        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprints of the dense model and the tokenizer."""
@@ -194,6 +233,11 @@ class RunReport(Callback):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    _log.info(line)
 
 
 @rank_zero_only

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prunelit import models
-from prunelit.errors import BadOption, NonFinite, PrunelitError, SourceNotFound
+from prunelit.errors import BadAdapter, BadOption, NonFinite, PrunelitError
 from prunelit.evaluation import memory, perplexities, run, samples, speed, zero_shot
 from prunelit.evaluation.run import evaluate
 from prunelit.evaluation.speed import Speed
@@ -170,10 +170,10 @@ def test_an_adapter_of_another_model_is_refused(dense: str, smaller: str, data: 
 
     lora.add_lora(models.load(dense), 2, 4, 0.0).save_pretrained(tmp_path / "adapter")
     options = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
-    with pytest.raises(SourceNotFound, match="expected an adapter of this model") as error:
+    with pytest.raises(BadAdapter, match="it was made for another cut") as error:
         evaluate(smaller, adapter=str(tmp_path / "adapter"), **options)
     assert "\n" not in str(error.value)
-    with pytest.raises(SourceNotFound, match=r"adapter_config\.json"):
+    with pytest.raises(BadAdapter, match=r"adapter_config\.json"):
         evaluate(dense, adapter=str(tmp_path), **options)
 
 

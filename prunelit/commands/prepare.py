@@ -1,0 +1,88 @@
+"""From a model source to what `export` writes: an adapter merged into it, its linears plain or in 4 bits."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunelit import adapters, int4_folder, models, quantize
+from prunelit.calibrate import evaluating
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption
+from prunelit.linears import quantised_as
+from prunelit.measure import difference
+
+GROUP_SIZE = 32
+
+
+def check(model: str, format: str, group_size: int | None, adapter: str | None) -> None:
+    """Check what can be checked without a model.
+
+    Raises:
+        BadOption: a group size that is none, or without a model to quantise.
+        BadAdapter: see `adapters.check`.
+    """
+    if group_size is not None:
+        quantize.check_options("int4", group_size)
+        stored = _stored(model)
+        if format != "int4" or stored is not None:
+            got = f"format {format!r}" if format != "int4" else f"a folder in groups of {stored}"
+            raise BadOption(f"group_size: expected format int4 and a model in full precision with it, got {got}")
+    if adapter is not None:
+        adapters.check(adapter, model)
+
+
+def prepare(
+    model: str, dtype: Any, format: str, group_size: int | None, adapter: str | None, say: Callable[[str], None]
+) -> Any:
+    """Load a model, merge an adapter into it, and quantise it where the format is in 4 bits.
+
+    Args:
+        model: source.
+        dtype: as of `models.load`.
+        format: to be written; "int4" and "auto" keep the 4 bits of an int4 folder, all others make it plain.
+        group_size: of a model in full precision that is to become int4; None: 32.
+        adapter: folder in PEFT's format, or None.
+        say: takes sentences about what was lost on the way.
+
+    Raises:
+        BadAdapter: the adapter does not fit.
+        BadQuantisation: a linear comes out wrong.
+        NonFinite: NaN or infinity in the weights.
+    """
+    stored = _stored(model)
+    keep = format in ("int4", "auto")
+    network = models.load(model, dtype, four_bit=keep)
+    if stored is not None and not keep:
+        say(f"{Path(model).name}: INT4 in groups of {stored}; its rounded weights are written in full precision")
+    if adapter is not None:
+        network = adapters.merge_onto(network, adapter)
+        say(f"adapter {adapter!r}: merged")
+    if quantised_as(network) is None:
+        Decoder(network).check_finite()
+    if format == "int4" and quantised_as(network) is None:
+        size = group_size or GROUP_SIZE
+        before = _logits(network)
+        records = quantize.quantize(network, "int4", size)
+        found = difference(before, _logits(network))
+        say(
+            f"rounded to nearest in groups of {size}, which is not lossless: weights differ by "
+            f"{sum(record.error for record in records) / len(records):.1%} (mean over linears), logits by "
+            f"{found['relative']:.1%} on fixed tokens; `evaluate` shows the perplexity"
+        )
+    return network
+
+
+def _stored(model: str) -> int | None:
+    """Group size of an int4 folder."""
+    found = int4_folder.config_of(Path(model).expanduser())
+    return None if found is None else int(found["group_size"])
+
+
+@torch.no_grad()
+def _logits(model: Any) -> torch.Tensor:
+    ids = torch.arange(64, device=next(model.parameters()).device)[None] * 7 % int(model.config.vocab_size)
+    with evaluating(model):
+        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+    return logits

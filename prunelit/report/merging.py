@@ -1,0 +1,85 @@
+"""The end of a recovery: what merging the adapters changed, and the adapters as they were."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelit import adapters, export, int4_folder, quantize, twin
+from prunelit.calibrate import evaluating
+from prunelit.errors import BadQuantisation
+from prunelit.export.staging import staged
+from prunelit.linears import has_adapters, quantised_as
+from prunelit.plan import PruningPlan
+
+_ROWS, _LENGTH = 2, 128
+_INTO = {
+    "none": "into the weights",
+    "int4": "into the zeros of the INT4 groups",
+    "nf4": "out of nf4, into the cut weights in full precision",
+}
+
+
+def fixed_batch(windows: Tensor | None, model: Any) -> Tensor:
+    """Token ids [2, <= 128]: of the validation text where there is one, else made up."""
+    if windows is not None:
+        return windows[:_ROWS, :_LENGTH]
+    longest = getattr(model.config, "max_position_embeddings", None) or _LENGTH
+    ids = torch.arange(_ROWS * min(_LENGTH, int(longest))).view(_ROWS, -1)
+    return ids * 7 % int(model.config.vocab_size)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """[N, S, V] in evaluation mode, on the CPU."""
+    with evaluating(model):
+        found: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return found.float().cpu()
+
+
+def sentence(base: str, found: dict[str, float]) -> str:
+    """One line on what a merge changed.
+
+    Args:
+        base: what was under the adapters: "none", "nf4" or "int4".
+        found: of `measure.difference`, with losses.
+    """
+    return (
+        f"adapters merged {_INTO[base]}: loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after; "
+        f"logits differ by {found['relative']:.2g} (relative, {found['tokens']} tokens)"
+    )
+
+
+def save_adapter(
+    module: Any, folder: Path, tokenizer: Any, plan: PruningPlan | None, save_base: bool, report: dict[str, Any]
+) -> str | None:
+    """Save the adapters in PEFT's format as `folder`/adapter, and as `folder`/base the model that they are for.
+
+    Args:
+        module: a RecoveryModule that is not merged yet.
+        folder: of the run.
+        tokenizer: saved beside the base.
+        plan: of the cut, beside both.
+        save_base: whether the base is written; the adapters are useless without it.
+        report: for the base's card.
+
+    Returns:
+        The format of the base; None where there are no adapters, or the base was not asked for.
+    """
+    adapted, written, wide = module.whole_model(), None, None
+    if not has_adapters(adapted):
+        return None
+    base = module.cut_model()
+    if quantised_as(base) == "int4":
+        try:
+            wide = twin.plain(base, int4_folder.group_size(base))
+        except BadQuantisation:  # no reader takes it in 4 bits
+            base = quantize.dequantised(base)
+    if save_base:
+        written = export.save(base, folder / "base", tokenizer, plan, overwrite=True, report=report)
+    with staged((folder / "adapter").resolve()) as staging:
+        adapters.write(adapted, staging, str((folder / "base").resolve()) if save_base else "", wide)
+        if plan is not None:
+            plan.save(staging / "plan.json")
+    return written

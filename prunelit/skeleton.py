@@ -1,0 +1,66 @@
+"""A folder that transformers saved, read without transformers' loader: the model without memory, tensors one by one."""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@torch.no_grad()
+def skeleton(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build the model of a folder; its parameters and saved buffers take no memory.
+
+    Args:
+        folder: with config.json.
+        kind: class of a causal LM with per-layer shapes; None: the one that config.json names.
+        dtype: of the parameters.
+        device: of the computed tables (rotary frequencies).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
+    with torch.device("meta"):
+        model = (kind._from_config if kind else AutoModelForCausalLM.from_config)(config, dtype=dtype)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in model.modules():
+        own = [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
+        for name in own:
+            module.register_buffer(name, torch.empty_like(getattr(module, name), device=device), persistent=False)
+        if own:
+            model._init_weights(module)  # computes them, as when transformers loads a model
+    return model
+
+
+class Files:
+    """The tensors of a folder with safetensors by name, mapped into memory when they are read."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / INDEX
+        if index.is_file():
+            self.file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), SINGLE)
+
+    def view(self, name: str) -> Tensor:
+        """A tensor, not yet read."""
+        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))
+
+    def names(self, model: Any) -> dict[str, str]:
+        """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_of}
