@@ -6,7 +6,6 @@ or the dense model's distributions (`prunelit.losses`). In what order things are
     load_model (callbacks cut here) -> configure_model: dense teacher, quantise, adapters -> optimiser -> restore
 """
 
-import copy
 import random
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -48,7 +47,7 @@ class RecoveryModule(LightningModule):
         hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
         base: "none" leaves the weights under the adapters as they are; "nf4" (bitsandbytes, QLoRA) and "int4" (groups
             with float zero points, into which adapters merge without loss) hold them in 4 bits (`prunelit.quantize`).
-            With nf4 every process keeps the cut weights in host memory too: adapters are merged into those.
+            With nf4 every process keeps the cut weights in a scratch file too: adapters are merged into those.
         group_size: inputs per group of int4: 16, 32, 64 or 128.
         ffn_lora_rank: rank in FFN blocks; None: lora_rank.
         rank_rule: "even", or "by_cut": more rank where more was cut, at no more adapter parameters.
@@ -120,7 +119,7 @@ class RecoveryModule(LightningModule):
         self._dense: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
         self._configured = False
         self._skeleton: list[Any] = []  # of a sharded model, without memory; in a list as well
-        self._full: list[Any] = []  # the cut model before nf4
+        self._full: list[Any] = []  # the cut model before nf4, its weights on disk
         self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
@@ -144,7 +143,7 @@ class RecoveryModule(LightningModule):
             self._load_dense()
         strategies.mark_layers(self.model)
         if options["base"] == "nf4":
-            self._full = [copy.deepcopy(self.model).cpu()]
+            self._full = [twin.on_disk(self.model, models.cache_folder() / "scratch")]
         quantize.quantize(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
             self.model = lora.add_lora(

@@ -9,7 +9,6 @@ the family calls it: adapters, frozen and trained parameters of a layer are gath
                             `prepare`, in `configure_model`
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from prunelit.decoder import Decoder
+from prunelit.twin import without_memory
 
 _MARK = "_prunelit_decoder_layer"
 
@@ -77,24 +77,18 @@ def prepare(model: nn.Module, dtype: torch.dtype, mesh: Any = None) -> nn.Module
         mesh: Lightning's device mesh, of FSDP2; FSDP1 wraps by itself.
 
     Returns:
-        The model's `skeleton`.
+        The model `without_memory`, to be filled by `gathered`.
     """
     from torch.distributed.fsdp import fully_shard
 
     for parameter in model.parameters():
         if parameter.is_floating_point():  # not the buffers: rotary tables stay in float32
             parameter.data = parameter.data.to(dtype)
-    empty = skeleton(model)
+    empty = without_memory(model)
     if mesh is not None:
         for module in [module for module in model.modules() if getattr(module, _MARK, False)] + [model]:
             fully_shard(module, mesh=mesh["data_parallel"])
     return empty
-
-
-def skeleton(model: nn.Module) -> nn.Module:
-    """A copy without memory of its own, to be filled by `gathered`: weights on the meta device, buffers shared."""
-    weights = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
-    return copy.deepcopy(model, weights | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def gathered(module: Any, empty: nn.Module) -> nn.Module:
@@ -102,7 +96,7 @@ def gathered(module: Any, empty: nn.Module) -> nn.Module:
 
     Args:
         module: what holds it as `model`, as the strategy has wrapped it; all processes call.
-        empty: the model's `skeleton`; filled and returned.
+        empty: what `prepare` returned; filled and returned.
     """
     from transformers import PreTrainedModel
 

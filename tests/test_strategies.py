@@ -124,14 +124,6 @@ def test_torchrun_takes_the_command_of_the_docs(source: str, tmp_path: Path, str
     assert report["recovered"]["parameters"] == report["pruned"]["parameters"] < report["dense"]["parameters"]
 
 
-def test_a_skeleton_has_the_names_and_no_memory() -> None:
-    model = tiny("llama")
-    empty = strategies.skeleton(model)
-    assert [(n, p.shape) for n, p in empty.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
-    assert all(parameter.is_meta for parameter in empty.parameters())
-    assert not any(parameter.is_meta for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_decoder_layers_are_wrapped_and_nothing_else(family: str) -> None:
     model = tiny(family)

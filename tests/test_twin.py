@@ -1,5 +1,6 @@
 """Models that share tensors: what is changed in one is not in the other."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,31 @@ def test_below_adapters_is_the_base_and_the_adapted_model_stays(family: str, bas
         name = "packed" if base == "int4" else "weight"
         base_layer: Any = theirs.module.base_layer
         assert getattr(mine.module, name).data_ptr() == getattr(base_layer, name).data_ptr()
+
+
+def test_a_model_without_memory_has_the_names_and_the_first_stays() -> None:
+    model = tiny("llama")
+    empty = twin.without_memory(model)
+    assert [(n, p.shape) for n, p in empty.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_a_model_on_disk_is_as_it_was_and_leaves_no_file(family: str, tmp_path: Path) -> None:
+    model = tiny(family).requires_grad_(False)
+    surgery.apply(model, cut(model, "mixed"))
+    wanted = logits(model)
+    other = twin.on_disk(model, tmp_path / "scratch")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(other), wanted)
+    assert not any(parameter.requires_grad for parameter in other.parameters())
+    assert not list((tmp_path / "scratch").iterdir())
+    assert (other.get_input_embeddings().weight is other.get_output_embeddings().weight) == (
+        model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    )
+    with torch.no_grad():
+        Decoder(other).layers[0].down.weight.mul_(2)  # as merging does
+    assert not torch.equal(logits(other), wanted)
