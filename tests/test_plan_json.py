@@ -79,7 +79,6 @@ def test_files_with_lists_of_numbers_still_load(plan: PruningPlan) -> None:
         (edit("dense_layers", 0, "ffn_channels", to=8), r"layer 0: mlp: channels: .*\[0, 8\)"),
         (edit("method", to="\ud800"), "half of a character"),
     ],
-    ids=str,
 )
 def test_what_is_wrong_is_named(change: Callable[[dict[str, Any]], object], message: str) -> None:
     data = json.loads(PLAN.to_json())
