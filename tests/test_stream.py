@@ -9,6 +9,11 @@ from prunelit.surgery import apply
 from tests.tiny import FAMILIES, cut, tiny, tokens
 
 
+def same(found, wanted):
+    """Equal but for the last bits, which depend on where in memory a tensor lies on some CPUs."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
 def masked_batch():
     mask = torch.ones(2, 10, dtype=torch.long)
     mask[1, 7:] = 0
@@ -24,12 +29,12 @@ def test_layer_by_layer_is_the_forward_pass(family):
     stream, hidden = Stream(Decoder(model)), None
     for index in range(3):
         hidden = stream.run(batch, hidden, index, index + 1)
-    assert torch.equal(stream.run(batch, hidden, 3), wanted)
+    same(stream.run(batch, hidden, 3), wanted)
     for start in (1, 2):
         middle = stream.run(batch, None, 0, start)
-        assert torch.equal(stream.run(batch, middle, start), wanted)
+        same(stream.run(batch, middle, start), wanted)
     assert not any("forward" in module.__dict__ for module in model.modules())
-    assert torch.equal(model(**batch).logits, wanted)
+    same(model(**batch).logits, wanted)
 
 
 @torch.no_grad()
