@@ -18,7 +18,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from prunelit.export import proof, reload  # noqa: E402
-from tests.tiny import tiny, tiny_tokenizer  # noqa: E402
+from tests.tiny import DIVERSE, FAMILIES, tiny, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True, max_examples=60)
@@ -27,6 +27,15 @@ hypothesis.settings.load_profile("prunelit")
 
 def pytest_sessionfinish() -> None:
     shutil.rmtree(_MODULES, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the tests that run on every family, those on families much like another one count as slow."""
+    alike = FAMILIES.keys() - set(DIVERSE)
+    for item in items:
+        given = getattr(getattr(item, "callspec", None), "params", {}).values()
+        if any((x[0] if isinstance(x, tuple) and x else x) in alike for x in given if isinstance(x, str | tuple)):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)

@@ -534,6 +534,7 @@ def test_a_model_that_loses_its_mind_is_a_failed_cell(
     assert "expected a finite loss, got nan" in out
 
 
+@pytest.mark.slow
 def test_memory_holds_no_copy_after_a_cell(
     capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -555,6 +556,7 @@ def test_memory_holds_no_copy_after_a_cell(
     assert alive == [0] * 6
 
 
+@pytest.mark.slow
 def test_out_of_memory_names_the_knob(
     capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -731,6 +733,7 @@ def test_latency_and_plans(capsys: pytest.CaptureFixture[str], source: str, data
     assert f"| llm_bip | {found['speedup']:.2f} |" in out
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cells = handmade()["cells"]

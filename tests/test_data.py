@@ -47,6 +47,7 @@ def test_the_same_text_under_two_roles_is_still_kept_apart(data: Any, tmp_path: 
     assert not rows(module.calibration) & rows(module.validation)
 
 
+@pytest.mark.slow
 def test_the_split_depends_on_the_seed_alone(data: Any) -> None:
     assert torch.equal(data(seed=1).train, data(seed=1).train)
     assert not torch.equal(data(seed=1).train, data(seed=2).train)

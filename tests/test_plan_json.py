@@ -149,6 +149,7 @@ def edited(draw: st.DrawFn) -> str:
     return text if draw(st.integers(0, 9)) else text[: draw(st.integers(0, len(text)))]
 
 
+@pytest.mark.slow
 @given(edited())
 @settings(max_examples=250)
 def test_an_edited_file_is_a_plan_or_one_line(text: str) -> None:

@@ -59,6 +59,7 @@ class _StopAfter(ModelCheckpoint):
         trainer.should_stop = trainer.global_step >= self.steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"lora_rank": 0}], ids=["lora", "full"])
 def test_resumed_from_the_middle_ends_in_the_same_weights(source: str, tmp_path: Path, options: Any) -> None:
     straight, *_ = run(source, tmp_path / "straight", 8, **options)
@@ -69,6 +70,7 @@ def test_resumed_from_the_middle_ends_in_the_same_weights(source: str, tmp_path:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
+@pytest.mark.slow
 def test_the_first_checkpoint_differs_from_the_end(source: str, tmp_path: Path) -> None:
     """Guards the test above: steps after the checkpoint do change the weights."""
     early, *_ = run(source, tmp_path / "a", 3)
@@ -86,6 +88,7 @@ def test_a_checkpoint_holds_plan_and_adapters_only(source: str, tmp_path: Path) 
     assert set(saved["state_dict"]) == trained
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_rank_is_refused(source: str, tmp_path: Path) -> None:
     run(source, tmp_path, 3)
     with pytest.raises(BadPlan, match="another model, plan or lora_rank"):
@@ -112,6 +115,7 @@ def test_validation_perplexity_is_that_of_measure(source: str, tmp_path: Path) -
     assert found == pytest.approx(measure.perplexity(module.model, data.validation)["perplexity"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_no_weight(source: str, tmp_path: Path) -> None:
     plain, *_ = run(source, tmp_path / "plain", 4, lora_dropout=0.0)
     frugal, *_ = run(source, tmp_path / "frugal", 4, lora_dropout=0.0, gradient_checkpointing=True)
@@ -194,6 +198,7 @@ def test_distillation_comes_closer_to_the_dense_model(source: str, tmp_path: Pat
     assert not any("_dense" in name for name in module.state_dict())
 
 
+@pytest.mark.slow
 def test_the_dense_model_shares_what_is_frozen_and_is_not_changed(source: str, tmp_path: Path) -> None:
     module, *_ = run(source, tmp_path / "lora", 3, loss="distill", hidden_weight=1.0, label_share=0.5)
     teacher, mine = module._dense[0], module.model.get_base_model()
@@ -238,6 +243,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["int4", "nf4"])
 def test_a_quantised_run_resumes_and_ends_in_the_same_weights(wide: str, tmp_path: Path, base: str) -> None:
     options = {"base": base, "group_size": 16, "align": 64}
@@ -283,6 +289,7 @@ def by_transformers(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["none", "int4", "nf4"])
 def test_what_merging_changed_is_said_and_adapters_are_kept(
     wide: str, tmp_path: Path, base: str, caplog: pytest.LogCaptureFixture
@@ -305,6 +312,7 @@ def test_what_merging_changed_is_said_and_adapters_are_kept(
     assert PruningPlan.load(tmp_path / "adapter" / "plan.json") == PruningPlan.load(tmp_path / "plan.json")
 
 
+@pytest.mark.slow
 def test_the_saved_int4_model_is_the_measured_one(wide: str, tmp_path: Path) -> None:
     report = ended(wide, tmp_path, RunReport(save_base=False), base="int4", group_size=16)
     assert not (tmp_path / "base").exists() and (tmp_path / "adapter").is_dir()

@@ -276,6 +276,7 @@ def test_one_kind_of_block(kind):
     assert names(found.removed) == brute_force(model, batches, 2, (kind,))
 
 
+@pytest.mark.slow
 def test_lazy_removes_in_the_order_of_the_full_search_on_a_trained_model(trained):
     model, batches = trained
     full, lazy = (

@@ -18,13 +18,11 @@ from prunelit.export.uniform import stock_model
 from prunelit.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.serving import Row, deci_sizes, notes, serving
 from prunelit.stock_shapes import padded_widths
-from tests.callbacks.test_contract import DIVERSE
 from tests.test_plan import layer_shape, model_shape
 from tests.tiny import FAMILIES, KINDS, cut, keep, tiny
 
 STOCK, HETERO = "transformers, stock class", "transformers, per-layer shapes"
 PADDED = "transformers, padded"
-EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 
 
 def row(plan: PruningPlan, target: str) -> Row:
@@ -74,7 +72,7 @@ def check(build: Any, plan: PruningPlan, what: str) -> None:
         assert (layer.query_heads, layer.kv_groups, layer.ffn_channels) == padded_widths(plan), what
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_rows_are_what_the_writers_find(family: str) -> None:
     def build() -> Any:
         return tiny(family)
@@ -94,7 +92,7 @@ def other_heads(family: str) -> bool:
     return "num_attention_heads" in row.sizes and "kv_group" not in row.lacks
 
 
-@pytest.mark.parametrize("family", [f for f in EVERY if other_heads(f if isinstance(f, str) else f.values[0])])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if other_heads(f)])
 def test_heads_that_do_not_divide_the_hidden_size(family: str) -> None:
     sizes = FAMILIES[family].sizes
 

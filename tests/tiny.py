@@ -14,6 +14,9 @@ from prunelit.decoder import Decoder
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
 
 VOCABULARY = 96
+# Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module. Of tests
+# that run on every family, the fast ones are those on these (conftest.py).
+DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
 KINDS = ("kv_group", "query_head", "channel", "attention", "mlp", "layer")
 
 # 9 query heads in 3 KV groups: groups of more than two heads, so a wrong order of rows shows.

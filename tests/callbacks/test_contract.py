@@ -16,14 +16,11 @@ from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import NonFinite
 from prunelit.plan import PruningPlan
-from tests.tiny import FAMILIES, tiny
+from tests.tiny import DIVERSE, FAMILIES, tiny
 
 ROOT = Path(__file__).parents[2]
 METHODS = tuple(methods())
-# Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module.
-DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
 GQA = ("llama", "phi3", "qwen3", "falcon")
-EVERY = [f if f in DIVERSE else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 WHOLE_BLOCKS = ("block_pruner", "shortgpt")
 MOST_LINES = 150
 
@@ -51,7 +48,7 @@ def hooks_of(model):
     return {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in kinds}
 
 
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_is_left_as_it_was_found(name, family):
     model = tiny(family).bfloat16().train()
@@ -76,7 +73,7 @@ def test_the_model_is_left_as_it_was_found(name, family):
 
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     model = tiny(family)

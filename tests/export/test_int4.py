@@ -91,6 +91,7 @@ def test_every_family_with_widths_that_do_not_divide(family: str, tmp_path: Path
     assert difference <= 2e-5 * logits(model).abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.new_process
 def test_a_new_process_reads_the_same_and_generates(tmp_path: Path) -> None:
     model = odd("llama", 8, **WIDE)
