@@ -13,12 +13,11 @@ from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.export import gguf_proof, gguf_tokenizer
 from prunelit.export.formats import Format, Job
-from prunelit.export.gguf_layout import BLOCK, GRAPHS, Entry, Sizes, entries, graph_of, sizes
+from prunelit.export.gguf_layout import BLOCK, GRAPHS, LARGEST_HALF, Entry, Sizes, entries, graph_of, sizes
 from prunelit.export.llama_layers import context_length
 from prunelit.progress import track
 
 KINDS = ("f16", "bf16", "f32", "q8_0")
-LARGEST_HALF = 65504.0
 
 
 def write(job: Job) -> dict[str, Any]:

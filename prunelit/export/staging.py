@@ -37,7 +37,7 @@ def check_output(target: str | os.PathLike[str], overwrite: bool = False, file: 
         if (path.exists() if file else path.is_dir() and any(path.iterdir())) and not overwrite:
             expected = "a new file" if file else "a new or empty folder"
             raise OutputNotWritable(
-                f"output {str(path)!r}: expected {expected}; choose another path or pass --overwrite"
+                f"output {str(path)!r}: expected {expected}; choose another path or pass --overwrite true"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):

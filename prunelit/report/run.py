@@ -136,8 +136,8 @@ class RunReport(Callback):
         if not linears.has_adapters(adapted):
             return recovered.merged_model()
         base = linears.quantised_as(adapted) or "none"
-        ids = merging.fixed_batch(self._windows, adapted)
-        before = merging.logits(adapted, ids)
+        ids = merging.tokens(self._windows, adapted)
+        before = measure.logits(adapted, ids)
         recovered.whole_model()  # all ranks
         if trainer.is_global_zero:
             with self._timed("save_adapter"):
@@ -145,7 +145,7 @@ class RunReport(Callback):
             if written:
                 self.report["base_format"] = written
         merged = recovered.merged_model()
-        self.report["merge"] = {"base": base} | measure.difference(before, merging.logits(merged, ids), ids)
+        self.report["merge"] = {"base": base} | measure.difference(before, measure.logits(merged, ids), ids)
         _say(merging.sentence(base, self.report["merge"]))
         if base == "int4" and not self._four_bit(merged):
             merged = quantize.dequantised(merged)
