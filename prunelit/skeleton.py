@@ -9,7 +9,27 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from prunelit.errors import SourceNotFound
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def settings(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder; nothing where there is none, as for a hub id.
+
+    Raises:
+        SourceNotFound: it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise SourceNotFound(f"model {str(folder)!r}: can not be loaded: config.json: {error}") from error
+    if not isinstance(found, dict):
+        raise SourceNotFound(
+            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {found!r:.40}"
+        )
+    return found
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -39,6 +38,8 @@ from prunelit.errors import BadOption, BadPlan, OutputNotWritable
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, PruningPlan
 from prunelit.report.plan_card import Measured, card
+from prunelit.report.run import write_text
+from prunelit.skeleton import settings
 
 
 class Job(NamedTuple):
@@ -149,13 +150,7 @@ def _check_config(plan: PruningPlan, source: str) -> None:
     Raises:
         BadPlan: it was made for another model.
     """
-    path = Path(source).expanduser() / "config.json"
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return  # whoever loads the model says what is wrong with it
+    config = settings(Path(source).expanduser())
     made_for = {"model_type": plan.model.model_type, "hidden_size": plan.model.hidden_size}
     made_for |= {"num_hidden_layers": len(plan.model.layers)}
     for name, wanted in made_for.items():
@@ -202,7 +197,7 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], Job]) 
         plan, time_saved = make(options.model, listed(options.text), method, measured=options.latency, **named)
     say(card(plan, time_saved))
     if out:
-        plan.save(out)
+        write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
         say(f"\n{out}: the plan, in {took:.0f} s; edit it, then: prune --model M --plan {out} --out DIR")
     return 0

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunelit import measure, streamed
+from prunelit import measure
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import DoesNotFit
 from prunelit.export import deci_reader, script
@@ -88,11 +88,8 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: not a family whose layers are Llama's, or a rope that is not in the layout.
     """
-    if streamed.is_streamed(job.model):
-        raise DoesNotFit("format 'deci': expected a model in memory, got a streamed one; export the saved folder")
+    check(job.model, job.tokenizer)
     decoder = Decoder(job.model)
-    check_llama_layers(decoder, "deci")
-    rope_factors(decoder, "deci")
     layers, biased = _sizes(decoder), _biased(decoder)
     weights = _weights(decoder, layers, biased)
     save_torch_state_dict(weights, job.place, max_shard_size=job.max_shard_size, metadata={"format": "pt"})
@@ -108,6 +105,17 @@ def write(job: Job) -> dict[str, Any]:
         f"{size['parameters']:,} parameters are zeros that fill up; vLLM itself was not run"
     )
     return {"note": note, "size": size, "zeros": zeros}
+
+
+def check(model: nn.Module, tokenizer: Any) -> None:
+    """As `write`, without writing."""
+    decoder = Decoder(model)
+    check_llama_layers(decoder, "deci")
+    rope_factors(decoder, "deci")
+    head_dim(decoder)
+    for size in _sizes(decoder):
+        if size.channels:
+            ffn_mult(size.channels, int(decoder.config.hidden_size))
 
 
 def _size(decoder: Decoder, layers: list[_Sizes], weights: dict[str, Tensor]) -> dict[str, int]:
@@ -278,4 +286,4 @@ from vllm import LLM  # not run by prunelit: see the proof below
 
 llm = LLM("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("deci", _LOADS, write, prove, library="vllm")
+FORMAT = Format("deci", _LOADS, write, prove, library="vllm", check=check)
