@@ -35,9 +35,21 @@ CODES = 8
 
 
 def config_of(folder: str | Path) -> dict[str, Any] | None:
-    """`quantization_config` of a folder in this layout; None for any other folder."""
-    found = settings(folder).get("quantization_config") or {}
-    return found if found.get("quant_method") == METHOD and found.get("bits") == 4 else None
+    """`quantization_config` of a folder in this layout; None for any other folder.
+
+    Raises:
+        SourceNotFound: its group size is none.
+    """
+    found = settings(folder).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD or found.get("bits") != 4:
+        return None
+    size = found.get("group_size")
+    if type(size) is not int or size < CODES or size % CODES:
+        raise SourceNotFound(
+            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of {CODES}, got "
+            f"{size!r:.40}"
+        )
+    return found
 
 
 def group_size(model: Any) -> int:

@@ -266,7 +266,8 @@ def test_unwritable_outputs_are_found_before_the_model_is_loaded(
     monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("x")
     refused(call(capsys, *small(source, words, tmp_path / "file")), "file")
-    refused(call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path)), "json")
+    result = call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path))
+    refused(result, "expected a file, got a folder")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from prunelit import export, latency, models, streamed, surgery, text
-from prunelit.architectures import PRUNED
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import find_model
@@ -34,7 +33,7 @@ from prunelit.commands.options import (
 )
 from prunelit.console import say
 from prunelit.decoder import Decoder
-from prunelit.errors import BadOption, BadPlan, OutputNotWritable
+from prunelit.errors import BadOption, BadPlan
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, PruningPlan
 from prunelit.report.plan_card import Measured, card
@@ -155,11 +154,10 @@ def _check_config(plan: PruningPlan, source: str) -> None:
     made_for |= {"num_hidden_layers": len(plan.model.layers)}
     for name, wanted in made_for.items():
         found = config.get(name, wanted)
-        if isinstance(found, str):
-            found, wanted = found.removeprefix(PRUNED), str(wanted).removeprefix(PRUNED)
         if found != wanted:
             raise BadPlan(
-                f"plan: made for another model: {name} {wanted!r} ({plan.model.name}), got {found!r} ({source})"
+                f"plan: made for another model: {name} {wanted!r} ({plan.model.name}), got {found!r} ({source}); "
+                "make a plan for this model, or load the dense one"
             )
 
 
@@ -233,12 +231,5 @@ def _check_out(out: str | None, overwrite: bool) -> None:
     Raises:
         OutputNotWritable: a folder or another plan is in the way, or the folder can not be written.
     """
-    if out is None:
-        return
-    path = Path(out)
-    export.check_output(path.resolve().parent, overwrite=True)
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = "a folder" if path.is_dir() else "a file that is there"
-        raise OutputNotWritable(
-            f"out {out!r}: expected a new file, got {what}; choose another path or pass --overwrite true"
-        )
+    if out is not None:
+        export.check_output(out, overwrite, file=True)

@@ -42,8 +42,10 @@ class Subject:
         if self.dtype != "auto":
             return self.dtype
         content = settings(models.resolve(self.source))
-        found = content.get("dtype") or content.get("torch_dtype")
-        return "float32" if found == "float16" and place(self.device).type == "cpu" else found  # as `load_on` has it
+        found = str(content.get("dtype") or content.get("torch_dtype") or "")
+        return (
+            "float32" if found == "float16" and place(self.device).type == "cpu" else found or None
+        )  # as `load_on` has it
 
     def load(self) -> Any:
         """The model on the CPU, its adapter in its weights, all of them finite.

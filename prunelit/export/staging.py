@@ -42,6 +42,11 @@ def check_output(target: str | os.PathLike[str], overwrite: bool = False, file: 
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        above = next((str(folder) for folder in path.parents if folder.is_file()), str(error.filename))
+        raise OutputNotWritable(
+            f"output {str(path)!r}: expected {above!r} to be a folder, got a file; choose another path"
+        ) from error
     except OSError as error:
         raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
 
