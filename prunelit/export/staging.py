@@ -45,7 +45,7 @@ def check_output(target: str | os.PathLike[str], overwrite: bool = False, file: 
     except (FileExistsError, NotADirectoryError) as error:
         above = next((str(folder) for folder in path.parents if folder.is_file()), str(error.filename))
         raise OutputNotWritable(
-            f"output {str(path)!r}: expected {above!r} to be a folder, got a file; choose another path"
+            f"output {str(path)!r}: can not be written: {above!r} is a file, not a folder; choose another path"
         ) from error
     except OSError as error:
         raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
