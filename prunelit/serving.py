@@ -33,7 +33,7 @@ from prunelit.stock_shapes import (
     stock,
 )
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (16, 32, 64, 128)
 FAST_WIDTH = 64
 
 _CONV1D = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
