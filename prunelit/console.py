@@ -56,7 +56,7 @@ def condense(message: str) -> str:
     where = next((line for line in lines if line.startswith("Parser key")), "")
     union = {name: line for line in lines for name in ("Subtypes: ", "Given value: ") if line.startswith(name)}
     if len(union) == 2 and not union["Given value: "].startswith("Given value: {"):
-        kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", union["Subtypes: "].partition(": ")[2].strip("[]"))
+        kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", union["Subtypes: "].partition(": ")[2][1:-1])
         return f"{where} expected one of {kinds}; got {union['Given value: '].partition(': ')[2]}".strip()[:400]
     for number, line in enumerate(lines[:-1]):
         if "Problem with given class_path" in line:

@@ -13,7 +13,6 @@ size S holds for the whole model, and divides every width; any divisor of ours i
 Legend: O outputs, I inputs, S group size.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from prunelit.hetero import replace_module
 from prunelit.int4 import Int4Linear
 from prunelit.linears import DecoderLinear, decoder_linears
 from prunelit.quantize import CONV1D
-from prunelit.skeleton import Files, skeleton
+from prunelit.skeleton import Files, settings, skeleton
 
 METHOD = "metal"
 CODES = 8
@@ -36,11 +35,21 @@ CODES = 8
 
 
 def config_of(folder: str | Path) -> dict[str, Any] | None:
-    """`quantization_config` of a folder in this layout; None for any other folder."""
-    path = Path(folder) / "config.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = data.get("quantization_config") or {}
-    return found if found.get("quant_method") == METHOD and found.get("bits") == 4 else None
+    """`quantization_config` of a folder in this layout; None for any other folder.
+
+    Raises:
+        SourceNotFound: its group size is none.
+    """
+    found = settings(folder).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != METHOD or found.get("bits") != 4:
+        return None
+    size = found.get("group_size")
+    if type(size) is not int or size < CODES or size % CODES:
+        raise SourceNotFound(
+            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of {CODES}, got "
+            f"{size!r:.40}"
+        )
+    return found
 
 
 def group_size(model: Any) -> int:
@@ -114,8 +123,8 @@ def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
     Raises:
         SourceNotFound: weights are missing, or of another shape.
     """
-    files, settings = Files(folder), json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    own = dtype if isinstance(dtype, torch.dtype) else getattr(torch, settings.get("dtype") or "float32")
+    files, config = Files(folder), settings(folder)
+    own = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
     model = skeleton(folder, kind, own, torch.device("cpu"))
     del model.config.quantization_config
     names = files.names(model)
@@ -126,7 +135,7 @@ def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
             codes, scale, zero = (files.view(key) for key in (weight, *beside))
             if codes.shape != (module.out_features, module.in_features // CODES):
                 raise _wrong(folder, weight, f"[{module.out_features}, {module.in_features // CODES}]", codes)
-            groups = module.in_features // settings["quantization_config"]["group_size"]
+            groups = module.in_features // config["quantization_config"]["group_size"]
             if not scale.shape == zero.shape == (module.out_features, groups):
                 wanted = f"scales and qbiases [{module.out_features}, {groups}]"
                 raise _wrong(folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero)

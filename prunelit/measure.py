@@ -95,6 +95,28 @@ def perplexity_of(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf
 
 
+def fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
+    """Token ids [2, <= length] on the model's device, the same whenever they are asked for.
+
+    Args:
+        model: a transformers model.
+        length: tokens of each row, less where the model has fewer positions.
+        room: positions that are left for tokens to generate.
+    """
+    longest = getattr(model.config, "max_position_embeddings", None) or length + room
+    length = max(2, min(length, int(longest) - room))
+    ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
+    return (ids * 7 + 3) % int(model.config.vocab_size)
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """[N, S, V] of token ids [N, S], in evaluation mode, float32 on the CPU."""
+    with evaluating(model):
+        found: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return found.float().cpu()
+
+
 def difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
     """How far two models' logits are apart on the same tokens.
 

@@ -10,7 +10,6 @@ The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cach
 """
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -36,6 +35,7 @@ from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
 from prunelit.errors import BadOption, SourceNotFound
 from prunelit.hetero import PerLayerConfig, PerLayerModel
+from prunelit.skeleton import settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGE = re.compile(
@@ -61,7 +61,8 @@ def check_source(source: str) -> None:
     """Check what can be checked quickly: raise before anything is downloaded or loaded.
 
     Raises:
-        SourceNotFound: no such folder or file, a folder without config.json, or a malformed package reference.
+        SourceNotFound: no such folder or file, a folder without a config.json that can be read, one for another
+            program, or a malformed package reference.
     """
     path = Path(source).expanduser()
     if source.startswith("pypi:"):
@@ -69,7 +70,14 @@ def check_source(source: str) -> None:
             raise SourceNotFound(f"model {source!r}: expected pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX")
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}")
+            file = next(path.glob("*.gguf"), None)
+            instead = f"; pass {str(file)!r}" if file else ""
+            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}{instead}")
+        if "block_configs" in settings(path):
+            raise SourceNotFound(
+                f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
+                "folder that it was exported from"
+            )
     elif path.is_file():
         if path.suffix.lower() != ".gguf":
             raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
@@ -101,8 +109,10 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
             if int4_folder.config_of(folder) is not None:
                 model = int4_folder.read(Path(folder), _saved_class(folder), wanted)
                 return model if four_bit else quantize.dequantised(model)
-            builder: Any = _saved_class(folder) or AutoModelForCausalLM
-            model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True)
+            own = _saved_class(folder)
+            builder: Any = own or AutoModelForCausalLM
+            known = {} if own else {"trust_remote_code": False}  # transformers would stop and ask
+            model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True, **known)
         except _UNREADABLE as error:
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {_one_line(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
@@ -280,8 +290,7 @@ def _saved_base(folder: str) -> Any:
     """The transformers class that a folder with per-layer shapes stands on; None for any other folder."""
     import transformers
 
-    path = Path(folder) / "config.json"
-    data = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = settings(folder)
     if "per_layer_config" not in data or not str(data.get("model_type", "")).startswith(PRUNED):
         return None
     return getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
@@ -314,5 +323,5 @@ def _listing(folder: Path) -> str:
 
 
 def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300]

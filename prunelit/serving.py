@@ -8,7 +8,8 @@ What stock classes can have is in `prunelit.stock_shapes`. Every row says how it
                    per layer, FFN widths per layer in steps of 256; blocks may be missing, but not the first attention,
                    which opens the residual; what a layer lacks is filled up with zeros)
     llama.cpp      src/models/deci.cpp: heads, KV groups and FFN widths per layer, Llama's computation, biases, no norms
-                   on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks: the same text
+                   on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks, and on tiny models of every
+                   family written: the same text
     TensorRT-LLM   tensorrt_llm/_torch/models/modeling_nemotron_nas.py: as vLLM's, but FFN widths are rounded up to 256;
                    issue 1600: other classes have one shape for all layers
 """
@@ -32,7 +33,7 @@ from prunelit.stock_shapes import (
     stock,
 )
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = (16, 32, 64, 128)
 FAST_WIDTH = 64
 
 _CONV1D = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
@@ -67,8 +68,8 @@ def serving(plan: PruningPlan) -> list[Row]:
         ("transformers, padded", _padded(cut), "tried"),
         ("vLLM, stock class", _vllm(cut), "read"),
         ("vLLM, DeciLM", _vllm_deci(cut), "read"),
-        ("llama.cpp, own graph", _llama_cpp(cut), "tried" if cut.family == "llama" else "read"),
-        ("llama.cpp, deci graph", _llama_cpp_deci(cut), "tried" if cut.family == "llama" else "read"),
+        ("llama.cpp, own graph", _llama_cpp(cut), "tried"),
+        ("llama.cpp, deci graph", _llama_cpp_deci(cut), "tried"),
         ("TensorRT-LLM", _tensorrt(cut), "read"),
     ]
     rows += [(f"INT4, groups of {size}", _int4(cut, size), "tried") for size in GROUP_SIZES]

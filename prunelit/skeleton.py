@@ -1,15 +1,36 @@
 """A folder that transformers saved, read without transformers' loader: the model without memory, tensors one by one."""
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prunelit.errors import SourceNotFound
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def settings(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder; nothing where there is none, as for a hub id.
+
+    Raises:
+        SourceNotFound: it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise SourceNotFound(f"model {str(folder)!r}: can not be loaded: config.json: {error}") from error
+    if not isinstance(found, dict):
+        raise SourceNotFound(
+            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {found!r:.40}"
+        )
+    return found
 
 
 @torch.no_grad()
@@ -40,21 +61,34 @@ def skeleton(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) 
 
 
 class Files:
-    """The tensors of a folder with safetensors by name, mapped into memory when they are read."""
+    """The tensors of a folder with safetensors by name, mapped into memory when they are read.
+
+    Raises:
+        SourceNotFound: a file is missing or damaged.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         index = folder / INDEX
-        if index.is_file():
-            self.file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                self.file_of = dict.fromkeys(file.keys(), SINGLE)
+        with self._reading(INDEX if index.is_file() else SINGLE):
+            if index.is_file():
+                self.file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            else:
+                with safe_open(folder / SINGLE, framework="pt") as file:
+                    self.file_of = dict.fromkeys(file.keys(), SINGLE)
 
     def view(self, name: str) -> Tensor:
         """A tensor, not yet read."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+        with self._reading(self.file_of[name]), safe_open(self.folder / self.file_of[name], framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            said = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+            raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {said}") from error
 
     def names(self, model: Any) -> dict[str, str]:
         """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 import prunelit
 from prunelit import adapters, models, quantize, surgery, twin
 from prunelit.decoder import Decoder
-from prunelit.errors import BadAdapter
+from prunelit.errors import BadAdapter, SourceNotFound
 from prunelit.int4_folder import group_size
 from prunelit.linears import quantised_as
 from prunelit.lora import add_lora, merged
@@ -171,3 +171,13 @@ def test_rank_stabilised_scaling_is_pefts(tmp_path: Path) -> None:
     plain = logits(adapters.merge_onto(models.load(folder / "base"), folder / "adapter"))
     zeros = logits(adapters.merge_onto(models.load(folder / "base", four_bit=True), folder / "adapter"))
     assert near(zeros, plain)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:9000], lambda x: b""])
+def test_a_damaged_base_is_one_line(change: Any, tmp_path: Path) -> None:
+    folder = saved(adapted("llama", "none"), tmp_path / "run")
+    file = folder / "base" / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(SourceNotFound, match=r"can not be loaded: model\.safetensors") as error:
+        adapters.check(folder / "adapter", str(folder / "base"))
+    assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from prunelit import cli
+from prunelit import cli, models
 from prunelit.__main__ import COMMANDS, main
 from prunelit.callbacks import methods
 from prunelit.console import condense
@@ -156,6 +156,29 @@ def refused(result: tuple[int, str, str], *wanted: str) -> None:
     assert all(word in lines[0] for word in wanted), lines[0]
 
 
+@pytest.mark.parametrize(
+    ("more", "out", "wanted"),
+    [
+        (["--format", "gguf"], "model.gguf", ["out: expected a folder", "plan.json"]),
+        (["--format", "padded", "--stream", "true"], "m", ["format 'padded'", "in memory"]),
+        (["--format", "deci", "--stream", "true"], "m", ["format 'deci'", "in memory"]),
+        (["--format", "gguf", "--stream", "true"], "m", ["format 'gguf'", "in memory"]),
+    ],
+)
+def test_prune_knows_before_it_loads_what_can_not_be_written(
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    words: str,
+    tmp_path: Path,
+    more: list[str],
+    out: str,
+    wanted: list[str],
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_tokenizer", pytest.fail)
+        refused(call(capsys, *small(source, words, tmp_path / out, *more)), *wanted)
+
+
 @pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.2", "nan", "lots"])
 def test_ratio_out_of_range(
     capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, ratio: str
@@ -243,7 +266,8 @@ def test_unwritable_outputs_are_found_before_the_model_is_loaded(
     monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
     (tmp_path / "file").write_text("x")
     refused(call(capsys, *small(source, words, tmp_path / "file")), "file")
-    refused(call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path)), "json")
+    result = call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path))
+    refused(result, "expected a file, got a folder")
 
 
 @pytest.mark.parametrize(

@@ -162,3 +162,12 @@ def test_only_folders_in_this_layout_are_taken_for_one(saved: tuple[Any, Path], 
     for other in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "metal", "bits": 8}}):
         (tmp_path / "config.json").write_text(json.dumps(other))
         assert int4_folder.config_of(tmp_path) is None
+
+
+@pytest.mark.parametrize("size", [0, 12, -8, "32", None])
+def test_a_group_size_that_is_none_is_said(saved: tuple[Any, Path], tmp_path: Path, size: Any) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    config["quantization_config"]["group_size"] = size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SourceNotFound, match="group_size: expected a multiple of 8"):
+        int4_folder.config_of(tmp_path)

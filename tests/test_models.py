@@ -168,6 +168,28 @@ def test_a_damaged_folder_is_one_line(config, tmp_path):
     assert one_line(error)
 
 
+@pytest.mark.parametrize("config", ["{", "[]"])
+def test_a_config_that_is_none_is_found_before_anything_is_loaded(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SourceNotFound, match=r"can not be loaded: config\.json") as error:
+        models.check_source(str(tmp_path))
+    assert one_line(error)
+
+
+def test_folders_for_other_programs_are_refused_and_nothing_is_asked(tmp_path):
+    for format, wanted in (("deci", "DeciLM"), ("gguf", r"pass '.*model\.gguf'")):
+        (tmp_path / format).mkdir()
+        (tmp_path / format / {"gguf": "model.gguf"}.get(format, "config.json")).write_text('{"block_configs": []}')
+        with pytest.raises(SourceNotFound, match=wanted):
+            models.load(tmp_path / format)
+    own_code = edited(
+        tmp_path / "code", model_type="mine", auto_map={"AutoConfig": "a.A", "AutoModelForCausalLM": "a.M"}
+    )
+    with pytest.raises(SourceNotFound, match="custom code") as error:
+        models.load(own_code)
+    assert one_line(error)
+
+
 def edited(folder, **values):
     """A saved tiny Llama with other values in its config."""
     tiny("llama").save_pretrained(folder)

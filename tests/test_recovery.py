@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from prunelit import measure, models, quantize
 from prunelit.callbacks import LLMBIP, ShortGPT
 from prunelit.data import TextDataModule
-from prunelit.errors import BadOption, BadPlan, SourceNotFound
+from prunelit.errors import BadOption, BadPlan, DoesNotFit, SourceNotFound
 from prunelit.losses import divergence
 from prunelit.plan import PruningPlan, plans_of
 from prunelit.recovery import RecoveryModule
@@ -356,3 +356,37 @@ def test_options_of_adapters_reach_them(wide: str, tmp_path: Path) -> None:
     by_cut, *_ = run(wide, tmp_path / "b", 2, rank_rule="by_cut", lora_rank=16, align=16)
     found = {len(p) for name, p in by_cut.model.named_parameters() if "lora_A" in name}
     assert len(found) > 1, "one kind lost more than the other"
+
+
+@pytest.mark.parametrize(
+    ("format", "family", "base", "cut", "why"),
+    [
+        ("uniform", "llama", "int4", {"scope": "global"}, "format 'uniform': expected layers of one shape"),
+        ("padded", "mistral", "none", {"scope": "global", "repair": "bias"}, "format 'padded': .*this model's biases"),
+        ("deci", "qwen3", "none", {}, "format 'deci': expected a model of .*, got 'qwen3'"),
+        ("gguf", "llama", "none", {}, "format 'gguf': expected a BPE tokenizer"),
+        ("int4", "gpt2", "int4", {}, "format 'int4': .*Conv1D"),
+    ],
+)
+def test_a_format_that_can_not_hold_the_cut_model_is_refused_before_training(
+    tmp_path: Path, format: str, family: str, base: str, cut: dict[str, Any], why: str
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tiny(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    source = str(tmp_path / "source")
+    data = TextDataModule(source, seqlen=16, batch_size=2, calibration_windows=8, validation_windows=4)
+    trainer = Trainer(
+        default_root_dir=tmp_path / "run",
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[RunReport(format=format), LLMBIP(0.3, align=8, **cut)],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with pytest.raises(DoesNotFit, match=why):
+        trainer.fit(RecoveryModule(source, lora_rank=2, base=base, group_size=16), datamodule=data)
+    assert trainer.global_step == 0
+    assert not (tmp_path / "run" / "model").exists() and (tmp_path / "run" / "plan.json").is_file()

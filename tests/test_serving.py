@@ -10,11 +10,14 @@ import torch
 from torch import nn
 
 from prunelit import bias, surgery
+from prunelit import serving as serving_file
 from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit
 from prunelit.export import padded
 from prunelit.export.hetero import per_layer_model
 from prunelit.export.uniform import stock_model
+from prunelit.int4 import GROUP_SIZES
+from prunelit.int4_folder import CODES
 from prunelit.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.serving import Row, deci_sizes, notes, serving
 from prunelit.stock_shapes import padded_widths
@@ -170,6 +173,10 @@ def test_the_table(target: str, layers: tuple[LayerPlan, ...], family: str, answ
     assert re.search(says, f"{found.why} {found.option}"), found
     assert (found.known == "unread") == (answer == "?")
     assert found.answer != "yes" or "scope" not in found.option
+
+
+def test_int4_rows_are_what_the_writer_takes() -> None:
+    assert (serving_file.GROUP_SIZES, serving_file._CODES) == (GROUP_SIZES, CODES)
 
 
 def test_int4_groups_name_the_width_that_does_not_divide() -> None:

@@ -11,7 +11,7 @@ from prunelit import export, measure, text
 from prunelit.calibrate import TOKENS_PER_BATCH, on_device
 from prunelit.commands.options import Dtype, Sources, listed, parse, parser_of, place
 from prunelit.console import say
-from prunelit.errors import BadOption, OutputNotWritable
+from prunelit.errors import BadOption
 from prunelit.evaluation import run as whole
 from prunelit.evaluation.markdown import markdown
 from prunelit.evaluation.perplexities import Text
@@ -86,9 +86,7 @@ def run(command: str, arguments: list[str]) -> int:
     inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
     options = parser.instantiate(parse(parser, arguments, ["text", "tasks", "prompts"], inner))
     if options.json:
-        export.check_output(Path(options.json).resolve().parent, overwrite=True)
-        if Path(options.json).is_dir():
-            raise OutputNotWritable(f"json {options.json!r}: expected a file, got a folder")
+        export.check_output(options.json, overwrite=True, file=True)
     given = {name: value for name, value in vars(options).items() if name != "config"}
     target = given.pop("json")
     of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}

@@ -70,9 +70,10 @@ def _of_run(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
             continue
         if PruningPlan.load(place / "plan.json") == plan:
             try:
-                return plan, dict(json.loads((place / "report.json").read_text(encoding="utf-8")))
+                report = json.loads((place / "report.json").read_text(encoding="utf-8"))
             except ValueError:
                 break  # a report is no part of the model
+            return plan, report if isinstance(report, dict) else {}
     return plan, {}
 
 

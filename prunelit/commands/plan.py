@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -18,7 +17,6 @@ from typing import Any, NamedTuple
 import yaml
 
 from prunelit import export, latency, models, streamed, surgery, text
-from prunelit.architectures import PRUNED
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import find_model
@@ -35,10 +33,12 @@ from prunelit.commands.options import (
 )
 from prunelit.console import say
 from prunelit.decoder import Decoder
-from prunelit.errors import BadOption, BadPlan, OutputNotWritable
+from prunelit.errors import BadOption, BadPlan
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, PruningPlan
 from prunelit.report.plan_card import Measured, card
+from prunelit.report.run import write_text
+from prunelit.skeleton import settings
 
 
 class Job(NamedTuple):
@@ -149,22 +149,15 @@ def _check_config(plan: PruningPlan, source: str) -> None:
     Raises:
         BadPlan: it was made for another model.
     """
-    path = Path(source).expanduser() / "config.json"
-    if not path.is_file():
-        return
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return  # whoever loads the model says what is wrong with it
+    config = settings(Path(source).expanduser())
     made_for = {"model_type": plan.model.model_type, "hidden_size": plan.model.hidden_size}
     made_for |= {"num_hidden_layers": len(plan.model.layers)}
     for name, wanted in made_for.items():
         found = config.get(name, wanted)
-        if isinstance(found, str):
-            found, wanted = found.removeprefix(PRUNED), str(wanted).removeprefix(PRUNED)
         if found != wanted:
             raise BadPlan(
-                f"plan: made for another model: {name} {wanted!r} ({plan.model.name}), got {found!r} ({source})"
+                f"plan: made for another model: {name} {wanted!r} ({plan.model.name}), got {found!r} ({source}); "
+                "make a plan for this model, or load the dense one"
             )
 
 
@@ -202,7 +195,7 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], Job]) 
         plan, time_saved = make(options.model, listed(options.text), method, measured=options.latency, **named)
     say(card(plan, time_saved))
     if out:
-        plan.save(out)
+        write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
         say(f"\n{out}: the plan, in {took:.0f} s; edit it, then: prune --model M --plan {out} --out DIR")
     return 0
@@ -238,12 +231,5 @@ def _check_out(out: str | None, overwrite: bool) -> None:
     Raises:
         OutputNotWritable: a folder or another plan is in the way, or the folder can not be written.
     """
-    if out is None:
-        return
-    path = Path(out)
-    export.check_output(path.resolve().parent, overwrite=True)
-    if path.is_dir() or (path.exists() and not overwrite):
-        what = "a folder" if path.is_dir() else "a file that is there"
-        raise OutputNotWritable(
-            f"out {out!r}: expected a new file, got {what}; choose another path or pass --overwrite true"
-        )
+    if out is not None:
+        export.check_output(out, overwrite, file=True)

@@ -4,14 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from prunelit import adapters, int4_folder, models, quantize
-from prunelit.calibrate import evaluating
+from prunelit import adapters, int4_folder, measure, models, quantize
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
 from prunelit.linears import quantised_as
-from prunelit.measure import difference
 
 GROUP_SIZE = 32
 
@@ -63,9 +59,10 @@ def prepare(
         Decoder(network).check_finite()
     if format == "int4" and quantised_as(network) is None:
         size = group_size or GROUP_SIZE
-        before = _logits(network)
+        ids = measure.fixed_tokens(network)
+        before = measure.logits(network, ids)
         records = quantize.quantize(network, "int4", size)
-        found = difference(before, _logits(network))
+        found = measure.difference(before, measure.logits(network, ids))
         say(
             f"rounded to nearest in groups of {size}, which is not lossless: weights differ by "
             f"{sum(record.error for record in records) / len(records):.1%} (mean over linears), logits by "
@@ -78,11 +75,3 @@ def _stored(model: str) -> int | None:
     """Group size of an int4 folder."""
     found = int4_folder.config_of(Path(model).expanduser())
     return None if found is None else int(found["group_size"])
-
-
-@torch.no_grad()
-def _logits(model: Any) -> torch.Tensor:
-    ids = torch.arange(64, device=next(model.parameters()).device)[None] * 7 % int(model.config.vocab_size)
-    with evaluating(model):
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits

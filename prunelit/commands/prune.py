@@ -56,9 +56,11 @@ def prune(
         raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
     for source in sources:
         text.check_source(source)
-    export.check_request(out, format, "", overwrite, max_shard_size)
+    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream)
     if format == "int4":
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
+    if Path(out).suffix == ".gguf":
+        raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []

@@ -1,13 +1,12 @@
 """The model that is evaluated: any source, with a PEFT adapter merged into it where one is given."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prunelit import adapters, models
 from prunelit.commands.options import Dtype, load_on, place
 from prunelit.decoder import Decoder
+from prunelit.skeleton import settings
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,11 @@ class Subject:
         """The dtype that the model will have, from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
-        config = Path(models.resolve(self.source)) / "config.json"
-        if not config.is_file():
-            return None
-        content = json.loads(config.read_text(encoding="utf-8"))
-        found = content.get("dtype") or content.get("torch_dtype")
-        return "float32" if found == "float16" and place(self.device).type == "cpu" else found  # as `load_on` has it
+        content = settings(models.resolve(self.source))
+        found = str(content.get("dtype") or content.get("torch_dtype") or "")
+        return (
+            "float32" if found == "float16" and place(self.device).type == "cpu" else found or None
+        )  # as `load_on` has it
 
     def load(self) -> Any:
         """The model on the CPU, its adapter in its weights, all of them finite.

@@ -142,8 +142,10 @@ def _quality(report: Mapping[str, Any]) -> str:
     stages = [name for name in ("dense", "pruned", "recovered") if _perplexity(report, name) is not None]
     if not stages:
         return ""
+    found = report.get("protocol")
     protocol = ", ".join(
-        f"{name.replace('_', ' ')} {_shown(value)}" for name, value in report.get("protocol", {}).items()
+        f"{name.replace('_', ' ')} {_shown(value)}"
+        for name, value in (found.items() if isinstance(found, Mapping) else ())
     )
     rows = [f"| {name} | {_perplexity(report, name):.2f} |" for name in stages]
     return "\n".join(["## Quality", "", "| | perplexity |", "|---|---|", *rows, "", f"Protocol: {protocol}."])
@@ -151,7 +153,8 @@ def _quality(report: Mapping[str, Any]) -> str:
 
 def _perplexity(report: Mapping[str, Any], stage: str) -> float | None:
     found = report.get(stage)
-    return found.get("perplexity") if isinstance(found, Mapping) else None
+    number = found.get("perplexity") if isinstance(found, Mapping) else None
+    return number if isinstance(number, int | float) else None
 
 
 def _proof(proof: Mapping[str, Any]) -> str:

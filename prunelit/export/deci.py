@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import save_torch_state_dict
-from torch import Tensor
+from torch import Tensor, nn
 
-from prunelit import streamed
+from prunelit import measure
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import DoesNotFit
 from prunelit.export import deci_reader, script
@@ -33,7 +33,7 @@ from prunelit.export.llama_layers import (
     projections,
     rope_factors,
 )
-from prunelit.export.proof import fixed_tokens
+from prunelit.export.proof import compared
 from prunelit.serving import DECI_STEP, deci_widths
 from prunelit.versions import versions
 
@@ -88,11 +88,8 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: not a family whose layers are Llama's, or a rope that is not in the layout.
     """
-    if streamed.is_streamed(job.model):
-        raise DoesNotFit("format 'deci': expected a model in memory, got a streamed one; export the saved folder")
+    check(job.model, job.tokenizer)
     decoder = Decoder(job.model)
-    check_llama_layers(decoder, "deci")
-    rope_factors(decoder, "deci")
     layers, biased = _sizes(decoder), _biased(decoder)
     weights = _weights(decoder, layers, biased)
     save_torch_state_dict(weights, job.place, max_shard_size=job.max_shard_size, metadata={"format": "pt"})
@@ -108,6 +105,17 @@ def write(job: Job) -> dict[str, Any]:
         f"{size['parameters']:,} parameters are zeros that fill up; vLLM itself was not run"
     )
     return {"note": note, "size": size, "zeros": zeros}
+
+
+def check(model: nn.Module, tokenizer: Any) -> None:
+    """As `write`, without writing."""
+    decoder = Decoder(model)
+    check_llama_layers(decoder, "deci")
+    rope_factors(decoder, "deci")
+    head_dim(decoder)
+    for size in _sizes(decoder):
+        if size.channels:
+            ffn_mult(size.channels, int(decoder.config.hidden_size))
 
 
 def _size(decoder: Decoder, layers: list[_Sizes], weights: dict[str, Tensor]) -> dict[str, int]:
@@ -253,26 +261,22 @@ def prove(job: Job) -> dict[str, Any]:
     Raises:
         NotProved: it can not be read so.
     """
-    ids = fixed_tokens(job.model)
+    ids = measure.fixed_tokens(job.model)
     question = {"folder": str(job.place), "tokens": ids.tolist(), "threads": torch.get_num_threads()}
     answer = script.ask(
         deci_reader.__file__, question, job.place, "format 'deci': the folder can not be read as a DeciLM"
     )
-    found = torch.load(io.BytesIO(answer), weights_only=True)
-    with torch.no_grad(), as_float32(job.model) as model:
-        expected = model(input_ids=ids, use_cache=False).logits.cpu()
-    difference, largest = (expected - found).abs().max().item(), expected.abs().max().item()
-    limit = 1e-3 * largest  # heads and channels of zeros change the order of sums only
+    with as_float32(job.model) as model:
+        expected = measure.logits(model, ids)
+    numbers = compared(expected, torch.load(io.BytesIO(answer), weights_only=True))
+    difference, limit = numbers["largest_difference"], numbers["limit"]
     why = f"largest logit difference {difference:.2e}, expected at most {limit:.2e}"
     return {
         "passed": difference <= limit,
         "why": None if difference <= limit else f"the folder does not read back equal: {why}",
         "loader": "prunelit's own reading of vLLM's DeciLM, in a new process; vLLM itself was not run",
         "dtype": "float32",
-        "largest_difference": difference,
-        "limit": limit,
-        "largest_logit": largest,
-        "tokens": ids.numel(),
+        **numbers,
         "versions": versions(),
     }
 
@@ -282,4 +286,4 @@ from vllm import LLM  # not run by prunelit: see the proof below
 
 llm = LLM("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("deci", _LOADS, write, prove, library="vllm")
+FORMAT = Format("deci", _LOADS, write, prove, library="vllm", check=check)

@@ -63,6 +63,10 @@ def _always() -> None:
     """Nothing has to be installed."""
 
 
+def _all(model: Any, tokenizer: Any) -> None:
+    """Every model fits."""
+
+
 @dataclass(frozen=True)
 class Format:
     """One way to write a model; see the package's docstring.
@@ -77,6 +81,9 @@ class Format:
         library: `library_name` on the hub.
         ready: raises a `PrunelitError` where something is not installed; called before a model is loaded.
         provable: the same, for what only the proof needs.
+        check: (model, tokenizer) -> None; raises `DoesNotFit`, with the words of `write`, where the format can not hold
+            the model. It reads shapes and configs, no weight, so it can be asked before a model is trained.
+        streams: whether it writes a model whose layers are on disk.
     """
 
     name: str
@@ -88,6 +95,8 @@ class Format:
     library: str = "transformers"
     ready: Callable[[], None] = _always
     provable: Callable[[], None] = _always
+    check: Callable[[Any, Any], None] = _all
+    streams: bool = False
 
 
 def format_of(name: str) -> Format:

@@ -13,12 +13,11 @@ from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.export import gguf_proof, gguf_tokenizer
 from prunelit.export.formats import Format, Job
-from prunelit.export.gguf_layout import BLOCK, GRAPHS, Entry, Sizes, entries, graph_of, sizes
+from prunelit.export.gguf_layout import BLOCK, GRAPHS, LARGEST_HALF, Entry, Sizes, entries, graph_of, sizes
 from prunelit.export.llama_layers import context_length
 from prunelit.progress import track
 
 KINDS = ("f16", "bf16", "f32", "q8_0")
-LARGEST_HALF = 65504.0
 
 
 def write(job: Job) -> dict[str, Any]:
@@ -33,14 +32,21 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for it, or a weight is beyond float16.
     """
-    if job.tokenizer is None:
-        raise DoesNotFit("format 'gguf': expected a model with a tokenizer, got none; the file holds both")
+    check(job.model, job.tokenizer)
     graph, left = write_file(job.model, job.tokenizer, job.place, job.kind)
     size = job.place.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
     if left:
         note += f"; {left} matrices are float16, their rows are no multiple of {BLOCK}"
     return {"note": note, "architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": left}
+
+
+def check(model: Any, tokenizer: Any) -> None:
+    """As `write`, without writing, but for the size of weights."""
+    if tokenizer is None:
+        raise DoesNotFit("format 'gguf': expected a model with a tokenizer, got none; the file holds both")
+    graph_of(Decoder(model))
+    gguf_tokenizer.vocabulary(tokenizer, model)
 
 
 def write_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, int]:
@@ -161,4 +167,6 @@ parameters = xllamacpp.CommonParams()
 parameters.model.path = "PATH"
 server = xllamacpp.Server(parameters)  # or: llama-server -m PATH"""
 
-FORMAT = Format("gguf", _LOADS, write, partial(gguf_proof.prove, write_file), ".gguf", KINDS, "gguf", _ready, _provable)
+FORMAT = Format(
+    "gguf", _LOADS, write, partial(gguf_proof.prove, write_file), ".gguf", KINDS, "gguf", _ready, _provable, check
+)

@@ -34,6 +34,8 @@ from prunelit.serving import LLAMA_LAYERS
 
 BLOCK = 32
 """Numbers in a block of Q8_0; channels of an FFN that stands for none."""
+LARGEST_HALF = 65504.0
+"""Largest number of float16."""
 
 
 class Graph(NamedTuple):
@@ -116,7 +118,7 @@ def graph_of(decoder: Decoder) -> str:
     if not uniform:
         raise DoesNotFit(
             f"format 'gguf': expected layers of one shape, which llama.cpp's {family} graph needs, got layers that "
-            "differ; export format 'padded' and then that folder to gguf, or prune with --scope uniform"
+            "differ; export format 'padded' and then that folder to gguf, or prune with --scope layer"
         )
     what = "a scaled rope" if scaled else f"biases on {', '.join(sorted(biased))}"
     raise DoesNotFit(f"format 'gguf': llama.cpp's {family} graph does not read {what}; use format 'hetero'")

@@ -25,6 +25,7 @@ from prunelit.errors import DoesNotFit
 from prunelit.export import gguf_tokenizer, llama_cpp, script
 from prunelit.export.float32 import as_float32
 from prunelit.export.formats import Job
+from prunelit.export.gguf_layout import LARGEST_HALF
 from prunelit.export.llama_layers import context_length
 from prunelit.versions import versions
 
@@ -49,7 +50,6 @@ SPACE_FIRST = "  two spaces first"
 MARKED_TEXTS = ("हिन्दी में लिखा", "cafe\N{COMBINING ACUTE ACCENT}")
 """With combining marks, which llama.cpp splits otherwise for some tokenizers whose model is right: reported only."""
 _NEW_TOKENS, _TOP = 64, 5
-_LARGEST_HALF = 65504.0
 
 
 def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def _why(
         return f"in float32, llama.cpp chose a token {behind:.3g} less probable than the best, expected a tie"
     if not mean <= MEAN_LIMITS[kind]:
         why = f"in {kind}, log-probabilities differ by {mean:.3g} in the mean, expected {MEAN_LIMITS[kind]:g}"
-        if kind == "f16" and activation > _LARGEST_HALF:
+        if kind == "f16" and activation > LARGEST_HALF:
             why += f"; an activation is {activation:.3g}, beyond float16: pass --type bf16"
         return why
     return None

@@ -130,6 +130,11 @@ def write(job: Job) -> dict[str, Any]:
     return {}
 
 
+def check(model: nn.Module, tokenizer: Any) -> None:
+    """As `write`, without writing."""
+    per_layer_model(model)
+
+
 _LOADS = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -137,4 +142,4 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 # or, without code from the folder: model = prunelit.load("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("hetero", _LOADS, write, partial(prove, remote_code=True))
+FORMAT = Format("hetero", _LOADS, write, partial(prove, remote_code=True), check=check, streams=True)

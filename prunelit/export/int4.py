@@ -4,7 +4,6 @@ A model in 4 bits is written with the very codes, scales and zeros that it has; 
 class, and with which modelling file, is decided as for plain weights.
 """
 
-import json
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from prunelit.export.formats import Format, Job
 from prunelit.hetero import find
 from prunelit.int4 import Int4Linear
 from prunelit.linears import decoder_linears, quantised_as
+from prunelit.skeleton import settings
 
 _EXACT = 1e-4  # relative; sums over added channels are rounded in another order
 _HALF = (
@@ -34,16 +34,7 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: the model is not in 4 bits, or no group size fits its widths.
     """
-    model = job.model
-    if quantised_as(model) != "int4":
-        raise DoesNotFit(
-            "format 'int4': expected linears in 4 bits, got plain ones; quantise first: "
-            "prunelit.quantize.quantize(model, 'int4'), or `python -m prunelit export --format int4`"
-        )
-    try:
-        size = int4_folder.group_size(model)
-    except BadQuantisation as error:
-        raise DoesNotFit(f"format 'int4': {error}") from error
+    model, size = job.model, _group_size(job.model)
     wide = twin.plain(model, size)
     stock = uniform.stock_model(wide)
     shell = hetero.per_layer_model(wide) if stock is None else stock
@@ -70,6 +61,23 @@ def write(job: Job) -> dict[str, Any]:
     return {"note": note, "size": measure.size(wide), "group_size": size, **facts}
 
 
+def check(model: Any, tokenizer: Any) -> None:
+    """As `write`, without writing."""
+    _group_size(model)
+
+
+def _group_size(model: Any) -> int:
+    if quantised_as(model) != "int4":
+        raise DoesNotFit(
+            "format 'int4': expected linears in 4 bits, got plain ones; quantise first: "
+            "prunelit.quantize.quantize(model, 'int4'), or `python -m prunelit export --format int4`"
+        )
+    try:
+        return int4_folder.group_size(model)
+    except BadQuantisation as error:
+        raise DoesNotFit(f"format 'int4': {error}") from error
+
+
 def _weights(model: Any, wide: Any, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of the 4-bit linears by name, and what they cost."""
     fused = architecture_of(model.config).fused_gate_up
@@ -94,7 +102,7 @@ def prove(job: Job) -> dict[str, Any]:
     In float32 the limit is 1e-4 of the largest logit. In half precision scales and zeros are rounded once more.
     """
     dtype = next(p.dtype for p in job.model.parameters() if p.is_floating_point())
-    config = json.loads((job.place / "config.json").read_text(encoding="utf-8"))
+    config = settings(job.place)
     tolerance = _EXACT if dtype == torch.float32 else _HALF * torch.finfo(dtype).eps
     return proof.prove(job, "auto_map" in config, placed=True, tolerance=tolerance)
 
@@ -106,4 +114,4 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH", device_map="cpu", trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("int4", _LOADS, write, prove)
+FORMAT = Format("int4", _LOADS, write, prove, check=check)

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit import measure, streamed
+from prunelit import measure, twin
 from prunelit.decoder import Decoder, Layer, is_conv1d
 from prunelit.errors import DeclarationMismatch, DoesNotFit
 from prunelit.export.folder import write_as
@@ -32,10 +32,8 @@ def write(job: Job) -> dict[str, Any]:
         parameters, where there is a plan}.
 
     Raises:
-        DoesNotFit: no stock class of the family has such widths; or the model is streamed from disk.
+        DoesNotFit: no stock class of the family has such widths.
     """
-    if streamed.is_streamed(job.model):
-        raise DoesNotFit("format 'padded': expected a model in memory, got a streamed one; export the saved folder")
     shell, weights = _stock(job.model)
     write_as(shell, job, weights)
     size, cut = measure.size(shell), measure.size(job.model)
@@ -185,4 +183,9 @@ def _scattered(x: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
     return x.new_zeros(shape).index_copy_(axis, places.to(x.device), x)
 
 
-FORMAT = Format("padded", LOADS, write, partial(prove, same_shapes=False))
+def check(model: nn.Module, tokenizer: Any) -> None:
+    """As `write`, without writing; the zeros take no memory."""
+    _stock(twin.without_memory(model))
+
+
+FORMAT = Format("padded", LOADS, write, partial(prove, same_shapes=False), check=check)

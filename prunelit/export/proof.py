@@ -16,15 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelit import models, streamed
-from prunelit.calibrate import evaluating
+from prunelit import measure, models, streamed
 from prunelit.export import layerwise, reload, script
 from prunelit.export.formats import Job
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
 PROOF = "proof.json"
-_TOKENS, _NEW_TOKENS = 32, 8
+SUMS = 1e-3
+"""Largest difference of logits of the same weights, as a share of the largest logit: sums in another order."""
+_NEW_TOKENS = 8
 
 
 def prove(
@@ -57,10 +58,9 @@ def prove(
     else:
         expected, found = _here(job, computed)
         verdict = {"loader": "prunelit.load in the process that wrote it"}
-    expected, found = expected.float().cpu(), found.float().cpu()
-    difference = (expected - found).abs().max().item()
     # Equal weights: what is left is the order of sums. NaN logits can not be compared.
-    limit = (1e-3 if tolerance is None else tolerance) * expected.abs().max().item()
+    numbers = compared(expected, found, SUMS if tolerance is None else tolerance)
+    difference, limit = numbers["largest_difference"], numbers["limit"]
     why = verdict.pop("why", None)
     if not difference <= limit:
         why = (
@@ -76,25 +76,27 @@ def prove(
         "dtype": str(stored).removeprefix("torch."),
         "compared_in": str(computed).removeprefix("torch."),
         "device": str(next(job.model.parameters()).device),
-        "largest_difference": difference,
-        "limit": limit,
-        "largest_logit": expected.abs().max().item(),
-        "tokens": expected.shape[0] * expected.shape[1],
+        **numbers,
         "versions": versions(),
     }
 
 
-@torch.no_grad()
+def compared(expected: Tensor, found: Tensor, tolerance: float = SUMS) -> dict[str, Any]:
+    """`measure.difference` of logits [N, S, V], and the largest one allowed: a share of the largest logit."""
+    numbers = measure.difference(expected, found)
+    return numbers | {"limit": tolerance * numbers["largest_logit"]}
+
+
 def _here(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits of the model and of the folder, loaded in this process."""
-    ids = fixed_tokens(job.model)
+    ids = measure.fixed_tokens(job.model, room=_NEW_TOKENS)
     again = models.load(job.place, dtype).to(ids.device)
-    return _logits(job.model, ids, dtype, dict(again.named_buffers())), again(input_ids=ids, use_cache=False).logits
+    return _logits(job.model, ids, dtype, dict(again.named_buffers())), measure.logits(again, ids)
 
 
 def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype, placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits of the model and of the folder, loaded in a new process, and what is known of its generation."""
-    ids = fixed_tokens(job.model)
+    ids = measure.fixed_tokens(job.model, room=_NEW_TOKENS)
     answer = in_new_process(
         {
             "folder": str(job.place),
@@ -110,16 +112,7 @@ def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype, placed: bool) ->
     expected = _logits(job.model, ids, dtype, answer["buffers"])
     how = f'device_map="{ids.device}", ' if placed else ""
     loader = f"AutoModelForCausalLM.from_pretrained(..., {how}trust_remote_code={remote_code}) in a new process"
-    return expected, answer["logits"], {"loader": loader} | _of_cache(answer, expected)
-
-
-def fixed_tokens(model: nn.Module) -> Tensor:
-    """Token ids [2, S] on the model's device, the same whenever they are asked for."""
-    config: Any = model.config
-    longest = getattr(config, "max_position_embeddings", None) or _TOKENS + _NEW_TOKENS
-    length = max(2, min(_TOKENS, int(longest) - _NEW_TOKENS))
-    ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
-    return (ids * 7 + 3) % int(config.vocab_size)
+    return expected, answer["logits"], {"loader": loader} | _of_cache(answer, expected, dtype)
 
 
 def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
@@ -135,11 +128,11 @@ def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
     return dict(torch.load(io.BytesIO(answer), weights_only=True))
 
 
-def _of_cache(answer: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
+def _of_cache(answer: Mapping[str, Any], expected: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """The part of the verdict that is about generation with the KV cache."""
     difference = answer["cache_difference"]
     # One token at a time takes other kernels, whose sums differ by rounding.
-    limit = max(1e-3, 32 * torch.finfo(expected.dtype).eps) * expected.abs().max().item()
+    limit = max(SUMS, 32 * torch.finfo(dtype).eps) * expected.abs().max().item()
     found = {
         "cache_difference": difference,
         "cache_limit": limit,
@@ -154,11 +147,9 @@ def _of_cache(answer: Mapping[str, Any], expected: Tensor) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
 def _logits(model: Any, ids: Tensor, dtype: torch.dtype, reloaded: Mapping[str, Tensor]) -> Tensor:
-    with evaluating(model), _computing_in(model, dtype), _as_reloaded(model, reloaded):
-        logits: Tensor = model(input_ids=ids, use_cache=False).logits
-    return logits
+    with _computing_in(model, dtype), _as_reloaded(model, reloaded):
+        return measure.logits(model, ids)
 
 
 @contextmanager

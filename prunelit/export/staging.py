@@ -37,11 +37,16 @@ def check_output(target: str | os.PathLike[str], overwrite: bool = False, file: 
         if (path.exists() if file else path.is_dir() and any(path.iterdir())) and not overwrite:
             expected = "a new file" if file else "a new or empty folder"
             raise OutputNotWritable(
-                f"output {str(path)!r}: expected {expected}; choose another path or pass --overwrite"
+                f"output {str(path)!r}: expected {expected}; choose another path or pass --overwrite true"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
             pass
+    except (FileExistsError, NotADirectoryError) as error:
+        above = next((str(folder) for folder in path.parents if folder.is_file()), str(error.filename))
+        raise OutputNotWritable(
+            f"output {str(path)!r}: can not be written: {above!r} is a file, not a folder; choose another path"
+        ) from error
     except OSError as error:
         raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
 

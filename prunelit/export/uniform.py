@@ -144,13 +144,22 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: no stock class holds it; says why.
     """
-    shell = stock_model(job.model)
+    write_as(_stock(job.model), job)
+    return {}
+
+
+def _stock(model: nn.Module) -> Any:
+    shell = stock_model(model)
     if shell is None:
         raise DoesNotFit(
-            f"format 'uniform': {_misfit(job.model)}; use format 'hetero', or 'padded' where no code may be loaded"
+            f"format 'uniform': {_misfit(model)}; use format 'hetero', or 'padded' where no code may be loaded"
         )
-    write_as(shell, job)
-    return {}
+    return shell
+
+
+def check(model: nn.Module, tokenizer: Any) -> None:
+    """As `write`, without writing."""
+    _stock(model)
 
 
 def _misfit(model: nn.Module) -> str:
@@ -172,4 +181,4 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
-FORMAT = Format("uniform", LOADS, write, prove)
+FORMAT = Format("uniform", LOADS, write, prove, check=check, streams=True)

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from prunelit import measure
+from prunelit import measure, streamed
 from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.export import staging
 from prunelit.export.card import CARD, card
@@ -32,10 +32,12 @@ def check_request(
     overwrite: bool = False,
     max_shard_size: str = "5GB",
     unproved: bool = False,
+    stream: bool = False,
 ) -> None:
-    """Check what can be checked without a model.
+    """Check what can be checked without a model; `stream`: its layers will be on disk.
 
     Raises:
+        DoesNotFit: the format takes models in memory only.
         BadOption: an unknown format, kind or size of shards; a kind for a format that has none.
         OutputNotWritable: see `check_output`.
         PrunelitError: the format, or without `unproved` its proof, needs something that is not installed.
@@ -49,7 +51,32 @@ def check_request(
     chosen.ready()
     if not unproved:
         chosen.provable()
+    _check_streams(chosen, stream)
     staging.check_output(target, overwrite, _is_file(chosen, Path(target)))
+
+
+def check_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
+    """Check that a format can hold a model, without writing it: from shapes and config, no weight is read.
+
+    Args:
+        model: as of `write_model`; linears may be without memory.
+        tokenizer: as of `write_model`.
+        format: "auto" always fits.
+
+    Raises:
+        BadOption: an unknown format.
+        DoesNotFit: it can not.
+    """
+    if format != "auto":
+        format_of(format).check(model, tokenizer)
+
+
+def _check_streams(chosen: Format, stream: bool) -> None:
+    if stream and not chosen.streams:
+        raise DoesNotFit(
+            f"format {chosen.name!r}: expected a model in memory, got one that is streamed from disk; leave the format "
+            "out, then `python -m prunelit export` the saved folder"
+        )
 
 
 def _is_file(format: Format, target: Path) -> bool:
@@ -115,7 +142,7 @@ def write_model(
         DoesNotFit: the format can not hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
-    check_request(target, format, kind, overwrite, max_shard_size, unproved)
+    check_request(target, format, kind, overwrite, max_shard_size, unproved, streamed.is_streamed(model))
     tried = AUTO if format == "auto" else (format,)
     if base := quantised_as(model):
         if base == "int4" and format == "auto":

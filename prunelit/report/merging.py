@@ -3,11 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from prunelit import adapters, export, int4_folder, quantize, twin
-from prunelit.calibrate import evaluating
+from prunelit import adapters, export, int4_folder, measure, quantize, twin
 from prunelit.errors import BadQuantisation
 from prunelit.export.staging import staged
 from prunelit.linears import has_adapters, quantised_as
@@ -21,21 +19,9 @@ _INTO = {
 }
 
 
-def fixed_batch(windows: Tensor | None, model: Any) -> Tensor:
-    """Token ids [2, <= 128]: of the validation text where there is one, else made up."""
-    if windows is not None:
-        return windows[:_ROWS, :_LENGTH]
-    longest = getattr(model.config, "max_position_embeddings", None) or _LENGTH
-    ids = torch.arange(_ROWS * min(_LENGTH, int(longest))).view(_ROWS, -1)
-    return ids * 7 % int(model.config.vocab_size)
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    """[N, S, V] in evaluation mode, on the CPU."""
-    with evaluating(model):
-        found: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
-    return found.float().cpu()
+def tokens(windows: Tensor | None, model: Any) -> Tensor:
+    """Token ids [2, <= 128] on which a merge is judged: of the validation text where there is one, else made up."""
+    return measure.fixed_tokens(model, _LENGTH, 0) if windows is None else windows[:_ROWS, :_LENGTH]
 
 
 def sentence(base: str, found: dict[str, float]) -> str:

@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from prunelit import export, int4_folder, linears, measure, quantize, strategies, text
+from prunelit import export, int4_folder, linears, measure, quantize, strategies, text, twin
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import check_same, find_model, identity, resume_path, same_on_all_ranks, saved_states
@@ -90,7 +90,11 @@ class RunReport(Callback):
         self._write(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the cut model, without adapters, before the first step."""
+        """Measure the cut model, without adapters, before the first step.
+
+        Raises:
+            DoesNotFit: the format can not hold it, so nothing is trained.
+        """
         plan = self._plan(trainer)
         size = {name: self.report["dense"][name] for name in _SIZES}
         if plan is not None:  # adapters are on by now and are merged away in the end: they do not count
@@ -98,6 +102,9 @@ class RunReport(Callback):
             if trainer.is_global_zero:
                 plan.save(self._folder / "plan.json")
         adapted: Any = pl_module.model
+        if self.format != "auto" and not strategies.is_sharded(trainer.strategy):  # sharded, it has other shapes
+            base = twin.below_adapters(adapted)  # only int4 is written without making linears plain
+            export.check_fits(base if self.format == "int4" else twin.plain(base), _tokenizer(trainer), self.format)
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
             self._measure("pruned", adapted, size)
         self.report["memory"] = quantize.bytes_per_parameter(adapted)
@@ -111,7 +118,7 @@ class RunReport(Callback):
         recovered: Any = pl_module
         if strategies.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
             self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
-        tokenizer, plan = getattr(getattr(trainer, "datamodule", None), "tokenizer", None), self._plan(trainer)
+        tokenizer, plan = _tokenizer(trainer), self._plan(trainer)
         merged = self._merged(trainer, recovered, tokenizer, plan)
         self._measure("recovered", merged, measure.size(merged))
         if trainer.is_global_zero:
@@ -136,8 +143,8 @@ class RunReport(Callback):
         if not linears.has_adapters(adapted):
             return recovered.merged_model()
         base = linears.quantised_as(adapted) or "none"
-        ids = merging.fixed_batch(self._windows, adapted)
-        before = merging.logits(adapted, ids)
+        ids = merging.tokens(self._windows, adapted)
+        before = measure.logits(adapted, ids)
         recovered.whole_model()  # all ranks
         if trainer.is_global_zero:
             with self._timed("save_adapter"):
@@ -145,7 +152,7 @@ class RunReport(Callback):
             if written:
                 self.report["base_format"] = written
         merged = recovered.merged_model()
-        self.report["merge"] = {"base": base} | measure.difference(before, merging.logits(merged, ids), ids)
+        self.report["merge"] = {"base": base} | measure.difference(before, measure.logits(merged, ids), ids)
         _say(merging.sentence(base, self.report["merge"]))
         if base == "int4" and not self._four_bit(merged):
             merged = quantize.dequantised(merged)
@@ -233,6 +240,10 @@ class RunReport(Callback):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
+
+
+def _tokenizer(trainer: Trainer) -> Any:
+    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
 @rank_zero_only

@@ -116,3 +116,9 @@ def test_a_damaged_card_of_the_source_is_no_obstacle(card: str, tmp_path: Path) 
     (tmp_path / "source" / "README.md").write_bytes(card.encode("latin-1"))
     save(models.load(tmp_path / "source"), tmp_path / "m")
     assert "license" not in front_matter(tmp_path / "m") and "base_model" not in front_matter(tmp_path / "m")
+
+
+@pytest.mark.parametrize("report", [{"pruned": {"perplexity": "low"}}, {"protocol": 3, "pruned": {"perplexity": 2.0}}])
+def test_a_report_edited_into_nonsense_is_no_obstacle(report: dict[str, Any], tmp_path: Path) -> None:
+    save(tiny("llama"), tmp_path / "m", report=report)
+    assert ("perplexity" in (tmp_path / "m" / "README.md").read_text()) == ("protocol" in report)

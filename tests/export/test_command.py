@@ -126,7 +126,8 @@ def test_the_report_of_the_run_is_found(hetero: Path, tmp_path: Path) -> None:
     assert export._of_run(hetero) == (plan, {})
     (tmp_path / "plan.json").write_text(plan.to_json())
     assert export._of_run(hetero) == (plan, report)
-    (hetero / "report.json").write_text("cut sho")
-    assert export._of_run(hetero) == (plan, {})
+    for none in ("cut sho", "[1]"):
+        (hetero / "report.json").write_text(none)
+        assert export._of_run(hetero) == (plan, {})
     (hetero / "report.json").write_text(json.dumps({"dense": {}}))
     assert export._of_run(hetero) == (plan, {"dense": {}})

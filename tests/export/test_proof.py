@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunelit import surgery
+from prunelit import measure, surgery
 from prunelit.errors import NotProved
 from prunelit.export import folder, formats, hetero, padded, proof, reload, save, uniform, write_model
 from tests.export.alike import uniform as cut_alike
@@ -171,8 +171,8 @@ def test_texts_are_compared_up_to_where_they_part() -> None:
 
 def test_short_models_are_asked_about_short_texts() -> None:
     model = tiny("gpt2", n_positions=16)
-    assert proof.fixed_tokens(model).shape == (2, 8)
-    assert proof.fixed_tokens(tiny("llama")).shape == (2, 32)
+    assert measure.fixed_tokens(model).shape == (2, 8)
+    assert measure.fixed_tokens(tiny("llama")).shape == (2, 32)
 
 
 @pytest.mark.slow
