@@ -129,8 +129,9 @@ def test_more_tokens_than_rows(tmp_path: Path) -> None:
 
 
 def test_the_proof_reads_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tokens = tokenizer("qwen2")
     wrong = dict.fromkeys(gguf_tokenizer.PRE_TOKENIZERS, "gpt-2")
     monkeypatch.setattr(gguf_tokenizer, "PRE_TOKENIZERS", wrong)
     with pytest.raises(NotProved, match=r"llama\.cpp reads other tokens than the model's tokenizer in"):
-        save(model(), tmp_path / "m.gguf", tokenizer("qwen2"), format="gguf")
+        save(model(), tmp_path / "m.gguf", tokens, format="gguf")
     assert not list(tmp_path.iterdir())
