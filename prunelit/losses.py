@@ -7,11 +7,13 @@ hidden size.
 Legend: B batch, S sequence, V vocabulary, H hidden, N tokens that count.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cross_entropy as nll
+from torch.nn.functional import kl_div, log_softmax, pad
 from torch.utils.checkpoint import checkpoint
 
 _TOKENS_PER_CHUNK = 512  # of logits, in float32 at a time
@@ -31,6 +33,17 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean negative log-likelihood of the next tokens that are labelled, in nats; what transformers computes, in less
+    memory.
+
+    Args:
+        logits: [B, S, V].
+        labels: [B, S]; -100 where nothing is predicted.
+    """
+    return _mean(_nll, labels, logits)
+
+
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean KL(teacher || student) of the next-token distributions, in nats, times temperature squared.
 
@@ -39,24 +52,35 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: fl
         labels: [B, S]; a place counts if the token after it is predicted (not -100).
         temperature: logits are divided by it.
     """
-    counts = labels[:, 1:] != -100
-    # Boolean indexing makes the copies in the logits' own dtype; float32 exists for one chunk at a time, in the
-    # backward pass too.
-    pieces = zip(
-        student[:, :-1][counts].split(_TOKENS_PER_CHUNK),
-        teacher[:, :-1][counts].split(_TOKENS_PER_CHUNK),
-        strict=True,
-    )
-    total = student.new_zeros((), dtype=torch.float32)
-    for some, wanted in pieces:
-        total = total + checkpoint(_chunk, some, wanted, temperature, use_reentrant=False)
-    return total * temperature**2 / counts.sum().clamp(min=1)
+    return _mean(partial(_kl, temperature), labels, student, teacher) * temperature**2
 
 
-def _chunk(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Summed divergence of logits [N, V]."""
+def _mean(loss: Callable[..., Tensor], labels: Tensor, *logits: Tensor) -> Tensor:
+    """Mean over the places whose next token is labelled.
+
+    Float32 exists for one chunk at a time, in the backward pass too. Rows and chunks come from `unbind` and `split`,
+    whose gradients are put together once; that of a slice would be as large as all logits.
+
+    Args:
+        loss: (next tokens [N], logits [N, V] of each model) -> summed loss.
+        labels: [B, S].
+        logits: [B, S, V] each.
+    """
+    targets = pad(labels[:, 1:], (0, 1), value=-100)
+    total = logits[0].new_zeros((), dtype=torch.float32)
+    for row in zip(targets.unbind(), *(x.unbind() for x in logits), strict=True):
+        for chunk in zip(*(x.split(_TOKENS_PER_CHUNK) for x in row), strict=True):
+            total = total + checkpoint(loss, *chunk, use_reentrant=False)
+    return total / (targets != -100).sum().clamp(min=1)
+
+
+def _nll(targets: Tensor, logits: Tensor) -> Tensor:
+    return nll(logits.float(), targets, reduction="sum")
+
+
+def _kl(temperature: float, targets: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     cut, dense = (log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
-    return kl_div(cut, dense, reduction="sum", log_target=True)
+    return kl_div(cut, dense, reduction="none", log_target=True).sum(-1).masked_fill(targets == -100, 0).sum()
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torchmetrics.text import Perplexity
 
 from prunelit import lora, models, quantize, strategies, twin
 from prunelit.errors import BadOption, BadPlan
-from prunelit.losses import divergence, hidden_distance, inputs_of, labels_of
+from prunelit.losses import cross_entropy, divergence, hidden_distance, inputs_of, labels_of
 from prunelit.plan import plans_of
 
 _OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
@@ -203,8 +203,7 @@ class RecoveryModule(LightningModule):
         return loss
 
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
-        loss: Tensor = self.model(**inputs_of(batch), labels=labels_of(batch), use_cache=False).loss
-        return loss
+        return cross_entropy(self.model(**inputs_of(batch), use_cache=False).logits, labels_of(batch))
 
     def _distance(self, batch: Mapping[str, Tensor]) -> Tensor:
         """From the dense model: divergence, hidden states, and a share of cross-entropy."""
@@ -214,10 +213,10 @@ class RecoveryModule(LightningModule):
         wanted = {"use_cache": False, "output_hidden_states": hidden}
         with torch.no_grad():
             teacher = dense(**inputs_of(batch), **wanted)
-        student = self.model(**inputs_of(batch), **wanted, **({"labels": labels} if share else {}))
+        student = self.model(**inputs_of(batch), **wanted)
         loss = (1 - share) * divergence(student.logits, teacher.logits, labels, options["temperature"])
         if share:
-            loss = loss + share * student.loss
+            loss = loss + share * cross_entropy(student.logits, labels)
         if hidden:
             mine, theirs = zip(
                 *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._pairs), strict=True

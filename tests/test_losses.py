@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from prunelit.losses import divergence, hidden_distance, labels_of
+from prunelit.losses import cross_entropy, divergence, hidden_distance, labels_of
+from tests.tiny import tiny, tokens
 
 
 def logits(seed, rows=3, length=7, vocabulary=11):
@@ -30,6 +31,21 @@ def test_divergence_is_the_mean_over_what_is_predicted(temperature, chunk, monke
     torch.testing.assert_close(found, wanted)
     (gradient,) = torch.autograd.grad(found, student, retain_graph=True)
     (expected,) = torch.autograd.grad(wanted, student)
+    torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_is_that_of_transformers(chunk, dtype, monkeypatch):
+    monkeypatch.setattr("prunelit.losses._TOKENS_PER_CHUNK", chunk)
+    model = tiny("llama").to(dtype)
+    batch, labels = tokens()[:, :7], LABELS[:2]
+    output = model(input_ids=batch, labels=labels)
+    found = cross_entropy(output.logits, labels)
+    torch.testing.assert_close(found, output.loss.float())
+    weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    (gradient,) = torch.autograd.grad(found, weight, retain_graph=True)
+    (expected,) = torch.autograd.grad(output.loss, weight)
     torch.testing.assert_close(gradient, expected)
 
 
