@@ -9,14 +9,14 @@ Legend: B batch, S sequence, V vocabulary, H hidden, N tokens that count.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy as nll
 from torch.nn.functional import kl_div, log_softmax, pad
-from torch.utils.checkpoint import checkpoint
 
-_TOKENS_PER_CHUNK = 512  # of logits, in float32 at a time
+_TOKENS_PER_CHUNK = 256  # of logits, in float32 at a time
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,23 +55,43 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: fl
     return _mean(partial(_kl, temperature), labels, student, teacher) * temperature**2
 
 
-def _mean(loss: Callable[..., Tensor], labels: Tensor, *logits: Tensor) -> Tensor:
+def _mean(loss: Callable[..., Tensor], labels: Tensor, student: Tensor, *others: Tensor) -> Tensor:
     """Mean over the places whose next token is labelled.
-
-    Float32 exists for one chunk at a time, in the backward pass too. Rows and chunks come from `unbind` and `split`,
-    whose gradients are put together once; that of a slice would be as large as all logits.
 
     Args:
         loss: (next tokens [N], logits [N, V] of each model) -> summed loss.
         labels: [B, S].
-        logits: [B, S, V] each.
+        student: logits [B, S, V].
+        others: logits of models that are not trained.
     """
     targets = pad(labels[:, 1:], (0, 1), value=-100)
-    total = logits[0].new_zeros((), dtype=torch.float32)
-    for row in zip(targets.unbind(), *(x.unbind() for x in logits), strict=True):
-        for chunk in zip(*(x.split(_TOKENS_PER_CHUNK) for x in row), strict=True):
-            total = total + checkpoint(loss, *chunk, use_reentrant=False)
+    total = cast(Tensor, _Summed.apply(loss, targets, student, *others))  # type: ignore[no-untyped-call]
     return total / (targets != -100).sum().clamp(min=1)
+
+
+class _Summed(torch.autograd.Function):
+    """A summed loss, its gradient made in the same pass: nothing is computed twice, and beside the gradient (in the
+    dtype of the logits) float32 exists for one chunk at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[..., Tensor], targets: Tensor, student: Tensor, *others: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(student), student.new_zeros((), dtype=torch.float32)
+        for row in range(len(targets)):
+            for start in range(0, targets.shape[1], _TOKENS_PER_CHUNK):
+                place = row, slice(start, start + _TOKENS_PER_CHUNK)
+                with torch.enable_grad():
+                    logits = student[place].detach().float().requires_grad_()
+                    value = loss(targets[place], logits, *(other[place] for other in others))
+                    gradient[place] = torch.autograd.grad(value, logits)[0]
+                total += value.detach()
+        ctx.save_for_backward(gradient)
+        ctx.others = len(others)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return None, None, gradient * outputs[0], *[None] * ctx.others
 
 
 def _nll(targets: Tensor, logits: Tensor) -> Tensor:
