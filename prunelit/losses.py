@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy as nll
 from torch.nn.functional import kl_div, log_softmax, pad
 
-_TOKENS_PER_CHUNK = 256  # of logits, in float32 at a time
+_TOKENS_PER_CHUNK = 128  # of logits, in float32 at a time
 
 
 def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
