@@ -59,7 +59,7 @@ def _mean(loss: Callable[..., Tensor], labels: Tensor, student: Tensor, *others:
     """Mean over the places whose next token is labelled.
 
     Args:
-        loss: (next tokens [N], logits [N, V] of each model) -> summed loss.
+        loss: (next tokens [N], logits [N, V] of each model) -> summed loss, of the places that count.
         labels: [B, S].
         student: logits [B, S, V].
         others: logits of models that are not trained.
@@ -75,14 +75,15 @@ class _Summed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, loss: Callable[..., Tensor], targets: Tensor, student: Tensor, *others: Tensor) -> Tensor:
-        gradient, total = torch.empty_like(student), student.new_zeros((), dtype=torch.float32)
+        gradient, total = torch.zeros_like(student), student.new_zeros((), dtype=torch.float32)
         for row in range(len(targets)):
             for start in range(0, targets.shape[1], _TOKENS_PER_CHUNK):
                 place = row, slice(start, start + _TOKENS_PER_CHUNK)
+                counts = targets[place] != -100  # of instructions, few places do
                 with torch.enable_grad():
-                    logits = student[place].detach().float().requires_grad_()
-                    value = loss(targets[place], logits, *(other[place] for other in others))
-                    gradient[place] = torch.autograd.grad(value, logits)[0]
+                    logits = student[place][counts].detach().float().requires_grad_()
+                    value = loss(targets[place][counts], logits, *(other[place][counts] for other in others))
+                    gradient[place][counts] = torch.autograd.grad(value, logits)[0].to(gradient.dtype)
                 total += value.detach()
         ctx.save_for_backward(gradient)
         ctx.others = len(others)
@@ -100,7 +101,7 @@ def _nll(targets: Tensor, logits: Tensor) -> Tensor:
 
 def _kl(temperature: float, targets: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     cut, dense = (log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
-    return kl_div(cut, dense, reduction="none", log_target=True).sum(-1).masked_fill(targets == -100, 0).sum()
+    return kl_div(cut, dense, reduction="sum", log_target=True)
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
