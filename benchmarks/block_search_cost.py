@@ -23,10 +23,11 @@ from prunelit.blocks import Block, Goal, blocks_of, may_go
 from prunelit.callbacks import method_class
 from prunelit.decoder import Decoder
 from prunelit.evaluator import BlockEvaluator
+from prunelit.files import write_json
 from prunelit.measure import perplexity_of
-from prunelit.report.run import versions, write_json
 from prunelit.search import remove_blocks
 from prunelit.text import BUILTIN
+from prunelit.versions import versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]

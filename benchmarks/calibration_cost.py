@@ -22,8 +22,10 @@ import yaml
 
 from prunelit import models
 from prunelit.callbacks import method_class
-from prunelit.report.run import peak_memory_mib, versions, write_json
+from prunelit.files import write_json
+from prunelit.machine import peak_memory_mib
 from prunelit.text import BUILTIN
+from prunelit.versions import versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]

@@ -21,9 +21,11 @@ from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 from prunelit import models, reconstruct
 from prunelit.callbacks import method_class
 from prunelit.decoder import Decoder
+from prunelit.files import write_json
+from prunelit.machine import peak_memory_mib
 from prunelit.plan import PruningPlan
-from prunelit.report.run import peak_memory_mib, versions, write_json
 from prunelit.text import BUILTIN
+from prunelit.versions import versions
 
 KINDS = ("load", "forward", "repair")
 

@@ -26,7 +26,9 @@ from calibration_cost import QUICKSTART, ROOT
 
 from prunelit import models
 from prunelit.data import TextDataModule
-from prunelit.report.run import peak_memory_mib, versions, write_json
+from prunelit.files import write_json
+from prunelit.machine import peak_memory_mib
+from prunelit.versions import versions
 
 SIDES = ("plain", "prunelit")
 RANK, ALPHA, RATE, WARMED = 8, 16, 5e-4, 2

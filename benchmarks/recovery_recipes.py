@@ -21,7 +21,8 @@ from typing import Any
 from calibration_cost import QUICKSTART, ROOT
 
 from prunelit import measure, models, text
-from prunelit.report.run import versions, write_json
+from prunelit.files import write_json
+from prunelit.versions import versions
 
 CUT = ["--method", "flap", "--ratio", "0.3", "--scope", "global", "--align", "32", "--windows", "64", "--seqlen", "512"]
 TRAIN = ["wikitext2/raw_train_1mb.parquet", "books/novels.parquet"]

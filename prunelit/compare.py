@@ -31,9 +31,10 @@ from prunelit.commands.options import Dtype, listed, load_on, parse, parser_of, 
 from prunelit.console import say
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError
+from prunelit.files import write_json, write_text
+from prunelit.machine import hardware
 from prunelit.progress import track
 from prunelit.report import plots, tables, weights_and_biases
-from prunelit.report.run import hardware, write_json, write_text
 from prunelit.trial import Trials
 from prunelit.versions import versions
 

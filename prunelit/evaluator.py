@@ -68,6 +68,8 @@ class BlockEvaluator:
         self._asked: set[Blocks] = set()
         self._layer_sequences = 0
         self.tick: Callable[[], object] = lambda: None
+        self.told: Callable[..., object] = lambda event, **facts: None
+        """Told of every evaluation, and by the search of every block removed; see `prunelit.record`."""
 
     @property
     def layer_runs(self) -> float:
@@ -134,6 +136,14 @@ class BlockEvaluator:
         self.evaluations += 1
         if self.journal:
             self.journal.write(removed, base or frozenset(), value, seconds)
+        gone, candidate = removed & (base or frozenset()), removed - (base or frozenset())
+        self.told(
+            "evaluation",
+            removed=[str(block) for block in sorted(gone)],
+            candidate=[str(block) for block in sorted(candidate)],
+            perplexity=perplexity_of(value.nll),
+            exact=value.exact,
+        )
 
     def _run(self, removed: Blocks, base: Blocks, limit: float) -> Value:
         start = self._start(removed, base)

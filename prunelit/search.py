@@ -126,6 +126,7 @@ class _Search:
     def beam(self, start: _State, width: int) -> _State:
         """Remove blocks until the goal is met, going on with the best `width` sets; the best that meets it."""
         states, done = [start], []
+        self._tell(start)
         while states:
             found: dict[Blocks, _State] = {}
             for state in states:
@@ -140,6 +141,8 @@ class _Search:
                     order = (*state.order, block)
                     found[frozenset(order)] = _State(nll, order, (*state.path, nll))
             states = sorted(found.values(), key=lambda state: state.nll)[:width]  # stable: the first of equals
+            if states:
+                self._tell(states[0])
             done += [state for state in states if self._met(state.removed)]
             states = [state for state in states if not self._met(state.removed)]
             if not states and not done:  # the search kept the one attention that costs most
@@ -212,6 +215,10 @@ class _Search:
                 found.sort()
         blocks_at = list(moves.values())
         return [(nll, blocks_at[place]) for nll, place in found[:width]]
+
+    def _tell(self, state: _State) -> None:
+        order = [str(block) for block in state.order]
+        self.evaluator.told("removed", order=order, perplexity=perplexity_of(state.nll))
 
     def found(self, state: _State) -> Found:
         """The result, with its record; said once in the log."""

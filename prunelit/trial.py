@@ -29,8 +29,8 @@ from prunelit.callbacks.base import PruningCallback
 from prunelit.cells import Calibration, Cell, Latency
 from prunelit.decoder import Decoder
 from prunelit.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.files import write_json
 from prunelit.kept import Kept, digest, model_fingerprint
-from prunelit.report.run import write_json
 from prunelit.versions import versions
 
 _FORMAT = "prunelit-cell/1"

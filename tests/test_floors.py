@@ -15,6 +15,8 @@ ROOT = Path(prunelit.__file__).parent
 FLOORS = (
     (
         "errors",
+        "files",
+        "record",
         "architectures",
         "shapes",
         "plan",
@@ -25,7 +27,7 @@ FLOORS = (
         "progress",
         "versions",
     ),
-    ("rank", "ladders", "hetero", "decoder", "on_disk"),
+    ("rank", "ladders", "hetero", "decoder", "on_disk", "machine"),
     (
         *(
             "calibrate",
@@ -75,6 +77,9 @@ LIGHTNING = {"lightning", "lightning_fabric", "pytorch_lightning"}
 # Third parties of the modules that are to run without the others.
 ONLY = {
     "errors": set(),
+    "files": set(),
+    "record": set(),
+    "machine": {"torch"},
     "architectures": set(),
     "shapes": set(),
     "plan": set(),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from prunelit.errors import BadOption
 
-_NOT_METHODS = ("__init__", "base", "job", "method")
+_NOT_METHODS = ("__init__", "base", "job", "method", "recorder", "dashboard")
 
 
 class Method(NamedTuple):

@@ -6,7 +6,6 @@ the strategy's wrapping and the optimiser, so nothing is ever built on shapes th
 
 import json
 import logging
-import time
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +25,7 @@ from prunelit.callbacks.job import (
     find_tokenizer,
     identity,
     kept_folder,
+    listeners_of,
     resume_path,
     same_on_all_ranks,
     saved_states,
@@ -78,6 +78,7 @@ class PruningCallback(PruningMethod, Callback):
         if key in marks:  # fit was called again over the same live model
             self.plan_made = marks[key]
             return
+        self.listeners = listeners_of(trainer)
         self._keep_beside(trainer)
         self.repaired = self._cut_weights = None
         self._identity = identity(model, trainer, pl_module)
@@ -89,9 +90,8 @@ class PruningCallback(PruningMethod, Callback):
             repaired = saved.get("repaired") if replay and self.kept_cut else None
             batches: list[Batch] = []
             if self.needs_text(replay) and not (self.kept_cut and repaired and self.kept_cut.has(repaired)):
-                start = time.perf_counter()
-                batches = self._find_batches(trainer, pl_module, model)
-                self.seconds["text"] = time.perf_counter() - start
+                with self.stage("text"):
+                    batches = self._find_batches(trainer, pl_module, model)
             marks[key] = self._prune(model, batches, replay, repaired)
             if self.repairs:
                 self._cut_weights = weights_fingerprint(model)

@@ -73,6 +73,7 @@ class BlockPruner(PruningCallback):
             which = digest(model_fingerprint(decoder.model) + text_fingerprint(few))
             journal = str(self.kept.folder / f"block_pruner-{which}.jsonl")
         evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
+        evaluator.told = self.tell
         found = remove_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}

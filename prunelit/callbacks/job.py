@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from prunelit.calibrate import Batch
 from prunelit.errors import BadOption, BadPlan, NoModel
 from prunelit.kept import tokenizer_fingerprint, weights_fingerprint
+from prunelit.record import Listener
 from prunelit.whole import check_whole
 
 
@@ -78,6 +79,11 @@ def kept_folder(trainer: Trainer) -> Path | None:
     """Where a run keeps what is expensive; None where the job has no folder of its own, or not on this machine."""
     root = trainer.default_root_dir
     return Path(root) / "kept" if is_local(root) and Path(root).resolve() != Path.cwd() else None
+
+
+def listeners_of(trainer: Trainer) -> list[Listener]:
+    """The callbacks of a job that are told what happens: those with a method `hear`."""
+    return [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
 
 
 def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:

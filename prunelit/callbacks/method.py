@@ -7,7 +7,8 @@ import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,15 +29,17 @@ from prunelit.kept import (
     tensor_digests,
     text_fingerprint,
 )
+from prunelit.machine import peak_memory_mib
 from prunelit.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.rank import LayerScores
+from prunelit.record import Teller
 
 _log = logging.getLogger("prunelit")
 
 Repair = Literal["none", "bias", "least_squares"]
 
 
-class PruningMethod:
+class PruningMethod(Teller):
     """Base of all methods, without Lightning; `PruningCallback` is what they derive from.
 
     Args:
@@ -94,6 +97,7 @@ class PruningMethod:
         seed: int = 0,
         plan_file: str | None = None,
     ):
+        super().__init__()
         rank.check_options(
             *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
         )
@@ -188,7 +192,7 @@ class PruningMethod:
             cost = table.seconds
         elif self.budget == "parameters" and self.repair == "bias":
             cost = bias.parameters(decoder)
-        return partial(
+        select = partial(
             rank.select,
             decoder.shape.layers,
             ratio=self.ratio,
@@ -203,6 +207,16 @@ class PruningMethod:
             joint=self.joint,
             cost=cost,
         )
+
+        def told(scores: Sequence[LayerScores]) -> tuple[LayerPlan, ...]:
+            kept = select(scores)
+            if self.listeners:
+                self.tell(
+                    "scores", heads=_floats(s.heads for s in scores), channels=_floats(s.channels for s in scores)
+                )
+            return kept
+
+        return told
 
     def least_share(self, decoder: Decoder) -> float:
         """`min_kept`; a method may derive it from the model."""
@@ -268,9 +282,8 @@ class PruningMethod:
         """`prune`; `repaired` names a file in `kept_cut` of weights that were repaired after a cut by `replay`."""
         decoder = Decoder(model)
         plan = self._decided(decoder, batches, replay)
-        start = time.perf_counter()
-        self._cut_once(decoder, plan, batches, repaired)
-        self.seconds["cut"] = time.perf_counter() - start
+        with self.stage("cut"):
+            self._cut_once(decoder, plan, batches, repaired)
         self.plan_made = plan
         predicted = plan.predicted
         _inform(
@@ -296,16 +309,24 @@ class PruningMethod:
         return plan
 
     def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
-        start = time.perf_counter()
-        decoder.check_finite()
-        plan = replay or self.replayed
-        if plan is None:
-            self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
-            plan = self._planned(decoder, batches)
-        plan = bias.declare(decoder, plan, self.repair == "bias")
-        _agree(plan)
-        self.seconds["score_and_plan"] = time.perf_counter() - start
+        with self.stage("score_and_plan"):
+            decoder.check_finite()
+            plan = replay or self.replayed
+            if plan is None:
+                self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
+                plan = self._planned(decoder, batches)
+            plan = bias.declare(decoder, plan, self.repair == "bias")
+            _agree(plan)
+        self.tell("planned", plan=plan)
         return plan
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the work into `seconds`, and tell it."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+        self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=peak_memory_mib())
 
     def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """`plan`, or the finished plan of an earlier run with the same options."""
@@ -357,6 +378,10 @@ def _agree(plan: PruningPlan) -> None:
         dist.all_gather_object(digests, plan.digest)
         if len(set(digests)) > 1:
             raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
+
+
+def _floats(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
+    return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
 
 
 def _tokens(batch: Batch) -> int:

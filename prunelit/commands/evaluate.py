@@ -17,8 +17,8 @@ from prunelit.evaluation.markdown import markdown
 from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
+from prunelit.files import write_json
 from prunelit.models import load_tokenizer
-from prunelit.report.run import write_json
 from prunelit.versions import versions
 
 _MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")

@@ -34,10 +34,10 @@ from prunelit.commands.options import (
 from prunelit.console import say
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
+from prunelit.files import write_text
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, PruningPlan
 from prunelit.report.plan_card import Measured, card
-from prunelit.report.run import write_text
 from prunelit.skeleton import settings
 
 

@@ -12,8 +12,9 @@ from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, add_method, listed, load_on, method_of, parse, parser_of, place
 from prunelit.console import say
 from prunelit.errors import BadOption
+from prunelit.files import write_json
+from prunelit.machine import peak_memory_mib
 from prunelit.plan import PruningPlan
-from prunelit.report.run import peak_memory_mib, write_json
 from prunelit.versions import versions
 
 

@@ -30,8 +30,9 @@ from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
 from prunelit.evaluation.wanted import Wanted, of_tasks, of_texts
+from prunelit.files import write_json, write_text
 from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
-from prunelit.report.run import hardware, write_json, write_text
+from prunelit.machine import hardware
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")

@@ -18,7 +18,7 @@ import yaml
 from prunelit import models
 from prunelit.console import nearest
 from prunelit.errors import BadOption, SourceNotFound
-from prunelit.report.run import write_text
+from prunelit.files import write_text
 
 _ENDINGS = (".jsonl.gz", ".jsonl")
 Row = Mapping[str, Any]

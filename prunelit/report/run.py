@@ -9,8 +9,6 @@ report.json   dense, pruned, recovered; protocol, seconds, memory, versions, see
 import json
 import logging
 import os
-import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -18,18 +16,28 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
 from prunelit import export, int4_folder, linears, measure, quantize, strategies, text, twin
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
-from prunelit.callbacks.job import check_same, find_model, identity, resume_path, same_on_all_ranks, saved_states
+from prunelit.callbacks.job import (
+    check_same,
+    find_model,
+    identity,
+    listeners_of,
+    resume_path,
+    same_on_all_ranks,
+    saved_states,
+)
+from prunelit.callbacks.recorder import Recorder
 from prunelit.data import TextDataModule
-from prunelit.errors import BadOption, BadQuantisation, OutputNotWritable
+from prunelit.errors import BadOption, BadQuantisation
+from prunelit.files import write_json
 from prunelit.kept import text_fingerprint
+from prunelit.machine import peak_memory_mib
+from prunelit.record import Listener
 from prunelit.report import merging
 from prunelit.versions import versions
 
@@ -37,7 +45,7 @@ _log = logging.getLogger("prunelit")
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
-class RunReport(Callback):
+class RunReport(Recorder):
     """Measure a run and save what came of it in `trainer.default_root_dir`.
 
     Args:
@@ -47,12 +55,15 @@ class RunReport(Callback):
     """
 
     def __init__(self, batch_size: int = 4, format: str = "auto", save_base: bool = True):
+        super().__init__()
+        self.record.kind = "fit"
         self.batch_size = batch_size
         self.format = format
         self.save_base = save_base
         self.report: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._identity: dict[str, str | None] = {}
+        self._listeners: list[Listener] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measure the dense model; the command line puts this callback before the ones that cut.
@@ -64,6 +75,7 @@ class RunReport(Callback):
         """
         if stage != "fit" or self.report:
             return
+        self._listeners = listeners_of(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             export.check_output(self._folder, overwrite=True)
@@ -115,6 +127,7 @@ class RunReport(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
+        self._tell("stage", name="train", seconds=self.seconds["train"], memory_mib=peak_memory_mib())
         recovered: Any = pl_module
         if strategies.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
             self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
@@ -192,6 +205,7 @@ class RunReport(Callback):
                 row["perplexity"] = found["perplexity"]
                 self.report["protocol"]["tokens"] = found["tokens"]
             self.report[name] = row | size
+            self._tell("measured", name=name, row=self.report[name])
 
     def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
         if self._windows is None:
@@ -222,11 +236,17 @@ class RunReport(Callback):
         pruner = self._pruner(trainer)
         return pruner.plan_made if pruner else None
 
+    def _tell(self, event: str, **facts: Any) -> None:
+        for listener in self._listeners:
+            listener.hear(event, facts)
+
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+        taken = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
+        self._tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
@@ -258,40 +278,3 @@ def _say_memory(memory: dict[str, float]) -> None:
         f"training {int(trained):,} of {int(memory['parameters']):,} parameters "
         f"({trained / memory['parameters']:.2%}); the base takes {memory['bytes_per_base_parameter']:.2f} bytes each"
     )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, content: str) -> None:
-    """Write a text file atomically: a reader sees the old one or the new one.
-
-    Raises:
-        OutputNotWritable: the disk refused; the old one is as it was.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
-
-
-def peak_memory_mib() -> dict[str, float]:
-    """Peak resident memory of this process, and of the GPU if there is one."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    found = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
-    if torch.cuda.is_available():
-        found["cuda"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
-    return found
-
-
-def hardware(device: torch.device) -> dict[str, Any]:
-    """The machine that times and rounding depend on."""
-    name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"device": name, "threads": torch.get_num_threads()}
