@@ -135,7 +135,7 @@ def compare(
         report = _head(model, table, ratios, seeds, calibration, measured, trials)
         report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
         _run(trials, list(zip(cells, built, strict=True)), running, again, report)
-        pictures = _draw(report, folder)
+        pictures = plots.draw(report, folder)
         if board is not None:
             weights_and_biases.log(board, report, pictures)
     return report
@@ -226,14 +226,6 @@ def _write(trials: Trials, cells: Sequence[tuple[Cell, PruningCallback]], report
         write_text(trials.folder / "compare.md", tables.markdown(report))
     except OSError as error:
         raise OutputNotWritable(f"output {str(trials.folder)!r}: {error.strerror or error}") from error
-
-
-def _draw(report: dict[str, Any], folder: Path) -> list[Path]:
-    try:
-        return plots.draw(report, folder)
-    except ImportError:
-        _log.info("no pictures: they need matplotlib: pip install 'prunelit[plots]'")
-        return []
 
 
 def _said(found: dict[str, Any], report: dict[str, Any]) -> str:

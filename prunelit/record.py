@@ -26,6 +26,7 @@ from prunelit.plan import LayerPlan, PruningPlan
 FORMAT = "prunelit-record/1"
 KINDS = ("heads", "channels")
 _BINS = 48
+_FAR = 10.0
 
 
 class Listener(Protocol):
@@ -49,10 +50,12 @@ class Teller:
 
 @dataclass
 class Histogram:
-    """Scores of one layer's units of one kind, those that stay and those that go, in bins of equal width.
+    """Scores of one layer's units of one kind, those that stay and those that go, in bins of equal width,
+    or of equal width in the logarithm where the scores are positive and far apart.
 
     Attributes:
-        low: left edge of the first bin; `high`: right edge of the last one.
+        low: left edge of the first bin; `high`: right edge of the last one. Of many units the few farthest out may lie
+            beyond; the first and the last bin hold them too.
         kept: units that stay, bin by bin; `removed`: units that go.
         cut: the line between the highest score that goes and the lowest that stays; None where nothing goes, all goes,
             or they overlap (a group is ranked by its sum, not by its members).
@@ -63,16 +66,24 @@ class Histogram:
     kept: list[int]
     removed: list[int]
     cut: float | None = None
+    log: bool = False
+
+    @property
+    def edges(self) -> list[float]:
+        """Of the bins, one more than there are bins."""
+        return _edges(self.low, self.high, len(self.kept), self.log)
 
     @classmethod
     def of(cls, scores: Sequence[float], stays: Sequence[bool]) -> "Histogram":
         """Of finite scores; `stays` says which units a plan keeps."""
-        low, high = min(scores), max(scores)
-        width = (high - low) / _BINS or 1.0
-        edges = [low + width * bin for bin in range(1, _BINS)]
-        found = cls(low, low + width * _BINS, [0] * _BINS, [0] * _BINS)
+        low, high = _span(sorted(scores))
+        log = low > 0 and high / low >= _FAR
+        if high == low:
+            high = low + max(1.0, abs(low))
+        found = cls(low, high, [0] * _BINS, [0] * _BINS, log=log)
+        inner = found.edges[1:-1]
         for score, kept in zip(scores, stays, strict=True):
-            (found.kept if kept else found.removed)[bisect_right(edges, score)] += 1
+            (found.kept if kept else found.removed)[bisect_right(inner, score)] += 1
         goes = [score for score, kept in zip(scores, stays, strict=True) if not kept]
         rest = [score for score, kept in zip(scores, stays, strict=True) if kept]
         if goes and rest and max(goes) <= min(rest):
@@ -91,7 +102,8 @@ class Record:
         scores: {"heads", "channels"}: a histogram per layer, None where there is nothing of the kind; empty where a
             method has no scores of units, or a finished plan was replayed.
         search: evaluations of a block search: {"removed": [names], "candidate": [names], "perplexity", "exact"}.
-        decided: {"order": [names], "perplexity"} after each block that the search removed; first the dense model.
+        decided: {"order": [names], "perplexity", "after": evaluations so far} after each block that the search removed;
+            first the dense model.
         measured: {"dense": row, "pruned": row, "recovered": row}, in the order told.
         stages: {"name", "seconds", "memory_mib"}, in order.
         training: {"step", ...numbers}, one entry a step.
@@ -123,6 +135,8 @@ class Record:
             self._planned(facts["plan"])
         elif event in ("evaluation", "removed", "stage"):
             {"evaluation": self.search, "removed": self.decided, "stage": self.stages}[event].append(dict(facts))
+            if event == "removed":
+                self.decided[-1]["after"] = len(self.search)
         elif event == "measured":
             self.measured[facts["name"]] = dict(facts["row"])
         elif event == "step":
@@ -173,6 +187,22 @@ class Record:
             plan=None if plan is None else PruningPlan.from_json(json.dumps(plan)),
             scores={k: [None if one is None else Histogram(**one) for one in layers] for k, layers in scores.items()},
         )
+
+
+def _span(ranked: Sequence[float]) -> tuple[float, float]:
+    """From the lowest to the highest score, but for outliers that would leave all others in one bin."""
+    low, high, beyond = ranked[0], ranked[-1], len(ranked) // 200
+    if beyond and not (low > 0 and high / low >= _FAR):
+        near = ranked[beyond], ranked[-1 - beyond]
+        if high - low > 3 * (near[1] - near[0]) > 0:
+            return near
+    return low, high
+
+
+def _edges(low: float, high: float, bins: int, log: bool) -> list[float]:
+    if log:
+        return [low * (high / low) ** (place / bins) for place in range(bins)] + [high]
+    return [low + (high - low) * (place / bins) for place in range(bins)] + [high]
 
 
 def _histograms(

@@ -761,17 +761,6 @@ def test_pictures_leave_out_what_no_axis_holds(tmp_path: Path) -> None:
     assert len(plots.draw(handmade(cells=cells, rows=rows_), tmp_path)) == 2
 
 
-def test_without_matplotlib_the_tables_are_written(
-    capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    code, _, err = call(capsys, *config(source, data, tmp_path, ratios=[0.3], methods=["random"]))
-    assert code == 0
-    assert len([line for line in err.splitlines() if "pip install 'prunelit[plots]'" in line]) == 1
-    assert (tmp_path / "out" / "compare.md").is_file()
-    assert not list((tmp_path / "out").glob("*.png"))
-
-
 def fake_wandb(said: list[Any]) -> Any:
     """A module with the part of wandb's interface that is used; it records what it is told."""
 

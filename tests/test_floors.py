@@ -41,6 +41,7 @@ FLOORS = (
             "kept",
             "whole",
             "skeleton",
+            "pictures",
         ),
         *("streamed", "layerwise"),  # models that do not fit
         *(

@@ -1,7 +1,4 @@
-"""A comparison as pictures: perplexity against parameters and, where it was measured, against latency.
-
-matplotlib is an extra: pip install 'prunelit[plots]'.
-"""
+"""A comparison as pictures: perplexity against parameters and, where it was measured, against latency."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -23,8 +20,6 @@ def draw(report: Report, folder: Path) -> list[Path]:
     Returns:
         The files written; none where no cell is finished.
 
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     from matplotlib import rc_context
 
