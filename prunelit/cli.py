@@ -59,6 +59,9 @@ class SaveRunConfig(SaveConfigCallback):
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
             os.replace(partial, path)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunReport):
+                    callback.record.facts["config"] = path.read_text(encoding="utf-8")
 
 
 class PrunelitCLI(LightningCLI):

@@ -8,7 +8,7 @@ ln(perplexity / dense perplexity), because one text alone misleads.
     out/plans/      one plan for each cell, with `plans: true`
     out/kept/       scores and journals that serve several ratios; may be deleted
     compare.json    the whole comparison: what was asked, protocol, all cells, versions
-    compare.md      the tables
+    compare.md      the tables; report.html: the same with pictures, for a browser
     perplexity_vs_parameters.png .svg, perplexity_vs_latency.png .svg
 """
 
@@ -33,8 +33,10 @@ from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError
 from prunelit.files import write_json, write_text
 from prunelit.machine import hardware
+from prunelit.numbers import number, perplexity_of
+from prunelit.pictures import comparison
 from prunelit.progress import track
-from prunelit.report import plots, tables, weights_and_biases
+from prunelit.report import compare_page, tables, weights_and_biases
 from prunelit.trial import Trials
 from prunelit.versions import versions
 
@@ -50,7 +52,10 @@ def run_compare(command: str, arguments: list[str]) -> int:
     report = compare(**{name: value for name, value in vars(options).items() if name != "config"})
     say((Path(options.out) / "compare.md").read_text(encoding="utf-8"))
     failed = sum(cell["status"] == "failed" for cell in report["cells"])
-    say(f"{options.out}/: compare.md, compare.json, cells/" + (f"; {failed} cells failed" if failed else ""))
+    say(
+        f"{options.out}/: report.html, compare.md, compare.json, cells/"
+        + (f"; {failed} cells failed" if failed else "")
+    )
     return 1 if failed else 0
 
 
@@ -135,7 +140,8 @@ def compare(
         report = _head(model, table, ratios, seeds, calibration, measured, trials)
         report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
         _run(trials, list(zip(cells, built, strict=True)), running, again, report)
-        pictures = plots.draw(report, folder)
+        pictures = comparison.write(report, folder)
+        write_text(folder / "report.html", compare_page.page_of(report))
         if board is not None:
             weights_and_biases.log(board, report, pictures)
     return report
@@ -232,7 +238,7 @@ def _said(found: dict[str, Any], report: dict[str, Any]) -> str:
     """One cell in one line."""
     if found["status"] != "finished":
         return f"failed: {found['failed']}"
-    perplexities = " / ".join(tables.number(tables.perplexity_of(found["texts"][name])) for name in report["texts"])
+    perplexities = " / ".join(number(perplexity_of(found["texts"][name])) for name in report["texts"])
     measure = tables.mean_log_ratio(found, report["dense"])
     return f"{perplexities}, mean log ratio {measure:.3f}, {found['seconds']['prune']:.0f} s to prune"
 

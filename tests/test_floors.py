@@ -26,6 +26,7 @@ FLOORS = (
         "serving",
         "progress",
         "versions",
+        "numbers",
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk", "machine"),
     (
@@ -42,6 +43,7 @@ FLOORS = (
             "whole",
             "skeleton",
             "pictures",
+            "page",
         ),
         *("streamed", "layerwise"),  # models that do not fit
         *(
@@ -91,6 +93,7 @@ ONLY = {
     "report.plan_card": set(),
     "progress": {"tqdm"},
     "versions": set(),
+    "numbers": set(),
     "hetero": {"torch", "transformers"},
 }
 SOURCES = {

@@ -100,7 +100,9 @@ def run(command: str, arguments: list[str]) -> int:
                 raise BadOption("texts: expected names other than 'text', which is that of --text")
             given["texts"] = {"text": Text(**of_text), **(given["texts"] or {})}
         result = whole.evaluate(**given)
-        said = markdown(result) + (f"\n{given['out']}/: evaluate.md, evaluate.json" if given["out"] else "")
+        said = markdown(result) + (
+            f"\n{given['out']}/: report.html, evaluate.md, evaluate.json" if given["out"] else ""
+        )
     if target:
         write_json(Path(target), result)
     say(said)

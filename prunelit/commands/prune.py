@@ -7,14 +7,18 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from prunelit import export, measure, models, streamed, text
 from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, add_method, listed, load_on, method_of, parse, parser_of, place
 from prunelit.console import say
 from prunelit.errors import BadOption
 from prunelit.files import write_json
-from prunelit.machine import peak_memory_mib
+from prunelit.machine import hardware, peak_memory_mib
 from prunelit.plan import PruningPlan
+from prunelit.record import Record
+from prunelit.report import loading, run_page
 from prunelit.versions import versions
 
 
@@ -36,7 +40,7 @@ def prune(
     Args:
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
         sources: calibration text sources, mixed evenly.
-        out: output folder: the model's files, plan.json and report.json.
+        out: output folder: the model's files, plan.json, report.json and report.html.
         method: a `PruningCallback`.
         dtype: of scoring and of the saved weights; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
@@ -65,13 +69,21 @@ def prune(
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
-    seconds = {"text": time.perf_counter() - start}
+    record = Record(facts={"hardware": hardware(place(device)), "seed": method.seed, "versions": versions()})
+    method.listeners.append(record)
+    seconds: dict[str, float] = {}
+
+    def took(stage: str, since: float) -> None:
+        seconds[stage] = time.perf_counter() - since
+        record.hear("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": peak_memory_mib()})
+
+    took("text", start)
     start = time.perf_counter()
     if stream:
         network = streamed.load(model, dtype, place(device), memory_gib, scratch=Path(out).parent)
     else:
         network = load_on(model, dtype, device)
-    seconds["load_model"] = time.perf_counter() - start
+    took("load_model", start)
     with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
         plan = method.prune(network, batches)
@@ -80,7 +92,7 @@ def prune(
         written = export.write_model(
             *(network, out, tokenizer, plan, format, overwrite), max_shard_size=max_shard_size, fresh_process=True
         )
-        seconds["save"] = time.perf_counter() - start
+        took("save", start)
     ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
     report = {
         "method": plan.method,
@@ -95,6 +107,14 @@ def prune(
         "seed": plan.seed,
     }
     write_json(Path(out) / "report.json", report)
+    for name in ("dense", "pruned"):
+        record.hear("measured", {"name": name, "row": report[name]})
+    given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
+    record.facts |= {
+        "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
+        "load": loading.commands(written.format, Path(out), plan),
+    }
+    run_page.write(record, Path(out))
     return report
 
 
@@ -112,7 +132,7 @@ def run(command: str, arguments: list[str]) -> int:
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     say(f"{measure.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
-    say(f"{options.out}/: {report['format']} model, plan.json, report.json")
+    say(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
     return 0
 
 

@@ -1,11 +1,13 @@
-"""An evaluation as Markdown: works on the content of evaluate.json alone. Every protocol has a table of its own."""
+"""An evaluation as tables: works on the content of evaluate.json alone. Every protocol has a table of its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
-from prunelit.report.tables import number, perplexity_of
+from prunelit.numbers import number, perplexity_of
+from prunelit.page import parts
+from prunelit.page.parts import Completions, Notes, Part, Section, Table
 
 Report = Mapping[str, Any]
 """The content of evaluate.json, see `prunelit.evaluation.run`."""
@@ -16,7 +18,12 @@ _MIB = 2**20
 
 def markdown(report: Report) -> str:
     """The whole evaluate.md."""
-    parts = [f"# Evaluation of {_name(report['model'])}", *_sizes(report)]
+    return parts.markdown(f"Evaluation of {_name(report['model'])}", sections(report))
+
+
+def sections(report: Report) -> list[Section]:
+    """Sizes, what was measured, how."""
+    found = [Section("", _sizes(report))]
     for part, content in (
         ("perplexity", _perplexity),
         ("zero_shot", _zero_shot),
@@ -24,18 +31,15 @@ def markdown(report: Report) -> str:
         ("samples", _samples),
     ):
         if part in report:
-            parts += [f"## {part.replace('_', '-').capitalize()}", *content(report)]
+            found.append(Section(part.replace("_", "-").capitalize(), content(report)))
     machine = report["hardware"]
     made = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    parts.append(f"- `{report['command']}` on {machine['device']}, {machine['threads']} threads\n- {made}")
-    return "\n\n".join(parts) + "\n"
+    how = f"`{report['command']}` on {machine['device']}, {machine['threads']} threads"
+    return [*found, Section("", [Notes([how, made])])]
 
 
-def table(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    rows = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    rows.insert(1, ["---"] * len(rows[0]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _table(lines: Sequence[Sequence[str]]) -> Table:
+    return Table(lines[0], lines[1:])
 
 
 def _name(subject: Mapping[str, Any]) -> str:
@@ -46,7 +50,7 @@ def _who(report: Report) -> list[str]:
     return [who for who in ("model", "against") if who in report]
 
 
-def _sizes(report: Report) -> list[str]:
+def _sizes(report: Report) -> list[Part]:
     who = _who(report)
     lines = [["", *who, *["ratio"] * (len(who) > 1)]]
     for name in _SIZES:
@@ -55,14 +59,14 @@ def _sizes(report: Report) -> list[str]:
         if len(who) > 1:
             lines[-1].append(f"{values[0] / values[1]:.3f}" if values[1] else "")
     against = [f"Against {_name(report['against'])}."] if "against" in report else []
-    return [*against, table(lines)]
+    return [*against, _table(lines)]
 
 
-def _perplexity(report: Report) -> list[str]:
+def _perplexity(report: Report) -> list[Part]:
     return [part for group in perplexities.tables(report["perplexity"]) for part in perplexity_table(group)]
 
 
-def perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
     """One table, what it was measured with above it, its texts below.
 
     Args:
@@ -84,15 +88,15 @@ def perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[str]:
             last = ["mean", "", "", f"{sum(ratios) / len(ratios):.3f}"]
             lines = [[*line, cell] for line, cell in zip(lines, last, strict=True)]
     notes = [
-        f"- {name}: {', '.join(entry['protocol']['text'])}; {entry['protocol']['windows']} windows, "
+        f"{name}: {', '.join(entry['protocol']['text'])}; {entry['protocol']['windows']} windows, "
         f"{entry['model']['tokens']:,} tokens"
         for name, entry in texts.items()
     ]
     said = f"Windows of {length} tokens, {overlap}; mean {common['mean']}, {common['dtype']}."
-    return [said, table(lines), "\n".join(notes)]
+    return [said, _table(lines), Notes(notes)]
 
 
-def _zero_shot(report: Report) -> list[str]:
+def _zero_shot(report: Report) -> list[Part]:
     found = report["zero_shot"]
     protocol, who = found["protocol"], _who(report)
     both = len(who) > 1
@@ -114,10 +118,10 @@ def _zero_shot(report: Report) -> list[str]:
         f"{protocol['harness']}, {protocol['shots']}-shot, {limit}, batches of {protocol['batch_size']}, "
         f"{protocol['dtype']}, rows: {protocol['rows']}. ± one standard error, the harness'."
     )
-    notes = [f"- average {metric}: {what}; every task weighs the same" for metric, what in AVERAGES.items()]
+    notes = [f"average {metric}: {what}; every task weighs the same" for metric, what in AVERAGES.items()]
     if both:
-        notes.append(f"- interval: {protocol['interval']}; of the average: tasks taken as independent")
-    return [said, table(lines), "\n".join(notes)]
+        notes.append(f"interval: {protocol['interval']}; of the average: tasks taken as independent")
+    return [said, _table(lines), Notes(notes)]
 
 
 def _with_error(metrics: Mapping[str, Any], metric: str) -> str:
@@ -129,7 +133,7 @@ def _difference(found: Mapping[str, float]) -> list[str]:
     return [f"{found['difference']:+.3f}", f"{found['low']:+.3f} to {found['high']:+.3f}"]
 
 
-def _speed(report: Report) -> list[str]:
+def _speed(report: Report) -> list[Part]:
     found, who = report["speed"], _who(report)
     protocol, ratios = found["protocol"], found.get("ratios")
     lines = [["", *who, *["times as fast", "quartiles", "promised"] * bool(ratios)]]
@@ -160,20 +164,12 @@ def _speed(report: Report) -> list[str]:
     )
     if found["model"]["loading_counts"]:
         memory += ", loading included"
-    notes = [f"- {ratio['said']}" for ratio in (ratios or {}).values()]
-    return [said, table(lines), "\n".join([*notes, f"- peak memory: {memory}"])]
+    notes = [f"{ratio['said']}" for ratio in (ratios or {}).values()]
+    return [said, _table(lines), Notes([*notes, f"peak memory: {memory}"])]
 
 
-def _samples(report: Report) -> list[str]:
+def _samples(report: Report) -> list[Part]:
     found, who = report["samples"], _who(report)
     chat = ", as a message in the chat template" if found["chat"] else ""
-    parts = [f"Greedy, at most {found['new_tokens']} tokens{chat}."]
-    for place, prompt in enumerate(found["prompts"]):
-        parts.append(f"Prompt:\n\n{_block(prompt)}")
-        parts += [f"{each}:\n\n{_block(found[each][place])}" for each in who]
-    return parts
-
-
-def _block(content: str) -> str:
-    """An indented block, in which nothing is Markdown."""
-    return "\n".join(f"    {line}" for line in content.splitlines() or [""])
+    completed = Completions(found["prompts"], {name: found[name] for name in who})
+    return [f"Greedy, at most {found['new_tokens']} tokens{chat}.", completed]

@@ -1,7 +1,7 @@
 """A whole evaluation: checked first, then part by part; every finished part is kept, so a killed one goes on.
 
 out/evaluate.json    everything: sizes, perplexities with their protocol, tasks, speed, samples, versions
-out/evaluate.md      the tables
+out/evaluate.md      the tables; report.html: the same for a browser
 out/tasks/           definitions of the zero-shot tasks that come from local files, for lm_eval --include_path
 out/kept/            one file for each finished part; may be deleted
 """
@@ -25,6 +25,7 @@ from prunelit.commands.options import Dtype, listed, place
 from prunelit.errors import BadOption
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
 from prunelit.evaluation.markdown import markdown
+from prunelit.evaluation.page import page_of
 from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
@@ -112,6 +113,7 @@ def evaluate(
         if out is not None:
             write_json(folder / "evaluate.json", report)
             write_text(folder / "evaluate.md", markdown(report))
+            write_text(folder / "report.html", page_of(report))
     return report
 
 

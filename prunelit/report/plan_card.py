@@ -52,12 +52,17 @@ def totals(plans: dict[str, PruningPlan]) -> str:
 
 def layers(plan: PruningPlan) -> str:
     """What the layers keep, neighbours of one shape in one line."""
+    return _columns(layer_rows(plan), right=(1, 2, 3))
+
+
+def layer_rows(plan: PruningPlan) -> list[list[str]]:
+    """The same as rows of cells, the first one a head."""
     rows = [["layers", "query heads", "KV groups", "FFN channels", ""]]
     numbered = enumerate(zip(plan.layers, plan.model.layers, strict=True))
     for said, run in groupby(numbered, lambda item: _widths(*item[1])):
         indices = [index for index, _ in run]
         rows.append([spans(indices), *said])
-    return _columns(rows, right=(1, 2, 3))
+    return rows
 
 
 def _widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ model/        the recovered model, adapters merged, loads with transformers
 adapter/      the adapters in PEFT's format, and base/, the cut model that they are for
 plan.json     what was cut
 report.json   dense, pruned, recovered; protocol, seconds, memory, versions, seed; written as soon as a part is known
+report.html   the same for people, with pictures, what layers keep and completions; record.json is what it is drawn from
 """
 
 import json
@@ -33,15 +34,19 @@ from prunelit.callbacks.job import (
 )
 from prunelit.callbacks.recorder import Recorder
 from prunelit.data import TextDataModule
-from prunelit.errors import BadOption, BadQuantisation
+from prunelit.decoder import Decoder
+from prunelit.errors import BadOption, BadPlan, BadQuantisation
+from prunelit.evaluation import samples
+from prunelit.evaluation.samples import Samples
 from prunelit.files import write_json
 from prunelit.kept import text_fingerprint
-from prunelit.machine import peak_memory_mib
-from prunelit.record import Listener
-from prunelit.report import merging
+from prunelit.machine import hardware, peak_memory_mib
+from prunelit.record import Listener, Record
+from prunelit.report import loading, merging, run_page
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")
+_COMPLETION_TOKENS = 24
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
@@ -52,10 +57,20 @@ class RunReport(Recorder):
         batch_size: windows per forward pass when measuring perplexity.
         format: of the saved model: "auto", or one of those of `python -m prunelit export`.
         save_base: also save the cut model before recovery as base/, which the saved adapters are for.
+        prompts: texts that the dense, the cut and the recovered model complete, for report.html; null: a few built-in
+            ones; an empty list: none.
+
+    Raises:
+        BadOption: an empty prompt.
     """
 
-    def __init__(self, batch_size: int = 4, format: str = "auto", save_base: bool = True):
+    def __init__(
+        self, batch_size: int = 4, format: str = "auto", save_base: bool = True, prompts: list[str] | None = None
+    ):
         super().__init__()
+        self._samples: Samples | None = None
+        if prompts is None or prompts:
+            self._samples = Samples(tuple(prompts or Samples.prompts), new_tokens=_COMPLETION_TOKENS)
         self.record.kind = "fit"
         self.batch_size = batch_size
         self.format = format
@@ -97,8 +112,12 @@ class RunReport(Recorder):
             same_on_all_ranks("data", text_fingerprint(parts))
         self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
         self.report |= self._earlier(resumed is not None)
+        for name in self.report.keys() & {"dense", "pruned"}:
+            self._tell("measured", name=name, row=self.report[name])
+        self.record.title = Decoder(model).shape.name
         with on_device(model, trainer.strategy.root_device):
             self._measure("dense", model, measure.size(model))
+            self._complete("dense", model, trainer)
         self._write(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,10 +138,16 @@ class RunReport(Recorder):
             export.check_fits(base if self.format == "int4" else twin.plain(base), _tokenizer(trainer), self.format)
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
             self._measure("pruned", adapted, size)
+            self._complete("pruned", adapted, trainer)
         self.report["memory"] = quantize.bytes_per_parameter(adapted)
         _say_memory(self.report["memory"])
         self._write(trainer)
         self._started = time.perf_counter()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The curve of a resumed run goes on from the step of its checkpoint."""
+        super().on_train_start(trainer, pl_module)
+        self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
@@ -134,6 +159,7 @@ class RunReport(Recorder):
         tokenizer, plan = _tokenizer(trainer), self._plan(trainer)
         merged = self._merged(trainer, recovered, tokenizer, plan)
         self._measure("recovered", merged, measure.size(merged))
+        self._complete("recovered", merged, trainer)
         if trainer.is_global_zero:
             with self._timed("save"):
                 written = export.write_model(
@@ -143,11 +169,16 @@ class RunReport(Recorder):
                     report=self.report,
                 )
             self.report |= {"format": written.format, "trained_steps": trainer.global_step}
+            self.record.facts["load"] = loading.commands(written.format, written.path, plan)
         trainer.strategy.barrier()
         self._write(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
-            made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
+            made = (
+                "report.html model/"
+                + " adapter/" * ("merge" in self.report)
+                + " base/" * ("base_format" in self.report)
+            )
             sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: {made} plan.json report.json config.yaml\n")
 
     def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
@@ -207,6 +238,17 @@ class RunReport(Recorder):
             self.report[name] = row | size
             self._tell("measured", name=name, row=self.report[name])
 
+    def _complete(self, name: str, model: Any, trainer: Trainer) -> None:
+        """Write completions for the page. They stay in this folder: they are not told to other listeners."""
+        tokenizer = _tokenizer(trainer)
+        if self._samples is None or tokenizer is None or strategies.is_sharded(trainer.strategy):
+            return
+        known = {row["prompt"] for row in self.record.completions if name in row}
+        if trainer.is_global_zero and not known.issuperset(self._samples.prompts):
+            with self._timed("write_samples"):
+                texts = samples.write(model, tokenizer, self._samples)
+            self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
+
     def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
         if self._windows is None:
             return {}
@@ -226,7 +268,21 @@ class RunReport(Recorder):
             part.pop("tokens", None)  # known once something is measured
         if any(found.get(name) != value for name, value in mine.items()):
             return {}
+        if resumed:
+            self._go_on()
         return {name: found[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in found}
+
+    def _go_on(self) -> None:
+        """Take over the record of the run that is resumed; a damaged one is begun anew."""
+        try:
+            earlier = Record.from_json((self._folder / "record.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, BadPlan):
+            return
+        wanted = self._samples.prompts if self._samples else ()
+        earlier.completions = [row for row in earlier.completions if row["prompt"] in wanted]
+        earlier.stages += self.record.stages
+        earlier.facts |= self.record.facts
+        self.record = earlier
 
     @staticmethod
     def _pruner(trainer: Trainer) -> PruningCallback | None:
@@ -260,6 +316,13 @@ class RunReport(Recorder):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
+        taken = ("protocol", "versions", "seed", "memory", "trained_steps")
+        self.record.facts |= {name: self.report[name] for name in taken if name in self.report}
+        self.record.facts |= {
+            "hardware": hardware(trainer.strategy.root_device),
+            "completion_tokens": _COMPLETION_TOKENS,
+        }
+        run_page.write(self.record, self._folder)
 
 
 def _tokenizer(trainer: Trainer) -> Any:

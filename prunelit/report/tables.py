@@ -1,4 +1,4 @@
-"""A comparison as Markdown: perplexities, their mean log ratio to the dense model, what was measured how.
+"""A comparison as tables: perplexities, their mean log ratio to the dense model, what was measured how.
 
 Works on the content of compare.json alone; nothing is computed that needs a model.
 """
@@ -6,6 +6,10 @@ Works on the content of compare.json alone; nothing is computed that needs a mod
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from prunelit.numbers import number, percent, perplexity_of
+from prunelit.page import parts
+from prunelit.page.parts import Notes, Section, Table
 
 Report = Mapping[str, Any]
 """The content of compare.json, see `prunelit.compare`."""
@@ -17,15 +21,6 @@ def mean_log_ratio(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
     """Mean over the texts of ln(perplexity / dense perplexity), in nats; 0 is the dense model."""
     texts = cell["texts"]
     return sum(texts[name]["nll"] - dense["texts"][name]["nll"] for name in texts) / len(texts)
-
-
-def number(perplexity: float, like: float | None = None) -> str:
-    """A perplexity with three digits, more where it is larger (22.9, 102, 9386); as many decimals as `like` has."""
-    if not math.isfinite(perplexity):
-        return "inf"
-    size = perplexity if like is None else like
-    digits = 2 if size < 9.995 else 1 if size < 99.95 else 0
-    return f"{perplexity:.{digits}f}"
 
 
 def _decimals(digits: int) -> Callable[[float, float], str]:
@@ -40,13 +35,13 @@ def spread(values: Sequence[float], form: Callable[[float, float], str]) -> str:
     return f"{form(mean, mean)} ± {form((max(values) - min(values)) / 2, mean)}"
 
 
-def perplexity_of(text: Mapping[str, Any]) -> float:
-    """exp(nll) of one measurement; infinite where no float holds it."""
-    return math.exp(text["nll"]) if text["nll"] < 700 else math.inf
-
-
 def markdown(report: Report) -> str:
     """The whole compare.md."""
+    return parts.markdown(f"Pruning methods on {report['model']}", sections(report))
+
+
+def sections(report: Report) -> list[Section]:
+    """The tables, and last of all what must stand below them."""
     texts, dense = list(report["texts"]), report["dense"]
     perplexities = " / ".join(number(perplexity_of(dense["texts"][name])) for name in texts)
 
@@ -60,8 +55,7 @@ def markdown(report: Report) -> str:
     def speed(cells: Sequence[Mapping[str, Any]]) -> str:
         return spread([cell["latency"]["speedup"] for cell in cells], _decimals(2))
 
-    parts = [
-        f"# Pruning methods on {report['model']}",
+    found: list[parts.Part] = [
         f"Perplexity on {' / '.join(texts)}; the dense model has {perplexities}.",
         grid(report, all_texts),
         f"Mean over {' / '.join(texts)} of ln(perplexity / dense perplexity), in nats, smaller is better; the best of "
@@ -71,12 +65,25 @@ def markdown(report: Report) -> str:
         grid(report, seconds),
     ]
     if report["latency"]:
-        parts += [
+        found += [
             f"Prefill of {report['latency']['tokens']} tokens: times as fast as the dense model, median of "
             f"{report['latency']['repeats']} passes in turn.",
             grid(report, speed),
         ]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes(report))]) + "\n"
+    return [Section("", found), Section("", [Notes(notes(report))])]
+
+
+def best_places(report: Report) -> dict[float, tuple[str, float]]:
+    """{ratio: (row, its mean log ratio)} of the best row at each ratio that any row has finished with every seed."""
+    found: dict[float, tuple[str, float]] = {}
+    for ratio in report["ratios"]:
+        for row in report["rows"]:
+            cells = _place(report, row["label"], ratio)
+            if len(cells) == len(report["seeds"]):
+                measure = _mean(mean_log_ratio(cell, report["dense"]) for cell in cells)
+                if ratio not in found or measure < found[ratio][1]:
+                    found[ratio] = row["label"], measure
+    return found
 
 
 def _log_ratios(dense: Mapping[str, Any]) -> Callable[[Sequence[Mapping[str, Any]]], str]:
@@ -92,7 +99,7 @@ def grid(
     report: Report,
     content: Callable[[Sequence[Mapping[str, Any]]], str],
     best: Callable[[Sequence[Mapping[str, Any]]], float] | None = None,
-) -> str:
+) -> Table:
     """Methods down, ratios across.
 
     Args:
@@ -101,19 +108,19 @@ def grid(
         best: the measure whose smallest value in a column is set in bold; a place with failed seeds can not win.
     """
     wanted = len(report["seeds"])
-    lines = [["method", *(percent(ratio) for ratio in report["ratios"])]]
-    lines += [[row["label"].replace("|", "\\|")] for row in report["rows"]]
-    for ratio in report["ratios"]:
+    lines, standing_out = [[row["label"]] for row in report["rows"]], set()
+    for column, ratio in enumerate(report["ratios"], 1):
         places = [_place(report, row["label"], ratio) for row in report["rows"]]
         whole = [cells for cells in places if len(cells) == wanted]
         least = min((best(cells) for cells in whole), default=None) if best else None
-        for line, cells in zip(lines[1:], places, strict=True):
+        for row, (line, cells) in enumerate(zip(lines, places, strict=True)):
             said = content(cells) if cells else _MISSING
             if cells and len(cells) < wanted:
                 said += f" ({len(cells)} of {wanted} seeds)"
-            line.append(f"**{said}**" if best and len(cells) == wanted and best(cells) == least else said)
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+            if best and len(cells) == wanted and best(cells) == least:
+                standing_out.add((row, column))
+            line.append(said)
+    return Table(["method", *map(percent, report["ratios"])], lines, frozenset(standing_out))
 
 
 def _place(report: Report, label: str, ratio: float) -> list[Mapping[str, Any]]:
@@ -123,11 +130,6 @@ def _place(report: Report, label: str, ratio: float) -> list[Mapping[str, Any]]:
         for cell in report["cells"]
         if cell["status"] == "finished" and (cell["label"], cell["ratio"]) == (label, ratio)
     ]
-
-
-def percent(ratio: float) -> str:
-    """0.125 -> "12.5%"."""
-    return f"{round(100 * ratio, 6):g}%"
 
 
 def notes(report: Report) -> list[str]:

@@ -1,0 +1,30 @@
+"""report.html of an evaluation: the content of evaluate.json as numbers and tables, completions side by side."""
+
+from collections.abc import Iterator
+
+from prunelit.evaluation.markdown import Report, sections
+from prunelit.numbers import number, perplexity_of
+from prunelit.page import html
+from prunelit.page.parts import Fact, Page
+
+
+def page_of(report: Report) -> str:
+    """The whole file."""
+    model, against = report["model"], report.get("against")
+    sizes, *measured, how = sections(report)
+    lead = f"Against {against['source']}." if against else "Alone, against no other model."
+    parts = [part for part in sizes.parts if not isinstance(part, str)]
+    wanted = [*measured, sizes._replace(title="Size", parts=parts), how._replace(title="How it was made")]
+    title = f"Evaluation of {model['source']}" + (f" with adapter {model['adapter']}" if model["adapter"] else "")
+    return html.render(Page(title, lead, list(_facts(report)), wanted))
+
+
+def _facts(report: Report) -> Iterator[Fact]:
+    for name, entry in report.get("perplexity", {}).items():
+        note = f"against {number(perplexity_of(entry['against']))}" if "against" in entry else ""
+        yield Fact(f"Perplexity on {name}", number(perplexity_of(entry["model"])), note)
+    for metric, average in report.get("zero_shot", {}).get("averages", {}).items():
+        note = f"against {average['against']:.3f}" if "against" in average else ""
+        yield Fact(f"Zero-shot, mean {metric}", f"{average['model']:.3f}", note)
+    for kind, ratio in report.get("speed", {}).get("ratios", {}).items():
+        yield Fact(f"{kind.capitalize()}, times as fast", f"{ratio['median']:.2f}", f"promised {ratio['promised']:.2f}")

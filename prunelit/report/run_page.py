@@ -1,0 +1,197 @@
+"""report.html of a run that cut a model: drawn from its `Record` and nothing else, so it can be drawn again.
+
+from prunelit.record import Record
+from prunelit.report.run_page import page_of
+record = Record.from_json(Path("runs/quickstart/record.json").read_text())
+Path("again.html").write_text(page_of(record))
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from prunelit.files import write_text
+from prunelit.numbers import duration, number, percent
+from prunelit.page import html
+from prunelit.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
+from prunelit.page.summary import summary_of
+from prunelit.pictures import PICTURES, figure_of
+from prunelit.plan import PruningPlan
+from prunelit.record import Record
+from prunelit.report.plan_card import layer_rows
+from prunelit.serving import notes, serving
+
+STATES = ("dense", "pruned", "recovered")
+_ROWS = {
+    "perplexity": "perplexity",
+    "parameters": "parameters",
+    "block_parameters": "parameters of the decoder layers",
+    "macs_per_token": "MACs per token",
+    "kv_bytes_per_token": "KV-cache bytes per token",
+}
+
+
+def write(record: Record, folder: Path) -> None:
+    """report.html and record.json, each whole.
+
+    Raises:
+        OutputNotWritable: the disk refused.
+    """
+    write_text(folder / "record.json", record.to_json())
+    write_text(folder / "report.html", page_of(record))
+
+
+def page_of(record: Record) -> str:
+    """The whole file."""
+    wanted = (
+        Section("Quality and size", list(_sizes(record))),
+        Section("Pictures", list(_pictures(record))),
+        Section("What it writes", list(_completions(record))),
+        Section("Load it", [Code(text, what) for what, text in record.facts.get("load", ())]),
+        Section("What each layer keeps", list(_layers(record.plan))),
+        Section("What serves it", list(_serving(record.plan))),
+        Section("How it was made", list(_how(record))),
+        Section("Config", [Code(record.facts["config"])] if record.facts.get("config") else [], folded=True),
+    )
+    page = Page(_title(record), _lead(record), list(_facts(record)), [section for section in wanted if section.parts])
+    return html.render(page)
+
+
+def _title(record: Record) -> str:
+    if record.plan is None:
+        return record.title or "A run of prunelit"
+    share = record.plan.predicted["ratio_of_block_parameters"]
+    return f"{record.plan.model.name}: {share:.1%} of its layers removed by {record.plan.method}"
+
+
+def _lead(record: Record) -> str:
+    plan, found = record.plan, record.measured
+    said = [f"Plan {plan.digest}, seed {plan.seed}"] if plan else []
+    if record.kind == "fit":
+        steps = record.facts.get("trained_steps")
+        said.append(f"recovered in {steps} steps" if steps else "not finished: this is what was known so far")
+    elif "pruned" not in found:
+        said.append("not finished: this is what was known so far")
+    else:
+        said.append("no training")
+    return "; ".join(said).capitalize() + "."
+
+
+def _facts(record: Record) -> Iterator[Fact]:
+    """The headline: what went, what it did to quality and cost."""
+    if record.plan is not None:
+        predicted = record.plan.predicted
+        whole = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
+        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", whole)
+    states = [name for name in STATES if name in record.measured]
+    values = {name: record.measured[name].get("perplexity") for name in states}
+    if any(value is not None for value in values.values()):
+        said = [_perplexity(value) for value in values.values()]
+        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(said), ", ".join(states))
+    if len(states) > 1:
+        first, last = record.measured[states[0]], record.measured[states[-1]]
+        for name, what in (
+            ("parameters", "Parameters"),
+            ("macs_per_token", "MACs per token"),
+            ("kv_bytes_per_token", "KV cache per token"),
+        ):
+            if first.get(name) and last.get(name) is not None:
+                unit = " bytes" if name.startswith("kv") else ""
+                before, after = f"{_short(first[name])}{unit}", f"{_short(last[name])}{unit}"
+                yield Fact(what, after, f"dense {before}; {1 - last[name] / first[name]:.1%} less")
+
+
+def _short(value: float) -> str:
+    """1,234,567 -> 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:.3g} {letter}"
+    return f"{value:,.0f}"
+
+
+def _perplexity(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else number(value)
+
+
+def _sizes(record: Record) -> Iterator[Part]:
+    states = [name for name in STATES if name in record.measured]
+    rows = []
+    for name, what in _ROWS.items():
+        values = [record.measured[state].get(name) for state in states]
+        if any(value is not None for value in values):
+            said = map(_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
+            rows.append([what, *said])
+    if rows:
+        yield Table(["", *states], rows)
+    if protocol := record.facts.get("protocol"):
+        yield _protocol(protocol)
+
+
+def _protocol(protocol: Mapping[str, Any]) -> str:
+    tokens = f", {protocol['tokens']:,} predicted tokens" if "tokens" in protocol else ""
+    return (
+        f"Perplexity on {', '.join(protocol['text'])}: {protocol['windows']} windows of {protocol['sequence_length']} "
+        f"tokens, a new one every {protocol['stride']}{tokens}; mean {protocol['mean']}, {protocol['dtype']}."
+    )
+
+
+def _pictures(record: Record) -> Iterator[Shown]:
+    for name, picture in PICTURES.items():
+        if (figure := figure_of(name, record)) is not None:
+            yield Shown(name, picture.title, picture.caption, summary_of(name, record), figure)
+
+
+def _completions(record: Record) -> Iterator[Part]:
+    rows = record.completions
+    states = [name for name in STATES if any(name in row for row in rows)]
+    if states:
+        most = record.facts.get("completion_tokens")
+        yield "Greedy" + (f", at most {most} tokens" if most else "") + ", after prompts that no training text is for."
+        texts = {name: [row.get(name, "") for row in rows] for name in states}
+        yield Completions([row["prompt"] for row in rows], texts)
+
+
+def _layers(plan: PruningPlan | None) -> Iterator[Part]:
+    if plan is not None:
+        head, *rows = layer_rows(plan)
+        yield "Of the dense model's units; neighbours of one shape in one line."
+        yield Table(head, rows)
+
+
+def _serving(plan: PruningPlan | None) -> Iterator[Part]:
+    if plan is not None:
+        yield Table(
+            ["program", "serves it", "why", "option", "how known"],
+            [[row.target, row.answer, row.why, row.option, row.known] for row in serving(plan)],
+        )
+        yield Notes(notes(plan))
+
+
+def _how(record: Record) -> Iterator[Part]:
+    facts, plan = record.facts, record.plan
+    said = []
+    if plan is not None:
+        options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
+        said.append(f"{plan.method}: {options}")
+        if text := plan.calibration.get("source"):
+            tokens = plan.calibration.get("tokens")
+            said.append(f"scored on {', '.join(text)}" + (f", {tokens:,} tokens" if tokens else ""))
+    if "seed" in facts:
+        said.append(f"seed {facts['seed']}")
+    if memory := facts.get("memory"):
+        share = memory["trainable_parameters"] / memory["parameters"]
+        said.append(f"trained {memory['trainable_parameters']:,.0f} parameters, {percent(round(share, 4))} of them all")
+    if machine := facts.get("hardware"):
+        said.append(f"{machine['device']}, {machine['threads']} threads")
+    if versions := facts.get("versions"):
+        said.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield Notes(said)
+    if record.stages:
+        rows = [[s["name"].replace("_", " "), duration(s["seconds"]), _memory(s)] for s in record.stages]
+        yield Table(["stage", "time", "peak memory so far"], rows)
+
+
+def _memory(stage: Mapping[str, Any]) -> str:
+    found = stage.get("memory_mib") or {}
+    names = {"cuda": "GPU", "process": "process"}
+    return ", ".join(f"{found[key] / 1024:.2f} GiB ({name})" for key, name in names.items() if key in found)
