@@ -25,7 +25,9 @@ def percent(ratio: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: 3.2 s, 4 min 5 s, 2 h 10 min."""
+    """Seconds as people say them: 40 ms, 3.2 s, 4 min 5 s, 2 h 10 min."""
+    if seconds < 0.0995:
+        return f"{1e3 * seconds:.2g} ms"
     if seconds < 59.95:
         return f"{seconds:.3g} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -29,8 +29,10 @@ from prunelit.callbacks.random import Random
 from prunelit.cells import rows, sources
 from prunelit.errors import SourceNotFound
 from prunelit.kept import model_fingerprint as fingerprint
+from prunelit.numbers import number, perplexity_of
+from prunelit.pictures import comparison
 from prunelit.rank import LayerScores
-from prunelit.report import plots, tables
+from prunelit.report import tables
 from prunelit.trial import prefill_seconds
 from tests.test_cli import call, refused
 from tests.tiny import tiny, tiny_tokenizer
@@ -136,7 +138,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
     if "memory" not in request.node.name:
         monkeypatch.setattr(gc, "collect", lambda: 0)
     if "pictures" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(plots, "draw", lambda *a: [])
+        monkeypatch.setattr(comparison, "write", lambda *a: [])
 
 
 def config(source: str, data: str, tmp_path: Path, **changes: Any) -> list[str]:
@@ -175,8 +177,8 @@ def by_hand(model: Any, path: str, seqlen: int, count: int) -> float:
     """Mean negative log-likelihood of the first windows, token by token."""
     ids = tiny_tokenizer()(Path(path).read_text())["input_ids"]
     losses = []
-    for number in range(count):
-        window = ids[number * seqlen : (number + 1) * seqlen]
+    for place in range(count):
+        window = ids[place * seqlen : (place + 1) * seqlen]
         with torch.no_grad():
             logits = model(torch.tensor([window])).logits[0].double()
         for position in range(seqlen - 1):
@@ -279,12 +281,12 @@ def test_tables_by_hand() -> None:
     [(1.0, "1.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"), (99.96, "100"), (9385.8, "9386")],
 )
 def test_a_perplexity_has_three_digits(value: float, shown: str) -> None:
-    assert tables.number(value) == shown
+    assert number(value) == shown
 
 
 def test_a_perplexity_beyond_floats() -> None:
-    assert tables.number(tables.perplexity_of({"nll": 800.0})) == "inf"
-    assert tables.spread([math.inf, 3.0], tables.number) == "inf"
+    assert number(perplexity_of({"nll": 800.0})) == "inf"
+    assert tables.spread([math.inf, 3.0], number) == "inf"
 
 
 def test_two_seeds_share_windows_between_methods_and_not_between_seeds(
@@ -299,9 +301,7 @@ def test_two_seeds_share_windows_between_methods_and_not_between_seeds(
     assert len(of_seed[0]) == len(of_seed[1]) == 1
     assert of_seed[0] != of_seed[1]
     found = report(tmp_path)
-    pair = [
-        tables.perplexity_of(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)
-    ]
+    pair = [perplexity_of(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)]
     assert len(set(pair)) == 2
     assert f"{sum(pair) / 2:.1f} ± {abs(pair[0] - pair[1]) / 2:.1f} / " in out
 
@@ -741,7 +741,7 @@ def test_pictures(tmp_path: Path) -> None:
         cell["latency"] = {"speedup": 1.5}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        written = plots.draw(handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder)
+        written = comparison.write(handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder)
         names = {f"perplexity_vs_{axis}.{ending}" for axis in ("parameters", "latency") for ending in ("png", "svg")}
         assert {path.name for path in written} == names == {path.name for path in (tmp_path / folder).iterdir()}
     for path in sorted((tmp_path / "a").iterdir()):
@@ -750,7 +750,7 @@ def test_pictures(tmp_path: Path) -> None:
     drawn = (tmp_path / "a" / "perplexity_vs_parameters.svg").read_text()
     assert all(f">{label}<" in drawn for label in ("x|y", "z", "dense", "a", "b"))
     nothing = [dict(cell, status="missing") for cell in cells]
-    assert plots.draw(handmade(cells=nothing), tmp_path) == []
+    assert comparison.write(handmade(cells=nothing), tmp_path) == []
 
 
 def test_pictures_leave_out_what_no_axis_holds(tmp_path: Path) -> None:
@@ -758,7 +758,7 @@ def test_pictures_leave_out_what_no_axis_holds(tmp_path: Path) -> None:
     cells = handmade()["cells"]
     cells[0]["texts"]["a"]["nll"] = 900.0
     rows_ = [{"label": "x|y", "method": "flap", "options": {}}, {"label": "z", "method": "z$", "options": {}}]
-    assert len(plots.draw(handmade(cells=cells, rows=rows_), tmp_path)) == 2
+    assert len(comparison.write(handmade(cells=cells, rows=rows_), tmp_path)) == 2
 
 
 def fake_wandb(said: list[Any]) -> Any:

@@ -23,6 +23,8 @@ class Recorder(Callback):
     def __init__(self) -> None:
         self.record = Record(kind="job")
         self._tokens, self._since = 0, 0.0
+        self._before: dict[str, float] = {}
+        self._of_validation: set[str] = set()
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
         """See `prunelit.record`."""
@@ -44,7 +46,7 @@ class Recorder(Callback):
         every = max(1, getattr(trainer, "log_every_n_steps", 50))
         if trainer.global_step % every and not last:
             return
-        values = _numbers(trainer)
+        values = {name: value for name, value in _numbers(trainer).items() if name not in self._of_validation}
         if trainer.optimizers:
             values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         now = time.perf_counter()
@@ -54,12 +56,14 @@ class Recorder(Callback):
         self.hear("step", {"step": trainer.global_step, "values": values})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused = time.perf_counter()
+        self._paused, self._before = time.perf_counter(), _numbers(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since += time.perf_counter() - self._paused  # no training in between
         if trainer.is_global_zero and not trainer.sanity_checking:
-            self.hear("step", {"step": trainer.global_step, "values": _numbers(trainer)})
+            values = _numbers(trainer)  # what was not there, or changed: Lightning repeats it at every step from now on
+            self._of_validation |= {name for name, value in values.items() if self._before.get(name) != value}
+            self.hear("step", {"step": trainer.global_step, "values": values})
 
 
 def _numbers(trainer: Trainer) -> dict[str, float]:

@@ -11,8 +11,10 @@ from prunelit.page import inline
 from prunelit.page.parts import Code, Completions, Notes, Page, Shown, Table
 
 _TEMPLATE = "page.html.jinja"
+_WORD = 28
 # Control characters, halves of characters and non-characters: no HTML file can hold them, UTF-8 not even write some.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+_LONG_WORD = re.compile(rf"\S{{{_WORD}}}(?=\S)")
 
 
 def render(page: Page) -> str:
@@ -31,7 +33,7 @@ def _template() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters["ticks"] = _ticks
+    made.filters |= {"ticks": _ticks, "cell": _cell}
     return made.get_template(_TEMPLATE)
 
 
@@ -41,6 +43,11 @@ def _ticks(line: str) -> Markup:
     if len(pieces) % 2 == 0:  # an odd one is itself
         return escape(line)
     return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else escape(p) for n, p in enumerate(pieces))
+
+
+def _cell(text: str) -> Markup:
+    """Places to break inside a word that would make its column as wide as itself."""
+    return Markup("<wbr>").join(escape(piece) for piece in _LONG_WORD.sub("\\g<0>\0", text).split("\0"))
 
 
 def _kind(part: Any) -> str:

@@ -85,11 +85,12 @@ class Section(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A headline number, what it is, and what it is compared with."""
+    """A headline number, what it is, and what it is compared with; `wide`: it takes the room of two."""
 
     name: str
     value: str
     note: str = ""
+    wide: bool = False
 
 
 class Page(NamedTuple):

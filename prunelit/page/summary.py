@@ -40,8 +40,9 @@ def _scores(record: Record) -> str:
         if found:
             goes, there = (sum(column) for column in zip(*found, strict=True))
             shares = [gone / of for gone, of in found]
-            between = f", {min(shares):.0%} to {max(shares):.0%} of a layer" if goes else ""
-            said.append(f"{goes:,} of {there:,} {names[kind]} go{between}")
+            low, high = (f"{share:.0%}" for share in (min(shares), max(shares)))
+            between = f", {low} of each layer" if low == high else f", {low} to {high} of a layer"
+            said.append(f"{goes:,} of {there:,} {names[kind]} go{between if goes else ''}")
     return f"{'; '.join(said)}."
 
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from prunelit.pictures.style import INK, KEPT, REMOVED, bare, figure, legend, log_numbers, whole_numbers
+from prunelit.pictures.style import INK, KEPT, REMOVED, bare, figure, legend, log_numbers, short, whole_numbers
 from prunelit.record import Histogram, Record
 
 _NAMES = {"heads": "score of a query head", "channels": "score of an FFN channel"}
@@ -17,8 +17,7 @@ def draw(record: Record) -> Any:
     made = figure(min(7.5, max(2.1, 0.7 + 0.1 * layers)))
     panels = made.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for panel, (kind, found) in zip(panels, kinds.items(), strict=True):
-        _rows(bare(panel), found)
-        panel.set_xlabel(_NAMES[kind])
+        _rows(bare(panel), found, _NAMES[kind])
         panel.tick_params(axis="y", length=0)
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(layers - 0.4, -1.1)
@@ -27,7 +26,7 @@ def draw(record: Record) -> Any:
     return made
 
 
-def _rows(panel: Any, layers: list[Histogram | None]) -> None:
+def _rows(panel: Any, layers: list[Histogram | None], label: str) -> None:
     """Counts drawn upwards from the layer's line, each layer's largest bin one row high."""
     log = all(one.low > 0 for one in layers if one is not None) and any(one.log for one in layers if one is not None)
     for layer, one in enumerate(layers):
@@ -42,17 +41,36 @@ def _rows(panel: Any, layers: list[Histogram | None]) -> None:
     if log:
         panel.set_xscale("log")
         panel.autoscale_view()
-        low, high = panel.get_xlim()
-        if high / low < 1e3:
-            log_numbers(panel.xaxis)
+        log_numbers(panel.xaxis)
     else:
         from matplotlib.ticker import MaxNLocator
 
-        present = [one for one in layers if one is not None]
-        tails = sorted(one.high for one in present)[(9 * len(present)) // 10 :]  # a few long tails would hide the rest
-        panel.set_xlim(min(one.low for one in present), tails[0])
-        panel.xaxis.set_major_locator(MaxNLocator(4))
-        panel.ticklabel_format(axis="x", style="sci", scilimits=(-2, 3))
+        low, high, all_shown = _bulk([one for one in layers if one is not None])
+        panel.set_xlim(low, high)
+        if not all_shown:
+            label += "\n(the middle 98%)"
+        panel.xaxis.set_major_locator(MaxNLocator(3))
+        panel.xaxis.set_major_formatter(lambda value, place: short(value))
+    panel.set_xlabel(label)
+
+
+def _bulk(layers: list[Histogram]) -> tuple[float, float, bool]:
+    """From where to where the axis goes: all cuts, and all units but the outer hundredths where those lie far out."""
+    units = sorted(
+        (edge, a + b) for one in layers for edge, a, b in zip(one.edges, one.kept, one.removed, strict=False) if a + b
+    )
+    low, high = min(one.low for one in layers), max(one.high for one in layers)
+    least, seen, inner = sum(count for _, count in units) / 100, 0, []
+    for edge, count in units:
+        seen += count
+        if least <= seen <= 99 * least:
+            inner.append(edge)
+    cuts = [one.cut for one in layers if one.cut is not None]
+    bulk = [*inner, *cuts]
+    if not inner or high - low < 2 * (max(bulk) - min(bulk)):
+        return low, high, True
+    margin = 0.05 * (max(bulk) - min(bulk))
+    return max(low, min(bulk) - margin), min(high, max(bulk) + margin), False
 
 
 def _stacked(panel: Any, base: list[float], heights: list[float], edges: list[float], colour: str) -> list[float]:

@@ -36,8 +36,7 @@ def draw(record: Record) -> Any:
         panel.set_xlabel("evaluation")
         panel.set_ylabel("perplexity")
         panel.grid(axis="y")
-        panel.legend(loc="upper right", handlelength=1.2, ncols=3, columnspacing=1.0)
-        panel.margins(y=0.25)
+        panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=1.2, ncols=3)
         whole_numbers(panel.xaxis)
     return made
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from prunelit.numbers import duration
 from prunelit.pictures.style import KEPT, bare, figure
 from prunelit.record import Record
 
@@ -31,5 +32,5 @@ def draw(record: Record) -> Any:
 
 def _said(stage: dict[str, Any]) -> str:
     memory = stage["memory_mib"].get("cuda") or stage["memory_mib"].get("process")
-    seconds = f"{stage['seconds']:.3g} s"
+    seconds = duration(stage["seconds"])
     return seconds if memory is None else f"{seconds}, {memory / 1024:.2f} GiB"

@@ -68,13 +68,20 @@ def bare(panel: Any) -> Any:
 
 def log_numbers(axis: Any) -> None:
     """A logarithmic axis whose ticks are numbers, and few of them."""
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
     near = low > 0 and high / low < 4
     axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_major_formatter(lambda value, place: short(value))
     axis.set_minor_locator(NullLocator())
+
+
+def short(value: float) -> str:
+    """A tick's number: 0.05, 2,500, 4e5, 1.2e-6."""
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:,.4g}"
+    return re.sub(r"e([+-])0*", lambda found: "e" + found[1].replace("+", ""), f"{value:.3g}")
 
 
 def whole_numbers(axis: Any, most: int = 7) -> None:

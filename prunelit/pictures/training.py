@@ -60,7 +60,7 @@ def _perplexity(panel: Any, points: list[tuple[int, float]], record: Record) -> 
     panel.set_yscale("log")
     log_numbers(panel.yaxis)
     panel.set_ylabel("perplexity")
-    panel.legend(loc="upper right", handlelength=1.4)
+    panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=1.4, ncols=3)
 
 
 def _curve(record: Record, name: str) -> list[tuple[int, float]]:

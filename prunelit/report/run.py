@@ -174,12 +174,9 @@ class RunReport(Recorder):
         self._write(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
-            made = (
-                "report.html model/"
-                + " adapter/" * ("merge" in self.report)
-                + " base/" * ("base_format" in self.report)
-            )
-            sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: {made} plan.json report.json config.yaml\n")
+            made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
+            files = "report.html report.json plan.json config.yaml"
+            sys.stdout.write(f"\n{measure.table(rows)}\n\n{self._folder}/: {made} {files}\n")
 
     def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
         """The model with its adapters merged; before that they are saved as they are."""

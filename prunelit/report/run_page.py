@@ -79,15 +79,15 @@ def _lead(record: Record) -> str:
 
 def _facts(record: Record) -> Iterator[Fact]:
     """The headline: what went, what it did to quality and cost."""
-    if record.plan is not None:
-        predicted = record.plan.predicted
-        whole = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
-        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", whole)
     states = [name for name in STATES if name in record.measured]
     values = {name: record.measured[name].get("perplexity") for name in states}
     if any(value is not None for value in values.values()):
         said = [_perplexity(value) for value in values.values()]
-        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(said), ", ".join(states))
+        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(said), ", ".join(states), wide=True)
+    if record.plan is not None:
+        predicted = record.plan.predicted
+        whole = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
+        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", whole)
     if len(states) > 1:
         first, last = record.measured[states[0]], record.measured[states[-1]]
         for name, what in (
@@ -98,7 +98,8 @@ def _facts(record: Record) -> Iterator[Fact]:
             if first.get(name) and last.get(name) is not None:
                 unit = " bytes" if name.startswith("kv") else ""
                 before, after = f"{_short(first[name])}{unit}", f"{_short(last[name])}{unit}"
-                yield Fact(what, after, f"dense {before}; {1 - last[name] / first[name]:.1%} less")
+                less = f"dense {before}; {1 - last[name] / first[name]:.1%} less"
+                yield Fact(what, after, less if last[name] != first[name] else "as the dense model")
 
 
 def _short(value: float) -> str:
@@ -146,7 +147,7 @@ def _completions(record: Record) -> Iterator[Part]:
     states = [name for name in STATES if any(name in row for row in rows)]
     if states:
         most = record.facts.get("completion_tokens")
-        yield "Greedy" + (f", at most {most} tokens" if most else "") + ", after prompts that no training text is for."
+        yield "Greedy completions" + (f" of at most {most} tokens." if most else ".")
         texts = {name: [row.get(name, "") for row in rows] for name in states}
         yield Completions([row["prompt"] for row in rows], texts)
 
@@ -171,7 +172,7 @@ def _how(record: Record) -> Iterator[Part]:
     facts, plan = record.facts, record.plan
     said = []
     if plan is not None:
-        options = ", ".join(f"{name} {value}" for name, value in plan.options.items())
+        options = ", ".join(f"{name} {value}" for name, value in plan.options.items() if value not in (None, []))
         said.append(f"{plan.method}: {options}")
         if text := plan.calibration.get("source"):
             tokens = plan.calibration.get("tokens")

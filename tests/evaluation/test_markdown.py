@@ -6,7 +6,8 @@ import pytest
 
 from prunelit.errors import BadOption
 from prunelit.evaluation import perplexities
-from prunelit.evaluation.markdown import markdown, perplexity_table, table
+from prunelit.evaluation.markdown import markdown, perplexity_table
+from prunelit.page.parts import Notes, Table
 from tests.tiny import tokens
 
 
@@ -16,22 +17,19 @@ def text(length: int, *nll: float) -> dict[str, Any]:
     return {"protocol": perplexities.protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
 
 
-def test_a_table() -> None:
-    assert table([["", "a|b"], ["x", "1"]]) == "|  | a\\|b |\n| --- | --- |\n| x | 1 |"
-
-
 def test_perplexities_of_one_protocol() -> None:
     said, grid, notes = perplexity_table({"a": text(12, 3.0, 2.9), "b": text(12, 2.5, 2.0)})
     assert said == "Windows of 12 tokens, without overlap; mean over predicted tokens, float32."
-    assert grid.splitlines() == [
-        "|  | a | b | mean |",
-        "| --- | --- | --- | --- |",
-        "| model | 20.1 | 12.2 |  |",
-        "| against | 18.2 | 7.39 |  |",
-        "| ln(model / against) | 0.100 | 0.500 | 0.300 |",
-    ]
-    assert notes.splitlines() == [f"- {name}: a.txt; 3 windows, 30 tokens" for name in "ab"]
-    assert perplexity_table({"a": text(12, 3.0)})[1].splitlines()[-1] == "| model | 20.1 |"
+    assert grid == Table(
+        ["", "a", "b", "mean"],
+        [
+            ["model", "20.1", "12.2", ""],
+            ["against", "18.2", "7.39", ""],
+            ["ln(model / against)", "0.100", "0.500", "0.300"],
+        ],
+    )
+    assert notes == Notes([f"{name}: a.txt; 3 windows, 30 tokens" for name in "ab"])
+    assert perplexity_table({"a": text(12, 3.0)})[1] == Table(["", "a"], [["model", "20.1"]])
 
 
 def test_two_protocols_in_one_table_are_refused() -> None:
