@@ -731,6 +731,8 @@ def test_latency_and_plans(capsys: pytest.CaptureFixture[str], source: str, data
     found = report(tmp_path)["cells"][0]["latency"]
     assert found["speedup"] == pytest.approx(found["dense_seconds"] / found["seconds"])
     assert f"| llm_bip | {found['speedup']:.2f} |" in out
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Perplexity on words against latency" in page and "1 of 1 cells finished" in page
 
 
 @pytest.mark.slow

@@ -12,18 +12,11 @@ from prunelit.pictures.style import DENSE, INK, WIDTH, bare, context, figure, lo
 _MARKERS = "osD^v<>PX*hp"
 # Told apart by colour-blind readers, by lightness too; on light and on dark.
 _COLOURS = (
-    "#3a86c8",
-    "#e08a2e",
-    "#2f9e77",
-    "#b5446e",
-    "#8a6fc9",
-    "#a3872b",
-    "#4aa9b8",
-    "#c4604a",
-    "#7a8f3c",
-    "#94687f",
+    *("#3a86c8", "#e08a2e", "#2f9e77", "#b5446e", "#8a6fc9", "#a3872b"),
+    *("#4aa9b8", "#c4604a", "#7a8f3c", "#94687f", "#d07fb0", "#6f8296"),
 )
 _ROWS_OF_LEGEND = 0.19  # inches each
+_ROOM = 60.0  # times the dense perplexity: what is worse than that leaves the picture
 
 Report = Mapping[str, Any]
 """The content of compare.json, see `prunelit.compare`."""
@@ -92,6 +85,8 @@ def _draw_panel(panel: Any, report: Report, axis: str, text: str) -> None:
             style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 4.5}
             panel.plot(*zip(*line, strict=True), label=row["label"], **style)
     panel.set_yscale("log")
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, min(high, _ROOM * base))
     log_numbers(panel.yaxis)
     panel.grid(axis="y")
     panel.set_title(text, loc="left")

@@ -80,7 +80,7 @@ def log_numbers(axis: Any) -> None:
 def short(value: float) -> str:
     """A tick's number: 0.05, 2,500, 4e5, 1.2e-6."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:,.4g}"
+        return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
     return re.sub(r"e([+-])0*", lambda found: "e" + found[1].replace("+", ""), f"{value:.3g}")
 
 

@@ -33,7 +33,10 @@ def page_of(report: Report) -> str:
 
 
 def _pictures(report: Report) -> list[Shown]:
-    caption = "A line is a method, a point a ratio (small: one seed); dashed is the dense model. Lower is better."
+    caption = (
+        "A line is a method, a point a ratio (small: one seed); dashed is the dense model. Lower is better; a line "
+        "that leaves the picture goes on above it."
+    )
     found = []
     for axis in comparison.axes_of(report):
         for number, text in enumerate(report["texts"]):

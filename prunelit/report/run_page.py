@@ -96,7 +96,7 @@ def _facts(record: Record) -> Iterator[Fact]:
             ("kv_bytes_per_token", "KV cache per token"),
         ):
             if first.get(name) and last.get(name) is not None:
-                unit = " bytes" if name.startswith("kv") else ""
+                unit = " B" if name.startswith("kv") else ""
                 before, after = f"{_short(first[name])}{unit}", f"{_short(last[name])}{unit}"
                 less = f"dense {before}; {1 - last[name] / first[name]:.1%} less"
                 yield Fact(what, after, less if last[name] != first[name] else "as the dense model")
