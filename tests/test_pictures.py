@@ -78,6 +78,17 @@ def test_small_and_large_models(size: tuple[int, int, int]) -> None:
     assert figure.get_size_inches()[1] <= 7.5
 
 
+def test_long_runs_leave_small_files() -> None:
+    record = Record(decided=[{"order": ["A1"] * n, "perplexity": 20.0 + n, "after": 1000 * n} for n in range(20)])
+    for number in range(20_000):
+        record.search.append({"removed": [], "candidate": ["A1"], "perplexity": 20 + number % 7, "exact": True})
+        record.training.append({"step": number, "train_loss": 3.0 + number % 5, "tokens_per_second": 9.0 + number % 3})
+    for name in ("search", "training", "speed"):
+        text = svg(figure_of(name, record))
+        assert len(text) < 700_000, name
+        assert ("<image" in text) == (name == "search")
+
+
 def test_nothing_to_draw_is_no_picture() -> None:
     assert all(figure_of(name, Record()) is None for name in PICTURES)
     odd = Record(decided=[{"order": [], "perplexity": float("inf"), "after": 1}], training=[{"step": 1, "x": 1.0}])

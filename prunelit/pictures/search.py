@@ -7,6 +7,7 @@ from prunelit.pictures.style import FAINT, KEPT, REMOVED, bare, figure, log_numb
 from prunelit.record import Record
 
 _MOST_NAMES = 24
+_MOST_POINTS = 1000
 _ROOM = 3.0  # times the highest perplexity chosen: what is drawn of those tried
 
 
@@ -27,7 +28,14 @@ def draw(record: Record) -> Any:
             ("^", [(number, top) for number, value in tried if value > top], "tried, beyond"),
         ):
             if some:
-                style = {"linestyle": "none", "marker": marker, "markersize": 2.8, "color": FAINT}
+                # Thousands of points are one image: all of them are there, and the file stays small.
+                style = {
+                    "rasterized": len(some) > _MOST_POINTS,
+                    "linestyle": "none",
+                    "marker": marker,
+                    "markersize": 2.8,
+                    "color": FAINT,
+                }
                 panel.plot(*zip(*some, strict=True), label=label, **style)
         line = [(step.get("after", 0), step["perplexity"]) for step in decided]
         panel.plot(*zip(*line, strict=True), drawstyle="steps-post", color=REMOVED, linewidth=1.6, label="chosen")

@@ -6,6 +6,7 @@ from typing import Any
 from prunelit.pictures.style import DENSE, KEPT, PRUNED, RECOVERED, bare, figure, log_numbers, whole_numbers
 from prunelit.record import Record
 
+_MOST_DOTS = 60
 _LOSSES = ("train_loss", "train_loss_step", "loss", "loss_step")
 
 
@@ -40,7 +41,7 @@ def draw_speed(record: Record) -> Any:
         return None
     made = figure(1.9)
     panel = bare(made.subplots())
-    panel.plot(*zip(*points, strict=True), color=KEPT, linewidth=1.4, marker="o", markersize=3)
+    panel.plot(*zip(*points, strict=True), color=KEPT, linewidth=1.4, marker=_marker(points), markersize=3)
     panel.set_ylim(0, 1.15 * max(speed for _, speed in points))
     panel.set_ylabel("tokens per second")
     panel.set_xlabel("optimiser step")
@@ -54,13 +55,19 @@ def _perplexity(panel: Any, points: list[tuple[int, float]], record: Record) -> 
     if pruned and math.isfinite(pruned):
         points = [(0, pruned), *points]
         panel.plot([0], [pruned], "o", color=PRUNED, markersize=6, label="pruned")
-    panel.plot(*zip(*points, strict=True), color=RECOVERED, marker="o", markersize=3, linewidth=1.6, label="recovery")
+    style = {"color": RECOVERED, "marker": _marker(points), "markersize": 3, "linewidth": 1.6}
+    panel.plot(*zip(*points, strict=True), label="recovery", **style)
     if dense and math.isfinite(dense):
         panel.axhline(dense, color=DENSE, linestyle="--", linewidth=1.2, label="dense")
     panel.set_yscale("log")
     log_numbers(panel.yaxis)
     panel.set_ylabel("perplexity")
     panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=1.4, ncols=3)
+
+
+def _marker(points: list[tuple[int, float]]) -> str:
+    """A dot each, while they stand apart."""
+    return "o" if len(points) <= _MOST_DOTS else ""
 
 
 def _curve(record: Record, name: str) -> list[tuple[int, float]]:

@@ -42,3 +42,13 @@ def test_a_chat_goes_through_the_template() -> None:
 def test_nothing_to_write(given: dict[str, object]) -> None:
     with pytest.raises(BadOption):
         Samples(**given)  # type: ignore[arg-type]
+
+
+def test_positions_end_a_text_and_a_prompt_must_leave_one() -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny("gpt2", vocab_size=len(tokenizer))  # learned positions: there is no 65th
+    assert model.config.max_position_embeddings == 64
+    (found,) = samples.write(model, tokenizer, Samples(("a" * 60,), new_tokens=24))
+    assert len(tokenizer(found)["input_ids"]) <= 4
+    with pytest.raises(BadOption, match="less than 64 tokens, got 64"):
+        samples.write(model, tokenizer, Samples(("a" * 64,)))
