@@ -24,6 +24,14 @@ def percent(ratio: float) -> str:
     return f"{round(100 * ratio, 6):g}%"
 
 
+def short(count: float) -> str:
+    """1,234,567 -> 1.23 M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if count >= size:
+            return f"{count / size:.3g} {letter}"
+    return f"{count:,.0f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as people say them: 40 ms, 3.2 s, 4 min 5 s, 2 h 10 min."""
     if seconds < 0.0995:

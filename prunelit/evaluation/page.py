@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from prunelit.evaluation.markdown import Report, sections
-from prunelit.numbers import number, perplexity_of
+from prunelit.numbers import number, perplexity_of, short
 from prunelit.page import html
 from prunelit.page.parts import Fact, Page
 
@@ -28,3 +28,6 @@ def _facts(report: Report) -> Iterator[Fact]:
         yield Fact(f"Zero-shot, mean {metric}", f"{average['model']:.3f}", note)
     for kind, ratio in report.get("speed", {}).get("ratios", {}).items():
         yield Fact(f"{kind.capitalize()}, times as fast", f"{ratio['median']:.2f}", f"promised {ratio['promised']:.2f}")
+    for name, what, unit in (("parameters", "Parameters", ""), ("kv_bytes_per_token", "KV cache per token", " B")):
+        values = [f"{short(report[who][name])}{unit}" for who in ("model", "against") if who in report]
+        yield Fact(what, values[0], f"against {values[1]}" if len(values) > 1 else "")

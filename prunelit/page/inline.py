@@ -6,7 +6,6 @@ a sheet would hold for all of them, and ink on a dark page must be light.
 
 import re
 from html import escape
-from typing import Any
 
 from markupsafe import Markup
 
@@ -19,17 +18,16 @@ COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", "#ffffff": "var(--card)"}
 
 def element(shown: Shown) -> Markup:
     """<svg> with a title and a description, which programs that read aloud read."""
-    return _element(svg(shown.figure), shown.name, shown.title, shown.summary)
-
-
-def _element(document: str, name: str, title: str, summary: str) -> Markup:
+    document, name = svg(shown.figure), shown.name
     drawn = document[document.index("<svg") : document.rindex("</svg>")]
     head, _, content = drawn.partition(">")
     box = re.search(r'viewBox="([\d. -]+)"', head)
     content = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", content, flags=re.DOTALL)
     content = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], name), content)
     labels = f"{name}-title {name}-said"
-    said = f'<title id="{name}-title">{escape(title)}</title><desc id="{name}-said">{escape(summary)}</desc>'
+    said = (
+        f'<title id="{name}-title">{escape(shown.title)}</title><desc id="{name}-said">{escape(shown.summary)}</desc>'
+    )
     size = box[1] if box else "0 0 310 200"
     return Markup(f'<svg role="img" aria-labelledby="{labels}" viewBox="{size}">{said}{content}</svg>')
 
@@ -43,9 +41,3 @@ def _tag(tag: str, name: str) -> str:
     for theirs, ours in COLOURS.items():
         tag = re.sub(rf"((?:fill|stroke): ?){theirs}\b", rf"\1{ours}", tag, flags=re.IGNORECASE)
     return tag
-
-
-def size(figure: Any) -> tuple[float, float]:
-    """Width and height in CSS pixels, at which text has the size it was drawn with."""
-    width, height = figure.get_size_inches()
-    return 96 * float(width), 96 * float(height)

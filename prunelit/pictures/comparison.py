@@ -6,7 +6,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from prunelit.numbers import percent, perplexity_of
+from prunelit.numbers import perplexity_of
 from prunelit.pictures.style import DENSE, INK, WIDTH, bare, context, figure, log_numbers, png, svg
 
 _MARKERS = "osD^v<>PX*hp"
@@ -107,9 +107,3 @@ def _places(report: Report, label: str, axis: str, text: str) -> Iterator[list[t
         ]
         if points := [point for point in points if math.isfinite(point[1])]:
             yield points
-
-
-def title(report: Report) -> str:
-    """What is compared."""
-    ratios = ", ".join(map(percent, report["ratios"]))
-    return f"{report['model']}, {ratios} of the decoder layers' budget removed"

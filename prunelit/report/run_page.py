@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.files import write_text
-from prunelit.numbers import duration, number, percent
+from prunelit.numbers import duration, number, percent, short
 from prunelit.page import html
 from prunelit.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
 from prunelit.page.summary import summary_of
@@ -97,17 +97,9 @@ def _facts(record: Record) -> Iterator[Fact]:
         ):
             if first.get(name) and last.get(name) is not None:
                 unit = " B" if name.startswith("kv") else ""
-                before, after = f"{_short(first[name])}{unit}", f"{_short(last[name])}{unit}"
+                before, after = f"{short(first[name])}{unit}", f"{short(last[name])}{unit}"
                 less = f"dense {before}; {1 - last[name] / first[name]:.1%} less"
                 yield Fact(what, after, less if last[name] != first[name] else "as the dense model")
-
-
-def _short(value: float) -> str:
-    """1,234,567 -> 1.23 M."""
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
-        if value >= size:
-            return f"{value / size:.3g} {letter}"
-    return f"{value:,.0f}"
 
 
 def _perplexity(value: float | None) -> str:
