@@ -1,49 +1,24 @@
-"""Which function runs a command of `python -m prunelit`; LightningCLI for `fit` and `validate`.
-
-The only place that knows both callbacks and recovery.
-"""
+"""`python -m prunelit fit` and `validate`: LightningCLI over our module and data. What knows both callbacks and recovery."""
 
 import errno
 import os
 import pydoc
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-from prunelit import checkpoint, compare
+from prunelit import checkpoint, progress
 from prunelit.callbacks.base import PruningCallback
-from prunelit.commands import evaluate, export, plan, prune
-from prunelit.console import one_line_errors, speak_by_rule
+from prunelit.commands import plan
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, OutputNotWritable
 from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport
-
-
-def run(command: str, arguments: list[str]) -> int:
-    """Run a command of `prunelit.__main__.COMMANDS`; the exit code.
-
-    Raises:
-        PrunelitError: bad input, in one line.
-    """
-    runs: dict[str, Callable[[str, list[str]], int]] = {
-        "fit": _lightning,
-        "validate": _lightning,
-        "plan": partial(plan.run, job_of=job),
-        "prune": prune.run,
-        "export": export.run,
-        "evaluate": evaluate.run,
-        "compare": compare.run_compare,
-    }
-    speak_by_rule()
-    with one_line_errors(command):
-        return runs[command](command, arguments)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -59,6 +34,13 @@ class SaveRunConfig(SaveConfigCallback):
             partial = path.with_name(f".{path.name}.{os.getpid()}")
             self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
             os.replace(partial, path)
+
+
+class Bar(TQDMProgressBar):
+    """Lightning's bar in the style of `prunelit.progress`, and silent where nobody looks."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if progress.shown() and sys.stdout.isatty() else 0)
 
 
 class PrunelitCLI(LightningCLI):
@@ -77,11 +59,19 @@ class PrunelitCLI(LightningCLI):
         parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
 
     def before_instantiate_classes(self) -> None:
-        """`--plan` goes to the callbacks that cut."""
+        """`--plan` goes to the callbacks that cut. One style of bars, unless another one is asked for."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        callbacks = config.trainer.callbacks or ()
+        if config.trainer.enable_progress_bar is not False and not any(
+            _is(c.class_path, ProgressBar) for c in callbacks
+        ):
+            self.trainer_defaults = {
+                **self.trainer_defaults,
+                "callbacks": [*self.trainer_defaults.get("callbacks", []), Bar()],
+            }
         if not config.plan:
             return
-        cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
+        cutting = [entry for entry in config.trainer.callbacks or () if _is(entry.class_path, PruningCallback)]
         if len(cutting) != 1:
             raise BadOption(
                 f"plan: expected one pruning callback in trainer.callbacks, which cuts by {config.plan!r}, got "
@@ -115,9 +105,9 @@ def job(arguments: list[str]) -> plan.Job:
     return plan.Job(made.trainer, made.model, made.datamodule)
 
 
-def _cuts(class_path: str) -> bool:
+def _is(class_path: str, base: type) -> bool:
     kind = pydoc.locate(class_path)
-    return isinstance(kind, type) and issubclass(kind, PruningCallback)
+    return isinstance(kind, type) and issubclass(kind, base)
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:
@@ -132,7 +122,8 @@ def _spelt_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def _lightning(command: str, arguments: list[str]) -> int:
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit fit` or `validate`."""
     quiet = {"exit_on_error": False}
     if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
         sys.argv[2:] = _spelt_out(arguments)

@@ -1,4 +1,9 @@
-"""What the command line says: every error in one line, chatter by rule, results on stdout."""
+"""What the command line says: every error in one line, chatter by rule, results on stdout.
+
+An error that is the user's to mend is a `PrunelitError`: one line and exit code 2 (`--verbose` adds the traceback). What
+parsers, Lightning and the system say about input is turned into one here. Everything else is a bug, ours or in a
+callback that someone is writing: it keeps its traceback, and Python's exit code 1.
+"""
 
 import argparse
 import difflib
@@ -11,27 +16,46 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tqdm import tqdm
 
-from prunelit.errors import PrunelitError
+from prunelit import progress
+from prunelit.errors import OutOfMemory, PrunelitError
+
+_KNOBS = {
+    "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
+    "validate": "--data.batch_size or --data.seqlen",
+    "prune": "--seqlen, or pass --dtype bfloat16, or --stream true --memory_gib N, which holds one layer at a time",
+    "plan": "--seqlen, or pass --dtype bfloat16, or --stream true --memory_gib N, which holds one layer at a time",
+    "evaluate": "--seqlen, texts.NAME.seqlen, --batch_size or speed.batch, or pass --dtype bfloat16",
+    "compare": "calibration.seqlen or texts.NAME.seqlen, or pass --dtype bfloat16",
+    "export": "the precision with --dtype bfloat16, or take a machine with more memory",
+}
+"""What a command lowers when memory runs out."""
+_FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Turn what parsers, Lightning and the file system say into one `PrunelitError`."""
+    """Turn what parsers, Lightning, the file system and the allocators say into one `PrunelitError`."""
     try:
         yield
     except PrunelitError:
         raise
-    except ValueError as error:
-        raise _own(error) or error from error
-    except (argparse.ArgumentError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
-        raise PrunelitError(f"{command}: {condense(str(error))}") from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise PrunelitError(
-            f"{command}: the GPU is out of memory; lower data.batch_size or --seqlen, or use bfloat16"
-        ) from error
+    except Exception as error:  # what is not known here goes on as it is
+        raise (_own(error) or _known(command, error) or error) from error
+
+
+def _known(command: str, error: Exception) -> PrunelitError | None:
+    """The one line for an error that input or the machine causes; None for any other."""
+    kind = {base.__name__ for base in type(error).__mro__}
+    if "MemoryError" in kind or "OutOfMemoryError" in kind or ("RuntimeError" in kind and _FULL.search(str(error))):
+        where = "the GPU" if "OutOfMemoryError" in kind or "CUDA" in str(error) else "this machine"
+        return OutOfMemory(f"{command}: {where} is out of memory; lower {_KNOBS.get(command, 'the batch')}")
+    if isinstance(error, argparse.ArgumentError | FileNotFoundError | PermissionError) or (
+        "MisconfigurationException" in kind
+    ):
+        return PrunelitError(f"{command}: {condense(str(error))}")
+    return None
 
 
 def _own(error: BaseException) -> PrunelitError | None:
@@ -71,7 +95,11 @@ def condense(message: str) -> str:
 
 
 class _Stderr(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is now, not to what it was when the first command ran."""
+    """Writes to what `sys.stderr` is now, not to what it was when the first command ran; above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
     @property
     def stream(self) -> Any:
@@ -83,33 +111,42 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 def speak_by_rule() -> None:
-    """prunelit says what it does; libraries speak up from warnings on."""
-    log = logging.getLogger("prunelit")
+    """prunelit says what it does, libraries speak up from warnings on; with --verbose all say more."""
+    log, more = logging.getLogger("prunelit"), progress.verbose()
     if not log.handlers:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
-    log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0 else logging.ERROR)
+    log.setLevel((logging.DEBUG if more else logging.INFO) if progress.first_rank() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.WARNING if name.startswith("lightning") else logging.ERROR)
-    # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
-    for notice in (
-        r"`isinstance\(treespec, LeafSpec\)`",
-        "`is_gradient_checkpointing`",
-        "`gradient_checkpointing_enable`",
-    ):
-        warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
-    shown = warnings.showwarning
+        level = logging.WARNING if name.startswith("lightning") else logging.ERROR
+        logging.getLogger(name).setLevel(logging.INFO if more else level)
+    if not more:
+        # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
+        for notice in (
+            r"`isinstance\(treespec, LeafSpec\)`",
+            "`is_gradient_checkpointing`",
+            "`gradient_checkpointing_enable`",
+        ):
+            warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
+    if getattr(warnings.showwarning, "__name__", "") != _one_line.__name__:
+        _shown.append(warnings.showwarning)
+        warnings.showwarning = _one_line
 
-    def one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-        if issubclass(category, UserWarning) and str(rest[0] if rest else "").find(f"{os.sep}prunelit{os.sep}") >= 0:
+
+_shown: list[Any] = []
+
+
+def _one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    """A warning of ours in one line, any other one as Python has it; above progress bars."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(rest[0] if rest else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
         else:
-            shown(message, category, *rest, **named)
-
-    warnings.showwarning = one_line
+            _shown[-1](message, category, *rest, **named)
 
 
 def say(line: str) -> None:
     """A result, on stdout."""
-    sys.stdout.write(line + "\n")
+    with tqdm.external_write_mode(file=sys.stdout):
+        sys.stdout.write(line + "\n")

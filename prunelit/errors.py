@@ -65,5 +65,9 @@ class NotProved(PrunelitError):
     """What was written is not the model in memory; it was removed."""
 
 
+class OutOfMemory(PrunelitError):
+    """The GPU or the machine has no memory left."""
+
+
 class BadAdapter(PrunelitError):
     """Saved adapters can not be read, or do not fit the model that they are to be merged into."""

