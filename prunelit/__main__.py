@@ -1,13 +1,12 @@
 """python -m prunelit: a light front. What needs no model is answered here, before torch and Lightning are imported."""
 
-import difflib
 import os
 import sys
 import traceback
 
 from prunelit import __version__, progress
 from prunelit.callbacks import method_class, methods
-from prunelit.errors import PrunelitError
+from prunelit.errors import PrunelitError, nearest
 
 VERBOSE = "--verbose"
 COMMANDS = {
@@ -33,7 +32,7 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `methods` takes --config FILE, --print_config and --help; every command takes --verbose:",
+            "Every command but `methods` takes --config FILE, --print_config and --help. --verbose, of every command:",
             "stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
@@ -47,6 +46,8 @@ def list_methods(arguments: list[str]) -> str:
     """
     if not arguments:
         return "\n".join(f"{method.name:15} {method.summary}" for method in methods().values())
+    if len(arguments) > 1:
+        raise PrunelitError(f"methods: expected one method, or none for the list, got {' '.join(arguments)}")
     if arguments[0] not in methods():
         method_class(arguments[0])  # raises with the nearest name
     return methods()[arguments[0]].card
@@ -92,7 +93,7 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
         sys.stdout.write(list_methods(rest) + "\n")
-    elif command == "plan" and rest[:1] in (["show"], ["diff"]):
+    elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.commands import plan_files
 
         return plan_files.run(rest)
@@ -101,9 +102,7 @@ def _run(arguments: list[str]) -> int:
 
         return commands.run(command, rest)
     else:
-        near = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{hint}")
+        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     return 0
 
 

@@ -14,8 +14,8 @@ from jsonargparse import ArgumentParser
 
 from prunelit import text
 from prunelit.callbacks import method_class
-from prunelit.console import condense, nearest
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.console import condense
+from prunelit.errors import BadOption, SourceNotFound, nearest
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and `evaluate` needs only the texts
     from prunelit.callbacks.base import PruningCallback

@@ -1,25 +1,24 @@
 """What the command line says: every error in one line, chatter by rule, results on stdout.
 
-An error that is the user's to mend is a `PrunelitError`: one line and exit code 2 (`--verbose` adds the traceback). What
-parsers, Lightning and the system say about input is turned into one here. Everything else is a bug, ours or in a
+An error that is the user's to mend is a `PrunelitError`: one line and exit code 2; `--verbose` adds the traceback.
+What parsers, Lightning and the system say about input is turned into one here. Everything else is a bug, ours or in a
 callback that someone is writing: it keeps its traceback, and Python's exit code 1.
 """
 
 import argparse
-import difflib
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
 from prunelit import progress
-from prunelit.errors import OutOfMemory, PrunelitError
+from prunelit.errors import OutOfMemory, PrunelitError, nearest
 
 _KNOBS = {
     "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
@@ -66,17 +65,13 @@ def _own(error: BaseException) -> PrunelitError | None:
     return chain
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def condense(message: str) -> str:
     """The one line of a parser's message that says what is wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if not lines:
         return "unknown error"
+    if said := _wrong_value(lines):
+        return said
     where = next((line for line in lines if line.startswith("Parser key")), "")
     union = {name: line for line in lines for name in ("Subtypes: ", "Given value: ") if line.startswith(name)}
     if len(union) == 2 and not union["Given value: "].startswith("Given value: {"):
@@ -92,6 +87,24 @@ def condense(message: str) -> str:
         if hit:
             return (hit if hit == where else f"{where} {hit}").strip()[:400]
     return " ".join(lines)[:400]
+
+
+_VALUE = re.compile(
+    r'^Parser key "([^"]+)": Expected an? (typing\.Literal\[(.+)\]|<class \'(?:\w+\.)*(\w+)\'>)\. Got value: (.*)$'
+)
+
+
+def _wrong_value(lines: list[str]) -> str:
+    """The line about a value of the wrong kind; "" where it is about something else."""
+    found = _VALUE.match(" ".join(lines))
+    if found is None:
+        return ""
+    name, _, choices, kind, value = found.groups()
+    if choices is None:
+        instead = f"nothing; pass --{name}" if value == "None" else repr(value)
+        return f"{name}: expected a {kind}, got {instead}"[:400]
+    known = re.findall(r"'([^']*)'", choices)
+    return f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}"[:400]
 
 
 class _Stderr(logging.StreamHandler[Any]):

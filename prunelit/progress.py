@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None 
         with suppress(TypeError):  # a generator
             total = len(items)  # type: ignore[arg-type]
     start, done = time.perf_counter(), 0
-    with _inside(None), tqdm(total=total, desc=what, unit=unit, disable=not shown(), **_LOOKS) as bar:
+    with tqdm(total=total, desc=what, unit=unit, disable=not shown(), **_LOOKS) as bar, _ticking(_Bar(bar)):
         for item in items:
             yield item
             bar.update()
@@ -60,15 +60,29 @@ def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None 
 
 @contextmanager
 def stage(what: str) -> Iterator[None]:
-    """Say what is being done, and for how long by now, where no count is known; what is shown inside takes its place."""
+    """Say what is being done, and for how long by now, where no count is known; what is inside takes its place."""
     start = time.perf_counter()
-    with _ticking(_Clock(what)) if shown() else nullcontext():
+    with _ticking(_Clock(what)):
         yield
     _log.debug("%s: %.1f s", what, time.perf_counter() - start)
 
 
+class _Bar:
+    """A bar of tqdm, which stays when another one opens inside it."""
+
+    def __init__(self, bar: Any) -> None:
+        self.bar = bar
+
+    def show(self) -> None:
+        """Draw it again: the time moves on though no item is done."""
+        self.bar.refresh()
+
+    def hide(self) -> None:
+        """It stays."""
+
+
 class _Clock:
-    """A line with the time since it was made."""
+    """A line with the time since it was made, which goes when something opens inside it."""
 
     def __init__(self, what: str) -> None:
         self.what, self.start = what, time.time()
@@ -79,8 +93,8 @@ class _Clock:
         from tqdm.auto import tqdm
 
         if self.line is None:
-            self.line = tqdm(desc=self.what, bar_format="{desc}: {elapsed}", **_LOOKS)
-            self.line.start_t = self.start
+            self.line = tqdm(desc=self.what, bar_format="{desc}: {elapsed}", delay=1, **_LOOKS)
+            self.line.start_t, self.line.delay = self.start, 0
         self.line.refresh()
 
     def hide(self) -> None:
@@ -90,43 +104,35 @@ class _Clock:
         self.line = None
 
 
-_open: list[_Clock | None] = []
-"""What is shown, innermost last: clocks, and None for a bar."""
+_open: list[_Bar | _Clock] = []
+"""What is shown, innermost last."""
 _lock = threading.RLock()
 
 
 @contextmanager
-def _inside(shown: _Clock | None) -> Iterator[None]:
-    """Inside, `shown` is the innermost; a clock around it hides, a bar stays."""
-    with _lock:
-        if _open and (outer := _open[-1]) is not None:
-            outer.hide()
-        _open.append(shown)
-    try:
+def _ticking(shown_now: _Bar | _Clock) -> Iterator[None]:
+    """Inside, it is the innermost, and drawn every second by a thread: the work itself does not come back."""
+    if not shown():
         yield
-    finally:
-        with _lock:
-            _open.pop()
-            if shown is not None:
-                shown.hide()
-
-
-@contextmanager
-def _ticking(clock: _Clock) -> Iterator[None]:
-    """Draw a clock every second, by a thread: the work itself does not come back."""
+        return
     over = threading.Event()
 
     def run() -> None:
         while not over.wait(1):
             with _lock:
-                if _open[-1] is clock:
-                    clock.show()
+                if _open and _open[-1] is shown_now:
+                    shown_now.show()
 
-    thread = threading.Thread(target=run, name=f"clock of {clock.what}", daemon=True)
-    with _inside(clock):
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
+    thread = threading.Thread(target=run, name="prunelit-progress", daemon=True)
+    with _lock:
+        if _open:
+            _open[-1].hide()
+        _open.append(shown_now)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        with _lock:
+            _open.remove(shown_now)
+            shown_now.hide()

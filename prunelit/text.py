@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
+from prunelit.errors import BadOption, NotEnoughText, SourceNotFound, nearest_file
 from prunelit.models import require_hub
 from prunelit.progress import stage
 
@@ -47,7 +47,10 @@ def check_source(source: str) -> None:
         if _suffix(path) not in _FORMATS:
             raise SourceNotFound(f"text {source!r}: expected a file ending in {', '.join(_FORMATS)} (or these + .gz)")
     elif _looks_like_path(source):
-        raise SourceNotFound(f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id")
+        raise SourceNotFound(
+            f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id"
+            f"{nearest_file(source)}"
+        )
 
 
 def read(source: str) -> str:

@@ -13,8 +13,8 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
-from prunelit.console import condense, nearest
-from prunelit.errors import BadOption, PrunelitError
+from prunelit.console import condense
+from prunelit.errors import BadOption, PrunelitError, nearest
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -69,6 +69,8 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
 
     plan, name = peek("plan", arguments), peek("method", arguments)
     kind = PruningCallback if plan and not name else method_class(name or default)
+    if not (isinstance(kind, type) and issubclass(kind, PruningCallback)):
+        raise BadOption(f"method {name!r}: expected a subclass of PruningCallback, got {kind!r:.80}")
     parser.add_argument(
         "--method",
         type=str | None,
