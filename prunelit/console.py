@@ -30,6 +30,14 @@ _KNOBS = {
     "export": "the precision with --dtype bfloat16, or take a machine with more memory",
 }
 """What a command lowers when memory runs out."""
+_EXTRAS = {
+    "bitsandbytes": "nf4",
+    "gguf": "gguf",
+    "lm_eval": "zeroshot",
+    "wandb": "wandb",
+    "xllamacpp": "llamacpp",
+}
+"""Packages that are not there for every run, and the extras that bring them."""
 _FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
@@ -41,12 +49,17 @@ def one_line_errors(command: str) -> Iterator[None]:
     except PrunelitError:
         raise
     except Exception as error:  # what is not known here goes on as it is
-        raise (_own(error) or _known(command, error) or error) from error
+        found = (_own(error) if isinstance(error, ValueError) else None) or _known(command, error)
+        if found is None:
+            raise
+        raise found from error
 
 
 def _known(command: str, error: Exception) -> PrunelitError | None:
     """The one line for an error that input or the machine causes; None for any other."""
     kind = {base.__name__ for base in type(error).__mro__}
+    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).partition(".")[0])):
+        return PrunelitError(f"{command}: needs the package {error.name}: pip install 'prunelit[{extra}]'")
     if "MemoryError" in kind or "OutOfMemoryError" in kind or ("RuntimeError" in kind and _FULL.search(str(error))):
         where = "the GPU" if "OutOfMemoryError" in kind or "CUDA" in str(error) else "this machine"
         return OutOfMemory(f"{command}: {where} is out of memory; lower {_KNOBS.get(command, 'the batch')}")
@@ -68,30 +81,32 @@ def _own(error: BaseException) -> PrunelitError | None:
 def condense(message: str) -> str:
     """The one line of a parser's message that says what is wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if not lines:
-        return "unknown error"
-    if said := _wrong_value(lines):
-        return said
+    found = _wrong_value(lines) or _telling(lines) or "unknown error"
+    return re.sub(r'Parser key "([^"]+)":', r"\1:", found)[:400]
+
+
+def _telling(lines: list[str]) -> str:
     where = next((line for line in lines if line.startswith("Parser key")), "")
     union = {name: line for line in lines for name in ("Subtypes: ", "Given value: ") if line.startswith(name)}
     if len(union) == 2 and not union["Given value: "].startswith("Given value: {"):
-        kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", union["Subtypes: "].partition(": ")[2][1:-1])
-        return f"{where} expected one of {kinds}; got {union['Given value: '].partition(': ')[2]}".strip()[:400]
+        kinds = _in_words(union["Subtypes: "].partition(": ")[2].strip("()[]"))
+        return f"{where} expected one of {kinds}, got {union['Given value: '].partition(': ')[2]}".strip()
     for number, line in enumerate(lines[:-1]):
         if "Problem with given class_path" in line:
             rest = lines[number + 1 :]
             end = next((i for i, said in enumerate(rest) if not said.endswith(":")), len(rest))
-            return " ".join([where, line.lstrip("- "), *rest[: end + 1]]).strip()[:400]
+            return " ".join([where, *([] if where else [line.lstrip("- ")]), *rest[: end + 1]]).strip()
     for pattern in ("is not accepted", "unrecognized arguments", "[Nn]o such|does not exist", "Expected a"):
         hit = next((line for line in lines if re.search(pattern, line)), None)
         if hit:
-            return (hit if hit == where else f"{where} {hit}").strip()[:400]
-    return " ".join(lines)[:400]
+            return (hit if hit == where else f"{where} {hit}").strip()
+    return " ".join(lines)
 
 
 _VALUE = re.compile(
     r'^Parser key "([^"]+)": Expected an? (typing\.Literal\[(.+)\]|<class \'(?:\w+\.)*(\w+)\'>)\. Got value: (.*)$'
 )
+_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
 
 
 def _wrong_value(lines: list[str]) -> str:
@@ -102,9 +117,17 @@ def _wrong_value(lines: list[str]) -> str:
     name, _, choices, kind, value = found.groups()
     if choices is None:
         instead = f"nothing; pass --{name}" if value == "None" else repr(value)
-        return f"{name}: expected a {kind}, got {instead}"[:400]
+        return f"{name}: expected {_WORDS.get(kind, kind)}, got {instead}"
     known = re.findall(r"'([^']*)'", choices)
-    return f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}"[:400]
+    return f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
+
+
+def _in_words(types: str) -> str:
+    """A list of Python types, as people call them."""
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
+    said = re.sub(r"\b(dict|list)\[[^\[\]]*\]", lambda found: {"dict": "a mapping", "list": "a list"}[found[1]], said)
+    said = re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", said)
+    return re.sub(r"\b(" + "|".join(_WORDS) + r")\b", lambda found: _WORDS[found[1]], said)
 
 
 class _Stderr(logging.StreamHandler[Any]):

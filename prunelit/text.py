@@ -115,7 +115,9 @@ def windows(
     if not names:
         raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN!r}")
     if seqlen < 2 or (count is not None and count < len(names)):
-        raise BadOption(f"expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}")
+        raise BadOption(
+            f"text: expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}"
+        )
     check_stride(stride, seqlen, names)
     parts = []
     for number, source in enumerate(names):

@@ -104,7 +104,7 @@ YAML: list[Row] = [
     ("evaluate --config {yaml}", ["modle", "did you mean 'model'"], "modle: x"),
     ("export --config {yaml}", ["fromat", "did you mean 'format'"], "fromat: x"),
     ("compare --config {yaml}", ["ratois", "did you mean 'ratios'"], "ratois: [0.2]"),
-    (PRUNE + " --config {yaml}", ["protect", "int", "'a'"], "protect: [a]"),
+    (PRUNE + " --config {yaml}", ["protect", "a whole number", "'a'"], "protect: [a]"),
     (
         "evaluate --model {model} --config {yaml}",
         ["reqlen", "did you mean 'seqlen'"],

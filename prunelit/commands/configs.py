@@ -1,5 +1,6 @@
-"""Config files, read before any parser, so that a broken one is named; what in them or on a command line is misspelt."""
+"""Config files, read before any parser, so that a broken one is named; what in a file or on a line is misspelt."""
 
+import argparse
 import importlib
 import inspect
 import itertools
@@ -11,6 +12,7 @@ from typing import Any
 import yaml
 
 from prunelit.callbacks import methods
+from prunelit.console import condense
 from prunelit.errors import BadOption, SourceNotFound, nearest, nearest_file
 
 _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
@@ -98,6 +100,8 @@ def _wrong_names(
 
 def _wrong_class(where: str, entry: Any) -> Iterator[str]:
     """What is wrong with {class_path, init_args}."""
+    from jsonargparse import ArgumentParser  # `plan show` does without
+
     if not isinstance(entry, Mapping):
         return
     names = ("class_path", "init_args", "dict_kwargs")
@@ -118,6 +122,12 @@ def _wrong_class(where: str, entry: Any) -> Iterator[str]:
     for name in options if isinstance(options, Mapping) else ():
         if name not in accepted:
             yield f"{where}: {path.rpartition('.')[2]} has no option {name!r}{nearest(str(name), accepted)}"
+    try:
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(kind, None, sub_configs=False)
+        parser.parse_object(dict(options or {}))
+    except argparse.ArgumentError as error:
+        yield f"{where}: {path.rpartition('.')[2]}: {condense(str(error))}"
 
 
 def _classes() -> dict[str, Any]:

@@ -27,7 +27,8 @@ _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'
 
 def parser_of(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
-    parser = ArgumentParser(prog=f"prunelit {command}", description=what, exit_on_error=False)
+    more = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
+    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=more, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
