@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -89,25 +89,28 @@ class PrunelitCLI(LightningCLI):
             raise BadOption(f"trainer: {said}{nearest(str(strategy), known)}") from error
 
     def before_instantiate_classes(self) -> None:
-        """`--plan` goes to the callbacks that cut. One style of bars, unless another one is asked for."""
+        """`--plan` goes to the callbacks that cut."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        callbacks = config.trainer.callbacks or ()
-        if config.trainer.enable_progress_bar is not False and not any(
-            _is(c.class_path, ProgressBar) for c in callbacks
-        ):
-            self.trainer_defaults = {
-                **self.trainer_defaults,
-                "callbacks": [*self.trainer_defaults.get("callbacks", []), Bar()],
-            }
+        self._choose_looks(config)
         if not config.plan:
             return
-        cutting = [entry for entry in config.trainer.callbacks or () if _is(entry.class_path, PruningCallback)]
+        cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
         if len(cutting) != 1:
             raise BadOption(
                 f"plan: expected one pruning callback in trainer.callbacks, which cuts by {config.plan!r}, got "
                 f"{len(cutting)}; add one of callbacks/*.yaml as a second --config"
             )
         cutting[0].init_args.plan_file = config.plan
+
+    def _choose_looks(self, config: Any) -> None:
+        """One style of bars, and no table of modules, unless another one is asked for."""
+        kinds = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
+        asked = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)]
+        if config.trainer.enable_model_summary is None and not any(issubclass(kind, ModelSummary) for kind in asked):
+            config.trainer.enable_model_summary = progress.verbose()
+        if config.trainer.enable_progress_bar is not False and not any(issubclass(k, ProgressBar) for k in asked):
+            defaults = self.trainer_defaults.get("callbacks", [])
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [*defaults, Bar()]}
 
     def before_fit(self) -> None:
         """The report measures the dense model, so it comes before whatever cuts it. `last` is the newest whole one."""
@@ -140,9 +143,9 @@ def job(arguments: list[str]) -> plan.Job:
     return plan.Job(made.trainer, made.model, made.datamodule)
 
 
-def _is(class_path: str, base: type) -> bool:
+def _cuts(class_path: str) -> bool:
     kind = pydoc.locate(class_path)
-    return isinstance(kind, type) and issubclass(kind, base)
+    return isinstance(kind, type) and issubclass(kind, PruningCallback)
 
 
 def _spelt_out(arguments: list[str]) -> list[str]:

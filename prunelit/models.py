@@ -106,7 +106,7 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with stage(f"loading {_short(source)}"), quiet():
+    with stage(f"loading {short_name(source)}"), quiet():
         try:
             if int4_folder.config_of(folder) is not None:
                 model = int4_folder.read(Path(folder), _saved_class(folder), wanted)
@@ -141,7 +141,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             f"model {str(source)!r}: its tokenizer can not be loaded: expected tokenizer.json or the like in it, "
             "got none; copy those files of the model that it was made from"
         )
-    with stage(f"loading the tokenizer of {_short(source)}"), quiet():
+    with stage(f"loading the tokenizer of {short_name(source)}"), quiet():
         from transformers import AutoTokenizer
 
         try:
@@ -326,7 +326,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _short(source: str | os.PathLike[str]) -> str:
+def short_name(source: str | os.PathLike[str]) -> str:
     """A source as progress says it: the last part of a path, a package without its hash."""
     return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
 

@@ -17,6 +17,7 @@ T = TypeVar("T")
 VERBOSE = "PRUNELIT_VERBOSE"
 """Environment variable of --verbose: further ranks and new processes inherit it."""
 _log = logging.getLogger("prunelit")
+_silent: list[bool] = []
 _LOOKS: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
 
 
@@ -30,9 +31,14 @@ def first_rank() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0") or 0) == 0
 
 
+def silence() -> None:
+    """Show nothing in this process from now on: another one shows that it is at work."""
+    _silent.append(True)
+
+
 def shown() -> bool:
     """Whether someone is looking: standard error is a terminal, and this is rank zero."""
-    return first_rank() and sys.stderr is not None and sys.stderr.isatty()
+    return not _silent and first_rank() and sys.stderr is not None and sys.stderr.isatty()
 
 
 def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:

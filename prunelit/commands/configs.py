@@ -37,12 +37,12 @@ def check(arguments: list[str]) -> None:
 
 
 def read(path: str) -> Mapping[str, Any]:
-    """The options in a config file; nothing for YAML that stands on the command line itself.
+    """The options in a config file; nothing for YAML on the command line itself or out of a pipe.
 
     Raises:
         SourceNotFound, BadOption: as `check`.
     """
-    if "\n" in path or path.lstrip().startswith("{"):
+    if "\n" in path or path.lstrip().startswith("{") or Path(path).is_fifo():  # what is read once is the parser's
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))

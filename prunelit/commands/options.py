@@ -15,6 +15,7 @@ from prunelit import models, text
 from prunelit.callbacks import method_class
 from prunelit.console import condense
 from prunelit.errors import BadOption, PrunelitError, nearest
+from prunelit.progress import stage
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -66,7 +67,8 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     Returns:
         The method's class; with --plan and no --method, one that carries plans out and scores nothing.
     """
-    from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
+    with stage("starting"):
+        from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
 
     plan, name = peek("plan", arguments), peek("method", arguments)
     kind = PruningCallback if plan and not name else method_class(name or default)

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from prunelit import models, progress
 from prunelit.calibrate import on_device
 from prunelit.commands.options import place
 from prunelit.errors import PrunelitError
 from prunelit.evaluation.speed import Runner, Speed
 from prunelit.evaluation.subject import Subject
-from prunelit.progress import stage
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,7 +40,7 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         with (
-            stage(f"peak memory of {Path(subject.source).name}"),
+            progress.stage(f"peak memory of {models.short_name(subject.source)}"),
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         ):
             return pool.submit(_peak, subject, wanted, threads).result()
@@ -52,6 +52,7 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
 
 
 def _peak(subject: Subject, wanted: Speed, threads: int) -> dict[str, Any]:
+    progress.silence()  # two processes would draw over each other
     torch.set_num_threads(threads)
     target = place(subject.device)
     before = _resident("VmRSS")
