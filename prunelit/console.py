@@ -38,6 +38,7 @@ _EXTRAS = {
     "xllamacpp": "llamacpp",
 }
 """Packages that are not there for every run, and the extras that bring them."""
+_WRAPPED = re.compile(r"Does not validate against|Problem with given class_path '([^']*)'")
 _FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
@@ -49,7 +50,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except PrunelitError:
         raise
     except Exception as error:  # what is not known here goes on as it is
-        found = (_own(error) if isinstance(error, ValueError) else None) or _known(command, error)
+        found = (_behind(command, error) if isinstance(error, ValueError) else None) or _known(command, error)
         if found is None:
             raise
         raise found from error
@@ -58,8 +59,11 @@ def one_line_errors(command: str) -> Iterator[None]:
 def _known(command: str, error: Exception) -> PrunelitError | None:
     """The one line for an error that input or the machine causes; None for any other."""
     kind = {base.__name__ for base in type(error).__mro__}
-    if isinstance(error, ModuleNotFoundError) and (extra := _EXTRAS.get(str(error.name).partition(".")[0])):
-        return PrunelitError(f"{command}: needs the package {error.name}: pip install 'prunelit[{extra}]'")
+    if isinstance(error, ModuleNotFoundError):
+        package = next((name for name in _EXTRAS if re.search(rf"\b{name}\b", str(error))), None)
+        if package is None:
+            return None
+        return PrunelitError(f"{command}: needs the package {package}: pip install 'prunelit[{_EXTRAS[package]}]'")
     if "MemoryError" in kind or "OutOfMemoryError" in kind or ("RuntimeError" in kind and _FULL.search(str(error))):
         where = "the GPU" if "OutOfMemoryError" in kind or "CUDA" in str(error) else "this machine"
         return OutOfMemory(f"{command}: {where} is out of memory; lower {_KNOBS.get(command, 'the batch')}")
@@ -70,12 +74,21 @@ def _known(command: str, error: Exception) -> PrunelitError | None:
     return None
 
 
-def _own(error: BaseException) -> PrunelitError | None:
-    """The `PrunelitError` behind an error: parsers wrap what constructors raise."""
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, PrunelitError):
-        chain = chain.__cause__ or chain.__context__
-    return chain
+def _behind(command: str, error: ValueError) -> PrunelitError | None:
+    """The error behind a `ValueError` of the parser, which wraps what constructors raise."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    own = next((one for one in chain if isinstance(one, PrunelitError)), None)
+    root = next((one for one in chain if not _WRAPPED.match(str(one).strip())), chain[-1])
+    if own is not None or root is error:
+        return own
+    if isinstance(root, Exception) and (known := _known(command, root)):
+        return known
+    if not isinstance(root, ValueError | ModuleNotFoundError):
+        return None
+    path = next((found[1] for one in chain if (found := _WRAPPED.match(str(one))) and found[1]), "")
+    return PrunelitError(f"{command}: {path}: {condense(str(root))}")
 
 
 def condense(message: str) -> str:

@@ -103,3 +103,21 @@ def test_kinds_in_words(tmp_path: Path) -> None:
     assert condense(missing) == "model: expected text, got nothing; pass --model"
     several = "Parser key \"t\":\n  Subtypes: [dict[str, typing.Any], <class 'NoneType'>]\n  Given value: [1]"
     assert condense(several) == "t: expected one of a mapping, null, got [1]"
+
+
+@pytest.mark.parametrize(
+    ("cause", "wanted"),
+    [
+        (ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met."), "fit: needs .*pip install 'prunelit.wandb.'"),
+        (ModuleNotFoundError("Neither `a` nor `b` is available."), "fit: a.B: Neither `a` nor `b` is available"),
+        (ValueError("every: expected more than 0"), "fit: a.B: every: expected more than 0"),
+        (PrunelitError("ratio: expected less"), "^ratio: expected less"),
+        (AttributeError("a bug in someone's callback"), None),
+    ],
+)
+def test_what_a_constructor_raised_is_found_behind_the_parser(cause: Exception, wanted: str | None) -> None:
+    wrapped = ValueError("Does not validate against any of the Union subtypes")
+    wrapped.__cause__ = ValueError("Problem with given class_path 'a.B':\n  ...")
+    wrapped.__cause__.__cause__ = cause
+    with pytest.raises(PrunelitError if wanted else ValueError, match=wanted), one_line_errors("fit"):
+        raise wrapped

@@ -75,6 +75,10 @@ def misspelt(arguments: list[str], known: Collection[str]) -> str | None:
         inside = any(name.startswith(f"{leaf}.") for leaf in leaves)  # of a class, whose options are its own
         if argument.startswith("--") and name not in every and not inside:
             return f"--{name}: expected an option of this command{nearest(name, every)}"
+    for option, value in itertools.pairwise(word for argument in arguments for word in argument.split("=", 1)):
+        if option == "--trainer.logger" and not value.startswith("{"):
+            for said in _wrong_class(option, value):
+                return said
     for path in paths(arguments):
         for said in _wrong_names(read(path), "", every, leaves):
             return f"config {path!r}: {said}"
@@ -91,7 +95,7 @@ def _wrong_names(
             yield f"{name}: expected an option of this command{nearest(str(key), below)}"
         elif name not in leaves and isinstance(value, Mapping):
             yield from _wrong_names(value, f"{name}.", every, leaves)
-        elif name not in leaves and value is not None and not isinstance(value, str):
+        elif name not in leaves and value is not None and not (isinstance(value, str) and Path(value).is_file()):
             yield f"{name}: expected options, `name: value`, got {value!r:.60}"
         elif name.startswith("trainer."):
             for entry in value if isinstance(value, list) else [value]:
@@ -102,6 +106,8 @@ def _wrong_class(where: str, entry: Any) -> Iterator[str]:
     """What is wrong with {class_path, init_args}."""
     from jsonargparse import ArgumentParser  # `plan show` does without
 
+    if isinstance(entry, str) and where.endswith("trainer.logger") and entry.lower() not in ("true", "false", "null"):
+        entry = {"class_path": entry}
     if not isinstance(entry, Mapping):
         return
     names = ("class_path", "init_args", "dict_kwargs")
