@@ -19,7 +19,7 @@ from prunelit import checkpoint, progress
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import is_local
 from prunelit.commands import configs, plan
-from prunelit.commands.options import peek
+from prunelit.commands.options import MORE, peek
 from prunelit.data import TextDataModule
 from prunelit.errors import BadOption, OutputNotWritable, SourceNotFound, nearest, nearest_file
 from prunelit.recovery import RecoveryModule
@@ -175,7 +175,7 @@ def _check_resume(given: str | None) -> None:
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit fit` or `validate`."""
-    quiet = {"exit_on_error": False}
+    quiet = {"exit_on_error": False, "epilog": MORE}
     _check_resume(peek("ckpt_path", arguments))
     if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
         sys.argv[2:] = _spelt_out(arguments)

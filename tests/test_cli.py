@@ -341,3 +341,19 @@ def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str],
     more = [*options, "nowhere.json", "--config", str(ROOT / "configs" / "recover-lora.yaml")]
     refused(call(capsys, "fit", *more), "nowhere.json")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], "Bar"),
+        (["--trainer.enable_progress_bar", "false"], "NoneType"),
+        (["--trainer.callbacks+=RichProgressBar"], "RichProgressBar"),
+    ],
+)
+def test_one_style_of_bars_unless_another_is_asked_for(source: str, options: list[str], wanted: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prunelit"])
+        trainer = cli.job(["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])[0]
+    assert type(trainer.progress_bar_callback).__name__ == wanted
+    assert wanted != "Bar" or trainer.progress_bar_callback.is_disabled  # nobody looks

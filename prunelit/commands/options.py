@@ -17,6 +17,9 @@ from prunelit.console import condense
 from prunelit.errors import BadOption, PrunelitError, nearest
 from prunelit.progress import stage
 
+MORE = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
+"""Below the help of every command."""
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Sources = str | list[str]
@@ -28,8 +31,7 @@ _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'
 
 def parser_of(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
-    more = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
-    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=more, exit_on_error=False)
+    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
