@@ -1,12 +1,14 @@
 """python -m prunelit: a light front. What needs no model is answered here, before torch and Lightning are imported."""
 
-import difflib
+import os
 import sys
+import traceback
 
-from prunelit import __version__
+from prunelit import __version__, progress
 from prunelit.callbacks import method_class, methods
-from prunelit.errors import PrunelitError
+from prunelit.errors import PrunelitError, nearest
 
+VERBOSE = "--verbose"
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
     "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
@@ -30,7 +32,8 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `methods` takes --config FILE, --print_config and --help.",
+            "Every command but `methods` takes --config FILE, --print_config and --help. --verbose, of every command:",
+            "stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
 
@@ -43,6 +46,8 @@ def list_methods(arguments: list[str]) -> str:
     """
     if not arguments:
         return "\n".join(f"{method.name:15} {method.summary}" for method in methods().values())
+    if len(arguments) > 1:
+        raise PrunelitError(f"methods: expected one method, or none for the list, got {' '.join(arguments)}")
     if arguments[0] not in methods():
         method_class(arguments[0])  # raises with the nearest name
     return methods()[arguments[0]].card
@@ -50,35 +55,54 @@ def list_methods(arguments: list[str]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on bad input with one line on stderr."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if arguments is None:
+        sys.argv[1:], told = _without(VERBOSE, sys.argv[1:])  # Lightning reads it, and starts further ranks with it
+        arguments = sys.argv[1:]
+    else:
+        arguments, told = _without(VERBOSE, arguments)
+    before = os.environ.get(progress.VERBOSE)
+    if told:
+        os.environ[progress.VERBOSE] = "1"
     try:
-        if command in ("-h", "--help", "help"):
-            sys.stdout.write(usage() + "\n")
-        elif command == "--version":
-            sys.stdout.write(__version__ + "\n")
-        elif command == "methods":
-            sys.stdout.write(list_methods(rest) + "\n")
-        elif command == "plan" and rest[:1] in (["show"], ["diff"]):
-            from prunelit.commands import plan_files
-
-            return plan_files.run(rest)
-        elif command in COMMANDS:
-            from prunelit import cli
-
-            return cli.run(command, rest)
-        else:
-            near = difflib.get_close_matches(command, COMMANDS, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{hint}")
+        return _run(arguments)
     except PrunelitError as error:
-        sys.stderr.write(f"prunelit: error: {error}\n")
+        if progress.verbose():
+            traceback.print_exc()
+        sys.stderr.write(f"prunelit: error: {' '.join(str(error).split())}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("prunelit: interrupted\n")
         return 130
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
+    finally:
+        if told and before is None:
+            del os.environ[progress.VERBOSE]
+
+
+def _without(option: str, arguments: list[str]) -> tuple[list[str], bool]:
+    """Arguments without a flag, and whether it was there."""
+    return [argument for argument in arguments if argument != option], option in arguments
+
+
+def _run(arguments: list[str]) -> int:
+    command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if command in ("-h", "--help", "help"):
+        sys.stdout.write(usage() + "\n")
+    elif command == "--version":
+        sys.stdout.write(__version__ + "\n")
+    elif command == "methods":
+        sys.stdout.write(list_methods(rest) + "\n")
+    elif command == "plan" and rest and not rest[0].startswith("-"):
+        from prunelit.commands import plan_files
+
+        return plan_files.run(rest)
+    elif command in COMMANDS:
+        from prunelit import commands
+
+        return commands.run(command, rest)
+    else:
+        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     return 0
 
 

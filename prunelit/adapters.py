@@ -29,6 +29,7 @@ from prunelit.int4 import GroupLora, Int4Linear
 from prunelit.int4_folder import CODES, config_of, padded
 from prunelit.linears import decoder_linears, quantised_as, widths, without_peft
 from prunelit.lora import peft_config
+from prunelit.progress import stage
 from prunelit.quantize import CONV1D
 from prunelit.skeleton import INDEX, SINGLE, Files
 
@@ -128,7 +129,7 @@ def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
     from peft import PeftModel
 
     try:
-        with models.quiet(), warnings.catch_warnings():
+        with stage("merging the adapter"), models.quiet(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:

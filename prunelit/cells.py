@@ -8,15 +8,17 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 from jsonargparse import ArgumentParser
 
 from prunelit import text
 from prunelit.callbacks import method_class
-from prunelit.callbacks.base import PruningCallback
-from prunelit.console import condense, nearest
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.console import condense
+from prunelit.errors import BadOption, SourceNotFound, nearest
+
+if TYPE_CHECKING:  # Lightning takes seconds to import, and `evaluate` needs only the texts
+    from prunelit.callbacks.base import PruningCallback
 
 _OF_THE_TABLE = {
     "ratio": "ratios",
@@ -111,7 +113,7 @@ class Row:
     options: Mapping[str, Any]
     accepts: Collection[str]
 
-    def build(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> PruningCallback:
+    def build(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> "PruningCallback":
         """The method of one cell.
 
         Raises:
@@ -120,7 +122,7 @@ class Row:
         kind = method_class(self.method)
         own = {"windows": calibration.windows, "seqlen": calibration.seqlen, **self.options, **extra}
         try:
-            return cast(PruningCallback, kind(ratio=ratio, seed=seed, **own))
+            return cast("PruningCallback", kind(ratio=ratio, seed=seed, **own))
         except BadOption as error:
             raise BadOption(f"method {self.label!r}: {error}") from error
         except TypeError as error:
@@ -183,6 +185,8 @@ def _typed(
     label: str, method: str, own: Mapping[str, Any], common: Mapping[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
     """A row's options with their types checked, and the names that its method takes."""
+    from prunelit.callbacks.base import PruningCallback
+
     kind = method_class(method)
     if not (isinstance(kind, type) and issubclass(kind, PruningCallback)):
         raise BadOption(f"method {method!r}: expected a subclass of PruningCallback, got {kind!r:.80}")

@@ -1,49 +1,30 @@
-"""Which function runs a command of `python -m prunelit`; LightningCLI for `fit` and `validate`.
+"""`python -m prunelit fit` and `validate`: LightningCLI over our module and data. It knows callbacks and recovery."""
 
-The only place that knows both callbacks and recovery.
-"""
-
+import argparse
 import errno
 import os
 import pydoc
 import sys
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.strategies import StrategyRegistry
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prunelit import checkpoint, compare
+from prunelit import checkpoint, progress
 from prunelit.callbacks.base import PruningCallback
-from prunelit.commands import evaluate, export, plan, prune
-from prunelit.console import one_line_errors, speak_by_rule
+from prunelit.callbacks.job import is_local
+from prunelit.commands import configs, plan
+from prunelit.commands.options import MORE, peek
 from prunelit.data import TextDataModule
-from prunelit.errors import BadOption, OutputNotWritable
+from prunelit.errors import BadOption, OutputNotWritable, SourceNotFound, nearest, nearest_file
 from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport
-
-
-def run(command: str, arguments: list[str]) -> int:
-    """Run a command of `prunelit.__main__.COMMANDS`; the exit code.
-
-    Raises:
-        PrunelitError: bad input, in one line.
-    """
-    runs: dict[str, Callable[[str, list[str]], int]] = {
-        "fit": _lightning,
-        "validate": _lightning,
-        "plan": partial(plan.run, job_of=job),
-        "prune": prune.run,
-        "export": export.run,
-        "evaluate": evaluate.run,
-        "compare": compare.run_compare,
-    }
-    speak_by_rule()
-    with one_line_errors(command):
-        return runs[command](command, arguments)
+from prunelit.whole import check_whole
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -64,6 +45,13 @@ class SaveRunConfig(SaveConfigCallback):
                     callback.record.facts["config"] = path.read_text(encoding="utf-8")
 
 
+class Bar(TQDMProgressBar):
+    """Lightning's bar in the style of `prunelit.progress`, and silent where nobody looks."""
+
+    def __init__(self) -> None:
+        super().__init__(refresh_rate=1 if progress.shown() and sys.stdout.isatty() else 0)
+
+
 class PrunelitCLI(LightningCLI):
     """LightningCLI over RecoveryModule and TextDataModule; any method is a callback in the Trainer's section."""
 
@@ -79,9 +67,34 @@ class PrunelitCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """An unknown name, at any level, is answered with the nearest one."""
+        try:
+            super().parse_arguments(parser, args)
+        except (argparse.ArgumentError, KeyError) as error:
+            given = list(sys.argv[1:] if args is None else args)
+            command = next((name for name in self.subcommands() if given[:1] == [name]), None)
+            actions = (self._parser(command) if command else parser)._actions
+            known = {action.dest for action in actions if not action.dest.endswith(".help")}
+            said = configs.misspelt(given[1:] if command else given, known)
+            if said is None:
+                raise
+            raise BadOption(said) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Lightning's refusal of an option is the user's to mend."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, MisconfigurationException) as error:
+            said = str(error).strip().splitlines()[0].partition(". It must be")[0].rstrip(".")
+            strategy = self._get(self.config_init, "trainer").strategy
+            known = StrategyRegistry.available_strategies() if "strategy name" in said else ()
+            raise BadOption(f"trainer: {said}{nearest(str(strategy), known)}") from error
+
     def before_instantiate_classes(self) -> None:
         """`--plan` goes to the callbacks that cut."""
         config = self.config[self.subcommand] if self.subcommand else self.config
+        self._choose_looks(config)
         if not config.plan:
             return
         cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
@@ -92,8 +105,23 @@ class PrunelitCLI(LightningCLI):
             )
         cutting[0].init_args.plan_file = config.plan
 
+    def _choose_looks(self, config: Any) -> None:
+        """One style of bars, and no table of modules, unless another one is asked for."""
+        kinds = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
+        asked = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)]
+        if config.trainer.enable_model_summary is None and not any(issubclass(kind, ModelSummary) for kind in asked):
+            config.trainer.enable_model_summary = progress.verbose()
+        if config.trainer.enable_progress_bar is not False and not any(issubclass(k, ProgressBar) for k in asked):
+            defaults = self.trainer_defaults.get("callbacks", [])
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [*defaults, Bar()]}
+
     def before_fit(self) -> None:
         """The report measures the dense model, so it comes before whatever cuts it. `last` is the newest whole one."""
+        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
+            raise BadOption(
+                "trainer.strategy: expected processes of their own, as 'ddp' has, got "
+                f"{self.config.fit.trainer.strategy!r}, which would cut a copy of the model and lose it"
+            )
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunReport))  # type: ignore[attr-defined]
         checkpoint.prepare(self.trainer)
         if self.config_init.fit.get("ckpt_path") == "last":
@@ -135,8 +163,23 @@ def _spelt_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def _lightning(command: str, arguments: list[str]) -> int:
-    quiet = {"exit_on_error": False}
+def _check_resume(given: str | None) -> None:
+    """Check the checkpoint to go on from, before anything is built.
+
+    Raises:
+        SourceNotFound: it is missing, cut short or damaged.
+    """
+    if given is None or given in ("last", "best", "hpc") or not is_local(given) or Path(given).is_dir():
+        return
+    if not Path(given).is_file():
+        raise SourceNotFound(f"ckpt_path {given!r}: no such file; 'last' is the newest whole one{nearest_file(given)}")
+    check_whole(Path(given))
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit fit` or `validate`."""
+    quiet = {"exit_on_error": False, "epilog": MORE}
+    _check_resume(peek("ckpt_path", arguments))
     if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
         sys.argv[2:] = _spelt_out(arguments)
     arguments = _spelt_out(arguments)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from prunelit import export, measure, models, text
 from prunelit.callbacks.base import PruningCallback
@@ -43,7 +42,7 @@ from prunelit.versions import versions
 _log = logging.getLogger("prunelit")
 
 
-def run_compare(command: str, arguments: list[str]) -> int:
+def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit compare`; 1 where a cell failed."""
     parser = parser_of(command, "methods x ratios x seeds from one YAML, as tables and pictures")
     parser.add_function_arguments(compare, None, sub_configs=False)
@@ -169,16 +168,15 @@ def _run(
     _tell_other_versions([trials.find(*pair) for pair in mine if pair not in todo])
     _write(trials, cells, report)
     done = 0
-    with logging_redirect_tqdm(loggers=[_log]):
-        try:
-            for cell, _ in track(todo, "cells", unit="cell"):
-                found = trials.run(cell)
-                done += 1
-                _log.info("%s: %s", cell, _said(found, report))
-                _write(trials, cells, report)
-        except KeyboardInterrupt:
-            _log.info("stopped after %d of %d cells; the same command goes on from here", done, len(todo))
-            raise
+    try:
+        for cell, _ in track(todo, "cells", unit="cell"):
+            found = trials.run(cell)
+            done += 1
+            _log.info("%s: %s", cell, _said(found, report))
+            _write(trials, cells, report)
+    except KeyboardInterrupt:
+        _log.info("stopped after %d of %d cells; the same command goes on from here", done, len(todo))
+        raise
 
 
 def _head(

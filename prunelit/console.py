@@ -1,77 +1,154 @@
-"""What the command line says: every error in one line, chatter by rule, results on stdout."""
+"""What the command line says: every error in one line, chatter by rule, results on stdout.
+
+An error that is the user's to mend is a `PrunelitError`: one line and exit code 2; `--verbose` adds the traceback.
+What parsers, Lightning and the system say about input is turned into one here. Everything else is a bug, ours or in a
+callback that someone is writing: it keeps its traceback, and Python's exit code 1.
+"""
 
 import argparse
-import difflib
 import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from tqdm import tqdm
 
-from prunelit.errors import PrunelitError
+from prunelit import progress
+from prunelit.errors import OutOfMemory, PrunelitError, nearest
+
+_KNOBS = {
+    "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
+    "validate": "--data.batch_size or --data.seqlen",
+    "prune": "--seqlen, or pass --dtype bfloat16, or --stream true --memory_gib N, which holds one layer at a time",
+    "plan": "--seqlen, or pass --dtype bfloat16, or --stream true --memory_gib N, which holds one layer at a time",
+    "evaluate": "--seqlen, texts.NAME.seqlen, --batch_size or speed.batch, or pass --dtype bfloat16",
+    "compare": "calibration.seqlen or texts.NAME.seqlen, or pass --dtype bfloat16",
+    "export": "the precision with --dtype bfloat16, or take a machine with more memory",
+}
+"""What a command lowers when memory runs out."""
+_EXTRAS = {
+    "bitsandbytes": "nf4",
+    "gguf": "gguf",
+    "lm_eval": "zeroshot",
+    "wandb": "wandb",
+    "xllamacpp": "llamacpp",
+}
+"""Packages that are not there for every run, and the extras that bring them."""
+_WRAPPED = re.compile(r"Does not validate against|Problem with given class_path '([^']*)'")
+_FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
-    """Turn what parsers, Lightning and the file system say into one `PrunelitError`."""
+    """Turn what parsers, Lightning, the file system and the allocators say into one `PrunelitError`."""
     try:
         yield
     except PrunelitError:
         raise
-    except ValueError as error:
-        raise _own(error) or error from error
-    except (argparse.ArgumentError, MisconfigurationException, FileNotFoundError, PermissionError) as error:
-        raise PrunelitError(f"{command}: {condense(str(error))}") from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise PrunelitError(
-            f"{command}: the GPU is out of memory; lower data.batch_size or --seqlen, or use bfloat16"
-        ) from error
+    except Exception as error:  # what is not known here goes on as it is
+        found = (_behind(command, error) if isinstance(error, ValueError) else None) or _known(command, error)
+        if found is None:
+            raise
+        raise found from error
 
 
-def _own(error: BaseException) -> PrunelitError | None:
-    """The `PrunelitError` behind an error: parsers wrap what constructors raise."""
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, PrunelitError):
-        chain = chain.__cause__ or chain.__context__
-    return chain
+def _known(command: str, error: Exception) -> PrunelitError | None:
+    """The one line for an error that input or the machine causes; None for any other."""
+    kind = {base.__name__ for base in type(error).__mro__}
+    if isinstance(error, ModuleNotFoundError):
+        package = next((name for name in _EXTRAS if re.search(rf"\b{name}\b", str(error))), None)
+        if package is None:
+            return None
+        return PrunelitError(f"{command}: needs the package {package}: pip install 'prunelit[{_EXTRAS[package]}]'")
+    if "MemoryError" in kind or "OutOfMemoryError" in kind or ("RuntimeError" in kind and _FULL.search(str(error))):
+        where = "the GPU" if "OutOfMemoryError" in kind or "CUDA" in str(error) else "this machine"
+        return OutOfMemory(f"{command}: {where} is out of memory; lower {_KNOBS.get(command, 'the batch')}")
+    if isinstance(error, argparse.ArgumentError | FileNotFoundError | PermissionError) or (
+        "MisconfigurationException" in kind
+    ):
+        return PrunelitError(f"{command}: {condense(str(error))}")
+    return None
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+def _behind(command: str, error: ValueError) -> PrunelitError | None:
+    """The error behind a `ValueError` of the parser, which wraps what constructors raise."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    own = next((one for one in chain if isinstance(one, PrunelitError)), None)
+    root = next((one for one in chain if not _WRAPPED.match(str(one).strip())), chain[-1])
+    if own is not None or root is error:
+        return own
+    if isinstance(root, Exception) and (known := _known(command, root)):
+        return known
+    if not isinstance(root, ValueError | ModuleNotFoundError):
+        return None
+    path = next((found[1] for one in chain if (found := _WRAPPED.match(str(one))) and found[1]), "")
+    return PrunelitError(f"{command}: {path}: {condense(str(root))}")
 
 
 def condense(message: str) -> str:
     """The one line of a parser's message that says what is wrong."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    if not lines:
-        return "unknown error"
+    found = _wrong_value(lines) or _telling(lines) or "unknown error"
+    return re.sub(r'Parser key "([^"]+)":', r"\1:", found)[:400]
+
+
+def _telling(lines: list[str]) -> str:
     where = next((line for line in lines if line.startswith("Parser key")), "")
     union = {name: line for line in lines for name in ("Subtypes: ", "Given value: ") if line.startswith(name)}
     if len(union) == 2 and not union["Given value: "].startswith("Given value: {"):
-        kinds = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", union["Subtypes: "].partition(": ")[2][1:-1])
-        return f"{where} expected one of {kinds}; got {union['Given value: '].partition(': ')[2]}".strip()[:400]
+        kinds = _in_words(union["Subtypes: "].partition(": ")[2].strip("()[]"))
+        return f"{where} expected one of {kinds}, got {union['Given value: '].partition(': ')[2]}".strip()
     for number, line in enumerate(lines[:-1]):
         if "Problem with given class_path" in line:
             rest = lines[number + 1 :]
             end = next((i for i, said in enumerate(rest) if not said.endswith(":")), len(rest))
-            return " ".join([where, line.lstrip("- "), *rest[: end + 1]]).strip()[:400]
+            return " ".join([where, *([] if where else [line.lstrip("- ")]), *rest[: end + 1]]).strip()
     for pattern in ("is not accepted", "unrecognized arguments", "[Nn]o such|does not exist", "Expected a"):
         hit = next((line for line in lines if re.search(pattern, line)), None)
         if hit:
-            return (hit if hit == where else f"{where} {hit}").strip()[:400]
-    return " ".join(lines)[:400]
+            return (hit if hit == where else f"{where} {hit}").strip()
+    return " ".join(lines)
+
+
+_VALUE = re.compile(
+    r'^Parser key "([^"]+)": Expected an? (typing\.Literal\[(.+)\]|<class \'(?:\w+\.)*(\w+)\'>)\. Got value: (.*)$'
+)
+_WORDS = {"str": "text", "int": "a whole number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+
+
+def _wrong_value(lines: list[str]) -> str:
+    """The line about a value of the wrong kind; "" where it is about something else."""
+    found = _VALUE.match(" ".join(lines))
+    if found is None:
+        return ""
+    name, _, choices, kind, value = found.groups()
+    if choices is None:
+        instead = f"nothing; pass --{name}" if value == "None" else repr(value)
+        return f"{name}: expected {_WORDS.get(kind, kind)}, got {instead}"
+    known = re.findall(r"'([^']*)'", choices)
+    return f"{name}: expected one of {', '.join(known)}, got {value!r}{nearest(value, known)}"
+
+
+def _in_words(types: str) -> str:
+    """A list of Python types, as people call them."""
+    said = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
+    said = re.sub(r"\b(dict|list)\[[^\[\]]*\]", lambda found: {"dict": "a mapping", "list": "a list"}[found[1]], said)
+    said = re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", said)
+    return re.sub(r"\b(" + "|".join(_WORDS) + r")\b", lambda found: _WORDS[found[1]], said)
 
 
 class _Stderr(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is now, not to what it was when the first command ran."""
+    """Writes to what `sys.stderr` is now, not to what it was when the first command ran; above progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            super().emit(record)
 
     @property
     def stream(self) -> Any:
@@ -83,33 +160,42 @@ class _Stderr(logging.StreamHandler[Any]):
 
 
 def speak_by_rule() -> None:
-    """prunelit says what it does; libraries speak up from warnings on."""
-    log = logging.getLogger("prunelit")
+    """prunelit says what it does, libraries speak up from warnings on; with --verbose all say more."""
+    log, more = logging.getLogger("prunelit"), progress.verbose()
     if not log.handlers:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
-    log.setLevel(logging.INFO if int(os.environ.get("LOCAL_RANK", "0") or 0) == 0 else logging.ERROR)
+    log.setLevel((logging.DEBUG if more else logging.INFO) if progress.first_rank() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
-        logging.getLogger(name).setLevel(logging.WARNING if name.startswith("lightning") else logging.ERROR)
-    # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
-    for notice in (
-        r"`isinstance\(treespec, LeafSpec\)`",
-        "`is_gradient_checkpointing`",
-        "`gradient_checkpointing_enable`",
-    ):
-        warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
-    shown = warnings.showwarning
+        level = logging.WARNING if name.startswith("lightning") else logging.ERROR
+        logging.getLogger(name).setLevel(logging.INFO if more else level)
+    if not more:
+        # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
+        for notice in (
+            r"`isinstance\(treespec, LeafSpec\)`",
+            "`is_gradient_checkpointing`",
+            "`gradient_checkpointing_enable`",
+        ):
+            warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
+    if getattr(warnings.showwarning, "__name__", "") != _one_line.__name__:
+        _shown.append(warnings.showwarning)
+        warnings.showwarning = _one_line
 
-    def one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-        if issubclass(category, UserWarning) and str(rest[0] if rest else "").find(f"{os.sep}prunelit{os.sep}") >= 0:
+
+_shown: list[Any] = []
+
+
+def _one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+    """A warning of ours in one line, any other one as Python has it; above progress bars."""
+    with tqdm.external_write_mode(file=sys.stderr):
+        if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(rest[0] if rest else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
         else:
-            shown(message, category, *rest, **named)
-
-    warnings.showwarning = one_line
+            _shown[-1](message, category, *rest, **named)
 
 
 def say(line: str) -> None:
     """A result, on stdout."""
-    sys.stdout.write(line + "\n")
+    with tqdm.external_write_mode(file=sys.stdout):
+        sys.stdout.write(line + "\n")

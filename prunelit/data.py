@@ -47,7 +47,12 @@ class TextDataModule(LightningDataModule):
         examples: int | None = None,
     ):
         super().__init__()
-        least = {"seqlen": (seqlen, 2), "batch_size": (batch_size, 1), "validation_windows": (validation_windows, 1)}
+        least = {
+            "seqlen": (seqlen, 2),
+            "batch_size": (batch_size, 1),
+            "calibration_windows": (calibration_windows, 0),
+            "validation_windows": (validation_windows, 1),
+        }
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise BadOption(f"data.{name}: expected at least {minimum}, got {value}")
@@ -95,6 +100,8 @@ class TextDataModule(LightningDataModule):
                 "take a longer text or fewer windows"
             )
         self.tokenizer = tokenizer
+        if stage == "fit":
+            self.train_dataloader()  # raises now, not after the cut
 
     def _mixed(self, tokenizer: Any) -> dict[str, Tensor]:
         """What is trained on: windows of text, and examples."""

@@ -4,6 +4,26 @@ The command line prints the message of a `PrunelitError` on one line and exits w
 A message holds four things: the name of what is wrong, what was expected, what came, what to do.
 """
 
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean 'x'?", or nothing where no known name is near."""
+    near = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def nearest_file(path: str | Path) -> str:
+    """`nearest` among what lies beside a path that is not there."""
+    missing = Path(path).expanduser()
+    try:
+        near = difflib.get_close_matches(missing.name, sorted(item.name for item in missing.parent.iterdir()), n=1)
+    except OSError:
+        return ""
+    return f"; did you mean {str(Path(path).with_name(near[0]))!r}?" if near else ""
+
 
 class PrunelitError(Exception):
     """Base of all errors raised on purpose."""
@@ -63,6 +83,10 @@ class DoesNotFit(PrunelitError):
 
 class NotProved(PrunelitError):
     """What was written is not the model in memory; it was removed."""
+
+
+class OutOfMemory(PrunelitError):
+    """The GPU or the machine has no memory left."""
 
 
 class BadAdapter(PrunelitError):

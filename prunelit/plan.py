@@ -219,7 +219,9 @@ class PruningPlan:
             return cls.from_json(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got {error.strerror or error}") from error
-        except (BadPlan, UnicodeDecodeError) as error:
+        except UnicodeDecodeError as error:
+            raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got a file that is no text") from error
+        except BadPlan as error:
             raise BadPlan(f"{path}: {error}") from error
 
 

@@ -17,6 +17,7 @@ from prunelit.errors import BadOption, BadQuantisation
 from prunelit.hetero import find, replace_module, set_linear
 from prunelit.int4 import Int4Linear, check_group_size, error_bound
 from prunelit.linears import decoder_linears, has_adapters, is_nf4, quantised_as, widths
+from prunelit.progress import track
 
 Base = Literal["none", "nf4", "int4"]
 BASES = ("none", "nf4", "int4")
@@ -56,7 +57,7 @@ def check_options(base: str, group_size: int = 32) -> None:
         raise BadOption(f"base: expected one of {', '.join(BASES)}, got {base!r}")
     check_group_size(group_size)
     if base == "nf4":
-        _bitsandbytes()
+        bitsandbytes()
 
 
 def misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
@@ -138,7 +139,8 @@ def quantize(
     check_shapes(model, base, group_size)
     model.requires_grad_(False)
     records = []
-    for name in [linear.name for linear in decoder_linears(model)]:  # names: a list of modules would hold all weights
+    names = [linear.name for linear in decoder_linears(model)]  # a list of modules would hold all weights
+    for name in track(names, f"rounding to {base}", unit="linear"):
         old = find(model, name)
         weight = weight_out_in(old)
         if base == "int4":
@@ -214,19 +216,22 @@ def bytes_per_parameter(model: nn.Module) -> dict[str, float]:
     }
 
 
-def _bitsandbytes() -> Any:
+def bitsandbytes(needed_by: str = "base nf4") -> Any:
+    """The package.
+
+    Raises:
+        BadOption: it is not installed.
+    """
     try:
         import bitsandbytes
     except ImportError as error:
-        raise BadOption(
-            f"base: nf4: expected bitsandbytes to be installed, got {error}; pip install bitsandbytes, or use base int4"
-        ) from error
+        raise BadOption(f"{needed_by}: expected bitsandbytes, got {error}: pip install 'prunelit[nf4]'") from error
     return bitsandbytes
 
 
 def _nf4(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool) -> Any:
     """A linear of bitsandbytes from a weight [O, I], on the weight's device."""
-    nn4 = _bitsandbytes().nn
+    nn4 = bitsandbytes().nn
     rows, width = weight.shape
     linear = nn4.Linear4bit(width, rows, False, compute_dtype, double_quant, "nf4", device="meta")
     # It quantises when it is moved, and `module` is how the linear learns the statistics.
@@ -252,7 +257,7 @@ def _weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     state = module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise BadQuantisation("dequantised: nf4 weights were packed by an evaluation outside prunelit; load them again")
-    weight = _bitsandbytes().functional.dequantize_4bit(module.weight.data, state)
+    weight = bitsandbytes().functional.dequantize_4bit(module.weight.data, state)
     return cast(Tensor, weight.to(dtype or weight.dtype))
 
 

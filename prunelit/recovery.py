@@ -110,6 +110,8 @@ class RecoveryModule(LightningModule):
         if rank_rule == "by_cut" and ffn_lora_rank:
             raise BadOption("model.ffn_lora_rank: expected null with rank_rule by_cut, which chooses ranks itself")
         quantize.check_options(base, group_size)
+        if optimizer != "adamw":
+            quantize.bitsandbytes(f"model.optimizer {optimizer}")
         models.check_source(model)
         self.save_hyperparameters()
         self.strict_loading = (

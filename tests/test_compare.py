@@ -591,7 +591,7 @@ def test_out_of_memory_names_the_knob(
         ({"methods": ["prunelit.plan.PruningPlan"]}, ["PruningPlan", "subclass of PruningCallback"]),
         ({"methods": "random"}, ["methods", "list", "random"]),
         ({"options": {1: 2}}, ["options", "1"]),
-        ({"options": [1]}, ["options", "dict"]),
+        ({"options": [1]}, ["options", "a mapping"]),
         ({"ratios": []}, ["ratios"]),
         ({"ratios": [0.1, 0.1]}, ["ratios"]),
         ({"ratios": ["lots"]}, ["ratios", "lots"]),

@@ -247,7 +247,7 @@ def test_quantise_once_and_before_adapters() -> None:
 
 def test_missing_bitsandbytes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(BadOption, match="nf4: expected bitsandbytes to be installed"):
+    with pytest.raises(BadOption, match=r"nf4: expected bitsandbytes, .*pip install 'prunelit\[nf4\]'"):
         check_options("nf4")
 
 

@@ -5,13 +5,12 @@ are imported on first use, so listing the methods imports neither torch nor Ligh
 """
 
 import ast
-import difflib
 import importlib
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunelit.errors import BadOption
+from prunelit.errors import BadOption, nearest
 
 _NOT_METHODS = ("__init__", "base", "job", "method", "recorder", "dashboard")
 
@@ -56,9 +55,7 @@ def method_class(name: str) -> Any:
             return getattr(importlib.import_module(module), class_name)
         except (ImportError, AttributeError) as error:
             raise BadOption(f"method {name!r}: can not be imported: {error}") from error
-    near = difflib.get_close_matches(name, methods(), n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{hint}")
+    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{nearest(name, methods())}")
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit import bias, latency, rank, reconstruct, surgery, text
+from prunelit import bias, latency, progress, rank, reconstruct, surgery, text
 from prunelit.calibrate import Batch, batched, own_rank
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
@@ -324,7 +324,8 @@ class PruningMethod(Teller):
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of the work into `seconds`, and tell it."""
         start = time.perf_counter()
-        yield
+        with progress.stage(name.replace("_", " ")):
+            yield
         self.seconds[name] = time.perf_counter() - start
         self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=peak_memory_mib())
 

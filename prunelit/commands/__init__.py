@@ -1,1 +1,35 @@
-"""The short commands, one file each: a plain function, and `run`, which parses its options and calls it."""
+"""The commands, one file each: a plain function, and `run`, which parses its options and calls it.
+
+A command is imported when it is run: what it stands on takes seconds, of which a misspelt word needs none.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from prunelit.commands import configs
+from prunelit.console import one_line_errors, speak_by_rule
+from prunelit.progress import stage
+
+_ELSEWHERE = {"fit": "prunelit.cli", "validate": "prunelit.cli", "compare": "prunelit.compare"}
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """Run a command of `prunelit.__main__.COMMANDS`; the exit code.
+
+    Raises:
+        PrunelitError: bad input, in one line.
+    """
+    configs.check(arguments)
+    with one_line_errors(command):
+        with stage("starting"):
+            module = importlib.import_module(_ELSEWHERE.get(command, f"{__name__}.{command}"))
+        speak_by_rule()  # Lightning sets its own level when it is imported
+        more = {"job_of": _job_of} if command == "plan" else {}
+        found: Callable[..., int] = module.run
+        return found(command, arguments, **more)
+
+
+def _job_of(arguments: list[str]) -> Any:
+    """The job of a `fit` command line."""
+    return importlib.import_module("prunelit.cli").job(arguments)

@@ -13,9 +13,12 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
-from prunelit.callbacks.base import PruningCallback
-from prunelit.console import condense, nearest
-from prunelit.errors import BadOption, PrunelitError
+from prunelit.console import condense
+from prunelit.errors import BadOption, PrunelitError, nearest
+from prunelit.progress import stage
+
+MORE = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
+"""Below the help of every command."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -28,7 +31,7 @@ _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'
 
 def parser_of(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
-    parser = ArgumentParser(prog=f"prunelit {command}", description=what, exit_on_error=False)
+    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
@@ -66,8 +69,13 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     Returns:
         The method's class; with --plan and no --method, one that carries plans out and scores nothing.
     """
+    with stage("starting"):
+        from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
+
     plan, name = peek("plan", arguments), peek("method", arguments)
     kind = PruningCallback if plan and not name else method_class(name or default)
+    if not (isinstance(kind, type) and issubclass(kind, PruningCallback)):
+        raise BadOption(f"method {name!r}: expected a subclass of PruningCallback, got {kind!r:.80}")
     parser.add_argument(
         "--method",
         type=str | None,

@@ -5,7 +5,7 @@
 
 import sys
 
-from prunelit.errors import PrunelitError
+from prunelit.errors import PrunelitError, nearest
 from prunelit.plan import PruningPlan
 from prunelit.plan_diff import differences
 from prunelit.report.plan_card import card, difference
@@ -20,6 +20,8 @@ def run(arguments: list[str]) -> int:
         PrunelitError: another number of files; BadPlan: one is no plan, or they are for different models.
     """
     word, paths = arguments[0], arguments[1:]
+    if word not in WORDS:
+        raise PrunelitError(f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{nearest(word, WORDS)}")
     wanted = 1 if word == "show" else 2
     if len(paths) != wanted or any(path.startswith("-") for path in paths):
         files = "one plan file" if wanted == 1 else "two plan files"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from prunelit import models, progress
 from prunelit.calibrate import on_device
 from prunelit.commands.options import place
 from prunelit.errors import PrunelitError
@@ -38,7 +39,10 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     """
     threads = torch.get_num_threads()
     try:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        with (
+            progress.stage(f"peak memory of {models.short_name(subject.source)}"),
+            ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
+        ):
             return pool.submit(_peak, subject, wanted, threads).result()
     except BrokenProcessPool as error:
         raise PrunelitError(
@@ -48,6 +52,7 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
 
 
 def _peak(subject: Subject, wanted: Speed, threads: int) -> dict[str, Any]:
+    progress.silence()  # two processes would draw over each other
     torch.set_num_threads(threads)
     target = place(subject.device)
     before = _resident("VmRSS")

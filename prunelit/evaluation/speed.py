@@ -22,6 +22,7 @@ from prunelit import clock, measure
 from prunelit.calibrate import evaluating
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
+from prunelit.progress import stage
 
 RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
 _HALF = 0.5  # of the promised gain; less is "removed but not faster"
@@ -133,7 +134,8 @@ def measured(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict
     Raises:
         BadOption: more tokens than a model has positions.
     """
-    runners = {name: Runner(network, wanted) for name, network in networks.items()}
+    with stage("reading the context"):
+        runners = {name: Runner(network, wanted) for name, network in networks.items()}
     taken = clock.in_turn([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
     found = {}
     for (name, runner), rounds in zip(runners.items(), taken, strict=True):

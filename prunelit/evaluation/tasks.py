@@ -16,8 +16,7 @@ from typing import Any
 import yaml
 
 from prunelit import models
-from prunelit.console import nearest
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.errors import BadOption, SourceNotFound, nearest
 from prunelit.files import write_text
 
 _ENDINGS = (".jsonl.gz", ".jsonl")

@@ -14,6 +14,7 @@ from typing import Any
 from prunelit.errors import SourceNotFound
 from prunelit.evaluation import paired
 from prunelit.kept import digest
+from prunelit.progress import stage
 from prunelit.text import first_line, quiet_datasets
 
 METRICS = ("acc", "acc_norm")
@@ -65,7 +66,8 @@ class ZeroShot:
 
         with _quiet_harness():
             try:
-                loaded = TaskManager(include_defaults=False).load([definition])
+                with stage(f"reading {name}"):
+                    loaded = TaskManager(include_defaults=False).load([definition])
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
                 raise SourceNotFound(f"task {name!r}: its rows can not be read: {first_line(error)}") from error
             for task in loaded["tasks"].values():  # as `simple_evaluate` has it

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunelit.errors import BadOption
+from prunelit.errors import BadOption, nearest
 from prunelit.plan import PruningPlan
 
 # One module of this package each; imported when it is used.
@@ -106,6 +106,6 @@ def format_of(name: str) -> Format:
         BadOption: there is none.
     """
     if name not in FORMATS:
-        raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}")
+        raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{nearest(name, FORMATS)}")
     found: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
     return found

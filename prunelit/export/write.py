@@ -20,6 +20,7 @@ from prunelit.export.formats import AUTO, Format, Job, Written, format_of
 from prunelit.export.proof import PROOF
 from prunelit.linears import quantised_as
 from prunelit.plan import PruningPlan
+from prunelit.progress import stage
 
 _log = logging.getLogger("prunelit")
 _UNPROVED = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
@@ -190,10 +191,12 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any], 
     target, file = job.place, _is_file(chosen, job.place)
     place = folder / (target.name if file else f"model{chosen.suffix}") if chosen.suffix else folder
     job = replace(job, place=place)
-    facts = chosen.write(job)
+    with stage(f"writing {chosen.name}"):
+        facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
         _save_tokenizer(job.tokenizer, folder)
-    proof = {"format": chosen.name, **(_UNPROVED if unproved else chosen.prove(job))}
+    with stage(f"proving {chosen.name}"):
+        proof = {"format": chosen.name, **(_UNPROVED if unproved else chosen.prove(job))}
     if not proof["passed"] and not unproved:
         raise NotProved(f"output: {proof['why']}; nothing was kept")
     dense = None

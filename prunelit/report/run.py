@@ -20,7 +20,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from prunelit import export, int4_folder, linears, measure, quantize, strategies, text, twin
+from prunelit import export, int4_folder, linears, measure, progress, quantize, strategies, text, twin
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import (
@@ -296,7 +296,8 @@ class RunReport(Recorder):
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        yield
+        with progress.stage(stage.replace("_", " ")):
+            yield
         taken = time.perf_counter() - start
         self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
         self._tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
