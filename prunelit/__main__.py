@@ -4,8 +4,8 @@ import difflib
 import sys
 
 from prunelit import __version__
-from prunelit.callbacks import method_class, methods
 from prunelit.errors import PrunelitError
+from prunelit.report import method_card
 
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
@@ -35,19 +35,6 @@ def usage() -> str:
     )
 
 
-def list_methods(arguments: list[str]) -> str:
-    """All methods, one a line; or the card of one.
-
-    Raises:
-        PrunelitError: no such method.
-    """
-    if not arguments:
-        return "\n".join(f"{method.name:15} {method.summary}" for method in methods().values())
-    if arguments[0] not in methods():
-        method_class(arguments[0])  # raises with the nearest name
-    return methods()[arguments[0]].card
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on bad input with one line on stderr."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -58,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
         elif command == "--version":
             sys.stdout.write(__version__ + "\n")
         elif command == "methods":
-            sys.stdout.write(list_methods(rest) + "\n")
+            sys.stdout.write(method_card.answer(rest) + "\n")
         elif command == "plan" and rest[:1] in (["show"], ["diff"]):
             from prunelit.commands import plan_files
 

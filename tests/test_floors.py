@@ -89,6 +89,7 @@ ONLY = {
     "stock_shapes": set(),
     "serving": set(),
     "report.plan_card": set(),
+    "report.method_card": set(),
     "progress": {"tqdm"},
     "versions": set(),
     "hetero": {"torch", "transformers"},
