@@ -3,7 +3,11 @@
 import importlib
 import inspect
 import json
+import os
 import re
+import runpy
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,12 +102,15 @@ def one_place(node: yaml.Node) -> bool:
 
 
 def uncommented(text: str) -> list[str]:
-    """Options without a comment after them or on a line of its own right above; the name of a class is its own."""
+    """Options without a comment after them or on a line of its own right above; the name of a class is its own.
+
+    Comments right above what stands at the margin are the file's.
+    """
     lines = text.splitlines()
 
     def explained(first: int, end: yaml.Mark) -> bool:
-        above = first > 0 and lines[first - 1].lstrip().startswith("# ")
-        return above or re.match(r":?\s+# \S", lines[end.line][end.column :]) is not None
+        above = lines[first].startswith(" ") and re.match(r"\s+# \S", lines[first - 1])
+        return bool(above or re.match(r":?\s+# \S", lines[end.line][end.column :]))
 
     found = leaves(yaml.compose(text))
     return [name for name, first, end in found if not name.endswith("class_path") and not explained(first, end)]
@@ -130,7 +137,7 @@ h:  # said
 j:
   - k: 1
 """
-    assert uncommented(text) == ["b", "c.f", "j.k"]
+    assert uncommented(text) == ["a", "b", "c.f", "j.k"]
 
 
 @pytest.mark.parametrize("path", CALLBACKS, ids=named)
@@ -262,3 +269,70 @@ def test_it_cuts_trains_and_saves(capsys: pytest.CaptureFixture[str], path: Path
     if saved["model_type"] in ("llama", "mistral") and "quantization_config" not in saved:
         with torch.no_grad():
             assert torch.isfinite(AutoModelForCausalLM.from_pretrained(model)(torch.tensor([[3, 4, 5]])).logits).all()
+
+
+# On a foreign job ------------------------------------------------------------------------------------------------
+
+INDEX = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
+ATTACHED = re.findall(r"^python (configs/attach/.*)$", INDEX, re.MULTILINE)
+
+
+def job(line: str, folder: Path, *more: str) -> dict[str, Any]:
+    """Run a command line of the job for two steps, in this process unless it has several; the plan it left."""
+    few = [
+        "--trainer.max_steps",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+        "--trainer.enable_model_summary",
+        "false",
+    ]
+    words = [*shlex.split(line), *few, "--trainer.default_root_dir", str(folder), *more]
+    if "--trainer.devices" in words:
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        options: dict[str, Any] = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True}
+        done = subprocess.run([sys.executable, *words], timeout=300, check=False, **options)
+        assert done.returncode == 0, done.stderr
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setattr(sys, "argv", words)
+            runpy.run_path(words[0], run_name="__main__")
+    plans = sorted(folder.rglob("plan.llm_bip.json"))
+    return dict(json.loads(plans[-1].read_text(encoding="utf-8")))
+
+
+def test_the_job_knows_nothing_of_prunelit(tmp_path: Path) -> None:
+    assert "prunelit" not in (ROOT / "configs/attach/job.py").read_text(encoding="utf-8").partition('"""\n')[2]
+    assert len(ATTACHED) == 3
+    named_there = re.findall(r"python (configs/attach/.*)", JOBS[0].read_text(encoding="utf-8"))
+    assert set(named_there) == {ATTACHED[0].partition(" --config callbacks")[0], ATTACHED[0]}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the second run has a folder of its own
+@pytest.mark.parametrize("line", ATTACHED, ids=["plain", "ratio", "ddp"])
+def test_a_foreign_job_is_cut_by_a_second_config(line: str, tmp_path: Path) -> None:
+    plan = job(line, tmp_path)
+    asked = 0.3 if "callbacks.ratio 0.3" in line else 0.2
+    assert plan["options"]["ratio"] == asked <= plan["predicted"]["ratio_of_block_parameters"]
+    assert plan["calibration"]["source"] == ["train dataloader"]
+    if "devices" not in line:  # and goes on
+        (saved,) = tmp_path.rglob("*.ckpt")
+        again = job(line, tmp_path, "--trainer.max_steps", "4", "--ckpt_path", str(saved))
+        assert again["layers"] == plan["layers"]
+        assert len(list(tmp_path.rglob("*step=4.ckpt"))) == 1
+
+
+@pytest.mark.slow
+def test_a_foreign_job_is_cut_in_python(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", INDEX, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "configs" / "attach"))
+    monkeypatch.delitem(sys.modules, "job", raising=False)
+    names: dict[str, Any] = {}
+    exec(code.replace("max_steps=100", "max_steps=2"), names)
+    assert names["cut"].plan_made.predicted["parameters"] < 1_115_264
+    assert str(names["cut"].plan_made.predicted["parameters"]) in capsys.readouterr().out

@@ -21,6 +21,7 @@ _ROOT = _FOLDER.parents[1]  # of a clone; an installed package has no configs/ b
 _SEE_BASE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
 _IMPORTED = {"distill": "trains", "sensitivity": "backward", "gradients": "backward", "search": "search"}
 """What a method imports -> what it needs; the first that is found."""
+_WIDTH = 118
 NEEDS = {
     "no text": "reads no text",
     "forward": "reads text in forward passes",
@@ -68,7 +69,7 @@ def table() -> str:
     """One line a method: what it needs, its paper, what it does."""
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
     rows += [(method.name, needs(method), paper(method), _what(method)) for method in methods().values()]
-    lines = [f"{name:14} {work:9} {source:11} {what}".rstrip() for name, work, source, what in rows]
+    lines = [_wrapped(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
     legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
@@ -81,8 +82,7 @@ def card(method: Method) -> str:
     wide = max(len(option.name) for option in options)
     parts = [f"{method.name}    {NEEDS[needs(method)]}", method.card, "Options and their defaults"]
     for name, default, what in options:
-        head = f"    {name:{wide}}  {'required' if default is None else default:13} "
-        parts[-1] += "\n" + textwrap.fill(what, 118, initial_indent=head, subsequent_indent=" " * len(head))
+        parts[-1] += "\n" + _wrapped(f"    {name:{wide}}  {'required' if default is None else default:13} ", what)
     return "\n\n".join([*parts, _how_to_run(method)])
 
 
@@ -162,6 +162,10 @@ def options_of(name: str) -> list[Option]:
     return [*own.values(), *(option for option in base.values() if option.name not in (*own, *idle))]
 
 
+def _wrapped(head: str, text: str) -> str:
+    return textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or head.rstrip()
+
+
 def _what(method: Method) -> str:
     """The summary without the name in front."""
     said = method.summary.partition(": ")[2].rstrip(".")
@@ -185,7 +189,7 @@ def _constructor(path: Path, class_name: str) -> list[Option]:
         return []
     said = _documented(ast.get_docstring(kind) or "")
     arguments = [*made.args.args[1:], *made.args.kwonlyargs]
-    given = [node and _yaml(node) for node in (*made.args.defaults, *made.args.kw_defaults)]
+    given = [None if node is None else _yaml(node) for node in (*made.args.defaults, *made.args.kw_defaults)]
     defaults = [*[None] * (len(arguments) - len(given)), *given]
     return [Option(a.arg, value, said.get(a.arg, "")) for a, value in zip(arguments, defaults, strict=True)]
 
