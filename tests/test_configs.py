@@ -17,9 +17,13 @@ import pytest
 import torch
 import yaml
 
+from prunelit import rank
 from prunelit.__main__ import main
 from prunelit.callbacks import methods
 from prunelit.data import TextDataModule
+from prunelit.decoder import Decoder
+from prunelit.plan import ModelShape, PruningPlan
+from prunelit.rank import LayerScores
 from prunelit.recovery import RecoveryModule
 from prunelit.report.run import RunReport
 from tests.tiny import tiny, tiny_tokenizer
@@ -32,6 +36,7 @@ CUTTING = [
     path for path in CONFIGS if path.parent.name == "methods" or path.stem.split("-")[0] in ("quickstart", "recover")
 ]
 WORDS = " ".join(f"w{n * 7 % 101}" for n in range(3000))
+INDEX = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 # What makes a whole run small: sizes of texts and of the work. Every other option stays as the file has it.
 SMALL = {
     **{"windows": 4, "seqlen": 64, "search_windows": 2, "count": 2, "cache_gib": 0.1},
@@ -187,13 +192,12 @@ def test_values_that_are_not_the_default_say_so(path: Path) -> None:
 
 
 def test_the_index_has_every_config() -> None:
-    index = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
-    linked = set(re.findall(r"\]\(([^)#]+)\)", index))
+    linked = set(re.findall(r"\]\(([^)#]+)\)", INDEX))
     files = {str(path.relative_to(ROOT / "configs")) for path in [*CONFIGS, *JOBS]}
     assert files <= linked
     assert all((ROOT / "configs" / link).exists() for link in linked)
     for path in CONFIGS:  # and names its command
-        row = next(line for line in index.splitlines() if f"({path.relative_to(ROOT / 'configs')})" in line)
+        row = next(line for line in INDEX.splitlines() if f"({path.relative_to(ROOT / 'configs')})" in line)
         assert path.parent.name == "strategies" or f"`{command_of(path)}`" in row, path
 
 
@@ -202,6 +206,42 @@ def test_every_method_has_a_config_for_7b() -> None:
     assert found.keys() == methods().keys()
     assert all(f"--config configs/methods/{name}.yaml" in text for name, text in found.items())
     assert all("# This file has never run at this size" in text for text in found.values())
+
+
+# At 7B, without its weights ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seven() -> ModelShape:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with torch.device("meta"):
+        return Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32000))).shape  # the rest is Llama-2-7B by default
+
+
+def test_sizes_that_are_said_are_those_of_the_model(seven: ModelShape) -> None:
+    texts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "configs" / "methods").glob("*.yaml")}
+    layer = seven.block_parameters / 32
+    assert seven.parameters == 6_738_415_616
+    assert all(f"{2 * seven.parameters / 1e9:.1f} GB in 16 bits" in text for text in [*texts.values(), INDEX])
+    assert f"{8 * 8 * layer / 1e9:.1f} GB" in texts["taylor"] and f"{8 * layer / 1e9:.1f} GB each" in texts["taylor"]
+    assert f"{16 * 0.8 * seven.block_parameters / 1e9:.0f} GB" in texts["best"]
+    assert f"{7 * layer / seven.parameters:.2%}" in texts["shortgpt"]
+    assert f"{0.25 * 26 / 32:.3f} of all" in texts["taylor"]
+    assert sum(64 - step for step in range(17)) == 952 and "952 evaluations" in texts["block_pruner"]
+
+
+@pytest.mark.parametrize("path", [p for p in CUTTING if p.parent.name == "methods"], ids=named)
+def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape) -> None:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    asked = content if command_of(path) == "prune" else content["trainer"]["callbacks"][0]["init_args"]
+    if asked.get("count"):
+        return  # whole blocks
+    names = ("ratio", "scope", "unit", "align", "protect", "budget", "uniform_heads")
+    options = {name: asked[name] for name in names} | {"min_kept": asked.get("min_kept") or 0.0}
+    scores = [LayerScores(torch.rand(32), torch.rand(11008)) for _ in seven.layers]
+    kept = rank.select(seven.layers, scores, standardise=True, joint=True, **options)
+    assert 0.2 <= PruningPlan("test", seven, kept).predicted["ratio_of_block_parameters"] < 0.21
 
 
 # Run -------------------------------------------------------------------------------------------------------------
@@ -273,7 +313,6 @@ def test_it_cuts_trains_and_saves(capsys: pytest.CaptureFixture[str], path: Path
 
 # On a foreign job ------------------------------------------------------------------------------------------------
 
-INDEX = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 ATTACHED = re.findall(r"^python (configs/attach/.*)$", INDEX, re.MULTILINE)
 
 
