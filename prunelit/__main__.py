@@ -5,8 +5,8 @@ import sys
 import traceback
 
 from prunelit import __version__, progress
-from prunelit.callbacks import method_class, methods
 from prunelit.errors import PrunelitError, nearest
+from prunelit.report import method_card
 
 VERBOSE = "--verbose"
 COMMANDS = {
@@ -36,21 +36,6 @@ def usage() -> str:
             "stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
-
-
-def list_methods(arguments: list[str]) -> str:
-    """All methods, one a line; or the card of one.
-
-    Raises:
-        PrunelitError: no such method.
-    """
-    if not arguments:
-        return "\n".join(f"{method.name:15} {method.summary}" for method in methods().values())
-    if len(arguments) > 1:
-        raise PrunelitError(f"methods: expected one method, or none for the list, got {' '.join(arguments)}")
-    if arguments[0] not in methods():
-        method_class(arguments[0])  # raises with the nearest name
-    return methods()[arguments[0]].card
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -92,7 +77,7 @@ def _run(arguments: list[str]) -> int:
     elif command == "--version":
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
-        sys.stdout.write(list_methods(rest) + "\n")
+        sys.stdout.write(method_card.answer(rest) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.commands import plan_files
 

@@ -91,6 +91,7 @@ ONLY = {
     "stock_shapes": set(),
     "serving": set(),
     "report.plan_card": set(),
+    "report.method_card": set(),
     "progress": {"tqdm"},
     "versions": set(),
     "numbers": set(),
