@@ -25,6 +25,7 @@ _HOME = {
     "LLMBIP": "prunelit.callbacks",
     "Magnitude": "prunelit.callbacks",
     "Random": "prunelit.callbacks",
+    "Dashboard": "prunelit.callbacks",
     "RecoveryModule": "prunelit.recovery",
     "TextDataModule": "prunelit.data",
     "AtomicCheckpointIO": "prunelit.checkpoint",

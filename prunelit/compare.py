@@ -31,6 +31,7 @@ from prunelit.console import say
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, OutputNotWritable, PrunelitError
 from prunelit.files import write_json, write_text
+from prunelit.loggers import check_wandb
 from prunelit.machine import hardware
 from prunelit.numbers import number, perplexity_of
 from prunelit.pictures import comparison
@@ -119,7 +120,7 @@ def compare(
     models.check_source(model)
     export.check_output(folder, overwrite=True)
     if wandb_project:
-        weights_and_biases.check()
+        check_wandb("wandb_project")
 
     tokenizer = models.load_tokenizer(model)
     windows = {

@@ -8,6 +8,7 @@ or the dense model's distributions (`prunelit.losses`). In what order things are
 
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy
@@ -125,6 +126,13 @@ class RecoveryModule(LightningModule):
         self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
+
+    @property
+    def hparams_initial(self) -> Any:
+        """What loggers are told of the options: of a model on this machine its name, not its path."""
+        found = super().hparams_initial
+        found["model"] = Path(str(found["model"])).name or "model"
+        return found
 
     # Building, in the order in which Lightning calls --------------------------------------------------------------
 

@@ -43,6 +43,7 @@ FLOORS = (
             "whole",
             "skeleton",
             "pictures",
+            "samples",
             "page",
         ),
         *("streamed", "layerwise"),  # models that do not fit
@@ -71,7 +72,7 @@ FLOORS = (
             "journal",
         ),  # what works on a plan
     ),
-    ("strategies",),
+    ("strategies", "loggers"),
     ("recovery", "data", "export", "callbacks"),
     ("cli", "commands", "console", "compare", "cells", "trial", "evaluation", "report", "checkpoint", "__main__"),
 )

@@ -359,6 +359,10 @@ def check(code: int, err: str, wanted: list[str]) -> None:
     assert [word for word in wanted if word not in lines[0]] == [], lines[0]
 
 
+# What it was told to run, and what it measured before it met the error.
+_OF_FIT = {"out", *(f"out/{name}" for name in ("config.yaml", "report.json", "report.html", "record.json"))}
+
+
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].split()[0] if row else "")
 def test_one_line_and_code_2(
     capsys: pytest.CaptureFixture[str],
@@ -377,8 +381,7 @@ def test_one_line_and_code_2(
     code, err = run([word.format(**named) for word in command.split()], capsys)
     check(code, err, wanted)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} - {"c.yaml", "work"}
-    # What `fit` was told to run, and what it measured before it met the error.
-    assert left <= ({"out", "out/config.yaml", "out/report.json"} if command.startswith("fit") else set()), left
+    assert left <= (_OF_FIT if command.startswith("fit") else set()), left
     assert sorted(Path(things["words"]).parent.rglob("*")) == before
 
 

@@ -64,4 +64,6 @@ def __getattr__(name: str) -> Any:
             return method_class(method.name)
     if name == "PruningCallback":
         return importlib.import_module(f"{__name__}.base").PruningCallback
+    if name == "Dashboard":
+        return importlib.import_module(f"{__name__}.dashboard").Dashboard
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -82,8 +82,12 @@ def kept_folder(trainer: Trainer) -> Path | None:
 
 
 def listeners_of(trainer: Trainer) -> list[Listener]:
-    """The callbacks of a job that are told what happens: those with a method `hear`."""
-    return [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
+    """The callbacks of a job that are told what happens: those with a method `hear`; `attach` of them is called."""
+    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
+    for callback in found:
+        if callable(attach := getattr(callback, "attach", None)):
+            attach(trainer)
+    return found
 
 
 def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:

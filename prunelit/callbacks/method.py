@@ -208,8 +208,8 @@ class PruningMethod(Teller):
             cost=cost,
         )
 
-        def told(scores: Sequence[LayerScores]) -> tuple[LayerPlan, ...]:
-            kept = select(scores)
+        def told(scores: Sequence[LayerScores], **options: Any) -> tuple[LayerPlan, ...]:
+            kept = select(scores, **options)
             if self.listeners:
                 self.tell(
                     "scores", heads=_floats(s.heads for s in scores), channels=_floats(s.channels for s in scores)

@@ -19,21 +19,21 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prunelit import export, measure, models, text
+from prunelit import export, measure, models, samples, text
 from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, listed, place
 from prunelit.errors import BadOption
-from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
+from prunelit.evaluation import memory, perplexities, speed, tasks, zero_shot
 from prunelit.evaluation.markdown import markdown
 from prunelit.evaluation.page import page_of
 from prunelit.evaluation.perplexities import Text
-from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
 from prunelit.evaluation.wanted import Wanted, of_tasks, of_texts
 from prunelit.files import write_json, write_text
 from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
 from prunelit.machine import hardware
+from prunelit.samples import Samples
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")

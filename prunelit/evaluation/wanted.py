@@ -9,8 +9,8 @@ from prunelit.cells import sources
 from prunelit.errors import BadOption
 from prunelit.evaluation import tasks
 from prunelit.evaluation.perplexities import Text
-from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
+from prunelit.samples import Samples
 
 
 @dataclass(frozen=True)

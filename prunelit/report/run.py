@@ -20,7 +20,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from prunelit import export, int4_folder, linears, measure, progress, quantize, strategies, text, twin
+from prunelit import export, int4_folder, linears, measure, progress, quantize, samples, strategies, text, twin
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import (
@@ -36,13 +36,12 @@ from prunelit.callbacks.recorder import Recorder
 from prunelit.data import TextDataModule
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan, BadQuantisation
-from prunelit.evaluation import samples
-from prunelit.evaluation.samples import Samples
 from prunelit.files import write_json
 from prunelit.kept import text_fingerprint
 from prunelit.machine import hardware, peak_memory_mib
 from prunelit.record import Listener, Record
 from prunelit.report import loading, merging, run_page
+from prunelit.samples import Samples
 from prunelit.versions import versions
 
 _log = logging.getLogger("prunelit")

@@ -10,19 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.errors import BadOption
+from prunelit.loggers import WANDB_QUIET
 from prunelit.report.tables import Report, mean_log_ratio, percent, perplexity_of
-
-
-def check() -> None:
-    """Raise before any work is done.
-
-    Raises:
-        BadOption: wandb is not installed.
-    """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise BadOption("wandb_project: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
 
 
 def open_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
@@ -34,10 +23,7 @@ def open_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
     import wandb
 
     try:
-        # Left to itself it would also send the command line, the host's name, the packages and what is printed.
-        quiet = wandb.Settings(
-            console="off", disable_code=True, disable_git=True, x_disable_meta=True, x_save_requirements=False, host="-"
-        )
+        quiet = wandb.Settings(**WANDB_QUIET)
         run = wandb.init(project=project, name=name, job_type="compare", dir=str(folder), settings=quiet)
     except wandb.Error as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]

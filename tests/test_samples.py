@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from prunelit import samples
 from prunelit.errors import BadOption
-from prunelit.evaluation import samples
-from prunelit.evaluation.samples import Samples
+from prunelit.samples import Samples
 from tests.tiny import tiny, tiny_tokenizer
 
 
