@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import Trainer
 
+import prunelit
 from prunelit.__main__ import main
 from prunelit.calibrate import batched
 from prunelit.text import windows
@@ -116,9 +117,10 @@ def test_the_tutorials_run(place: Path, monkeypatch: pytest.MonkeyPatch, page: P
     for line in lines(page):
         run(line, monkeypatch)
     for block in blocks("python", page):
-        exec(block, {"__name__": "tutorial"})
+        exec(block.replace("ratio=0.2", "ratio=0.3, align=8, windows=4"), {"__name__": "tutorial"})
     if page.stem in ("first", "attach"):
-        assert (place / "smaller" / "config.json").is_file()
+        dense, cut = prunelit.load("MODEL"), prunelit.load("smaller")
+        assert cut.num_parameters() < dense.num_parameters()
 
 
 def test_every_line_has_a_way_to_run() -> None:
@@ -132,7 +134,7 @@ def test_every_line_has_a_way_to_run() -> None:
 
 
 def test_a_newcomer_finishes_it_in_three_minutes() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 185
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 172
 
 
 def test_the_example_method_cuts(tmp_path: Path) -> None:
@@ -145,13 +147,6 @@ def test_the_example_method_cuts(tmp_path: Path) -> None:
     assert plan.predicted["ratio_of_block_parameters"] >= 0.3
 
 
-def test_the_library_example_runs(place: Path) -> None:
-    code = python("prunelit.load").replace("path/or/id", "MODEL").replace("ratio=0.2", "ratio=0.3, align=8, windows=4")
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["model"].num_parameters() == names["plan"].predicted["parameters"]
-
-
 def test_the_attach_example_builds_a_trainer() -> None:
     names: dict[str, Any] = {}
     exec(python("Trainer("), names)
@@ -159,7 +154,7 @@ def test_the_attach_example_builds_a_trainer() -> None:
 
 
 def test_every_python_block_is_one_of_those() -> None:
-    assert len(blocks("python")) == 3
+    assert len(blocks("python")) == 2
 
 
 @pytest.mark.parametrize(
@@ -177,8 +172,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path)]
     path = os.pathsep.join([str(ROOT), *sys.path])
-    built = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
-    )
+    built = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
     assert built.returncode == 0 and not built.stderr, built.stderr
     assert (tmp_path / "tutorials" / "attach.html").is_file()
