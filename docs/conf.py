@@ -28,11 +28,18 @@ html_title = f"prunelit {__version__}"
 
 
 def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
-    """Docstrings are plain text: a module's is shown as it stands, and a bar is a bar elsewhere."""
-    if what == "module":
-        lines[:] = [*lines[:1], "", *(["::", "", *(f"    {line}" for line in lines[1:])] if any(lines[1:]) else []), ""]
-    else:
+    """Docstrings are plain text: in a module's, paragraphs with formulas or lists stand as they are; a bar is a bar."""
+    if what != "module":
         lines[:] = [re.sub(r"(?<!\\)\|", r"\\|", line) for line in lines]
+        return
+    shown: list[str] = []
+    for paragraph in "\n".join(lines).split("\n\n"):
+        rows = paragraph.split("\n")
+        if any(row.startswith((" ", "-", "1.")) or "|" in row for row in rows):
+            shown += [".. code-block:: text", "", *(f"    {row}" for row in rows), ""]
+        else:
+            shown += [*rows, ""]
+    lines[:] = shown
 
 
 def setup(app: Any) -> None:
