@@ -166,7 +166,7 @@ def test_a_method_has_a_yaml_whose_class_path_resolves(name):
 
 
 def test_every_yaml_belongs_to_a_method():
-    assert {path.stem for path in (ROOT / "callbacks").glob("*.yaml")} <= set(METHODS)
+    assert {path.stem for path in (ROOT / "callbacks").glob("*.yaml")} - {"dashboard"} <= set(METHODS)
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from prunelit import models
+from prunelit import models, samples
 from prunelit.errors import BadAdapter, BadOption, NonFinite, PrunelitError
-from prunelit.evaluation import memory, perplexities, run, samples, speed, zero_shot
+from prunelit.evaluation import memory, perplexities, run, speed, zero_shot
 from prunelit.evaluation.run import evaluate
 from prunelit.evaluation.speed import Speed
 from tests.evaluation.rows import rows, write
