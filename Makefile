@@ -20,8 +20,8 @@ check: $(VENV)/ready ## formatting, lint, types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-docs: $(VENV)/ready ## the site, warnings are errors: docs/_build/index.html
-	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build
+docs: $(VENV)/ready ## the site, warnings are errors: docs/_build/html/index.html
+	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
 
 bench: $(VENV)/ready ## cost of scoring against one forward pass, on the quickstart's model
 	$(BIN)/python benchmarks/calibration_cost.py

@@ -343,14 +343,14 @@ def job(line: str, folder: Path, *more: str) -> dict[str, Any]:
 
 def test_the_job_knows_nothing_of_prunelit(tmp_path: Path) -> None:
     assert "prunelit" not in (ROOT / "configs/attach/job.py").read_text(encoding="utf-8").partition('"""\n')[2]
-    assert len(ATTACHED) == 3
+    assert len(ATTACHED) == 4
     named_there = re.findall(r"python (configs/attach/.*)", JOBS[0].read_text(encoding="utf-8"))
     assert set(named_there) == {ATTACHED[0].partition(" --config callbacks")[0], ATTACHED[0]}
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")  # the second run has a folder of its own
-@pytest.mark.parametrize("line", ATTACHED, ids=["plain", "ratio", "ddp"])
+@pytest.mark.parametrize("line", ATTACHED, ids=["plain", "ratio", "ddp", "dashboard"])
 def test_a_foreign_job_is_cut_by_a_second_config(line: str, tmp_path: Path) -> None:
     plan = job(line, tmp_path)
     asked = 0.3 if "callbacks.ratio 0.3" in line else 0.2

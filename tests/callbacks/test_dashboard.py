@@ -84,16 +84,16 @@ def fitted(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     patch.setenv("WANDB_API_KEY", KEY)
     patch.setenv("WANDB_MODE", "offline")
     try:
-        code = main(
-            [
-                *("fit", "--model", str(source), "--data.train", str(source.parent / "text.txt")),
-                *("--data.seqlen", "32", "--data.validation_windows", "4", "--data.calibration_windows", "4"),
-                *("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.val_check_interval", "2"),
-                *("--trainer.default_root_dir", str(out), "--trainer.accelerator", "cpu", "--report.prompts", "[]"),
-                *("--trainer.logger", "WandbLogger", "--trainer.logger.save_dir", str(out), "--trainer.devices", "1"),
-                *("--config", str(block_pruner(out)), "--config", str(ROOT / "callbacks" / "dashboard.yaml")),
-            ]
-        )
+        words = [
+            *("fit", "--model", str(source), "--data.train", str(source.parent / "text.txt")),
+            *("--data.seqlen", "32", "--data.validation_windows", "4", "--data.calibration_windows", "4"),
+            *("--trainer.max_steps", "4", "--trainer.log_every_n_steps", "2", "--trainer.val_check_interval", "2"),
+            *("--trainer.default_root_dir", str(out), "--trainer.accelerator", "cpu", "--report.prompts", "[]"),
+            *("--trainer.logger", "WandbLogger", "--trainer.logger.save_dir", str(out), "--trainer.devices", "1"),
+            *("--config", str(block_pruner(out)), "--config", str(dashboard(out))),
+        ]
+        patch.setattr(sys, "argv", ["prunelit", *words])  # Lightning reads it, as from a shell
+        code = main(words)
         import wandb
 
         wandb.finish()
@@ -107,6 +107,14 @@ def block_pruner(folder: Path) -> Path:
     path = folder / "block_pruner.yaml"
     path.write_text(
         "trainer:\n  callbacks+:\n    - class_path: prunelit.callbacks.BlockPruner\n      init_args: {count: 2}\n"
+    )
+    return path
+
+
+def dashboard(folder: Path) -> Path:
+    path = folder / "dashboard.yaml"
+    path.write_text(
+        (ROOT / "callbacks" / "dashboard.yaml").read_text().replace("artifacts: plan ", "artifacts: model ")
     )
     return path
 
@@ -138,11 +146,21 @@ def test_every_metric_of_the_layout_is_logged(fitted: Path) -> None:
 
 def test_summary_and_artifacts(fitted: Path) -> None:
     found = records(fitted)
-    said = json.dumps(found)
-    for name in ("quality/dense_perplexity", "quality/recovered_perplexity", "prune/removed_share"):
-        assert name in said
-    kinds = Counter(each["type"] for each in found)
-    assert kinds["artifact"] >= 1 or "artifact" in said
+    summary: dict[str, Any] = {}
+    for each in found:
+        if each["type"] == "summary":
+            summary |= each["summary"]["update"]
+    report = json.loads((fitted / "report.json").read_text())
+    for state in ("dense", "pruned", "recovered"):
+        assert summary[f"quality/{state}_perplexity"] == pytest.approx(report[state]["perplexity"])
+    made = {each["artifact"]["name"]: each["artifact"] for each in found if each["type"] == "artifact"}
+    assert made["plan"]["type"] == "plan" and made["model"]["type"] == "model"
+    plan = json.loads((fitted / "plan.json").read_text())
+    said = {name: json.dumps(each.get("metadata", "")) for name, each in made.items()}
+    assert "of" in said["plan"] and said["plan"].count("base-") == 1
+    files = {entry["path"] for entry in made["model"]["manifest"]["contents"]}
+    assert "model.safetensors" in files and "config.json" in files
+    assert plan["method"] == "block_pruner"
 
 
 def test_nothing_private_leaves(fitted: Path, source: Path) -> None:
