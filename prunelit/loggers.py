@@ -150,10 +150,8 @@ def artifact(
                 else:
                     for file, text in content.items():
                         (Path(scratch) / file).write_text(text, encoding="utf-8")
-                        made.add_file(str(Path(scratch) / file), file, policy="mutable")
+                        made.add_file(str(Path(scratch) / file), file, policy="mutable")  # W&B copies it
                 logger.experiment.log_artifact(made)
-                if not logger.experiment.offline:
-                    made.wait()  # the folder goes when this ends
 
 
 def _pixels(png: bytes) -> Any:
