@@ -9,12 +9,14 @@ import io
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from prunelit import scrub
 from prunelit.errors import BadOption
 from prunelit.files import write_text
 
@@ -63,6 +65,22 @@ def axes(loggers: Iterable[Logger], of: Mapping[str, str]) -> None:
         if isinstance(logger, WandbLogger):
             for name, axis in of.items():
                 logger.experiment.define_metric(name, step_metric=axis)
+
+
+def runs(loggers: Iterable[Logger]) -> list[str]:
+    """The runs that loggers write to: the same again where a resumed job goes on with them."""
+    return [f"{type(logger).__name__} {logger.name} {logger.version}" for logger in loggers]
+
+
+def guard(loggers: Iterable[Logger]) -> None:
+    """Let W&B see of hyperparameters, whoever logs them, only numbers, switches and short plain words."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger) and "log_hyperparams" not in vars(logger):
+            logger.log_hyperparams = partial(_log_plain, logger.log_hyperparams)  # type: ignore[method-assign]
+
+
+def _log_plain(log: Any, given: Any) -> None:
+    log(scrub.plain(given if isinstance(given, Mapping) else vars(given)))
 
 
 def points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, place: int) -> None:
@@ -136,20 +154,20 @@ def uses(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str,
 
 
 def artifact(
-    loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any], content: Path | Mapping[str, str]
+    loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any], content: Mapping[str, Path | str]
 ) -> None:
-    """Log what a run has made: a folder, or files as {name: text}."""
+    """Log what a run has made, as {name: file, or text}."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
             made = wandb.Artifact(name, kind, metadata=dict(metadata))
             with TemporaryDirectory() as scratch:
-                if isinstance(content, Path):
-                    made.add_dir(str(content))
-                else:
-                    for file, text in content.items():
-                        (Path(scratch) / file).write_text(text, encoding="utf-8")
+                for file, source in content.items():
+                    if isinstance(source, Path):
+                        made.add_file(str(source), file)
+                    else:
+                        (Path(scratch) / file).write_text(source, encoding="utf-8")
                         made.add_file(str(Path(scratch) / file), file, policy="mutable")  # W&B copies it
                 logger.experiment.log_artifact(made)
 

@@ -27,6 +27,7 @@ FLOORS = (
         "progress",
         "versions",
         "numbers",
+        "scrub",
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk", "machine"),
     (
@@ -96,6 +97,7 @@ ONLY = {
     "progress": {"tqdm"},
     "versions": set(),
     "numbers": set(),
+    "scrub": set(),
     "hetero": {"torch", "transformers"},
 }
 SOURCES = {

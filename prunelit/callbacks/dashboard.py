@@ -26,11 +26,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 
 from prunelit import loggers, samples, strategies
-from prunelit.callbacks.job import find_model, find_tokenizer
+from prunelit.callbacks.job import find_model, find_tokenizer, resume_path, saved_states
 from prunelit.callbacks.recorder import Recorder
-from prunelit.errors import BadOption, NoModel
+from prunelit.errors import BadOption, BadPlan, NoModel
 from prunelit.pictures import PICTURES, figure_of, png
 from prunelit.plan import PruningPlan
+from prunelit.record import Record
 from prunelit.samples import Samples
 
 Artifacts = Literal["none", "plan", "model"]
@@ -66,8 +67,8 @@ class Dashboard(Recorder):
     Args:
         prompts: texts that the model completes, dense, pruned and recovered; these and what it writes are logged.
         prompt_tokens: at most so many tokens each.
-        artifacts: what goes to W&B as files: "plan" (without the paths of its sources), also the saved "model", or
-            "none".
+        artifacts: what goes to W&B as files: "plan" (without the paths of its sources), also the saved "model" (without
+            its README.md, report.json and proof.json), or "none".
 
     Raises:
         BadOption: on construction.
@@ -81,6 +82,7 @@ class Dashboard(Recorder):
         self._samples = Samples(tuple(prompts), new_tokens=prompt_tokens) if prompts else None
         self._trainer: Trainer | None = None
         self._shown: set[str] = set()
+        self._plan = ""  # digest of the plan that was logged last
         loggers.quiet_wandb()  # before a run starts, which is before any hook
 
     # What a run tells --------------------------------------------------------------------------------------------
@@ -89,15 +91,21 @@ class Dashboard(Recorder):
         """Called before the first event, whatever the order of the callbacks."""
         if self._trainer is trainer:
             return
+        if self._trainer is not None:  # what happened in another job is not this one's
+            self.record, self._shown, self._plan = Record(kind="job"), set(), ""
         self._trainer = trainer
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.loggers:
             loggers.axes(trainer.loggers, AXES)
+            loggers.guard(trainer.loggers)
+            if resumed := resume_path(trainer):
+                self._go_on(saved_states(resumed).get(self.state_key, {}))
         self._complete(trainer, trainer.lightning_module, "dense")
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+        known = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
         super().hear(event, facts)
         trainer = self._trainer
-        if trainer is None or not trainer.is_global_zero:
+        if trainer is None or not trainer.is_global_zero or known:
             return
         if event == "evaluation":
             self._point({"search/perplexity": facts["perplexity"]}, len(self.record.search))
@@ -113,11 +121,15 @@ class Dashboard(Recorder):
             peak = memory.get("cuda", memory.get("process", 0.0))
             loggers.summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
             self._point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
+            for logger in self._loggers:  # the training may be killed
+                logger.save()
         elif event == "step":
             self._step(facts["values"], facts["step"])
 
     def _planned(self, trainer: Trainer, plan: PruningPlan) -> None:
-        predicted = plan.predicted
+        if plan.digest == self._plan:  # the run is resumed by it
+            return
+        self._plan, predicted = plan.digest, plan.predicted
         values = {
             f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
         } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
@@ -155,6 +167,29 @@ class Dashboard(Recorder):
         if stage == "fit":
             self.attach(trainer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The curve of a resumed run goes on from the step of its checkpoint."""
+        super().on_train_start(trainer, pl_module)
+        self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, and which runs of which loggers it was sent to."""
+        if not self._loggers:
+            return {}
+        shown = [name for name in ("kept", "scores", "search") if name in self._shown]
+        sent = {"loggers": loggers.runs(self._loggers), "shown": shown, "plan": self._plan}
+        return {"record": self.record.to_json(), **sent}
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Log nothing twice where the loggers go on with the same runs; a state of another version is passed over."""
+        if state.get("loggers") != loggers.runs(self._loggers):
+            return
+        try:
+            self.record = Record.from_json(state["record"])
+        except (ValueError, KeyError, TypeError, BadPlan):
+            return
+        self._shown, self._plan = set(state["shown"]), state["plan"]
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.record.plan is not None:
             self._complete(trainer, pl_module, "pruned")
@@ -168,7 +203,8 @@ class Dashboard(Recorder):
         folder = Path(trainer.default_root_dir) / "model"
         if self.artifacts == "model" and self.record.plan is not None and (folder / "config.json").is_file():
             facts = {"plan": self.record.plan.digest, **self.record.measured.get("recovered", {})}
-            loggers.artifact(self._loggers, "model", "model", facts, folder)
+            plan = _without_paths(self.record.plan).to_json()
+            loggers.artifact(self._loggers, "model", "model", facts, model_files(folder, plan))
 
     @property
     def _loggers(self) -> list[Logger]:
@@ -213,6 +249,13 @@ class Dashboard(Recorder):
             states = [state for state in STATES if any(state in row for row in self.record.completions)]
             rows = [[row["prompt"], *(row.get(state, "") for state in states)] for row in self.record.completions]
             loggers.table(self._loggers, "samples", ["prompt", *states], rows, trainer.global_step)
+
+
+def model_files(folder: Path, plan: str) -> dict[str, Path | str]:
+    """Files of a saved model that may leave: not those that name its sources or hold tokens of a text."""
+    stay = ("README.md", "plan.json", "report.json", "proof.json")
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if path.name not in stay} | {"plan.json": plan}
 
 
 def _without_paths(plan: PruningPlan) -> PruningPlan:

@@ -7,18 +7,21 @@ import re
 import subprocess
 import sys
 import time
+import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from prunelit.__main__ import main
 from prunelit.callbacks import method_class, methods
-from prunelit.callbacks.dashboard import IMAGES, METRICS, Dashboard
+from prunelit.callbacks.dashboard import IMAGES, METRICS, Dashboard, model_files
 from prunelit.errors import BadOption
+from prunelit.loggers import guard
 from tests.foreign_job import ForeignData, ForeignModule
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -34,11 +37,11 @@ MARKER, KEY, WORD, PROMPT = (
 
 def trainer(folder: Path, loggers: Any, *callbacks: Any, **more: Any) -> Trainer:
     options = {"max_steps": 4, "log_every_n_steps": 2, "val_check_interval": 2, "num_sanity_val_steps": 0} | more
+    options = {"enable_checkpointing": False} | options
     return Trainer(
         default_root_dir=folder,
         accelerator="cpu",
         logger=loggers,
-        enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=list(callbacks),
@@ -228,6 +231,97 @@ def test_completions_of_the_prompts_asked_for(tmp_path: Path, source: Path) -> N
     assert [row["prompt"] for row in rows] == [PROMPT, "Why"]
     assert all(list(row) == ["prompt", "dense", "pruned", "recovered"] for row in rows)
     assert str(source.parent) not in (Path(logger.log_dir) / "hparams.yaml").read_text()
+
+
+class Spy(Logger):
+    """A logger of nobody's: it takes numbers."""
+
+    def __init__(self, version: str) -> None:
+        super().__init__()
+        self._version, self.rows = version, list[dict[str, float]]()
+
+    @property
+    def name(self) -> str:
+        return "spy"
+
+    @property
+    def version(self) -> str:
+        return self._version
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.rows.append(dict(metrics))
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def points(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
+
+
+def test_a_resumed_run_goes_on_and_repeats_nothing(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def job(steps: int, version: str, resume: Path | None = None) -> Spy:
+        spy, kept = Spy(version), ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True)
+        loggers = [spy, TensorBoardLogger(tmp_path, "tb", version=version)]
+        callbacks = Dashboard(), method_class("block_pruner")(count=1, windows=4), kept
+        options = {"max_steps": steps, "val_check_interval": 4, "enable_checkpointing": True}
+        path = None if resume is None else str(resume)
+        trainer(tmp_path, loggers, *callbacks, **options).fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=path)
+        return spy
+
+    first, last = job(4, "a"), tmp_path / "checkpoints" / "last.ckpt"
+    again = job(8, "a", last)
+    assert len(first.points("search/perplexity")) > 1 and len(first.points("prune/removed_share")) == 1
+    assert again.points("search/perplexity") == again.points("prune/removed_share") == []
+    assert len(again.points("train/tokens_per_second")) == 2
+    events = EventAccumulator(str(tmp_path / "tb" / "a"), size_guidance={"images": 0}).Reload()
+    assert [len(events.Images(name)) for name in ("prune/kept", "prune/search", "quality/training")] == [1, 1, 2]
+    numbers = [event.step for event in events.Scalars("stage/seconds")]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert job(8, "b", last).points("prune/removed_share"), "another run of the logger has nothing yet"
+
+
+def test_used_again_it_shows_the_next_job(tmp_path: Path) -> None:
+    dashboard = Dashboard()
+    for name in ("one", "two"):
+        logger = CSVLogger(tmp_path, name)
+        callbacks = dashboard, method_class("magnitude")(ratio=0.3, align=8)
+        trainer(tmp_path / name, logger, *callbacks).fit(ForeignModule(), datamodule=ForeignData())
+        drawn = {path.name for path in (Path(logger.log_dir) / "pictures").iterdir()}
+        assert {"prune_kept.png", "prune_scores.png", "quality_training.png"} <= drawn
+
+
+def test_what_was_logged_of_a_cut_is_on_disk_before_the_training_ends(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path, "csv")
+
+    class Killed(ForeignModule):
+        def on_train_start(self) -> None:
+            assert "search/perplexity" in (Path(logger.log_dir) / "metrics.csv").read_text()
+
+    callbacks = Dashboard(), method_class("block_pruner")(count=1, windows=4)
+    trainer(tmp_path, logger, *callbacks, max_steps=1).fit(Killed(), datamodule=ForeignData())
+
+
+def test_hyperparameters_of_any_job_reach_wandb_without_paths_and_text() -> None:
+    from lightning.pytorch.loggers import WandbLogger
+
+    run = types.SimpleNamespace(config={})
+    logger = WandbLogger(project="prunes", offline=True, experiment=run)  # type: ignore[arg-type]
+    run.config = types.SimpleNamespace(update=lambda given, **_: run.__dict__.update(got=given))
+    for _ in range(2):
+        guard([logger])
+    logger.log_hyperparams({"lora_rank": 8, "data": f"/home/{MARKER}/text.txt", "api_key": "abc", "said": "two words"})
+    assert run.got == {"lora_rank": 8}
+
+
+def test_a_model_leaves_without_sources_and_tokens(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("config.json", "plan.json", "report.json", "proof.json", "README.md"):
+        (folder / name).write_text(MARKER)
+    found = model_files(folder, "{}")
+    assert found == {"config.json": folder / "config.json", "plan.json": "{}"}
 
 
 def test_it_is_no_method_and_refuses_other_artifacts() -> None:
