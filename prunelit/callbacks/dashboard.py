@@ -121,10 +121,11 @@ class Dashboard(Recorder):
             peak = memory.get("cuda", memory.get("process", 0.0))
             loggers.summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
             self._point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
-            for logger in self._loggers:  # the training may be killed
-                logger.save()
         elif event == "step":
             self._step(facts["values"], facts["step"])
+        if event in ("removed", "stage"):  # a search takes long, and may be killed
+            for logger in self._loggers:
+                logger.save()
 
     def _planned(self, trainer: Trainer, plan: PruningPlan) -> None:
         if plan.digest == self._plan:  # the run is resumed by it

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from prunelit.__main__ import main
@@ -293,15 +293,18 @@ def test_used_again_it_shows_the_next_job(tmp_path: Path) -> None:
         assert {"prune_kept.png", "prune_scores.png", "quality_training.png"} <= drawn
 
 
-def test_what_was_logged_of_a_cut_is_on_disk_before_the_training_ends(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, "csv")
+def test_a_search_is_on_disk_while_it_goes_on(tmp_path: Path) -> None:
+    logger, seen = CSVLogger(tmp_path, "csv"), list[str]()
 
-    class Killed(ForeignModule):
-        def on_train_start(self) -> None:
-            assert "search/perplexity" in (Path(logger.log_dir) / "metrics.csv").read_text()
+    class Watch(Callback):
+        def hear(self, event: str, facts: Any) -> None:
+            if event == "removed":
+                seen.append((Path(logger.log_dir) / "metrics.csv").read_text())
 
-    callbacks = Dashboard(), method_class("block_pruner")(count=1, windows=4)
-    trainer(tmp_path, logger, *callbacks, max_steps=1).fit(Killed(), datamodule=ForeignData())
+    callbacks = Dashboard(), Watch(), method_class("block_pruner")(count=2, windows=4)
+    trainer(tmp_path, logger, *callbacks, max_steps=1).fit(ForeignModule(), datamodule=ForeignData())
+    assert len(seen) == 3 and all("search/perplexity" in text for text in seen)
+    assert len(seen[0]) < len(seen[1]) < len(seen[2])
 
 
 def test_hyperparameters_of_any_job_reach_wandb_without_paths_and_text() -> None:
