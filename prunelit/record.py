@@ -25,6 +25,8 @@ from prunelit.plan import LayerPlan, PruningPlan
 
 FORMAT = "prunelit-record/1"
 KINDS = ("heads", "channels")
+STATES = ("dense", "pruned", "recovered")
+"""Of a model that are measured, in order."""
 _BINS = 48
 _FAR = 10.0
 

@@ -31,11 +31,10 @@ from prunelit.callbacks.recorder import Recorder
 from prunelit.errors import BadOption, BadPlan, NoModel
 from prunelit.pictures import PICTURES, figure_of, png
 from prunelit.plan import PruningPlan
-from prunelit.record import Record
+from prunelit.record import STATES, Record
 from prunelit.samples import Samples
 
 Artifacts = Literal["none", "plan", "model"]
-STATES = ("dense", "pruned", "recovered")
 AXES = {
     "search/perplexity": "search/evaluation",
     "search/chosen_perplexity": "search/blocks",
@@ -144,12 +143,10 @@ class Dashboard(Recorder):
         columns = ["layer", *(f"{name} kept" for name in names), *(f"{name}, dense" for name in names)]
         loggers.table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
         if self.artifacts != "none":
-            base, name = (
-                {"model_type": plan.model.model_type, "parameters": plan.model.parameters},
-                _name(plan.model.name),
-            )
-            loggers.uses(self._loggers, f"base-{name}", "base-model", base)
-            facts = {"of": f"base-{name}", "method": plan.method, "digest": plan.digest, **predicted}
+            of = f"base-{_name(plan.model.name)}"
+            base = {"model_type": plan.model.model_type, "parameters": plan.model.parameters}
+            loggers.uses(self._loggers, of, "base-model", base)
+            facts = {"of": of, "method": plan.method, "digest": plan.digest, **predicted}
             loggers.artifact(self._loggers, "plan", "plan", facts, {"plan.json": _without_paths(plan).to_json()})
 
     def _step(self, values: Mapping[str, float], step: int) -> None:
@@ -164,14 +161,8 @@ class Dashboard(Recorder):
     # What Lightning calls ----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Raises BadOption: a W&B logger without wandb."""
         if stage == "fit":
             self.attach(trainer)
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The curve of a resumed run goes on from the step of its checkpoint."""
-        super().on_train_start(trainer, pl_module)
-        self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
 
     def state_dict(self) -> dict[str, Any]:
         """The record, and which runs of which loggers it was sent to."""

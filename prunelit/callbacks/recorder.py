@@ -33,6 +33,8 @@ class Recorder(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens, self._since = 0, time.perf_counter()
+        # The curve of a resumed run goes on from the step of its checkpoint.
+        self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

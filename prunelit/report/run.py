@@ -39,7 +39,7 @@ from prunelit.errors import BadOption, BadPlan, BadQuantisation
 from prunelit.files import write_json
 from prunelit.kept import text_fingerprint
 from prunelit.machine import hardware, peak_memory_mib
-from prunelit.record import Listener, Record
+from prunelit.record import Record, Teller
 from prunelit.report import loading, merging, run_page
 from prunelit.samples import Samples
 from prunelit.versions import versions
@@ -49,7 +49,7 @@ _COMPLETION_TOKENS = 24
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
-class RunReport(Recorder):
+class RunReport(Recorder, Teller):
     """Measure a run and save what came of it in `trainer.default_root_dir`.
 
     Args:
@@ -66,7 +66,8 @@ class RunReport(Recorder):
     def __init__(
         self, batch_size: int = 4, format: str = "auto", save_base: bool = True, prompts: list[str] | None = None
     ):
-        super().__init__()
+        Recorder.__init__(self)
+        Teller.__init__(self)
         self._samples: Samples | None = None
         if prompts is None or prompts:
             self._samples = Samples(tuple(prompts or Samples.prompts), new_tokens=_COMPLETION_TOKENS)
@@ -77,7 +78,6 @@ class RunReport(Recorder):
         self.report: dict[str, Any] = {}
         self.seconds: dict[str, float] = {}
         self._identity: dict[str, str | None] = {}
-        self._listeners: list[Listener] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Measure the dense model; the command line puts this callback before the ones that cut.
@@ -89,7 +89,7 @@ class RunReport(Recorder):
         """
         if stage != "fit" or self.report:
             return
-        self._listeners = listeners_of(trainer)
+        self.listeners = listeners_of(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             export.check_output(self._folder, overwrite=True)
@@ -112,7 +112,7 @@ class RunReport(Recorder):
         self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
         self.report |= self._earlier(resumed is not None)
         for name in self.report.keys() & {"dense", "pruned"}:
-            self._tell("measured", name=name, row=self.report[name])
+            self.tell("measured", name=name, row=self.report[name])
         self.record.title = Decoder(model).shape.name
         with on_device(model, trainer.strategy.root_device):
             self._measure("dense", model, measure.size(model))
@@ -143,15 +143,10 @@ class RunReport(Recorder):
         self._write(trainer)
         self._started = time.perf_counter()
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The curve of a resumed run goes on from the step of its checkpoint."""
-        super().on_train_start(trainer, pl_module)
-        self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
-        self._tell("stage", name="train", seconds=self.seconds["train"], memory_mib=peak_memory_mib())
+        self.tell("stage", name="train", seconds=self.seconds["train"], memory_mib=peak_memory_mib())
         recovered: Any = pl_module
         if strategies.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
             self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
@@ -232,7 +227,7 @@ class RunReport(Recorder):
                 row["perplexity"] = found["perplexity"]
                 self.report["protocol"]["tokens"] = found["tokens"]
             self.report[name] = row | size
-            self._tell("measured", name=name, row=self.report[name])
+            self.tell("measured", name=name, row=self.report[name])
 
     def _complete(self, name: str, model: Any, trainer: Trainer) -> None:
         """Write completions for the page. They stay in this folder: they are not told to other listeners."""
@@ -288,10 +283,6 @@ class RunReport(Recorder):
         pruner = self._pruner(trainer)
         return pruner.plan_made if pruner else None
 
-    def _tell(self, event: str, **facts: Any) -> None:
-        for listener in self._listeners:
-            listener.hear(event, facts)
-
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -299,7 +290,7 @@ class RunReport(Recorder):
             yield
         taken = time.perf_counter() - start
         self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
-        self._tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
+        self.tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:

@@ -17,11 +17,10 @@ from prunelit.page.parts import Code, Completions, Fact, Notes, Page, Part, Sect
 from prunelit.page.summary import summary_of
 from prunelit.pictures import PICTURES, figure_of
 from prunelit.plan import PruningPlan
-from prunelit.record import Record
+from prunelit.record import STATES, Record
 from prunelit.report.plan_card import layer_rows
 from prunelit.serving import notes, serving
 
-STATES = ("dense", "pruned", "recovered")
 _ROWS = {
     "perplexity": "perplexity",
     "parameters": "parameters",

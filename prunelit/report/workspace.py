@@ -7,8 +7,9 @@ been seen: the workspace is built and read back as data, `save` needs the server
 import json
 from typing import Any
 
-from prunelit.callbacks.dashboard import AXES, METRICS, STATES
+from prunelit.callbacks.dashboard import AXES, METRICS
 from prunelit.errors import BadOption
+from prunelit.record import STATES
 
 NAME = "prunelit"
 _TITLES = {
@@ -40,15 +41,13 @@ def panels(section: str) -> list[Any]:
             made.append(
                 wr.BarPlot(title=f"{what}: dense, pruned, recovered", metrics=[wr.SummaryMetric(n) for n in names])
             )
-    elif section == "structure":
-        made += [wr.ScalarChart(title=name, metric=wr.SummaryMetric(name)) for name in METRICS[section]]
-    alone = METRICS[section] if section not in ("quality", "structure") else METRICS[section][-1:]
-    for name in (*_OF_THE_JOB.get(section, ()), *alone):
-        if section != "structure":
-            log = "perplexity" in name
-            made.append(wr.LinePlot(title=name, x=AXES.get(name, "trainer/global_step"), y=[name], log_y=log or None))
     if section == "structure":
-        made.append(wr.MediaBrowser(title="layers and completions", media_keys=["prune/layers", "samples"]))
+        made += [wr.ScalarChart(title=name, metric=wr.SummaryMetric(name)) for name in METRICS[section]]
+        return [*made, wr.MediaBrowser(title="layers and completions", media_keys=["prune/layers", "samples"])]
+    curves = METRICS[section][-1:] if section == "quality" else METRICS[section]  # the others are its bars
+    for name in (*_OF_THE_JOB.get(section, ()), *curves):
+        log = "perplexity" in name or None
+        made.append(wr.LinePlot(title=name, x=AXES.get(name, "trainer/global_step"), y=[name], log_y=log))
     return made
 
 
