@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from prunelit.calibrate import Batch, evaluating, own_share
 from prunelit.progress import track
@@ -49,27 +50,42 @@ def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> li
 
 
 def _sample(model: Any, rows: int, length: int, seed: int) -> Tensor:
-    """[rows, length] token ids; generate() draws from the global generators, so they are lent and given back."""
+    """[rows, length] token ids, none of them special.
+
+    generate() draws from the global generators, and what it is not told it takes from the model's own generation
+    config, where chat models keep penalties that are not the model's distribution: both are lent and given back.
+    """
     device = next(model.parameters()).device
-    config = model.config
-    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    banned = sorted(i for i in special if isinstance(i, int) and 0 <= i < config.vocab_size)
+    own = model.generation_config
+    banned = _special(model.config, own)
+    plain = GenerationConfig(
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=length - 1,
+        suppress_tokens=banned or None,
+        pad_token_id=0,
+        use_cache=True,
+    )
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        allowed = torch.ones(config.vocab_size)
+        allowed = torch.ones(model.config.vocab_size)
         allowed[banned] = 0
         first = torch.multinomial(allowed, rows, replacement=True)[:, None].to(device)
-        ids = model.generate(
-            input_ids=first,
-            attention_mask=torch.ones_like(first),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            min_new_tokens=length - 1,
-            max_new_tokens=length - 1,
-            suppress_tokens=banned or None,
-            pad_token_id=0,
-            use_cache=True,
-        )
+        model.generation_config = plain
+        try:
+            ids = model.generate(input_ids=first, attention_mask=torch.ones_like(first))
+        finally:
+            model.generation_config = own
     return ids.cpu()
+
+
+def _special(*configs: Any) -> list[int]:
+    """Ids of padding, start and end of text; a chat model's end of a turn stands in its generation config only."""
+    found: set[int] = set()
+    for config in configs:
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(config, name, None)
+            found.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
+    return sorted(i for i in found if 0 <= i < configs[0].vocab_size)

@@ -2,7 +2,9 @@
 
 import random
 
+import pytest
 import torch
+from transformers import GenerationConfig
 
 from prunelit import own_text
 from tests.tiny import tiny
@@ -37,3 +39,21 @@ def test_the_model_finds_its_own_text_likely():
 
     noise = torch.randint(3, 96, ids.shape, generator=torch.Generator().manual_seed(0))
     assert nll(ids) < nll(noise) - 0.5
+
+
+@pytest.mark.parametrize(
+    "habit", [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"forced_eos_token_id": 5}, {"num_beams": 3}]
+)
+def test_habits_of_a_chat_model_are_not_its_distribution(habit):
+    model = tiny("llama")
+    plain = own_text.write(model, 64 * 16, 16, seed=3)[0]["input_ids"]
+    model.generation_config = mine = GenerationConfig(**habit)
+    assert torch.equal(own_text.write(model, 64 * 16, 16, seed=3)[0]["input_ids"], plain)
+    assert model.generation_config is mine
+
+
+def test_no_end_of_a_turn_is_written():
+    model = tiny("llama")
+    model.generation_config = GenerationConfig(eos_token_id=[2, 7, 9, 999])
+    ids = own_text.write(model, 64 * 16, 16)[0]["input_ids"]
+    assert not torch.isin(ids, torch.tensor([2, 7, 9])).any()
