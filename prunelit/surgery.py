@@ -13,6 +13,7 @@ from prunelit.decoder import Decoder, Layer, is_conv1d
 from prunelit.errors import BadPlan
 from prunelit.hetero import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
 from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.slices import ffn_rows, qkv_blocks, rows_of
 
 
 def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
@@ -109,7 +110,7 @@ def mask(model: nn.Module, plan: PruningPlan) -> None:
     check_fits(decoder, plan)
     for layer, kept in zip(decoder, plan.layers, strict=True):
         if layer.has_attention:
-            columns = _head_rows(kept.query_heads, layer.head_dim)
+            columns = rows_of(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
             _zero(layer.output, columns, kept.attention_removed, layer.norm("attention_post_norm"))
         if layer.has_mlp:
             _zero(layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.norm("mlp_post_norm"))
@@ -134,26 +135,11 @@ def _cut_attention(layer: Layer, kept: LayerPlan) -> None:
         return
     if len(kept.query_heads) == shape.query_heads:
         return
-    dim, group = shape.head_dim, shape.group_size
-    if not names.fused_qkv:
-        kv_rows = _head_rows(kept.kv_groups, dim)
-        for linear, rows in zip(layer.qkv, (_head_rows(kept.query_heads, dim), kv_rows, kv_rows), strict=True):
-            _slice(linear, rows=rows)
-    elif names.qkv_layout == "concat":  # Q query heads, G key heads, G value heads
-        blocks = (
-            *kept.query_heads,
-            *(shape.query_heads + g for g in kept.kv_groups),
-            *(shape.query_heads + shape.kv_groups + g for g in kept.kv_groups),
-        )
-        _slice(layer.qkv[0], rows=_head_rows(blocks, dim))
-    else:  # per group: its query heads, its key head, its value head
-        grouped: list[int] = []
-        for g in kept.kv_groups:
-            start = g * (group + 2)
-            grouped += [start + head % group for head in kept.query_heads if head // group == g]
-            grouped += [start + group, start + group + 1]
-        _slice(layer.qkv[0], rows=_head_rows(grouped, dim))
-    _slice(layer.output, columns=_head_rows(kept.query_heads, dim))
+    dim, units = shape.head_dim, {"query": list(kept.query_heads), "kv": list(kept.kv_groups)}
+    for linear, blocks in zip(layer.qkv, qkv_blocks(layer), strict=True):
+        stays = torch.cat([of[units[kind]].flatten() for kind, of in blocks.items()]).sort().values
+        _slice(linear, rows=rows_of(stays, dim))
+    _slice(layer.output, columns=rows_of(torch.tensor(kept.query_heads), dim))
     for path, kind in names.per_head.items():
         keep_entries(layer.attention, path, kept.query_heads if kind == "query" else kept.kv_groups)
 
@@ -165,15 +151,9 @@ def _cut_mlp(layer: Layer, kept: LayerPlan) -> None:
     if len(kept.ffn_channels) == layer.shape.ffn_channels:
         return
     channels = torch.tensor(kept.ffn_channels)
-    rows = torch.cat([channels, channels + layer.shape.ffn_channels]) if layer.architecture.fused_gate_up else channels
     for linear in layer.ffn_in:
-        _slice(linear, rows=rows)
+        _slice(linear, rows=ffn_rows(layer)[channels].T.flatten())
     _slice(layer.down, columns=channels)
-
-
-def _head_rows(heads: tuple[int, ...] | list[int], head_dim: int) -> Tensor:
-    """Rows of the given heads: [len(heads) * D]."""
-    return (torch.tensor(heads, dtype=torch.long)[:, None] * head_dim + torch.arange(head_dim)).flatten()
 
 
 def _slice(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -59,7 +59,15 @@ FLOORS = (
             "twin",
             "adapters",
         ),  # what recovery is made of
-        *("gradients", "moments", "sensitivity", "similarity", "own_text"),  # what scores are made of
+        *(
+            "slices",
+            "gradients",
+            "taylor_importance",
+            "moments",
+            "sensitivity",
+            "similarity",
+            "own_text",
+        ),  # what scores are made of
         *(
             "bias",
             "least_squares",

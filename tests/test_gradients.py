@@ -10,8 +10,10 @@ import torch.multiprocessing as mp
 from prunelit import surgery
 from prunelit.decoder import Decoder, weight_out_in
 from prunelit.errors import NoCalibration, NonFinite
-from prunelit.gradients import FORMS, each_sample, of_mean, per_sample, samples, slices
+from prunelit.gradients import each_sample, samples
 from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.slices import slices
+from prunelit.taylor_importance import FORMS, of_mean, per_sample
 from tests.tiny import FAMILIES, cut, keep, tiny
 
 D, Q, F = 8, 9, 96  # of the tiny models; head size, query heads, FFN channels

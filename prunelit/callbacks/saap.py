@@ -4,7 +4,7 @@ Source: H. Zheng, J. Ren et al., "Adaptive Pruning for Large Language Models wit
 arXiv 2412.15127; its abstract and summaries were read: LLM-Pruner's importances are fused by homoscedastic uncertainty,
 and units of large relative fluctuation over samples are removed, all layers ranked together. For sample n and unit j,
 
-    S[n,j] = Iv[n,j] / (2 s1^2) + Ie[n,j] / (2 s2^2)     Iv, Ie: vector-wise, element-wise (`prunelit.gradients.FORMS`)
+    S[n,j] = Iv[n,j] / (2 s1^2) + Ie[n,j] / (2 s2^2)     Iv, Ie: vector-wise, element-wise (`taylor_importance.FORMS`)
     s1^2, s2^2 = mean of Iv, of Ie                       over samples and all units of the kind, heads or channels
     mu[j] = mean over n of S[n,j]      ASI[j] = deviation over n of S[n,j] / mu[j]
 
@@ -24,7 +24,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from prunelit import gradients, rank
+from prunelit import rank, taylor_importance
 from prunelit.calibrate import Batch
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
@@ -88,10 +88,12 @@ class SAAP(PruningCallback):
         return _scores(self._statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
 
     def _statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[Units, Units]:
-        forms: tuple[gradients.Form, ...] = ("vector", "mixed" if self.second_order else "first")
+        forms: tuple[taylor_importance.Form, ...] = ("vector", "mixed" if self.second_order else "first")
         mean: Units = {}
         asi: Units = {}
-        for kind, grains in gradients.per_sample(decoder, batches, forms, self.unit, self.checkpointing).items():
+        for kind, grains in taylor_importance.per_sample(
+            decoder, batches, forms, self.unit, self.checkpointing
+        ).items():
             for layer, samples in fuse(grains, self.fusion).items():
                 mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), volatility(samples).cpu()
         return mean, asi

@@ -19,7 +19,7 @@ from prunelit.errors import BadOption
 _FOLDER = Path(prunelit.callbacks.__file__).parent
 _ROOT = _FOLDER.parents[1]  # of a clone; an installed package has no configs/ beside it
 _SEE_BASE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
-_IMPORTED = {"distill": "trains", "sensitivity": "backward", "gradients": "backward", "search": "search"}
+_IMPORTED = {"distill": "trains", "sensitivity": "backward", "taylor_importance": "backward", "search": "search"}
 """What a method imports -> what it needs; the first that is found."""
 _WIDTH = 118
 NEEDS = {
