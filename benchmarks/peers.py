@@ -7,8 +7,9 @@ Each peer is called as its documentation says, and its own knob is turned until 
 parameters is gone. Perplexity is measured by the same code as in `compare`, and the dense model again beside it. The
 packages are installed apart because they are no dependency of ours. Finished cells are kept in the output file.
 
-    torch-pruning  group magnitude: FFN widths alone, and "hidden", its LLM example: hidden size, heads and FFN. Traced
-                   with eager attention and without a cache: with sdpa its tracing did not end on transformers 5.23
+    torch-pruning  group magnitude: heads and FFN, and "hidden", its LLM example: the hidden size too; and heads and FFN
+                   by group Taylor importance on the calibration windows. Traced with eager attention and without a
+                   cache: with sdpa its tracing did not end on transformers 5.23
     optipfair      MLP_GLU, MAW: weights alone, and "data" with the calibration windows, its activation-aware form
 """
 
@@ -107,14 +108,15 @@ def optipfair(network: Any, ratio: float, calibration: Tensor | None) -> tuple[n
     return cut, percentage
 
 
-def torch_pruning(network: Any, ratio: float, hidden: bool) -> tuple[nn.Module, float]:
-    """Bisection over its one ratio: the smallest that removes enough."""
+def torch_pruning(network: Any, ratio: float, hidden: bool, text: Tensor | None = None) -> tuple[nn.Module, float]:
+    """Bisection over its one ratio: the smallest that removes enough. With a text: by Taylor importance on it."""
     whole = block_parameters(network)
+    slopes = None if text is None else gradients(network, text)
     low, high = 0.0, 0.95
     best: tuple[nn.Module, float] | None = None
     for _ in range(9):
         middle = (low + high) / 2
-        cut = _torch_pruned(copy.deepcopy(network), middle, hidden)
+        cut = _torch_pruned(copy.deepcopy(network), middle, hidden, slopes)
         if 1 - block_parameters(cut) / whole >= ratio:
             best, high = (cut, middle), middle
         else:
@@ -124,9 +126,25 @@ def torch_pruning(network: Any, ratio: float, hidden: bool) -> tuple[nn.Module, 
     return best
 
 
-def _torch_pruned(network: Any, ratio: float, hidden: bool) -> nn.Module:
+def gradients(network: Any, text: Tensor) -> list[Tensor]:
+    """Of the mean loss over the calibration windows, for every parameter; computed once for all ratios."""
+    if not GRADIENTS:
+        for ids in text.split(4):
+            (network(input_ids=ids, labels=ids).loss * len(ids) / len(text)).backward()
+        GRADIENTS.extend(parameter.grad for parameter in network.parameters())
+        network.zero_grad()
+    return GRADIENTS
+
+
+def _torch_pruned(network: Any, ratio: float, hidden: bool, slopes: list[Tensor] | None) -> nn.Module:
     import torch_pruning as tp
 
+    if slopes is None:
+        importance = tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean")
+    else:
+        importance = tp.importance.GroupTaylorImportance(group_reduction="mean")
+        for parameter, slope in zip(network.parameters(), slopes, strict=True):
+            parameter.grad = slope
     network.set_attn_implementation("eager")
     network.config.use_cache = False
     config, heads = network.config, {}
@@ -138,7 +156,7 @@ def _torch_pruned(network: Any, ratio: float, hidden: bool) -> nn.Module:
     pruner = tp.pruner.BasePruner(
         network,
         example_inputs=torch.arange(16)[None],
-        importance=tp.importance.GroupMagnitudeImportance(p=2, group_reduction="mean"),
+        importance=importance,
         global_pruning=False,
         output_transform=lambda out: out.logits,
         pruning_ratio=ratio if hidden else 0.0,
@@ -159,11 +177,13 @@ def _torch_pruned(network: Any, ratio: float, hidden: bool) -> nn.Module:
     return network
 
 
+GRADIENTS: list[Tensor] = []
 PEERS: dict[str, Callable[[nn.Module, float, Tensor], tuple[nn.Module, float]]] = {
     "optipfair, MAW": lambda network, ratio, calibration: optipfair(network, ratio, None),
     "optipfair, MAW, data": optipfair,
     "torch-pruning": lambda network, ratio, calibration: torch_pruning(network, ratio, hidden=False),
     "torch-pruning, hidden": lambda network, ratio, calibration: torch_pruning(network, ratio, hidden=True),
+    "torch-pruning, Taylor": lambda network, ratio, calibration: torch_pruning(network, ratio, False, calibration),
 }
 
 
