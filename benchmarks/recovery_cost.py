@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit import models
+from prunelit import model_source, models
 from prunelit.data import TextDataModule
 from prunelit.files import write_json
 from prunelit.machine import peak_memory_mib
@@ -105,7 +105,7 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(models.resolve(options.model), **loading)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_source.resolve(options.model), **loading)
     if options.base == "nf4":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")

@@ -21,7 +21,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunelit import models
 from prunelit.architectures import architecture_of
 from prunelit.decoder import is_conv1d
 from prunelit.errors import BadAdapter
@@ -31,6 +30,7 @@ from prunelit.linears import decoder_linears, quantised_as, widths, without_peft
 from prunelit.lora import peft_config
 from prunelit.progress import stage
 from prunelit.quantize import CONV1D
+from prunelit.quiet import quiet
 from prunelit.skeleton import INDEX, SINGLE, Files
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -129,7 +129,7 @@ def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
     from peft import PeftModel
 
     try:
-        with stage("merging the adapter"), models.quiet(), warnings.catch_warnings():
+        with stage("merging the adapter"), quiet(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:

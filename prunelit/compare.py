@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunelit import export, measure, models, text
+from prunelit import export, measure, model_source, models, text
 from prunelit.callbacks.base import PruningCallback
 from prunelit.cells import Calibration, Cell, Latency, Measured, Row, only_rows, rows, sources, values
 from prunelit.commands.options import Dtype, listed, load_on, parse, parser_of, place
@@ -117,7 +117,7 @@ def compare(
     reads = any(method.needs_text() for method in built)
     scored_on = sources("calibration", calibration.text, data) if reads else []
     target, folder = place(device), Path(out)
-    models.check_source(model)
+    model_source.check_prunable(model)
     export.check_output(folder, overwrite=True)
     if wandb_project:
         check_wandb("wandb_project")

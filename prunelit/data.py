@@ -8,7 +8,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from prunelit import instructions as instruction_data
-from prunelit import models, text
+from prunelit import model_source, models, text
 from prunelit.errors import BadOption, NotEnoughText
 
 
@@ -56,7 +56,7 @@ class TextDataModule(LightningDataModule):
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise BadOption(f"data.{name}: expected at least {minimum}, got {value}")
-        models.check_source(tokenizer)
+        model_source.check_source(tokenizer)
         self.train_sources = [train] if isinstance(train, str) else list(train)
         self.validation_sources = [validation] if isinstance(validation, str) else list(validation or [])
         self.instruction_sources = [instructions] if isinstance(instructions, str) else list(instructions or [])

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from prunelit import lora, models, quantize, strategies, twin
+from prunelit import lora, model_source, models, quantize, strategies, twin
 from prunelit.errors import BadOption, BadPlan
 from prunelit.losses import cross_entropy, divergence, hidden_distance, inputs_of, labels_of
 from prunelit.plan import plans_of
@@ -32,7 +32,7 @@ class RecoveryModule(LightningModule):
     Checkpoints hold the trainable weights only; the plan is in them too, in the callback's state.
 
     Args:
-        model: model source, see `prunelit.models`.
+        model: model source, see `prunelit.model_source`.
         dtype: dtype of the base weights; adapters are float32.
         lora_rank: rank of the adapters; 0 trains all weights instead.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank.
@@ -113,7 +113,7 @@ class RecoveryModule(LightningModule):
         quantize.check_options(base, group_size)
         if optimizer != "adamw":
             quantize.bitsandbytes(f"model.optimizer {optimizer}")
-        models.check_source(model)
+        model_source.check_source(model)
         self.save_hyperparameters()
         self.strict_loading = (
             False  # a checkpoint holds trainable weights only; on_load_checkpoint checks that all came
@@ -153,7 +153,7 @@ class RecoveryModule(LightningModule):
             self._load_dense()
         strategies.mark_layers(self.model)
         if options["base"] == "nf4":
-            self._full = [twin.on_disk(self.model, models.cache_folder() / "scratch")]
+            self._full = [twin.on_disk(self.model, model_source.cache_folder() / "scratch")]
         quantize.quantize(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
             self.model = lora.add_lora(

@@ -20,7 +20,9 @@ from prunelit.calibrate import STEPS
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, SourceNotFound
 from prunelit.layerwise import GIB, Walk, linears_of
+from prunelit.model_source import UNREADABLE, one_line
 from prunelit.on_disk import NOT_STREAMED, OnDisk
+from prunelit.quiet import quiet
 from prunelit.skeleton import INDEX, SINGLE, Files, skeleton
 
 
@@ -74,14 +76,14 @@ def load(
     folder, budget = Path(source).expanduser(), None if memory_gib is None else int(memory_gib * GIB)
     device = torch.device(device)
     walk = Walk(budget, scratch)
-    with models.quiet():
+    with quiet():
         try:
             files = Files(folder)
             model = _skeleton(folder, files, dtype, device)
             walk.check(Decoder(model))
             _fill(model, files, device, known or {})
-        except models._UNREADABLE as error:
-            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {models._one_line(error)}") from error
+        except UNREADABLE as error:
+            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {one_line(error)}") from error
     setattr(model, STEPS, walk)
     return model.eval()
 
@@ -90,7 +92,7 @@ def _skeleton(folder: Path, files: Files, dtype: str, device: torch.device) -> A
     """The model of a folder on the meta device, in the dtype asked for."""
     from transformers import AutoConfig
 
-    kind = models._saved_class(str(folder))
+    kind = models.saved_class(str(folder))
     config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
     stored = config.dtype or next(x.dtype for x in map(files.view, files.file_of) if x.is_floating_point())
     wanted = models.DTYPES.get(dtype, getattr(torch, str(stored).removeprefix("torch.")))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from prunelit.errors import BadOption, NotEnoughText, SourceNotFound, nearest_file
-from prunelit.models import require_hub
+from prunelit.model_source import require_hub
 from prunelit.progress import stage
 
 BUILTIN = "builtin:python-docs"

@@ -36,6 +36,8 @@ FLOORS = (
             "surgery",
             "measure",
             "models",
+            "model_source",
+            "quiet",
             "text",
             "stream",
             "clock",

@@ -220,7 +220,7 @@ FILES: list[Row] = [
             ("{words}", "another file"),
             ("{no_json}", "config.json"),
             ("{empty_config}", "model_type"),
-            ("{odd_type}", "can not be loaded"),
+            ("{odd_type}", "frobnicator"),
             ("{truncated}", "can not be loaded"),
             ("{no_weights}", "can not be loaded"),
             ("{no_tokenizer}", "tokenizer"),

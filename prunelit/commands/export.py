@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelit import export as writers
-from prunelit import measure, models
+from prunelit import measure, model_source, models
 from prunelit.commands import prepare
 from prunelit.commands.options import Dtype, parse, parser_of
 from prunelit.console import say
@@ -44,7 +44,7 @@ def export(
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
     """
-    models.check_source(model)
+    model_source.check_source(model)
     writers.check_request(out, format, type, overwrite, max_shard_size, unproved)
     prepare.check(model, format, group_size, adapter)
     plan, report = _of_run(Path(model).expanduser())

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from prunelit import export, latency, models, streamed, surgery, text
+from prunelit import export, latency, model_source, models, streamed, surgery, text
 from prunelit.calibrate import on_device
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import find_model
@@ -79,7 +79,7 @@ def make(
     """
     replayed: PruningPlan | None = method.replayed
     if model is not None:
-        models.check_source(model)
+        model_source.check_prunable(model)
     if replayed is not None and not measured:
         if model is not None:
             _check_config(replayed, model)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from prunelit import export, measure, models, streamed, text
+from prunelit import export, measure, model_source, models, streamed, text
 from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, add_method, listed, load_on, method_of, parse, parser_of, place
 from prunelit.console import say
@@ -54,7 +54,7 @@ def prune(
     Returns:
         The content of report.json.
     """
-    models.check_source(model)
+    model_source.check_prunable(model)
     if stream:
         streamed.check_source(model)
     elif memory_gib is not None:

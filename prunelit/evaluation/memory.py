@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from prunelit import models, progress
+from prunelit import model_source, progress
 from prunelit.calibrate import on_device
 from prunelit.commands.options import place
 from prunelit.errors import PrunelitError
@@ -40,7 +40,7 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         with (
-            progress.stage(f"peak memory of {models.short_name(subject.source)}"),
+            progress.stage(f"peak memory of {model_source.short_name(subject.source)}"),
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         ):
             return pool.submit(_peak, subject, wanted, threads).result()

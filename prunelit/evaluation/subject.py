@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from prunelit import adapters, models
+from prunelit import adapters, model_source
 from prunelit.commands.options import Dtype, load_on, place
 from prunelit.decoder import Decoder
 from prunelit.skeleton import settings
@@ -32,7 +32,7 @@ class Subject:
             SourceNotFound: no such model; BadAdapter: no such adapter, or one of other shapes; BadOption: no such
                 device.
         """
-        models.check_source(self.source)
+        model_source.check_source(self.source)
         place(self.device)
         if self.adapter is not None:
             adapters.check(self.adapter, self.source)
@@ -41,7 +41,7 @@ class Subject:
         """The dtype that the model will have, from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
-        content = settings(models.resolve(self.source))
+        content = settings(model_source.resolve(self.source))
         found = str(content.get("dtype") or content.get("torch_dtype") or "")
         return (
             "float32" if found == "float16" and place(self.device).type == "cpu" else found or None

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from prunelit import models
+from prunelit import model_source
 from prunelit.errors import BadOption, SourceNotFound, nearest
 from prunelit.files import write_text
 
@@ -212,7 +212,7 @@ def require_online(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            models.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
+            model_source.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
         except SourceNotFound as error:
             raise SourceNotFound(f"task {name!r}: {error}") from error
 

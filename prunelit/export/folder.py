@@ -5,9 +5,10 @@ from typing import Any
 
 from torch import Tensor
 
-from prunelit import models, streamed
+from prunelit import streamed
 from prunelit.export import layerwise
 from prunelit.export.formats import Job
+from prunelit.quiet import quiet
 
 
 def write_as(shell: Any, job: Job, weights: dict[str, Tensor] | None = None) -> None:
@@ -19,7 +20,7 @@ def write_as(shell: Any, job: Job, weights: dict[str, Tensor] | None = None) -> 
         weights: by the names of the shell; None: the model's own, and zeros for biases that only the shell has.
     """
     model = job.model
-    with models.quiet():
+    with quiet():
         if streamed.is_streamed(model):
             layerwise.write(shell, model, job.place)
             return

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prunelit import int4_folder, measure, models, twin
+from prunelit import int4_folder, measure, twin
 from prunelit.architectures import architecture_of
 from prunelit.errors import BadQuantisation, DoesNotFit
 from prunelit.export import hetero, proof, uniform
@@ -17,6 +17,7 @@ from prunelit.export.formats import Format, Job
 from prunelit.hetero import find
 from prunelit.int4 import Int4Linear
 from prunelit.linears import decoder_linears, quantised_as
+from prunelit.quiet import quiet
 from prunelit.skeleton import settings
 
 _EXACT = 1e-4  # relative; sums over added channels are rounded in another order
@@ -51,7 +52,7 @@ def write(job: Job) -> dict[str, Any]:
         "modules_to_not_convert": head,
     }
     shell.generation_config = model.generation_config
-    with models.quiet():
+    with quiet():
         shell.save_pretrained(job.place, state_dict=weights, max_shard_size=job.max_shard_size)
     if stock is None:
         hetero.add_modelling_file(wide, job.place)
