@@ -220,7 +220,6 @@ FILES: list[Row] = [
             ("{words}", "another file"),
             ("{no_json}", "config.json"),
             ("{empty_config}", "model_type"),
-            ("{odd_type}", "frobnicator"),
             ("{truncated}", "can not be loaded"),
             ("{no_weights}", "can not be loaded"),
             ("{no_tokenizer}", "tokenizer"),
@@ -228,6 +227,8 @@ FILES: list[Row] = [
             ("{broken_gguf}", "GGUF"),
         )
     ),
+    (PRUNE + " --model {odd_type}", ["odd_type", "'frobnicator'"]),
+    (EVALUATE + " --model {odd_type}", ["odd_type", "can not be loaded"]),
     (PRUNE + " --model {mpt}", ["'mpt'"]),
     (PRUNE + " --model org/name-that-is-nowhere", ["org/name-that-is-nowhere", "local folder", ".gguf", "pypi:"]),
     (PRUNE + " --model pypi:x", ["pypi:x", "pypi:NAME==VERSION"]),
