@@ -1,12 +1,11 @@
 """Best: Fisher scores in one list over layers and kinds, refit on the cut prefix, short distillation.
 
 Source: ours, from parts of the field. In order:
-1. the dense model writes as much text again as it was given (LLM-QAT, arXiv 2305.17888), see `prunelit.own_text`; all
-   that follows reads both texts;
-2. one backward pass: the Fisher information of every head's and channel's switch (arXiv 1906.10771, 2204.09656), per
+1. one backward pass: the Fisher information of every head's and channel's switch (arXiv 1906.10771, 2204.09656), per
    parameter, is the score; all layers and kinds share one list, and no layer loses more than `min_kept` allows;
-3. a least-squares refit of the output projections on the cut prefix (`prunelit.reconstruct`);
-4. passes of distillation from the dense model's distributions (`prunelit.distill`). No labels are read.
+2. the dense model writes as much text again as it was given (LLM-QAT, arXiv 2305.17888), see `prunelit.own_text`;
+3. on both texts, a least-squares refit of the output projections on the cut prefix (`prunelit.reconstruct`);
+4. and passes of distillation from the dense model's distributions (`prunelit.distill`). No labels are read.
 What each step is worth, and what was tried instead, is in docs/lab-log.md.
 
     callbacks/best.yaml         attaches it to any LightningCLI job with a second --config
@@ -18,9 +17,6 @@ Legend: Q query heads, F FFN channels.
 import math
 from collections.abc import Sequence
 from typing import Any
-from weakref import ReferenceType, ref
-
-from torch import nn
 
 from prunelit import distill, own_text, rank, reconstruct
 from prunelit.calibrate import Batch, own_share
@@ -71,7 +67,6 @@ class Best(PruningCallback):
                 raise BadOption(f"{name}: expected a number of at least 0, got {value!r}")
         reconstruct.check_ridge(ridge)
         self.own_text, self.ridge, self.epochs, self.learning_rate = own_text, ridge, epochs, learning_rate
-        self._written: tuple[ReferenceType[nn.Module], int, list[Batch]] | None = None
 
     @property
     def repairs(self) -> bool:
@@ -79,7 +74,7 @@ class Best(PruningCallback):
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         found = []
-        for layer, scores in zip(decoder, fisher(decoder, self._texts(decoder, batches)), strict=True):
+        for layer, scores in zip(decoder, fisher(decoder, batches), strict=True):
             shape, heads, channels = layer.shape, scores.heads, scores.channels
             if heads is not None:
                 # Across layers a KV group counts as the mean of its heads: each bears its part of key and value.
@@ -100,25 +95,17 @@ class Best(PruningCallback):
         return max(0.0, _EVEN * (1 - even))
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        text = self._texts(decoder, batches)
-        self._written = None  # what comes next is another model
+        tokens = int(self.own_text * sum(batch["input_ids"].numel() for batch in batches))
+        length = min(_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
+        text = list(batches)
+        if tokens:
+            text += self.recall(
+                "text", decoder, batches, lambda: own_text.write(decoder.model, tokens, length, self.seed)
+            )
         own = own_share(text)
         dense = distill.dense_streams(decoder, own) if self.epochs else []
         reconstruct.apply(decoder.model, plan, text, ridge=self.ridge)
         distill.distill(Decoder(decoder.model), own, dense, self.epochs, self.learning_rate, seed=self.seed)
-
-    def _texts(self, decoder: Decoder, batches: Sequence[Batch]) -> list[Batch]:
-        """The calibration text and what the dense model writes beside it, once for scores and repair."""
-        tokens = int(self.own_text * sum(batch["input_ids"].numel() for batch in batches))
-        if not tokens:
-            return list(batches)
-        if self._written is None or self._written[0]() is not decoder.model or self._written[1] != tokens:
-            length = min(_LENGTH, max(batch["input_ids"].shape[1] for batch in batches))
-            found = self.recall(
-                "text", decoder, batches, lambda: own_text.write(decoder.model, tokens, length, self.seed)
-            )
-            self._written = ref(decoder.model), tokens, found
-        return [*batches, *self._written[2]]
 
 
 def _removable(shape: LayerShape, unit: rank.Unit) -> int:

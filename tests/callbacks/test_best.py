@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from prunelit import own_text
 from prunelit.callbacks import Best
 from prunelit.decoder import Decoder
 from prunelit.distill import dense_streams
@@ -54,35 +53,14 @@ def test_distillation_brings_the_logits_closer():
     assert divergence(pruned(epochs=6, learning_rate=2e-4)) < divergence(pruned())
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_the_score_is_the_fisher_information_per_parameter_on_both_texts(share):
+def test_the_score_is_the_fisher_information_per_parameter():
     decoder, text = Decoder(tiny("llama")), batches()
-    found = Best(ratio=0.3, align=1, own_text=share).score(decoder, text)
-    if share:
-        text = text + own_text.write(decoder.model, 8 * 24, 24)
+    found = Best(ratio=0.3, align=1).score(decoder, text)
     for layer, scores, wanted in zip(decoder, found, fisher(decoder, text), strict=True):
         hidden, dim = 72, layer.shape.head_dim
         torch.testing.assert_close(scores.channels * 3 * hidden, wanted.channels)
         groups = wanted.heads.view(layer.shape.kv_groups, -1).sum(1) / ((2 * layer.shape.group_size + 2) * dim * hidden)
         torch.testing.assert_close(scores.heads.view(layer.shape.kv_groups, -1).mean(1), groups)
-
-
-def test_text_is_written_once_for_a_model_and_again_for_what_is_left_of_it(monkeypatch):
-    written, write = [], own_text.write
-
-    def told(*args):
-        written.append(write(*args))
-        return written[-1]
-
-    monkeypatch.setattr(own_text, "write", told)
-    model, method = tiny("llama"), Best(ratio=0.2, align=1, epochs=0)
-    plan = method.decide(model, batches())
-    assert method.prune(model, batches()).layers == plan.layers and len(written) == 1
-    method.prune(model, batches())
-    assert len(written) == 2 and not torch.equal(written[0][0]["input_ids"], written[1][0]["input_ids"])
-    method.decide(model, batches(8))
-    method.decide(model, batches(12))
-    assert [sum(len(b["input_ids"]) for b in text) for text in written] == [16, 16, 8, 12]
 
 
 def test_a_replayed_plan_is_repaired_like_the_first_time():
