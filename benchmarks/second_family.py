@@ -18,7 +18,7 @@ import torch
 import yaml
 from calibration_cost import QUICKSTART, ROOT
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from recovery_recipes import prunelit
+from recovery_recipes import prunelit, shown
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -54,7 +54,7 @@ def main() -> None:
     prunelit("compare", "--config", str(options.out / "compare.yaml"), "--data", str(options.data), "--out", str(where))
     found = json.loads((where / "compare.json").read_text())
     result = found | {
-        "command": "python benchmarks/second_family.py --data FOLDER",
+        "command": " ".join(["python benchmarks/second_family.py --data FOLDER", *shown()]),
         "model": "GPT-NeoX trained here",
         "source": None,  # a folder of this machine
         "training": json.loads((folder / "training.json").read_text()),

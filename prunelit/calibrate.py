@@ -242,6 +242,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def generating(model: Any, **settings: Any) -> Iterator[None]:
+    """`model.generate()` by these settings of a GenerationConfig alone; the model's own are back after.
+
+    generate() takes what it is not told from the model's own, where chat models keep penalties and ends of a turn.
+    """
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+@contextmanager
 def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Move the model to `device` inside; back to where it was after."""
     home = next(model.parameters()).device

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
-from prunelit.calibrate import Batch, evaluating, own_share
+from prunelit.calibrate import Batch, evaluating, generating, own_share
 from prunelit.progress import track
 
 _ROWS = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
@@ -50,34 +49,26 @@ def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> li
 
 
 def _sample(model: Any, rows: int, length: int, seed: int) -> Tensor:
-    """[rows, length] token ids, none of them special.
-
-    generate() draws from the global generators, and what it is not told it takes from the model's own generation
-    config, where chat models keep penalties that are not the model's distribution: both are lent and given back.
-    """
+    """[rows, length] token ids, none special; generate() draws from the global generators: lent and given back."""
     device = next(model.parameters()).device
-    own = model.generation_config
-    banned = _special(model.config, own)
-    plain = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=length - 1,
-        suppress_tokens=banned or None,
-        pad_token_id=0,
-        use_cache=True,
-    )
+    banned = _special(model.config, model.generation_config)
+    settings = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "max_new_tokens": length - 1,
+        "suppress_tokens": banned or None,
+        "pad_token_id": 0,
+        "use_cache": True,
+    }
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         allowed = torch.ones(model.config.vocab_size)
         allowed[banned] = 0
         first = torch.multinomial(allowed, rows, replacement=True)[:, None].to(device)
-        model.generation_config = plain
-        try:
+        with generating(model, **settings):
             ids = model.generate(input_ids=first, attention_mask=torch.ones_like(first))
-        finally:
-            model.generation_config = own
     return ids.cpu()
 
 

@@ -151,8 +151,9 @@ def _cut_mlp(layer: Layer, kept: LayerPlan) -> None:
     if len(kept.ffn_channels) == layer.shape.ffn_channels:
         return
     channels = torch.tensor(kept.ffn_channels)
+    rows = ffn_rows(layer)[channels].T.flatten()
     for linear in layer.ffn_in:
-        _slice(linear, rows=ffn_rows(layer)[channels].T.flatten())
+        _slice(linear, rows=rows)
     _slice(layer.down, columns=channels)
 
 

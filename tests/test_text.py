@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 
 from prunelit import text
 from prunelit.errors import BadOption, NotEnoughText, SourceNotFound
+from tests.test_models import one_line
 from tests.tiny import tiny_tokenizer
 
 ROWS = ["one fish", "", "two fish", None, "red\nfish"]
@@ -66,10 +67,6 @@ def as_file(folder, ending, column="text"):
         return write(path, json.dumps(records))
     pq.write_table(pa.Table.from_pylist(records), path)
     return str(path)
-
-
-def one_line(error):
-    return "\n" not in str(error.value) and len(str(error.value)) > 20
 
 
 # Reading -------------------------------------------------------------------------------------------------------------

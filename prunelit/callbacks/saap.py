@@ -91,8 +91,8 @@ class SAAP(PruningCallback):
         forms: tuple[taylor_importance.Form, ...] = ("vector", "mixed" if self.second_order else "first")
         mean: Units = {}
         asi: Units = {}
-        for kind, two in taylor_importance.per_sample(decoder, batches, forms, self.unit, self.checkpointing).items():
-            for layer, samples in fuse(two, self.fusion).items():
+        for kind, both in taylor_importance.per_sample(decoder, batches, forms, self.unit, self.checkpointing).items():
+            for layer, samples in fuse(both, self.fusion).items():
                 mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), volatility(samples).cpu()
         return mean, asi
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunelit.calibrate import generating
 from prunelit.decoder import Decoder
 from prunelit.errors import DoesNotFit
 from prunelit.export import gguf_tokenizer, llama_cpp, script
@@ -187,20 +188,15 @@ def _inputs(model: nn.Module) -> Iterator[list[float]]:
 @torch.no_grad()
 def _greedy(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy continuations with the KV cache, on behind tokens that end a text."""
-    from transformers import GenerationConfig
-
-    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-    try:
-        made = []
+    made = []
+    with generating(model, pad_token_id=0):
         for prompt in prompts:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)
             found = model.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, use_cache=True
             )
             made.append(found[0, len(prompt) :].tolist())
-        return made
-    finally:
-        model.generation_config = own
+    return made
 
 
 @torch.no_grad()
