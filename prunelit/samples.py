@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelit.calibrate import evaluating
+from prunelit.calibrate import evaluating, generating
 from prunelit.errors import BadOption
 from prunelit.progress import track
 
@@ -57,23 +57,25 @@ def write(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
     Raises:
         BadOption: a chat is asked for, and the tokenizer has no template; a prompt leaves no position to write at.
     """
-    from transformers import GenerationConfig
-
     wanted.check(tokenizer)
     model: Any = network
     device = next(network.parameters()).device
-    end = getattr(model.generation_config, "eos_token_id", None)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    greedy = GenerationConfig(do_sample=False, eos_token_id=end, pad_token_id=padding, use_cache=True)
+    greedy = {
+        "do_sample": False,
+        "eos_token_id": getattr(model.generation_config, "eos_token_id", None),
+        "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        "use_cache": True,
+    }
     positions = getattr(model.config, "max_position_embeddings", None)
     found = []
     with evaluating(network):
         for prompt in track(wanted.prompts, "writing samples", unit="text"):
             ids = _ids(prompt, tokenizer, wanted.chat).to(device)
-            greedy.max_new_tokens = min(wanted.new_tokens, positions - ids.shape[1] if positions else wanted.new_tokens)
-            if greedy.max_new_tokens < 1:
+            room = min(wanted.new_tokens, positions - ids.shape[1] if positions else wanted.new_tokens)
+            if room < 1:
                 raise BadOption(f"prompts: expected less than {positions} tokens, got {ids.shape[1]}: {prompt!r:.60}")
-            written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy)
+            with generating(model, **greedy, max_new_tokens=room):
+                written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
             found.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return found
 

@@ -27,6 +27,18 @@ def test_completions_are_greedy_and_without_the_prompt() -> None:
     assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
 
+@pytest.mark.parametrize("habit", [{"repetition_penalty": 5.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 3}])
+def test_habits_of_the_generation_config_are_not_the_models(habit: dict[str, float]) -> None:
+    tokenizer = tiny_tokenizer()
+    model = tiny("llama", vocab_size=len(tokenizer))
+    plain = samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=12))
+    config = model.generation_config
+    for name, value in habit.items():
+        setattr(config, name, value)
+    assert samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=12)) == plain
+    assert model.generation_config is config
+
+
 def test_a_chat_goes_through_the_template() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer))
