@@ -48,7 +48,7 @@ def run(command: str, arguments: list[str]) -> int:
     parser = parser_of(command, "methods x ratios x seeds from one YAML, as tables and pictures")
     parser.add_function_arguments(compare, None, sub_configs=False)
     inner = [field.name for kind in (Latency, Calibration) for field in fields(kind)]
-    options = parser.instantiate(parse(parser, arguments, ["only"], inner))
+    options = parser.instantiate(parse(parser, arguments, inner))
     report = compare(**{name: value for name, value in vars(options).items() if name != "config"})
     say((Path(options.out) / "compare.md").read_text(encoding="utf-8"))
     failed = sum(cell["status"] == "failed" for cell in report["cells"])

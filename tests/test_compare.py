@@ -437,6 +437,26 @@ def test_rows_by_label(capsys: pytest.CaptureFixture[str], source: str, data: st
     assert "\N{EN DASH}" not in out
 
 
+@pytest.mark.parametrize(("given", "ratios"), [("0.3 0.2", [0.3, 0.2]), ("[0.3,0.2]", [0.3, 0.2]), ("0.3", [0.3])])
+def test_lists_on_the_command_line(
+    capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, given: str, ratios: list[float]
+) -> None:
+    arguments = [
+        *config(source, data, tmp_path),
+        "--ratios",
+        *given.split(),
+        "--seeds",
+        "1",
+        "0",
+        "--methods",
+        "random",
+    ]
+    code, _, err = call(capsys, *arguments)
+    assert code == 0, err
+    found = report(tmp_path)
+    assert (found["ratios"], found["seeds"], [row["label"] for row in found["rows"]]) == (ratios, [1, 0], ["random"])
+
+
 def test_interrupted_and_started_again(
     capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,7 +84,7 @@ def run(command: str, arguments: list[str]) -> int:
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     parser.add_function_arguments(whole.evaluate, None, sub_configs=False)
     inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
-    options = parser.instantiate(parse(parser, arguments, ["text", "tasks", "prompts"], inner))
+    options = parser.instantiate(parse(parser, arguments, inner))
     if options.json:
         export.check_output(options.json, overwrite=True, file=True)
     given = {name: value for name, value in vars(options).items() if name != "config"}

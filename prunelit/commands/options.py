@@ -36,22 +36,21 @@ def parser_of(command: str, what: str) -> ArgumentParser:
     return parser
 
 
-def parse(
-    parser: ArgumentParser, arguments: list[str], lists: Collection[str] = (), inner: Collection[str] = ()
-) -> Any:
-    """Parse; an unknown option is answered with the nearest one.
+def parse(parser: ArgumentParser, arguments: list[str], inner: Collection[str] = ()) -> Any:
+    """Parse; an unknown option is answered with the nearest one. Lists may be written `--text a b`.
 
     Args:
         parser: of `parser_of`.
         arguments: command line after the command.
-        lists: options that take one value or several, `--text a b`; in a file, a value or a list.
         inner: names of options inside lists and mappings, which the parser does not list.
 
     Raises:
         PrunelitError: in one line.
     """
-    for name in lists:
-        arguments = _gathered(arguments, f"--{name}")
+    for action in parser._actions:
+        for option in action.option_strings:
+            if f"{option}+" in action.option_strings:  # what jsonargparse gives options that may be lists
+                arguments = _gathered(arguments, option)
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
@@ -110,14 +109,24 @@ def listed(given: str | Sequence[str]) -> list[str]:
 
 
 def _gathered(arguments: list[str], option: str) -> list[str]:
-    """`--text a b` as one argument, `--text=["a", "b"]`: argparse's own lists refuse a single value in a file."""
+    """`--text a b` as one argument, `--text=["a", "b"]`: argparse's own lists refuse a single value in a file.
+
+    One value that is a JSON list, `--ratios "[0.1, 0.2]"`, is that list; a prompt may begin with a bracket.
+    """
     if option not in arguments:
         return arguments
     start = arguments.index(option)
     end = next((i for i, said in enumerate(arguments) if i > start and said.startswith("--")), len(arguments))
     taken = arguments[start + 1 : end]
-    given = [f"{option}={json.dumps(taken)}"] if taken else [option]
+    given = [f"{option}={taken[0] if _is_list(taken) else json.dumps(taken)}"] if taken else [option]
     return [*arguments[:start], *given, *_gathered(arguments[end:], option)]
+
+
+def _is_list(taken: list[str]) -> bool:
+    try:
+        return len(taken) == 1 and isinstance(json.loads(taken[0]), list)
+    except ValueError:
+        return False
 
 
 def peek(option: str, arguments: list[str]) -> str | None:

@@ -186,7 +186,7 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], Job]) 
         parser.add_argument("--latency", type=bool, default=False, help="measure small shapes of the model as well")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the file of --out")
         parser.add_function_arguments(make, None, skip={"model", "method", "sources", "measured"}, sub_configs=False)
-        options = parse(parser, arguments, lists=["text"])
+        options = parse(parser, arguments)
         out = options.out
         _check_out(out, options.overwrite)
         same = ("dtype", "device", "stream", "memory_gib")

@@ -123,7 +123,7 @@ def run(command: str, arguments: list[str]) -> int:
     parser = parser_of(command, "cut a model and save it, no training")
     kind = add_method(parser, arguments, "llm_bip")
     parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
-    options = parse(parser, arguments, lists=["text"])
+    options = parse(parser, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
     method = method_of(kind, options, same)
     if options.plan and not options.method and method.repair == "none":
