@@ -61,6 +61,11 @@ def apply(model: nn.Module, plan: PruningPlan) -> None:
     """
     decoder = Decoder(model)
     check_fits(decoder, plan)
+    cut_checked(decoder, plan)
+
+
+def cut_checked(decoder: Decoder, plan: PruningPlan) -> None:
+    """`apply` of a plan that is known to fit; the weights may be without memory."""
     for layer, kept in zip(decoder, plan.layers, strict=True):
         cut_layer(layer, kept, decoder.config)
     finish(decoder, plan)

@@ -14,7 +14,7 @@ import yaml
 
 from prunelit import cli, models
 from prunelit.__main__ import COMMANDS, main
-from prunelit.callbacks import methods
+from prunelit.callbacks import PruningCallback, methods
 from prunelit.console import condense
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +176,17 @@ def test_prune_knows_before_it_loads_what_can_not_be_written(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load_tokenizer", pytest.fail)
         refused(call(capsys, *small(source, words, tmp_path / out, *more)), *wanted)
+
+
+@pytest.mark.parametrize(("format", "why"), [("uniform", "'padded'"), ("gguf", "BPE tokenizer")])
+def test_prune_knows_before_it_cuts_what_a_format_can_not_hold(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, format: str, why: str
+) -> None:
+    differing = ["--method", "random", "--scope", "global", "--unit", "query_head", "--format", format]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PruningCallback, "cut", pytest.fail)
+        refused(call(capsys, *small(source, words, tmp_path / "m", *differing)), f"format '{format}'", why)
+    assert not (tmp_path / "m").exists()
 
 
 def test_an_output_that_can_not_be_written(

@@ -2,17 +2,21 @@
 
 import logging
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
-from prunelit import export, measure, model_source, models, streamed, text
+from prunelit import export, measure, model_source, models, streamed, surgery, text, twin
 from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, add_method, listed, load_on, method_of, parse, parser_of, place
 from prunelit.console import say
+from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
 from prunelit.files import write_json
 from prunelit.machine import hardware, peak_memory_mib
@@ -20,6 +24,23 @@ from prunelit.plan import PruningPlan
 from prunelit.record import Record
 from prunelit.report import loading, run_page
 from prunelit.versions import versions
+
+
+@dataclass
+class _FormatCheck:
+    """A listener that refuses a plan whose result `format` can not hold, before the cut and its repair."""
+
+    network: nn.Module
+    tokenizer: Any
+    format: str
+
+    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+        if event == "planned" and self.format != "auto":
+            with warnings.catch_warnings(action="ignore"):  # the cut itself warns
+                surgery.check_fits(Decoder(self.network), facts["plan"])
+            shapes = Decoder(twin.without_memory(self.network))
+            surgery.cut_checked(shapes, facts["plan"])
+            export.check_fits(shapes.model, self.tokenizer, self.format)
 
 
 def prune(
@@ -84,6 +105,8 @@ def prune(
     else:
         network = load_on(model, dtype, device)
     took("load_model", start)
+    if not stream:
+        method.listeners.append(_FormatCheck(network, tokenizer, format))
     with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
         plan = method.prune(network, batches)
