@@ -3,7 +3,8 @@
 The dense model is gone by then: what stays of it is the residual stream that left its last layer, which the final norm
 and the output projection (no method cuts them) turn into its logits again, one sequence at a time.
 
-Source: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531, temperature 1.
+Source: Hinton et al., "Distilling the knowledge in a neural network", arXiv 1503.02531, temperature 1; Wortsman et al.,
+"Robust fine-tuning of zero-shot models", arXiv 2109.01903 (weights between those before and after the training).
 
 Legend: B batch, S sequence, H hidden, V vocabulary, L layers.
 """
@@ -39,6 +40,7 @@ def distill(
     targets: Sequence[Tensor],
     epochs: int = 1,
     learning_rate: float = 1e-4,
+    mixing: float = 1.0,
     rows_per_step: int = 2,
     seed: int = 0,
 ) -> list[float]:
@@ -53,6 +55,7 @@ def distill(
         targets: `dense_streams` of the same batches.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak.
+        mixing: of the weights, in [0, 1]: the trained ones count so much, those that came in the rest.
         rows_per_step: sequences per rank and step.
         seed: of the order of the sequences.
 
@@ -73,6 +76,7 @@ def distill(
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
     trained = [parameter for layer in layers for parameter in layer.parameters()]
+    came = [parameter.detach().clone() for parameter in trained] if mixing < 1 else []
     masters = [p.detach().float().clone().requires_grad_() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps * epochs))
@@ -90,6 +94,10 @@ def distill(
                     schedule.step()
                 total, tokens = sums.tolist()
                 curve.append(total / tokens)
+        if came:
+            with torch.no_grad():
+                for parameter, master, start in zip(trained, masters, came, strict=True):
+                    parameter.copy_(torch.lerp(start.float(), master, mixing))
     finally:
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)

@@ -71,6 +71,29 @@ def test_half_precision_weights_take_steps_smaller_than_their_rounding():
     assert all(p.dtype is torch.bfloat16 for p in model.parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_between_those_before_and_after(dtype):
+    text = batches()
+
+    def layers(mixing):
+        model = tiny("llama").to(dtype)
+        targets = dense_streams(Decoder(model), text)
+        apply(model, cut(model, "channel"))
+        came = copy.deepcopy(model.model.layers.state_dict())
+        curve = distill(Decoder(model), text, targets, epochs=2, learning_rate=1e-2, mixing=mixing)
+        return came, model.model.layers.state_dict(), curve
+
+    came, after, curve = layers(1.0)
+    _, between, same = layers(0.25)
+    _, none, _ = layers(0.0)
+    assert same == curve
+    for name in came:
+        expected = came[name].double() + 0.25 * (after[name].double() - came[name].double())
+        assert torch.allclose(between[name].double(), expected, rtol=0, atol=1e-7 if dtype is torch.float32 else 4e-3)
+        assert torch.equal(none[name], came[name])
+    assert any(not torch.equal(after[name], came[name]) for name in came)
+
+
 def test_no_passes_no_change():
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
