@@ -77,6 +77,7 @@ FLOORS = (
             "reconstruct",
             "two_step",
             "distill",
+            "spectral",
             "search",
             "blocks",
             "evaluator",
