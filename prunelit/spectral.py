@@ -1,7 +1,7 @@
 """What of a short training's change to a weight is more than noise.
 
 A few hundred steps on little text move every weight by about as much as the optimiser's step allows, wherever the
-gradients point: most of a change is noise, spread evenly over all directions of the matrix, and costs quality. What the
+gradients point: much of a change is noise, spread evenly over all directions of the matrix, and costs quality. What the
 steps agree on is of low rank and stands out of it. The singular values of pure noise follow the law of Marchenko and
 Pastur, so their median says how strong the noise is; what lies within its bulk goes, and what stands out is shrunk by
 as much as noise has stretched it.
