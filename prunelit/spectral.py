@@ -34,8 +34,9 @@ def signal(change: Tensor) -> Tensor:
     short, long = sorted(change.shape)
     if short < _NARROW or not change.isfinite().all():
         return change
-    aspect = short / long
-    wide = (change if change.shape[0] == short else change.T).double()
+    if change.shape[0] > short:
+        return signal(change.T).T
+    aspect, wide = short / long, change.double()
     squares, left = torch.linalg.eigh(wide @ wide.T)  # far cheaper than the singular vectors of both sides
     values = squares.clamp(min=0).sqrt()
     noise = values.median() / median_of_noise(aspect)
@@ -45,8 +46,7 @@ def signal(change: Tensor) -> Tensor:
     inside = (height.square() - aspect - 1).square() - 4 * aspect
     stays = height > 1 + math.sqrt(aspect)
     gain = torch.where(stays, inside.clamp(min=0).sqrt() / height.square().clamp(min=1), 0.0)
-    found = (left * gain) @ (left.T @ wide)
-    return (found if change.shape[0] == short else found.T).to(change)
+    return ((left * gain) @ (left.T @ wide)).to(change)
 
 
 def median_of_noise(aspect: float) -> float:

@@ -441,17 +441,8 @@ def test_rows_by_label(capsys: pytest.CaptureFixture[str], source: str, data: st
 def test_lists_on_the_command_line(
     capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path, given: str, ratios: list[float]
 ) -> None:
-    arguments = [
-        *config(source, data, tmp_path),
-        "--ratios",
-        *given.split(),
-        "--seeds",
-        "1",
-        "0",
-        "--methods",
-        "random",
-    ]
-    code, _, err = call(capsys, *arguments)
+    lists = f"--ratios {given} --seeds 1 0 --methods random"
+    code, _, err = call(capsys, *config(source, data, tmp_path), *lists.split())
     assert code == 0, err
     found = report(tmp_path)
     assert (found["ratios"], found["seeds"], [row["label"] for row in found["rows"]]) == (ratios, [1, 0], ["random"])

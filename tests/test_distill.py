@@ -77,26 +77,26 @@ def test_what_stands_out_of_the_change_is_kept(dtype):
     text = batches()
 
     def trained(denoise):
-        model = tiny("llama", hidden_size=72, intermediate_size=96, head_dim=8).to(dtype)
+        model = tiny("llama").to(dtype)
         targets = dense_streams(Decoder(model), text)
         apply(model, cut(model, "channel"))
         came = copy.deepcopy(model.state_dict())
-        curve = distill(Decoder(model), text, targets, epochs=2, denoise=denoise)
+        curve = distill(Decoder(model), text, targets, epochs=2, learning_rate=1e-2, denoise=denoise)
         return came, model.state_dict(), curve
 
     came, full, curve = trained(False)
     _, found, same = trained(True)
     assert same == curve
-    moved = 0
+    # Of bfloat16 weights the change is that of their float32 copies.
+    near, furthest = 1e-6 if dtype is torch.float32 else 2e-3, 0.0
     for name, start in came.items():
         if full[name].ndim == 2:
             expected = start.float() + signal(full[name].float() - start.float())
-            moved += not torch.equal(found[name], full[name])
+            furthest = max(furthest, float((expected - full[name].float()).abs().max()))
         else:
             expected = full[name].float()
-        # Of bfloat16 weights the change is that of their float32 copies.
-        assert torch.allclose(found[name].float(), expected, rtol=0, atol=1e-7 if dtype is torch.float32 else 2e-3)
-    assert moved
+        assert torch.allclose(found[name].float(), expected, rtol=0, atol=near)
+    assert furthest > 5 * near
 
 
 def test_no_passes_no_change():

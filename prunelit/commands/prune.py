@@ -35,7 +35,7 @@ class _FormatCheck:
     format: str
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
-        if event == "planned" and self.format != "auto":
+        if event == "planned":
             with warnings.catch_warnings(action="ignore"):  # the cut itself warns
                 surgery.check_fits(Decoder(self.network), facts["plan"])
             shapes = Decoder(twin.without_memory(self.network))
@@ -105,7 +105,7 @@ def prune(
     else:
         network = load_on(model, dtype, device)
     took("load_model", start)
-    if not stream:
+    if format != "auto" and not stream:
         method.listeners.append(_FormatCheck(network, tokenizer, format))
     with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
