@@ -113,8 +113,7 @@ def observe(
             finally:
                 for handle in handles:
                     handle.remove()
-    counts = ((batch["input_ids"].numel(), mask_of(batch)) for batch in own_share(batches))
-    tokens = sum(size if mask is None else int(mask.sum()) for size, mask in counts)
+    tokens = sum(tokens_in(batch) for batch in own_share(batches))
     total = int(all_sum(torch.tensor(tokens, device=decoder.device)))
     if not total:
         raise NoCalibration("calibration: expected tokens, got only padding")
@@ -136,6 +135,12 @@ def mask_of(batch: Batch) -> Tensor | None:
     """The padding mask of a batch; None where it says nothing."""
     mask = batch.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
+
+
+def tokens_in(batch: Mapping[str, Any]) -> int:
+    """Tokens of a batch that are not padding."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
 def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch, Point, all_sum, evaluating, own_share
+from prunelit.calibrate import Batch, Point, all_sum, evaluating, mask_of, own_share, tokens_in
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import NoCalibration
 from prunelit.hetero import find
@@ -51,8 +51,8 @@ class Lockstep:
         self.own = own_share(list(enumerate(batches)))
         self.heads: list[Tensor] = []
         self._masks = [_mask(batch, decoder.device) for _, batch in self.own]
-        counts = [batch["input_ids"].numel() if mask is None else int(mask.sum()) for (_, batch), mask in self._pairs()]
-        self.tokens = int(all_sum(torch.tensor(sum(counts), device=decoder.device)))
+        tokens = sum(tokens_in(batch) for _, batch in self.own)
+        self.tokens = int(all_sum(torch.tensor(tokens, device=decoder.device)))
         if not self.tokens:
             raise NoCalibration("repair: expected calibration tokens, got only padding")
         self._targets: dict[str, list[Tensor]] = {}
@@ -60,9 +60,6 @@ class Lockstep:
             self.cut = [self.stream.run(batch, None, 0, start) if start else None for _, batch in self.own]
         self._dense = list(self.cut)
         self.layer = self._layer(start)
-
-    def _pairs(self) -> Iterator[tuple[tuple[int, Batch], Tensor | None]]:
-        return zip(self.own, self._masks, strict=True)
 
     def _layer(self, index: int) -> Layer:
         architecture = self.decoder.architecture
@@ -158,8 +155,8 @@ class Lockstep:
 
 def _mask(batch: Batch, device: torch.device) -> Tensor | None:
     """Which of the flattened tokens count [B * S]; None: all."""
-    mask = batch.get("attention_mask")
-    return None if mask is None or bool(mask.all()) else mask.to(device).reshape(-1).bool()
+    mask = mask_of(batch)
+    return None if mask is None else mask.to(device).reshape(-1).bool()
 
 
 @contextmanager

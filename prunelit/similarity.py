@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit import ladders
-from prunelit.calibrate import Batch, all_sum, evaluating
+from prunelit.calibrate import Batch, all_sum, evaluating, tokens_in
 from prunelit.decoder import Decoder, Layer
 from prunelit.ladders import LayerScores
 from prunelit.lockstep import Lockstep
@@ -151,7 +151,7 @@ def _add(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Ten
 
 def _parts(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int], Batch]]:
     """Windows at equal distances, about ROWS tokens: (number of the batch, its rows, these rows as a batch)."""
-    apart = math.ceil(sum(batch["input_ids"].numel() for batch in batches) / ROWS)
+    apart = max(1, math.ceil(sum(map(tokens_in, batches)) / ROWS))
     seen = 0
     for number, batch in enumerate(batches):
         windows, length = batch["input_ids"].shape

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch, evaluating
+from prunelit.calibrate import Batch, evaluating, mask_of
 from prunelit.decoder import Decoder
 from prunelit.hetero import find
 
@@ -63,8 +63,8 @@ class Stream:
             raise ValueError(f"stop: expected a layer after {start}, got {stop}")
         skipped = {index: given if index == start - 1 else _first for index in range(start)}
         handle = layers[stop - 1].register_forward_hook(done) if stop is not None else None
-        mask = batch.get("attention_mask")
-        extra = {} if mask is None or bool(mask.all()) else {"attention_mask": mask.to(device)}
+        mask = mask_of(batch)
+        extra = {} if mask is None else {"attention_mask": mask.to(device)}
         runs = self.decoder.model if stop is None else self.decoder.backbone
         try:
             with self._passing(layers, skipped):

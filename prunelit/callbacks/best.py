@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunelit import distill, own_text, rank, reconstruct
-from prunelit.calibrate import Batch, own_share
+from prunelit.calibrate import Batch, own_share, tokens_in
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
@@ -95,7 +95,7 @@ class Best(PruningCallback):
         return max(0.0, _EVEN * (1 - even))
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        tokens = int(self.own_text * sum(batch["input_ids"].numel() for batch in batches))
+        tokens = int(self.own_text * sum(map(tokens_in, batches)))
         length = min(_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
         text = list(batches)
         if tokens:

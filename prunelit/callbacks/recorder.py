@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from prunelit.calibrate import own_rank
+from prunelit.calibrate import own_rank, tokens_in
 from prunelit.record import Record
 
 
@@ -42,8 +42,7 @@ class Recorder(Callback):
         if not trainer.is_global_zero:
             return
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            mask = batch.get("attention_mask")
-            self._tokens += batch["input_ids"].numel() if mask is None else int(mask.sum())
+            self._tokens += tokens_in(batch)
         last = trainer.global_step == trainer.max_steps
         every = max(1, getattr(trainer, "log_every_n_steps", 50))
         if trainer.global_step % every and not last:

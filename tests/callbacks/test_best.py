@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prunelit import own_text
 from prunelit.callbacks import Best
 from prunelit.decoder import Decoder
 from prunelit.distill import dense_streams
@@ -77,6 +78,18 @@ def test_streams_of_the_dense_model_end_in_its_logits():
     model, text = tiny("gemma2"), batches(4)
     (hidden,) = dense_streams(Decoder(model), text)
     assert torch.equal(Stream(Decoder(model)).run(text[0], hidden, 3), model(**text[0]).logits)
+
+
+def test_the_model_writes_as_much_as_it_was_given_without_padding(monkeypatch):
+    asked = []
+    write = own_text.write
+    monkeypatch.setattr(own_text, "write", lambda model, tokens, *rest: asked.append(tokens) or write(model, 24, *rest))
+    mask = torch.ones(4, 24, dtype=torch.long)
+    mask[:, 6:] = 0
+    pruned(own_text=2.0)
+    model = tiny("llama")
+    Best(0.4, align=1, epochs=0, own_text=2.0).prune(model, [each | {"attention_mask": mask} for each in batches()])
+    assert asked == [2 * 16 * 24, 2 * 16 * 6]
 
 
 @pytest.mark.parametrize("option", ["own_text", "epochs", "learning_rate", "ridge"])
