@@ -60,6 +60,11 @@ class Ladder:
     size: float  # of the kind's raw scores: mean magnitude
     steps: tuple[Step, ...]
 
+    @property
+    def units(self) -> tuple[int, ...]:
+        """All that may go, those of lowest score first."""
+        return tuple(unit for step in self.steps for unit in step.units)
+
     def saves(self) -> list[float]:
         """Saved after 0, 1, ... steps."""
         return list(accumulate((step.cost for step in self.steps), initial=0))

@@ -78,6 +78,7 @@ FLOORS = (
             "two_step",
             "distill",
             "spectral",
+            "stability",
             "search",
             "blocks",
             "evaluator",

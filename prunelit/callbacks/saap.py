@@ -29,12 +29,13 @@ from prunelit.calibrate import Batch
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
+from prunelit.ladders import ladders_of
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.rank import LayerScores
+from prunelit.stability import Key, Units, trade
 
 Fusion = Literal["uncertainty", "geometric"]
 Asi = Literal["candidate", "none", "literal"]
-Units = dict[tuple[str, int], Tensor]  # (kind, layer): one number for each unit
 
 
 class SAAP(PruningCallback):
@@ -81,7 +82,7 @@ class SAAP(PruningCallback):
         select, shape = self.selector(decoder), decoder.shape
         mean, asi = self.recall("statistics", decoder, batches, lambda: self._statistics(decoder, batches))
         if self.asi == "literal" or (self.asi == "candidate" and self.kappa > 1):
-            self._search(mean, asi, select(_scores(mean, shape.layers, self.unit)))
+            self._search(mean, asi, select(_scores(mean, shape.layers, self.unit)), shape.layers)
         return self.make_plan(shape, select(_scores(mean, shape.layers, self.unit)))
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
@@ -96,18 +97,27 @@ class SAAP(PruningCallback):
                 mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), volatility(samples).cpu()
         return mean, asi
 
-    def _search(self, mean: Units, asi: Units, kept: Sequence[LayerPlan]) -> None:
+    def _search(self, mean: Units, asi: Units, kept: Sequence[LayerPlan], shapes: Sequence[LayerShape]) -> None:
         """Let the candidates trade their scores; as many are cut as without the search."""
         protected = {layer % len(kept) for layer in self.protect}
+        every: dict[Key, Sequence[int]] = {key: range(len(values)) for key, values in mean.items()}
+        pools = self._may_go(mean, shapes) if self.asi == "candidate" else every
         for kind, place in (("heads", 1 if self.unit == "kv_group" else 0), ("channels", 2)):  # in LayerPlan.widths
             keys = [key for key in mean if key[0] == kind and key[1] not in protected]
             for together in [keys] if self.scope == "global" else [[key] for key in keys]:
-                pool = {key: len(mean[key]) for key in together}
-                count = sum(pool.values())
-                if self.asi == "candidate":  # none where nothing more may go
+                count = sum(len(mean[key]) for key in together)
+                if self.asi == "candidate":
                     count = round(self.kappa * (count - sum(kept[layer].widths[place] for _, layer in together)))
-                    pool = {key: size - max(1, math.ceil(self.min_kept * size - 1e-9)) for key, size in pool.items()}
-                trade(mean, asi, pool, count)
+                trade(mean, asi, {key: pools[key] for key in together}, count)
+
+    def _may_go(self, mean: Units, shapes: Sequence[LayerShape]) -> dict[Key, Sequence[int]]:
+        """The least important units of each layer, without those that have to stay."""
+        found: dict[Key, Sequence[int]] = dict.fromkeys(mean, ())
+        for layer, (shape, scores) in enumerate(zip(shapes, _scores(mean, shapes, self.unit), strict=True)):
+            cost, limits = LayerShape.parameters_at, (self.unit, self.align, self.min_kept)
+            for ladder in ladders_of(layer, shape, scores, cost, *limits, compared=False, standardise=False):
+                found["heads" if ladder.kind == "attention" else "channels", layer] = ladder.units
+        return found
 
 
 def _scores(units: Units, shapes: Sequence[LayerShape], unit: rank.Unit) -> list[LayerScores]:
@@ -131,20 +141,3 @@ def fuse(grains: Mapping[int, Tensor], fusion: Fusion = "uncertainty") -> dict[i
 def volatility(samples: Tensor) -> Tensor:
     """ASI from S: deviation over samples (of N - 1) by mean, [N, U] -> [U]; 0 for a single sample."""
     return samples.var(0, correction=min(1, len(samples) - 1)).sqrt() / samples.mean(0).clamp_min(1e-300)
-
-
-def trade(scores: Units, asi: Units, pool: Mapping[tuple[str, int], int], count: int) -> None:
-    """Give the candidates each other's scores, in place: the lowest to the one of largest ASI, and so on.
-
-    Candidates are the `count` lowest scores of all pools: {key: how many units may go, those of lowest score first}.
-    """
-    plain, unstable = ({key: units[key].tolist() for key in pool} for units in (scores, asi))
-    order = {key: scores[key].argsort(stable=True) for key in pool}
-    may_go = ((plain[key][unit], key, unit) for key, size in pool.items() for unit in order[key][:size].tolist())
-    candidates = sorted(may_go)[:count]
-    first_to_go = sorted(candidates, key=lambda candidate: -unstable[candidate[1]][candidate[2]])
-    for key, size in pool.items():  # what may not go stays above candidates with scores of other layers
-        stays, top = order[key][size:], candidates[-1][0] if candidates else 0.0
-        scores[key][stays] += top * (scores[key][stays] < top)
-    for (score, _, _), (_, key, unit) in zip(candidates, first_to_go, strict=True):
-        scores[key][unit] = score

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunelit import surgery
-from prunelit.callbacks.saap import SAAP, fuse, trade, volatility
+from prunelit.callbacks.saap import SAAP, fuse, volatility
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, InfeasibleBudget
+from prunelit.stability import trade
 from tests.tiny import cut, tiny
 
 IDS = torch.randint(3, 96, (5, 8), generator=torch.Generator().manual_seed(1))
@@ -90,7 +91,7 @@ def test_candidates_trade_and_the_rest_keep_their_scores():
     key = ("channels", 0)
     scores = {key: torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 9.0])}
     asi = {key: torch.tensor([9.0, 0.1, 0.2, 0.5, 0.9, 0.3])}
-    trade(scores, asi, {key: 6}, 3)  # candidates: 1, 3, 4, by ASI 4, 3, 1
+    trade(scores, asi, {key: range(6)}, 3)  # candidates: 1, 3, 4, by ASI 4, 3, 1
     assert scores[key].tolist() == [5.0, 3.0, 4.0, 2.0, 1.0, 9.0]
 
 
@@ -98,10 +99,14 @@ def test_candidates_come_from_all_layers_but_not_from_outside_the_pools():
     a, b = ("channels", 0), ("channels", 2)
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 2.5, 11.0])}
     asi = {a: torch.tensor([0.0, 0.1, 9.0]), b: torch.tensor([0.0, 0.5, 0.0])}
-    trade(scores, asi, {a: 2, b: 3}, 3)  # 1 and 2 of layer 0, 2.5 of layer 2; the volatile third may not go
+    trade(
+        scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3
+    )  # 1 and 2 of layer 0, 2.5 of layer 2; not the volatile third
     assert scores[a].tolist() == [2.5, 2.0, 3.0] and scores[b].tolist() == [10.0, 1.0, 11.0]
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 5.0, 11.0])}
-    trade(scores, asi, {a: 2, b: 3}, 3)  # unit 0 of layer 0 gets more than the third had, which stays above it
+    trade(
+        scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3
+    )  # unit 0 of layer 0 gets more than the third had
     assert scores[a].tolist() == [5.0, 2.0, 8.0] and scores[b].tolist() == [10.0, 1.0, 11.0]
 
 
@@ -112,7 +117,7 @@ def test_a_trade_moves_scores_and_invents_none(seed, count):
     before = {key: torch.rand(6, generator=generator) for key in keys}
     asi = {key: torch.rand(6, generator=generator) for key in keys}
     after = {key: value.clone() for key, value in before.items()}
-    trade(after, asi, dict.fromkeys(keys, 6), count)
+    trade(after, asi, dict.fromkeys(keys, range(6)), count)
     old, new = torch.cat(list(before.values())), torch.cat(list(after.values()))
     assert sorted(old.tolist()) == sorted(new.tolist())
     lowest = old.argsort()[:count]
@@ -236,12 +241,25 @@ def test_each_layer_keeps_its_share(asi):
     assert plan.predicted["ratio_of_block_parameters"] >= 0.85
 
 
+@pytest.mark.parametrize("align", [1, 8, 32, 64])
 @pytest.mark.parametrize("kappa", [1.1, 2.0])
-def test_what_may_not_go_is_no_candidate(kappa):
+def test_what_may_not_go_is_no_candidate(kappa, align):
     """Else a layer at its least share would keep its stable units instead of its important ones."""
     scores = SAAP(0.4).score(Decoder(lopsided()), BATCHES)[1].channels
-    plan = SAAP(0.4, align=1, kappa=kappa).prune(lopsided(), BATCHES)
-    assert set(scores.argsort(descending=True)[:20].tolist()) <= set(plan.layers[1].ffn_channels)
+    plan = SAAP(0.4, align=align, kappa=kappa).prune(lopsided(), BATCHES)
+    least = -(-20 // align) * align
+    assert set(scores.argsort(descending=True)[:least].tolist()) <= set(plan.layers[1].ffn_channels)
+
+
+@pytest.mark.parametrize("kappa", [1.1, 2.0])
+def test_the_most_important_query_head_of_a_group_is_no_candidate(kappa):
+    dense = tiny("llama")
+    scores = SAAP(0.4, unit="query_head").score(Decoder(dense), BATCHES)
+    plan = SAAP(0.4, unit="query_head", align=8, kappa=kappa).prune(dense, BATCHES)
+    assert any(len(kept.query_heads) < 9 for kept in plan.layers)
+    for of_layer, kept in zip(scores, plan.layers, strict=True):
+        best = of_layer.heads.view(3, 3).argmax(1) + torch.arange(3) * 3
+        assert set(best.tolist()) <= set(kept.query_heads)
 
 
 @pytest.mark.parametrize("asi", ["none", "candidate", "literal"])
