@@ -90,10 +90,12 @@ def remove_blocks(
     if not math.isfinite(dense):
         raise NonFinite(f"perplexity: expected a finite number for the whole model, got {dense}; check the dtype")
     state = run.beam(_State(dense, (), (dense,)), beam_width if method == "beam" else 1)
-    if goal.ratio is not None:
-        state = run.give_back(state)
-    if method == "swap":
-        state = run.swap(state)
+    state = run.give_back(state)
+    while method == "swap":
+        swapped = run.swap(state)
+        state = run.give_back(swapped)
+        if state == swapped:  # else a larger block came in and another was spare
+            break
     return run.found(state)
 
 
@@ -157,7 +159,7 @@ class _Search:
         return best
 
     def give_back(self, state: _State) -> _State:
-        """Without the blocks that the ratio does not need."""
+        """Without the blocks that the ratio does not need; a count needs all."""
         while spare := [block for block in state.order if self._met(state.removed - {block})]:
             moves = {state.removed - {block}: block for block in spare}
             what = "giving back what the ratio does not need"

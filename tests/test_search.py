@@ -492,6 +492,19 @@ def test_given_back_is_the_block_whose_return_helps_most():
     assert found.record["perplexity"] == pytest.approx([math.exp(3 + x) for x in (0, 0.1, 0.3, 0.6, 0.4)])
 
 
+def test_after_an_exchange_for_a_larger_block_what_is_spare_comes_back():
+    """Two attentions are needed; A1 with M0 loses less than with A0, and then M0 is enough alone."""
+    single = {"A0": 0.10, "A1": 0.105, "M0": 0.11}
+    pair = {("A0", "A1"): 0.15, ("A1", "M0"): 0.12}
+
+    def value(removed):
+        found = sorted(names(removed))
+        return 3 + pair.get(tuple(found), sum(single.get(name, 5) for name in found))
+
+    found = remove_blocks(Landscape(value, 3), Goal(ratio=0.19), method="swap")
+    assert names(found.removed) == ["M0"]
+
+
 def test_the_last_attention_stays():
     evaluator = Landscape(lambda removed: 3.0, 3)
     assert names(remove_blocks(evaluator, Goal(count=5)).removed) == ["A0", "A1", "M0", "M1", "M2"]
