@@ -37,6 +37,14 @@ def test_scores_are_split_where_the_plan_splits_them() -> None:
     assert all(stage["seconds"] > 0 and stage["memory_mib"]["process"] > 0 for stage in record.stages)
 
 
+def test_the_scores_told_are_those_of_the_method_not_an_order_made_of_them() -> None:
+    similar = told("greedy_output", ratio=0.3, align=8, scope="global", criterion_heads="similarity")
+    plain = told("greedy_output", ratio=0.3, align=8, scope="global", criterion_heads="second_moment")
+    for found, wanted in zip(similar.scores["heads"], plain.scores["heads"], strict=True):
+        assert found is not None and wanted is not None
+        assert (found.low, found.high) == (wanted.low, wanted.high)
+
+
 def test_a_search_is_told_as_it_happens() -> None:
     record = told("block_pruner", count=2)
     assert [len(step["order"]) for step in record.decided] == [0, 1, 2]

@@ -77,11 +77,13 @@ class GreedyOutput(PruningCallback):
                 raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
         if tau is not None and (isinstance(tau, bool) or not tau > 0):
             raise BadOption(f"tau: expected a positive number of nats or null, got {tau!r}")
-        whole = self.scope == "global" and self.unit == "kv_group" and criterion_heads != "second_moment"
-        if tau is not None and not whole:
+        # Of all layers; else as many heads go from each layer as without similarity.
+        self._together = self.scope == "global" and self.unit == "kv_group" and not self.uniform_heads
+        if tau is not None and not (self._together and criterion_heads != "second_moment"):
             raise BadOption(
-                "tau: one threshold makes layers differ; expected with it scope 'global', unit 'kv_group' and a "
-                f"criterion_heads with similarity, got {self.scope!r}, {self.unit!r}, {criterion_heads!r}"
+                "tau: one threshold makes layers differ; expected with it scope 'global', unit 'kv_group', no "
+                f"uniform_heads and a criterion_heads with similarity, got {self.scope!r}, {self.unit!r}, "
+                f"{self.uniform_heads!r}, {criterion_heads!r}"
             )
         self.criterion_heads, self.tau, self.moment, self.refit_kept = criterion_heads, tau, moment, refit_kept
         self._made: tuple[str, list[nn.Module | None]] | None = None
@@ -98,7 +100,7 @@ class GreedyOutput(PruningCallback):
         if limit and (self.tau is not None or any(fewer)):
             divergences = self.recall("divergences", decoder, batches, lambda: similarity.of_model(decoder, batches))
         if any(found is not None for found in divergences):
-            if self.scope == "global" and self.unit == "kv_group":
+            if self._together:
                 whole = {layer % len(shapes) for layer in self.protect}
                 ordered = similarity.globally(shapes, scores, divergences, kept, whole, self.min_kept, limit, self.tau)
                 kept = select(ordered, standardise=False, joint=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit import bias, latency, progress, rank, reconstruct, surgery, text
-from prunelit.calibrate import Batch, batched, own_rank
+from prunelit.calibrate import Batch, batched, own_rank, tokens_in
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
 from prunelit.kept import (
@@ -208,9 +208,13 @@ class PruningMethod(Teller):
             cost=cost,
         )
 
+        first = True
+
         def told(scores: Sequence[LayerScores], **options: Any) -> tuple[LayerPlan, ...]:
+            nonlocal first
             kept = select(scores, **options)
-            if self.listeners:
+            if first and self.listeners:  # a method that selects again brings an order in the form of scores
+                first = False
                 self.tell(
                     "scores", heads=_floats(s.heads for s in scores), channels=_floats(s.channels for s in scores)
                 )
@@ -313,7 +317,7 @@ class PruningMethod(Teller):
             decoder.check_finite()
             plan = replay or self.replayed
             if plan is None:
-                self._calibration_record = {**self._calibration_record, "tokens": sum(_tokens(b) for b in batches)}
+                self._calibration_record = {**self._calibration_record, "tokens": sum(map(tokens_in, batches))}
                 plan = self._planned(decoder, batches)
             plan = bias.declare(decoder, plan, self.repair == "bias")
             _agree(plan)
@@ -383,11 +387,6 @@ def _agree(plan: PruningPlan) -> None:
 
 def _floats(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
-
-
-def _tokens(batch: Batch) -> int:
-    mask = batch.get("attention_mask")
-    return int(mask.sum()) if mask is not None else batch["input_ids"].numel()
 
 
 def _inform(message: str) -> None:

@@ -120,6 +120,19 @@ def test_an_explicit_threshold_says_how_many_heads_go_and_channels_make_up_the_r
     assert 0.05 <= few.predicted["ratio_of_block_parameters"] < 0.08
 
 
+@pytest.mark.parametrize("criterion", ["both", "similarity"])
+def test_uniform_heads_cuts_as_many_heads_as_without_similarity_those_that_attend_alike(criterion):
+    dense = tiny("llama-mha")
+    alike(dense, 4, 7)
+    options = {"ratio": 0.35, "scope": "global", "uniform_heads": True}
+    plain = pruned(copy.deepcopy(dense), criterion_heads="second_moment", **options)
+    plan = pruned(copy.deepcopy(dense), criterion_heads=criterion, **options)
+    assert [len(layer.kv_groups) for layer in plan.layers] == [len(layer.kv_groups) for layer in plain.layers]
+    assert len(plan.layers[0].kv_groups) < 9
+    assert all(4 not in layer.kv_groups and 7 in layer.kv_groups for layer in plan.layers)
+    assert [layer.ffn_channels for layer in plan.layers] == [layer.ffn_channels for layer in plain.layers]
+
+
 def test_min_kept_and_protect_hold_for_similar_heads_too():
     dense = tiny("llama-mha")
     plan = pruned(dense, ratio=0.25, scope="global", tau=1.0, min_kept=0.5, protect=[1])
@@ -165,6 +178,7 @@ def test_other_forms_of_the_moment_cut_something_else(moment):
         ({"tau": True, "scope": "global"}, "tau.*positive"),
         ({"tau": 0.1}, "scope 'global'"),
         ({"tau": 0.1, "scope": "global", "unit": "query_head"}, "unit 'kv_group'"),
+        ({"tau": 0.1, "scope": "global", "uniform_heads": True}, "no uniform_heads"),
         ({"tau": 0.1, "scope": "global", "criterion_heads": "second_moment"}, "similarity"),
     ],
 )
