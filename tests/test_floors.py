@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -164,6 +165,12 @@ def wrong(module: str, name: str, modules: set[str]) -> str | None:
     if here == there == SIBLINGS_APART and module.split(".")[0] != target.split(".")[0]:
         return "between siblings"
     return None
+
+
+def test_the_documented_floors_are_these() -> None:
+    rows = re.findall(r"^\| (\d) \| (.+?) \|", (ROOT.parent / "docs" / "design.md").read_text(encoding="utf-8"), re.M)
+    found = {int(number): {name.removesuffix("/*") for name in re.findall("`(.+?)`", modules)} for number, modules in rows}
+    assert found == {number: set(modules) for number, modules in enumerate(FLOORS)}
 
 
 @pytest.mark.parametrize("module", SOURCES)
