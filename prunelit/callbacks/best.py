@@ -5,7 +5,8 @@ Source: ours, from parts of the field. In order:
    parameter, is the score; all layers and kinds share one list, and no layer loses more than `min_kept` allows;
 2. the dense model writes as much text again as it was given (LLM-QAT, arXiv 2305.17888), see `prunelit.own_text`;
 3. on both texts, a least-squares refit of the output projections on the cut prefix (`prunelit.reconstruct`);
-4. and passes of distillation from the dense model's distributions (`prunelit.distill`). No labels are read.
+4. and passes of distillation from the dense model's distributions (`prunelit.distill`), of whose changes is kept what
+   stands out of noise (`prunelit.spectral`). No labels are read.
 What each step is worth, and what was tried instead, is in docs/lab-log.md.
 
     callbacks/best.yaml         attaches it to any LightningCLI job with a second --config
@@ -42,6 +43,7 @@ class Best(PruningCallback):
         ridge: of the refit, relative to the mean square of the inputs.
         epochs: passes of distillation over all text; 0: closed forms only.
         learning_rate: peak, of the distillation.
+        denoise: of what the distillation changes, keep what stands out of noise.
         kwargs: see `PruningCallback`.
     """
 
@@ -57,7 +59,8 @@ class Best(PruningCallback):
         own_text: float = 1.0,
         ridge: float = 1e-2,
         epochs: int = 1,
-        learning_rate: float = 3e-4,
+        learning_rate: float = 4.5e-4,
+        denoise: bool = True,
         **kwargs: Any,
     ):
         super().__init__(ratio, scope=scope, min_kept=min_kept or 0.0, **kwargs)
@@ -67,6 +70,7 @@ class Best(PruningCallback):
                 raise BadOption(f"{name}: expected a number of at least 0, got {value!r}")
         reconstruct.check_ridge(ridge)
         self.own_text, self.ridge, self.epochs, self.learning_rate = own_text, ridge, epochs, learning_rate
+        self.denoise = denoise
 
     @property
     def repairs(self) -> bool:
@@ -105,7 +109,8 @@ class Best(PruningCallback):
         own = own_share(text)
         dense = distill.dense_streams(decoder, own) if self.epochs else []
         reconstruct.apply(decoder.model, plan, text, ridge=self.ridge)
-        distill.distill(Decoder(decoder.model), own, dense, self.epochs, self.learning_rate, seed=self.seed)
+        cut = Decoder(decoder.model)
+        distill.distill(cut, own, dense, self.epochs, self.learning_rate, self.denoise, seed=self.seed)
 
 
 def _removable(shape: LayerShape, unit: rank.Unit) -> int:
