@@ -9,6 +9,7 @@ from prunelit.decoder import Decoder
 from prunelit.distill import dense_streams
 from prunelit.errors import BadOption
 from prunelit.sensitivity import fisher
+from prunelit.spectral import signal
 from prunelit.stream import Stream
 from tests.tiny import VOCABULARY, tiny
 
@@ -52,6 +53,14 @@ def test_distillation_brings_the_logits_closer():
         return float((p.exp() * (p - q)).sum(-1).mean())
 
     assert divergence(pruned(epochs=6, learning_rate=2e-4)) < divergence(pruned())
+
+
+def test_of_what_distillation_changes_is_kept_what_stands_out():
+    trained = {"epochs": 2, "learning_rate": 1e-2}
+    came, full = pruned().state_dict(), pruned(**trained, denoise=False).state_dict()
+    for name, value in pruned(**trained).state_dict().items():
+        kept = signal(full[name] - came[name]) if value.ndim == 2 else full[name] - came[name]
+        torch.testing.assert_close(value, came[name] + kept, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_score_is_the_fisher_information_per_parameter():
