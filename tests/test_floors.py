@@ -27,6 +27,7 @@ FLOORS = (
         "progress",
         "versions",
         "numbers",
+        "positions",
         "scrub",
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk", "machine"),
@@ -109,6 +110,7 @@ ONLY = {
     "progress": {"tqdm"},
     "versions": set(),
     "numbers": set(),
+    "positions": set(),
     "scrub": set(),
     "hetero": {"torch", "transformers"},
 }

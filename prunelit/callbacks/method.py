@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit import bias, latency, progress, rank, reconstruct, surgery, text
+from prunelit import bias, latency, positions, progress, rank, reconstruct, surgery, text
 from prunelit.calibrate import Batch, batched, own_rank, tokens_in
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
@@ -314,6 +314,8 @@ class PruningMethod(Teller):
 
     def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
         with self.stage("score_and_plan"):
+            if batches and self.needs_text(replay):
+                positions.check(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()
             plan = replay or self.replayed
             if plan is None:

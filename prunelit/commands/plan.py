@@ -95,6 +95,7 @@ def make(
     reads = method.reads_text and replayed is None
     batches = []
     if reads:
+        model_source.check_length(model, method.seqlen)
         for source in sources:
             text.check_source(source)
         batches = method.batches_from(list(sources), models.load_tokenizer(model))

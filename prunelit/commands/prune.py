@@ -87,6 +87,8 @@ def prune(
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     if Path(out).suffix == ".gguf":
         raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
+    if method.needs_text():
+        model_source.check_length(model, method.seqlen)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
