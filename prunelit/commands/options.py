@@ -1,6 +1,7 @@
 """What the short commands share: a parser for plain functions, lists of values, devices and dtypes."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
+from prunelit.commands import configs
 from prunelit.console import condense
 from prunelit.errors import BadOption, PrunelitError, nearest
 from prunelit.progress import stage
@@ -25,6 +27,9 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Sources = str | list[str]
 
 _NOT_THE_METHODS = ("config", "method", "plan", "text")
+
+_READ_BY_A_REPLAY = ("repair", "windows", "seqlen", "seed")
+"""Of the options that all methods have: how what stays is repaired, and on what text."""
 
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
 
@@ -67,6 +72,9 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
 
     Returns:
         The method's class; with --plan and no --method, one that carries plans out and scores nothing.
+
+    Raises:
+        BadOption: not a pruning method, or --plan together with options that only scoring and planning read.
     """
     with stage("starting"):
         from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
@@ -85,8 +93,38 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
     if plan:
         parser.add_argument("--ratio", type=float | None, default=None, help="not read: the plan says what goes")
-    parser.add_class_arguments(kind, None, skip={"calibration", *(("ratio",) if plan else ())}, sub_configs=False)
+    skipped = {"calibration", *(("ratio",) if plan else ())}
+    added = parser.add_class_arguments(kind, None, skip=skipped, sub_configs=False)
+    for action in parser._actions:
+        if action.dest == "plan_file":  # the name that it has in YAML and Python; here --plan is the one to learn
+            action.help = argparse.SUPPRESS
+    if plan:
+        _check_read(kind, {"ratio", *added}, arguments)
     return kind
+
+
+def _check_read(kind: Any, options: Collection[str], arguments: list[str]) -> None:
+    """Check that no option is given that cutting by a plan would pass over in silence.
+
+    Args:
+        kind: the method's class.
+        options: names of its options.
+        arguments: command line.
+
+    Raises:
+        BadOption: one or more are.
+    """
+    from prunelit.callbacks.method import PruningMethod
+
+    read = {*_READ_BY_A_REPLAY}
+    if kind.cut is not PruningMethod.cut:  # it repairs in its own way, by its own options
+        read |= {*options} - {*inspect.signature(PruningMethod.__init__).parameters}
+    unread = [name for name in configs.named(arguments) if name in options and name not in read]
+    if unread:
+        raise BadOption(
+            f"plan: expected no options beside it that choose what goes, got {', '.join(unread)}; the plan says what "
+            "goes: leave them out, or leave out --plan to score anew"
+        )
 
 
 def method_of(kind: Any, options: Any, others: Collection[str]) -> Any:

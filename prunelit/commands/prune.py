@@ -76,10 +76,7 @@ def prune(
         The content of report.json.
     """
     model_source.check_prunable(model)
-    if stream:
-        streamed.check_source(model)
-    elif memory_gib is not None:
-        raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
+    streamed.check_request(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_source(source)
     export.check_request(out, format, "", overwrite, max_shard_size, stream=stream)
