@@ -77,6 +77,8 @@ class PruningMethod(Teller):
     score_reads: ClassVar[tuple[str, ...] | None] = None
     """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
     any option may."""
+    not_read: ClassVar[tuple[str, ...]] = ()
+    """Options above that mean nothing to the method: it refuses them, and a comparison's common ones pass it by."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
     """What `repair` may be; a method that adds one carries it out in `cut`."""
 
@@ -102,7 +104,8 @@ class PruningMethod(Teller):
             *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
         )
         if repair not in self.repair_choices:
-            raise BadOption(f"repair: expected one of {', '.join(self.repair_choices)}, got {repair!r}")
+            own = f"; {self.name} has its own repair, leave this out" if self.repair_choices == ("none",) else ""
+            raise BadOption(f"repair: expected {' or '.join(self.repair_choices)}, got {repair!r}{own}")
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")

@@ -98,6 +98,8 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     for action in parser._actions:
         if action.dest == "plan_file":  # the name that it has in YAML and Python; here --plan is the one to learn
             action.help = argparse.SUPPRESS
+        elif action.dest == "repair":  # its type holds what methods can have, the class what this one has
+            action.metavar = f"{{{','.join(kind.repair_choices)}}}"
     if plan:
         _check_read(kind, {"ratio", *added}, arguments)
     return kind
