@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit import bias, latency, positions, progress, rank, reconstruct, surgery, text
-from prunelit.calibrate import Batch, batched, own_rank, tokens_in
+from prunelit.calibrate import Batch, batched, check_batches, own_rank, tokens_in
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
 from prunelit.kept import (
@@ -279,6 +279,7 @@ class PruningMethod(Teller):
             replay: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
+            BadOption, NoCalibration: not such a model, not such batches, or none; nothing was cut then.
             NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
         """
         return self._prune(model, batches, replay, None)
@@ -308,7 +309,8 @@ class PruningMethod(Teller):
             replay: a plan to take instead of scoring; default: that of `plan_file`.
 
         Raises:
-            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as `prune`.
+            BadOption, NoCalibration, NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as
+                `prune`.
         """
         decoder = Decoder(model)
         plan = self._decided(decoder, batches, replay)
@@ -316,6 +318,7 @@ class PruningMethod(Teller):
         return plan
 
     def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
+        check_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
         with self.stage("score_and_plan"):
             if batches and self.needs_text(replay):
                 positions.check(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
