@@ -90,6 +90,11 @@ def select(
     if price is None:
         raise BadOption(f"budget: expected a measured cost for {budget!r}, got none; see prunelit.latency.measure")
     whole = {layer % len(shapes) for layer in protect}
+    if shapes and len(whole) == len(shapes):
+        raise InfeasibleBudget(
+            f"ratio {ratio} of {budget}: expected a layer that may be cut, got all {len(shapes)} layers protected; "
+            "protect fewer layers"
+        )
     compared = scope == "global"
     ladders: list[Ladder] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):

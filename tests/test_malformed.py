@@ -262,6 +262,13 @@ FILES: list[Row] = [
         )
     ),
     (PRUNE + " --plan_file nowhere.json", ["nowhere.json"]),
+    (PRUNE + " --method flap --form exact", ["--form exact", "an option of prune or of method 'flap'"]),
+    (
+        "plan --config {yaml}",
+        ["'form'", "an option of plan or of method 'flap'"],
+        "model: x\nmethod: flap\nform: exact",
+    ),
+    ("prune --config {yaml}", ["protect: expected a list, as [0], got 0"], "model: x\nratio: 0.2\nprotect: 0"),
     (PRUNE + " --plan {other_plan}", ["plan: expected no options", "got align, ratio; the plan says"]),
     (
         "prune --model {model} --out {out} --config {yaml}",

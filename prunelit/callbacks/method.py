@@ -60,7 +60,7 @@ class PruningMethod(Teller):
         calibration: text source(s) to score on, see `prunelit.text`. Without one: the datamodule's
             `calibration_dataloader()`, else the first batches of the job's train dataloader.
         windows: sequences to score on.
-        seqlen: tokens per sequence, where `calibration` is given.
+        seqlen: tokens per sequence of a text source; batches of a job have the length that they have.
         seed: of the draw of windows and of the method.
         plan_file: replay this plan instead of scoring.
 

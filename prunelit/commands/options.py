@@ -36,7 +36,9 @@ _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'
 
 def parser_of(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
-    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
@@ -59,11 +61,13 @@ def parse(parser: ArgumentParser, arguments: list[str], inner: Collection[str] =
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        message = condense(str(error))
+        message, command = condense(str(error)), str(parser.prog).rpartition(" ")[2]
         known = {part for action in parser._actions for part in (action.dest, *action.dest.split("."))} | {*inner}
         unknown = _UNKNOWN.search(message)
         hint = nearest(next(filter(None, unknown.groups())), known) if unknown else ""
-        command = str(parser.prog).rpartition(" ")[2]
+        method = parser.get_defaults().get("method") if unknown else None
+        if method:  # what is no option here may be one of another method
+            hint = f"; expected an option of {command} or of method {method!r}{hint}"
         raise PrunelitError(f"{command}: {message}{hint}") from error
 
 
