@@ -42,6 +42,7 @@ class Architecture:
         config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
         config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
             projection among them; a config without the attribute has no such choice.
+        position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
@@ -78,6 +79,7 @@ class Architecture:
     config_ffn: str = "intermediate_size"
     config_attention_bias: str = "attention_bias"
     config_mlp_bias: str = "mlp_bias"
+    position_table: bool = False
     layer_config: bool = False
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
@@ -91,8 +93,10 @@ class Architecture:
 
     @property
     def names(self) -> dict[str, Any]:
-        """All that a saved folder needs to know, as plain data: everything but the conditions, already resolved."""
-        return {key: value for key, value in vars(self).items() if key not in ("requires", "variants")}
+        """All that a saved folder needs to know, as plain data: everything but the conditions, already resolved, and
+        what is asked of a text."""
+        elsewhere = ("requires", "variants", "position_table")
+        return {key: value for key, value in vars(self).items() if key not in elsewhere}
 
 
 _LLAMA = Architecture()
@@ -128,6 +132,7 @@ _GPT = Architecture(
     attention_norm="ln_1",
     mlp_norm="ln_2",
     norm="layer",
+    position_table=True,
     config_ffn="n_inner",
 )
 _OPT = Architecture(
@@ -141,6 +146,7 @@ _OPT = Architecture(
     attention_norm="self_attn_layer_norm",
     mlp_norm="final_layer_norm",
     norm="layer",
+    position_table=True,
     config_ffn="ffn_dim",
 )
 

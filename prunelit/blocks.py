@@ -14,6 +14,10 @@ Kind = Literal["attention", "mlp"]
 Kinds = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
+NOT_READ = {"scope": "layer", "unit": "kv_group", "min_kept": 0.0, "uniform_heads": False}
+"""Options about widths and their defaults: they mean nothing where whole blocks go. `align` is kept by all: a width
+that stays whole is not rounded."""
+
 
 class Block(NamedTuple):
     """The attention or the FFN of one layer; written A7 or M7."""
@@ -112,10 +116,14 @@ class Goal:
         """From a method's constructor: `options` are the arguments that go to `PruningCallback`.
 
         Raises:
-            BadOption: as above; or a `min_kept`, which a removed block contradicts.
+            BadOption: as above; or an option about widths.
         """
-        if options.get("min_kept"):
-            raise BadOption(f"min_kept: expected 0 where whole blocks go, got {options['min_kept']!r}")
+        for name, default in NOT_READ.items():
+            if (value := options.get(name, default)) != default:
+                raise BadOption(
+                    f"{name}: expected {default!r} where whole blocks go, got {value!r}; leave it out: read are "
+                    "ratio or count, budget, protect, repair, seed and the options of the text"
+                )
         return cls(ratio, count, options.get("budget", "parameters"))
 
     def share(self, shape: ModelShape, removed: Collection[Block]) -> float:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.decoder import Decoder, Layer
-from prunelit.errors import NoCalibration, NonFinite
+from prunelit.errors import BadOption, NoCalibration, NonFinite
 from prunelit.hetero import find
 from prunelit.progress import track
 
@@ -42,9 +42,36 @@ Observer = Callable[[Layer, Mapping[str, Tensor]], None]
 Step = tuple[Sequence[Layer], Iterable[tuple[Batch, Callable[[], object]]]]
 """Layers, and every batch with the call that runs it through them."""
 Steps = Callable[[Decoder, Sequence[Batch], str], Generator[Step, None, None]]
+FROM_TEXT = "make them with method.batches_from(text, tokenizer)"
+"""What to do where batches lack or are none."""
 STEPS = "prunelit_steps"
 """Attribute of a model that is not to be run batch by batch, each through all layers: its own `Steps`, which take every
 batch through every layer once. The third argument is the name on the progress bar."""
+
+
+def check_batches(batches: Any, needed: bool) -> None:
+    """Check what a caller passes as calibration batches.
+
+    Args:
+        batches: should be a sequence of {"input_ids": [B, S], ...}.
+        needed: whether there must be one.
+
+    Raises:
+        BadOption: something else.
+        NoCalibration: there is none.
+    """
+    wrong: str | None = None
+    if isinstance(batches, str) or not isinstance(batches, Sequence):
+        wrong = repr(batches)[:60] if isinstance(batches, str) else f"a {type(batches).__name__}"
+    else:
+        for batch in batches:
+            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+            if not isinstance(ids, Tensor) or ids.dim() != 2:
+                wrong = f"a {type(batch).__name__}{'' if ids is None else ' with other input_ids'} in the list"
+    if wrong is not None:
+        raise BadOption(f"batches: expected a list of {{'input_ids': token ids [B, S]}}, got {wrong}; {FROM_TEXT}")
+    if needed and not batches:
+        raise NoCalibration(f"calibration: expected at least one batch, got none; {FROM_TEXT}")
 
 
 @torch.no_grad()
@@ -71,7 +98,7 @@ def observe(
         NoCalibration: no batches, or nothing but padding.
     """
     if not batches:
-        raise NoCalibration("calibration: expected at least one batch, got none")
+        raise NoCalibration(f"calibration: expected at least one batch, got none; {FROM_TEXT}")
     keep: dict[str, Tensor | None] = {"mask": None}
     held: dict[str, Tensor] = {}
 

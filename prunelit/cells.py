@@ -197,7 +197,7 @@ def _typed(
             raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_OF_THE_TABLE[name]}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None, skip=set(_OF_THE_TABLE), sub_configs=False)
-    accepted = {str(name) for name in vars(parser.get_defaults())}
+    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.not_read}
     for name in own:
         if name not in accepted:
             raise BadOption(

@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from prunelit import export, measure, model_source, models, text
+from prunelit import export, measure, model_source, models, positions, text
 from prunelit.callbacks.base import PruningCallback
 from prunelit.cells import Calibration, Cell, Latency, Measured, Row, only_rows, rows, sources, values
 from prunelit.commands.options import Dtype, listed, load_on, parse, parser_of, place
@@ -118,6 +118,11 @@ def compare(
     scored_on = sources("calibration", calibration.text, data) if reads else []
     target, folder = place(device), Path(out)
     model_source.check_prunable(model)
+    lengths = {f"texts.{name}.seqlen": wanted.seqlen for name, wanted in measured.items()}
+    lengths |= {"calibration.seqlen": calibration.seqlen} if reads else {}
+    lengths |= {"latency.tokens": latency.tokens} if latency else {}
+    for name, tokens in lengths.items():
+        model_source.check_length(model, tokens, name)
     export.check_output(folder, overwrite=True)
     if wandb_project:
         check_wandb("wandb_project")
@@ -135,6 +140,8 @@ def compare(
     with ExitStack() as closing:
         board = weights_and_biases.open_run(wandb_project, folder.name, folder, closing) if wandb_project else None
         dense = load_on(model, dtype, device)
+        for name, tokens in lengths.items():  # of a model that is no local folder
+            positions.check_table(dense.config, tokens, name)
         Decoder(dense).check_finite()
         trials = Trials(dense, windows, drawn, calibration, folder, target, latency, plans, again)
         report = _head(model, table, ratios, seeds, calibration, measured, trials)

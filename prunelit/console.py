@@ -128,6 +128,8 @@ def _wrong_value(lines: list[str]) -> str:
     if found is None:
         return ""
     name, _, choices, kind, value = found.groups()
+    if kind in ("Sequence", "list"):
+        return f"{name}: expected a list, as [{value}], got {value}"
     if choices is None:
         instead = f"nothing; pass --{name}" if value == "None" else repr(value)
         return f"{name}: expected {_WORDS.get(kind, kind)}, got {instead}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.architectures import Architecture, architecture_of
-from prunelit.errors import DeclarationMismatch, NonFinite
+from prunelit.errors import BadOption, DeclarationMismatch, NonFinite
 from prunelit.hetero import find
 from prunelit.on_disk import OnDisk
 from prunelit.plan import LayerShape, ModelShape
@@ -180,11 +180,21 @@ class Decoder:
     """A causal LM with its declaration resolved and checked.
 
     Raises:
+        BadOption: not a transformers model.
         UnknownArchitecture: no declaration for `model.config.model_type`.
-        DeclarationMismatch: the declaration names what the model does not have.
+        DeclarationMismatch: the declaration names what the model does not have, or PEFT stands around the model.
     """
 
     def __init__(self, model: nn.Module):
+        if getattr(model, "config", None) is None:
+            raise BadOption(
+                f"model: expected a transformers causal LM, got a {type(model).__name__}; pass what prunelit.load "
+                "or AutoModelForCausalLM gives"
+            )
+        if hasattr(model, "peft_config"):
+            raise DeclarationMismatch(
+                f"model: expected one without adapters, got a {type(model).__name__}; prune before adapters are added"
+            )
         self.model = model
         self.config: Any = model.config
         self.architecture = architecture_of(self.config)

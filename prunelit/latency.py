@@ -28,6 +28,7 @@ from prunelit.errors import BadOption
 from prunelit.hetero import find
 from prunelit.ladders import Unit
 from prunelit.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.positions import limit_of
 
 Mode = Literal["prefill", "decode"]
 Curve = list[list[float]]
@@ -87,7 +88,7 @@ def measure(
         raise BadOption(f"mode: expected prefill or decode, got {mode!r}")
     curves: list[tuple[Curve, Curve]] = []
     distinct = list(dict.fromkeys(layer.shape for layer in decoder))
-    limit = getattr(decoder.config, "max_position_embeddings", None) or tokens + repeats + 1
+    limit = limit_of(decoder.config) or tokens + repeats + 1
     length = max(1, min(tokens, limit - repeats - 1))
     if own_rank() == 0:
         clock = timer or partial(_timed, mode, length)

@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch, Point, all_sum, evaluating, mask_of, own_share, tokens_in
+from prunelit.calibrate import FROM_TEXT, Batch, Point, all_sum, evaluating, mask_of, own_share, tokens_in
 from prunelit.decoder import Decoder, Layer
 from prunelit.errors import NoCalibration
 from prunelit.hetero import find
@@ -46,7 +46,7 @@ class Lockstep:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], start: int = 0):
         if not batches:
-            raise NoCalibration("repair: expected at least one calibration batch, got none")
+            raise NoCalibration(f"repair: expected at least one calibration batch, got none; {FROM_TEXT}")
         self.decoder, self.stream = decoder, Stream(decoder)
         self.own = own_share(list(enumerate(batches)))
         self.heads: list[Tensor] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelit import twin
+from prunelit import positions, twin
 from prunelit.calibrate import all_sum, evaluating, own_share
 from prunelit.decoder import Decoder
 from prunelit.errors import NotEnoughText
@@ -56,9 +56,11 @@ def perplexity(
 
     Raises:
         NotEnoughText: no windows, or windows of one token.
+        BadOption: the model has no places for so many tokens, see `prunelit.positions`.
     """
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
+    positions.check(getattr(model, "config", None), windows.shape[1])
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     labels = windows.clone()
@@ -103,8 +105,8 @@ def fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
         length: tokens of each row, less where the model has fewer positions.
         room: positions that are left for tokens to generate.
     """
-    longest = getattr(model.config, "max_position_embeddings", None) or length + room
-    length = max(2, min(length, int(longest) - room))
+    longest = positions.limit_of(model.config) or length + room
+    length = max(2, min(length, longest - room))
     ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
     return (ids * 7 + 3) % int(model.config.vocab_size)
 

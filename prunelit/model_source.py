@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 
 from prunelit.architectures import architecture_of
 from prunelit.errors import SourceNotFound, UnknownArchitecture, nearest_file
+from prunelit.positions import check_table
 from prunelit.progress import stage
 from prunelit.quiet import quiet
 from prunelit.skeleton import settings
@@ -91,13 +92,28 @@ def check_prunable(source: str) -> None:
         UnknownArchitecture: it is not, or not with these settings.
     """
     check_source(source)
-    path = Path(source).expanduser()
-    said = settings(path) if path.is_dir() else {}
-    if said.get("model_type") and "text_config" not in said:  # of several models in one, loading takes the text's
+    if (config := _config_of(source)) is not None:
         try:
-            architecture_of(SimpleNamespace(**said))
+            architecture_of(config)
         except UnknownArchitecture as error:
             raise UnknownArchitecture(f"model {source!r}: {error}") from None
+
+
+def check_length(source: str, tokens: int, name: str = "seqlen") -> None:
+    """`positions.check_table` from a local folder's config.json alone; of other sources loading tells.
+
+    Raises:
+        BadOption: the model has no places for so many tokens.
+    """
+    if (config := _config_of(source)) is not None:
+        check_table(config, tokens, name)
+
+
+def _config_of(source: str) -> SimpleNamespace | None:
+    """config.json of a local folder; None for other sources, and where loading takes one config of several in it."""
+    path = Path(source).expanduser()
+    said = settings(path) if path.is_dir() else {}
+    return SimpleNamespace(**said) if said.get("model_type") and "text_config" not in said else None
 
 
 def resolve(source: str) -> str:

@@ -90,6 +90,11 @@ def select(
     if price is None:
         raise BadOption(f"budget: expected a measured cost for {budget!r}, got none; see prunelit.latency.measure")
     whole = {layer % len(shapes) for layer in protect}
+    if shapes and len(whole) == len(shapes):
+        raise InfeasibleBudget(
+            f"ratio {ratio} of {budget}: expected a layer that may be cut, got all {len(shapes)} layers protected; "
+            "protect fewer layers"
+        )
     compared = scope == "global"
     ladders: list[Ladder] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
@@ -157,6 +162,8 @@ def check_options(
         raise BadOption("budget: 'kv_bytes' counts KV groups; expected unit 'kv_group' with it, got 'query_head'")
     if isinstance(align, bool) or not isinstance(align, int) or align < 1:
         raise BadOption(f"align: expected a positive integer number of channels, got {align!r}")
+    if isinstance(protect, str) or not isinstance(protect, Collection):
+        raise BadOption(f"protect: expected a list of layer numbers, as [0, -1], got {protect!r}")
     for layer in protect:
         if isinstance(layer, bool) or not isinstance(layer, int) or (layers and not -layers <= layer < layers):
             raise BadOption(f"protect: expected layer numbers in [{-(layers or 0)}, {layers}), got {layer!r}")

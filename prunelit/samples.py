@@ -9,6 +9,7 @@ from torch import nn
 
 from prunelit.calibrate import evaluating, generating
 from prunelit.errors import BadOption
+from prunelit.positions import limit_of
 from prunelit.progress import track
 
 PROMPTS = (
@@ -66,7 +67,7 @@ def write(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         "use_cache": True,
     }
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = limit_of(model.config)
     found = []
     with evaluating(network):
         for prompt in track(wanted.prompts, "writing samples", unit="text"):

@@ -26,6 +26,7 @@ from prunelit.stock_shapes import (
     Verdict,
     all_heads_stay,
     biases_fit,
+    counted,
     differ,
     no_biases,
     padded_widths,
@@ -85,8 +86,8 @@ def notes(plan: PruningPlan) -> list[str]:
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % FAST_WIDTH]
     if odd:
         found.append(
-            f"FFN widths of {len(odd)} layers ({some(odd)}) are no multiples of {FAST_WIDTH}: 16-bit and 4-bit GPU "
-            f"kernels are slow or missing there; align: {FAST_WIDTH}"
+            f"FFN widths of {counted(len(odd), 'layer')} ({some(odd)}) are no multiples of {FAST_WIDTH}: 16-bit and "
+            f"4-bit GPU kernels are slow or missing there; align: {FAST_WIDTH}"
         )
     parallel = [
         number
@@ -98,8 +99,13 @@ def notes(plan: PruningPlan) -> list[str]:
         )
         and all(width % number == 0 for width in cut.channels)
     ]
-    among = f"{', '.join(map(str, parallel))} GPUs" if parallel else "no number of GPUs from 2 to 8"
-    found.append(f"tensor parallel over {among}: heads, KV groups (or copies of them) and channels divide")
+    if parallel:
+        among = ", ".join(map(str, parallel))
+        found.append(f"tensor parallel over {among} GPUs: heads, KV groups (or copies of them) and channels divide")
+    else:
+        found.append(
+            "tensor parallel: no number of GPUs from 2 to 8 divides heads, KV groups and channels of every layer"
+        )
     return found
 
 
@@ -224,5 +230,5 @@ def _int4(cut: Cut, size: int) -> Verdict:
     said = "" if written == size else f"in groups of {written} ({what}: {width} inputs); "
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % written]
     if odd:
-        return Verdict("yes", f"{said}channels of zeros are added in {len(odd)} layers", f"align: {written}")
+        return Verdict("yes", f"{said}channels of zeros are added in {counted(len(odd), 'layer')}", f"align: {written}")
     return Verdict("yes", f"{said}every width is a multiple")

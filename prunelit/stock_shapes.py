@@ -187,6 +187,11 @@ def all_heads_stay(cut: Cut) -> str:
     return f"scope: layer, ratio below {1 / most:.3g}: no heads go"
 
 
+def counted(number: int, thing: str) -> str:
+    """ "1 layer", "2 layers"."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
 def some(items: list[int] | list[str]) -> str:
     """The first few, for a message."""
     said = ", ".join(map(str, items[:6]))

@@ -25,6 +25,9 @@ from prunelit.on_disk import NOT_STREAMED, OnDisk
 from prunelit.quiet import quiet
 from prunelit.skeleton import INDEX, SINGLE, Files, skeleton
 
+STREAMED_REPAIRS = ("none", "bias")
+"""Repairs that read the model once, layer by layer."""
+
 
 def check_source(source: str) -> None:
     """Check that a model can be streamed from where it is.
@@ -37,6 +40,31 @@ def check_source(source: str) -> None:
         raise SourceNotFound(
             f"model {source!r}: to stream it, expected a local folder with {SINGLE} or {INDEX}, got none; save it "
             "there first (save_pretrained), or leave out --stream"
+        )
+
+
+def check_request(source: str, stream: bool, memory_gib: float | None, repair: str) -> None:
+    """Check what is asked of a model that may be streamed, before text is read or anything is scored.
+
+    Args:
+        source: model source.
+        stream: whether it is to be.
+        memory_gib: limit that only streaming keeps, GiB; None: no limit.
+        repair: of the method.
+
+    Raises:
+        SourceNotFound: as `check_source`.
+        BadOption: a limit without `stream`, or with it a repair that runs the model again.
+    """
+    if not stream:
+        if memory_gib is not None:
+            raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
+        return
+    check_source(source)
+    if repair not in STREAMED_REPAIRS:
+        raise BadOption(
+            f"repair: expected {' or '.join(STREAMED_REPAIRS)} with --stream true, got {repair}, which runs the model "
+            "again and again; choose one of these, or leave out --stream"
         )
 
 

@@ -590,6 +590,8 @@ def test_out_of_memory_names_the_knob(
         ({"methods": [{"method": "random", "lable": "x"}]}, ["lable", "did you mean 'label'"]),
         ({"methods": [{"method": "random", "options": {"scoop": "layer"}}]}, ["scoop", "did you mean 'scope'"]),
         ({"methods": [{"method": "random", "options": {"scope": "galaxy"}}]}, ["random", "scope", "galaxy"]),
+        ({"methods": [{"method": "shortgpt", "options": {"scope": "global"}}]}, ["shortgpt", "got 'scope'"]),
+        ({"methods": ["shortgpt"], "options": {"unit": "query_head"}}, ["no method of this table takes 'unit'"]),
         ({"methods": [{"method": "random", "options": {"align": "wide"}}]}, ["random", "align", "wide"]),
         ({"methods": [{"method": "random", "options": {"align": 0}}]}, ["random", "align", "0"]),
         ({"methods": [{"method": "random", "options": {"seed": 1}}]}, ["seed", "seeds"]),

@@ -28,6 +28,7 @@ FLOORS = (
         "progress",
         "versions",
         "numbers",
+        "positions",
         "scrub",
     ),
     ("rank", "ladders", "hetero", "decoder", "on_disk", "machine"),
@@ -110,6 +111,7 @@ ONLY = {
     "progress": {"tqdm"},
     "versions": set(),
     "numbers": set(),
+    "positions": set(),
     "scrub": set(),
     "hetero": {"torch", "transformers"},
 }

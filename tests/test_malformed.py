@@ -19,6 +19,7 @@ from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PRUNE = "prune --model {model} --text {words} --windows 8 --seqlen 16 --align 8 --ratio 0.3 --out {out}"
+REPLAY = "prune --model {model} --out {out}"
 PLAN = "plan --model {model} --text {words} --windows 8 --seqlen 16 --align 8 --ratio 0.3 --out {out}"
 EVALUATE = "evaluate --model {model} --text {words} --seqlen 16 --windows 4 --json {out}"
 EXPORT = "export --model {model} --out {out}"
@@ -261,12 +262,27 @@ FILES: list[Row] = [
         )
     ),
     (PRUNE + " --plan_file nowhere.json", ["nowhere.json"]),
-    (PRUNE + " --plan {other_plan}", ["2 layers", "3"]),
-    (PRUNE + " --plan {nonsense_plan}", ["nonsense"]),
-    (PRUNE + " --plan {list_plan}", ["list_plan"]),
-    (PRUNE + " --plan {binary}", ["binary"]),
-    (PRUNE + " --plan {folder}", ["folder"]),
-    (PLAN + " --plan {other_plan}", ["num_hidden_layers", "2", "3"]),
+    (PRUNE + " --method flap --form exact", ["--form exact", "an option of prune or of method 'flap'"]),
+    (
+        "plan --config {yaml}",
+        ["'form'", "an option of plan or of method 'flap'"],
+        "model: x\nmethod: flap\nform: exact",
+    ),
+    ("prune --config {yaml}", ["protect: expected a list, as [0], got 0"], "model: x\nratio: 0.2\nprotect: 0"),
+    (PRUNE + " --plan {other_plan}", ["plan: expected no options", "got align, ratio; the plan says"]),
+    (
+        "prune --model {model} --out {out} --config {yaml}",
+        ["got scope, protect;"],
+        "plan: {other_plan}\nscope: global\nprotect: []",
+    ),
+    (REPLAY + " --plan {other_plan} --method llm_bip --form exact", ["got form;"]),
+    (REPLAY + " --plan {other_plan} --method best --epochs 0 --scope layer", ["got scope;"]),
+    (REPLAY + " --plan {other_plan}", ["2 layers", "3"]),
+    (REPLAY + " --plan {nonsense_plan}", ["nonsense"]),
+    (REPLAY + " --plan {list_plan}", ["list_plan"]),
+    (REPLAY + " --plan {binary}", ["binary"]),
+    (REPLAY + " --plan {folder}", ["folder"]),
+    ("plan --model {model} --plan {other_plan}", ["num_hidden_layers", "2", "3"]),
     (PLAN + " --out {folder}", ["expected a file, got a folder"]),
     (PRUNE + " --out {words}", ["expected a folder, got a file"]),
     (PRUNE + " --out {words}/below", ["can not be written", "is a file"]),

@@ -77,6 +77,20 @@ def test_a_card_names_options_commands_and_files_that_are_there(name: str) -> No
     assert f"\n## {name}\n" in (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("best", "{none}"), ("shortgpt", "{none,least_squares}"), ("greedy_output", "{none,bias,least_squares,two_step}")],
+)
+def test_help_and_card_offer_the_repairs_that_a_method_has(
+    capsys: pytest.CaptureFixture[str], name: str, wanted: str
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["prune", "--method", name, "--help"])
+    assert f"--repair {wanted}" in capsys.readouterr().out
+    said = next(option.what for option in options_of(name) if option.name == "repair")
+    assert said.endswith(f"Here: {wanted[1:-1].replace(',', ', ')}.") or name == "greedy_output"
+
+
 def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     words = answer(["flap"]).replace("\\\n", " ").split("python -m prunelit fit ")[1].splitlines()[0].split()
     shown = yaml.safe_load(call(capsys, "fit", *words, "--print_config"))

@@ -60,10 +60,7 @@ def test_a_given_plan_needs_neither_weights_nor_text(
     monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
     monkeypatch.setattr(text, "windows", lambda *a: pytest.fail("text was read"))
     given = ["--plan", str(tmp_path / "plan.json")]
-    said = [
-        call(capsys, "plan", *arguments)
-        for arguments in (given, ["--model", source, *given], ["show", given[1]], ["--ratio", "0.4", *given])
-    ]
+    said = [call(capsys, "plan", *arguments) for arguments in (given, ["--model", source, *given], ["show", given[1]])]
     assert {code for code, _, _ in said} == {0}, said
     assert len({out for _, out, _ in said}) == 1
 
@@ -238,6 +235,12 @@ def test_nonsense_is_one_line(capsys: pytest.CaptureFixture[str], source: str, t
     refused(call(capsys, "plan", "diff", str(path)), "expected two plan files")
     refused(call(capsys, "plan", "--ratio", "0.2"), "model")
     refused(call(capsys, "plan", "--plan", str(path), "--ratoi", "1"), "ratoi", "did you mean 'ratio'")
+
+
+@pytest.mark.parametrize("name", ["plan", "prune"])
+def test_help_has_one_spelling_of_a_plan(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    code, said, _ = call(capsys, name, "--help")
+    assert code == 0 and "--plan PLAN" in said and "plan_file" not in said
 
 
 # diff ----------------------------------------------------------------------------------------------------------------

@@ -321,6 +321,8 @@ def test_infeasible_budget_says_what_is_possible() -> None:
         select(shapes, scores, 0.7, align=8)
     with pytest.raises(InfeasibleBudget, match="1 unprotected"):
         select(shapes, scores, 0.5, align=8, protect=(-1,))
+    with pytest.raises(InfeasibleBudget, match=r"^ratio 0\.5 of parameters: .*, got all 2 layers protected;"):
+        select(shapes, scores, 0.5, align=8, protect=(0, -1))
 
 
 # Other budgets, scopes and limits ------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def test_int4_groups_name_the_width_that_does_not_divide() -> None:
     plan = plan_of(LayerPlan.dense(shape), odd, model=model)
     said = {each.target: each for each in serving(plan) if each.target.startswith("INT4")}
     assert {each.answer for each in said.values()} == {"yes"}
-    assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layers" in said["INT4, groups of 64"].why
+    assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layer" in said["INT4, groups of 64"].why
     assert said["INT4, groups of 128"].why.startswith("in groups of 64 (hidden size: 576 inputs); channels of zeros")
     narrow = layer_shape(9, 3, 4, 96, hidden=36)
     few = row(plan_of(LayerPlan.dense(narrow), model=model_shape(narrow, hidden=36)), "INT4, groups of 32")
@@ -212,8 +212,8 @@ def test_notes_on_widths_and_gpus() -> None:
     ]
     odd = plan_of(LayerPlan.dense(eight), keep(eight, groups=(0, 1, 2), channels=tuple(range(100))), model=model)
     width, parallel = notes(odd)
-    assert "1 layers (1)" in width and "align: 64" in width
-    assert "no number of GPUs" in parallel
+    assert "1 layer (1)" in width and "align: 64" in width
+    assert parallel.startswith("tensor parallel: no number of GPUs from 2 to 8 divides heads, KV groups and channels")
 
 
 def test_the_option_named_makes_it_serve() -> None:

@@ -266,10 +266,6 @@ def test_the_command_writes_what_it_writes_without_stream(
     assert_same(tmp_path / "far", tmp_path / "near", but=("report.json", "record.json", "report.html"))
     near, far = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("near", "far"))
     assert {key for key in near if near[key] != far[key]} <= {"seconds", "peak_memory_mib"}
-    capsys.readouterr()
-    alone = ["prune", "--model", source, *sizes, "--out", str(tmp_path / "other"), "--memory_gib", "1"]
-    assert main(alone) == 2
-    assert "memory_gib: expected --stream true with it" in capsys.readouterr().err
 
 
 # What is refused --------------------------------------------------------------------------------------------------
@@ -294,6 +290,18 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(
     far = streamed.load(folder_of(tiny("llama"), tmp_path / "dense"))
     with pytest.raises(BadOption, match=r"^stream: expected a method that observes .*; choose another, or leave out"):
         method().prune(far, BATCHES)
+
+
+@pytest.mark.parametrize("command", ["plan", "prune"])
+def test_a_repair_that_needs_the_whole_model_is_refused_before_anything_is_scored(
+    command: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streamed, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    asked = [command, "--model", source, "--ratio", "0.3", "--out", str(tmp_path / "out"), "--stream", "true"]
+    assert main([*asked, "--repair", "least_squares"]) == 2
+    assert "repair: expected none or bias with --stream true, got least_squares" in capsys.readouterr().err
+    assert main([command, *asked[1:-2], "--memory_gib", "1"]) == 2
+    assert "memory_gib: expected --stream true with it" in capsys.readouterr().err
 
 
 def test_sources_that_can_not_be_streamed_are_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ cheaper, the journal, a ratio as the budget, and the searches beside the greedy 
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from prunelit.blocks import Goal, Kinds, without
+from prunelit.blocks import NOT_READ, Goal, Kinds, without
 from prunelit.calibrate import Batch, first
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder
@@ -38,8 +38,12 @@ class BlockPruner(PruningCallback):
         search_windows: calibration sequences that the search evaluates on, the first ones; None: all. A search runs
             the text hundreds of times.
         cache_gib: host memory for residual streams, GiB per process.
-        kwargs: see `PruningCallback`; `scope`, `unit` and `align` say nothing about whole blocks.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `align`, `min_kept` and `uniform_heads` say nothing about whole
+            blocks.
     """
+
+    not_read = tuple(NOT_READ)
+    repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(
         self,

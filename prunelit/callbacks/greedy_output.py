@@ -77,7 +77,6 @@ class GreedyOutput(PruningCallback):
                 raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
         if tau is not None and (isinstance(tau, bool) or not tau > 0):
             raise BadOption(f"tau: expected a positive number of nats or null, got {tau!r}")
-        # Of all layers; else as many heads go from each layer as without similarity.
         self._together = self.scope == "global" and self.unit == "kv_group" and not self.uniform_heads
         if tau is not None and not (self._together and criterion_heads != "second_moment"):
             raise BadOption(

@@ -15,8 +15,8 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit import bias, latency, progress, rank, reconstruct, surgery, text
-from prunelit.calibrate import Batch, batched, own_rank, tokens_in
+from prunelit import bias, latency, positions, progress, rank, reconstruct, surgery, text
+from prunelit.calibrate import Batch, batched, check_batches, own_rank, tokens_in
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption, BadPlan
 from prunelit.kept import (
@@ -60,7 +60,7 @@ class PruningMethod(Teller):
         calibration: text source(s) to score on, see `prunelit.text`. Without one: the datamodule's
             `calibration_dataloader()`, else the first batches of the job's train dataloader.
         windows: sequences to score on.
-        seqlen: tokens per sequence, where `calibration` is given.
+        seqlen: tokens per sequence of a text source; batches of a job have the length that they have.
         seed: of the draw of windows and of the method.
         plan_file: replay this plan instead of scoring.
 
@@ -77,6 +77,8 @@ class PruningMethod(Teller):
     score_reads: ClassVar[tuple[str, ...] | None] = None
     """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
     any option may."""
+    not_read: ClassVar[tuple[str, ...]] = ()
+    """Options above that mean nothing to the method: it refuses them, and a comparison's common ones pass it by."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
     """What `repair` may be; a method that adds one carries it out in `cut`."""
 
@@ -102,7 +104,8 @@ class PruningMethod(Teller):
             *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
         )
         if repair not in self.repair_choices:
-            raise BadOption(f"repair: expected one of {', '.join(self.repair_choices)}, got {repair!r}")
+            own = f"; {self.name} has its own repair, leave this out" if self.repair_choices == ("none",) else ""
+            raise BadOption(f"repair: expected {' or '.join(self.repair_choices)}, got {repair!r}{own}")
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
@@ -276,6 +279,7 @@ class PruningMethod(Teller):
             replay: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
+            BadOption, NoCalibration: not such a model, not such batches, or none; nothing was cut then.
             NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
         """
         return self._prune(model, batches, replay, None)
@@ -305,7 +309,8 @@ class PruningMethod(Teller):
             replay: a plan to take instead of scoring; default: that of `plan_file`.
 
         Raises:
-            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as `prune`.
+            BadOption, NoCalibration, NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as
+                `prune`.
         """
         decoder = Decoder(model)
         plan = self._decided(decoder, batches, replay)
@@ -313,7 +318,10 @@ class PruningMethod(Teller):
         return plan
 
     def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
+        check_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
         with self.stage("score_and_plan"):
+            if batches and self.needs_text(replay):
+                positions.check(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()
             plan = replay or self.replayed
             if plan is None:

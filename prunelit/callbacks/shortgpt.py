@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from prunelit.blocks import Block, Goal, blocks_of, may_go, without
+from prunelit.blocks import NOT_READ, Block, Goal, blocks_of, may_go, without
 from prunelit.calibrate import Batch, Sums, observe
 from prunelit.callbacks.base import PruningCallback
 from prunelit.decoder import Decoder, Layer
@@ -31,10 +31,13 @@ class ShortGPT(PruningCallback):
         ratio: least share of the decoder layers' budget to remove, met with as few layers as their order allows; give
             this or `count`.
         count: number of layers to remove, as in the paper.
-        kwargs: see `PruningCallback`; `scope`, `unit` and `align` say nothing about whole layers.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `align`, `min_kept` and `uniform_heads` say nothing about whole
+            layers.
     """
 
     score_reads = ()
+    not_read = tuple(NOT_READ)
+    repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(self, ratio: float | None = None, count: int | None = None, **kwargs: Any):
         self.goal = Goal.of(ratio, count, kwargs)

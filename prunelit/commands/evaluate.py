@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from prunelit import export, measure, text
+from prunelit import export, measure, model_source, text
 from prunelit.calibrate import TOKENS_PER_BATCH, on_device
 from prunelit.commands.options import Dtype, Sources, listed, parse, parser_of, place
 from prunelit.console import say
@@ -54,6 +54,7 @@ def evaluate(
     subject.check()
     for source in sources:
         text.check_source(source)
+    model_source.check_length(model, seqlen)
     ids = text.windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
     network = subject.load()
     start = time.perf_counter()

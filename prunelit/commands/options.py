@@ -1,6 +1,7 @@
 """What the short commands share: a parser for plain functions, lists of values, devices and dtypes."""
 
 import argparse
+import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -13,6 +14,7 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
+from prunelit.commands import configs
 from prunelit.console import condense
 from prunelit.errors import BadOption, PrunelitError, nearest
 from prunelit.progress import stage
@@ -26,12 +28,17 @@ Sources = str | list[str]
 
 _NOT_THE_METHODS = ("config", "method", "plan", "text")
 
+_READ_BY_A_REPLAY = ("repair", "windows", "seqlen", "seed")
+"""Of the options that all methods have: how what stays is repaired, and on what text."""
+
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
 
 
 def parser_of(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
-    parser = ArgumentParser(prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False)
+    parser = ArgumentParser(
+        prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
@@ -54,11 +61,13 @@ def parse(parser: ArgumentParser, arguments: list[str], inner: Collection[str] =
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        message = condense(str(error))
+        message, command = condense(str(error)), str(parser.prog).rpartition(" ")[2]
         known = {part for action in parser._actions for part in (action.dest, *action.dest.split("."))} | {*inner}
         unknown = _UNKNOWN.search(message)
         hint = nearest(next(filter(None, unknown.groups())), known) if unknown else ""
-        command = str(parser.prog).rpartition(" ")[2]
+        method = parser.get_defaults().get("method") if unknown else None
+        if method:  # what is no option here may be one of another method
+            hint = f"; expected an option of {command} or of method {method!r}{hint}"
         raise PrunelitError(f"{command}: {message}{hint}") from error
 
 
@@ -67,6 +76,9 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
 
     Returns:
         The method's class; with --plan and no --method, one that carries plans out and scores nothing.
+
+    Raises:
+        BadOption: not a pruning method, or --plan together with options that only scoring and planning read.
     """
     with stage("starting"):
         from prunelit.callbacks.base import PruningCallback  # Lightning: seconds, which `export` does without
@@ -85,8 +97,40 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
     if plan:
         parser.add_argument("--ratio", type=float | None, default=None, help="not read: the plan says what goes")
-    parser.add_class_arguments(kind, None, skip={"calibration", *(("ratio",) if plan else ())}, sub_configs=False)
+    skipped = {"calibration", *(("ratio",) if plan else ())}
+    added = parser.add_class_arguments(kind, None, skip=skipped, sub_configs=False)
+    for action in parser._actions:
+        if action.dest == "plan_file":  # the name that it has in YAML and Python; here --plan is the one to learn
+            action.help = argparse.SUPPRESS
+        elif action.dest == "repair":  # its type holds what methods can have, the class what this one has
+            action.metavar = f"{{{','.join(kind.repair_choices)}}}"
+    if plan:
+        _check_read(kind, {"ratio", *added}, arguments)
     return kind
+
+
+def _check_read(kind: Any, options: Collection[str], arguments: list[str]) -> None:
+    """Check that no option is given that cutting by a plan would pass over in silence.
+
+    Args:
+        kind: the method's class.
+        options: names of its options.
+        arguments: command line.
+
+    Raises:
+        BadOption: one or more are.
+    """
+    from prunelit.callbacks.method import PruningMethod
+
+    read = {*_READ_BY_A_REPLAY}
+    if kind.cut is not PruningMethod.cut:  # it repairs in its own way, by its own options
+        read |= {*options} - {*inspect.signature(PruningMethod.__init__).parameters}
+    unread = [name for name in configs.named(arguments) if name in options and name not in read]
+    if unread:
+        raise BadOption(
+            f"plan: expected no options beside it that choose what goes, got {', '.join(unread)}; the plan says what "
+            "goes: leave them out, or leave out --plan to score anew"
+        )
 
 
 def method_of(kind: Any, options: Any, others: Collection[str]) -> Any:

@@ -86,15 +86,13 @@ def make(
         return replayed, None
     if model is None:
         raise BadOption("model: expected a model source, got none; a plan alone is read with `plan show FILE`")
-    if stream:
-        streamed.check_source(model)
-        if measured:
-            raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
-    elif memory_gib is not None:
-        raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
+    streamed.check_request(model, stream, memory_gib, method.repair)
+    if stream and measured:
+        raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
     reads = method.reads_text and replayed is None
     batches = []
     if reads:
+        model_source.check_length(model, method.seqlen)
         for source in sources:
             text.check_source(source)
         batches = method.batches_from(list(sources), models.load_tokenizer(model))
@@ -137,7 +135,7 @@ def _measure(network: Any, method: Any, plan: PruningPlan) -> Measured:
     decoder = Decoder(network)
     surgery.check_fits(decoder, plan)
     unit: Unit = "query_head" if plan.options.get("unit") == "query_head" else "kv_group"
-    table = latency.measure(decoder, unit, method.align)
+    table = latency.measure(decoder, unit, plan.options.get("align") or method.align)  # a replay has none of its own
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
     dense = sum(table.seconds(shape, *LayerPlan.dense(shape).widths) for _, shape in pairs)
     return Measured(dense, sum(table.seconds(shape, *kept.widths) for kept, shape in pairs), table.record)

@@ -76,10 +76,7 @@ def prune(
         The content of report.json.
     """
     model_source.check_prunable(model)
-    if stream:
-        streamed.check_source(model)
-    elif memory_gib is not None:
-        raise BadOption(f"memory_gib: expected --stream true with it, got {memory_gib!r} alone")
+    streamed.check_request(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_source(source)
     export.check_request(out, format, "", overwrite, max_shard_size, stream=stream)
@@ -87,6 +84,8 @@ def prune(
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     if Path(out).suffix == ".gguf":
         raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
+    if method.needs_text():
+        model_source.check_length(model, method.seqlen)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prunelit import export, measure, models, samples, text
+from prunelit import export, measure, model_source, models, samples, text
 from prunelit.calibrate import on_device
 from prunelit.commands.options import Dtype, listed, place
 from prunelit.errors import BadOption
@@ -128,6 +128,9 @@ class Evaluation:
 
     def __init__(self, subjects: Mapping[str, Subject], wanted: Wanted, kept: Kept | None):
         self.subjects, self.wanted, self.kept = subjects, wanted, kept
+        for name, given in wanted.texts.items():
+            for subject in subjects.values():
+                model_source.check_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
         _check_one_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
         self.device = place(next(iter(subjects.values())).device)
         self.tokenizers = {who: models.load_tokenizer(subject.source) for who, subject in subjects.items()}

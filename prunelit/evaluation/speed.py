@@ -22,6 +22,7 @@ from prunelit import clock, measure
 from prunelit.calibrate import evaluating
 from prunelit.decoder import Decoder
 from prunelit.errors import BadOption
+from prunelit.positions import limit_of
 from prunelit.progress import stage
 
 RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
@@ -64,7 +65,7 @@ class Speed:
         Raises:
             BadOption: it has not.
         """
-        limit = getattr(network.config, "max_position_embeddings", None)
+        limit = limit_of(network.config)
         most = max(self.prompt, self.tokens_in_cache + self.new_tokens)
         if limit and most > limit:
             raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {most}")

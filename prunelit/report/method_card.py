@@ -8,6 +8,7 @@ import inspect
 import json
 import re
 import textwrap
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -157,9 +158,20 @@ def options_of(name: str) -> list[Option]:
         if seen := _SEE_BASE.match(option.what):
             whole = f"{base[option.name].what} {option.what[seen.end() :]}"
             own[option.name] = option._replace(what=whole)
+    if choices := _repairs(kind):
+        base["repair"] = base["repair"]._replace(what=f"{base['repair'].what} Here: {', '.join(choices)}.")
     rest = _documented(ast.get_docstring(kind) or "").get("kwargs", "")
     idle = re.findall(r"`(\w+)`", rest) if "say nothing" in rest else []
     return [*own.values(), *(option for option in base.values() if option.name not in (*own, *idle))]
+
+
+def _repairs(kind: ast.ClassDef) -> tuple[str, ...]:
+    """What a method's class says that `repair` may be; nothing where it says it in its own `repair`, or not at all."""
+    for node in kind.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "repair_choices":
+            with suppress(ValueError):  # a name: those of the base and one more
+                return tuple(ast.literal_eval(node.value))
+    return ()
 
 
 def _wrapped(head: str, text: str) -> str:

@@ -101,6 +101,11 @@ def test_the_model_writes_as_much_as_it_was_given_without_padding(monkeypatch):
     assert asked == [2 * 16 * 24, 2 * 16 * 6]
 
 
+def test_a_second_repair_is_refused():
+    with pytest.raises(BadOption, match=r"^repair: expected none, got 'bias'; best has its own repair"):
+        Best(ratio=0.2, repair="bias")
+
+
 @pytest.mark.parametrize("option", ["own_text", "epochs", "learning_rate", "ridge"])
 @pytest.mark.parametrize("value", [-1, float("nan")])
 def test_options_out_of_range_are_refused(option, value):

@@ -171,6 +171,9 @@ def test_the_work_saved_is_said_in_the_log(caplog):
         ({"count": 1, "cache_gib": math.nan}, "cache_gib"),
         ({"ratio": 0.2, "budget": "latency"}, "budget"),
         ({"ratio": 0.2, "min_kept": 0.5}, "min_kept"),
+        ({"ratio": 0.2, "scope": "global"}, "scope"),
+        ({"ratio": 0.2, "uniform_heads": True}, "uniform_heads"),
+        ({"ratio": 0.2, "repair": "bias"}, "repair"),
         ({"count": 1, "windows": 0}, "windows"),
     ],
 )
