@@ -77,6 +77,9 @@ class PruningMethod(Teller):
     score_reads: ClassVar[tuple[str, ...] | None] = None
     """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
     any option may."""
+    before_cut: Callable[[Decoder, PruningPlan], None] | None = None
+    """Called with the dense model when it is known what goes; what it raises, as where a format can not hold what would
+    be left, ends the work before the cut and its repair."""
     not_read: ClassVar[tuple[str, ...]] = ()
     """Options above that mean nothing to the method: it refuses them, and a comparison's common ones pass it by."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
@@ -290,6 +293,8 @@ class PruningMethod(Teller):
         """`prune`; `repaired` names a file in `kept_cut` of weights that were repaired after a cut by `replay`."""
         decoder = Decoder(model)
         plan = self._decided(decoder, batches, replay)
+        if self.before_cut is not None:
+            self.before_cut(decoder, plan)
         with self.stage("cut"):
             self._cut_once(decoder, plan, batches, repaired)
         self.plan_made = plan

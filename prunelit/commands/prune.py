@@ -3,14 +3,13 @@
 import logging
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
 
 from prunelit import export, measure, model_source, models, streamed, surgery, text, twin
 from prunelit.calibrate import on_device
@@ -24,23 +23,6 @@ from prunelit.plan import PruningPlan
 from prunelit.record import Record
 from prunelit.report import loading, run_page
 from prunelit.versions import versions
-
-
-@dataclass
-class _FormatCheck:
-    """A listener that refuses a plan whose result `format` can not hold, before the cut and its repair."""
-
-    network: nn.Module
-    tokenizer: Any
-    format: str
-
-    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
-        if event == "planned":
-            with warnings.catch_warnings(action="ignore"):  # the cut itself warns
-                surgery.check_fits(Decoder(self.network), facts["plan"])
-            shapes = Decoder(twin.without_memory(self.network))
-            surgery.cut_checked(shapes, facts["plan"])
-            export.check_fits(shapes.model, self.tokenizer, self.format)
 
 
 def prune(
@@ -105,7 +87,7 @@ def prune(
         network = load_on(model, dtype, device)
     took("load_model", start)
     if format != "auto" and not stream:
-        method.listeners.append(_FormatCheck(network, tokenizer, format))
+        method.before_cut = partial(_check_format, tokenizer, format)
     with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
         plan = method.prune(network, batches)
@@ -138,6 +120,15 @@ def prune(
     }
     run_page.write(record, Path(out))
     return report
+
+
+def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPlan) -> None:
+    """Refuse a plan whose result `format` can not hold."""
+    with warnings.catch_warnings(action="ignore"):  # the cut itself warns
+        surgery.check_fits(decoder, plan)
+    shapes = Decoder(twin.without_memory(decoder.model))
+    surgery.cut_checked(shapes, plan)
+    export.check_fits(shapes.model, tokenizer, format)
 
 
 def run(command: str, arguments: list[str]) -> int:
