@@ -118,7 +118,7 @@ def compare(
     scored_on = sources("calibration", calibration.text, data) if reads else []
     target, folder = place(device), Path(out)
     model_source.check_prunable(model)
-    export.check_output(folder, overwrite=True)
+    export.check_folder(folder)
     if wandb_project:
         check_wandb("wandb_project")
 

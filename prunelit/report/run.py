@@ -86,14 +86,14 @@ class RunReport(Recorder, Teller):
             BadPlan: the checkpoint to resume from is of another model or tokenizer.
             SourceNotFound: it is missing or damaged.
             BadOption: ranks read different text, or the format is not that of the base.
+            OutputNotWritable: a folder that the run will write holds what is not prunelit's, or the model it reads.
         """
         if stage != "fit" or self.report:
             return
         self.listeners = listeners_of(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            export.check_output(self._folder, overwrite=True)
-            export.check_request(self._folder / "model", self.format, overwrite=True)
+            self._check_folders(pl_module)
         if self.format == "int4" and pl_module.hparams.get("base") != "int4":
             raise BadOption(
                 f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
@@ -118,6 +118,16 @@ class RunReport(Recorder, Teller):
             self._measure("dense", model, measure.size(model))
             self._complete("dense", model, trainer)
         self._write(trainer)
+
+    def _check_folders(self, pl_module: LightningModule) -> None:
+        """Before anything is measured: what is refused at the end costs a whole run."""
+        export.check_folder(self._folder)
+        source = pl_module.hparams.get("model")
+        reads = [source] if isinstance(source, str) else []
+        export.check_request(self._folder / "model", self.format, overwrite=True, reads=reads)
+        if pl_module.hparams.get("lora_rank", 0):
+            for name in ("adapter", "base") if self.save_base else ("adapter",):
+                export.check_output(self._folder / name, overwrite=True, reads=reads)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the cut model, without adapters, before the first step.
