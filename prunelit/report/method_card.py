@@ -93,8 +93,10 @@ def _how_to_run(method: Method) -> str:
         [
             "Cut a model; cut it and recover it; cut the model of a job of yours, on the command line or in Python",
             f"    python -m prunelit prune --model PATH_OR_ID --method {name} --ratio 0.2 --text FILE_OR_ID --out DIR",
-            f"    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks {class_path} \\",
-            "        --trainer.callbacks.ratio 0.2",
+            # A list on the command line replaces the file's, with the method in it: so its checkpoints are named again.
+            "    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks ModelCheckpoint \\",
+            "        --trainer.callbacks.save_last true --trainer.callbacks.every_n_train_steps 50 \\",
+            f"        --trainer.callbacks+ {class_path} --trainer.callbacks.ratio 0.2",
             f"    python your_job.py fit --config your_job.yaml --config callbacks/{name}.yaml",
             f"    Trainer(callbacks=[prunelit.{method.class_name}(ratio=0.2)])",
             "",
