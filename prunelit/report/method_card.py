@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import prunelit.callbacks
-from prunelit.callbacks import Method, method_class, methods
+from prunelit.callbacks import Method, broken, method_class, methods
 from prunelit.errors import BadOption
 
 _FOLDER = Path(prunelit.callbacks.__file__).parent
@@ -56,6 +56,7 @@ def answer(arguments: list[str]) -> str:
         raise BadOption(f"methods: expected no argument, or one method's name and --json, got {' '.join(names)}")
     if not names:
         found = [facts(method) for method in methods().values()]
+        found += [{"name": name, "error": said} for name, said in broken().items()]
         return json.dumps(found, indent=1) if as_data else table()
     if names[0] not in methods():
         if "." in names[0]:
@@ -66,10 +67,11 @@ def answer(arguments: list[str]) -> str:
 
 
 def table() -> str:
-    """One line a method: what it needs, its paper, what it does."""
+    """One line a method: what it needs, its paper, what it does; and one for each file that can not be read."""
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
     rows += [(method.name, needs(method), paper(method), _what(method)) for method in methods().values()]
     lines = [_wrapped(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
+    lines += [_wrapped(f"{name:14} {'broken':9} ", said) for name, said in broken().items()]
     legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
