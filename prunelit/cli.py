@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunelit import checkpoint, progress
 from prunelit.callbacks.base import PruningCallback
-from prunelit.callbacks.job import is_local
+from prunelit.callbacks.job import check_one, is_local
 from prunelit.commands import configs, plan
 from prunelit.commands.options import MORE, peek
 from prunelit.data import TextDataModule
@@ -92,18 +92,13 @@ class PrunelitCLI(LightningCLI):
             raise BadOption(f"trainer: {said}{nearest(str(strategy), known)}") from error
 
     def before_instantiate_classes(self) -> None:
-        """`--plan` goes to the callbacks that cut."""
+        """`--plan` goes to the callback that cuts, of which there is one."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         self._choose_looks(config)
-        if not config.plan:
-            return
         cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
-        if len(cutting) != 1:
-            raise BadOption(
-                f"plan: expected one pruning callback in trainer.callbacks, which cuts by {config.plan!r}, got "
-                f"{len(cutting)}; add one of callbacks/*.yaml as a second --config"
-            )
-        cutting[0].init_args.plan_file = config.plan
+        check_one([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
+        if config.plan:
+            cutting[0].init_args.plan_file = config.plan
 
     def _choose_looks(self, config: Any) -> None:
         """One style of bars, and no table of modules, unless another one is asked for."""

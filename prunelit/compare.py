@@ -123,7 +123,7 @@ def compare(
     lengths |= {"latency.tokens": latency.tokens} if latency else {}
     for name, tokens in lengths.items():
         model_source.check_length(model, tokens, name)
-    export.check_output(folder, overwrite=True)
+    export.check_folder(folder)
     if wandb_project:
         check_wandb("wandb_project")
 

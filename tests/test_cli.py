@@ -337,6 +337,25 @@ def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str],
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize("more", [[], ["--plan", "plan.json"]])
+def test_two_callbacks_that_cut_are_refused(
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    more: list[str],
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    files = [ROOT / "configs" / "quickstart.yaml", ROOT / "callbacks" / "flap.yaml"]
+    given = [*("--model", source, "--trainer.default_root_dir", str(tmp_path / "run")), *more]
+    for path in files:
+        given += ["--config", str(path)]
+    refused(call(capsys, command, *given), "trainer.callbacks: expected one", "got LLMBIP and FLAP", "keep one of them")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [

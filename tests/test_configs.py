@@ -41,7 +41,7 @@ INDEX = (ROOT / "configs" / "README.md").read_text(encoding="utf-8")
 SMALL = {
     **{"windows": 4, "seqlen": 64, "search_windows": 2, "count": 2, "cache_gib": 0.1},
     **{"batch_size": 2, "calibration_windows": 4, "validation_windows": 4, "examples": 8, "accumulate_grad_batches": 1},
-    **{"max_steps": 2, "max_epochs": 1, "val_check_interval": 1.0, "log_every_n_steps": 1, "every_n_train_steps": 1},
+    **{"max_steps": 2, "max_epochs": 1, "val_check_interval": 1, "log_every_n_steps": 1, "every_n_train_steps": 1},
     **{"accelerator": "cpu", "dtype": "float32", "device": "cpu", "logger": False},
 }
 
@@ -75,6 +75,38 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 @pytest.mark.parametrize("path", CONFIGS, ids=named)
 def test_every_config_parses(capsys: pytest.CaptureFixture[str], path: Path) -> None:
     assert yaml.safe_load(call(capsys, command_of(path), "--config", str(path), "--print_config"))["model"]
+
+
+@pytest.mark.parametrize("path", [path for path in CUTTING if command_of(path) == "fit"], ids=named)
+def test_a_ratio_on_the_command_line_is_for_the_method(capsys: pytest.CaptureFixture[str], path: Path) -> None:
+    text = call(capsys, "fit", "--config", str(path), "--trainer.callbacks.ratio", "0.3", "--print_config")
+    found = {entry["class_path"]: entry["init_args"] for entry in yaml.safe_load(text)["trainer"]["callbacks"]}
+    assert [options["ratio"] for options in found.values() if "ratio" in options] == [0.3]
+    there = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]["callbacks"]
+    assert [entry["class_path"].rpartition(".")[2] for entry in there] == [name.rpartition(".")[2] for name in found]
+
+
+@pytest.mark.parametrize("path", [path for path in CUTTING if command_of(path) == "fit"], ids=named)
+def test_validations_do_not_depend_on_the_length_of_an_epoch(path: Path) -> None:
+    """Lightning takes a number of batches for batches of one epoch, and stops where that is shorter."""
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
+    whole = isinstance(options["val_check_interval"], int)
+    assert not whole or options.get("check_val_every_n_epoch", 1) is None
+
+
+def test_a_text_with_fewer_batches_than_between_validations(
+    capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7 batches an epoch, a validation every 30."""
+    (tmp_path / "words.txt").write_text(WORDS)
+    sizes = {"data.seqlen": 16, "data.calibration_windows": 4, "data.validation_windows": 4, "data.train_windows": 28}
+    sizes |= {"trainer.callbacks.align": 8, "trainer.accelerator": "cpu", "trainer.logger": "false"}
+    places = {"data.train": tmp_path / "words.txt", "trainer.default_root_dir": tmp_path / "run", "model.model": source}
+    given = [f"--{name}={value}" for name, value in (sizes | places | {"report.prompts": "[]"}).items()]
+    monkeypatch.chdir(tmp_path)  # checkpoints
+    call(capsys, "fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), *given)
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert [entry["step"] for entry in record["training"] if "val_perplexity" in entry] == [30, 60]
 
 
 @pytest.mark.parametrize("path", CALLBACKS, ids=named)
@@ -234,7 +266,7 @@ def test_sizes_that_are_said_are_those_of_the_model(seven: ModelShape) -> None:
 @pytest.mark.parametrize("path", [p for p in CUTTING if p.parent.name == "methods"], ids=named)
 def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    asked = content if command_of(path) == "prune" else content["trainer"]["callbacks"][0]["init_args"]
+    asked = content if command_of(path) == "prune" else content["trainer"]["callbacks"][-1]["init_args"]
     if asked.get("count"):
         return  # whole blocks
     names = ("ratio", "scope", "unit", "align", "protect", "budget", "uniform_heads")
@@ -299,7 +331,7 @@ def test_it_cuts_trains_and_saves(capsys: pytest.CaptureFixture[str], path: Path
     report = json.loads((run / "report.json").read_text())
     assert report["pruned"]["parameters"] < report["dense"]["parameters"]
     plan = json.loads((run / "plan.json").read_text())
-    asked = content if command == "prune" else content["trainer"]["callbacks"][0]["init_args"]
+    asked = content if command == "prune" else content["trainer"]["callbacks"][-1]["init_args"]
     assert all(plan["options"][name] == value for name, value in asked.items() if name in plan["options"])
     if command == "fit":
         assert report["trained_steps"] == 2 or report["recovered"]

@@ -94,8 +94,13 @@ def test_help_and_card_offer_the_repairs_that_a_method_has(
 def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
     words = answer(["flap"]).replace("\\\n", " ").split("python -m prunelit fit ")[1].splitlines()[0].split()
     shown = yaml.safe_load(call(capsys, "fit", *words, "--print_config"))
-    (entry,) = shown["trainer"]["callbacks"]
+    checkpoints, entry = shown["trainer"]["callbacks"]
     assert (entry["class_path"], entry["init_args"]["ratio"]) == ("prunelit.callbacks.FLAP", 0.2)
+    assert entry["init_args"]["scope"] == "global"  # the method's own, not that of the file
+    there = yaml.safe_load((ROOT / "configs" / "recover-lora.yaml").read_text(encoding="utf-8"))["trainer"]
+    (asked,) = (c["init_args"] for c in there["callbacks"] if c["class_path"] == "ModelCheckpoint")
+    assert checkpoints["class_path"].endswith(".ModelCheckpoint")
+    assert checkpoints["init_args"].items() >= (asked | {"dirpath": None}).items()  # which is default_root_dir's
     sample = yaml.safe_load(answer(["flap"]).partition("In YAML\n")[2].partition("\n\n")[0])
     assert sample["trainer"]["callbacks+"][0]["class_path"] == "prunelit.callbacks.FLAP"
 

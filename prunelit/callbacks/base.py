@@ -20,6 +20,7 @@ from torch import nn
 from prunelit import models, text
 from prunelit.calibrate import Batch, on_device
 from prunelit.callbacks.job import (
+    check_one,
     check_same,
     find_model,
     find_tokenizer,
@@ -63,10 +64,11 @@ class PruningCallback(PruningMethod, Callback):
         Raises:
             BadPlan: the checkpoint to resume from is of another model, tokenizer, method or options.
             SourceNotFound: it is missing or damaged.
-            BadOption: a strategy of spawned processes, or ranks that read different text.
+            BadOption: a strategy of spawned processes, another pruning callback, or ranks that read different text.
         """
         if stage != "fit":
             return
+        pruner_of(trainer)
         if getattr(trainer.strategy, "_start_method", "popen") != "popen":
             raise BadOption(
                 "strategy: a spawned process would cut a copy and lose it; expected 'ddp', got 'ddp_spawn' or a fork; "
@@ -225,6 +227,17 @@ class PruningCallback(PruningMethod, Callback):
             "fingerprint": text.fingerprint(torch.cat([batch["input_ids"].flatten() for batch in batches])),
         }
         return batches
+
+
+def pruner_of(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
+    """The callback of a job that cuts; None where there is none.
+
+    Raises:
+        BadOption: see `check_one`.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+    check_one([type(callback).__name__ for callback in found], wanted_by)
+    return found[0] if found else None
 
 
 def _units(plan: PruningPlan) -> list[Any]:

@@ -1,7 +1,7 @@
 """What a Lightning job offers to a pruning callback: its model, its batches, the checkpoint it is about to restore."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,28 @@ def find_model(pl_module: LightningModule) -> nn.Module:
         f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, "
         "got none; build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
     )
+
+
+def check_one(cutting: Sequence[str], wanted_by: str | None = None) -> None:
+    """Check that a job has no more than one callback that cuts: two would cut twice, and a report tells of one.
+
+    Args:
+        cutting: class names of the job's pruning callbacks.
+        wanted_by: the option or command that needs one; None: there may be none.
+
+    Raises:
+        BadOption: there are several, or none where one is needed.
+    """
+    if len(cutting) > 1:
+        raise BadOption(
+            f"trainer.callbacks: expected one pruning callback, got {' and '.join(cutting)}; keep one of them (a "
+            "callbacks/*.yaml as a further --config adds its own to what is there)"
+        )
+    if wanted_by and not cutting:
+        raise BadOption(
+            f"{wanted_by}: expected one pruning callback in trainer.callbacks, got 0; add one of callbacks/*.yaml as a "
+            "second --config"
+        )
 
 
 def resume_path(trainer: Trainer) -> Path | None:

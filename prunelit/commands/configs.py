@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from prunelit.callbacks import methods
+from prunelit.callbacks import broken, methods
 from prunelit.console import condense
 from prunelit.errors import BadOption, SourceNotFound, nearest, nearest_file
 
@@ -123,9 +123,16 @@ def _wrong_class(where: str, entry: Any) -> Iterator[str]:
             yield f"{where}: expected class_path and init_args, got {name!r}{nearest(str(name), names)}"
     path, options = str(entry.get("class_path")), entry.get("init_args")
     found = _classes()
-    kind = found.get(path) or pydoc.locate(path)
+    try:
+        kind = found.get(path) or pydoc.locate(path)
+    except pydoc.ErrorDuringImport as error:
+        if not isinstance(error.value, SyntaxError):
+            raise  # a bug, whose traceback says more
+        yield f"{where}: {path!r} can not be imported: {error.value}"
+        return
     if kind is None:
-        yield f"{where}: no class {path!r} can be imported{nearest(path, found)}"
+        unread = "".join(f"; {said}" for said in broken().values()) if path.startswith("prunelit.callbacks.") else ""
+        yield f"{where}: no class {path!r} can be imported{unread or nearest(path, found)}"
     accepted = {
         name
         for base in getattr(kind, "__mro__", ())

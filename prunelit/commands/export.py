@@ -38,14 +38,15 @@ def export(
         group_size: inputs per group where a model in full precision becomes int4: 16, 32 (default), 64 or 128.
         adapter: folder in PEFT's format (LoRA) that is merged into the model first; made for this very model.
         max_shard_size: of one weight file, as 5GB or 500MB.
-        overwrite: replace what is there, once the new one is proved.
+        overwrite: replace what is there, a file or a folder that prunelit wrote, once the new one is proved.
         unproved: leave out the proof, as where the program that it needs is not installed.
 
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
     """
     model_source.check_source(model)
-    writers.check_request(out, format, type, overwrite, max_shard_size, unproved)
+    reads = [source for source in (model, adapter) if source is not None]
+    writers.check_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
     prepare.check(model, format, group_size, adapter)
     plan, report = _of_run(Path(model).expanduser())
     tokenizer = models.load_tokenizer(model)

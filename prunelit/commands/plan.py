@@ -18,7 +18,7 @@ import yaml
 
 from prunelit import export, latency, model_source, models, streamed, surgery, text
 from prunelit.calibrate import on_device
-from prunelit.callbacks.base import PruningCallback
+from prunelit.callbacks.base import pruner_of
 from prunelit.callbacks.job import find_model
 from prunelit.commands.options import (
     Dtype,
@@ -108,13 +108,8 @@ def of_job(job: Job, measured: bool) -> Made:
     Raises:
         BadOption: there is not exactly one pruning callback.
     """
-    cutting = [callback for callback in job.trainer.callbacks if isinstance(callback, PruningCallback)]
-    if len(cutting) != 1:
-        raise BadOption(
-            f"plan: expected one pruning callback in trainer.callbacks, got {len(cutting)}; add one of "
-            "callbacks/*.yaml as a second --config"
-        )
-    method, source = cutting[0], str(job.module.hparams["model"])
+    method, source = pruner_of(job.trainer, "plan"), str(job.module.hparams["model"])
+    assert method is not None
     if method.replayed is not None and not measured:
         _check_config(method.replayed, source)
         return method.replayed, None

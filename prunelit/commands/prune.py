@@ -47,7 +47,7 @@ def prune(
         method: a `PruningCallback`.
         dtype: of scoring and of the saved weights; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
-        overwrite: replace an output folder that is not empty.
+        overwrite: replace an output folder that is not empty, if prunelit wrote it.
         stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
             local folder with safetensors, and the method one that observes the model once.
         memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
@@ -61,7 +61,7 @@ def prune(
     streamed.check_request(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_source(source)
-    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream)
+    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=[model, *sources])
     if format == "int4":
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     if Path(out).suffix == ".gguf":

@@ -95,7 +95,7 @@ def evaluate(
         subject.check()
     with ExitStack() as closing:
         if out is not None:
-            export.check_output(out, overwrite=True)
+            export.check_folder(out)
         folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
         wanted = Wanted(
             **of_texts(texts or {}, data),

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,9 @@ def check_request(
     max_shard_size: str = "5GB",
     unproved: bool = False,
     stream: bool = False,
+    reads: Collection[str] = (),
 ) -> None:
-    """Check what can be checked without a model; `stream`: its layers will be on disk.
+    """Check what can be checked without a model; `stream`: its layers will be on disk; `reads`: see `check_output`.
 
     Raises:
         DoesNotFit: the format takes models in memory only.
@@ -53,7 +54,7 @@ def check_request(
     if not unproved:
         chosen.provable()
     _check_streams(chosen, stream)
-    staging.check_output(target, overwrite, _is_file(chosen, Path(target)))
+    staging.check_output(target, overwrite, _is_file(chosen, Path(target)), reads)
 
 
 def check_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
@@ -129,7 +130,7 @@ def write_model(
         plan: saved as plan.json if given.
         format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero", and "int4" for a model in
             4 bits; others: see `formats`.
-        overwrite: replace what is there.
+        overwrite: replace what is there: a file, or a folder that prunelit wrote.
         kind: number format of the weights, for formats that have several; "" for the first of them.
         max_shard_size: of one weight file, as "5GB".
         fresh_process: prove in a new process, with plain transformers, generation included; otherwise it is read back

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from prunelit import adapters, export, int4_folder, measure, quantize, twin
 from prunelit.errors import BadQuantisation
+from prunelit.export.proof import PROOF
 from prunelit.export.staging import staged
+from prunelit.files import write_json
 from prunelit.linears import has_adapters, quantised_as
 from prunelit.plan import PruningPlan
 
 _ROWS, _LENGTH = 2, 128
+_VERDICT = {"format": "adapter", "passed": None, "why": "not proved alone: report.json says what merging them changed"}
 _INTO = {
     "none": "into the weights",
     "int4": "into the zeros of the INT4 groups",
@@ -52,6 +55,9 @@ def save_adapter(
 
     Returns:
         The format of the base; None where there are no adapters, or the base was not asked for.
+
+    Raises:
+        OutputNotWritable: see `check_output`.
     """
     adapted, written, wide = module.whole_model(), None, None
     if not has_adapters(adapted):
@@ -64,8 +70,10 @@ def save_adapter(
             base = quantize.dequantised(base)
     if save_base:
         written = export.save(base, folder / "base", tokenizer, plan, overwrite=True, report=report)
+    export.check_output(folder / "adapter", overwrite=True)
     with staged((folder / "adapter").resolve()) as staging:
         adapters.write(adapted, staging, str((folder / "base").resolve()) if save_base else "", wide)
         if plan is not None:
             plan.save(staging / "plan.json")
+        write_json(staging / PROOF, _VERDICT)
     return written

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import prunelit.callbacks
-from prunelit.callbacks import Method, method_class, methods
+from prunelit.callbacks import Method, broken, method_class, methods
 from prunelit.errors import BadOption
 
 _FOLDER = Path(prunelit.callbacks.__file__).parent
@@ -57,6 +57,7 @@ def answer(arguments: list[str]) -> str:
         raise BadOption(f"methods: expected no argument, or one method's name and --json, got {' '.join(names)}")
     if not names:
         found = [facts(method) for method in methods().values()]
+        found += [{"name": name, "error": said} for name, said in broken().items()]
         return json.dumps(found, indent=1) if as_data else table()
     if names[0] not in methods():
         if "." in names[0]:
@@ -67,10 +68,11 @@ def answer(arguments: list[str]) -> str:
 
 
 def table() -> str:
-    """One line a method: what it needs, its paper, what it does."""
+    """One line a method: what it needs, its paper, what it does; and one for each file that can not be read."""
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
     rows += [(method.name, needs(method), paper(method), _what(method)) for method in methods().values()]
     lines = [_wrapped(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
+    lines += [_wrapped(f"{name:14} {'broken':9} ", said) for name, said in broken().items()]
     legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
@@ -94,8 +96,10 @@ def _how_to_run(method: Method) -> str:
         [
             "Cut a model; cut it and recover it; cut the model of a job of yours, on the command line or in Python",
             f"    python -m prunelit prune --model PATH_OR_ID --method {name} --ratio 0.2 --text FILE_OR_ID --out DIR",
-            f"    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks {class_path} \\",
-            "        --trainer.callbacks.ratio 0.2",
+            # A list on the command line replaces the file's, with the method in it: so its checkpoints are named again.
+            "    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks ModelCheckpoint \\",
+            "        --trainer.callbacks.save_last true --trainer.callbacks.every_n_train_steps 50 \\",
+            f"        --trainer.callbacks+ {class_path} --trainer.callbacks.ratio 0.2",
             f"    python your_job.py fit --config your_job.yaml --config callbacks/{name}.yaml",
             f"    Trainer(callbacks=[prunelit.{method.class_name}(ratio=0.2)])",
             "",

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from prunelit import export, int4_folder, linears, measure, progress, quantize, samples, strategies, text, twin
 from prunelit.calibrate import on_device
-from prunelit.callbacks.base import PruningCallback
+from prunelit.callbacks.base import pruner_of
 from prunelit.callbacks.job import (
     check_same,
     find_model,
@@ -85,15 +85,16 @@ class RunReport(Recorder, Teller):
         Raises:
             BadPlan: the checkpoint to resume from is of another model or tokenizer.
             SourceNotFound: it is missing or damaged.
-            BadOption: ranks read different text, or the format is not that of the base.
+            BadOption: several pruning callbacks, ranks read different text, or the format is not that of the base.
+            OutputNotWritable: a folder that the run will write holds what is not prunelit's, or the model it reads.
         """
         if stage != "fit" or self.report:
             return
+        pruner_of(trainer)  # several are refused before anything is measured
         self.listeners = listeners_of(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            export.check_output(self._folder, overwrite=True)
-            export.check_request(self._folder / "model", self.format, overwrite=True)
+            self._check_folders(pl_module)
         if self.format == "int4" and pl_module.hparams.get("base") != "int4":
             raise BadOption(
                 f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
@@ -118,6 +119,16 @@ class RunReport(Recorder, Teller):
             self._measure("dense", model, measure.size(model))
             self._complete("dense", model, trainer)
         self._write(trainer)
+
+    def _check_folders(self, pl_module: LightningModule) -> None:
+        """Before anything is measured: what is refused at the end costs a whole run."""
+        export.check_folder(self._folder)
+        source = pl_module.hparams.get("model")
+        reads = [source] if isinstance(source, str) else []
+        export.check_request(self._folder / "model", self.format, overwrite=True, reads=reads)
+        if pl_module.hparams.get("lora_rank", 0):
+            for name in ("adapter", "base") if self.save_base else ("adapter",):
+                export.check_output(self._folder / name, overwrite=True, reads=reads)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure the cut model, without adapters, before the first step.
@@ -275,12 +286,8 @@ class RunReport(Recorder, Teller):
         earlier.facts |= self.record.facts
         self.record = earlier
 
-    @staticmethod
-    def _pruner(trainer: Trainer) -> PruningCallback | None:
-        return next((c for c in trainer.callbacks if isinstance(c, PruningCallback)), None)  # type: ignore[attr-defined]
-
     def _plan(self, trainer: Trainer) -> Any:
-        pruner = self._pruner(trainer)
+        pruner = pruner_of(trainer)
         return pruner.plan_made if pruner else None
 
     @contextmanager
@@ -295,7 +302,7 @@ class RunReport(Recorder, Teller):
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        pruner = self._pruner(trainer)
+        pruner = pruner_of(trainer)
         stages = self.seconds | (pruner.seconds if pruner else {})
         self.report |= {
             "seconds": {name: round(value, 2) for name, value in stages.items()},

@@ -43,6 +43,14 @@ def widths(module: ForeignModule) -> list[tuple[int, int]]:
     return [(layer.shape.kv_groups, layer.shape.ffn_channels) for layer in Decoder(module.network)]
 
 
+def test_two_callbacks_that_cut_are_refused(tmp_path: Path) -> None:
+    module = ForeignModule()
+    dense = widths(module)
+    with pytest.raises(BadOption, match=r"trainer.callbacks: .* got LLMBIP and Magnitude; keep one of them"):
+        trainer(tmp_path, bip(), Magnitude(0.3, align=8)).fit(module, datamodule=ForeignData())
+    assert widths(module) == dense
+
+
 def test_the_job_trains_a_smaller_model(tmp_path: Path) -> None:
     module, callback = ForeignModule(), bip()
     dense = sum(p.numel() for p in module.network.parameters())
@@ -247,15 +255,6 @@ def test_spawned_processes_are_refused(tmp_path: Path) -> None:
     run = trainer(tmp_path, strategy="ddp_spawn", devices=2)
     with pytest.raises(BadOption, match="use strategy='ddp'"):
         bip().setup(run, ForeignModule(), "fit")
-
-
-def test_two_methods_on_one_job_both_cut(tmp_path: Path) -> None:
-    module = ForeignModule()
-    first, second = bip(ratio=0.1), Magnitude(ratio=0.1, align=8)
-    trainer(tmp_path, first, second).fit(module, datamodule=ForeignData())
-    assert first.plan_made is not None
-    assert second.plan_made is not None
-    assert second.plan_made.predicted["parameters"] < first.plan_made.predicted["parameters"]
 
 
 def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

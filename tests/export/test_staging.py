@@ -33,6 +33,13 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
+def old(folder: Path) -> None:
+    """Something that prunelit wrote earlier."""
+    folder.mkdir()
+    (folder / "old.txt").write_text("old")
+    (folder / "proof.json").write_text('{"format": "uniform", "passed": true}')
+
+
 _SLOW = """
 import sys, time
 from prunelit import export, models
@@ -51,8 +58,7 @@ export.save(models.load(sys.argv[1]), sys.argv[2], overwrite=True, fresh_process
 def test_a_killed_export_leaves_the_target_as_it_was(source: str, there: bool, tmp_path: Path) -> None:
     target = tmp_path / "m"
     if there:
-        target.mkdir()
-        (target / "old.txt").write_text("old")
+        old(target)
     command = [sys.executable, "-c", _SLOW, source, str(target)]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert process.stdout and process.stdout.readline() == "written\n"
@@ -77,18 +83,14 @@ def test_what_living_processes_write_is_left_alone(tmp_path: Path) -> None:
 
 def test_an_old_target_comes_back_where_the_new_one_did_not_arrive(dead: int, tmp_path: Path) -> None:
     """Killed between the two moves of an overwrite: the old content is beside its place, complete."""
-    old = tmp_path / f".m.{platform.node()}.{dead}.old"
-    old.mkdir()
-    (old / "old.txt").write_text("old")
+    old(tmp_path / f".m.{platform.node()}.{dead}.old")
     with pytest.raises(OutputNotWritable, match="--overwrite"):
         check_output(tmp_path / "m")
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
 
 
 def test_an_old_target_goes_where_the_new_one_has_arrived(dead: int, tmp_path: Path) -> None:
-    old = tmp_path / f".m.{platform.node()}.{dead}.old"
-    old.mkdir()
-    (old / "old.txt").write_text("old")
+    old(tmp_path / f".m.{platform.node()}.{dead}.old")
     (tmp_path / "m").mkdir()
     check_output(tmp_path / "m")
     assert names(tmp_path) == ["m"]
@@ -108,8 +110,7 @@ def room_for(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("format", ["uniform", "hetero", "padded"])
 @pytest.mark.parametrize("size", [500, 50_000])
 def test_a_full_disk_is_one_line_and_keeps_the_old(format: str, size: int, tmp_path: Path) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "old.txt").write_text("old")
+    old(tmp_path / "m")
     with room_for(size), pytest.raises(OutputNotWritable, match=r"m': can not be written: .*large") as error:
         save(tiny("llama"), tmp_path / "m", format=format, overwrite=True)
     assert "\n" not in str(error.value)
@@ -132,8 +133,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_comes(tmp_path: Path, monkeypatc
 
 
 def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "old.txt").write_text("old")
+    old(tmp_path / "m")
     replace = os.replace
 
     def refuse(source: Path, target: Path) -> None:

@@ -20,6 +20,7 @@ from prunelit.export import save
 from prunelit.export.uniform import fits
 from prunelit.plan import LayerPlan, PruningPlan
 from tests.export.alike import assert_equal, compensate, logits, plan_with, uniform
+from tests.export.test_staging import old
 from tests.tiny import FAMILIES, cut, keep, tiny, tiny_tokenizer, tokens
 
 
@@ -395,8 +396,7 @@ def test_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 
 def test_overwrite_replaces_the_folder(tmp_path: Path) -> None:
     target = tmp_path / "m"
-    target.mkdir()
-    (target / "old.txt").write_text("old")
+    old(target)
     save(tiny("llama"), target, overwrite=True)
     assert not (target / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
@@ -450,8 +450,7 @@ def test_what_does_not_read_back_equal_leaves_nothing(
 
 
 def test_old_folder_survives_a_failed_overwrite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m").mkdir()
-    (tmp_path / "m" / "old.txt").write_text("old")
+    old(tmp_path / "m")
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight[0, 0] = torch.nan
