@@ -14,9 +14,9 @@ Kind = Literal["attention", "mlp"]
 Kinds = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
-NOT_READ = {"scope": "layer", "unit": "kv_group", "min_kept": 0.0, "uniform_heads": False}
-"""Options about widths and their defaults: they mean nothing where whole blocks go. `align` is kept by all: a width
-that stays whole is not rounded."""
+NOT_READ = ("scope", "unit", "min_kept", "uniform_heads")
+"""Options about widths, which mean nothing where whole blocks go. `align` is not among them: widths that stay whole are
+not rounded, and a table's common `align` is kept by all its rows."""
 
 
 class Block(NamedTuple):
@@ -116,14 +116,8 @@ class Goal:
         """From a method's constructor: `options` are the arguments that go to `PruningCallback`.
 
         Raises:
-            BadOption: as above; or an option about widths.
+            BadOption: as above.
         """
-        for name, default in NOT_READ.items():
-            if (value := options.get(name, default)) != default:
-                raise BadOption(
-                    f"{name}: expected {default!r} where whole blocks go, got {value!r}; leave it out: read are "
-                    "ratio or count, budget, protect, repair, seed and the options of the text"
-                )
         return cls(ratio, count, options.get("budget", "parameters"))
 
     def share(self, shape: ModelShape, removed: Collection[Block]) -> float:

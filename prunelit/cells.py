@@ -204,7 +204,10 @@ def _typed(
                 f"method {label!r}: options: expected one of {', '.join(sorted(accepted))}, got {name!r}"
                 f"{nearest(name, accepted)}"
             )
-    given = {name: value for name, value in common.items() if name in accepted} | dict(own)
+    shared = {name: value for name, value in common.items() if name in accepted}
+    if shared.get("repair") not in kind.repair_choices:  # that of the others
+        shared.pop("repair", None)
+    given = shared | dict(own)
     typed = _parsed(parser, given, f"method {label!r}: options")
     return {name: typed[name] for name in given}, accepted
 

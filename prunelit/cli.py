@@ -15,7 +15,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from prunelit import checkpoint, progress
+from prunelit import checkpoint, model_source, progress
 from prunelit.callbacks.base import PruningCallback
 from prunelit.callbacks.job import check_one, is_local
 from prunelit.commands import configs, plan
@@ -99,6 +99,7 @@ class PrunelitCLI(LightningCLI):
         check_one([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
         if config.plan:
             cutting[0].init_args.plan_file = config.plan
+        model_source.check_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _choose_looks(self, config: Any) -> None:
         """One style of bars, and no table of modules, unless another one is asked for."""

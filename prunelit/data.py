@@ -60,7 +60,8 @@ class TextDataModule(LightningDataModule):
         self.train_sources = [train] if isinstance(train, str) else list(train)
         self.validation_sources = [validation] if isinstance(validation, str) else list(validation or [])
         self.instruction_sources = [instructions] if isinstance(instructions, str) else list(instructions or [])
-        for source in self.train_sources + self.validation_sources + self.instruction_sources:
+        self.sources = self.train_sources + self.validation_sources + self.instruction_sources
+        for source in self.sources:
             text.check_source(source)
         for name, most, minimum in (
             ("train_windows", train_windows, 0 if instructions else 1),

@@ -43,14 +43,14 @@ def check_source(source: str) -> None:
         )
 
 
-def check_request(source: str, stream: bool, memory_gib: float | None, repair: str) -> None:
+def check_request(source: str, stream: bool, memory_gib: float | None, repair: str = "none") -> None:
     """Check what is asked of a model that may be streamed, before text is read or anything is scored.
 
     Args:
         source: model source.
         stream: whether it is to be.
         memory_gib: limit that only streaming keeps, GiB; None: no limit.
-        repair: of the method.
+        repair: that follows the cut, if any.
 
     Raises:
         SourceNotFound: as `check_source`.

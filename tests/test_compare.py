@@ -681,6 +681,11 @@ def test_options_reach_the_methods_that_take_them() -> None:
     assert dict(own[0].options) == {"propagate_ffn": True}
 
 
+def test_a_common_repair_passes_by_the_methods_that_have_it_not() -> None:
+    found = rows(["llm_bip", "shortgpt", "best", {"method": "flap", "options": {"repair": "none"}}], {"repair": "bias"})
+    assert [dict(row.options) for row in found] == [{"repair": "bias"}, {}, {}, {"repair": "none"}]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda path: path.stem)
 def test_rows_of_the_configs_can_be_built(path: Path) -> None:
     content = yaml.safe_load(path.read_text())

@@ -270,11 +270,8 @@ FILES: list[Row] = [
     ),
     ("prune --config {yaml}", ["protect: expected a list, as [0], got 0"], "model: x\nratio: 0.2\nprotect: 0"),
     (PRUNE + " --plan {other_plan}", ["plan: expected no options", "got align, ratio; the plan says"]),
-    (
-        "prune --model {model} --out {out} --config {yaml}",
-        ["got scope, protect;"],
-        "plan: {other_plan}\nscope: global\nprotect: []",
-    ),
+    (REPLAY + " --plan {other_plan} --scope global --protect=0", ["got scope, protect;"]),
+    (REPLAY + " --plan {other_plan} --method flap --metric IFV", ["got metric;"]),
     (REPLAY + " --plan {other_plan} --method llm_bip --form exact", ["got form;"]),
     (REPLAY + " --plan {other_plan} --method best --epochs 0 --scope layer", ["got scope;"]),
     (REPLAY + " --plan {other_plan}", ["2 layers", "3"]),

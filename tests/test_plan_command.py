@@ -65,6 +65,19 @@ def test_a_given_plan_needs_neither_weights_nor_text(
     assert len({out for _, out, _ in said}) == 1
 
 
+def test_a_config_of_a_search_serves_a_replay_too(
+    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path
+) -> None:
+    assert call(capsys, *planned(source, words, tmp_path / "plan.json"))[0] == 0
+    given = ["--model", source, "--plan", str(tmp_path / "plan.json")]
+    code, said, err = call(capsys, "plan", "--config", str(ROOT / "configs" / "plan.yaml"), *given)
+    assert code == 0 and "llm_bip" in said, err
+    asked = ["prune", *given, "--repair", "bias", "--text", words, "--windows", "8", "--seqlen", "16"]
+    (tmp_path / "c.yaml").write_text(call(capsys, *asked, "--out", str(tmp_path / "out"), "--print_config")[1])
+    code, _, err = call(capsys, "prune", "--config", str(tmp_path / "c.yaml"))
+    assert code == 0, err
+
+
 def test_a_plan_for_another_model_is_refused_before_it_is_loaded(
     capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,7 @@ from prunelit import measure, models, positions
 from prunelit.architectures import architecture_of
 from prunelit.callbacks import LLMBIP
 from prunelit.errors import BadOption
-from tests.test_cli import call, refused, small
+from tests.test_cli import ROOT, call, refused, small
 from tests.test_cli import words as words  # a fixture
 from tests.tiny import FAMILIES, tiny, tiny_tokenizer, tokens
 
@@ -102,6 +102,14 @@ def test_commands_refuse_before_weights_are_loaded(
     }[command]
     options = [option.replace("WORDS", words) for option in options]
     refused(call(capsys, command, *given, *options), f"{named}: expected at most 64 tokens", "got 65")
+
+
+def test_fit_refuses_before_weights_are_loaded(
+    capsys: pytest.CaptureFixture[str], gpt2: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    given = ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", gpt2, "--data.train", words]
+    refused(call(capsys, "fit", *given, "--data.seqlen", "65"), "data.seqlen: expected at most 64 tokens", "got 65")
 
 
 def test_what_reads_no_text_has_no_length(capsys: pytest.CaptureFixture[str], gpt2: str, tmp_path: Path) -> None:

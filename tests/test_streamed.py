@@ -292,16 +292,21 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(
         method().prune(far, BATCHES)
 
 
-@pytest.mark.parametrize("command", ["plan", "prune"])
 def test_a_repair_that_needs_the_whole_model_is_refused_before_anything_is_scored(
-    command: str, source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streamed, "load", lambda *a, **k: pytest.fail("the model was loaded"))
-    asked = [command, "--model", source, "--ratio", "0.3", "--out", str(tmp_path / "out"), "--stream", "true"]
+    asked = ["prune", "--model", source, "--ratio", "0.3", "--out", str(tmp_path / "out"), "--stream", "true"]
     assert main([*asked, "--repair", "least_squares"]) == 2
     assert "repair: expected none or bias with --stream true, got least_squares" in capsys.readouterr().err
-    assert main([command, *asked[1:-2], "--memory_gib", "1"]) == 2
-    assert "memory_gib: expected --stream true with it" in capsys.readouterr().err
+    for command in ("plan", "prune"):
+        assert main([command, *asked[1:-2], "--memory_gib", "1"]) == 2
+        assert "memory_gib: expected --stream true with it" in capsys.readouterr().err
+
+
+def test_a_plan_is_made_streamed_whatever_repair_follows_it_elsewhere(source: str, tmp_path: Path) -> None:
+    asked = ["--model", source, "--method", "magnitude", "--ratio", "0.3", "--repair", "least_squares", "--align", "8"]
+    assert main(["plan", *asked, "--stream", "true", "--out", str(tmp_path / "plan.json")]) == 0
 
 
 def test_sources_that_can_not_be_streamed_are_refused(tmp_path: Path) -> None:

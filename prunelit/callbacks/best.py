@@ -50,6 +50,7 @@ class Best(PruningCallback):
     standardise = False
     score_reads = ("unit", "own_text", "seed")
     repair_choices = ("none",)  # it has its own
+    cut_reads = ("own_text", "ridge", "epochs", "learning_rate", "denoise")
 
     def __init__(
         self,

@@ -42,7 +42,7 @@ class BlockPruner(PruningCallback):
             blocks.
     """
 
-    not_read = tuple(NOT_READ)
+    not_read = NOT_READ
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(

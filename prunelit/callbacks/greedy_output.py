@@ -56,7 +56,8 @@ class GreedyOutput(PruningCallback):
 
     joint = False
     score_reads = ("moment",)
-    repair_choices = (*get_args(Repair), "two_step")
+    repair_choices = ("none", "bias", "least_squares", "two_step")
+    cut_reads = ("refit_kept",)
 
     def __init__(
         self,
@@ -69,10 +70,8 @@ class GreedyOutput(PruningCallback):
         **kwargs: Any,
     ):
         super().__init__(ratio, repair=cast(Repair, repair), **kwargs)
-        for name, value, allowed in (
-            ("criterion_heads", criterion_heads, Criterion),
-            ("moment", moment, moments.Moment),
-        ):
+        named = ("criterion_heads", criterion_heads, Criterion), ("moment", moment, moments.Moment)
+        for name, value, allowed in named:
             if value not in get_args(allowed):
                 raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
         if tau is not None and (isinstance(tau, bool) or not tau > 0):

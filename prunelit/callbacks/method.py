@@ -81,7 +81,10 @@ class PruningMethod(Teller):
     """Called with the dense model when it is known what goes; what it raises, as where a format can not hold what would
     be left, ends the work before the cut and its repair."""
     not_read: ClassVar[tuple[str, ...]] = ()
-    """Options above that mean nothing to the method: it refuses them, and a comparison's common ones pass it by."""
+    """Options above that mean nothing to the method: others than their defaults are refused, `--help` leaves them out,
+    and a comparison's common ones pass it by."""
+    cut_reads: ClassVar[tuple[str, ...]] = ()
+    """Options of the method's own that its `cut` reads, so that they may be given beside a plan."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
     """What `repair` may be; a method that adds one carries it out in `cut`."""
 
@@ -117,6 +120,12 @@ class PruningMethod(Teller):
         self.replayed = PruningPlan.load(plan_file) if plan_file else None
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
         self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
+        defaults = inspect.signature(PruningMethod.__init__).parameters
+        for name in self.not_read:
+            if (value := getattr(self, name)) != (default := defaults[name].default):
+                raise BadOption(
+                    f"{name}: expected {default!r}, got {value!r}; {self.name} does not read it, leave it out"
+                )
         self.repair = repair
         self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
         self.plan_file = plan_file

@@ -36,7 +36,7 @@ class ShortGPT(PruningCallback):
     """
 
     score_reads = ()
-    not_read = tuple(NOT_READ)
+    not_read = NOT_READ
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(self, ratio: float | None = None, count: int | None = None, **kwargs: Any):

@@ -25,13 +25,6 @@ def paths(arguments: list[str]) -> list[str]:
     return following + [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
 
 
-def named(arguments: list[str]) -> list[str]:
-    """Names of the options that a command line gives or its config files hold, each once."""
-    said = [word[2:].partition("=")[0] for word in arguments if word.startswith("--")]
-    held = [str(name) for path in paths(arguments) for name in read(path)]
-    return list(dict.fromkeys(name.rstrip("+") for name in said + held))
-
-
 def check(arguments: list[str]) -> None:
     """Read every config file of a command line.
 

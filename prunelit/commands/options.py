@@ -1,7 +1,6 @@
 """What the short commands share: a parser for plain functions, lists of values, devices and dtypes."""
 
 import argparse
-import inspect
 import json
 import re
 from collections.abc import Collection, Sequence
@@ -14,7 +13,6 @@ from jsonargparse import ArgumentParser
 
 from prunelit import models, text
 from prunelit.callbacks import method_class
-from prunelit.commands import configs
 from prunelit.console import condense
 from prunelit.errors import BadOption, PrunelitError, nearest
 from prunelit.progress import stage
@@ -28,7 +26,7 @@ Sources = str | list[str]
 
 _NOT_THE_METHODS = ("config", "method", "plan", "text")
 
-_READ_BY_A_REPLAY = ("repair", "windows", "seqlen", "seed")
+_READ_BY_A_REPLAY = ("repair", "windows", "seqlen", "seed", "plan_file")
 """Of the options that all methods have: how what stays is repaired, and on what text."""
 
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
@@ -95,40 +93,39 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     )
     parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
     parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
+    skipped = {"calibration"}
     if plan:
-        parser.add_argument("--ratio", type=float | None, default=None, help="not read: the plan says what goes")
-    skipped = {"calibration", *(("ratio",) if plan else ())}
-    added = parser.add_class_arguments(kind, None, skip=skipped, sub_configs=False)
+        parser.add_argument("--ratio", type=float | None, default=None)
+        skipped.add("ratio")
+    added = {"ratio", *parser.add_class_arguments(kind, None, skip=skipped, sub_configs=False)}
+    unread = {*kind.not_read}
+    if plan:
+        unread |= added - {*_READ_BY_A_REPLAY, *kind.cut_reads}
+        _check_read(unread, arguments)
     for action in parser._actions:
-        if action.dest == "plan_file":  # the name that it has in YAML and Python; here --plan is the one to learn
+        if action.dest in unread or action.dest == "plan_file":  # its name in YAML and Python; here it is --plan
             action.help = argparse.SUPPRESS
         elif action.dest == "repair":  # its type holds what methods can have, the class what this one has
             action.metavar = f"{{{','.join(kind.repair_choices)}}}"
-    if plan:
-        _check_read(kind, {"ratio", *added}, arguments)
     return kind
 
 
-def _check_read(kind: Any, options: Collection[str], arguments: list[str]) -> None:
+def _check_read(unread: Collection[str], arguments: list[str]) -> None:
     """Check that no option is given that cutting by a plan would pass over in silence.
 
+    Options in config files are no mistake: one file serves a search and a replay of what it found.
+
     Args:
-        kind: the method's class.
-        options: names of its options.
+        unread: names of the method's options that only scoring and planning read.
         arguments: command line.
 
     Raises:
-        BadOption: one or more are.
+        BadOption: one or more are given.
     """
-    from prunelit.callbacks.method import PruningMethod
-
-    read = {*_READ_BY_A_REPLAY}
-    if kind.cut is not PruningMethod.cut:  # it repairs in its own way, by its own options
-        read |= {*options} - {*inspect.signature(PruningMethod.__init__).parameters}
-    unread = [name for name in configs.named(arguments) if name in options and name not in read]
-    if unread:
+    said = dict.fromkeys(word[2:].partition("=")[0].rstrip("+") for word in arguments if word.startswith("--"))
+    if found := [name for name in said if name in unread]:
         raise BadOption(
-            f"plan: expected no options beside it that choose what goes, got {', '.join(unread)}; the plan says what "
+            f"plan: expected no options beside it that choose what goes, got {', '.join(found)}; the plan says what "
             "goes: leave them out, or leave out --plan to score anew"
         )
 

@@ -86,7 +86,7 @@ def make(
         return replayed, None
     if model is None:
         raise BadOption("model: expected a model source, got none; a plan alone is read with `plan show FILE`")
-    streamed.check_request(model, stream, memory_gib, method.repair)
+    streamed.check_request(model, stream, memory_gib)
     if stream and measured:
         raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
     reads = method.reads_text and replayed is None

@@ -61,7 +61,8 @@ def prune(
     streamed.check_request(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_source(source)
-    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=[model, *sources])
+    reads = [model, *sources, *([method.plan_file] if method.plan_file else [])]
+    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=reads)
     if format == "int4":
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     if Path(out).suffix == ".gguf":
@@ -86,8 +87,7 @@ def prune(
     else:
         network = load_on(model, dtype, device)
     took("load_model", start)
-    if format != "auto" and not stream:
-        method.before_cut = partial(_check_format, tokenizer, format)
+    method.before_cut = partial(_check_format, tokenizer, format) if format != "auto" and not stream else None
     with nullcontext() if stream else on_device(network, place(device)):
         dense = measure.size(network)
         plan = method.prune(network, batches)

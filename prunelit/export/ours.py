@@ -11,7 +11,8 @@ from typing import Any
 from prunelit.export.proof import PROOF
 from prunelit.plan import FORMAT
 
-_OLDER = ({"config.json", "report.json"}, {"adapter_config.json"})
+_ADAPTER = "adapter_config.json"
+_OLDER = ({"config.json", "report.json"}, {_ADAPTER})
 """What stands beside plan.json in folders of versions that did not write proof.json: of `prune`, and of adapters."""
 
 
@@ -19,8 +20,13 @@ def is_ours(folder: Path) -> bool:
     """Whether prunelit wrote a folder's content, by the files in it; nothing else is read."""
     if {"format", "passed"} <= _content(folder / PROOF).keys():
         return True
+    if not folder.is_dir():
+        return False
     names = {path.name for path in folder.iterdir()}
-    return any(beside <= names for beside in _OLDER) and _content(folder / "plan.json").get("format") == FORMAT
+    if any(beside <= names for beside in _OLDER) and _content(folder / "plan.json").get("format") == FORMAT:
+        return True
+    # The adapters of an older run that cut nothing, beside the model that they were merged into.
+    return _ADAPTER in names and folder.name == "adapter" and is_ours(folder.parent / "model")
 
 
 def _content(path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class RunReport(Recorder, Teller):
         self.listeners = listeners_of(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            self._check_folders(pl_module)
+            self._check_folders(trainer, pl_module)
         if self.format == "int4" and pl_module.hparams.get("base") != "int4":
             raise BadOption(
                 f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
@@ -120,11 +120,12 @@ class RunReport(Recorder, Teller):
             self._complete("dense", model, trainer)
         self._write(trainer)
 
-    def _check_folders(self, pl_module: LightningModule) -> None:
+    def _check_folders(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is measured: what is refused at the end costs a whole run."""
         export.check_folder(self._folder)
-        source = pl_module.hparams.get("model")
-        reads = [source] if isinstance(source, str) else []
+        pruner, data = pruner_of(trainer), getattr(trainer, "datamodule", None)
+        named = [pl_module.hparams.get("model"), getattr(pruner, "plan_file", None), *getattr(data, "sources", [])]
+        reads = [source for source in named if isinstance(source, str)]
         export.check_request(self._folder / "model", self.format, overwrite=True, reads=reads)
         if pl_module.hparams.get("lora_rank", 0):
             for name in ("adapter", "base") if self.save_base else ("adapter",):

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from prunelit import models, quantize
+from prunelit import LLMBIP, models, quantize
 from prunelit.errors import OutputNotWritable
 from prunelit.export import check_folder, check_output, formats, save
 from prunelit.export.ours import is_ours
@@ -17,6 +18,7 @@ from tests.export.test_gguf import tokenizer
 from tests.export.test_int4 import WIDE
 from tests.export.test_staging import old
 from tests.test_cli import call, refused, small
+from tests.test_plan import plan_of
 from tests.test_run_page import fit
 from tests.tiny import tiny
 
@@ -163,6 +165,35 @@ def test_fit_spares_the_model_it_reads(tmp_path: Path, source: str, monkeypatch:
     monkeypatch.setattr(RunReport, "_measure", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(OutputNotWritable, match="which is read"):
         fit(str(tmp_path / "model"), tmp_path, 1)
+
+
+@pytest.mark.parametrize("read", ["text", "plan"])
+def test_fit_spares_the_files_it_reads(tmp_path: Path, read: str) -> None:
+    old(tmp_path / "model")
+    file = str(tmp_path / "model" / "old.txt")
+    pruner, report = LLMBIP(0.3), RunReport()
+    pruner.plan_file = file if read == "plan" else None
+    data = SimpleNamespace(sources=["builtin:python-docs", *([file] if read == "text" else [])])
+    job: Any = SimpleNamespace(callbacks=[pruner], datamodule=data)
+    module: Any = SimpleNamespace(hparams={"model": "org/name"})
+    report._folder = tmp_path
+    with pytest.raises(OutputNotWritable, match=r"old.txt', which is read"):
+        report._check_folders(job, module)
+
+
+def test_prune_spares_the_plan_it_reads(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:
+    old(tmp_path / "m")
+    plan_of().save(tmp_path / "m" / "edited.json")
+    given = ["--model", source, "--plan", str(tmp_path / "m" / "edited.json"), "--out", str(tmp_path / "m")]
+    refused(call(capsys, "prune", *given, "--overwrite", "true"), "edited.json', which is read")
+
+
+def test_adapters_of_an_older_run_that_cut_nothing_are_ours_beside_its_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    assert not is_ours(tmp_path / "adapter")
+    old(tmp_path / "model")
+    assert is_ours(tmp_path / "adapter")
 
 
 def test_fit_again_replaces_its_own(source: str, tmp_path: Path) -> None:
