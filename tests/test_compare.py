@@ -417,6 +417,7 @@ def test_cells_do_not_depend_on_their_order(
     assert report(tmp_path / "a")["dense"] == report(tmp_path / "b")["dense"]
 
 
+@pytest.mark.filterwarnings("ignore:seqlen. 1024 tokens are more")  # than the tiny model's positions
 def test_texts_by_source_alone_and_a_single_label(
     capsys: pytest.CaptureFixture[str], source: str, data: str, tmp_path: Path
 ) -> None:
