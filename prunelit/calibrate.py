@@ -61,8 +61,10 @@ def check_batches(batches: Any, needed: bool) -> None:
         NoCalibration: there is none.
     """
     wrong: str | None = None
-    if isinstance(batches, str) or not isinstance(batches, Sequence):
-        wrong = repr(batches)[:60] if isinstance(batches, str) else f"a {type(batches).__name__}"
+    if isinstance(batches, str):
+        wrong = repr(batches)[:60]
+    elif not isinstance(batches, Sequence):
+        wrong = f"a {type(batches).__name__}"
     else:
         for batch in batches:
             ids = batch.get("input_ids") if isinstance(batch, Mapping) else None

@@ -173,7 +173,7 @@ def _repairs(kind: ast.ClassDef) -> tuple[str, ...]:
     """What a method's class says that `repair` may be; nothing where it says it in its own `repair`, or not at all."""
     for node in kind.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "repair_choices":
-            with suppress(ValueError):  # a name: those of the base and one more
+            with suppress(ValueError):  # not spelt out, as where a class adds to those of the base
                 return tuple(ast.literal_eval(node.value))
     return ()
 

@@ -86,7 +86,7 @@ class RunReport(Recorder, Teller):
             BadPlan: the checkpoint to resume from is of another model or tokenizer.
             SourceNotFound: it is missing or damaged.
             BadOption: several pruning callbacks, ranks read different text, or the format is not that of the base.
-            OutputNotWritable: a folder that the run will write holds what is not prunelit's, or the model it reads.
+            OutputNotWritable: a folder that the run will write holds what is not prunelit's, or what the run reads.
         """
         if stage != "fit" or self.report:
             return
