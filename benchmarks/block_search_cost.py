@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import yaml
 
-from prunelit import models
-from prunelit.blocks import Block, Goal, blocks_of, may_go
-from prunelit.callbacks import method_class
-from prunelit.decoder import Decoder
-from prunelit.evaluator import BlockEvaluator
-from prunelit.files import write_json
-from prunelit.measure import perplexity_of
-from prunelit.search import remove_blocks
-from prunelit.text import BUILTIN
-from prunelit.versions import versions
+from prunelit.calibration.metrics import perplexity_of
+from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
+from prunelit.callbacks.block_pruner.search import remove_blocks
+from prunelit.data import loading
+from prunelit.data.text import BUILTIN
+from prunelit.model.decoder import Decoder
+from prunelit.planning.block_sets import Block, Goal, blocks_of, may_go
+from prunelit.pruning.registry import method_class
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
@@ -47,8 +47,8 @@ def main() -> None:
     options = parser.parse_args()
 
     method = method_class("block_pruner")(count=options.count, windows=options.windows, seqlen=options.seqlen)
-    batches = method.batches_from(options.text, models.load_tokenizer(options.model))
-    decoder = Decoder(models.load(options.model, "float32").to(options.device))
+    batches = method.batches_from(options.text, loading.load_tokenizer(options.model))
+    decoder = Decoder(loading.load(options.model, "float32").to(options.device))
     full, *others = [
         measured(options, decoder, batches, search) for search in ("plain", *dict.fromkeys(options.search))
     ]

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 import yaml
 
-from prunelit import models
-from prunelit.callbacks import method_class
-from prunelit.files import write_json
-from prunelit.machine import peak_memory_mib
-from prunelit.text import BUILTIN
-from prunelit.versions import versions
+from prunelit.data import loading
+from prunelit.data.text import BUILTIN
+from prunelit.pruning.registry import method_class
+from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
@@ -74,8 +74,8 @@ def new(options: argparse.Namespace) -> Any:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     method = new(options)
-    batches = method.batches_from(BUILTIN, models.load_tokenizer(options.model))
-    return models.load(options.model, "float32"), method, batches
+    batches = method.batches_from(BUILTIN, loading.load_tokenizer(options.model))
+    return loading.load(options.model, "float32"), method, batches
 
 
 @torch.no_grad()

@@ -29,9 +29,10 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prunelit import measure, models, text
-from prunelit.files import write_json
-from prunelit.versions import versions
+from prunelit.calibration import metrics
+from prunelit.data import loading, text
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,8 +49,8 @@ def main() -> None:
     sys.path.append(options.peers)
 
     wanted = yaml.safe_load(options.config.read_text())
-    tokenizer = models.load_tokenizer(wanted["model"])
-    dense = models.load(wanted["model"], "float32")
+    tokenizer = loading.load_tokenizer(wanted["model"])
+    dense = loading.load(wanted["model"], "float32")
     given = wanted["calibration"]
     calibration = text.windows(
         [str(options.data / name) for name in given["text"]], tokenizer, given["seqlen"], given["windows"], seed=0
@@ -87,7 +88,7 @@ def main() -> None:
 
 
 def perplexities(network: nn.Module, windows: dict[str, Tensor]) -> dict[str, float]:
-    return {name: measure.perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
+    return {name: metrics.perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
 
 
 def block_parameters(network: Any) -> int:

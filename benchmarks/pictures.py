@@ -8,8 +8,8 @@ docs/images/kept.png and scores.png:
 import sys
 from pathlib import Path
 
-from prunelit.pictures import PICTURES, figure_of, png
-from prunelit.record import Record
+from prunelit.report.figures import PICTURES, figure_of, png
+from prunelit.report.record import Record
 
 
 def main(source: str, out: str, *names: str) -> None:

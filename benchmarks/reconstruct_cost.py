@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 
-from prunelit import models, reconstruct
-from prunelit.callbacks import method_class
-from prunelit.decoder import Decoder
-from prunelit.files import write_json
-from prunelit.machine import peak_memory_mib
-from prunelit.plan import PruningPlan
-from prunelit.text import BUILTIN
-from prunelit.versions import versions
+from prunelit.core.plan import PruningPlan
+from prunelit.data import loading
+from prunelit.data.text import BUILTIN
+from prunelit.model.decoder import Decoder
+from prunelit.pruning.registry import method_class
+from prunelit.repair import reconstruct
+from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 KINDS = ("load", "forward", "repair")
 
@@ -69,8 +70,8 @@ def main() -> None:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
     method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
-    batches = method.batches_from(BUILTIN, models.load_tokenizer(options.model))
-    model = models.load(options.model, "float32")
+    batches = method.batches_from(BUILTIN, loading.load_tokenizer(options.model))
+    model = loading.load(options.model, "float32")
     return model, method.plan(Decoder(model), ()), batches
 
 

@@ -24,11 +24,12 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit import model_source, models
-from prunelit.data import TextDataModule
-from prunelit.files import write_json
-from prunelit.machine import peak_memory_mib
-from prunelit.versions import versions
+from prunelit.data import loading as models
+from prunelit.data import sources
+from prunelit.recovery.datamodule import TextDataModule
+from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 SIDES = ("plain", "prunelit")
 RANK, ALPHA, RATE, WARMED = 8, 16, 5e-4, 2
@@ -105,7 +106,7 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(model_source.resolve(options.model), **loading)
+    model: Any = AutoModelForCausalLM.from_pretrained(sources.resolve(options.model), **loading)
     if options.base == "nf4":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
@@ -131,7 +132,7 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     """The same through RecoveryModule and a Trainer."""
     from lightning.pytorch import Callback, Trainer
 
-    from prunelit.recovery import RecoveryModule
+    from prunelit.recovery.module import RecoveryModule
 
     starts: list[float] = []
 

@@ -20,9 +20,10 @@ from typing import Any
 
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit import measure, models, text
-from prunelit.files import write_json
-from prunelit.versions import versions
+from prunelit.calibration import metrics
+from prunelit.data import loading, text
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
 
 CUT = ["--method", "flap", "--ratio", "0.3", "--scope", "global", "--align", "32", "--windows", "64", "--seqlen", "512"]
 TRAIN = ["wikitext2/raw_train_1mb.parquet", "books/novels.parquet"]
@@ -136,11 +137,11 @@ def prunelit(*arguments: str) -> None:
 
 def perplexities(source: str, data: Path) -> dict[str, float]:
     """In float32, whatever it was trained in."""
-    model, tokenizer = models.load(source, "float32"), models.load_tokenizer(source)
+    model, tokenizer = loading.load(source, "float32"), loading.load_tokenizer(source)
     found = {}
     for name, file in TEXTS.items():
         ids = text.windows([str(data / file)], tokenizer, 1024, WINDOWS[name])
-        found[name] = measure.perplexity(model, ids, 2, name)["perplexity"]
+        found[name] = metrics.perplexity(model, ids, 2, name)["perplexity"]
     return found
 
 

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from prunelit import models, text
-from prunelit.files import write_json
+from prunelit.data import loading, text
+from prunelit.runtime.text_files import write_json
 
 TRAIN = ["wikitext2/tok_train.parquet", "ptb/train.parquet", "books/novels.parquet"]
 INSTRUCTIONS = "alpaca/alpaca_random.jsonl.gz"
@@ -67,7 +67,7 @@ def train(data: Path, steps: int, folder: Path) -> None:
     words = [text.read(str(data / name)) for name in TRAIN]
     rows = text.table(str(data / INSTRUCTIONS))
     words.append("\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows))
-    tokenizer = models.load_tokenizer(QUICKSTART).train_new_from_iterator(
+    tokenizer = loading.load_tokenizer(QUICKSTART).train_new_from_iterator(
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096
     )
     windows = torch.cat(

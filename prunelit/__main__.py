@@ -4,9 +4,10 @@ import os
 import sys
 import traceback
 
-from prunelit import __version__, progress
-from prunelit.errors import PrunelitError, nearest
-from prunelit.report import method_card
+from prunelit import __version__
+from prunelit.cli import method_cards
+from prunelit.runtime import progress
+from prunelit.runtime.errors import PrunelitError, nearest
 
 VERBOSE = "--verbose"
 COMMANDS = {
@@ -78,15 +79,15 @@ def _run(arguments: list[str]) -> int:
     elif command == "--version":
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
-        sys.stdout.write(method_card.answer(rest) + "\n")
+        sys.stdout.write(method_cards.answer(rest) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
-        from prunelit.commands import plan_files
+        from prunelit.cli import plan_files
 
         return plan_files.run(rest)
     elif command in COMMANDS:
-        from prunelit import commands
+        from prunelit.cli import dispatch
 
-        return commands.run(command, rest)
+        return dispatch.run(command, rest)
     else:
         raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
     return 0

@@ -17,7 +17,7 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from prunelit.export import proof, reload  # noqa: E402
+from prunelit.export.proof import compare, reload  # noqa: E402
 from tests.tiny import DIVERSE, FAMILIES, tiny, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
@@ -48,7 +48,7 @@ def _seeds() -> None:
 def _proofs_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What commands ask of a new process, which takes seconds, is asked in this one; but for tests marked so."""
     if request.node.get_closest_marker("new_process") is None:
-        monkeypatch.setattr(proof, "in_new_process", reload.answer)
+        monkeypatch.setattr(compare, "in_new_process", reload.answer)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import torch
 
-from prunelit.calibrate import evaluating
+from prunelit.model.modes import evaluating
 
 
 def batches_for(model, padded=True):

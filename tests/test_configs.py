@@ -17,15 +17,15 @@ import pytest
 import torch
 import yaml
 
-from prunelit import rank
 from prunelit.__main__ import main
-from prunelit.callbacks import methods
-from prunelit.data import TextDataModule
-from prunelit.decoder import Decoder
-from prunelit.plan import ModelShape, PruningPlan
-from prunelit.rank import LayerScores
-from prunelit.recovery import RecoveryModule
-from prunelit.report.run import RunReport
+from prunelit.core.plan import ModelShape, PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.monitoring.run_report import RunReport
+from prunelit.planning import budget
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.registry import methods
+from prunelit.recovery.datamodule import TextDataModule
+from prunelit.recovery.module import RecoveryModule
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -272,7 +272,7 @@ def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape) -> No
     names = ("ratio", "scope", "unit", "align", "protect", "budget", "uniform_heads")
     options = {name: asked[name] for name in names} | {"min_kept": asked.get("min_kept") or 0.0}
     scores = [LayerScores(torch.rand(32), torch.rand(11008)) for _ in seven.layers]
-    kept = rank.select(seven.layers, scores, standardise=True, joint=True, **options)
+    kept = budget.select(seven.layers, scores, standardise=True, joint=True, **options)
     assert 0.2 <= PruningPlan("test", seven, kept).predicted["ratio_of_block_parameters"] < 0.21
 
 

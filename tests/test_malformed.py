@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from prunelit.__main__ import main
-from prunelit.decoder import Decoder
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model.decoder import Decoder
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 
 import prunelit
 from prunelit.__main__ import main
-from prunelit.calibrate import batched
-from prunelit.text import windows
+from prunelit.calibration.batches import batched
+from prunelit.data.text import windows
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from prunelit.decoder import Decoder
-from prunelit.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.model.decoder import Decoder
 
 VOCABULARY = 96
 # Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module. Of tests

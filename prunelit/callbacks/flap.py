@@ -9,7 +9,7 @@ dense model,
 For attention the metric is squared, as in the code. Per layer and kind the channels get mean 0 and deviation 1, and a
 head is the mean of its channels. `scope: global` is the paper's adaptive structure (AL-AM): heads and neurons of all
 layers in one list, a head counting as many neurons as it has parameters; `scope: layer` is its UL-UM. `repair: bias`,
-the default, is its compensation (`prunelit.bias`).
+the default, is its compensation (`prunelit.repair.bias`).
 
 Ours: a KV group is the mean of its heads; a plain variance (the code's differs by a constant factor, and leaves out the
 first batch); the budget is met from above, at least one KV group and `align` channels stay in every layer, and scope
@@ -26,13 +26,15 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from prunelit import bias, rank
-from prunelit.calibrate import Batch, Sums, observe
-from prunelit.callbacks.base import PruningCallback, Repair
-from prunelit.decoder import Decoder, Layer, weight_out_in
-from prunelit.errors import BadOption
-from prunelit.plan import PruningPlan
-from prunelit.rank import LayerScores
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.observe import Sums, observe
+from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.planning import budget
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback, Repair
+from prunelit.repair import bias
+from prunelit.runtime.errors import BadOption
 
 Metric = Literal["WIFV", "IFV", "WIFN"]
 
@@ -55,7 +57,7 @@ class FLAP(PruningCallback):
         self,
         ratio: float,
         metric: Metric = "WIFV",
-        scope: rank.Scope = "global",
+        scope: budget.Scope = "global",
         repair: Repair = "bias",
         **kwargs: Any,
     ):

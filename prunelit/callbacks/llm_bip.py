@@ -17,11 +17,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibrate import Batch, Point, Sums, observe
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder, Layer, weight_out_in
-from prunelit.errors import BadOption
-from prunelit.rank import LayerScores
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.observe import Point, Sums, observe
+from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime.errors import BadOption
 
 _POINTS: tuple[Point, ...] = ("heads", "attention_output", "residual", "up", "gate", "channels", "mlp_output")
 

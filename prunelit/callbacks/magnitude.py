@@ -8,10 +8,10 @@ projections; a head is the sum of its columns. No text is read.
 
 from collections.abc import Sequence
 
-from prunelit.calibrate import Batch
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder, weight_out_in
-from prunelit.rank import LayerScores
+from prunelit.calibration.batches import Batch
+from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback
 
 
 class Magnitude(PruningCallback):

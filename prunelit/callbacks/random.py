@@ -9,10 +9,10 @@ from collections.abc import Sequence
 
 import torch
 
-from prunelit.calibrate import Batch
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder
-from prunelit.rank import LayerScores
+from prunelit.calibration.batches import Batch
+from prunelit.model.decoder import Decoder
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback
 
 
 class Random(PruningCallback):

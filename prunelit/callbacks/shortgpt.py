@@ -17,11 +17,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from prunelit.blocks import NOT_READ, Block, Goal, blocks_of, may_go, without
-from prunelit.calibrate import Batch, Sums, observe
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder, Layer
-from prunelit.plan import PruningPlan
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.observe import Sums, observe
+from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder, Layer
+from prunelit.planning.block_sets import NOT_READ, Block, Goal, blocks_of, may_go, without
+from prunelit.pruning.callback import PruningCallback
 
 
 class ShortGPT(PruningCallback):

@@ -22,12 +22,12 @@ attention reads it from group h / (Q / G)); a row's bias is one of its elements;
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from prunelit import taylor_importance
-from prunelit.calibrate import Batch
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder
-from prunelit.errors import BadOption
-from prunelit.rank import LayerScores
+from prunelit.calibration import taylor
+from prunelit.calibration.batches import Batch
+from prunelit.model.decoder import Decoder
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime.errors import BadOption
 
 
 class Taylor(PruningCallback):
@@ -49,19 +49,17 @@ class Taylor(PruningCallback):
     def __init__(
         self,
         ratio: float,
-        form: taylor_importance.Form = "first",
+        form: taylor.Form = "first",
         layers_at_once: int | None = None,
         checkpointing: bool = False,
         **kwargs: Any,
     ):
         super().__init__(ratio, **kwargs)
-        if form not in get_args(taylor_importance.Form):
-            raise BadOption(f"form: expected one of {', '.join(get_args(taylor_importance.Form))}, got {form!r}")
+        if form not in get_args(taylor.Form):
+            raise BadOption(f"form: expected one of {', '.join(get_args(taylor.Form))}, got {form!r}")
         if layers_at_once is not None and layers_at_once < 1:
             raise BadOption(f"layers_at_once: expected a positive number of layers or null, got {layers_at_once!r}")
         self.form, self.layers_at_once, self.checkpointing = form, layers_at_once, checkpointing
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return taylor_importance.of_mean(
-            decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once
-        )
+        return taylor.of_mean(decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once)

@@ -22,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelit.bias import losses
-from prunelit.calibrate import Batch, Sums, all_sum, evaluating, observe, own_share
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder, Layer, weight_out_in
-from prunelit.errors import BadOption, NoCalibration
-from prunelit.plan import LayerPlan, PruningPlan
-from prunelit.rank import LayerScores
-from prunelit.stream import Stream
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.observe import Sums, observe
+from prunelit.calibration.partial_forward import Stream
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.modes import evaluating
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback
+from prunelit.repair.bias import losses
+from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.runtime.errors import BadOption, NoCalibration
 
 
 class WandaSp(PruningCallback):

@@ -5,9 +5,9 @@ from typing import Any
 
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
-from prunelit.numbers import number, perplexity_of
-from prunelit.page import parts
-from prunelit.page.parts import Completions, Notes, Part, Section, Table
+from prunelit.report.page import parts
+from prunelit.report.page.parts import Completions, Notes, Part, Section, Table
+from prunelit.runtime.format_numbers import number, perplexity_of
 
 Report = Mapping[str, Any]
 """The content of evaluate.json, see `prunelit.evaluation.run`."""

@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
-from prunelit import model_source, progress
-from prunelit.calibrate import on_device
-from prunelit.commands.options import place
-from prunelit.errors import PrunelitError
+from prunelit.data import sources
+from prunelit.data.loading import place
 from prunelit.evaluation.speed import Runner, Speed
 from prunelit.evaluation.subject import Subject
+from prunelit.model.modes import on_device
+from prunelit.runtime import progress
+from prunelit.runtime.errors import PrunelitError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -40,7 +41,7 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         with (
-            progress.stage(f"peak memory of {model_source.short_name(subject.source)}"),
+            progress.stage(f"peak memory of {sources.short_name(subject.source)}"),
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         ):
             return pool.submit(_peak, subject, wanted, threads).result()

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from prunelit.evaluation.markdown import Report, sections
-from prunelit.numbers import number, perplexity_of, short
-from prunelit.page import html
-from prunelit.page.parts import Fact, Page
+from prunelit.report.page import html
+from prunelit.report.page.parts import Fact, Page
+from prunelit.runtime.format_numbers import number, perplexity_of, short
 
 
 def page_of(report: Report) -> str:

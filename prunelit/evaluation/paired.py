@@ -9,7 +9,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from prunelit.errors import BadOption
+from prunelit.runtime.errors import BadOption
 
 INTERVAL = "normal, paired by item"
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from prunelit import measure, text
-from prunelit.calibrate import TOKENS_PER_BATCH
-from prunelit.cells import Measured
-from prunelit.errors import BadOption, NonFinite
+from prunelit.calibration import metrics
+from prunelit.calibration.batches import TOKENS_PER_BATCH
+from prunelit.data import text
+from prunelit.data.eval_texts import Measured
+from prunelit.runtime.errors import BadOption, NonFinite
 
 OF_A_TABLE = ("sequence_length", "stride", "dtype", "mean")
 """What numbers that stand beside each other must have in common; texts are columns, and have their own windows."""
@@ -54,7 +55,7 @@ def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: st
         NonFinite: the loss is NaN or infinite.
     """
     batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    found: dict[str, Any] = measure.perplexity(network, windows, batch_size, what, stride)
+    found: dict[str, Any] = metrics.perplexity(network, windows, batch_size, what, stride)
     if not math.isfinite(found["nll"]):
         raise NonFinite(
             f"{what}: expected a finite loss, got {found['nll']}; activations overflow, try --dtype float32"
@@ -64,7 +65,7 @@ def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: st
 
 def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
     """What must stand beside a perplexity for it to be comparable; the source names the split."""
-    found = measure.protocol(sources, windows, dtype, stride)
+    found = metrics.protocol(sources, windows, dtype, stride)
     return found | {"fingerprint": text.fingerprint(windows)}
 
 

@@ -19,22 +19,26 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prunelit import export, measure, model_source, models, samples, text
-from prunelit.calibrate import on_device
-from prunelit.commands.options import Dtype, listed, place
-from prunelit.errors import BadOption
-from prunelit.evaluation import memory, perplexities, speed, tasks, zero_shot
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.calibration.fingerprints import model_fingerprint, tokenizer_fingerprint
+from prunelit.calibration.result_cache import Kept
+from prunelit.data import loading, sources, text
+from prunelit.data.loading import place
+from prunelit.data.option_types import Dtype, listed
+from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
 from prunelit.evaluation.markdown import markdown
 from prunelit.evaluation.page import page_of
 from prunelit.evaluation.perplexities import Text
+from prunelit.evaluation.request import Wanted, of_tasks, of_texts
+from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
-from prunelit.evaluation.wanted import Wanted, of_tasks, of_texts
-from prunelit.files import write_json, write_text
-from prunelit.kept import Kept, model_fingerprint, tokenizer_fingerprint
-from prunelit.machine import hardware
-from prunelit.samples import Samples
-from prunelit.versions import versions
+from prunelit.model.modes import on_device
+from prunelit.runtime.environment import hardware
+from prunelit.runtime.errors import BadOption
+from prunelit.runtime.text_files import write_json, write_text
+from prunelit.runtime.versions import versions
 
 _log = logging.getLogger("prunelit")
 _FORMAT = "prunelit-evaluation/1"
@@ -130,10 +134,10 @@ class Evaluation:
         self.subjects, self.wanted, self.kept = subjects, wanted, kept
         for name, given in wanted.texts.items():
             for subject in subjects.values():
-                model_source.check_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
+                sources.check_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
         _check_one_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
         self.device = place(next(iter(subjects.values())).device)
-        self.tokenizers = {who: models.load_tokenizer(subject.source) for who, subject in subjects.items()}
+        self.tokenizers = {who: loading.load_tokenizer(subject.source) for who, subject in subjects.items()}
         if wanted.samples:
             for tokenizer in self.tokenizers.values():
                 wanted.samples.check(tokenizer)
@@ -198,7 +202,7 @@ class Evaluation:
         return found
 
     def _alone(self, who: str, network: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {"size": measure.size(network)}
+        found: dict[str, Any] = {"size": metrics.size(network)}
         found["texts"] = {name: self._one_text(who, name, network) for name in self.wanted.texts}
         engine: list[zero_shot.ZeroShot] = []  # made when the first task is not kept
 

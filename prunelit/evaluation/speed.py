@@ -5,7 +5,7 @@ with its KV cache; the next round goes through the models backwards. A ratio is 
 round, so what else the machine does meanwhile falls on both; its median and quartiles over the rounds are reported.
 
 The promise is the ratio of multiply-accumulates for prefill, and of the bytes that one step reads for decode: weights
-once, and the KV cache of every sequence. The multiply-accumulates are those with weights, see `prunelit.measure.size`.
+once, and the KV cache of every sequence. The multiply-accumulates are those with weights, see `prunelit.calibration.metrics.size`.
 """
 
 import copy
@@ -18,12 +18,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit import clock, measure
-from prunelit.calibrate import evaluating
-from prunelit.decoder import Decoder
-from prunelit.errors import BadOption
-from prunelit.positions import limit_of
-from prunelit.progress import stage
+from prunelit.calibration import metrics
+from prunelit.model.context_length import limit_of
+from prunelit.model.decoder import Decoder
+from prunelit.model.modes import evaluating
+from prunelit.runtime import timing
+from prunelit.runtime.errors import BadOption
+from prunelit.runtime.progress import stage
 
 RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
 _HALF = 0.5  # of the promised gain; less is "removed but not faster"
@@ -111,9 +112,9 @@ class Runner:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds until the first token of a prompt, and seconds of all new tokens after the context."""
-        first = clock.seconds(lambda: self.read(self.wanted.prompt)[0].tolist(), self.device)
+        first = timing.seconds(lambda: self.read(self.wanted.prompt)[0].tolist(), self.device)
         cache = copy.deepcopy(self.context)
-        return first, clock.seconds(lambda: self.generate(cache), self.device)
+        return first, timing.seconds(lambda: self.generate(cache), self.device)
 
     def kv_bytes(self) -> int:
         """Bytes of the cache's tensors after the context."""
@@ -137,12 +138,12 @@ def measured(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict
     """
     with stage("reading the context"):
         runners = {name: Runner(network, wanted) for name, network in networks.items()}
-    taken = clock.in_turn([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
+    taken = timing.in_turn([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
     found = {}
     for (name, runner), rounds in zip(runners.items(), taken, strict=True):
         prefill, decode = ([pair[place] for pair in rounds] for place in (0, 1))
         first, step = statistics.median(prefill), statistics.median(decode) / wanted.new_tokens
-        size = measure.size(runner.network)
+        size = metrics.size(runner.network)
         found[name] = {
             "prefill_seconds": prefill,
             "decode_seconds": decode,

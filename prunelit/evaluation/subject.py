@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from prunelit import adapters, model_source
-from prunelit.commands.options import Dtype, load_on, place
-from prunelit.decoder import Decoder
-from prunelit.skeleton import settings
+from prunelit.data import sources
+from prunelit.data.loading import load_on, place
+from prunelit.data.option_types import Dtype
+from prunelit.model.decoder import Decoder
+from prunelit.model.folder import settings
+from prunelit.recovery import adapter_files
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,16 @@ class Subject:
             SourceNotFound: no such model; BadAdapter: no such adapter, or one of other shapes; BadOption: no such
                 device.
         """
-        model_source.check_source(self.source)
+        sources.check_source(self.source)
         place(self.device)
         if self.adapter is not None:
-            adapters.check(self.adapter, self.source)
+            adapter_files.check(self.adapter, self.source)
 
     def expected_dtype(self) -> str | None:
         """The dtype that the model will have, from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
-        content = settings(model_source.resolve(self.source))
+        content = settings(sources.resolve(self.source))
         found = str(content.get("dtype") or content.get("torch_dtype") or "")
         return (
             "float32" if found == "float16" and place(self.device).type == "cpu" else found or None
@@ -57,6 +59,6 @@ class Subject:
         """
         network = load_on(self.source, self.dtype, self.device)
         if self.adapter is not None:
-            network = adapters.merge_onto(network, self.adapter)
+            network = adapter_files.merge_onto(network, self.adapter)
         Decoder(network).check_finite()
         return network

@@ -15,9 +15,9 @@ from typing import Any
 
 import yaml
 
-from prunelit import model_source
-from prunelit.errors import BadOption, SourceNotFound, nearest
-from prunelit.files import write_text
+from prunelit.data import sources
+from prunelit.runtime.errors import BadOption, SourceNotFound, nearest
+from prunelit.runtime.text_files import write_text
 
 _ENDINGS = (".jsonl.gz", ".jsonl")
 Row = Mapping[str, Any]
@@ -212,7 +212,7 @@ def require_online(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            model_source.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
+            sources.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
         except SourceNotFound as error:
             raise SourceNotFound(f"task {name!r}: {error}") from error
 

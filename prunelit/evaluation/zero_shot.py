@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from prunelit.errors import SourceNotFound
+from prunelit.calibration.fingerprints import digest
+from prunelit.data.text import first_line, quiet_datasets
 from prunelit.evaluation import paired
-from prunelit.kept import digest
-from prunelit.progress import stage
-from prunelit.text import first_line, quiet_datasets
+from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.progress import stage
 
 METRICS = ("acc", "acc_norm")
 AVERAGES = {

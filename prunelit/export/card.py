@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
+from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import Format, Job, Written
-from prunelit.plan import PruningPlan
 
 CARD = "README.md"
 _SIZES = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunelit.errors import BadOption, nearest
-from prunelit.plan import PruningPlan
+from prunelit.core.plan import PruningPlan
+from prunelit.runtime.errors import BadOption, nearest
 
 # One module of this package each; imported when it is used.
 FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")

@@ -1,4 +1,4 @@
-"""int4: 4-bit groups in a layout that transformers reads without a package for quantisation (`prunelit.int4_folder`).
+"""int4: 4-bit groups in a layout that transformers reads without a package for quantisation (`prunelit.quantization.int4_folder`).
 
 A model in 4 bits is written with the very codes, scales and zeros that it has; no linear is unpacked. Under which
 class, and with which modelling file, is decided as for plain weights.
@@ -9,16 +9,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prunelit import int4_folder, measure, twin
-from prunelit.architectures import architecture_of
-from prunelit.errors import BadQuantisation, DoesNotFit
-from prunelit.export import hetero, proof, uniform
+from prunelit.calibration import metrics
+from prunelit.core.architectures import architecture_of
+from prunelit.export import hetero, uniform
 from prunelit.export.formats import Format, Job
-from prunelit.hetero import find
-from prunelit.int4 import Int4Linear
-from prunelit.linears import decoder_linears, quantised_as
-from prunelit.quiet import quiet
-from prunelit.skeleton import settings
+from prunelit.export.proof import compare
+from prunelit.model.folder import settings
+from prunelit.model.per_layer import find
+from prunelit.model.quiet import quiet
+from prunelit.quantization import int4_folder, views
+from prunelit.quantization.int4 import Int4Linear
+from prunelit.quantization.linears import decoder_linears, quantised_as
+from prunelit.runtime.errors import BadQuantisation, DoesNotFit
 
 _EXACT = 1e-4  # relative; sums over added channels are rounded in another order
 _HALF = (
@@ -36,7 +38,7 @@ def write(job: Job) -> dict[str, Any]:
         DoesNotFit: the model is not in 4 bits, or no group size fits its widths.
     """
     model, size = job.model, _group_size(job.model)
-    wide = twin.plain(model, size)
+    wide = views.plain(model, size)
     stock = uniform.stock_model(wide)
     shell = hetero.per_layer_model(wide) if stock is None else stock
     weights, facts = _weights(model, wide, size)
@@ -59,7 +61,7 @@ def write(job: Job) -> dict[str, Any]:
     note = f"INT4 in groups of {size}, {facts['bytes_per_weight']:.3g} bytes for each weight of the layers' linears"
     if facts["added_channels"]:
         note += f"; up to {facts['added_channels']} FFN channels of zeros were added to fill the groups of a layer"
-    return {"note": note, "size": measure.size(wide), "group_size": size, **facts}
+    return {"note": note, "size": metrics.size(wide), "group_size": size, **facts}
 
 
 def check(model: Any, tokenizer: Any) -> None:
@@ -71,7 +73,7 @@ def _group_size(model: Any) -> int:
     if quantised_as(model) != "int4":
         raise DoesNotFit(
             "format 'int4': expected linears in 4 bits, got plain ones; quantise first: "
-            "prunelit.quantize.quantize(model, 'int4'), or `python -m prunelit export --format int4`"
+            "prunelit.quantization.quantize.quantize(model, 'int4'), or `python -m prunelit export --format int4`"
         )
     try:
         return int4_folder.group_size(model)
@@ -105,7 +107,7 @@ def prove(job: Job) -> dict[str, Any]:
     dtype = next(p.dtype for p in job.model.parameters() if p.is_floating_point())
     config = settings(job.place)
     tolerance = _EXACT if dtype == torch.float32 else _HALF * torch.finfo(dtype).eps
-    return proof.prove(job, "auto_map" in config, placed=True, tolerance=tolerance)
+    return compare.prove(job, "auto_map" in config, placed=True, tolerance=tolerance)
 
 
 _LOADS = """\

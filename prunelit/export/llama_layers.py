@@ -12,11 +12,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.architectures import PRUNED
-from prunelit.decoder import Decoder, Layer
-from prunelit.errors import DoesNotFit
-from prunelit.hetero import find
-from prunelit.serving import LLAMA_LAYERS
+from prunelit.core.architectures import PRUNED
+from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.per_layer import find
+from prunelit.planning.serving import LLAMA_LAYERS
+from prunelit.runtime.errors import DoesNotFit
 
 _ROPES = ("default", "linear", "llama3")
 

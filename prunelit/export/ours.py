@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from prunelit.export.proof import PROOF
-from prunelit.plan import FORMAT
+from prunelit.core.plan import FORMAT
+from prunelit.export.proof.compare import PROOF
 
 _ADAPTER = "adapter_config.json"
 _OLDER = ({"config.json", "report.json"}, {_ADAPTER})

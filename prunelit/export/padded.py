@@ -14,14 +14,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit import measure, twin
-from prunelit.decoder import Decoder, Layer, is_conv1d
-from prunelit.errors import DeclarationMismatch, DoesNotFit
-from prunelit.export.folder import write_as
+from prunelit.calibration import metrics
 from prunelit.export.formats import Format, Job
-from prunelit.export.proof import prove
+from prunelit.export.model_files import write_as
+from prunelit.export.proof.compare import prove
 from prunelit.export.uniform import LOADS, Widths, built, candidates
-from prunelit.hetero import find
+from prunelit.model import copies
+from prunelit.model.decoder import Decoder, Layer, is_conv1d
+from prunelit.model.per_layer import find
+from prunelit.runtime.errors import DeclarationMismatch, DoesNotFit
 
 
 def write(job: Job) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def write(job: Job) -> dict[str, Any]:
     """
     shell, weights = _stock(job.model)
     write_as(shell, job, weights)
-    size, cut = measure.size(shell), measure.size(job.model)
+    size, cut = metrics.size(shell), metrics.size(job.model)
     facts: dict[str, Any] = {"size": size, "cut_size": cut}
     note = f"padded: {size['parameters']:,} parameters, {size['parameters'] - cut['parameters']:,} of them zeros again"
     if job.plan is not None:
@@ -185,7 +186,7 @@ def _scattered(x: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
 
 def check(model: nn.Module, tokenizer: Any) -> None:
     """As `write`, without writing; the zeros take no memory."""
-    _stock(twin.without_memory(model))
+    _stock(copies.without_memory(model))
 
 
 FORMAT = Format("padded", LOADS, write, partial(prove, same_shapes=False), check=check)

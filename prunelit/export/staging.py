@@ -11,9 +11,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunelit.errors import OutputNotWritable
 from prunelit.export.ours import is_ours
-from prunelit.whole import abandoned, beside
+from prunelit.runtime.errors import OutputNotWritable
+from prunelit.runtime.torch_files import abandoned, beside
 
 _OLD = ".old"
 

@@ -8,14 +8,14 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from prunelit.architectures import PRUNED
-from prunelit.decoder import Decoder
-from prunelit.errors import DoesNotFit
-from prunelit.export.folder import write_as
+from prunelit.core.architectures import PRUNED
+from prunelit.core.plan import LayerShape
 from prunelit.export.formats import Format, Job
-from prunelit.export.proof import prove
-from prunelit.hetero import ADDED_BIASES
-from prunelit.plan import LayerShape
+from prunelit.export.model_files import write_as
+from prunelit.export.proof.compare import prove
+from prunelit.model.decoder import Decoder
+from prunelit.model.per_layer import ADDED_BIASES
+from prunelit.runtime.errors import DoesNotFit
 
 # What configs and models raise on widths that they can not have.
 _REFUSED = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)

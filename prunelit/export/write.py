@@ -12,15 +12,16 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from prunelit import measure, streamed
-from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
+from prunelit.calibration import metrics
+from prunelit.core.plan import PruningPlan
+from prunelit.data import offloaded
 from prunelit.export import staging
 from prunelit.export.card import CARD, card
 from prunelit.export.formats import AUTO, Format, Job, Written, format_of
-from prunelit.export.proof import PROOF
-from prunelit.linears import quantised_as
-from prunelit.plan import PruningPlan
-from prunelit.progress import stage
+from prunelit.export.proof.compare import PROOF
+from prunelit.quantization.linears import quantised_as
+from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
+from prunelit.runtime.progress import stage
 
 _log = logging.getLogger("prunelit")
 _UNPROVED = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
@@ -144,14 +145,14 @@ def write_model(
         DoesNotFit: the format can not hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
-    check_request(target, format, kind, overwrite, max_shard_size, unproved, streamed.is_streamed(model))
+    check_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
     tried = AUTO if format == "auto" else (format,)
     if base := quantised_as(model):
         if base == "int4" and format == "auto":
             tried = ("int4",)
         elif base != format:
             raise DoesNotFit(
-                f"format {format!r}: expected plain linears, got {base}; prunelit.quantize.dequantised first"
+                f"format {format!r}: expected plain linears, got {base}; prunelit.quantization.quantize.dequantised first"
             )
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
@@ -203,8 +204,8 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any], 
     dense = None
     if job.plan is not None:
         element = next(job.model.parameters()).element_size()
-        dense = measure.dense_size(replace(job.plan.model, bytes_per_element=element))
-    written = Written(chosen.name, target, proof, facts.get("size") or measure.size(job.model), dense, facts)
+        dense = metrics.dense_size(replace(job.plan.model, bytes_per_element=element))
+    written = Written(chosen.name, target, proof, facts.get("size") or metrics.size(job.model), dense, facts)
     name = f"{target.stem}.{PROOF}" if file else PROOF
     (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     if not file:

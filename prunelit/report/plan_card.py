@@ -5,10 +5,10 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from prunelit.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.plan_diff import Difference
-from prunelit.plan_json import spans
-from prunelit.serving import notes, serving
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.core.plan_diff import Difference
+from prunelit.core.plan_json import spans
+from prunelit.planning.serving import notes, serving
 
 _TOTALS = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 

@@ -1,6 +1,6 @@
 """report.html of a run that cut a model: drawn from its `Record` and nothing else, so it can be drawn again.
 
-from prunelit.record import Record
+from prunelit.report.record import Record
 from prunelit.report.run_page import page_of
 record = Record.from_json(Path("runs/quickstart/record.json").read_text())
 Path("again.html").write_text(page_of(record))
@@ -10,16 +10,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from prunelit.files import write_text
-from prunelit.numbers import duration, number, percent, short
-from prunelit.page import html
-from prunelit.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
-from prunelit.page.summary import summary_of
-from prunelit.pictures import PICTURES, figure_of
-from prunelit.plan import PruningPlan
-from prunelit.record import STATES, Record
+from prunelit.core.plan import PruningPlan
+from prunelit.planning.serving import notes, serving
+from prunelit.report.figures import PICTURES, figure_of
+from prunelit.report.page import html
+from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
+from prunelit.report.page.summary import summary_of
 from prunelit.report.plan_card import layer_rows
-from prunelit.serving import notes, serving
+from prunelit.report.record import STATES, Record
+from prunelit.runtime.format_numbers import duration, number, percent, short
+from prunelit.runtime.text_files import write_text
 
 _ROWS = {
     "perplexity": "perplexity",

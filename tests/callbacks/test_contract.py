@@ -10,12 +10,12 @@ import pytest
 import torch
 import yaml
 
-from prunelit import measure
-from prunelit.callbacks import method_class, methods
-from prunelit.callbacks.base import PruningCallback
-from prunelit.decoder import Decoder
-from prunelit.errors import NonFinite
-from prunelit.plan import PruningPlan
+from prunelit.calibration import metrics
+from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.registry import method_class, methods
+from prunelit.runtime.errors import NonFinite
 from tests.tiny import DIVERSE, FAMILIES, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -85,7 +85,7 @@ def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     model = tiny(family)
     plan = pruned(name, model, scope=scope)
     assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.45
-    found = measure.size(model)
+    found = metrics.size(model)
     assert found == {key: plan.predicted[key] for key in found}
     assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from prunelit import surgery
-from prunelit.architectures import ARCHITECTURES
 from prunelit.callbacks.llm_bip import LLMBIP, lipschitz
-from prunelit.decoder import Decoder, weight_out_in
-from prunelit.errors import BadOption
+from prunelit.core.architectures import ARCHITECTURES
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.runtime.errors import BadOption
 from tests.observed import rows_at
 from tests.tiny import FAMILIES, cut, tiny
 

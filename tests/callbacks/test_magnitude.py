@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from prunelit import surgery
 from prunelit.callbacks.magnitude import Magnitude
-from prunelit.decoder import Decoder
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
 from tests.tiny import cut, tiny
 
 # family: list of layers, output projection of attention, last linear of the FFN; True where weights are [in, out]

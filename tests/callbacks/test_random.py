@@ -3,7 +3,7 @@
 import torch
 
 from prunelit.callbacks.random import Random
-from prunelit.decoder import Decoder
+from prunelit.model.decoder import Decoder
 from tests.tiny import tiny
 
 

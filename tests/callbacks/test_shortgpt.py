@@ -8,10 +8,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit import measure, surgery
+from prunelit.calibration import metrics
 from prunelit.callbacks.shortgpt import ShortGPT
-from prunelit.decoder import Decoder
-from prunelit.errors import BadOption, InfeasibleBudget
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.runtime.errors import BadOption, InfeasibleBudget
 from tests.callbacks.test_llm_bip import batches_for
 from tests.tiny import FAMILIES, cut, tiny
 
@@ -113,7 +114,7 @@ def test_what_can_not_be_met_is_refused_and_nothing_is_cut(options):
     model = tiny("llama")
     with pytest.raises(InfeasibleBudget, match="expected at most"):
         ShortGPT(**options).prune(model, batches_for(model))
-    assert measure.size(model) == measure.size(tiny("llama"))
+    assert metrics.size(model) == metrics.size(tiny("llama"))
 
 
 @pytest.mark.parametrize("kind", ["attention", "mlp"])

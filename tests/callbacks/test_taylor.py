@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from prunelit import surgery
 from prunelit.callbacks.taylor import Taylor
-from prunelit.decoder import Decoder
-from prunelit.errors import BadOption
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.runtime.errors import BadOption
 from tests.tiny import cut, tiny
 
 IDS = torch.randint(3, 96, (4, 8), generator=torch.Generator().manual_seed(1))

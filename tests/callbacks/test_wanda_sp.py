@@ -5,11 +5,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit import surgery
 from prunelit.callbacks.wanda_sp import WandaSp
-from prunelit.decoder import Decoder, weight_out_in
-from prunelit.errors import BadOption, InfeasibleBudget, NoCalibration
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration
 from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
 

@@ -26,7 +26,8 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same model with layers cut to different widths and blocks removed."""
-    from prunelit import export, surgery
+    from prunelit import export
+    from prunelit.model import surgery
 
     folder = tmp_path_factory.mktemp("evaluation") / "smaller"
     tokenizer = tiny_tokenizer()

@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
-from prunelit.errors import BadOption
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.markdown import markdown, perplexity_table
-from prunelit.page.parts import Notes, Table
+from prunelit.report.page.parts import Notes, Table
+from prunelit.runtime.errors import BadOption
 from tests.tiny import tokens
 
 

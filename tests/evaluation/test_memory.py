@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from prunelit.errors import PrunelitError
 from prunelit.evaluation import memory
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
+from prunelit.runtime.errors import PrunelitError
 
 
 @pytest.mark.slow

@@ -5,8 +5,8 @@ import random
 
 import pytest
 
-from prunelit.errors import BadOption
 from prunelit.evaluation.paired import average, difference
+from prunelit.runtime.errors import BadOption
 
 
 def test_by_hand() -> None:

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from prunelit.errors import BadOption, NonFinite
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.perplexities import Text
+from prunelit.runtime.errors import BadOption, NonFinite
 from tests.tiny import tiny, tokens
 
 

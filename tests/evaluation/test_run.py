@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from prunelit import models, samples
-from prunelit.errors import BadAdapter, BadOption, NonFinite, PrunelitError
-from prunelit.evaluation import memory, perplexities, run, speed, zero_shot
+from prunelit.data import loading
+from prunelit.evaluation import memory, perplexities, run, samples, speed, zero_shot
 from prunelit.evaluation.run import evaluate
 from prunelit.evaluation.speed import Speed
+from prunelit.runtime.errors import BadAdapter, BadOption, NonFinite, PrunelitError
 from tests.evaluation.rows import rows, write
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -146,9 +146,9 @@ def test_another_protocol_or_file_is_measured_anew(dense: str, data: Path, tmp_p
 
 
 def test_an_adapter_is_merged(dense: str, data: Path, tmp_path: Path) -> None:
-    from prunelit import lora
+    from prunelit.recovery import lora
 
-    adapted = lora.add_lora(models.load(dense), 2, 4, 0.0)
+    adapted = lora.add_lora(loading.load(dense), 2, 4, 0.0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -166,9 +166,9 @@ def test_an_adapter_is_merged(dense: str, data: Path, tmp_path: Path) -> None:
 
 
 def test_an_adapter_of_another_model_is_refused(dense: str, smaller: str, data: Path, tmp_path: Path) -> None:
-    from prunelit import lora
+    from prunelit.recovery import lora
 
-    lora.add_lora(models.load(dense), 2, 4, 0.0).save_pretrained(tmp_path / "adapter")
+    lora.add_lora(loading.load(dense), 2, 4, 0.0).save_pretrained(tmp_path / "adapter")
     options = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
     with pytest.raises(BadAdapter, match="it was made for another cut") as error:
         evaluate(smaller, adapter=str(tmp_path / "adapter"), **options)
@@ -198,7 +198,7 @@ def test_an_adapter_of_another_model_is_refused(dense: str, smaller: str, data: 
 def test_bad_input_is_said_before_a_model_is_loaded(
     wrong: dict[str, Any], said: str, dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(PrunelitError, match=said) as error:
         evaluate(dense, out=str(tmp_path / "out"), **everything(data, **wrong))
     assert "\n" not in str(error.value)
@@ -225,10 +225,10 @@ def test_models_in_two_dtypes_do_not_compare(
     dense: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for dtype, folder in (("bfloat16", "half"), ("float16", "narrow")):
-        models.load(dense, dtype).save_pretrained(tmp_path / folder)
+        loading.load(dense, dtype).save_pretrained(tmp_path / folder)
         tiny_tokenizer().save_pretrained(tmp_path / folder)
     texts = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
     assert evaluate(str(tmp_path / "narrow"), dense, device="cpu", **texts)["perplexity"]["a"]["against"]
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BadOption, match="one dtype, got bfloat16 and float32; pass --dtype"):
         evaluate(str(tmp_path / "half"), dense, **everything(data, speed=False))

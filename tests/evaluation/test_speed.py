@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from prunelit import surgery
-from prunelit.errors import BadOption
 from prunelit.evaluation import speed
 from prunelit.evaluation.speed import Runner, Speed
+from prunelit.model import surgery
+from prunelit.runtime.errors import BadOption
 from tests.tiny import FAMILIES, cut, tiny
 
 SMALL = Speed(prompt=6, new_tokens=3, context=5, batch=2, repeats=3)

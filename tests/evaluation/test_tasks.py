@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from prunelit import model_source
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.data import sources
 from prunelit.evaluation import tasks
 from prunelit.evaluation.tasks import TASKS
+from prunelit.runtime.errors import BadOption, SourceNotFound
 from tests.evaluation.rows import rows, write
 
 _OF_ROWS = ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", "validation_split", "test_split")
@@ -156,7 +156,7 @@ def test_without_a_network_the_way_to_local_files(monkeypatch: pytest.MonkeyPatc
         asked.append(name)
         raise SourceNotFound(f"{what} {name!r}: not there; pass {instead}")
 
-    monkeypatch.setattr(model_source, "require_hub", nowhere)
+    monkeypatch.setattr(sources, "require_hub", nowhere)
     with pytest.raises(SourceNotFound, match=r"task 'piqa': .*--tasks_folder DIR"):
         tasks.require_online(["piqa"])
     assert asked == ["baber/piqa"]

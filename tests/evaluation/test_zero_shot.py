@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from prunelit import models
-from prunelit.errors import BadOption, SourceNotFound
+from prunelit.data import loading
 from prunelit.evaluation import tasks, zero_shot
+from prunelit.runtime.errors import BadOption, SourceNotFound
 from tests.evaluation.rows import rows, write
 
 NAMES = ("piqa", "hellaswag", "boolq")
@@ -22,7 +22,7 @@ def definitions(tmp_path: Path) -> dict[str, str]:
 
 
 def run(source: str, definitions: dict[str, str], limit: int | None = None, batch_size: int = 4) -> dict[str, Any]:
-    engine = zero_shot.ZeroShot(models.load(source), models.load_tokenizer(source), batch_size)
+    engine = zero_shot.ZeroShot(loading.load(source), loading.load_tokenizer(source), batch_size)
     return {name: engine.run(name, definition, limit) for name, definition in definitions.items()}
 
 

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelit import bias
-from prunelit.decoder import Decoder
-from prunelit.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.repair import bias
 from tests.tiny import keep, tokens
 
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from prunelit import models, surgery
-from prunelit.decoder import Decoder
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.data import loading
 from prunelit.export import save, write_model
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
 from tests.export.alike import plan_with
 from tests.tiny import cut, keep, tiny
 
@@ -102,11 +103,11 @@ def test_license_and_base_are_taken_over_from_the_sources_card(tmp_path: Path) -
     tiny("llama").save_pretrained(tmp_path / "source")
     head = "---\nlicense: mit\nlanguage: [en, de]\nbase_model: owner/name\nmodel_name: x\n---\n"
     (tmp_path / "source" / "README.md").write_text(head)
-    save(models.load(tmp_path / "source"), tmp_path / "m")
+    save(loading.load(tmp_path / "source"), tmp_path / "m")
     found = front_matter(tmp_path / "m")
     assert (found["license"], found["language"], found["base_model"]) == ("mit", ["en", "de"], "owner/name")
     assert "model_name" not in found
-    save(models.load(tmp_path / "m"), tmp_path / "again")
+    save(loading.load(tmp_path / "m"), tmp_path / "again")
     assert front_matter(tmp_path / "again") == found
 
 
@@ -114,7 +115,7 @@ def test_license_and_base_are_taken_over_from_the_sources_card(tmp_path: Path) -
 def test_a_damaged_card_of_the_source_is_no_obstacle(card: str, tmp_path: Path) -> None:
     tiny("llama").save_pretrained(tmp_path / "source")
     (tmp_path / "source" / "README.md").write_bytes(card.encode("latin-1"))
-    save(models.load(tmp_path / "source"), tmp_path / "m")
+    save(loading.load(tmp_path / "source"), tmp_path / "m")
     assert "license" not in front_matter(tmp_path / "m") and "base_model" not in front_matter(tmp_path / "m")
 
 

@@ -8,12 +8,13 @@ import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from prunelit import models, surgery
-from prunelit.commands import export
+from prunelit.cli import export
+from prunelit.core.plan import PruningPlan
+from prunelit.data import loading
 from prunelit.export import save
-from prunelit.plan import PruningPlan
+from prunelit.model import surgery
+from tests.cli.test_fit import call, refused
 from tests.export.alike import assert_equal, logits
-from tests.test_cli import call, refused
 from tests.tiny import cut, tiny, tiny_tokenizer
 
 
@@ -35,7 +36,7 @@ def test_a_dense_model(capsys: pytest.CaptureFixture[str], source: str, tmp_path
     assert code == 0, err
     assert "largest difference of logits 0" in said and f"{tmp_path / 'm'}/: uniform model" in said
     assert json.loads((tmp_path / "m" / "proof.json").read_text())["passed"]
-    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), models.load(source))
+    assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "m"), loading.load(source))
 
 
 @pytest.mark.parametrize("format", ["auto", "hetero", "padded"])
@@ -48,7 +49,7 @@ def test_a_cut_model(capsys: pytest.CaptureFixture[str], hetero: Path, format: s
     assert GenerationConfig.from_pretrained(out).max_new_tokens == 5
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=format != "padded")
     assert tokenizer.chat_template == "{{ messages[0]['content'] }}"
-    found, expected = logits(models.load(out)), logits(models.load(hetero))
+    found, expected = logits(loading.load(out)), logits(loading.load(hetero))
     assert (found - expected).abs().max() <= (2e-6 if format == "padded" else 0)
     if format == "padded":
         assert "of the saving is given up" in err
@@ -87,7 +88,7 @@ def test_one_line_and_code_2_before_loading(
     more: list[str],
     wanted: list[str],
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *a: pytest.fail("the model was loaded"))
     refused(call(capsys, "export", "--model", source, "--out", str(tmp_path / "m"), *more), *wanted)
     assert not (tmp_path / "m").exists()
 
@@ -98,7 +99,7 @@ def test_a_folder_that_is_not_empty(
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "thesis.txt").write_text("x")
     with monkeypatch.context() as patch:
-        patch.setattr(models, "load", lambda *a: pytest.fail("the model was loaded"))
+        patch.setattr(loading, "load", lambda *a: pytest.fail("the model was loaded"))
         refused(call(capsys, "export", "--model", source, "--out", str(tmp_path / "m")), "--overwrite")
         again = call(capsys, "export", "--model", source, "--out", str(tmp_path / "m"), "--overwrite", "true")
         refused(again, "expected an empty folder or one that prunelit wrote", "choose another path")

@@ -8,16 +8,17 @@ import pytest
 import torch
 
 import prunelit
-from prunelit import int4, quantize, surgery
-from prunelit.decoder import Decoder
-from prunelit.errors import DoesNotFit, NotProved
+from prunelit.core.plan import PruningPlan
 from prunelit.export import int4 as writer
 from prunelit.export import write_model
 from prunelit.export.formats import Job
-from prunelit.int4 import GROUP_SIZES, Int4Linear
-from prunelit.linears import decoder_linears
-from prunelit.lora import add_lora, merged
-from prunelit.plan import PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.quantization import int4, quantize
+from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
+from prunelit.quantization.linears import decoder_linears
+from prunelit.recovery.lora import add_lora, merged
+from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.tiny import FAMILIES, cut, keep, tiny, tokens
 
 WIDE = {"hidden_size": 128, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}

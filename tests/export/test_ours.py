@@ -7,19 +7,21 @@ from typing import Any
 
 import pytest
 
-from prunelit import LLMBIP, models, quantize
-from prunelit.errors import OutputNotWritable
+from prunelit import LLMBIP
+from prunelit.core.plan import FORMAT
+from prunelit.data import loading
 from prunelit.export import check_folder, check_output, formats, save
 from prunelit.export.ours import is_ours
 from prunelit.export.staging import staged
-from prunelit.plan import FORMAT
-from prunelit.report.run import RunReport
-from tests.export.test_gguf import tokenizer
+from prunelit.monitoring.run_report import RunReport
+from prunelit.quantization import quantize
+from prunelit.runtime.errors import OutputNotWritable
+from tests.cli.test_fit import call, refused, small
+from tests.core.test_plan import plan_of
+from tests.export.gguf.test_writer import tokenizer
 from tests.export.test_int4 import WIDE
 from tests.export.test_staging import old
-from tests.test_cli import call, refused, small
-from tests.test_plan import plan_of
-from tests.test_run_page import fit
+from tests.report.test_run_page import fit
 from tests.tiny import tiny
 
 
@@ -131,7 +133,7 @@ def test_nothing_of_the_user_is_replaced(
     (tmp_path / "mine" / "thesis.txt").write_text("x")
     before = files(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     given = small("model", words, Path(where)) if command == "prune" else ["export", "--model", "model", "--out", where]
     said = {".": "the working directory", "mine": "one that prunelit wrote", "model": "'model', which is read"}[where]
     refused(call(capsys, *given, "--overwrite", "true"), f"output {where!r}", said, "choose another path")

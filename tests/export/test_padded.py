@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from prunelit import models, surgery
-from prunelit.decoder import Decoder
-from prunelit.errors import DoesNotFit
+from prunelit.core.plan import LayerPlan
+from prunelit.data import loading
 from prunelit.export import save, write_model
-from prunelit.plan import LayerPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.runtime.errors import DoesNotFit
 from tests.export.alike import compensate, generated, logits, plan_with, uniform
 from tests.tiny import FAMILIES, KINDS, SLIDING, cut, keep, tiny, tokens
 
@@ -58,7 +59,7 @@ def test_zeros_stand_where_smaller_layers_have_nothing(tmp_path: Path) -> None:
     )
     surgery.apply(model, plan)
     save(model, tmp_path / "m", format="padded")
-    config = models.load(tmp_path / "m").config
+    config = loading.load(tmp_path / "m").config
     assert (config.num_attention_heads, config.num_key_value_heads, config.intermediate_size) == (9, 3, 30)
     found, own = load_file(tmp_path / "m" / "model.safetensors"), model.state_dict()
 
@@ -73,7 +74,7 @@ def test_zeros_stand_where_smaller_layers_have_nothing(tmp_path: Path) -> None:
     assert not found["model.layers.0.mlp.down_proj.weight"][:, 20:].any()
     output = found["model.layers.0.self_attn.o_proj.weight"].view(72, 9, 8)
     assert torch.equal(output[:, ::3].flatten(1), own["model.layers.0.self_attn.o_proj.weight"])
-    assert_padded(models.load(tmp_path / "m"), model)
+    assert_padded(loading.load(tmp_path / "m"), model)
 
 
 def test_a_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tmp_path: Path) -> None:
@@ -130,7 +131,7 @@ def test_what_a_hetero_folder_holds_is_padded(tmp_path: Path) -> None:
     model = tiny("llama")
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "hetero")
-    save(models.load(tmp_path / "hetero"), tmp_path / "m", format="padded")
+    save(loading.load(tmp_path / "hetero"), tmp_path / "m", format="padded")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert type(again) is LlamaForCausalLM
     assert_padded(again, model)
@@ -139,12 +140,12 @@ def test_what_a_hetero_folder_holds_is_padded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     save(tiny("llama"), tmp_path / "dense")
-    model = models.load(tmp_path / "dense", dtype)
+    model = loading.load(tmp_path / "dense", dtype)
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "m", format="padded")
-    assert {parameter.dtype for parameter in models.load(tmp_path / "m").parameters()} == {dtype}
+    assert {parameter.dtype for parameter in loading.load(tmp_path / "m").parameters()} == {dtype}
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}  # of the model that was compared in float32
-    assert_padded(models.load(tmp_path / "m", "float32"), model.float())
+    assert_padded(loading.load(tmp_path / "m", "float32"), model.float())
 
 
 def test_it_says_what_the_zeros_cost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

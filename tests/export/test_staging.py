@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from prunelit.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.export import check_output, check_request, formats, save, write, write_model
 from prunelit.export.staging import staged
+from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]

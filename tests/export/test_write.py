@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausalLM
 
-from prunelit import measure, models, surgery
-from prunelit.decoder import Decoder
-from prunelit.errors import OutputNotWritable, PrunelitError
+from prunelit.calibration import metrics
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.data import loading
 from prunelit.export import save
 from prunelit.export.uniform import fits
-from prunelit.plan import LayerPlan, PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.runtime.errors import OutputNotWritable, PrunelitError
 from tests.export.alike import assert_equal, compensate, logits, plan_with, uniform
 from tests.export.test_staging import old
 from tests.tiny import FAMILIES, cut, keep, tiny, tiny_tokenizer, tokens
@@ -83,7 +85,7 @@ def test_plain_transformers_loads_layers_of_different_shape(saved: Saved) -> Non
 
 
 def test_prunelit_loads_layers_of_different_shape(saved: Saved) -> None:
-    ours = models.load(saved.folder)
+    ours = loading.load(saved.folder)
     torch.testing.assert_close(logits(ours), logits(saved.model), rtol=0, atol=0)
     assert [layer.shape for layer in Decoder(ours)] == [layer.shape for layer in Decoder(saved.model)]
     assert PruningPlan.load(saved.folder / "plan.json") == saved.plan
@@ -91,7 +93,7 @@ def test_prunelit_loads_layers_of_different_shape(saved: Saved) -> None:
 
 @pytest.mark.slow
 def test_saving_again_writes_the_same_files(saved: Saved, tmp_path: Path) -> None:
-    save(models.load(saved.folder), tmp_path / "again", plan=saved.plan)
+    save(loading.load(saved.folder), tmp_path / "again", plan=saved.plan)
     assert files(tmp_path / "again") == files(saved.folder)
 
 
@@ -100,12 +102,12 @@ def test_loaded_model_is_cut_and_saved_again(family: str, tmp_path: Path) -> Non
     model = tiny(family)
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "once")
-    for each in (model, models.load(tmp_path / "once")):
+    for each in (model, loading.load(tmp_path / "once")):
         shapes = Decoder(each).shape.layers
         kept = (LayerPlan.dense(shapes[0]), keep(shapes[1], channels=tuple(range(8))), LayerPlan.dense(shapes[2]))
         surgery.apply(each, plan_with(each, *kept))
         assert save(each, tmp_path / "twice", overwrite=True) == "hetero"
-        assert_equal(models.load(tmp_path / "twice"), model)
+        assert_equal(loading.load(tmp_path / "twice"), model)
 
 
 @pytest.mark.parametrize("removed", [(0,), (1,)], ids=str)
@@ -115,7 +117,7 @@ def test_removed_attention_and_sliding_windows(family: str, removed: tuple[int, 
     shapes = Decoder(model).shape.layers
     surgery.apply(model, plan_with(model, *(keep(s, () if i in removed else None) for i, s in enumerate(shapes))))
     assert save(model, tmp_path / "m") == "hetero"
-    assert_equal(models.load(tmp_path / "m"), model)
+    assert_equal(loading.load(tmp_path / "m"), model)
 
 
 # Heads cut alike -----------------------------------------------------------------------------------------------------
@@ -144,21 +146,21 @@ def test_llama_whose_heads_do_not_divide_its_width_becomes_a_mistral(tmp_path: P
     assert type(again) is MistralForCausalLM and again.config.sliding_window is None
     assert_equal(again, model)
     assert save(again, tmp_path / "again") == "uniform"
-    assert_equal(models.load(tmp_path / "again"), model)
+    assert_equal(loading.load(tmp_path / "again"), model)
 
 
 def test_biases_that_no_mistral_has_are_kept(tmp_path: Path) -> None:
     model = tiny("llama-biases", num_key_value_heads=9)
     surgery.apply(model, uniform(model, groups=5))
     assert save(model, tmp_path / "m") == "hetero"
-    assert_equal(models.load(tmp_path / "m"), model)
+    assert_equal(loading.load(tmp_path / "m"), model)
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "m")
-    again = models.load(tmp_path / "m")
+    again = loading.load(tmp_path / "m")
     assert again.lm_head.weight is again.model.embed_tokens.weight
     assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
     assert_equal(again, model)
@@ -167,10 +169,10 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_dtype_is_kept(dtype: torch.dtype, tmp_path: Path) -> None:
     save(tiny("llama"), tmp_path / "dense")
-    model = models.load(tmp_path / "dense", dtype=dtype)
+    model = loading.load(tmp_path / "dense", dtype=dtype)
     surgery.apply(model, cut(model, "mixed"))
     save(model, tmp_path / "m")
-    again = models.load(tmp_path / "m")
+    again = loading.load(tmp_path / "m")
     assert {parameter.dtype for parameter in again.parameters()} == {dtype}
     assert_equal(again, model)
 
@@ -180,7 +182,7 @@ def test_model_cast_after_loading_is_saved(tmp_path: Path) -> None:
     model = tiny("llama").to(torch.bfloat16)
     assert save(model, tmp_path / "m") == "uniform"
     expected = {name: tensor.tolist() for name, tensor in model.state_dict().items()}
-    assert {name: tensor.tolist() for name, tensor in models.load(tmp_path / "m").state_dict().items()} == expected
+    assert {name: tensor.tolist() for name, tensor in loading.load(tmp_path / "m").state_dict().items()} == expected
 
 
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
@@ -215,13 +217,13 @@ def test_folder_loads_where_prunelit_is_not_installed(hetero_folder: Path, tmp_p
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(models.load(hetero_folder)), rtol=0, atol=0)
+    torch.testing.assert_close(torch.load(tmp_path / "out.pt"), logits(loading.load(hetero_folder)), rtol=0, atol=0)
 
 
 def test_plain_transformers_saves_what_it_loaded(hetero_folder: Path, tmp_path: Path) -> None:
     plain = AutoModelForCausalLM.from_pretrained(hetero_folder, trust_remote_code=True)
     plain.save_pretrained(tmp_path / "again")
-    assert_equal(models.load(tmp_path / "again"), plain)
+    assert_equal(loading.load(tmp_path / "again"), plain)
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True), plain)
     with pytest.raises((ValueError, RuntimeError)):
         LlamaForCausalLM.from_pretrained(tmp_path / "again")
@@ -237,7 +239,7 @@ def test_tokenizer_of_the_folder_is_read_without_questions(tmp_path: Path, capsy
     surgery.apply(model, cut(model, "mixed"))
     assert save(model, tmp_path / "m", tokenizer) == "hetero"
     capsys.readouterr()
-    again = models.load_tokenizer(tmp_path / "m")
+    again = loading.load_tokenizer(tmp_path / "m")
     assert capsys.readouterr().out == ""  # transformers asks there whether it may run the folder's code
     assert again("what it says").input_ids == tokenizer("what it says").input_ids
 
@@ -249,9 +251,9 @@ def test_stock_class_refuses_the_folder(hetero_folder: Path) -> None:
 
 
 def test_prunelit_runs_no_code_from_the_folder(hetero_folder: Path) -> None:
-    expected = logits(models.load(hetero_folder))
+    expected = logits(loading.load(hetero_folder))
     (hetero_folder / "modeling_pruned.py").write_text("raise SystemExit('code from the folder was run')\n")
-    torch.testing.assert_close(logits(models.load(hetero_folder)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(logits(loading.load(hetero_folder)), expected, rtol=0, atol=0)
 
 
 # Added biases --------------------------------------------------------------------------------------------------------
@@ -269,19 +271,19 @@ def biases_of(model: Any) -> dict[str, Tensor]:
 def test_added_biases_are_saved(family: str, kind: str, tmp_path: Path) -> None:
     model = tiny(family)
     plan = compensate(model, cut(model, "mixed") if kind == "mixed" else uniform(model))
-    size = measure.size(model)
+    size = metrics.size(model)
     assert size == {name: plan.predicted[name] for name in size}
     written = save(model, tmp_path / "m", plan=plan)
     assert written == "hetero" or kind == "alike"
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=written == "hetero")
-    ours = models.load(tmp_path / "m")
+    ours = loading.load(tmp_path / "m")
     assert_equal(plain, model)
     assert_equal(ours, model)
     found, expected = biases_of(ours), biases_of(model)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not any(value.any() for name, value in found.items() if name not in expected)
     if written == "hetero":
-        assert found.keys() == expected.keys() and measure.size(ours) == size
+        assert found.keys() == expected.keys() and metrics.size(ours) == size
     assert PruningPlan.load(tmp_path / "m" / "plan.json") == plan
 
 
@@ -329,7 +331,7 @@ def test_layers_without_an_added_bias_have_none(tmp_path: Path) -> None:
     first, *others = Decoder(model).shape.layers
     compensate(model, plan_with(model, keep(first, channels=tuple(range(40))), *map(LayerPlan.dense, others)))
     assert save(model, tmp_path / "m") == "hetero"
-    assert list(biases_of(models.load(tmp_path / "m"))) == ["model.layers.0.mlp.down_proj.bias"]
+    assert list(biases_of(loading.load(tmp_path / "m"))) == ["model.layers.0.mlp.down_proj.bias"]
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama-mha", "gpt_neox", "falcon"])
@@ -338,19 +340,19 @@ def test_what_was_read_is_written_again(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     compensate(model, uniform(model, groups=7 if family in ("llama-mha", "gpt_neox") else 2))
     assert save(model, tmp_path / "once") == "hetero"
-    assert save(models.load(tmp_path / "once"), tmp_path / "twice") == "hetero"
+    assert save(loading.load(tmp_path / "once"), tmp_path / "twice") == "hetero"
     assert_equal(AutoModelForCausalLM.from_pretrained(tmp_path / "twice", trust_remote_code=True), model)
     assert files(tmp_path / "once").keys() == files(tmp_path / "twice").keys()
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "once", trust_remote_code=True)
     plain.save_pretrained(tmp_path / "plain")
-    assert_equal(models.load(tmp_path / "plain"), model)
+    assert_equal(loading.load(tmp_path / "plain"), model)
 
 
 def test_a_hetero_folder_of_layers_alike_becomes_stock_again(tmp_path: Path) -> None:
     model = tiny("llama")
     surgery.apply(model, uniform(model, groups=2))
     assert save(model, tmp_path / "once", format="hetero") == "hetero"
-    assert save(models.load(tmp_path / "once"), tmp_path / "twice") == "uniform"
+    assert save(loading.load(tmp_path / "once"), tmp_path / "twice") == "uniform"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "twice")
     assert type(again) is LlamaForCausalLM
     assert_equal(again, model)
@@ -361,14 +363,14 @@ def test_a_loaded_model_with_added_biases_is_cut_again(family: str, tmp_path: Pa
     model = tiny(family)
     compensate(model, cut(model, "mixed"))
     save(model, tmp_path / "once")
-    for each in (model, models.load(tmp_path / "once")):
+    for each in (model, loading.load(tmp_path / "once")):
         shapes = Decoder(each).shape.layers
         kept = (LayerPlan.dense(shapes[0]), keep(shapes[1], channels=tuple(range(8))), LayerPlan.dense(shapes[2]))
         plan = compensate(each, plan_with(each, *kept))
-        assert measure.size(each)["parameters"] == plan.predicted["parameters"]
+        assert metrics.size(each)["parameters"] == plan.predicted["parameters"]
         assert not any(layer.mlp_bias for layer in plan.layers)  # it has one by now
         assert save(each, tmp_path / "twice", overwrite=True) == "hetero"
-        assert_equal(models.load(tmp_path / "twice"), each)
+        assert_equal(loading.load(tmp_path / "twice"), each)
         torch.testing.assert_close(logits(each), logits(model), rtol=0, atol=2e-6)  # means were summed twice
 
 
@@ -376,10 +378,10 @@ def test_a_loaded_model_with_added_biases_is_cut_again(family: str, tmp_path: Pa
 def test_added_biases_keep_the_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
     save(tiny("llama"), tmp_path / "dense")
     for name, plan in (("mixed", lambda m: cut(m, "mixed")), ("alike", uniform)):
-        model = models.load(tmp_path / "dense", dtype=dtype)
+        model = loading.load(tmp_path / "dense", dtype=dtype)
         compensate(model, plan(model))
         save(model, tmp_path / name)
-        again = models.load(tmp_path / name)
+        again = loading.load(tmp_path / name)
         assert {parameter.dtype for parameter in again.parameters()} == {dtype}
         assert_equal(again, model)
 
@@ -400,7 +402,7 @@ def test_overwrite_replaces_the_folder(tmp_path: Path) -> None:
     save(tiny("llama"), target, overwrite=True)
     assert not (target / "old.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert_equal(models.load(target), tiny("llama"))
+    assert_equal(loading.load(target), tiny("llama"))
 
 
 def test_empty_folder_is_used(tmp_path: Path) -> None:
@@ -434,14 +436,14 @@ def test_file_in_the_way_is_refused(tmp_path: Path) -> None:
 def test_what_does_not_read_back_equal_leaves_nothing(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load = models.load
+    load = loading.load
 
     def damaged(*args: Any, **kwargs: Any) -> Any:
         model = load(*args, **kwargs)
         model.get_output_embeddings().weight.data[:, 0] += 1.0
         return model
 
-    monkeypatch.setattr(models, "load", damaged)
+    monkeypatch.setattr(loading, "load", damaged)
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
     with pytest.raises(PrunelitError, match="does not read back equal"):
@@ -472,4 +474,4 @@ def test_hetero_can_be_asked_for(tmp_path: Path) -> None:
     model = tiny("llama")
     surgery.apply(model, uniform(model))
     assert save(model, tmp_path / "m", format="hetero") == "hetero"
-    assert_equal(models.load(tmp_path / "m"), model)
+    assert_equal(loading.load(tmp_path / "m"), model)

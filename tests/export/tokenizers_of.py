@@ -6,7 +6,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from prunelit.export import gguf_proof, gguf_tokenizer
+from prunelit.export.gguf import proof
+from prunelit.export.gguf import tokenizer as gguf_tokenizer
 
 VOCABULARY = 384
 KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "sentencepiece")
@@ -15,7 +16,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<|im_start|>", "<|im_end|>")
-_TEXT = (*gguf_proof.TEXTS, *gguf_proof.PROMPTS, "It's 123 o'clock, and we'll see 22 333 4444 of them.\n\n    return\n")
+_TEXT = (*proof.TEXTS, *proof.PROMPTS, "It's 123 o'clock, and we'll see 22 333 4444 of them.\n\n    return\n")
 
 
 @functools.cache

@@ -1,0 +1,213 @@
+"""Two residual streams, the dense model's and the cut model's, carried through the layers side by side.
+
+Legend: T tokens that count (no padding), B batch, S sequence, H hidden, C inputs of a linear.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunelit.calibration.batches import FROM_TEXT, Batch, mask_of, tokens_in
+from prunelit.calibration.observe import Point
+from prunelit.calibration.partial_forward import Stream
+from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.modes import evaluating
+from prunelit.model.per_layer import find
+from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.runtime.errors import NoCalibration
+
+
+class _Enough(Exception):
+    """All points of the pass have been seen."""
+
+
+class Lockstep:
+    """The residual streams of the dense model and of the model being cut, entering the same layer.
+
+    Per layer: `enter` runs it dense, the caller cuts it and calls `look`, reads `visit` as often as it likes, changes
+    its weights, and calls `leave`. In a distributed run each rank carries every world-size-th batch.
+
+    Args:
+        decoder: the model, its layers below `start` not to be changed.
+        batches: the same list on every rank.
+        start: the first layer that is entered.
+
+    Attributes:
+        layer: the layer entered, as it was last looked at.
+        own: (number, batch) of the batches that this rank carries.
+        cut: [B, S, H] streams of the cut model entering `layer`; None below layer 0.
+        heads: [B, S, C] inputs of the output projection, if `visit` was asked to hold them: the rest of the layer then
+            runs without attention's inside. Empty it after a change of q, k or v.
+        tokens: that count, on all ranks.
+
+    Raises:
+        NoCalibration: no batches, or nothing but padding.
+    """
+
+    def __init__(self, decoder: Decoder, batches: Sequence[Batch], start: int = 0):
+        if not batches:
+            raise NoCalibration(f"repair: expected at least one calibration batch, got none; {FROM_TEXT}")
+        self.decoder, self.stream = decoder, Stream(decoder)
+        self.own = own_share(list(enumerate(batches)))
+        self.heads: list[Tensor] = []
+        self._masks = [_mask(batch, decoder.device) for _, batch in self.own]
+        tokens = sum(tokens_in(batch) for _, batch in self.own)
+        self.tokens = int(all_sum(torch.tensor(tokens, device=decoder.device)))
+        if not self.tokens:
+            raise NoCalibration("repair: expected calibration tokens, got only padding")
+        self._targets: dict[str, list[Tensor]] = {}
+        with torch.no_grad(), evaluating(decoder.model):
+            self.cut = [self.stream.run(batch, None, 0, start) if start else None for _, batch in self.own]
+        self._dense = list(self.cut)
+        self.layer = self._layer(start)
+
+    def _layer(self, index: int) -> Layer:
+        architecture = self.decoder.architecture
+        return Layer(index, find(self.decoder.model, architecture.layers)[index], architecture)
+
+    def look(self) -> Layer:
+        """See the layer as it is now, after it was cut or replaced."""
+        self.layer = self._layer(self.layer.index)
+        return self.layer
+
+    @torch.no_grad()
+    def enter(self, index: int, points: Sequence[Point]) -> None:
+        """Run layer `index`, still dense, on the dense stream, and keep what `points` show as targets.
+
+        Args:
+            index: the layer after the one left last.
+            points: that the layer has.
+        """
+        self.layer, self.heads = self._layer(index), []
+        kept = [point for point in points if point != "layer_output"]
+        self._targets = {point: [] for point in kept}
+        for place, hidden in enumerate(self._dense):
+            found = self._run(place, hidden, (*kept, "layer_output"))
+            self._dense[place] = found["layer_output"]
+            for point in kept:
+                self._targets[point].append(self._rows(place, found[point]))
+
+    def target(self, point: Point, place: int) -> Tensor:
+        """What the dense model has at a point, [T, width], for the batch `own[place]`."""
+        if point == "layer_output":
+            return self._rows(place, cast(Tensor, self._dense[place]))
+        return self._targets[point][place]
+
+    def forget(self, point: Point) -> None:
+        """Free the targets of a point."""
+        self._targets.pop(point, None)
+
+    @torch.no_grad()
+    def visit(self, points: Sequence[Point], hold_heads: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """Run the layer as it is now on the cut stream, as far as the points need.
+
+        Args:
+            points: what to see.
+            hold_heads: keep the points' "heads" in `heads`.
+
+        Yields:
+            The place of a batch in `own`, and {point: [T, width]}.
+        """
+        if hold_heads:
+            self.heads = []
+        held: list[Tensor] = []
+        for place, hidden in enumerate(self.cut):
+            found = self._run(place, hidden, tuple(dict.fromkeys(points)), self.heads[place] if self.heads else None)
+            if hold_heads:
+                held.append(found["heads"])
+            yield place, {point: self._rows(place, x) for point, x in found.items()}
+        if hold_heads:
+            self.heads = held
+
+    @torch.no_grad()
+    def leave(self) -> None:
+        """Advance the cut stream over the layer as it is now."""
+        for place, hidden in enumerate(self.cut):
+            heads = self.heads[place] if self.heads else None
+            self.cut[place] = self._run(place, hidden, ("layer_output",), heads)["layer_output"]
+        self.heads, self._targets = [], {}
+
+    def _rows(self, place: int, x: Tensor) -> Tensor:
+        rows, mask = x.reshape(-1, x.shape[-1]), self._masks[place]
+        return rows if mask is None else rows[mask]
+
+    def _run(
+        self, place: int, hidden: Tensor | None, points: Sequence[Point], heads: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """One batch through the layer: {point: [B, S, width]}. Without "layer_output" it stops at the last point."""
+        found: dict[str, Tensor] = {}
+        inner = [point for point in points if point != "layer_output"]
+        whole = len(inner) < len(points)
+
+        def keep(point: str, x: Tensor) -> None:
+            found[point] = x
+            if not whole and len(found) == len(inner):
+                raise _Enough
+
+        index = self.layer.index
+        with evaluating(self.decoder.model), _watching(self.layer, inner, keep), _given(self.layer, heads):
+            try:
+                out = self.stream.run(self.own[place][1], hidden, index, index + 1)
+            except _Enough:
+                return found
+        return found | {"layer_output": out}
+
+
+def _mask(batch: Batch, device: torch.device) -> Tensor | None:
+    """Which of the flattened tokens count [B * S]; None: all."""
+    mask = mask_of(batch)
+    return None if mask is None else mask.to(device).reshape(-1).bool()
+
+
+@contextmanager
+def _watching(layer: Layer, points: Sequence[Point], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call `keep` with what enters or leaves the modules at the points."""
+    handles: list[Any] = []
+    try:
+        for point in points:
+            handles.append(_watch(layer, point, keep))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(layer: Layer, point: Point, keep: Callable[[str, Tensor], None]) -> Any:
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        keep(point, args[0] if args else kwargs["hidden_states"])
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # A parallel layer may add the two blocks in place (Falcon).
+        keep(point, output.clone() if layer.architecture.parallel else output)
+
+    inputs: dict[str, Callable[[], nn.Module]] = {
+        "attention_input": lambda: layer.qkv[0],
+        "heads": lambda: layer.output,
+        "residual": lambda: layer.norm("mlp_norm") or layer.ffn_in[0],
+        "mlp_input": lambda: layer.ffn_in[0],
+        "channels": lambda: layer.down,
+    }
+    if point in inputs:
+        return inputs[point]().register_forward_pre_hook(before, with_kwargs=True)
+    outputs = {"attention_output": lambda: layer.output, "mlp_output": lambda: layer.down}
+    return outputs[point]().register_forward_hook(after)
+
+
+@contextmanager
+def _given(layer: Layer, heads: Tensor | None) -> Iterator[None]:
+    """Let attention be its output projection of the given `heads` [B, S, C]."""
+    if heads is None or not layer.has_attention:
+        yield
+        return
+    attention, before = layer.attention, layer.attention.__dict__.get("forward")
+    attention.forward = lambda *args, **kwargs: (layer.output(heads), None)
+    try:
+        yield
+    finally:
+        if before is None:
+            del attention.forward
+        else:
+            attention.forward = before

@@ -1,0 +1,84 @@
+"""BlockPruner: greedy perplexity search over whole attention and FFN blocks.
+
+Source: L. Zhong, F. Wan, R. Chen, X. Quan, L. Li, "BlockPruner: Fine-grained Pruning for Large Language Models",
+arXiv 2406.10594 (ACL 2025), and its code: the importance of a block, given those already removed, is the perplexity of
+the model without it; the block whose loss costs least goes, again and again. Ours: everything that makes the search
+cheaper, the journal, a ratio as the budget, and the searches beside the greedy one; see `prunelit.callbacks.block_pruner.search`.
+
+    callbacks/block_pruner.yaml attaches it to any LightningCLI job with a second --config
+    Python                      Trainer(callbacks=[BlockPruner(count=6)])
+"""
+
+from collections.abc import Sequence
+from typing import Any, get_args
+
+from prunelit.calibration.batches import Batch, first
+from prunelit.calibration.fingerprints import digest, model_fingerprint, text_fingerprint
+from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
+from prunelit.callbacks.block_pruner.search import Method, remove_blocks
+from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.planning.block_sets import NOT_READ, Goal, Kinds, without
+from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime.errors import BadOption
+
+
+class BlockPruner(PruningCallback):
+    """Remove the attention and FFN blocks that perplexity misses least. No recovery is part of the method.
+
+    Args:
+        ratio: least share of the decoder layers' budget to remove; give this or `count`.
+        count: number of blocks to remove, as in the paper.
+        blocks: both kinds ("mix"), or one of them.
+        search: "lazy" skips candidates whose last known value is far above the best; "greedy" is the paper's search to
+            the letter; "beam" keeps the best `beam_width` sets of each step; "swap" is "lazy", then exchanges removed
+            blocks for kept ones while that helps.
+        beam_width: sets that "beam" goes on with.
+        journal: file of finished evaluations, one a line; a search that was killed goes on from it.
+        search_windows: calibration sequences that the search evaluates on, the first ones; None: all. A search runs
+            the text hundreds of times.
+        cache_gib: host memory for residual streams, GiB per process.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `align`, `min_kept` and `uniform_heads` say nothing about whole
+            blocks.
+    """
+
+    not_read = NOT_READ
+    repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
+
+    def __init__(
+        self,
+        ratio: float | None = None,
+        count: int | None = None,
+        blocks: Kinds = "mix",
+        search: Method = "lazy",
+        beam_width: int = 4,
+        journal: str | None = None,
+        search_windows: int | None = None,
+        cache_gib: float = 2.0,
+        **kwargs: Any,
+    ):
+        self.goal = Goal.of(ratio, count, kwargs)
+        super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
+        self.ratio = ratio  # type: ignore[assignment]
+        for name, value, allowed in (("blocks", blocks, get_args(Kinds)), ("search", search, get_args(Method))):
+            if value not in allowed:
+                raise BadOption(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
+        for name, number in (("beam_width", beam_width), ("search_windows", search_windows)):
+            if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 1):
+                raise BadOption(f"{name}: expected at least 1, got {number!r}")
+        if not 0 <= cache_gib < float("inf"):
+            raise BadOption(f"cache_gib: expected gibibytes, 0 or more, got {cache_gib!r}")
+        self.count, self.blocks, self.search, self.beam_width = count, blocks, search, beam_width
+        self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
+
+    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        journal, few = self.journal, first(batches, self.search_windows)
+        if journal is None and self.kept is not None:
+            which = digest(model_fingerprint(decoder.model) + text_fingerprint(few))
+            journal = str(self.kept.folder / f"block_pruner-{which}.jsonl")
+        evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
+        evaluator.told = self.tell
+        found = remove_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
+        self.seconds["recalled"] = evaluator.recalled_seconds
+        self._calibration_record = {**self._calibration_record, "search": found.record}
+        return self.make_plan(decoder.shape, without(decoder.shape, found.removed))

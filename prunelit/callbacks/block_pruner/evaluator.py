@@ -1,0 +1,217 @@
+"""Perplexity of a model without some of its blocks, from the residual streams that are known already.
+
+Nothing is cut here: a block is masked by the very stubs that surgery puts in its place, and taken back.
+
+Legend: B batch, S sequence, H hidden, V vocabulary, L layers.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.fingerprints import digest, model_fingerprint, text_fingerprint
+from prunelit.calibration.metrics import perplexity_of
+from prunelit.calibration.partial_forward import Stream
+from prunelit.callbacks.block_pruner.journal import Journal, Value
+from prunelit.model.decoder import Decoder
+from prunelit.model.modes import evaluating
+from prunelit.model.per_layer import remove_attention, remove_mlp
+from prunelit.planning.block_sets import Block, Blocks
+from prunelit.runtime.distributed import own_share
+from prunelit.runtime.errors import NoCalibration
+
+_TOKENS_PER_LOGIT_CHUNK = 512
+
+
+class BlockEvaluator:
+    """Perplexity of a model without some of its blocks, as the paper's code takes it: exp of the mean over sequences of
+    each sequence's mean negative log-likelihood (float32 per token, float64 sums; padding neither read nor predicted).
+
+    In a distributed run every rank calls alike, and the sets of one call are shared out.
+
+    Args:
+        decoder: the model; as it was whenever a call returns.
+        batches: the same list on every rank.
+        journal: file of finished evaluations, see `Journal`.
+        cache_gib: host memory for residual streams, per process. Where those entering every layer do not fit, every
+            second, third, ... layer's are kept, and an evaluation starts at the last one before its first change.
+
+    Raises:
+        NoCalibration: no token to predict.
+        BadOption, OutputNotWritable: see `Journal`.
+    """
+
+    def __init__(self, decoder: Decoder, batches: Sequence[Batch], journal: str | None = None, cache_gib: float = 2.0):
+        self.decoder, self.batches = decoder, list(batches)
+        self.stream = Stream(decoder)
+        self._weights = [_weights(batch) for batch in self.batches]
+        self.sequences = sum(round(float(weights.sum())) for weights in self._weights)
+        if not self.sequences:
+            raise NoCalibration("calibration: expected sequences of at least two tokens, got none")
+        # [B, S, H] of all batches, in the model's dtype
+        tokens = sum(batch["input_ids"].numel() for batch in self.batches)
+        parameter = next(decoder.model.parameters())
+        bytes_each = tokens * int(decoder.config.hidden_size) * parameter.element_size()
+        layers = len(decoder.layers)
+        self.spacing = math.ceil(layers / (int(cache_gib * 2**30 / bytes_each) + 1))
+        self._streams: dict[int, tuple[Blocks, list[Tensor]]] = {}
+        self.journal = Journal(journal, self.fingerprint()) if journal else None
+        self.values_known: dict[Blocks, Value] = dict(self.journal.found) if self.journal else {}
+        self.evaluations = 0
+        self.recalled_seconds = 0.0
+        """What evaluations in the journal took that were asked for here."""
+        self._asked: set[Blocks] = set()
+        self._layer_sequences = 0
+        self.tick: Callable[[], object] = lambda: None
+        self.told: Callable[..., object] = lambda event, **facts: None
+        """Told of every evaluation, and by the search of every block removed; see `prunelit.report.record`."""
+
+    @property
+    def layer_runs(self) -> float:
+        """Layers run so far, each over the whole calibration text; a layer without blocks is none."""
+        total = torch.tensor(self._layer_sequences, dtype=torch.int64, device=self.decoder.device)
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return round(int(total) / sum(len(batch["input_ids"]) for batch in self.batches), 2)
+
+    def perplexity(self, removed: Iterable[Block] = ()) -> float:
+        """Of the model without these blocks."""
+        return perplexity_of(self.values([frozenset(removed)])[0].nll)
+
+    @torch.no_grad()
+    def values(self, sets: Sequence[Blocks], base: Blocks | None = None, limit: float = math.inf) -> list[Value]:
+        """The value of each set of removed blocks.
+
+        Args:
+            sets: what to remove, each by itself.
+            base: the set whose residual streams are kept; best when all sets differ from it in few, late blocks.
+            limit: an evaluation that is bound to exceed this many nats may stop; its value is not exact then.
+        """
+        todo = [s for s in dict.fromkeys(sets) if not self._is_known(s, limit)]
+        if self.journal:
+            first = set(sets) - self._asked - set(todo)
+            self.recalled_seconds += sum(self.journal.seconds.get(removed, 0.0) for removed in first)
+            self._asked |= set(sets)
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        found: dict[Blocks, Value] = {}
+        start = time.perf_counter()
+        with evaluating(self.decoder.model):
+            for removed in own_share(todo):
+                found[removed] = self._run(removed, removed if base is None else base, limit)
+                if world == 1:
+                    now = time.perf_counter()
+                    self._note(removed, base, found[removed], now - start)
+                    start = now
+        if world > 1:
+            everywhere: list[Any] = [None] * world
+            dist.all_gather_object(everywhere, found)
+            each_took = (time.perf_counter() - start) / max(1, len(todo))
+            for removed in todo:
+                self._note(removed, base, next(each[removed] for each in everywhere if removed in each), each_took)
+        return [self.values_known[removed] for removed in sets]
+
+    def layers_left(self, removed: Blocks, start: int = 0) -> int:
+        """Layers from `start` on that hold a block."""
+        return sum(
+            (layer.has_attention and (layer.index, "attention") not in removed)
+            or (layer.has_mlp and (layer.index, "mlp") not in removed)
+            for layer in self.decoder.layers[start:]
+        )
+
+    def fingerprint(self) -> str:
+        """Hash of a sample of the weights, and of the tokens."""
+        return digest(model_fingerprint(self.decoder.model) + text_fingerprint(self.batches))
+
+    def _is_known(self, removed: Blocks, limit: float) -> bool:
+        value = self.values_known.get(removed)
+        return value is not None and (value.exact or value.nll > limit)
+
+    def _note(self, removed: Blocks, base: Blocks | None, value: Value, seconds: float) -> None:
+        self.values_known[removed] = value
+        self.evaluations += 1
+        if self.journal:
+            self.journal.write(removed, base or frozenset(), value, seconds)
+        gone, candidate = removed & (base or frozenset()), removed - (base or frozenset())
+        self.told(
+            "evaluation",
+            removed=[str(block) for block in sorted(gone)],
+            candidate=[str(block) for block in sorted(candidate)],
+            perplexity=perplexity_of(value.nll),
+            exact=value.exact,
+        )
+
+    def _run(self, removed: Blocks, base: Blocks, limit: float) -> Value:
+        start = self._start(removed, base)
+        total, layers = 0.0, self.layers_left(removed, start)
+        with self._masked(removed):
+            for number, batch in enumerate(self.batches):
+                hidden = self._streams[start][1][number].to(self.decoder.device) if start else None
+                total += self._loss(number, self.stream.run(batch, hidden, start))
+                self._layer_sequences += layers * len(batch["input_ids"])
+                self.tick()
+                if math.isnan(total):
+                    return Value(math.inf)
+                if total / self.sequences > limit and number < len(self.batches) - 1:
+                    return Value(total / self.sequences, exact=False)
+        return Value(total / self.sequences)
+
+    def _start(self, removed: Blocks, base: Blocks) -> int:
+        """The layer to start at: the last kept stream not after the first change; streams of `base` are made for it."""
+        last = len(self.decoder.layers) - 1
+        first = min((block.layer for block in removed ^ base), default=last)
+        wanted = first // self.spacing * self.spacing
+        for layer in range(self.spacing, wanted + 1, self.spacing):
+            key = frozenset(block for block in base if block.layer < layer)
+            if self._streams.get(layer, (None,))[0] == key:
+                continue
+            start = layer - self.spacing
+            streams = []
+            with self._masked(key):
+                for number, batch in enumerate(self.batches):
+                    hidden = self._streams[start][1][number].to(self.decoder.device) if start else None
+                    streams.append(self.stream.run(batch, hidden, start, layer).to("cpu"))
+                    run = self.layers_left(key, start) - self.layers_left(key, layer)
+                    self._layer_sequences += run * len(batch["input_ids"])
+            self._streams[layer] = key, streams
+        return wanted
+
+    @contextmanager
+    def _masked(self, removed: Blocks) -> Iterator[None]:
+        """The stubs of surgery in place of the blocks; the blocks back in their places after."""
+        layers = [self.decoder.layers[index].module for index in {block.layer for block in removed}]
+        before = [(module, dict(module.named_children())) for layer in layers for module in layer.modules()]
+        try:
+            for index, kind in removed:
+                remove = remove_attention if kind == "attention" else remove_mlp
+                remove(self.decoder.layers[index].module, self.decoder.architecture)
+            yield
+        finally:
+            for module, children in before:
+                for name, child in children.items():
+                    setattr(module, name, child)
+
+    def _loss(self, number: int, logits: Tensor) -> float:
+        """Sum over the sequences of a batch of each one's mean negative log-likelihood; logits [B, S, V]."""
+        targets = self.batches[number]["input_ids"][:, 1:].flatten().to(logits.device)
+        weights = self._weights[number].flatten().to(logits.device)
+        pieces = (x.split(_TOKENS_PER_LOGIT_CHUNK) for x in (logits[:, :-1].flatten(0, 1), targets, weights))
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        for some, target, weight in zip(*pieces, strict=True):
+            nll = nn.functional.cross_entropy(some.float(), target, reduction="none").double()
+            total += torch.where(weight > 0, nll * weight, 0.0).sum()
+        return float(total)
+
+
+def _weights(batch: Batch) -> Tensor:
+    """1 / (predicted tokens of the sequence) per predicted token, else 0, float64 [B, S - 1]."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    predicted = (real[:, 1:] & real[:, :-1]).double().cpu()
+    return predicted / predicted.sum(1, keepdim=True).clamp(min=1)

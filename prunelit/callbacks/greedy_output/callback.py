@@ -1,0 +1,156 @@
+"""GreedyOutput: cuts heads that attend alike, then heads and FFN channels whose output has the least second moment.
+
+Source: J. Li, Y. Dong, Q. Lei, "Greedy Output Approximation: Towards Efficient Structured Pruning for LLMs Without
+Retraining", CPAL 2025, arXiv 2407.19126; the paper and the authors' research code were read. With h and f the inputs of
+the output projections O and W (`docs/methods.md` has the rest),
+
+    heads      Jensen-Shannon divergence between their attention probabilities (Eq. 1), threshold tau (Algorithm 2)
+    moment     empirical: |O_j|^2 E[h_j^2] and |W_j|^2 E[f_j^2], measured; a head has the sum of its channels
+               paper: in a gated FFN the product over gate and up of |W_j|^2 E[(A x)_j^2] (Eq. 3, 4; appendix B)
+               code: |O_j| E[v_j^2], v the value projection's output; |W_j| act(E[gate_j^2]) E[up_j^2]
+    two_step   a `repair`: module by module, in network order, fit it to the dense outputs, then score and prune it
+
+Ours: KV groups; tau from the budget; "both", which calls heads similar up to the paper's largest tau and then goes by
+second moments; a ridge that pulls towards the weights that are there.
+
+    callbacks/greedy_output.yaml    attaches it to any LightningCLI job with a second --config
+
+Legend: T tokens, Q query heads, G KV groups, D head size, F FFN channels.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast, get_args
+
+from torch import Tensor, nn
+
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.observe import Point, Sums
+from prunelit.calibration.paired_streams import Lockstep
+from prunelit.callbacks.greedy_output import attention_similarity, second_moment, two_step
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder, Layer
+from prunelit.core.scores import LayerScores
+from prunelit.pruning.callback import PruningCallback, Repair
+from prunelit.repair.reconstruct import Block
+from prunelit.runtime.errors import BadOption
+
+Criterion = Literal["both", "similarity", "second_moment"]
+
+_LARGEST_TAU = {"both": 0.2, "similarity": math.inf, "second_moment": 0.0}
+
+
+class GreedyOutput(PruningCallback):
+    """Cut similar heads first, then what adds least to the residual stream.
+
+    Args:
+        ratio: share of the decoder layers' parameters to remove.
+        criterion_heads: "both", "similarity" (no limit on tau), or "second_moment".
+        tau: threshold of similarity in nats, for scope "global": heads closer than this go, as far as the ratio allows,
+            and channels make up the rest. None: the smallest that meets the budget.
+        moment: "empirical", "paper" or "code", see above.
+        repair: as in `PruningCallback`, or "two_step", the paper's remedy.
+        refit_kept: after "two_step" pruned a module, fit its output projection to what stays.
+        kwargs: see `PruningCallback`.
+    """
+
+    joint = False
+    score_reads = ("moment",)
+    repair_choices = ("none", "bias", "least_squares", "two_step")
+    cut_reads = ("refit_kept",)
+
+    def __init__(
+        self,
+        ratio: float,
+        criterion_heads: Criterion = "both",
+        tau: float | None = None,
+        moment: second_moment.Moment = "empirical",
+        repair: Literal["none", "bias", "least_squares", "two_step"] = "none",
+        refit_kept: bool = False,
+        **kwargs: Any,
+    ):
+        super().__init__(ratio, repair=cast(Repair, repair), **kwargs)
+        named = ("criterion_heads", criterion_heads, Criterion), ("moment", moment, second_moment.Moment)
+        for name, value, allowed in named:
+            if value not in get_args(allowed):
+                raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
+        if tau is not None and (isinstance(tau, bool) or not tau > 0):
+            raise BadOption(f"tau: expected a positive number of nats or null, got {tau!r}")
+        self._together = self.scope == "global" and self.unit == "kv_group" and not self.uniform_heads
+        if tau is not None and not (self._together and criterion_heads != "second_moment"):
+            raise BadOption(
+                "tau: one threshold makes layers differ; expected with it scope 'global', unit 'kv_group', no "
+                f"uniform_heads and a criterion_heads with similarity, got {self.scope!r}, {self.unit!r}, "
+                f"{self.uniform_heads!r}, {criterion_heads!r}"
+            )
+        self.criterion_heads, self.tau, self.moment, self.refit_kept = criterion_heads, tau, moment, refit_kept
+        self._made: tuple[str, list[nn.Module | None]] | None = None
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        return second_moment.of_model(decoder, batches, self.moment)
+
+    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        scores, limit = self.scored(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
+        select: Callable[..., tuple[LayerPlan, ...]] = self.selector(decoder)
+        kept, shapes = select(scores), [layer.shape for layer in decoder]
+        fewer = [len(each.query_heads) < shape.query_heads for each, shape in zip(kept, shapes, strict=True)]
+        divergences: list[Tensor | None] = [None] * len(shapes)
+        if limit and (self.tau is not None or any(fewer)):
+            divergences = self.recall(
+                "divergences", decoder, batches, lambda: attention_similarity.of_model(decoder, batches)
+            )
+        if any(found is not None for found in divergences):
+            if self._together:
+                whole = {layer % len(shapes) for layer in self.protect}
+                ordered = attention_similarity.globally(
+                    shapes, scores, divergences, kept, whole, self.min_kept, limit, self.tau
+                )
+                kept = select(ordered, standardise=False, joint=True)
+            else:
+                layers = zip(kept, shapes, scores, divergences, fewer, strict=True)
+                kept = tuple(
+                    attention_similarity.choose_heads(k, shape, s, d, limit) if less else k
+                    for k, shape, s, d, less in layers
+                )
+        if self.repair == "two_step":
+            fresh = _Fresh(batches, len(shapes), self.moment, limit)
+            kept, modules = two_step.two_step(decoder, kept, batches, fresh, refit_kept=self.refit_kept)
+        plan = self.make_plan(decoder.shape, kept)
+        self._made = (plan.digest, modules) if self.repair == "two_step" else None
+        return plan
+
+    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+        if self.repair != "two_step":
+            super().cut(decoder, plan, batches)
+            return
+        surgery.check_fits(decoder, plan)
+        made, self._made = self._made, None
+        if made is None or made[0] != plan.digest:  # a replayed plan
+            made = "", two_step.two_step(decoder, plan.layers, batches, refit_kept=self.refit_kept)[1]
+        two_step.install(decoder, plan, made[1])
+
+
+class _Fresh:
+    """Chooses the units of a module from scores on the inputs that the reconstructed prefix gives it."""
+
+    def __init__(self, batches: Sequence[Batch], layers: int, moment: second_moment.Moment, limit: float):
+        self.batches, self.layers, self.moment, self.limit = batches, layers, moment, limit
+        self.sums = Sums(layers)
+
+    def points(self, block: Block) -> tuple[Point, ...]:
+        return second_moment.POINTS[self.moment][block]
+
+    def observe(self, layer: Layer, block: Block, x: Mapping[str, Tensor]) -> None:
+        second_moment.accumulate(self.sums, layer, {point: x[point] for point in self.points(block)})
+
+    def choose(self, lock: Lockstep, block: Block, kept: LayerPlan) -> LayerPlan:
+        layer, sums = lock.layer, self.sums
+        self.sums = Sums(self.layers)
+        scores = second_moment.scores(layer, sums.means(lock.tokens, lock.decoder.device)[layer.index], self.moment)
+        if block == "attention":
+            divergence = attention_similarity.of_layer(lock, self.batches) if self.limit else None
+            return attention_similarity.choose_heads(kept, layer.shape, scores, divergence, self.limit)
+        order = cast(Tensor, scores.channels).argsort(stable=True)
+        return replace(kept, ffn_channels=tuple(order[-len(kept.ffn_channels) :].sort().values.tolist()))

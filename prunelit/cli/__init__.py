@@ -1,0 +1,1 @@
+"""The command line: options, config files and the commands, one file each."""

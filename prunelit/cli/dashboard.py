@@ -1,0 +1,43 @@
+"""`python -m prunelit dashboard`: lay out a W&B project for pruning runs."""
+
+from pathlib import Path
+
+from prunelit.cli.console import say
+from prunelit.cli.options import parse, parser_of
+from prunelit.monitoring import workspace
+from prunelit.monitoring.loggers import check_wandb
+from prunelit.runtime.errors import BadOption
+from prunelit.runtime.text_files import write_json
+
+
+def dashboard(project: str, entity: str = "", out: str | None = None) -> list[str]:
+    """Make a workspace and a report in a W&B project, laid out for what the Dashboard callback logs.
+
+    Args:
+        project: name of the W&B project; its runs need not be there yet.
+        entity: user or team that it belongs to; "" for the default of the key.
+        out: write the workspace's layout to this JSON file instead; needs no key and no network.
+
+    Returns:
+        Addresses of what was made, or the file's path.
+
+    Raises:
+        BadOption: wandb is not installed, or refuses.
+    """
+    if not project.strip():
+        raise BadOption(f"project: expected a name, got {project!r}")
+    check_wandb("dashboard")
+    if out is None:
+        return workspace.save(entity, project)
+    write_json(Path(out), workspace.specification(entity, project))
+    return [out]
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit dashboard`."""
+    parser = parser_of(command, "lay out a W&B project for pruning runs: workspace and report")
+    parser.add_function_arguments(dashboard, None, sub_configs=False)
+    options = parse(parser, arguments)
+    for made in dashboard(options.project, options.entity, options.out):
+        say(made)
+    return 0

@@ -1,0 +1,115 @@
+"""`python -m prunelit evaluate`: perplexity of any model on any text; with more asked for, a whole evaluation."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.calibration.batches import TOKENS_PER_BATCH
+from prunelit.cli.console import say
+from prunelit.cli.options import parse, parser_of
+from prunelit.data import sources as model_source
+from prunelit.data import text
+from prunelit.data.loading import load_tokenizer, place
+from prunelit.data.option_types import Dtype, Sources, listed
+from prunelit.evaluation import run as whole
+from prunelit.evaluation.markdown import markdown
+from prunelit.evaluation.perplexities import Text
+from prunelit.evaluation.speed import Speed
+from prunelit.evaluation.subject import Subject
+from prunelit.model.modes import on_device
+from prunelit.runtime.errors import BadOption
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
+
+_MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
+"""Options that ask for more than one perplexity."""
+
+
+def evaluate(
+    model: str,
+    sources: Sequence[str],
+    seqlen: int = 1024,
+    windows: int | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    stride: int | None = None,
+    adapter: str | None = None,
+) -> dict[str, Any]:
+    """Perplexity of any model on any text.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
+        sources: text sources, mixed evenly.
+        seqlen: tokens per window.
+        windows: the first so many windows; null for all.
+        dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: no overlap.
+        adapter: folder of a PEFT adapter for the model, merged into it; null for none.
+
+    Returns:
+        {"perplexity", "nll", "tokens", "protocol", "model", size, "seconds", "versions"}.
+    """
+    subject = Subject(model, adapter, dtype, device)
+    subject.check()
+    for source in sources:
+        text.check_source(source)
+    model_source.check_length(model, seqlen)
+    ids = text.windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
+    network = subject.load()
+    start = time.perf_counter()
+    with on_device(network, place(device)):
+        found = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
+    used = str(next(network.parameters()).dtype).removeprefix("torch.")
+    return {
+        **found,
+        "protocol": metrics.protocol(sources, ids, used, stride),
+        "model": model,
+        **metrics.size(network),
+        "seconds": round(time.perf_counter() - start, 2),
+        "versions": versions(),
+    }
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit evaluate`."""
+    parser = parser_of(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
+    parser.add_argument(
+        "--text", type=Sources | None, default=None, help="text source(s); built-in where nothing else is asked for"
+    )
+    parser.add_argument("--seqlen", type=int, default=1024, help="of --text: tokens per window")
+    parser.add_argument("--windows", type=int | None, default=None, help="of --text: the first so many; null for all")
+    parser.add_argument(
+        "--stride", type=int | None, default=None, help="of --text: tokens between windows; null: seqlen"
+    )
+    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
+    parser.add_function_arguments(whole.evaluate, None, sub_configs=False)
+    inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
+    options = parser.instantiate(parse(parser, arguments, inner))
+    if options.json:
+        export.check_output(options.json, overwrite=True, file=True)
+    given = {name: value for name, value in vars(options).items() if name != "config"}
+    target = given.pop("json")
+    of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}
+    if not any(given[name] for name in _MORE):
+        chosen = {name: given[name] for name in ("model", "dtype", "device", "adapter")}
+        result = evaluate(sources=listed(of_text.pop("text") or text.BUILTIN), **of_text, **chosen)
+        said = json.dumps(result, indent=2)
+    else:
+        if of_text["text"]:
+            if "text" in (given["texts"] or {}):
+                raise BadOption("texts: expected names other than 'text', which is that of --text")
+            given["texts"] = {"text": Text(**of_text), **(given["texts"] or {})}
+        result = whole.evaluate(**given)
+        said = markdown(result) + (
+            f"\n{given['out']}/: report.html, evaluate.md, evaluate.json" if given["out"] else ""
+        )
+    if target:
+        write_json(Path(target), result)
+    say(said)
+    return 0

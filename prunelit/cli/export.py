@@ -1,0 +1,98 @@
+"""`python -m prunelit export`: write a model in another format, with the proof that it is the same."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prunelit import export as writers
+from prunelit.calibration import metrics
+from prunelit.cli.console import say
+from prunelit.cli.options import parse, parser_of
+from prunelit.core.plan import PruningPlan
+from prunelit.data import loading, sources
+from prunelit.data.option_types import Dtype
+from prunelit.recovery import prepare
+
+
+def export(
+    model: str,
+    out: str,
+    format: str = "auto",
+    type: str = "",
+    dtype: Dtype = "auto",
+    group_size: int | None = None,
+    adapter: str | None = None,
+    max_shard_size: str = "5GB",
+    overwrite: bool = False,
+    unproved: bool = False,
+) -> writers.Written:
+    """Write a model in another format, with the proof that it is the same.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id; cut or dense. A plan.json in the folder
+            goes along, and a report.json tells the model card what was measured.
+        out: folder, or file where the format is one, to write to.
+        format: "auto" (uniform where a stock class holds the shapes, else hetero; int4 for an int4 folder), "uniform",
+            "hetero", "padded", "gguf" (llama.cpp), "deci" (vLLM's layout), "int4"; what each is and what loads it:
+            docs/export.md.
+        type: number format of the weights, for formats that have several; "" for their default.
+        dtype: the weights are converted to it first; "auto" leaves them as they are.
+        group_size: inputs per group where a model in full precision becomes int4: 16, 32 (default), 64 or 128.
+        adapter: folder in PEFT's format (LoRA) that is merged into the model first; made for this very model.
+        max_shard_size: of one weight file, as 5GB or 500MB.
+        overwrite: replace what is there, a file or a folder that prunelit wrote, once the new one is proved.
+        unproved: leave out the proof, as where the program that it needs is not installed.
+
+    Raises:
+        PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
+    """
+    sources.check_source(model)
+    reads = [source for source in (model, adapter) if source is not None]
+    writers.check_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
+    prepare.check(model, format, group_size, adapter)
+    plan, report = _of_run(Path(model).expanduser())
+    tokenizer = loading.load_tokenizer(model)
+    network = prepare.prepare(model, dtype, format, group_size, adapter, say)
+    return writers.write_model(
+        *(network, out, tokenizer, plan, format, overwrite),
+        kind=type,
+        max_shard_size=max_shard_size,
+        fresh_process=True,
+        report=report,
+        unproved=unproved,
+    )
+
+
+def _of_run(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+    """The plan by which a folder's model was cut, and the report of the run: beside it, or above `model/`."""
+    if not (folder / "plan.json").is_file():
+        return None, {}
+    plan = PruningPlan.load(folder / "plan.json")
+    for place in (folder, folder.resolve().parent):
+        if not all((place / name).is_file() for name in ("plan.json", "report.json")):
+            continue
+        if PruningPlan.load(place / "plan.json") == plan:
+            try:
+                report = json.loads((place / "report.json").read_text(encoding="utf-8"))
+            except ValueError:
+                break  # a report is no part of the model
+            return plan, report if isinstance(report, dict) else {}
+    return plan, {}
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit export`."""
+    parser = parser_of(command, "write a model in another format, with the proof that it is the same")
+    parser.add_function_arguments(export, None, sub_configs=False)
+    options = parse(parser, arguments)
+    written = export(**{name: value for name, value in vars(options).items() if name != "config"})
+    rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
+    say(metrics.table(rows))
+    proof = written.proof
+    say(f"\nproved: {proof['loader']}" if proof["passed"] else "\nnot proved, as asked")
+    if "summary" in proof:
+        say(proof["summary"])
+    if "largest_difference" in proof:
+        say(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
+    say(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    return 0

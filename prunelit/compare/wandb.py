@@ -1,0 +1,81 @@
+"""A comparison as a Weights & Biases run: one table, the pictures, the measure of every place.
+
+Nothing is sent unless a project is named, and then no text, no token and no path of this machine.
+"""
+
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from prunelit.compare.tables import Report, mean_log_ratio, percent, perplexity_of
+from prunelit.monitoring.loggers import WANDB_QUIET
+from prunelit.runtime.errors import BadOption
+
+
+def open_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
+    """A run, opened before the long work, so that a missing key is found at once; closed as failed on an error.
+
+    Raises:
+        BadOption: wandb refuses.
+    """
+    import wandb
+
+    try:
+        quiet = wandb.Settings(**WANDB_QUIET)
+        run = wandb.init(project=project, name=name, job_type="compare", dir=str(folder), settings=quiet)
+    except wandb.Error as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadOption(
+            f"wandb_project {project!r}: wandb refuses: {first}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from error
+    closing.push(lambda kind, error, where: run.finish(exit_code=int(kind is not None)))
+    return run
+
+
+def log(run: Any, report: Report, pictures: Sequence[Path]) -> None:
+    """Log a finished comparison to an open run.
+
+    Args:
+        run: of `open_run`.
+        report: content of compare.json.
+        pictures: image files; .png ones are logged.
+    """
+    import wandb
+
+    texts, dense = list(report["texts"]), report["dense"]
+    sizes = ("windows", "sequence_length", "dtype", "fingerprint")
+    run.config.update(
+        {name: report[name] for name in ("model", "ratios", "seeds", "latency", "versions")}
+        | {"texts": {text: {name: report["texts"][text][name] for name in sizes} for text in texts}}
+    )
+    columns: list[Any] = (
+        ["method", "ratio", "seed", "status", "parameters", "removed", "mean log ratio", "prune seconds"]
+        + ["speed-up"] * bool(report["latency"])
+        + [f"perplexity {text}" for text in texts]
+    )
+    table = wandb.Table(columns=columns)
+    table.add_data(
+        *("dense", 0.0, None, "finished", dense["size"]["parameters"], 0.0, 0.0, 0.0, *[1.0] * bool(report["latency"])),
+        *(_finite(perplexity_of(dense["texts"][text])) for text in texts),
+    )
+    for cell in report["cells"]:
+        place = cell["label"], cell["ratio"], cell["seed"], cell["status"]
+        if cell["status"] != "finished":
+            table.add_data(*place, *[None] * (len(columns) - len(place)))
+            continue
+        measure = mean_log_ratio(cell, dense)
+        table.add_data(
+            *place,
+            *(cell["size"]["parameters"], cell["ratio_of_block_parameters"], measure, cell["seconds"]["prune"]),
+            *([cell["latency"]["speedup"]] if report["latency"] else []),
+            *(_finite(perplexity_of(cell["texts"][text])) for text in texts),
+        )
+        run.summary[f"mean_log_ratio/{cell['label']}/{percent(cell['ratio'])}/seed {cell['seed']}"] = measure
+    images = {path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"}
+    run.log({"comparison": table, **images})
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,327 @@
+"""What a decoder layer is made of: names only, one entry per model family.
+
+To add a family, add one line to `ARCHITECTURES`: its `model_type` and whatever differs from the Llama layout. Nothing
+else in prunelit knows a family by name. `prunelit.model.decoder` checks a declaration against the loaded model, and the
+contract tests in `tests/core/test_architectures.py` run on every entry.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from prunelit.runtime.errors import UnknownArchitecture
+
+PRUNED = "pruned_"
+"""Prefix of the `model_type` of folders saved with per-layer shapes."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Module names of one family; paths with dots are relative to the model, the layer, or the attention / MLP module.
+
+    Attributes:
+        layers: path from the causal LM to its list of decoder layers.
+        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself.
+        query, key, value, output: projections inside `attention`.
+        fused_qkv: one linear in place of query, key and value. Its rows are laid out as `qkv_layout` says:
+            "concat" = all query heads, all key heads, all value heads;
+            "grouped" = for each KV group, its query heads, its key head, its value head.
+        gate, up, down: linears of the FFN; `gate=None` for a plain (not gated) FFN.
+        fused_gate_up: one linear in place of gate and up, gate rows first.
+        activation: the module whose output is act(gate), or act(up) in a plain FFN.
+        attention_norm, mlp_norm: norms that feed one block only, and go when the block is removed.
+        attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
+        shared_norm: one norm that feeds both blocks; goes only with the whole layer.
+        parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
+        norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
+        residual_scale: config attribute that multiplies every block's output before the residual addition.
+        head_dim: attribute of the attention module with the size of one head.
+        heads_prunable: False where heads are tied together (a norm over all of them), so no head can be cut exactly.
+        per_head: parameters or module lists inside `attention` with one entry per head: path -> "query" | "kv".
+        config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
+        config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
+            projection among them; a config without the attribute has no such choice.
+        position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
+        layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
+        requires: config attributes and the value that the declaration relies on.
+        variants: (config condition, overrides) pairs; all that match are applied in order.
+    """
+
+    layers: str = "model.layers"
+    attention: str = "self_attn"
+    query: str = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    output: str = "o_proj"
+    fused_qkv: str | None = None
+    qkv_layout: Literal["concat", "grouped"] = "concat"
+    mlp: str = "mlp"
+    gate: str | None = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused_gate_up: str | None = None
+    activation: str = "act_fn"
+    attention_norm: str | None = "input_layernorm"
+    mlp_norm: str | None = "post_attention_layernorm"
+    attention_post_norm: str | None = None
+    mlp_post_norm: str | None = None
+    shared_norm: str | None = None
+    parallel: bool = False
+    norm: Literal["rms", "layer"] = "rms"
+    norm_offset: float = 0.0
+    residual_scale: str | None = None
+    head_dim: str = "head_dim"
+    heads_prunable: bool = True
+    per_head: Mapping[str, Literal["query", "kv"]] = field(default_factory=dict)
+    config_heads: str = "num_attention_heads"
+    config_kv_heads: str = "num_key_value_heads"
+    config_ffn: str = "intermediate_size"
+    config_attention_bias: str = "attention_bias"
+    config_mlp_bias: str = "mlp_bias"
+    position_table: bool = False
+    layer_config: bool = False
+    requires: Mapping[str, Any] = field(default_factory=dict)
+    variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Last names of the prunable linear layers, for adapters (PEFT `target_modules`)."""
+        attention = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
+        ffn = (self.fused_gate_up,) if self.fused_gate_up else (self.gate, self.up)
+        return tuple(dict.fromkeys(name for name in (*attention, self.output, *ffn, self.down) if name))
+
+    @property
+    def names(self) -> dict[str, Any]:
+        """All that a saved folder needs to know, as plain data: everything but the conditions, already resolved, and
+        what is asked of a text."""
+        elsewhere = ("requires", "variants", "position_table")
+        return {key: value for key, value in vars(self).items() if key not in elsewhere}
+
+
+_LLAMA = Architecture()
+# Norms before and after each block (Gemma 2 and later).
+_SANDWICH = replace(
+    _LLAMA,
+    mlp_norm="pre_feedforward_layernorm",
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+    norm_offset=1.0,
+)
+# Norms only after each block; q_norm and k_norm run over all heads together, so single heads can not be cut exactly.
+_POST_NORM = replace(
+    _LLAMA,
+    attention_norm=None,
+    mlp_norm=None,
+    attention_post_norm="post_attention_layernorm",
+    mlp_post_norm="post_feedforward_layernorm",
+)
+# One norm feeds attention and FFN, whose outputs are added to the residual together.
+_PARALLEL = replace(
+    _LLAMA, parallel=True, attention_norm=None, mlp_norm=None, shared_norm="input_layernorm", norm="layer"
+)
+_PLAIN_FFN = replace(_LLAMA, gate=None)
+_GPT = Architecture(
+    layers="transformer.h",
+    attention="attn",
+    output="c_proj",
+    gate=None,
+    up="c_fc",
+    down="c_proj",
+    activation="act",
+    attention_norm="ln_1",
+    mlp_norm="ln_2",
+    norm="layer",
+    position_table=True,
+    config_ffn="n_inner",
+)
+_OPT = Architecture(
+    layers="model.decoder.layers",
+    output="out_proj",
+    mlp="",
+    gate=None,
+    up="fc1",
+    down="fc2",
+    activation="activation_fn",
+    attention_norm="self_attn_layer_norm",
+    mlp_norm="final_layer_norm",
+    norm="layer",
+    position_table=True,
+    config_ffn="ffn_dim",
+)
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "apertus": replace(_PLAIN_FFN, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
+    "arcee": _PLAIN_FFN,
+    "biogpt": replace(_OPT, layers="biogpt.layers", config_ffn="intermediate_size"),
+    "cohere": replace(_PARALLEL, per_head={"q_norm.weight": "query", "k_norm.weight": "kv"}),
+    "cohere2": _PARALLEL,
+    "cwm": _LLAMA,
+    "ernie4_5": _LLAMA,
+    "exaone4": _POST_NORM,
+    "falcon": Architecture(
+        layers="transformer.h",
+        attention="self_attention",
+        fused_qkv="query_key_value",
+        output="dense",
+        gate=None,
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+        parallel=True,
+        attention_norm=None,
+        mlp_norm=None,
+        shared_norm="input_layernorm",
+        norm="layer",
+        config_kv_heads="num_kv_heads",
+        config_ffn="ffn_hidden_size",
+        requires={"alibi": False},  # its positional bias is built for the global number of heads
+        variants=(
+            (
+                {"parallel_attn": False, "new_decoder_architecture": False},
+                {
+                    "parallel": False,
+                    "shared_norm": None,
+                    "attention_norm": "input_layernorm",
+                    "mlp_norm": "post_attention_layernorm",
+                },
+            ),
+            ({"multi_query": False}, {"qkv_layout": "grouped"}),
+            ({"new_decoder_architecture": True}, {"qkv_layout": "grouped"}),
+            (
+                {"new_decoder_architecture": True, "num_ln_in_parallel_attn": 2},
+                {"shared_norm": None, "attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+            ),
+        ),
+    ),
+    "gemma": replace(_LLAMA, norm_offset=1.0),
+    "gemma2": _SANDWICH,
+    "gemma3_text": _SANDWICH,
+    "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
+    "glm4": replace(
+        _LLAMA,
+        fused_gate_up="gate_up_proj",
+        activation="activation_fn",
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+    ),
+    "gpt2": replace(
+        _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
+    ),
+    "gptj": replace(
+        _GPT,
+        output="out_proj",
+        up="fc_in",
+        down="fc_out",
+        parallel=True,
+        attention_norm=None,
+        mlp_norm=None,
+        shared_norm="ln_1",
+    ),
+    "gpt_neox": Architecture(
+        layers="gpt_neox.layers",
+        attention="attention",
+        fused_qkv="query_key_value",
+        qkv_layout="grouped",
+        output="dense",
+        gate=None,
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+        norm="layer",
+        head_dim="head_size",
+        parallel=True,
+        variants=(({"use_parallel_residual": False}, {"parallel": False}),),
+    ),
+    "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    "helium": _LLAMA,
+    "hunyuan_v1_dense": _LLAMA,
+    "hyperclovax": replace(
+        _LLAMA,
+        attention_post_norm="post_norm1",
+        mlp_post_norm="post_norm2",
+        residual_scale="residual_multiplier",
+    ),
+    "internlm3": _LLAMA,
+    "iquestcoder": _LLAMA,
+    "jais2": replace(_PLAIN_FFN, norm="layer"),
+    "llama": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
+    "mistral": _LLAMA,
+    "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
+    "olmo": replace(_LLAMA, norm="layer"),
+    "olmo2": replace(_POST_NORM, heads_prunable=False),
+    "olmo3": replace(_POST_NORM, heads_prunable=False),
+    "opt": replace(_OPT, requires={"do_layer_norm_before": True}),
+    "persimmon": replace(
+        _PLAIN_FFN,
+        fused_qkv="query_key_value",
+        qkv_layout="grouped",
+        output="dense",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+        activation="act",
+        norm="layer",
+    ),
+    "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
+    "phi3": replace(
+        _LLAMA,
+        fused_qkv="qkv_proj",
+        fused_gate_up="gate_up_proj",
+        activation="activation_fn",
+        layer_config=True,  # it splits the fused rows at config.num_attention_heads * head_dim
+    ),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
+    "smollm3": _LLAMA,
+    "stablelm": replace(
+        _LLAMA,
+        norm="layer",
+        per_head={"q_layernorm.norms": "query", "k_layernorm.norms": "kv"},
+        variants=(
+            (
+                {"use_parallel_residual": True},
+                {"parallel": True, "attention_norm": None, "mlp_norm": None, "shared_norm": "input_layernorm"},
+            ),
+        ),
+    ),
+    "starcoder2": replace(_PLAIN_FFN, up="c_fc", down="c_proj", activation="act", norm="layer"),
+    "vaultgemma": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
+}
+
+
+def architecture_of(config: Any) -> Architecture:
+    """The declaration for a transformers config, with the variants that its values select.
+
+    A config that prunelit itself saved for layers of different shape has PRUNED before its `model_type`.
+
+    Raises:
+        UnknownArchitecture: no entry for `config.model_type`, or the config has a value the entry does not cover.
+    """
+    model_type = str(getattr(config, "model_type", None)).removeprefix(PRUNED)
+    if model_type not in ARCHITECTURES:
+        near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
+        hint = f" (nearest: {near[0]!r})" if near else ""
+        raise UnknownArchitecture(
+            f"model_type {model_type!r}: no declaration{hint}; expected one of {', '.join(sorted(ARCHITECTURES))}; "
+            f"add an entry {model_type!r} to ARCHITECTURES in prunelit/core/architectures.py, or before loading call "
+            f"prunelit.register({model_type!r}, prunelit.Architecture(...))"
+        )
+    architecture = ARCHITECTURES[model_type]
+    for name, wanted in architecture.requires.items():
+        if getattr(config, name, wanted) != wanted:
+            raise UnknownArchitecture(
+                f"model_type {model_type!r}: the declaration needs config.{name} = {wanted!r}, "
+                f"got {getattr(config, name)!r}; this variant is not supported"
+            )
+    for condition, overrides in architecture.variants:
+        if all(getattr(config, name, None) == value for name, value in condition.items()):
+            architecture = replace(architecture, **overrides)
+    return architecture
+
+
+def register(model_type: str, architecture: Architecture) -> None:
+    """Declare a family from outside the package (same effect as an entry in `ARCHITECTURES`)."""
+    ARCHITECTURES[model_type] = architecture

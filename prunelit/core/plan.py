@@ -1,0 +1,310 @@
+"""PruningPlan: which units of a decoder stay. Methods make it; surgery, checkpoints and exports read it.
+
+Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line (see
+`prunelit.core.plan_json`), hashed, compared across ranks, edited by hand and replayed on another machine without the scores.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from prunelit.core import plan_json
+from prunelit.core.shapes import LayerShape, ModelShape, check_dense, check_kinds
+from prunelit.runtime.errors import BadPlan
+
+__all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "plans_of"]
+
+FORMAT = "prunelit-plan/1"
+_ADDED = "added_bias"
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What one layer keeps: sorted indices into the dense layer. A removed block keeps nothing (empty tuples).
+
+    `attention_bias`, `mlp_bias`: the block's output projection, which has no bias, is given one by the repair that goes
+    with the cut (see `prunelit.repair.bias`); the cut alone does not.
+    """
+
+    query_heads: tuple[int, ...]
+    kv_groups: tuple[int, ...]
+    ffn_channels: tuple[int, ...]
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Numbers of query heads, KV groups and FFN channels."""
+        return len(self.query_heads), len(self.kv_groups), len(self.ffn_channels)
+
+    @property
+    def attention_removed(self) -> bool:
+        return not self.kv_groups
+
+    @property
+    def mlp_removed(self) -> bool:
+        return not self.ffn_channels
+
+    @property
+    def removed(self) -> bool:
+        return self.attention_removed and self.mlp_removed
+
+    @classmethod
+    def dense(cls, shape: LayerShape) -> "LayerPlan":
+        """Keep everything."""
+        return cls(tuple(range(shape.query_heads)), tuple(range(shape.kv_groups)), tuple(range(shape.ffn_channels)))
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Kept units of every layer, and where they come from.
+
+    Args:
+        method: name of the method that made it.
+        model: shape and fingerprint of the dense model.
+        layers: one `LayerPlan` per dense layer.
+        options: the method's options, for the record.
+        seed: seed of calibration and method.
+        calibration: what it was scored on: {"source", "windows", "seqlen", "tokens", "fingerprint"}.
+
+    Raises:
+        BadPlan: indices not sorted, not unique or out of range; query heads that do not belong to a kept KV group or
+            differ in number between the groups of a layer; every attention block or every layer removed.
+    """
+
+    method: str
+    model: ModelShape
+    layers: tuple[LayerPlan, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("method", self.method, str),
+            ("seed", self.seed, int),
+            ("options", self.options, Mapping),
+            ("calibration", self.calibration, Mapping),
+        ):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise BadPlan(f"plan: {name}: expected {kind.__name__}, got {value!r:.80}")
+        check_kinds("plan: model", self.model)
+        for index, shape in enumerate(self.model.layers):
+            check_dense(index, shape)
+        if not self.model.layers or not self.model.block_parameters:
+            raise BadPlan("plan: dense_layers: expected at least one layer with parameters, got none")
+        if self.model.parameters < self.model.block_parameters or not self.model.hidden_size:
+            raise BadPlan(
+                f"plan: model: expected a hidden size, and at least the {self.model.block_parameters} parameters of "
+                f"its layers, got {self.model.hidden_size} and {self.model.parameters}"
+            )
+        if len(self.layers) != len(self.model.layers):
+            raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
+        for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
+            _check_layer(index, kept, shape)
+        if any(shape.kv_groups for shape in self.model.layers) and all(k.attention_removed for k in self.layers):
+            raise BadPlan(
+                "plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)"
+            )
+
+    # What it leaves, without touching a weight -------------------------------------------------------------------
+
+    @property
+    def kept_block_parameters(self) -> int:
+        """Parameters left in the decoder layers."""
+        biases = sum(kept.attention_bias + kept.mlp_bias for kept in self.layers) * self.model.hidden_size
+        pairs = zip(self.layers, self.model.layers, strict=True)
+        return biases + sum(shape.parameters_at(*kept.widths) for kept, shape in pairs)
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """Parameters, MACs and KV bytes after the cut, and the share removed in both conventions of the field."""
+        dense = self.model.block_parameters
+        removed = dense - self.kept_block_parameters
+        kept = list(zip(self.layers, self.model.layers, strict=True))
+        macs = sum(s.macs_at(self.model.hidden_size, *k.widths) for k, s in kept)
+        kv_elements = sum(s.kv_elements_at(len(k.kv_groups)) for k, s in kept)
+        return {
+            "parameters": self.model.parameters - removed,
+            "block_parameters": dense - removed,
+            "macs_per_token": macs + self.model.head_macs,
+            "kv_bytes_per_token": kv_elements * self.model.bytes_per_element,
+            "ratio_of_block_parameters": removed / dense,
+            "ratio_of_all_parameters": removed / self.model.parameters,
+        }
+
+    @property
+    def is_uniform(self) -> bool:
+        """All layers that stay have the same number of heads, groups and channels."""
+        shapes = {(*k.widths, s.head_dim) for k, s in zip(self.layers, self.model.layers, strict=True) if not k.removed}
+        return len(shapes) == 1 and not any(k.attention_removed != k.mlp_removed for k in self.layers)
+
+    @property
+    def digest(self) -> str:
+        """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
+        layers = [{name: value for name, value in asdict(layer).items() if value is not False} for layer in self.layers]
+        content = [asdict(self.model), layers]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    # JSON --------------------------------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """JSON text, one layer a line; indices as ranges ("0-2, 5"), a removed block is null."""
+        model = asdict(self.model)
+        shapes = model.pop("layers")
+        head = {
+            "format": FORMAT,
+            "method": self.method,
+            "options": dict(self.options),
+            "seed": self.seed,
+            "calibration": dict(self.calibration),
+            "predicted": self.predicted,
+            "model": model,
+        }
+        layers = [
+            {
+                "attention": None
+                if layer.attention_removed
+                else _written(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
+                "mlp": None if layer.mlp_removed else _written(layer.mlp_bias, channels=layer.ffn_channels),
+            }
+            for layer in self.layers
+        ]
+        return plan_json.written(head, {"dense_layers": shapes, "layers": layers})
+
+    @classmethod
+    def from_json(cls, text: str) -> "PruningPlan":
+        """Read what `to_json` wrote, now or in earlier versions; `predicted` is computed again, not read.
+
+        Raises:
+            BadPlan: not JSON, not this format, a name missing or unknown, or contradictory content.
+        """
+        data = plan_json.parsed(text)
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r:.60}")
+        names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
+        plan_json.known("plan", data, names, ("format", "predicted"))
+        for name in ("dense_layers", "layers"):
+            if not isinstance(data[name], list):
+                raise BadPlan(f"plan: {name}: expected a list of layers, got {data[name]!r:.60}")
+        shapes = [_made(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])]
+        model = _made(ModelShape, "plan: model", data["model"], layers=tuple(shapes))
+        if len(data["layers"]) != len(shapes):
+            raise BadPlan(f"plan: layers: expected {len(shapes)}, one per dense layer, got {len(data['layers'])}")
+        pairs = enumerate(zip(data["layers"], shapes, strict=True))
+        layers = tuple(_layer(f"plan: layer {index}", layer, shape) for index, (layer, shape) in pairs)
+        return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path` atomically (a reader sees the old file or the new one)."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{os.getpid()}")
+        partial.write_text(self.to_json(), encoding="utf-8")
+        os.replace(partial, target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":
+        """Read a plan from a file.
+
+        Raises:
+            BadPlan: the file is missing or unreadable, or its content is no plan.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got {error.strerror or error}") from error
+        except UnicodeDecodeError as error:
+            raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got a file that is no text") from error
+        except BadPlan as error:
+            raise BadPlan(f"{path}: {error}") from error
+
+
+def plans_of(model: Any) -> dict[str, PruningPlan]:
+    """The plans by which callbacks have cut a live model, in order; written there by whoever cuts."""
+    found: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
+    return found
+
+
+def _written(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
+    return {name: plan_json.spans(indices) for name, indices in kept.items()} | ({_ADDED: True} if bias else {})
+
+
+def _made(kind: Any, where: str, data: Any, **more: Any) -> Any:
+    """A dataclass from an object with its fields; those with a default may be missing."""
+    own = [item for item in fields(kind) if item.name not in more]
+    needed = [item.name for item in own if item.default is MISSING]
+    plan_json.known(where, data, needed, [item.name for item in own if item.name not in needed])
+    made = kind(**data, **more)
+    check_kinds(where, made)
+    return made
+
+
+def _layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
+    plan_json.known(where, layer, ("attention", "mlp"))
+    units = {"query_heads": shape.query_heads, "kv_groups": shape.kv_groups, "channels": shape.ffn_channels}
+
+    def block(name: str, *kinds: str) -> list[Any]:
+        """The indices of each kind, then whether a bias is added; nothing for null, the removed block."""
+        said, at = layer[name], f"{where}: {name}"
+        if said is None:
+            return [*[()] * len(kinds), False]
+        plan_json.known(f"{at} (null where it goes)", said, kinds, (_ADDED,))
+        found = [plan_json.indices(f"{at}: {kind}", said[kind], units[kind]) for kind in kinds]
+        return [*found, said.get(_ADDED, False)]
+
+    heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
+    channels, mlp_bias = block("mlp", "channels")
+    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias)
+
+
+def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
+    for name, items, size in (
+        ("query_heads", kept.query_heads, shape.query_heads),
+        ("kv_groups", kept.kv_groups, shape.kv_groups),
+        ("ffn_channels", kept.ffn_channels, shape.ffn_channels),
+    ):
+        if any(type(item) is not int for item in items):
+            raise BadPlan(f"plan: layer {index}: {name}: expected integers, got {list(items)[:5]}")
+        if list(items) != sorted(set(items)):
+            raise BadPlan(
+                f"plan: layer {index}: {name}: expected sorted indices without repeats, got {list(items)[:8]}"
+            )
+        if items and not 0 <= items[0] <= items[-1] < size:
+            raise BadPlan(f"plan: layer {index}: {name}: expected indices in [0, {size}), got {items[0]}..{items[-1]}")
+    for name, added, removed in (
+        ("attention", kept.attention_bias, not kept.kv_groups),
+        ("mlp", kept.mlp_bias, not kept.ffn_channels),
+    ):
+        if type(added) is not bool or (added and removed):
+            raise BadPlan(
+                f"plan: layer {index}: {name}: added_bias: expected true or false, and false for a removed block, "
+                f"got {added!r:.40}"
+            )
+    if bool(kept.kv_groups) != bool(kept.query_heads):
+        raise BadPlan(
+            f"plan: layer {index}: expected KV groups and query heads, or neither (attention removed), "
+            f"got {len(kept.kv_groups)} groups and {len(kept.query_heads)} heads"
+        )
+    if not kept.kv_groups:
+        return
+    if not shape.heads_prunable and len(kept.query_heads) < shape.query_heads:
+        raise BadPlan(
+            f"plan: layer {index}: this family's heads are tied by a norm over all of them; "
+            f"expected all {shape.query_heads} heads or none, got {len(kept.query_heads)}"
+        )
+    per_group = dict.fromkeys(kept.kv_groups, 0)
+    for head in kept.query_heads:
+        group = head // shape.group_size
+        if group not in per_group:
+            raise BadPlan(f"plan: layer {index}: query head {head} belongs to KV group {group}, which is cut")
+        per_group[group] += 1
+    if len(set(per_group.values())) > 1:
+        raise BadPlan(
+            f"plan: layer {index}: expected the same number of query heads in every kept KV group, got {per_group}"
+        )

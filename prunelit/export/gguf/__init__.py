@@ -1,0 +1,5 @@
+"""gguf: one file that llama.cpp runs."""
+
+from prunelit.export.gguf.writer import FORMAT
+
+__all__ = ["FORMAT"]

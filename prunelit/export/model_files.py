@@ -1,0 +1,34 @@
+"""Safetensors of a model under another class, as transformers saves them."""
+
+import copy
+from typing import Any
+
+from torch import Tensor
+
+from prunelit.data import offloaded
+from prunelit.export import layer_files
+from prunelit.export.formats import Job
+from prunelit.model.quiet import quiet
+
+
+def write_as(shell: Any, job: Job, weights: dict[str, Tensor] | None = None) -> None:
+    """Write config, weights (in shards if large) and generation config of a model to `job.place`.
+
+    Args:
+        shell: the class to write it as, built on the meta device.
+        job: model and place.
+        weights: by the names of the shell; None: the model's own, and zeros for biases that only the shell has.
+    """
+    model = job.model
+    with quiet():
+        if offloaded.is_streamed(model):
+            layer_files.write(shell, model, job.place)
+            return
+        if weights is None:
+            weights, like = model.state_dict(), next(model.parameters())
+            spare = {name: x for name, x in shell.state_dict().items() if name not in weights}
+            weights |= {name: like.new_zeros(x.shape) for name, x in spare.items()}
+        shell.load_state_dict(weights, strict=True, assign=True)
+        shell.tie_weights()
+        shell.generation_config = copy.deepcopy(model.generation_config)
+        shell.save_pretrained(job.place, max_shard_size=job.max_shard_size)

@@ -1,0 +1,100 @@
+"""A folder that transformers saved, read without transformers' loader: the model without memory, tensors one by one."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prunelit.runtime.errors import SourceNotFound
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+def settings(folder: str | Path) -> dict[str, Any]:
+    """config.json of a folder; nothing where there is none, as for a hub id.
+
+    Raises:
+        SourceNotFound: it is not a JSON object.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise SourceNotFound(f"model {str(folder)!r}: can not be loaded: config.json: {error}") from error
+    if not isinstance(found, dict):
+        raise SourceNotFound(
+            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {found!r:.40}"
+        )
+    return found
+
+
+@torch.no_grad()
+def skeleton(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """Build the model of a folder; its parameters and saved buffers take no memory.
+
+    Args:
+        folder: with config.json.
+        kind: class of a causal LM with per-layer shapes; None: the one that config.json names.
+        dtype: of the parameters.
+        device: of the computed tables (rotary frequencies).
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+
+    config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
+    with torch.device("meta"):
+        model = (kind._from_config if kind else AutoModelForCausalLM.from_config)(config, dtype=dtype)
+    model.config.name_or_path = model.name_or_path = str(folder)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    for module in model.modules():
+        own = [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
+        for name in own:
+            module.register_buffer(name, torch.empty_like(getattr(module, name), device=device), persistent=False)
+        if own:
+            model._init_weights(module)  # computes them, as when transformers loads a model
+    return model
+
+
+class Files:
+    """The tensors of a folder with safetensors by name, mapped into memory when they are read.
+
+    Raises:
+        SourceNotFound: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / INDEX
+        with self._reading(INDEX if index.is_file() else SINGLE):
+            if index.is_file():
+                self.file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+            else:
+                with safe_open(folder / SINGLE, framework="pt") as file:
+                    self.file_of = dict.fromkeys(file.keys(), SINGLE)
+
+    def view(self, name: str) -> Tensor:
+        """A tensor, not yet read."""
+        with self._reading(self.file_of[name]), safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            return cast(Tensor, file.get_tensor(name))
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            said = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+            raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {said}") from error
+
+    def names(self, model: Any) -> dict[str, str]:
+        """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+        renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_of}

@@ -1,0 +1,173 @@
+"""apply(model, plan): the only code that deletes weights.
+
+Legend: Q query heads, G KV groups, D head size, F FFN channels.
+"""
+
+import warnings
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model.decoder import Decoder, Layer, is_conv1d
+from prunelit.model.per_layer import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
+from prunelit.model.unit_indices import ffn_rows, qkv_blocks, rows_of
+from prunelit.runtime.errors import BadPlan
+
+
+def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
+    """Raise unless `plan` was made for a model of this shape.
+
+    Raises:
+        BadPlan: another family, number of layers or width; says the first difference.
+    """
+    made_for, found = plan.model, decoder.shape
+    for name in ("model_type", "hidden_size"):
+        if getattr(made_for, name) != getattr(found, name):
+            raise BadPlan(
+                f"plan: made for another model: {name} {getattr(made_for, name)!r} ({made_for.name}), "
+                f"got {getattr(found, name)!r} ({found.name}); make a plan for this model"
+            )
+    if len(made_for.layers) != len(found.layers):
+        raise BadPlan(
+            f"plan: made for {len(made_for.layers)} layers ({made_for.name}), got a model with {len(found.layers)} "
+            f"({found.name}); make a plan for this model, or load the dense one"
+        )
+    for index, (wanted, shape) in enumerate(zip(made_for.layers, found.layers, strict=True)):
+        if wanted != shape:
+            raise BadPlan(
+                f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} "
+                f"KV groups, {shape.ffn_channels} channels, expected {wanted.query_heads}, {wanted.kv_groups}, "
+                f"{wanted.ffn_channels}; make a plan for this model, or load the dense one"
+            )
+    if made_for.weights != found.weights:
+        warnings.warn(
+            f"the plan was made for weights {made_for.weights} ({made_for.name}), this model has {found.weights} "
+            f"({found.name}): right for a fine-tuned copy, wrong for any other model",
+            stacklevel=4,  # check_fits, apply, its no_grad wrapper, the caller
+        )
+
+
+@torch.no_grad()
+def apply(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut `model` in place as `plan` says; dtype, device, mode and `requires_grad` stay.
+
+    Kept weights are copied, so the memory of what is cut is freed layer by layer. The config's widths follow where all
+    layers agree; otherwise `prunelit.save` writes the shape of every layer.
+
+    Raises:
+        BadPlan: the plan was made for another model; nothing has been changed then.
+    """
+    decoder = Decoder(model)
+    check_fits(decoder, plan)
+    cut_checked(decoder, plan)
+
+
+def cut_checked(decoder: Decoder, plan: PruningPlan) -> None:
+    """`apply` of a plan that is known to fit; the weights may be without memory."""
+    for layer, kept in zip(decoder, plan.layers, strict=True):
+        cut_layer(layer, kept, decoder.config)
+    finish(decoder, plan)
+
+
+@torch.no_grad()
+def cut_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
+    """Cut one layer in place. `finish` follows once all layers are cut; until then the model runs layer by layer.
+
+    Args:
+        layer: as it is before the cut; look at its module afresh afterwards.
+        kept: what of it stays.
+        config: of the model.
+    """
+    if layer.has_attention:
+        _cut_attention(layer, kept)
+    if layer.has_mlp:
+        _cut_mlp(layer, kept)
+    set_counters(layer.module, layer.architecture, config, *kept.widths)
+
+
+def finish(decoder: Decoder, plan: PruningPlan) -> None:
+    """After every layer was cut: drop layers without blocks, close holes in the KV cache, write widths that agree."""
+    settle(decoder.model, decoder.architecture)
+    if plan.is_uniform:
+        _set_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
+
+
+def _set_widths(decoder: Decoder, kept: LayerPlan) -> None:
+    """Write the widths that all layers share into the config.
+
+    Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly.
+    """
+    names, config = decoder.architecture, decoder.config
+    widths = {names.config_ffn: len(kept.ffn_channels)}
+    if isinstance(vars(config).get("head_dim"), int):
+        widths |= {names.config_heads: len(kept.query_heads), names.config_kv_heads: len(kept.kv_groups)}
+    for name, value in widths.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+
+
+@torch.no_grad()
+def mask(model: nn.Module, plan: PruningPlan) -> None:
+    """Zero what `plan` would cut instead of cutting it: the same outputs, dense shapes. For tests and comparisons."""
+    decoder = Decoder(model)
+    check_fits(decoder, plan)
+    for layer, kept in zip(decoder, plan.layers, strict=True):
+        if layer.has_attention:
+            columns = rows_of(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
+            _zero(layer.output, columns, kept.attention_removed, layer.norm("attention_post_norm"))
+        if layer.has_mlp:
+            _zero(layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.norm("mlp_post_norm"))
+
+
+def _zero(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:
+    weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+    axis = 0 if is_conv1d(linear) else 1
+    drop = torch.ones(weight.shape[axis], dtype=torch.bool)
+    drop[kept.long()] = False
+    weight.index_fill_(axis, drop.nonzero().flatten().to(weight.device), 0.0)
+    if removed and bias is not None:
+        bias.zero_()
+    if removed and post_norm is not None and getattr(post_norm, "bias", None) is not None:
+        cast(Tensor, post_norm.bias).zero_()
+
+
+def _cut_attention(layer: Layer, kept: LayerPlan) -> None:
+    shape, names = layer.shape, layer.architecture
+    if kept.attention_removed:
+        remove_attention(layer.module, names)
+        return
+    if len(kept.query_heads) == shape.query_heads:
+        return
+    dim, units = shape.head_dim, {"query": list(kept.query_heads), "kv": list(kept.kv_groups)}
+    for linear, blocks in zip(layer.qkv, qkv_blocks(layer), strict=True):
+        stays = torch.cat([of[units[kind]].flatten() for kind, of in blocks.items()]).sort().values
+        _slice(linear, rows=rows_of(stays, dim))
+    _slice(layer.output, columns=rows_of(torch.tensor(kept.query_heads), dim))
+    for path, kind in names.per_head.items():
+        keep_entries(layer.attention, path, kept.query_heads if kind == "query" else kept.kv_groups)
+
+
+def _cut_mlp(layer: Layer, kept: LayerPlan) -> None:
+    if kept.mlp_removed:
+        remove_mlp(layer.module, layer.architecture)
+        return
+    if len(kept.ffn_channels) == layer.shape.ffn_channels:
+        return
+    channels = torch.tensor(kept.ffn_channels)
+    rows = ffn_rows(layer)[channels].T.flatten()
+    for linear in layer.ffn_in:
+        _slice(linear, rows=rows)
+    _slice(layer.down, columns=channels)
+
+
+def _slice(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Keep some outputs (rows) or inputs (columns) of a linear; a bias loses entries with the rows only."""
+    weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+    index = cast(Tensor, rows if rows is not None else columns).to(weight.device)
+    axis = (rows is None) != is_conv1d(linear)
+    cut_bias = bias if bias is None or rows is None else bias.detach().index_select(0, index)
+    if bias is not None and rows is None:
+        cut_bias = bias.detach()
+    set_linear(linear, weight.detach().index_select(int(axis), index), cut_bias)

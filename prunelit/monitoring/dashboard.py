@@ -1,0 +1,270 @@
+"""Dashboard: shows a pruning run in the job's loggers, at its best in Weights & Biases.
+
+    callbacks/dashboard.yaml    attaches it to any LightningCLI job with a second --config
+    Python                      Trainer(logger=WandbLogger(project="p"), callbacks=[LLMBIP(0.2), Dashboard()])
+
+What is logged, beside what the job logs itself (`prunelit.monitoring.loggers` says what each logger takes):
+
+    prune/kept, prune/scores, prune/search    pictures, when the plan is made; prune/layers, a table
+    search/...                                every evaluation of a block search and every block removed, as it happens
+    quality/...                               perplexity and size, dense, pruned, recovered; how far recovery has come
+    train/tokens_per_second                   of one process
+    stage/...                                 seconds and peak memory of every stage
+    samples                                   completions side by side, of the prompts asked for
+    plan, model                               artifacts with their lineage: base model -> plan -> cut model
+
+`python -m prunelit dashboard --project P` lays out a W&B workspace and a report for these names.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+
+from prunelit.core.plan import PruningPlan
+from prunelit.evaluation import samples
+from prunelit.evaluation.samples import Samples
+from prunelit.monitoring import loggers
+from prunelit.monitoring.recorder import Recorder
+from prunelit.pruning.job import find_model, find_tokenizer, resume_path, saved_states
+from prunelit.report.figures import PICTURES, figure_of, png
+from prunelit.report.record import STATES, Record
+from prunelit.runtime.errors import BadOption, BadPlan, NoModel
+from prunelit.strategies import sharding
+
+Artifacts = Literal["none", "plan", "model"]
+AXES = {
+    "search/perplexity": "search/evaluation",
+    "search/chosen_perplexity": "search/blocks",
+    "stage/seconds": "stage/number",
+    "stage/memory_mib": "stage/number",
+}
+"""On what numbers stand that are not of a training step."""
+METRICS = {
+    "search": ("search/perplexity", "search/chosen_perplexity"),
+    "quality": (
+        *(f"quality/{state}_{what}" for state in STATES for what in ("perplexity", "parameters")),
+        "quality/val_over_dense",
+    ),
+    "structure": ("prune/parameters", "prune/kv_bytes_per_token", "prune/macs_per_token", "prune/removed_share"),
+    "recovery": ("train/tokens_per_second",),
+    "cost": ("stage/seconds", "stage/memory_mib"),
+}
+"""Names of the numbers, by the section of the dashboard in which they stand."""
+IMAGES = {name: f"{'prune' if name in ('kept', 'scores', 'search') else 'quality'}/{name}" for name in PICTURES}
+"""Names of the pictures."""
+
+
+class Dashboard(Recorder):
+    """Logs what a pruning run did, on rank zero, to every logger of the Trainer; it changes nothing.
+
+    By default no text, no path, no command line and no host's name goes to W&B: the settings that send them are turned
+    off in the environment of runs that start later, unless it says otherwise (WANDB_CONSOLE, WANDB_DISABLE_CODE, ...).
+
+    Args:
+        prompts: texts that the model completes, dense, pruned and recovered; these and what it writes are logged.
+        prompt_tokens: at most so many tokens each.
+        artifacts: what goes to W&B as files: "plan" (without the paths of its sources), also the saved "model" (without
+            its README.md, report.json and proof.json), or "none".
+
+    Raises:
+        BadOption: on construction.
+    """
+
+    def __init__(self, prompts: Sequence[str] = (), prompt_tokens: int = 32, artifacts: Artifacts = "plan"):
+        super().__init__()
+        if artifacts not in get_args(Artifacts):
+            raise BadOption(f"artifacts: expected one of {', '.join(get_args(Artifacts))}, got {artifacts!r}")
+        self.prompts, self.prompt_tokens, self.artifacts = list(prompts), prompt_tokens, artifacts
+        self._samples = Samples(tuple(prompts), new_tokens=prompt_tokens) if prompts else None
+        self._trainer: Trainer | None = None
+        self._shown: set[str] = set()
+        self._plan = ""  # digest of the plan that was logged last
+        loggers.quiet_wandb()  # before a run starts, which is before any hook
+
+    # What a run tells --------------------------------------------------------------------------------------------
+
+    def attach(self, trainer: Trainer) -> None:
+        """Called before the first event, whatever the order of the callbacks."""
+        if self._trainer is trainer:
+            return
+        if self._trainer is not None:  # what happened in another job is not this one's
+            self.record, self._shown, self._plan = Record(kind="job"), set(), ""
+        self._trainer = trainer
+        if trainer.is_global_zero and trainer.loggers:
+            loggers.axes(trainer.loggers, AXES)
+            loggers.guard(trainer.loggers)
+            if resumed := resume_path(trainer):
+                self._go_on(saved_states(resumed).get(self.state_key, {}))
+        self._complete(trainer, trainer.lightning_module, "dense")
+
+    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+        known = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
+        super().hear(event, facts)
+        trainer = self._trainer
+        if trainer is None or not trainer.is_global_zero or known:
+            return
+        if event == "evaluation":
+            self._point({"search/perplexity": facts["perplexity"]}, len(self.record.search))
+        elif event == "removed":
+            self._point({"search/chosen_perplexity": facts["perplexity"]}, len(facts["order"]))
+        elif event == "planned":
+            self._planned(trainer, facts["plan"])
+        elif event == "measured":
+            values = {f"quality/{facts['name']}_{n}": facts["row"].get(n) for n in ("perplexity", "parameters")}
+            self._number({name: value for name, value in values.items() if value is not None}, also_summary=True)
+        elif event == "stage":
+            seconds, memory = facts["seconds"], facts.get("memory_mib") or {}
+            peak = memory.get("cuda", memory.get("process", 0.0))
+            loggers.summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
+            self._point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
+        elif event == "step":
+            self._step(facts["values"], facts["step"])
+        if event in ("removed", "stage"):  # a search takes long, and may be killed
+            for logger in self._loggers:
+                logger.save()
+
+    def _planned(self, trainer: Trainer, plan: PruningPlan) -> None:
+        if plan.digest == self._plan:  # the run is resumed by it
+            return
+        self._plan, predicted = plan.digest, plan.predicted
+        values = {
+            f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
+        } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
+        self._number(values, also_summary=True)
+        self._pictures("kept", "scores", "search")
+        rows = [
+            [index, *kept.widths, *(getattr(shape, name) for name in ("query_heads", "kv_groups", "ffn_channels"))]
+            for index, (kept, shape) in enumerate(zip(plan.layers, plan.model.layers, strict=True))
+        ]
+        names = ("query heads", "KV groups", "FFN channels")
+        columns = ["layer", *(f"{name} kept" for name in names), *(f"{name}, dense" for name in names)]
+        loggers.table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
+        if self.artifacts != "none":
+            of = f"base-{_name(plan.model.name)}"
+            base = {"model_type": plan.model.model_type, "parameters": plan.model.parameters}
+            loggers.uses(self._loggers, of, "base-model", base)
+            facts = {"of": of, "method": plan.method, "digest": plan.digest, **predicted}
+            loggers.artifact(self._loggers, "plan", "plan", facts, {"plan.json": _without_paths(plan).to_json()})
+
+    def _step(self, values: Mapping[str, float], step: int) -> None:
+        found = {}
+        if "tokens_per_second" in values:
+            found["train/tokens_per_second"] = values["tokens_per_second"]
+        dense = self.record.measured.get("dense", {}).get("perplexity")
+        if dense and "val_perplexity" in values:
+            found["quality/val_over_dense"] = values["val_perplexity"] / dense
+        self._number(found, max(0, step - 1))  # Lightning counts the steps that it logs from 0
+
+    # What Lightning calls ----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self.attach(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record, and which runs of which loggers it was sent to."""
+        if not self._loggers:
+            return {}
+        shown = [name for name in ("kept", "scores", "search") if name in self._shown]
+        sent = {"loggers": loggers.runs(self._loggers), "shown": shown, "plan": self._plan}
+        return {"record": self.record.to_json(), **sent}
+
+    def _go_on(self, state: Mapping[str, Any]) -> None:
+        """Log nothing twice where the loggers go on with the same runs; a state of another version is passed over."""
+        if state.get("loggers") != loggers.runs(self._loggers):
+            return
+        try:
+            self.record = Record.from_json(state["record"])
+        except (ValueError, KeyError, TypeError, BadPlan):
+            return
+        self._shown, self._plan = set(state["shown"]), state["plan"]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.record.plan is not None:
+            self._complete(trainer, pl_module, "pruned")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Completions, the last pictures, and the model that was saved."""
+        self._complete(trainer, pl_module, "recovered")
+        if not trainer.is_global_zero:
+            return
+        self._pictures("quality", "training", "speed", "stages")
+        folder = Path(trainer.default_root_dir) / "model"
+        if self.artifacts == "model" and self.record.plan is not None and (folder / "config.json").is_file():
+            facts = {"plan": self.record.plan.digest, **self.record.measured.get("recovered", {})}
+            plan = _without_paths(self.record.plan).to_json()
+            loggers.artifact(self._loggers, "model", "model", facts, model_files(folder, plan))
+
+    @property
+    def _loggers(self) -> list[Logger]:
+        return [] if self._trainer is None else self._trainer.loggers
+
+    def _point(self, values: Mapping[str, float], place: int) -> None:
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if finite:
+            loggers.points(self._loggers, finite, AXES[next(iter(finite))], place)
+
+    def _number(self, values: Mapping[str, float], step: int | None = None, also_summary: bool = False) -> None:
+        finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
+        if finite and self._trainer is not None:
+            loggers.numbers(self._loggers, finite, self._trainer.global_step if step is None else step)
+            if also_summary:
+                loggers.summary(self._loggers, finite)
+
+    def _pictures(self, *names: str) -> None:
+        """Each once in a run, where there is something to see."""
+        for name in names:
+            if self._trainer is None or not self._loggers or name in self._shown:
+                continue
+            if (made := figure_of(name, self.record)) is not None:
+                self._shown.add(name)
+                step = self._trainer.global_step
+                loggers.picture(self._loggers, IMAGES[name], png(made), PICTURES[name].caption, step)
+
+    def _complete(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+        """Let the model write, if asked to; a table once the last state is known."""
+        if self._samples is None or not trainer.loggers or sharding.is_sharded(trainer.strategy):
+            return
+        tokenizer = find_tokenizer(trainer, pl_module)
+        if tokenizer is None or not trainer.is_global_zero:
+            return
+        try:
+            model = find_model(pl_module)
+        except NoModel:
+            return
+        texts = samples.write(model, tokenizer, self._samples)
+        self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
+        if name == "recovered":
+            states = [state for state in STATES if any(state in row for row in self.record.completions)]
+            rows = [[row["prompt"], *(row.get(state, "") for state in states)] for row in self.record.completions]
+            loggers.table(self._loggers, "samples", ["prompt", *states], rows, trainer.global_step)
+
+
+def model_files(folder: Path, plan: str) -> dict[str, Path | str]:
+    """Files of a saved model that may leave: not those that name its sources or hold tokens of a text."""
+    stay = ("README.md", "plan.json", "report.json", "proof.json")
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in found.items() if path.name not in stay} | {"plan.json": plan}
+
+
+def _without_paths(plan: PruningPlan) -> PruningPlan:
+    """The plan as it may leave the machine: of files only their names."""
+
+    def bare(value: Any) -> Any:
+        if isinstance(value, str):
+            return Path(value).name if "/" in value or "\\" in value else value
+        return [bare(each) for each in value] if isinstance(value, list | tuple) else value
+
+    options = {name: bare(value) for name, value in plan.options.items()}
+    calibration = {name: bare(value) for name, value in plan.calibration.items()}
+    return replace(plan, options=options, calibration=calibration)
+
+
+def _name(model: str) -> str:
+    """As an artifact may be called: letters, digits, dashes, underscores and dots."""
+    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).name)[:100]

@@ -1,0 +1,347 @@
+"""RunReport: measures a `fit` run dense, pruned and recovered, and leaves its folder.
+
+model/        the recovered model, adapters merged, loads with transformers
+adapter/      the adapters in PEFT's format, and base/, the cut model that they are for
+plan.json     what was cut
+report.json   dense, pruned, recovered; protocol, seconds, memory, versions, seed; written as soon as a part is known
+report.html   the same for people, with pictures, what layers keep and completions; record.json is what it is drawn from
+"""
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.calibration.fingerprints import text_fingerprint
+from prunelit.data import text
+from prunelit.evaluation import samples
+from prunelit.evaluation.samples import Samples
+from prunelit.model.decoder import Decoder
+from prunelit.model.modes import on_device
+from prunelit.monitoring.recorder import Recorder
+from prunelit.pruning.callback import pruner_of
+from prunelit.pruning.job import (
+    check_same,
+    find_model,
+    identity,
+    listeners_of,
+    resume_path,
+    same_on_all_ranks,
+    saved_states,
+)
+from prunelit.quantization import int4_folder, linears, quantize, views
+from prunelit.recovery import merge
+from prunelit.recovery.datamodule import TextDataModule
+from prunelit.report import load_commands, run_page
+from prunelit.report.record import Record
+from prunelit.runtime import progress
+from prunelit.runtime.environment import hardware, peak_memory_mib
+from prunelit.runtime.errors import BadOption, BadPlan, BadQuantisation
+from prunelit.runtime.events import Teller
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import versions
+from prunelit.strategies import sharding
+
+_log = logging.getLogger("prunelit")
+_COMPLETION_TOKENS = 24
+_SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+
+
+class RunReport(Recorder, Teller):
+    """Measure a run and save what came of it in `trainer.default_root_dir`.
+
+    Args:
+        batch_size: windows per forward pass when measuring perplexity.
+        format: of the saved model: "auto", or one of those of `python -m prunelit export`.
+        save_base: also save the cut model before recovery as base/, which the saved adapters are for.
+        prompts: texts that the dense, the cut and the recovered model complete, for report.html; null: a few built-in
+            ones; an empty list: none.
+
+    Raises:
+        BadOption: an empty prompt.
+    """
+
+    def __init__(
+        self, batch_size: int = 4, format: str = "auto", save_base: bool = True, prompts: list[str] | None = None
+    ):
+        Recorder.__init__(self)
+        Teller.__init__(self)
+        self._samples: Samples | None = None
+        if prompts is None or prompts:
+            self._samples = Samples(tuple(prompts or Samples.prompts), new_tokens=_COMPLETION_TOKENS)
+        self.record.kind = "fit"
+        self.batch_size = batch_size
+        self.format = format
+        self.save_base = save_base
+        self.report: dict[str, Any] = {}
+        self.seconds: dict[str, float] = {}
+        self._identity: dict[str, str | None] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Measure the dense model; the command line puts this callback before the ones that cut.
+
+        Raises:
+            BadPlan: the checkpoint to resume from is of another model or tokenizer.
+            SourceNotFound: it is missing or damaged.
+            BadOption: several pruning callbacks, ranks read different text, or the format is not that of the base.
+            OutputNotWritable: a folder that the run will write holds what is not prunelit's, or what the run reads.
+        """
+        if stage != "fit" or self.report:
+            return
+        pruner_of(trainer)  # several are refused before anything is measured
+        self.listeners = listeners_of(trainer)
+        self._folder = Path(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            self._check_folders(trainer, pl_module)
+        if self.format == "int4" and pl_module.hparams.get("base") != "int4":
+            raise BadOption(
+                f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
+                "`python -m prunelit export --format int4` rounds the saved model"
+            )
+        with self._timed("load_model"):
+            model = find_model(pl_module)
+        data = getattr(trainer, "datamodule", None)
+        self._identity = identity(model, trainer, pl_module)
+        if resumed := resume_path(trainer):
+            check_same(saved_states(resumed).get(self.state_key, {}), self._identity)
+        self._windows = data.validation if isinstance(data, TextDataModule) else None
+        if isinstance(data, TextDataModule):
+            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
+            same_on_all_ranks("data", text_fingerprint(parts))
+        self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
+        self.report |= self._earlier(resumed is not None)
+        for name in self.report.keys() & {"dense", "pruned"}:
+            self.tell("measured", name=name, row=self.report[name])
+        self.record.title = Decoder(model).shape.name
+        with on_device(model, trainer.strategy.root_device):
+            self._measure("dense", model, metrics.size(model))
+            self._complete("dense", model, trainer)
+        self._write(trainer)
+
+    def _check_folders(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before anything is measured: what is refused at the end costs a whole run."""
+        export.check_folder(self._folder)
+        pruner, data = pruner_of(trainer), getattr(trainer, "datamodule", None)
+        named = [pl_module.hparams.get("model"), getattr(pruner, "plan_file", None), *getattr(data, "sources", [])]
+        reads = [source for source in named if isinstance(source, str)]
+        export.check_request(self._folder / "model", self.format, overwrite=True, reads=reads)
+        if pl_module.hparams.get("lora_rank", 0):
+            for name in ("adapter", "base") if self.save_base else ("adapter",):
+                export.check_output(self._folder / name, overwrite=True, reads=reads)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the cut model, without adapters, before the first step.
+
+        Raises:
+            DoesNotFit: the format can not hold it, so nothing is trained.
+        """
+        plan = self._plan(trainer)
+        size = {name: self.report["dense"][name] for name in _SIZES}
+        if plan is not None:  # adapters are on by now and are merged away in the end: they do not count
+            size = {name: int(plan.predicted[name]) for name in _SIZES}
+            if trainer.is_global_zero:
+                plan.save(self._folder / "plan.json")
+        adapted: Any = pl_module.model
+        if self.format != "auto" and not sharding.is_sharded(trainer.strategy):  # sharded, it has other shapes
+            base = views.below_adapters(adapted)  # only int4 is written without making linears plain
+            export.check_fits(base if self.format == "int4" else views.plain(base), _tokenizer(trainer), self.format)
+        with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
+            self._measure("pruned", adapted, size)
+            self._complete("pruned", adapted, trainer)
+        self.report["memory"] = quantize.bytes_per_parameter(adapted)
+        _say_memory(self.report["memory"])
+        self._write(trainer)
+        self._started = time.perf_counter()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Merge the adapters, measure, save, show the table."""
+        self.seconds["train"] = time.perf_counter() - self._started
+        self.tell("stage", name="train", seconds=self.seconds["train"], memory_mib=peak_memory_mib())
+        recovered: Any = pl_module
+        if sharding.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
+            self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
+        tokenizer, plan = _tokenizer(trainer), self._plan(trainer)
+        merged = self._merged(trainer, recovered, tokenizer, plan)
+        self._measure("recovered", merged, metrics.size(merged))
+        self._complete("recovered", merged, trainer)
+        if trainer.is_global_zero:
+            with self._timed("save"):
+                written = export.write_model(
+                    *(merged, self._folder / "model", tokenizer, plan, self.format),
+                    overwrite=True,
+                    fresh_process=True,
+                    report=self.report,
+                )
+            self.report |= {"format": written.format, "trained_steps": trainer.global_step}
+            self.record.facts["load"] = load_commands.commands(written.format, written.path, plan)
+        trainer.strategy.barrier()
+        self._write(trainer)
+        if trainer.is_global_zero:
+            rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
+            made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
+            files = "report.html report.json plan.json config.yaml"
+            sys.stdout.write(f"\n{metrics.table(rows)}\n\n{self._folder}/: {made} {files}\n")
+
+    def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
+        """The model with its adapters merged; before that they are saved as they are."""
+        adapted = recovered.model
+        if not linears.has_adapters(adapted):
+            return recovered.merged_model()
+        base = linears.quantised_as(adapted) or "none"
+        ids = merge.tokens(self._windows, adapted)
+        before = metrics.logits(adapted, ids)
+        recovered.whole_model()  # all ranks
+        if trainer.is_global_zero:
+            with self._timed("save_adapter"):
+                written = merge.save_adapter(recovered, self._folder, tokenizer, plan, self.save_base, self.report)
+            if written:
+                self.report["base_format"] = written
+        merged = recovered.merged_model()
+        self.report["merge"] = {"base": base} | metrics.difference(before, metrics.logits(merged, ids), ids)
+        _say(merge.sentence(base, self.report["merge"]))
+        if base == "int4" and not self._four_bit(merged):
+            merged = quantize.dequantised(merged)
+            self.report["base"] = "int4: the saved weights are the rounded ones, in full precision"
+        return merged
+
+    def _four_bit(self, merged: Any) -> bool:
+        """Whether an int4 model is saved as such."""
+        if self.format not in ("auto", "int4"):
+            return False
+        try:
+            int4_folder.group_size(merged)
+        except BadQuantisation as error:
+            _say(f"saved in full precision: {error}")
+            return False
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of the dense model and the tokenizer."""
+        return dict(self._identity)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check them; a sharded checkpoint can not be read before.
+
+        Raises:
+            BadPlan: another model or tokenizer.
+        """
+        check_same(state_dict, self._identity)
+
+    def _measure(self, name: str, model: Any, size: dict[str, int]) -> None:
+        if name in self.report:
+            return
+        with self._timed(f"evaluate_{name}"):
+            row: dict[str, Any] = {"perplexity": None}
+            if self._windows is not None:
+                found = metrics.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
+                row["perplexity"] = found["perplexity"]
+                self.report["protocol"]["tokens"] = found["tokens"]
+            self.report[name] = row | size
+            self.tell("measured", name=name, row=self.report[name])
+
+    def _complete(self, name: str, model: Any, trainer: Trainer) -> None:
+        """Write completions for the page. They stay in this folder: they are not told to other listeners."""
+        tokenizer = _tokenizer(trainer)
+        if self._samples is None or tokenizer is None or sharding.is_sharded(trainer.strategy):
+            return
+        known = {row["prompt"] for row in self.record.completions if name in row}
+        if trainer.is_global_zero and not known.issuperset(self._samples.prompts):
+            with self._timed("write_samples"):
+                texts = samples.write(model, tokenizer, self._samples)
+            self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
+
+    def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
+        if self._windows is None:
+            return {}
+        sources = data.validation_sources or data.train_sources
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        return metrics.protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint(self._windows)}
+
+    def _earlier(self, resumed: bool) -> dict[str, Any]:
+        """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
+        only where that run is resumed."""
+        try:
+            found = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            return {}
+        mine = json.loads(json.dumps(self.report))
+        for part in (found.get("protocol", {}), mine["protocol"]):
+            part.pop("tokens", None)  # known once something is measured
+        if any(found.get(name) != value for name, value in mine.items()):
+            return {}
+        if resumed:
+            self._go_on()
+        return {name: found[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in found}
+
+    def _go_on(self) -> None:
+        """Take over the record of the run that is resumed; a damaged one is begun anew."""
+        try:
+            earlier = Record.from_json((self._folder / "record.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError, KeyError, TypeError, BadPlan):
+            return
+        wanted = self._samples.prompts if self._samples else ()
+        earlier.completions = [row for row in earlier.completions if row["prompt"] in wanted]
+        earlier.stages += self.record.stages
+        earlier.facts |= self.record.facts
+        self.record = earlier
+
+    def _plan(self, trainer: Trainer) -> Any:
+        pruner = pruner_of(trainer)
+        return pruner.plan_made if pruner else None
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        with progress.stage(stage.replace("_", " ")):
+            yield
+        taken = time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
+        self.tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
+
+    def _write(self, trainer: Trainer) -> None:
+        if not trainer.is_global_zero:
+            return
+        pruner = pruner_of(trainer)
+        stages = self.seconds | (pruner.seconds if pruner else {})
+        self.report |= {
+            "seconds": {name: round(value, 2) for name, value in stages.items()},
+            "peak_memory_mib": peak_memory_mib(),
+            "versions": versions(),
+            "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
+        }
+        write_json(self._folder / "report.json", self.report)
+        taken = ("protocol", "versions", "seed", "memory", "trained_steps")
+        self.record.facts |= {name: self.report[name] for name in taken if name in self.report}
+        self.record.facts |= {
+            "hardware": hardware(trainer.strategy.root_device),
+            "completion_tokens": _COMPLETION_TOKENS,
+        }
+        run_page.write(self.record, self._folder)
+
+
+def _tokenizer(trainer: Trainer) -> Any:
+    return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+
+
+@rank_zero_only
+def _say(line: str) -> None:
+    _log.info(line)
+
+
+@rank_zero_only
+def _say_memory(memory: dict[str, float]) -> None:
+    trained = memory["trainable_parameters"]
+    _log.info(
+        f"training {int(trained):,} of {int(memory['parameters']):,} parameters "
+        f"({trained / memory['parameters']:.2%}); the base takes {memory['bytes_per_base_parameter']:.2f} bytes each"
+    )

@@ -1,0 +1,252 @@
+"""PruningCallback: when a model is cut. A method says what, see `prunelit.pruning.method`.
+
+The cut happens in `setup("fit")`: after the datamodule's setup, before `configure_model`, the restore of a checkpoint,
+the strategy's wrapping and the optimiser, so nothing is ever built on shapes that change.
+"""
+
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.fingerprints import text_fingerprint, weights_fingerprint
+from prunelit.calibration.result_cache import Kept
+from prunelit.core.plan import PruningPlan, plans_of
+from prunelit.data import loading, text
+from prunelit.model.modes import on_device
+from prunelit.pruning.job import (
+    check_one,
+    check_same,
+    find_model,
+    find_tokenizer,
+    identity,
+    kept_folder,
+    listeners_of,
+    resume_path,
+    same_on_all_ranks,
+    saved_states,
+    share,
+    take,
+)
+from prunelit.pruning.method import PruningMethod, Repair
+from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
+
+__all__ = ["PruningCallback", "Repair"]
+
+_log = logging.getLogger("prunelit")
+_ELSEWHERE = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
+
+
+class PruningCallback(PruningMethod, Callback):
+    """Base of all methods: cuts a job's model, and leaves in its checkpoints what a run goes on from.
+
+    Scores, the finished plan and repaired weights are kept in the folder `kept` of the Trainer's `default_root_dir`, so
+    that a run that was killed computes none of them again; without a `default_root_dir` of its own (it would be the
+    working directory) nothing is kept. The folder may be deleted. On disk: a few kilobytes, and for methods that repair
+    the weights of the changed decoder layers, about the size of the cut model.
+
+    Arguments: see `PruningMethod`.
+    """
+
+    _identity: dict[str, str | None] | None = None
+    _cut_weights: str | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Cut once, before anything is built on the model's shapes.
+
+        Raises:
+            BadPlan: the checkpoint to resume from is of another model, tokenizer, method or options.
+            SourceNotFound: it is missing or damaged.
+            BadOption: a strategy of spawned processes, another pruning callback, or ranks that read different text.
+        """
+        if stage != "fit":
+            return
+        pruner_of(trainer)
+        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+            raise BadOption(
+                "strategy: a spawned process would cut a copy and lose it; expected 'ddp', got 'ddp_spawn' or a fork; "
+                "use strategy='ddp'"
+            )
+        model = find_model(pl_module)
+        marks = plans_of(model)
+        key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
+        if key in marks:  # fit was called again over the same live model
+            self.plan_made = marks[key]
+            return
+        self.listeners = listeners_of(trainer)
+        self._keep_beside(trainer)
+        self.repaired = self._cut_weights = None
+        self._identity = identity(model, trainer, pl_module)
+        replay, saved = self.replayed, dict[str, Any]()
+        if resumed := resume_path(trainer):
+            replay, saved = self._resume(resumed)
+        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+            # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
+            repaired = saved.get("repaired") if replay and self.kept_cut else None
+            batches: list[Batch] = []
+            if self.needs_text(replay) and not (self.kept_cut and repaired and self.kept_cut.has(repaired)):
+                with self.stage("text"):
+                    batches = self._find_batches(trainer, pl_module, model)
+            marks[key] = self._prune(model, batches, replay, repaired)
+            if self.repairs:
+                self._cut_weights = weights_fingerprint(model)
+                if saved.get("cut_weights") not in (None, self._cut_weights):
+                    warnings.warn(
+                        "checkpoint: it was trained on other repaired weights than those made now: the kept ones are "
+                        "gone, and text, machine or version differ",
+                        stacklevel=2,
+                    )
+
+    def decide_for(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
+        """The plan by which `setup` would cut this job's model; nothing is cut. The run finds what was scored.
+
+        The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
+        """
+        model = find_model(pl_module)
+        self._keep_beside(trainer)
+        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+            scores = self.reads_text and self.replayed is None
+            return self.decide(model, self._find_batches(trainer, pl_module, model) if scores else [])
+
+    def _keep_beside(self, trainer: Trainer) -> None:
+        mine = self.kept is None or self.kept is self.kept_cut
+        folder = kept_folder(trainer)
+        self.kept_cut = Kept(folder) if folder else None
+        self.kept = self.kept_cut if mine else self.kept
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
+        if self.plan_made is None or not trainer.is_global_zero:
+            return
+        for checkpoint in trainer.checkpoint_callbacks:
+            if folder := getattr(checkpoint, "dirpath", None):
+                self.plan_made.save(Path(folder) / self._sidecar)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The plan, as JSON text; fingerprints of the dense model and the tokenizer, and of repaired weights."""
+        return {
+            "plan": self.plan_made.to_json() if self.plan_made else None,
+            "repaired": self.repaired,
+            "cut_weights": self._cut_weights,
+        } | (self._identity or {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check that the checkpoint's plan is the one the model was cut with.
+
+        Raises:
+            BadPlan: it is another one.
+        """
+        check_same(state_dict, self._identity)
+        if state_dict.get("plan") and self.plan_made is not None:
+            saved = PruningPlan.from_json(state_dict["plan"])
+            if saved.digest != self.plan_made.digest:
+                raise BadPlan(
+                    f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
+                    f"{self.plan_made.digest} ({self.plan_made.method}); resume with the configuration of that run"
+                )
+
+    @property
+    def _sidecar(self) -> str:
+        return f"plan.{self.name}.json"
+
+    def _resume(self, checkpoint: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+        """The plan a checkpoint was made with, in the file or beside it (a sharded one is a folder), and our state.
+
+        Raises:
+            BadPlan: another model, tokenizer, method or options than now.
+            SourceNotFound: missing or damaged.
+        """
+        states = saved_states(checkpoint)
+        saved: dict[str, Any] = states.get(self.state_key, {})
+        check_same(saved, self._identity)
+        plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
+        if plan is None:
+            beside = [folder / self._sidecar for folder in (checkpoint, checkpoint.parent)]
+            plan = next((PruningPlan.load(path) for path in beside if path.is_file()), None) if not states else None
+        if plan is None:
+            others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
+            if others:
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
+                    f"{type(self).__name__}; resume with the configuration of that run"
+                )
+            _inform(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
+            return None, saved
+        self._check_asked(plan, checkpoint)
+        return plan, saved
+
+    def _check_asked(self, plan: PruningPlan, checkpoint: Path) -> None:
+        """A run that goes on with a plan must ask for that plan."""
+        if self.replayed is not None:
+            if _units(self.replayed) != _units(plan):
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
+                    f"{self.replayed.digest}; resume with the configuration of that run"
+                )
+            return
+        asked = json.loads(json.dumps(self.options, default=str))
+        made = json.loads(json.dumps(dict(plan.options), default=str))
+        for name in sorted(asked.keys() & made.keys() - set(_ELSEWHERE)):
+            if asked[name] != made[name]:
+                raise BadPlan(
+                    f"checkpoint {checkpoint.name}: its plan was made with {name} {made[name]!r}, this run asks for "
+                    f"{asked[name]!r}; resume with the configuration of that run, or start another one"
+                )
+
+    def _find_batches(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
+        data = getattr(trainer, "datamodule", None)
+        if self.calibration:
+            tokenizer = find_tokenizer(trainer, pl_module)
+            if tokenizer is None:
+                tokenizer = loading.load_tokenizer(str(cast(Any, model).config._name_or_path))
+            batches = self.batches_from(self.calibration, tokenizer)
+            same_on_all_ranks("calibration text", text_fingerprint(batches))
+            return batches
+        if callable(getattr(data, "calibration_dataloader", None)):
+            loader, source = cast(Any, data).calibration_dataloader(), "calibration_dataloader()"
+        else:
+            # The loader as given to fit, or by module or datamodule: Lightning has no public name for it.
+            loader, source = trainer.fit_loop._data_source.dataloader(), "train dataloader"
+        batches = share(take(loader, self.windows))
+        if not batches:
+            raise NoCalibration(
+                f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "
+                "datamodule with calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
+            )
+        self._calibration_record = {
+            "source": [source],
+            "windows": sum(len(batch["input_ids"]) for batch in batches),
+            "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
+            "fingerprint": text.fingerprint(torch.cat([batch["input_ids"].flatten() for batch in batches])),
+        }
+        return batches
+
+
+def pruner_of(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
+    """The callback of a job that cuts; None where there is none.
+
+    Raises:
+        BadOption: see `check_one`.
+    """
+    found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+    check_one([type(callback).__name__ for callback in found], wanted_by)
+    return found[0] if found else None
+
+
+def _units(plan: PruningPlan) -> list[Any]:
+    """What is kept; biases are declared when a plan is carried out."""
+    return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]
+
+
+@rank_zero_only
+def _inform(message: str) -> None:
+    _log.info(message)

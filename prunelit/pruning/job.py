@@ -1,0 +1,175 @@
+"""What a Lightning job offers to a pruning callback: its model, its batches, the checkpoint it is about to restore."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from prunelit.calibration.batches import Batch
+from prunelit.calibration.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from prunelit.runtime.errors import BadOption, BadPlan, NoModel
+from prunelit.runtime.events import Listener
+from prunelit.runtime.torch_files import check_whole
+
+
+def find_model(pl_module: LightningModule) -> nn.Module:
+    """The transformers model inside a LightningModule.
+
+    A module that loads its model late may offer `load_model()`; it is called here, before the search.
+
+    Raises:
+        NoModel: there is none yet.
+    """
+    from transformers import PreTrainedModel
+
+    if callable(load := getattr(pl_module, "load_model", None)):
+        load()
+    for module in pl_module.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise NoModel(
+        f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, "
+        "got none; build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
+    )
+
+
+def check_one(cutting: Sequence[str], wanted_by: str | None = None) -> None:
+    """Check that a job has no more than one callback that cuts: two would cut twice, and a report tells of one.
+
+    Args:
+        cutting: class names of the job's pruning callbacks.
+        wanted_by: the option or command that needs one; None: there may be none.
+
+    Raises:
+        BadOption: there are several, or none where one is needed.
+    """
+    if len(cutting) > 1:
+        raise BadOption(
+            f"trainer.callbacks: expected one pruning callback, got {' and '.join(cutting)}; keep one of them (a "
+            "callbacks/*.yaml as a further --config adds its own to what is there)"
+        )
+    if wanted_by and not cutting:
+        raise BadOption(
+            f"{wanted_by}: expected one pruning callback in trainer.callbacks, got 0; add one of callbacks/*.yaml as a "
+            "second --config"
+        )
+
+
+def resume_path(trainer: Trainer) -> Path | None:
+    """The checkpoint that `trainer.fit` is about to restore.
+
+    Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
+    (2.6), and shapes must be right before the restore; so it is read from that frame.
+    """
+    if trainer.ckpt_path:
+        return Path(trainer.ckpt_path)
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
+            found = frame.f_locals.get("ckpt_path")
+            return Path(found) if found else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def saved_states(checkpoint: Path) -> dict[str, Any]:
+    """States of the callbacks in a checkpoint file; none for a sharded checkpoint, which is a folder.
+
+    Raises:
+        SourceNotFound: the file is missing, cut short or damaged.
+    """
+    if checkpoint.is_dir() or not is_local(checkpoint):
+        return {}
+    check_whole(checkpoint)
+    # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
+    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
+    states: dict[str, Any] = saved.get("callbacks", {})
+    return states
+
+
+def is_local(path: str | Path) -> bool:
+    """Whether a path is on a file system, not behind a protocol ("s3://...")."""
+    return ":/" not in str(path)
+
+
+def kept_folder(trainer: Trainer) -> Path | None:
+    """Where a run keeps what is expensive; None where the job has no folder of its own, or not on this machine."""
+    root = trainer.default_root_dir
+    return Path(root) / "kept" if is_local(root) and Path(root).resolve() != Path.cwd() else None
+
+
+def listeners_of(trainer: Trainer) -> list[Listener]:
+    """The callbacks of a job that are told what happens: those with a method `hear`; `attach` of them is called."""
+    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
+    for callback in found:
+        if callable(attach := getattr(callback, "attach", None)):
+            attach(trainer)
+    return found
+
+
+def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
+    """The `tokenizer` of the datamodule or the module; None where neither has one."""
+    owners = (getattr(trainer, "datamodule", None), pl_module)
+    return next((t for t in (getattr(owner, "tokenizer", None) for owner in owners) if callable(t)), None)
+
+
+def identity(model: nn.Module, trainer: Trainer, pl_module: LightningModule) -> dict[str, str | None]:
+    """Fingerprints of a job's model as it is now and of its tokenizer, for `check_same`."""
+    tokenizer = tokenizer_fingerprint(find_tokenizer(trainer, pl_module))
+    return {"model": weights_fingerprint(model), "tokenizer": tokenizer}
+
+
+def check_same(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
+    """Check what a checkpoint says of model and tokenizer against this job's; what one of them does not say may differ.
+
+    Raises:
+        BadPlan: another one.
+    """
+    what = {"model": "model (or the same in another dtype)", "tokenizer": "tokenizer"}
+    for name, found in (mine or {}).items():
+        if saved.get(name) and found and saved[name] != found:
+            raise BadPlan(
+                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {found}; "
+                "resume with the configuration of that run"
+            )
+
+
+def same_on_all_ranks(what: str, value: str) -> None:
+    """Stop where processes differ; every rank calls it.
+
+    Raises:
+        BadOption: they do.
+    """
+    if dist.is_initialized():
+        values: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        if len(set(values)) > 1:
+            raise BadOption(f"{what}: expected the same on every rank, got {values}; give every machine the same files")
+
+
+def take(loader: Any, sequences: int) -> list[Batch]:
+    """The first batches that hold input_ids, up to a number of sequences."""
+    taken: list[Batch] = []
+    for batch in loader if loader is not None else ():
+        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+            break
+        room = sequences - sum(len(b["input_ids"]) for b in taken)
+        if room <= 0:
+            break
+        names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
+        taken.append({name: batch[name][:room].detach().cpu() for name in names})
+    return taken
+
+
+def share(batches: list[Batch]) -> list[Batch]:
+    """Rank zero's batches on every rank: shuffled loaders differ between ranks."""
+    if dist.is_initialized():
+        box = [batches]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return batches

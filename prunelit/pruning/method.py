@@ -1,0 +1,422 @@
+"""PruningMethod: what is cut. A method says it by overriding `score` (widths) or `plan` (anything).
+
+Lightning is not known here; when a job's model is cut is in `prunelit.pruning.callback`.
+"""
+
+import inspect
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar, Literal, get_args
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from prunelit.calibration.batches import Batch, batched, check_batches, tokens_in
+from prunelit.calibration.fingerprints import (
+    digest,
+    model_fingerprint,
+    package_fingerprint,
+    source_fingerprint,
+    tensor_digests,
+    text_fingerprint,
+)
+from prunelit.calibration.result_cache import Found, Kept
+from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
+from prunelit.data import text
+from prunelit.model import context_length, surgery
+from prunelit.model.decoder import Decoder
+from prunelit.planning import budget as rank
+from prunelit.planning import latency
+from prunelit.core.scores import LayerScores
+from prunelit.pruning import registry
+from prunelit.repair import bias, reconstruct
+from prunelit.runtime import progress
+from prunelit.runtime.distributed import own_rank
+from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.errors import BadOption, BadPlan
+from prunelit.runtime.events import Teller
+
+_log = logging.getLogger("prunelit")
+
+Repair = Literal["none", "bias", "least_squares"]
+
+
+class PruningMethod(Teller):
+    """Base of all methods, without Lightning; `PruningCallback` is what they derive from.
+
+    Args:
+        ratio: share of the decoder layers' budget to remove, in (0, 1).
+        budget: what the ratio counts: "parameters", "macs" (per token), "kv_bytes" (KV cache per token), or "latency"
+            (measured on the machine at hand, see `prunelit.planning.latency`).
+        scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together;
+            "layer_mean" gives layers of little mean importance a larger share of the cut.
+        unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
+        align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
+        protect: layers left whole; negative numbers count from the end.
+        min_kept: least share of each layer's KV groups and of its channels that stays, in [0, 1).
+        uniform_heads: every layer loses the same number of KV groups or query heads, whatever the scope (none where a
+            layer is protected); FFN widths may differ. For runtimes with one head count, see `prunelit.planning.serving`.
+        repair: what is done for the quality with the calibration text alone: "none"; "bias" adds the mean of what went
+            to the output biases; "least_squares" refits the output projections of what stays, layer by layer
+            (see `prunelit.repair.reconstruct`).
+        calibration: text source(s) to score on, see `prunelit.data.text`. Without one: the datamodule's
+            `calibration_dataloader()`, else the first batches of the job's train dataloader.
+        windows: sequences to score on.
+        seqlen: tokens per sequence of a text source; batches of a job have the length that they have.
+        seed: of the draw of windows and of the method.
+        plan_file: replay this plan instead of scoring.
+
+    Raises:
+        BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
+    """
+
+    reads_text: ClassVar[bool] = True
+    """Whether the method's scores need calibration text."""
+    standardise: ClassVar[bool] = True
+    """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
+    joint: ClassVar[bool] = True
+    """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
+    score_reads: ClassVar[tuple[str, ...] | None] = None
+    """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
+    any option may."""
+    before_cut: Callable[[Decoder, PruningPlan], None] | None = None
+    """Called with the dense model when it is known what goes; what it raises, as where a format can not hold what would
+    be left, ends the work before the cut and its repair."""
+    not_read: ClassVar[tuple[str, ...]] = ()
+    """Options above that mean nothing to the method: others than their defaults are refused, `--help` leaves them out,
+    and a comparison's common ones pass it by."""
+    cut_reads: ClassVar[tuple[str, ...]] = ()
+    """Options of the method's own that its `cut` reads, so that they may be given beside a plan."""
+    repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
+    """What `repair` may be; a method that adds one carries it out in `cut`."""
+
+    def __init__(
+        self,
+        ratio: float,
+        budget: rank.Budget = "parameters",
+        scope: rank.Scope = "layer",
+        unit: rank.Unit = "kv_group",
+        align: int = 64,
+        protect: Sequence[int] = (),
+        min_kept: float = 0.0,
+        uniform_heads: bool = False,
+        repair: Repair = "none",
+        calibration: str | Sequence[str] | None = None,
+        windows: int = 64,
+        seqlen: int = 512,
+        seed: int = 0,
+        plan_file: str | None = None,
+    ):
+        super().__init__()
+        rank.check_options(
+            *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
+        )
+        if repair not in self.repair_choices:
+            own = f"; {self.name} has its own repair, leave this out" if self.repair_choices == ("none",) else ""
+            raise BadOption(f"repair: expected {' or '.join(self.repair_choices)}, got {repair!r}{own}")
+        for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
+            if value < least:
+                raise BadOption(f"{name}: expected at least {least}, got {value}")
+        for source in [calibration] if isinstance(calibration, str) else calibration or []:
+            text.check_source(source)
+        self.replayed = PruningPlan.load(plan_file) if plan_file else None
+        self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
+        self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
+        defaults = inspect.signature(PruningMethod.__init__).parameters
+        for name in self.not_read:
+            if (value := getattr(self, name)) != (default := defaults[name].default):
+                raise BadOption(
+                    f"{name}: expected {default!r}, got {value!r}; {self.name} does not read it, leave it out"
+                )
+        self.repair = repair
+        self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
+        self.plan_file = plan_file
+        self.plan_made: PruningPlan | None = None
+        self.seconds: dict[str, float] = {}
+        self.kept: Kept | None = None
+        """Where scores are kept."""
+        self.kept_cut: Kept | None = None
+        """Where the finished plan and repaired weights are kept: what a run that was killed goes on from."""
+        self.repaired: str | None = None
+        """Name of the file of repaired weights in `kept_cut`."""
+        self._calibration_record: dict[str, Any] = {}
+
+    # What a method overrides -------------------------------------------------------------------------------------
+
+    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        """Importance of every unit, one `LayerScores` per layer, larger = keep. See `prunelit.calibration.observe.observe`."""
+        raise NotImplementedError(f"{type(self).__name__} overrides neither score() nor plan()")
+
+    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        """What stays. Default: `score`, then `prunelit.planning.budget.select` under the budget."""
+        return self.make_plan(decoder.shape, self.selector(decoder)(self.scored(decoder, batches)))
+
+    def scored(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+        """`score`, or what is kept of it from an earlier run."""
+
+        def pairs() -> list[tuple[Tensor | None, Tensor | None]]:
+            return [(layer.heads, layer.channels) for layer in self.score(decoder, batches)]
+
+        return [LayerScores(*pair) for pair in self.recall("scores", decoder, batches, pairs)]
+
+    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], Found]) -> Found:
+        """`compute`, or what is kept of it in `self.kept` from an earlier run with the same model, text and options.
+
+        Args:
+            what: name of the result.
+            decoder: the dense model.
+            batches: what it is computed on.
+            compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
+        """
+        if self.kept is None or not self.reads_text:
+            return compute()
+        key = self._key(decoder, batches, self.score_reads)
+        if key is None:
+            return compute()
+        found, saved = self.kept.recall(f"{self.name}-{what}", key, compute)
+        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
+        return found
+
+    def _key(
+        self, decoder: Decoder, batches: Sequence[Batch], reads: Sequence[str] | None = None
+    ) -> dict[str, Any] | None:
+        """Everything that decides what this method computes; None where that is not known."""
+        code = source_fingerprint(type(self))
+        if code is None:
+            return None
+        key = {
+            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "code": code,
+            "options": {n: v for n, v in self.options.items() if reads is None or n in reads},
+            "model": model_fingerprint(decoder.model),
+            "text": text_fingerprint(batches),
+            "device": decoder.device.type,
+        }
+        if self.kept_cut is not None:  # a run's folder outlives versions of prunelit
+            key["package"] = package_fingerprint()
+        return key
+
+    def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
+        """`prunelit.planning.budget.select` with this callback's options: scores -> kept units. A latency is measured here, once.
+
+        Raises:
+            InfeasibleBudget, NonFinite: when it is called.
+        """
+        cost: rank.Cost | None = None
+        if self.budget == "latency":
+            table = latency.measure(decoder, self.unit, self.align)
+            self._calibration_record = {**self._calibration_record, "latency": table.record}
+            cost = table.seconds
+        elif self.budget == "parameters" and self.repair == "bias":
+            cost = bias.parameters(decoder)
+        select = partial(
+            rank.select,
+            decoder.shape.layers,
+            ratio=self.ratio,
+            scope=self.scope,
+            unit=self.unit,
+            align=self.align,
+            protect=self.protect,
+            budget=self.budget,
+            min_kept=self.least_share(decoder),
+            uniform_heads=self.uniform_heads,
+            standardise=self.standardise,
+            joint=self.joint,
+            cost=cost,
+        )
+
+        first = True
+
+        def told(scores: Sequence[LayerScores], **options: Any) -> tuple[LayerPlan, ...]:
+            nonlocal first
+            kept = select(scores, **options)
+            if first and self.listeners:  # a method that selects again brings an order in the form of scores
+                first = False
+                self.tell(
+                    "scores", heads=_floats(s.heads for s in scores), channels=_floats(s.channels for s in scores)
+                )
+            return kept
+
+        return told
+
+    def least_share(self, decoder: Decoder) -> float:
+        """`min_kept`; a method may derive it from the model."""
+        return self.min_kept
+
+    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+        """Carry the plan out in place. Default: `prunelit.model.surgery.apply`, with the `repair` asked for."""
+        if self.repair == "none":
+            surgery.apply(decoder.model, plan)
+        elif self.repair == "bias":
+            bias.apply_bias(decoder.model, plan, batches)
+        else:
+            reconstruct.apply(decoder.model, plan, batches, self.repair)
+
+    def make_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
+        """A plan of this method, with its options, seed and calibration on record."""
+        return PruningPlan(self.name, shape, tuple(kept), self.options, self.seed, self._calibration_record)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether `cut` reads text."""
+        return self.repair != "none"
+
+    def needs_text(self, replay: PruningPlan | None = None) -> bool:
+        """Whether `prune` reads calibration text: to score, unless a plan is replayed, or to repair."""
+        return self.repairs or (self.reads_text and (replay or self.replayed) is None)
+
+    # The same steps without a Trainer ----------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The method's name: the stem of its file."""
+        return registry.name_of(type(self))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Every constructor argument and its value."""
+        names = (
+            name
+            for kind in reversed(type(self).__mro__)
+            if issubclass(kind, PruningMethod)
+            for name, parameter in inspect.signature(kind.__init__).parameters.items()
+            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+        )
+        return {name: getattr(self, name) for name in dict.fromkeys(names)}
+
+    def prune(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
+        """Score, plan and cut a transformers causal LM in place.
+
+        Args:
+            model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
+            batches: calibration batches, see `batches_from`; every rank passes the same list.
+            replay: cut by this plan instead of scoring; default: that of `plan_file`.
+
+        Raises:
+            BadOption, NoCalibration: not such a model, not such batches, or none; nothing was cut then.
+            NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
+        """
+        return self._prune(model, batches, replay, None)
+
+    def _prune(
+        self, model: nn.Module, batches: Sequence[Batch], replay: PruningPlan | None, repaired: str | None
+    ) -> PruningPlan:
+        """`prune`; `repaired` names a file in `kept_cut` of weights that were repaired after a cut by `replay`."""
+        decoder = Decoder(model)
+        plan = self._decided(decoder, batches, replay)
+        if self.before_cut is not None:
+            self.before_cut(decoder, plan)
+        with self.stage("cut"):
+            self._cut_once(decoder, plan, batches, repaired)
+        self.plan_made = plan
+        predicted = plan.predicted
+        _inform(
+            f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
+            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
+        )
+        return plan
+
+    def decide(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
+        """The plan that `prune` with the same arguments cuts by; nothing is cut.
+
+        Args:
+            model: dense model, left as it is.
+            batches: calibration batches; none where the scores read no text, see `reads_text`.
+            replay: a plan to take instead of scoring; default: that of `plan_file`.
+
+        Raises:
+            BadOption, NoCalibration, NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as
+                `prune`.
+        """
+        decoder = Decoder(model)
+        plan = self._decided(decoder, batches, replay)
+        surgery.check_fits(decoder, plan)
+        return plan
+
+    def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
+        check_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
+        with self.stage("score_and_plan"):
+            if batches and self.needs_text(replay):
+                context_length.check(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
+            decoder.check_finite()
+            plan = replay or self.replayed
+            if plan is None:
+                self._calibration_record = {**self._calibration_record, "tokens": sum(map(tokens_in, batches))}
+                plan = self._planned(decoder, batches)
+            plan = bias.declare(decoder, plan, self.repair == "bias")
+            _agree(plan)
+        self.tell("planned", plan=plan)
+        return plan
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Time a stage of the work into `seconds`, and tell it."""
+        start = time.perf_counter()
+        with progress.stage(name.replace("_", " ")):
+            yield
+        self.seconds[name] = time.perf_counter() - start
+        self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=peak_memory_mib())
+
+    def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+        """`plan`, or the finished plan of an earlier run with the same options."""
+        key = self._key(decoder, batches) if self.kept_cut is not None and self.reads_text else None
+        if self.kept_cut is None or key is None:
+            return self.plan(decoder, batches)
+        found, saved = self.kept_cut.recall(f"{self.name}-plan", key, lambda: self.plan(decoder, batches).to_json())
+        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
+        return PruningPlan.from_json(found)
+
+    def _cut_once(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch], repaired: str | None) -> None:
+        """`cut`; where that repairs, what an earlier run has made of the weights is put back instead."""
+        key = self._key(decoder, batches) if self.kept_cut is not None and self.repairs else None
+        if self.kept_cut is None or key is None:
+            self.cut(decoder, plan, batches)
+            return
+        said = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
+        self.repaired = repaired or f"{self.name}-repaired-{digest(said)}.pt"
+        if self.kept_cut.has(self.repaired):
+            surgery.apply(decoder.model, plan)
+            saved = self.kept_cut.put_back(self.repaired, decoder.model)
+            self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
+            return
+        before = tensor_digests(decoder.model) if own_rank() == 0 else {}
+        start = time.perf_counter()
+        self.cut(decoder, plan, batches)
+        self.kept_cut.keep_changes(self.repaired, decoder.model, before, time.perf_counter() - start)
+
+    def batches_from(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
+        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
+        ids = text.windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
+        self._calibration_record = {
+            "source": [sources] if isinstance(sources, str) else list(sources),
+            "windows": len(ids),
+            "seqlen": self.seqlen,
+            "fingerprint": text.fingerprint(ids),
+        }
+        return batched(ids)
+
+
+def _agree(plan: PruningPlan) -> None:
+    """Stop where ranks made different plans.
+
+    Raises:
+        BadPlan: they did.
+    """
+    if dist.is_initialized():
+        digests: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(digests, plan.digest)
+        if len(set(digests)) > 1:
+            raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
+
+
+def _floats(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
+    return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
+
+
+def _inform(message: str) -> None:
+    if own_rank() == 0:
+        _log.info(message)

@@ -1,0 +1,91 @@
+"""The pruning methods, found by their names in `prunelit/callbacks` without importing one.
+
+A method is a file there that defines a public subclass of `PruningCallback`, or a folder whose `callback.py` does. The
+name of the file or folder is its `--method`. Classes are imported on first use, so listing the methods imports neither
+torch nor Lightning.
+"""
+
+import ast
+import importlib
+import tokenize
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from prunelit.runtime.errors import BadOption, nearest
+
+PACKAGE = "prunelit.callbacks"
+FOLDER = Path(__file__).parents[1] / "callbacks"
+"""Where the methods are."""
+
+
+class Method(NamedTuple):
+    """A method as its file declares it."""
+
+    name: str
+    class_name: str
+    card: str  # the docstring of the file
+    path: Path  # the file that defines the class
+
+    @property
+    def summary(self) -> str:
+        return self.card.split("\n", 1)[0]
+
+
+@cache
+def _files() -> tuple[dict[str, Method], dict[str, str]]:
+    """The methods by name, and what is wrong with the files that are no Python."""
+    found, wrong = {}, {}
+    files = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
+    files |= {path.parent.name: path for path in FOLDER.glob("*/callback.py")}
+    for name, path in sorted(files.items()):
+        try:
+            with tokenize.open(path) as file:  # in the encoding that it declares, as Python reads it
+                tree = ast.parse(file.read(), filename=str(path))
+        except (SyntaxError, ValueError) as error:  # one that is being written stops none of the others
+            line, said = getattr(error, "lineno", None), getattr(error, "msg", str(error))
+            at = f", line {line}" if line else ""
+            wrong[name] = f"prunelit/callbacks/{path.relative_to(FOLDER)}{at}: expected Python, got: {said}"
+            continue
+        classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
+        if classes:
+            found[name] = Method(name, classes[-1], ast.get_docstring(tree) or "", path)
+    return found, wrong
+
+
+def methods() -> dict[str, Method]:
+    """All methods by name, read from the files' syntax trees (nothing is imported)."""
+    return _files()[0]
+
+
+def broken() -> dict[str, str]:
+    """Files among the methods that are no Python: name -> what is wrong and where, in one line."""
+    return _files()[1]
+
+
+def method_class(name: str) -> Any:
+    """The class of a method, by its name ("llm_bip") or by the import path of a class of your own ("my.module.Mine").
+
+    Raises:
+        BadOption: no such method, which names the nearest; or its file is no Python.
+    """
+    if name in broken():
+        raise BadOption(f"method {name!r}: {broken()[name]}; mend it")
+    if name in methods():
+        return getattr(importlib.import_module(f"{PACKAGE}.{name}"), methods()[name].class_name)
+    module, _, class_name = name.rpartition(".")
+    if module:
+        try:
+            return getattr(importlib.import_module(module), class_name)
+        except (ImportError, AttributeError, SyntaxError) as error:
+            raise BadOption(f"method {name!r}: can not be imported: {error}") from error
+    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{nearest(name, methods())}")
+
+
+def name_of(kind: type) -> str:
+    """The name of a method: that of the file or folder which defines its class.
+
+    A class in `callback.py` of a folder is named by the folder.
+    """
+    folder, _, file = kind.__module__.rpartition(".")
+    return folder.rpartition(".")[2] if file == "callback" and folder else file

@@ -1,0 +1,1 @@
+"""4-bit linears: rounding, storing and reading them."""

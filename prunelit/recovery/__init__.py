@@ -1,0 +1,1 @@
+"""Training a cut model back to quality, and merging what was trained."""

@@ -1,0 +1,238 @@
+"""Adapters in PEFT's format: what `PeftModel.from_pretrained` loads onto the cut base, and merging such a folder.
+
+An adapter on INT4 groups reads the mean of every group: pool(x)[g] = sum of the group / S. Pooling is linear, so the
+same adapter on plain linears has A[:, g] / S for every input of group g, and is saved like that. A saved adapter whose
+A is the same all over every group merges into INT4 zeros without loss, wherever it comes from.
+
+Legend: O outputs, I inputs, S group size, G groups, r rank.
+"""
+
+import copy
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunelit.core.architectures import architecture_of
+from prunelit.model.decoder import is_conv1d
+from prunelit.model.folder import INDEX, SINGLE, Files
+from prunelit.model.quiet import quiet
+from prunelit.quantization.int4 import GroupLora, Int4Linear
+from prunelit.quantization.int4_folder import CODES, config_of, padded
+from prunelit.quantization.linears import decoder_linears, quantised_as, widths, without_peft
+from prunelit.quantization.quantize import CONV1D
+from prunelit.recovery.lora import peft_config
+from prunelit.runtime.errors import BadAdapter
+from prunelit.runtime.progress import stage
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+Shapes = Mapping[str, tuple[int, int]]
+
+
+@torch.no_grad()
+def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
+    """Write a model's adapters into an empty folder.
+
+    Args:
+        model: PEFT's, or int4 with adapters.
+        folder: an empty one.
+        base: what the configuration calls the base, a folder.
+        wide: the base as it is saved, where channels of zeros were added to it; None: as it is under the adapters.
+    """
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    fused = architecture_of(without_peft(model).config).fused_gate_up
+    shapes = {x.name: widths(x.module) for x in decoder_linears(wide if wide is not None else model)}
+    for linear in decoder_linears(model):
+        module: Any = linear.module
+        if isinstance(module, GroupLora):
+            size = module.base_layer.group_size
+            a = module.lora_A.repeat_interleave(size, 1)[:, : module.in_features] / size
+            pair = a, module.lora_B
+        elif hasattr(module, "lora_A"):
+            pair = module.lora_A["default"].weight, module.lora_B["default"].weight
+        else:
+            continue
+        (outputs, inputs), parts = shapes[linear.name], 2 if linear.path.split(".")[-1] == fused else 1
+        # Added inputs are zero, so any column serves: the last again keeps a group's columns equal.
+        a = torch.cat([pair[0], pair[0][:, -1:].expand(-1, inputs - pair[0].shape[1])], 1)
+        found[linear.name] = a, padded(pair[1], outputs, parts)
+    config = _config(model, found)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.save_pretrained(folder)
+    tensors = {}
+    for name, (a, b) in found.items():
+        for part, value in (("lora_A", a), ("lora_B", b)):
+            tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # it is written for its owner's eyes only
+
+
+def _config(model: Any, found: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """The configuration that the adapters have, or would have with PEFT."""
+    linears = decoder_linears(model)
+    if hasattr(model, "peft_config"):
+        config = copy.deepcopy(model.peft_config["default"])
+    else:
+        ranks = [len(found[linear.name][0]) for linear in linears]
+        rank = Counter(ranks).most_common(1)[0][0]
+        scaling = cast(GroupLora, linears[0].module).scaling
+        config = peft_config(model, ranks, rank, scaling * rank)
+    bases = [getattr(linear.module, "base_layer", linear.module) for linear in linears]
+    config.fan_in_fan_out = any(is_conv1d(base) or getattr(base, CONV1D, False) for base in bases)
+    return config
+
+
+def check(folder: str | os.PathLike[str], source: str) -> None:
+    """Check a saved adapter, and that it fits a model source, as far as files tell: no model is loaded.
+
+    Args:
+        folder: of the adapter.
+        source: model source; only a local folder with safetensors is looked into.
+
+    Raises:
+        BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
+    """
+    path = Path(folder).expanduser()
+    _settings(path)
+    shapes = _shapes(path)
+    base = _shapes_of_folder(Path(source).expanduser())
+    if base:
+        _compare(folder, shapes, base, source)
+
+
+@torch.no_grad()
+def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
+    """Merge a saved adapter into the weights of its base, in place.
+
+    Args:
+        model: the base, plain, or int4, where the adapter goes into the zeros.
+        folder: of the adapter.
+
+    Raises:
+        BadAdapter: see `check`; or an adapter that tells the inputs of an INT4 group apart.
+    """
+    path = Path(folder).expanduser()
+    settings = _settings(path)
+    _compare(folder, _shapes(path), {x.name: widths(x.module) for x in decoder_linears(model)}, "the model")
+    if quantised_as(model) == "int4":
+        return _into_zeros(model, path, settings)
+    from peft import PeftModel
+
+    try:
+        with stage("merging the adapter"), quiet(), warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
+            return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
+        said = " ".join(str(error).split())[:200]
+        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {said}") from error
+
+
+def _into_zeros(model: Any, folder: Path, settings: Any) -> Any:
+    """Add s B A of every group to its zero."""
+    tensors = load_file(folder / WEIGHTS)
+    for linear in decoder_linears(model):
+        key = f"{_PREFIX}{linear.name}.lora_%s.weight"
+        if key % "A" not in tensors:
+            continue
+        module = cast(Int4Linear, linear.module)
+        a, b = tensors[key % "A"].float(), tensors[key % "B"].float()
+        size = module.group_size
+        # The last column again in a narrower last group: it is no other input.
+        grouped = torch.cat([a, a[:, -1:].expand(-1, -a.shape[1] % size)], 1).unflatten(1, (-1, size))
+        if not torch.equal(grouped, grouped[..., :1].expand_as(grouped)):
+            raise BadAdapter(
+                f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
+                f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
+            )
+        update = b @ grouped[..., 0]
+        module.zero += (_scaling(settings, linear.name) * update).to(module.zero.device)
+    return model
+
+
+def _scaling(settings: Any, name: str) -> float:
+    """alpha / r of a module, or alpha / sqrt(r): PEFT's, by its own patterns."""
+    from peft.utils.other import get_pattern_key
+
+    rank = settings.rank_pattern.get(get_pattern_key(settings.rank_pattern, name), settings.r)
+    alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, name), settings.lora_alpha)
+    return float(alpha / (rank**0.5 if settings.use_rslora else rank))
+
+
+def _settings(folder: Path) -> Any:
+    """The configuration of a saved adapter."""
+    from peft import LoraConfig
+
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise BadAdapter(f"adapter {str(folder)!r}: expected a folder with {CONFIG} and {WEIGHTS}, got none")
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA":
+            raise BadAdapter(
+                f"adapter {str(folder)!r}: expected peft_type LORA, got {kind!r}; merge it with PEFT itself"
+            )
+        settings = LoraConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG} can not be read: {error}") from error
+    if settings.use_dora or settings.bias != "none":
+        raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
+    return settings
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """[O, I] of the linears that an adapter is for, by name, from the header of its file."""
+    a: dict[str, int] = {}
+    b: dict[str, int] = {}
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
+                if part == "A.weight":
+                    a[name] = file.get_slice(key).get_shape()[1]
+                elif part == "B.weight":
+                    b[name] = file.get_slice(key).get_shape()[0]
+    except (OSError, SafetensorError) as error:
+        raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} can not be read: {error}") from error
+    if not a or a.keys() != b.keys():
+        raise BadAdapter(f"adapter {str(folder)!r}: expected pairs of lora_A and lora_B in {WEIGHTS}, got others")
+    return {name: (b[name], a[name]) for name in a}
+
+
+def _shapes_of_folder(folder: Path) -> dict[str, tuple[int, int]]:
+    """[O, I] of the matrices in a model folder, by name; nothing where the folder is not local."""
+    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+        return {}
+    codes = CODES if config_of(folder) else 1
+    files, found = Files(folder), {}
+    for key in files.file_of:
+        shape = tuple(files.view(key).shape) if key.endswith(".weight") else ()
+        name = key.removesuffix(".weight")
+        if len(shape) == 2:
+            found[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_of else 1))
+    return found
+
+
+def _compare(folder: Any, shapes: Shapes, base: Shapes, where: str) -> None:
+    """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later."""
+    if not shapes.keys() & base.keys():
+        if where == "the model":
+            raise BadAdapter(
+                f"adapter {str(folder)!r}: none of its linears is in the model ({next(iter(shapes))}, ...)"
+            )
+        return
+    for name, wanted in shapes.items():
+        got = base.get(name)
+        if got is None or (got != wanted and got[::-1] != wanted):  # Conv1D is stored as [in, out]
+            raise BadAdapter(
+                f"adapter {str(folder)!r}: {name}: expected a linear of {list(wanted)} in {where}, got "
+                f"{'none' if got is None else list(got)}; it was made for another cut: pass the base it was trained on"
+            )

@@ -1,0 +1,1 @@
+"""Quality without training: biases and least-squares refits after a cut."""

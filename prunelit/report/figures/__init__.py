@@ -1,0 +1,68 @@
+"""Pictures of a run: `Record` -> matplotlib figure. Loggers and pages show them; a new one is a file and a line here.
+
+for name, picture in PICTURES.items():
+    if (made := figure_of(name, record)) is not None:
+        Path(f"{name}.png").write_bytes(png(made))
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from prunelit.report.figures import kept, quality, scores, search, stages, training
+from prunelit.report.figures.style import context, png, svg
+from prunelit.report.record import Record
+
+__all__ = ["PICTURES", "Picture", "figure_of", "png", "svg"]
+
+
+class Picture(NamedTuple):
+    """A picture, what it shows, and how it is read."""
+
+    title: str
+    caption: str
+    draw: Callable[[Record], Any]
+
+
+PICTURES = {
+    "kept": Picture(
+        "What is kept",
+        "A row is a layer, a cell a KV group or query head; the bar is the share of its FFN channels that stays.",
+        kept.draw,
+    ),
+    "scores": Picture(
+        "What the scores said",
+        "A row is a layer: how many of its units have which score, which of them go, and the line between.",
+        scores.draw,
+    ),
+    "search": Picture(
+        "The search",
+        "Perplexity after each block that was removed, in order; below, every evaluation that led there.",
+        search.draw,
+    ),
+    "quality": Picture(
+        "Quality against size",
+        "Perplexity against parameters: dense, after the cut, after recovery; lower and further left is better.",
+        quality.draw,
+    ),
+    "training": Picture(
+        "Recovery",
+        "Training loss, and validation perplexity on its way from the cut model's to the dense model's (dashed).",
+        training.draw,
+    ),
+    "speed": Picture(
+        "Training speed",
+        "Tokens per second of one process, over the steps.",
+        training.draw_speed,
+    ),
+    "stages": Picture(
+        "What it cost",
+        "Seconds of every stage, and the peak memory of the process (or GPU) up to its end.",
+        stages.draw,
+    ),
+}
+
+
+def figure_of(name: str, record: Record) -> Any:
+    """The figure of one of `PICTURES`; None where the record has nothing of the kind."""
+    with context():
+        return PICTURES[name].draw(record)

@@ -1,0 +1,80 @@
+"""What is kept: layers x KV groups, query heads and FFN channels."""
+
+from typing import Any
+
+from prunelit.core.plan import PruningPlan
+from prunelit.report.figures.style import BLOCK, FAINT, KEPT, REMOVED, bare, figure, legend, whole_numbers
+from prunelit.report.record import Record
+
+
+def draw(record: Record) -> Any:
+    """One row a layer, layer 0 on top; a column a unit, and for the FFN a bar of the share that stays."""
+    return None if record.plan is None else of_plan(record.plan)
+
+
+def of_plan(plan: PruningPlan) -> Any:
+    """The map of a plan alone."""
+    shapes = plan.model.layers
+    groups, heads = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "query_heads"))
+    grids: list[tuple[str, list[list[int]]]] = []
+    if groups and groups != heads:
+        grids.append(("KV groups", _grid(plan, "kv_groups", groups)))
+    if heads:
+        grids.append(("query heads", _grid(plan, "query_heads", heads)))
+    made = figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
+    widths = [max(0.35, min(1.0, len(grid[0]) / 16)) for _, grid in grids] + [1.0]
+    panels = made.subplots(1, len(grids) + 1, sharey=True, squeeze=False, width_ratios=widths)[0]
+    for panel, (name, grid) in zip(panels, grids, strict=False):
+        _draw_grid(bare(panel), name, grid)
+    _draw_ffn(bare(panels[-1]), plan)
+    panels[0].set_ylabel("layer")
+    panels[0].set_ylim(len(shapes) - 0.5, -0.5)
+    whole_numbers(panels[0].yaxis)
+    gone = any((k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pairs(plan))
+    legend(made, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * gone])
+    return made
+
+
+def _pairs(plan: PruningPlan) -> list[Any]:
+    return list(zip(plan.layers, plan.model.layers, strict=True))
+
+
+def _grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]]:
+    """0 no such unit, 1 kept, 2 removed, 3 removed with its block."""
+    rows = []
+    for kept, shape in _pairs(plan):
+        stays, gone = set(getattr(kept, kind)), 3 if kept.attention_removed else 2
+        have = getattr(shape, kind)
+        rows.append([1 if unit in stays else gone if unit < have else 0 for unit in range(width)])
+    return rows
+
+
+def _draw_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
+    from matplotlib.colors import ListedColormap
+
+    colours = ListedColormap(["none", KEPT, REMOVED, BLOCK])
+    panel.imshow(grid, cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
+    if len(grid) * len(grid[0]) <= 2500:  # gaps between cells, while there is room for them
+        panel.set_xticks([unit - 0.5 for unit in range(1, len(grid[0]))], minor=True)
+        panel.set_yticks([layer - 0.5 for layer in range(1, len(grid))], minor=True)
+        panel.grid(which="minor", color="white", linewidth=0.6, alpha=1.0)
+        panel.tick_params(which="minor", length=0)
+    panel.set_xlabel(name)
+    whole_numbers(panel.xaxis, 4)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+
+
+def _draw_ffn(panel: Any, plan: PruningPlan) -> None:
+    """Share of the channels that stays, of the dense layer's."""
+    for layer, (kept, shape) in enumerate(_pairs(plan)):
+        if not shape.ffn_channels:
+            continue
+        share = 100 * len(kept.ffn_channels) / shape.ffn_channels
+        panel.barh(layer, share, height=0.8, color=KEPT)
+        panel.barh(layer, 100 - share, left=share, height=0.8, color=BLOCK if kept.mlp_removed else REMOVED)
+    panel.set_xlim(0, 100)
+    panel.set_xticks([0, 50, 100])
+    panel.set_xlabel("FFN channels, %")
+    panel.tick_params(axis="y", length=0)
+    panel.axvline(50, color=FAINT, linewidth=0.5, alpha=0.6)

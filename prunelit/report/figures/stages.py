@@ -1,0 +1,36 @@
+"""What it cost: seconds and peak memory of every stage."""
+
+from typing import Any
+
+from prunelit.report.figures.style import KEPT, bare, figure
+from prunelit.report.record import Record
+from prunelit.runtime.format_numbers import duration
+
+
+def draw(record: Record) -> Any:
+    """One bar a stage in the order they ended; beside it seconds, and the peak memory up to then."""
+    stages: dict[str, dict[str, Any]] = {}
+    for stage in record.stages:  # a stage that ran twice is one bar
+        known = stages.setdefault(stage["name"], {"seconds": 0.0, "memory_mib": {}})
+        known["seconds"] += stage["seconds"]
+        known["memory_mib"] = stage.get("memory_mib") or known["memory_mib"]
+    if not stages:
+        return None
+    made = figure(0.55 + 0.22 * len(stages))
+    panel = bare(made.subplots())
+    names = [name.replace("_", " ") for name in stages]
+    seconds = [stage["seconds"] for stage in stages.values()]
+    bars = panel.barh(names, seconds, color=KEPT, height=0.7)
+    panel.bar_label(bars, [_said(stage) for stage in stages.values()], padding=3, fontsize=8.5)
+    panel.invert_yaxis()
+    panel.set_xlim(0, max(seconds) * 1.75 or 1)
+    panel.set_xlabel("seconds; peak memory so far")
+    panel.tick_params(axis="y", length=0)
+    panel.spines["left"].set_visible(False)
+    return made
+
+
+def _said(stage: dict[str, Any]) -> str:
+    memory = stage["memory_mib"].get("cuda") or stage["memory_mib"].get("process")
+    seconds = duration(stage["seconds"])
+    return seconds if memory is None else f"{seconds}, {memory / 1024:.2f} GiB"

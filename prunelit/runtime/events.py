@@ -1,0 +1,23 @@
+"""Events: whoever works tells its listeners what happened. `prunelit.report.record` lists them with their facts."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Listener(Protocol):
+    """Told what happens."""
+
+    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+        """One event; see the module."""
+
+
+class Teller:
+    """Something that works, and tells its listeners about it."""
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Pass an event on."""
+        for listener in self.listeners:
+            listener.hear(event, facts)

@@ -1,0 +1,5 @@
+"""How a model is spread over processes."""
+
+from prunelit.strategies.sharding import DecoderFSDP, DecoderFSDP2
+
+__all__ = ["DecoderFSDP", "DecoderFSDP2"]

