@@ -19,7 +19,13 @@ def test_every_case_is_recorded() -> None:
     assert list(CASES) == list(RECORDED)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if case.family == record_digests.FAMILIES[0] else pytest.mark.slow)
+        for name, case in CASES.items()
+    ],
+)
 def test_plan_and_weights_are_those_recorded(case: Case) -> None:
     wanted = RECORDED[case.name]
     found = record_digests.row(*record_digests.carried_out(case))

@@ -58,6 +58,7 @@ def test_a_tokenizer_loads(name: str) -> None:
     assert tokenizer.decode(tokenizer("some words")["input_ids"]) == "some words"
 
 
+@pytest.mark.slow
 def test_the_folders_load_with_transformers_alone() -> None:
     question = [str(BEFORE), ["dense", *made.FOLDERS], made.identifiers().tolist()]
     said = subprocess.run(
