@@ -19,10 +19,10 @@ import yaml
 
 from prunelit.__main__ import main
 from prunelit.core.plan import ModelShape, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.monitoring.run_report import RunReport
 from prunelit.planning import budget
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.registry import methods
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.per_sample_gradients import each_sample, samples
+from prunelit.core.scores import LayerScores, Unit
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.unit_indices import Kind, Slices, slices
-from prunelit.core.scores import LayerScores, Unit
 from prunelit.runtime.distributed import all_sum
 from prunelit.runtime.errors import NonFinite
 

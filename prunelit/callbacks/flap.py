@@ -29,9 +29,9 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer, weight_out_in
 from prunelit.planning import budget
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.callback import PruningCallback, Repair
 from prunelit.repair import bias
 from prunelit.runtime.errors import BadOption

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Point, Sums, observe
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
 from prunelit.core.scores import LayerScores
+from prunelit.model.decoder import Decoder, Layer, weight_out_in
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 

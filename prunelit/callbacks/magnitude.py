@@ -9,8 +9,8 @@ projections; a head is the sum of its columns. No text is read.
 from collections.abc import Sequence
 
 from prunelit.calibration.batches import Batch
-from prunelit.model.decoder import Decoder, weight_out_in
 from prunelit.core.scores import LayerScores
+from prunelit.model.decoder import Decoder, weight_out_in
 from prunelit.pruning.callback import PruningCallback
 
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from prunelit.calibration.batches import Batch
-from prunelit.model.decoder import Decoder
 from prunelit.core.scores import LayerScores
+from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
 
 

@@ -24,8 +24,8 @@ from typing import Any, get_args
 
 from prunelit.calibration import taylor
 from prunelit.calibration.batches import Batch
-from prunelit.model.decoder import Decoder
 from prunelit.core.scores import LayerScores
+from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 

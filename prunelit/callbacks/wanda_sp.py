@@ -26,9 +26,9 @@ from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.partial_forward import Stream
 from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer, weight_out_in
 from prunelit.model.modes import evaluating
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.callback import PruningCallback
 from prunelit.repair.bias import losses
 from prunelit.runtime.distributed import all_sum, own_share

@@ -2,7 +2,6 @@
 
 import argparse
 import errno
-import os
 import pydoc
 import sys
 import warnings
@@ -25,6 +24,7 @@ from prunelit.pruning.job import check_one, is_local
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime import progress
+from prunelit.runtime.atomic_files import replace_file
 from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, nearest, nearest_file
 from prunelit.runtime.torch_files import check_whole
 
@@ -38,10 +38,8 @@ class SaveRunConfig(SaveConfigCallback):
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
             path = Path(trainer.default_root_dir) / "config.yaml"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
-            self.parser.save(self.config, str(partial), skip_none=False, overwrite=True, multifile=False)
-            os.replace(partial, path)
+            settings = {"skip_none": False, "overwrite": True, "multifile": False}
+            replace_file(path, lambda temporary: self.parser.save(self.config, str(temporary), **settings))
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunReport):
                     callback.record.facts["config"] = path.read_text(encoding="utf-8")

@@ -21,10 +21,11 @@ from prunelit.data import offloaded, text
 from prunelit.data import sources as model_source
 from prunelit.data.loading import load_on, place
 from prunelit.data.option_types import Dtype, listed
+from prunelit.export import load_commands
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import on_device
-from prunelit.report import load_commands, run_page
+from prunelit.report import run_page
 from prunelit.report.record import Record
 from prunelit.runtime.environment import hardware, peak_memory_mib
 from prunelit.runtime.errors import BadOption

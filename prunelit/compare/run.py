@@ -23,7 +23,6 @@ from typing import Any
 
 from torch import Tensor
 
-from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.compare import figures, page, tables, wandb
 from prunelit.compare.cell import Trials
@@ -37,6 +36,7 @@ from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
 from prunelit.monitoring.loggers import check_wandb
 from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
 from prunelit.runtime.format_numbers import number, perplexity_of
@@ -111,7 +111,7 @@ def compare(
     lengths |= {"latency.tokens": latency.tokens} if latency else {}
     for name, tokens in lengths.items():
         model_source.check_length(model, tokens, name)
-    export.check_folder(folder)
+    check_folder(folder)
     if wandb_project:
         check_wandb("wandb_project")
 

@@ -15,6 +15,7 @@ from typing import Any
 from prunelit.core import plan_json
 from prunelit.core.shapes import LayerShape, ModelShape, check_dense, check_kinds
 from prunelit.runtime.errors import BadPlan
+from prunelit.runtime.text_files import write_text
 
 __all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "plans_of"]
 
@@ -201,12 +202,12 @@ class PruningPlan:
         return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to `path` atomically (a reader sees the old file or the new one)."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f".{target.name}.{os.getpid()}")
-        partial.write_text(self.to_json(), encoding="utf-8")
-        os.replace(partial, target)
+        """Write the plan to a JSON file, atomically.
+
+        Raises:
+            OutputNotWritable: the disk refuses; the old file is unchanged.
+        """
+        write_text(Path(path), self.to_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningPlan":

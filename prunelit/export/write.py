@@ -15,11 +15,12 @@ from torch import nn
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.data import offloaded
-from prunelit.export import staging
 from prunelit.export.card import CARD, card
 from prunelit.export.formats import AUTO, Format, Job, Written, format_of
+from prunelit.export.overwrite import check_output
 from prunelit.export.proof.compare import PROOF
 from prunelit.quantization.linears import quantised_as
+from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.runtime.progress import stage
 
@@ -55,7 +56,7 @@ def check_request(
     if not unproved:
         chosen.provable()
     _check_streams(chosen, stream)
-    staging.check_output(target, overwrite, _is_file(chosen, Path(target)), reads)
+    check_output(target, overwrite, _is_file(chosen, Path(target)), reads)
 
 
 def check_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
@@ -159,7 +160,7 @@ def write_model(
         chosen = format_of(name)
         job = Job(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
         try:
-            with staging.staged(path, _is_file(chosen, path)) as folder:
+            with replace_folder(path, _is_file(chosen, path)) as folder:
                 return _written(chosen, job, folder, report or {}, unproved)
         except DoesNotFit:
             if name == tried[-1]:

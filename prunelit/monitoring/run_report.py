@@ -26,6 +26,7 @@ from prunelit.calibration.fingerprints import text_fingerprint
 from prunelit.data import text
 from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
+from prunelit.export import load_commands
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import on_device
 from prunelit.monitoring.recorder import Recorder
@@ -42,9 +43,10 @@ from prunelit.pruning.job import (
 from prunelit.quantization import int4_folder, linears, quantize, views
 from prunelit.recovery import merge
 from prunelit.recovery.datamodule import TextDataModule
-from prunelit.report import load_commands, run_page
+from prunelit.report import run_page
 from prunelit.report.record import Record
 from prunelit.runtime import progress
+from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import hardware, peak_memory_mib
 from prunelit.runtime.errors import BadOption, BadPlan, BadQuantisation
 from prunelit.runtime.events import Teller
@@ -130,7 +132,7 @@ class RunReport(Recorder, Teller):
 
     def _check_folders(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is measured: what is refused at the end costs a whole run."""
-        export.check_folder(self._folder)
+        check_folder(self._folder)
         pruner, data = pruner_of(trainer), getattr(trainer, "datamodule", None)
         named = [pl_module.hparams.get("model"), getattr(pruner, "plan_file", None), *getattr(data, "sources", [])]
         reads = [source for source in named if isinstance(source, str)]

@@ -26,12 +26,12 @@ from prunelit.calibration.fingerprints import (
 )
 from prunelit.calibration.result_cache import Found, Kept
 from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.data import text
 from prunelit.model import context_length, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget as rank
 from prunelit.planning import latency
-from prunelit.core.scores import LayerScores
 from prunelit.pruning import registry
 from prunelit.repair import bias, reconstruct
 from prunelit.runtime import progress

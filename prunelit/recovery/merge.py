@@ -9,10 +9,10 @@ from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.export.proof.compare import PROOF
-from prunelit.export.staging import staged
 from prunelit.quantization import int4_folder, quantize, views
 from prunelit.quantization.linears import has_adapters, quantised_as
 from prunelit.recovery import adapter_files
+from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadQuantisation
 from prunelit.runtime.text_files import write_json
 
@@ -74,7 +74,7 @@ def save_adapter(
     if save_base:
         written = export.save(base, folder / "base", tokenizer, plan, overwrite=True, report=report)
     export.check_output(folder / "adapter", overwrite=True)
-    with staged((folder / "adapter").resolve()) as staging:
+    with replace_folder((folder / "adapter").resolve()) as staging:
         adapter_files.write(adapted, staging, str((folder / "base").resolve()) if save_base else "", wide)
         if plan is not None:
             plan.save(staging / "plan.json")

@@ -1,11 +1,10 @@
-"""Text and JSON files, written atomically: a reader sees the old one or the new one."""
+"""Text and JSON files, written atomically: a reader sees the old file or the new one."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from prunelit.runtime.errors import OutputNotWritable
+from prunelit.runtime.atomic_files import replace_file
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -21,12 +20,6 @@ def write_text(path: Path, content: str) -> None:
     """Write a text file atomically.
 
     Raises:
-        OutputNotWritable: the disk refused; the old one is as it was.
+        OutputNotWritable: the disk refuses; the old file is unchanged.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(content, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+    replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

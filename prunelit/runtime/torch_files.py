@@ -4,86 +4,35 @@ Checkpoints and what is kept of a run are such files. The check is torch's own: 
 for every record.
 """
 
-import os
-import platform
 import zipfile
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from prunelit.runtime.errors import OutputNotWritable, SourceNotFound
+from prunelit.runtime.atomic_files import replace_file
+from prunelit.runtime.errors import SourceNotFound
 
 
 def write_whole(path: Path, content: Any) -> None:
-    """`torch.save` to the side, onto the disk, then into place: a file of this name is whole.
-
-    What a process that was killed left at the side is removed.
+    """`torch.save` through `replace_file`: a file of this name is complete.
 
     Raises:
-        OutputNotWritable: the disk refused; what stood at `path` before still does.
+        OutputNotWritable: the disk refuses; the old file is unchanged.
     """
-    partial = beside(path)
+    replace_file(path, lambda temporary: _save_or_raise(temporary, content))
+
+
+def _save_or_raise(path: Path, content: Any) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left in abandoned(path):
-            left.unlink(missing_ok=True)
-        with partial.open("wb") as file:
+        with path.open("wb") as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch closes its archive after a failed write, and reports that instead.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
-            raise
-        raise OutputNotWritable(
-            f"output {str(path)!r}: can not be written: {cause.strerror or cause}; make room and start again"
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def beside(path: Path, suffix: str = "") -> Path:
-    """A name for this process to write to at the side of `path`."""
-    return path.with_name(f"{_prefix(path)}{os.getpid()}{suffix}")
-
-
-def abandoned(path: Path, suffix: str = "") -> list[Path]:
-    """What processes of this machine that have ended left at the side of `path`, under names of `beside`."""
-    start = _prefix(path)
-    found = [left for left in path.parent.iterdir() if left.name.startswith(start) and left.name.endswith(suffix)]
-    return [left for left in found if not _runs(left.name.removeprefix(start).removesuffix(suffix))]
-
-
-def _prefix(path: Path) -> str:
-    return f".{path.name}.{platform.node()}."
-
-
-def _runs(process: str) -> bool:
-    """Whether a process of this machine with this number is alive; in doubt yes."""
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (ValueError, OSError):
-        return True
-    return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put the new name itself onto the disk, where the system can do that."""
-    with suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except RuntimeError as error:
+        # torch closes its archive after a failed write, and reports that instead of the system's error.
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from error
+        raise
 
 
 def damage(path: Path) -> str | None:

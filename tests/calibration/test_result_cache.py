@@ -16,8 +16,8 @@ import torch.multiprocessing as mp
 from prunelit.calibration.fingerprints import model_fingerprint, text_fingerprint, tokenizer_fingerprint
 from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.result_cache import Kept
-from prunelit.model.decoder import Decoder
 from prunelit.core.scores import LayerScores
+from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.job import same_on_all_ranks
 from prunelit.pruning.registry import method_class, methods

@@ -27,9 +27,9 @@ from prunelit.callbacks.random import Random
 from prunelit.compare import cell, figures, tables
 from prunelit.compare.cell import prefill_seconds
 from prunelit.compare.config import rows
+from prunelit.core.scores import LayerScores
 from prunelit.data import loading
 from prunelit.data.eval_texts import sources
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound

@@ -22,7 +22,7 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import OutputNotWritable, PrunelitError
 from tests.export.alike import assert_equal, compensate, logits, plan_with, uniform
-from tests.export.test_staging import old
+from tests.runtime.test_atomic_files import old
 from tests.tiny import FAMILIES, cut, keep, tiny, tiny_tokenizer, tokens
 
 

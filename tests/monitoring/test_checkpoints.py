@@ -27,7 +27,7 @@ from prunelit.monitoring import checkpoints
 from prunelit.monitoring.checkpoints import AtomicCheckpointIO, SaveOnSigterm
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
-from prunelit.runtime import torch_files
+from prunelit.runtime import atomic_files, torch_files
 from prunelit.runtime.errors import BadPlan, OutputNotWritable, SourceNotFound
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -225,10 +225,10 @@ def test_what_a_killed_process_left_at_the_side_goes_and_what_a_live_one_writes_
     dead = subprocess.Popen(["true"])
     dead.wait()
     for process in (dead.pid, os.getppid()):
-        (tmp_path / f".last.ckpt.{torch_files.platform.node()}.{process}").write_text("half")
+        (tmp_path / f".last.ckpt.{atomic_files.platform.node()}.{process}").write_text("half")
     torch_files.write_whole(path, {})
     assert sorted(os.listdir(tmp_path)) == sorted(
-        [f".last.ckpt.{torch_files.platform.node()}.{os.getppid()}", "last.ckpt"]
+        [f".last.ckpt.{atomic_files.platform.node()}.{os.getppid()}", "last.ckpt"]
     )
 
 
@@ -366,7 +366,7 @@ def _arm(at: str, folder: Path) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)
 
-    torch_files.os.replace = replaced  # type: ignore[assignment]
+    atomic_files.os.replace = replaced  # type: ignore[assignment]
     RecoveryModule.training_step = stepped  # type: ignore[method-assign]
 
 

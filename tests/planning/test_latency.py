@@ -13,10 +13,10 @@ from torch import nn
 
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.core.plan import LayerShape, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.planning import latency
-from prunelit.core.scores import LayerScores
 from prunelit.planning.budget import select
 from prunelit.planning.latency import measure
 from prunelit.runtime.errors import BadOption, InfeasibleBudget

@@ -23,9 +23,9 @@ from prunelit.calibration.batches import Batch, tokens_in
 from prunelit.callbacks.best import distill, generated_text
 from prunelit.callbacks.best.fisher import fisher
 from prunelit.core.plan import LayerShape, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.callback import PruningCallback
 from prunelit.repair import reconstruct
 from prunelit.runtime.distributed import own_share

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums
 from prunelit.calibration.per_sample_gradients import sample_loss, samples
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import evaluating
-from prunelit.core.scores import LayerScores
 from prunelit.runtime.distributed import own_share
 from prunelit.runtime.errors import NonFinite
 from prunelit.runtime.progress import track

@@ -30,9 +30,9 @@ from prunelit.calibration.observe import Point, Sums
 from prunelit.calibration.paired_streams import Lockstep
 from prunelit.callbacks.greedy_output import attention_similarity, second_moment, two_step
 from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.core.scores import LayerScores
 from prunelit.pruning.callback import PruningCallback, Repair
 from prunelit.repair.reconstruct import Block
 from prunelit.runtime.errors import BadOption

@@ -28,9 +28,9 @@ from prunelit.calibration import taylor
 from prunelit.calibration.batches import Batch
 from prunelit.callbacks.saap.stability import Key, Units, trade
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
-from prunelit.core.scores import LayerScores
 from prunelit.planning.removal_steps import ladders_of
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from prunelit.export import check_output, check_request, formats, save, write, write_model
-from prunelit.export.staging import staged
+from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -144,7 +144,7 @@ def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(os, "replace", refuse)
     with (
         pytest.raises(OutputNotWritable, match="can not be replaced: Operation not permitted"),
-        staged(tmp_path / "m") as folder,
+        replace_folder(tmp_path / "m") as folder,
     ):
         (folder / "new.txt").write_text("new")
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"

@@ -10,18 +10,18 @@ import pytest
 from prunelit import LLMBIP
 from prunelit.core.plan import FORMAT
 from prunelit.data import loading
-from prunelit.export import check_folder, check_output, formats, save
-from prunelit.export.ours import is_ours
-from prunelit.export.staging import staged
+from prunelit.export import check_output, formats, save
+from prunelit.export.overwrite import is_ours
 from prunelit.monitoring.run_report import RunReport
 from prunelit.quantization import quantize
+from prunelit.runtime.atomic_files import check_folder, replace_folder
 from prunelit.runtime.errors import OutputNotWritable
 from tests.cli.test_fit import call, refused, small
 from tests.core.test_plan import plan_of
 from tests.export.gguf.test_writer import tokenizer
 from tests.export.test_int4 import WIDE
-from tests.export.test_staging import old
 from tests.report.test_run_page import fit
+from tests.runtime.test_atomic_files import old
 from tests.tiny import tiny
 
 
@@ -160,7 +160,7 @@ def test_fit_asks_before_it_measures(source: str, tmp_path: Path, monkeypatch: p
 
 
 def test_fit_spares_the_model_it_reads(tmp_path: Path, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with staged(tmp_path / "model") as folder:
+    with replace_folder(tmp_path / "model") as folder:
         for path in Path(source).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         (folder / "proof.json").write_text('{"format": "uniform", "passed": true}')

@@ -1,0 +1,205 @@
+"""Files and folders that are complete or absent: written beside their target, forced onto the disk, then moved into place.
+
+Every writer of the package goes through this module. What a killed process left beside a target is removed by the next
+process that writes to the same target.
+"""
+
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from prunelit.runtime.errors import OutputNotWritable
+
+_OLD = ".old"
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, force it onto the disk, and move it into place.
+
+    A reader sees the old file or the new one, also after a power failure.
+
+    Args:
+        path: target; its folder is made if it does not exist.
+        write: writes the whole content to the path that it is given.
+
+    Raises:
+        OutputNotWritable: the system refuses; the old file is unchanged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "notes.txt"
+        ...     replace_file(path, lambda temporary: temporary.write_text("42"))
+        ...     path.read_text(), len(list(path.parent.iterdir()))
+        ('42', 1)
+    """
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in find_leftovers(path):
+            leftover.unlink(missing_ok=True)
+        write(temporary)
+        _sync_file(temporary)
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise OutputNotWritable(
+            f"output {str(path)!r}: cannot be written: {error.strerror or error}; make room or choose another path"
+        ) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replace_folder(target: Path, file: bool = False, keep_existing: bool = False) -> Iterator[Path]:
+    """Yield a new folder beside `target`; it is moved into place when the block ends, and removed when it raises.
+
+    Args:
+        target: an absolute path; its old content stays there until the new one is complete.
+        file: `target` is a file; all files of the new folder are moved beside it.
+        keep_existing: a folder that another process put in place meanwhile stays, and ours is dropped: for caches,
+            where both hold the same.
+
+    Raises:
+        OutputNotWritable: the folder cannot be made or moved.
+    """
+    staging = temporary_path(target)
+    try:
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            staging.mkdir()
+        except OSError as error:
+            raise OutputNotWritable(f"output {str(target)!r}: cannot be written: {error.strerror or error}") from error
+        yield staging
+        try:
+            for path in staging.rglob("*"):
+                if path.is_file():
+                    _sync_file(path)
+            if file:
+                for path in sorted(staging.iterdir(), key=lambda path: path.name != target.name):
+                    os.replace(path, target.with_name(path.name))
+            elif not (keep_existing and target.is_dir()):
+                _exchange_folders(staging, target)
+            _sync_folder(target.parent)
+        except OSError as error:
+            raise OutputNotWritable(f"output {str(target)!r}: cannot be replaced: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def check_folder(target: str | os.PathLike[str]) -> None:
+    """Check that files can be added to a folder, before any work is done; what is in the folder stays.
+
+    Raises:
+        OutputNotWritable: a file is in the way, or writing is refused.
+    """
+    path = Path(target)
+    with explain_refusal(path):
+        check_kind(path, file=False)
+        try_writing(path)
+
+
+def check_kind(path: Path, file: bool) -> None:
+    """Check that a target which exists is of the expected kind, after leftovers of killed processes are removed.
+
+    Raises:
+        OutputNotWritable: there is a folder in the place of a file, or the other way round.
+    """
+    remove_leftovers(path.resolve())
+    if path.exists() and path.is_dir() == file:
+        expected, got = ("file", "folder") if file else ("folder", "file")
+        raise OutputNotWritable(f"output {str(path)!r}: expected a {expected}, got a {got}; choose another path")
+
+
+def try_writing(path: Path) -> None:
+    """Make the parents of a target and write a file that vanishes: what is refused at the end is refused now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
+        pass
+
+
+@contextmanager
+def explain_refusal(path: Path) -> Iterator[None]:
+    """Turn what the system says of an output into one `OutputNotWritable`."""
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError) as error:
+        blocking = next((str(folder) for folder in path.parents if folder.is_file()), str(error.filename))
+        raise OutputNotWritable(
+            f"output {str(path)!r}: cannot be written: {blocking!r} is a file, not a folder; choose another path"
+        ) from error
+    except OSError as error:
+        raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {error.strerror or error}") from error
+
+
+def temporary_path(path: Path, suffix: str = "") -> Path:
+    """The path beside `path` that this process writes to."""
+    return path.with_name(f"{_get_prefix(path)}{os.getpid()}{suffix}")
+
+
+def find_leftovers(path: Path, suffix: str = "") -> list[Path]:
+    """What processes of this machine that have ended left beside `path`, under names of `temporary_path`."""
+    prefix = _get_prefix(path)
+    candidates = [left for left in path.parent.iterdir() if left.name.startswith(prefix) and left.name.endswith(suffix)]
+    return [left for left in candidates if not _is_running(left.name.removeprefix(prefix).removesuffix(suffix))]
+
+
+def remove_leftovers(target: Path) -> None:
+    """Remove what ended processes left beside a folder; put its old content back if it is nowhere else."""
+    if not target.parent.is_dir():
+        return
+    for left in find_leftovers(target, _OLD):
+        if target.exists():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            os.replace(left, target)
+    for left in find_leftovers(target):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _exchange_folders(staging: Path, target: Path) -> None:
+    old = temporary_path(target, _OLD)
+    if target.exists():
+        os.replace(target, old)
+    try:
+        os.replace(staging, target)
+    except OSError:
+        if old.exists():
+            os.replace(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _get_prefix(path: Path) -> str:
+    return f".{path.name}.{platform.node()}."
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this machine with this number is alive; True where that is unknown."""
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (ValueError, OSError):
+        return True
+    return True
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put the new name itself onto the disk, where the system can do that."""
+    with suppress(OSError):
+        _sync_file(folder)
