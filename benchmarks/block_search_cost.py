@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import yaml
 
-from prunelit.calibration.metrics import perplexity_of
+from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.search import remove_blocks
+from prunelit.callbacks.block_pruner.search import search_blocks
 from prunelit.data import loading
-from prunelit.data.text import BUILTIN
+from prunelit.data.text import BUILTIN_TEXT
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, Goal, blocks_of, may_go
+from prunelit.planning.block_sets import Block, RemovalGoal, list_blocks, can_remove_blocks
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
@@ -37,7 +37,7 @@ SEARCHES = ("lazy", "greedy", "beam", "swap")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=QUICKSTART)
-    parser.add_argument("--text", nargs="+", default=[BUILTIN])
+    parser.add_argument("--text", nargs="+", default=[BUILTIN_TEXT])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--count", type=int, default=4, help="blocks to remove")
@@ -64,7 +64,7 @@ def main() -> None:
         "plain": full,
         **{str(other.pop("search")): other for other in others},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     write_json(ROOT / "benchmarks" / "results" / "block_search_cost.json", result)
     print(json.dumps(result, indent=2))
@@ -78,12 +78,12 @@ def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search
         order, nll = plain(evaluator, options.count, options.blocks)
     else:
         evaluator = BlockEvaluator(decoder, batches)
-        found = remove_blocks(evaluator, Goal(count=options.count), options.blocks, search)
+        found = search_blocks(evaluator, RemovalGoal(count=options.count), options.blocks, search)
         order, nll = found.removed, found.nll[-1]
     return {
         "search": search,
         "order": [str(block) for block in order],
-        "perplexity": perplexity_of(nll),
+        "perplexity": convert_nll_to_perplexity(nll),
         "evaluations": evaluator.evaluations,
         "layer_runs": evaluator.layer_runs,
         "seconds": time.perf_counter() - start,
@@ -95,8 +95,8 @@ def plain(evaluator: BlockEvaluator, count: int, blocks: Any) -> tuple[list[Bloc
     shape, order = evaluator.decoder.shape, list[Block]()
     nll = evaluator.values([frozenset()])[0].nll
     for _ in range(count):
-        candidates = [block for block in blocks_of(shape, blocks) if block not in order]
-        sets = {block: frozenset({*order, block}) for block in candidates if may_go(shape, {*order, block})}
+        candidates = [block for block in list_blocks(shape, blocks) if block not in order]
+        sets = {block: frozenset({*order, block}) for block in candidates if can_remove_blocks(shape, {*order, block})}
         values = dict(zip(sets, evaluator.values(list(sets.values())), strict=True))
         best = min(values, key=lambda block: values[block].nll)
         order.append(best)

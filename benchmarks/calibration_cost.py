@@ -21,11 +21,11 @@ import torch
 import yaml
 
 from prunelit.data import loading
-from prunelit.data.text import BUILTIN
+from prunelit.data.text import BUILTIN_TEXT
 from prunelit.pruning.registry import method_class
-from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
@@ -62,7 +62,7 @@ def main() -> None:
         "peak_memory_mib": memory,
         "ratio_of_peak_memory_to_forward": memory["prune"] / memory["forward"],
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     write_json(ROOT / "benchmarks" / "results" / f"calibration_cost.{options.method}.json", result)
     print(json.dumps(result, indent=2))
@@ -74,7 +74,7 @@ def new(options: argparse.Namespace) -> Any:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     method = new(options)
-    batches = method.batches_from(BUILTIN, loading.load_tokenizer(options.model))
+    batches = method.batches_from(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     return loading.load(options.model, "float32"), method, batches
 
 
@@ -97,7 +97,7 @@ def memory_of(options: argparse.Namespace) -> float:
         plain(model, batches)
     elif options.only == "prune":
         method.prune(model, batches)
-    return peak_memory_mib()["process"]
+    return get_peak_memory_mib()["process"]
 
 
 def child(script: str, only: str) -> float:

@@ -32,7 +32,7 @@ from torch.utils.data import DataLoader
 from prunelit.calibration import metrics
 from prunelit.data import loading, text
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,11 +52,11 @@ def main() -> None:
     tokenizer = loading.load_tokenizer(wanted["model"])
     dense = loading.load(wanted["model"], "float32")
     given = wanted["calibration"]
-    calibration = text.windows(
+    calibration = text.draw_windows(
         [str(options.data / name) for name in given["text"]], tokenizer, given["seqlen"], given["windows"], seed=0
     )
     windows = {
-        name: text.windows(str(options.data / each["text"]), tokenizer, each["seqlen"], each["windows"])
+        name: text.draw_windows(str(options.data / each["text"]), tokenizer, each["seqlen"], each["windows"])
         for name, each in wanted["texts"].items()
     }
     path = options.out / "peers.json"
@@ -65,7 +65,7 @@ def main() -> None:
         "command": "python benchmarks/peers.py --peers PEERS --data FOLDER",
         "model": wanted["model"],
         "calibration": {"windows": len(calibration), "seqlen": given["seqlen"], "seed": 0},
-        "versions": versions() | {name: metadata.version(name) for name in ("torch-pruning", "optipfair")},
+        "versions": collect_versions() | {name: metadata.version(name) for name in ("torch-pruning", "optipfair")},
     }
     if "dense" not in result:
         result["dense"] = perplexities(dense, windows)

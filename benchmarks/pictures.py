@@ -8,7 +8,7 @@ docs/images/kept.png and scores.png:
 import sys
 from pathlib import Path
 
-from prunelit.report.figures import PICTURES, figure_of, png
+from prunelit.report.figures import PICTURES, draw_picture, encode_png
 from prunelit.report.record import Record
 
 
@@ -16,8 +16,8 @@ def main(source: str, out: str, *names: str) -> None:
     record = Record.from_json(Path(source).read_text(encoding="utf-8"))
     Path(out).mkdir(parents=True, exist_ok=True)
     for name in names or PICTURES:
-        if (figure := figure_of(name, record)) is not None:
-            Path(out, f"{name}.png").write_bytes(png(figure))
+        if (figure := draw_picture(name, record)) is not None:
+            Path(out, f"{name}.png").write_bytes(encode_png(figure))
             print(Path(out, f"{name}.png"))
 
 

@@ -20,13 +20,13 @@ from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading
-from prunelit.data.text import BUILTIN
+from prunelit.data.text import BUILTIN_TEXT
 from prunelit.model.decoder import Decoder
 from prunelit.pruning.registry import method_class
 from prunelit.repair import reconstruct
-from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 KINDS = ("load", "forward", "repair")
 
@@ -50,7 +50,7 @@ def main() -> None:
         seconds["forward"].append(timed(lambda: plain(model, batches)))
         seconds["forward_without_output_projection"].append(timed(lambda: plain(model.base_model, batches)))
         fresh = copy.deepcopy(model)
-        seconds["repair"].append(timed(lambda fresh=fresh: reconstruct.apply(fresh, plan, batches)))
+        seconds["repair"].append(timed(lambda fresh=fresh: reconstruct.apply_least_squares(fresh, plan, batches)))
     least = {name: min(values) for name, values in seconds.items()}
     memory = {only: child(__file__, only) for only in KINDS}
     result = {
@@ -62,7 +62,7 @@ def main() -> None:
         "peak_memory_mib": memory,
         "ratio_of_peak_memory_to_forward": memory["repair"] / memory["forward"],
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     write_json(ROOT / "benchmarks" / "results" / "reconstruct_cost.json", result)
     print(json.dumps(result, indent=2))
@@ -70,7 +70,7 @@ def main() -> None:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
     method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
-    batches = method.batches_from(BUILTIN, loading.load_tokenizer(options.model))
+    batches = method.batches_from(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     model = loading.load(options.model, "float32")
     return model, method.plan(Decoder(model), ()), batches
 
@@ -81,8 +81,8 @@ def memory_of(options: argparse.Namespace) -> float:
     if options.only == "forward":
         plain(model, batches)
     elif options.only == "repair":
-        reconstruct.apply(model, plan, batches)
-    return peak_memory_mib()["process"]
+        reconstruct.apply_least_squares(model, plan, batches)
+    return get_peak_memory_mib()["process"]
 
 
 if __name__ == "__main__":

@@ -27,9 +27,9 @@ from calibration_cost import QUICKSTART, ROOT
 from prunelit.data import loading as models
 from prunelit.data import sources
 from prunelit.recovery.datamodule import TextDataModule
-from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 SIDES = ("plain", "prunelit")
 RANK, ALPHA, RATE, WARMED = 8, 16, 5e-4, 2
@@ -65,7 +65,7 @@ def main() -> None:
         "memory_ratio": spread([theirs["memory"] / mine["memory"] for theirs, mine in rounds]),
         "last_loss": {side: runs[-1]["loss"] for side, runs in found.items()},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     write_json(ROOT / "benchmarks" / "results" / f"recovery_cost.{options.base}.json", result)
     print(json.dumps(result, indent=2))
@@ -88,7 +88,7 @@ def data_of(options: argparse.Namespace) -> TextDataModule:
 
 def summary(starts: list[float], loss: float) -> dict[str, float]:
     steps = [after - before for before, after in pairwise(starts)][WARMED:]
-    return {"step": statistics.median(steps), "memory": peak_memory_mib()["process"], "loss": loss}
+    return {"step": statistics.median(steps), "memory": get_peak_memory_mib()["process"], "loss": loss}
 
 
 def plain(options: argparse.Namespace) -> dict[str, float]:
@@ -106,7 +106,7 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(sources.resolve(options.model), **loading)
+    model: Any = AutoModelForCausalLM.from_pretrained(sources.resolve_model_source(options.model), **loading)
     if options.base == "nf4":
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")

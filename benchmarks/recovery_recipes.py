@@ -23,7 +23,7 @@ from calibration_cost import QUICKSTART, ROOT
 from prunelit.calibration import metrics
 from prunelit.data import loading, text
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 CUT = ["--method", "flap", "--ratio", "0.3", "--scope", "global", "--align", "32", "--windows", "64", "--seqlen", "512"]
 TRAIN = ["wikitext2/raw_train_1mb.parquet", "books/novels.parquet"]
@@ -93,7 +93,7 @@ def main() -> None:
         "texts": {name: f"first {WINDOWS[name]} windows of 1024 tokens of {source}" for name, source in TEXTS.items()},
         "dense": dense,
         "recipes": rows,
-        "versions": versions(),
+        "versions": collect_versions(),
     }
     write_json(ROOT / "benchmarks" / "results" / "recovery_recipes.json", result)
     for name, row in sorted(rows.items(), key=lambda item: float(item[1]["mean_log_ratio"])):
@@ -140,7 +140,7 @@ def perplexities(source: str, data: Path) -> dict[str, float]:
     model, tokenizer = loading.load(source, "float32"), loading.load_tokenizer(source)
     found = {}
     for name, file in TEXTS.items():
-        ids = text.windows([str(data / file)], tokenizer, 1024, WINDOWS[name])
+        ids = text.draw_windows([str(data / file)], tokenizer, 1024, WINDOWS[name])
         found[name] = metrics.perplexity(model, ids, 2, name)["perplexity"]
     return found
 

@@ -64,14 +64,14 @@ def main() -> None:
 
 def train(data: Path, steps: int, folder: Path) -> None:
     seed_everything(0)
-    words = [text.read(str(data / name)) for name in TRAIN]
-    rows = text.table(str(data / INSTRUCTIONS))
+    words = [text.read_source_text(str(data / name)) for name in TRAIN]
+    rows = text.read_dataset(str(data / INSTRUCTIONS))
     words.append("\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows))
     tokenizer = loading.load_tokenizer(QUICKSTART).train_new_from_iterator(
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096
     )
     windows = torch.cat(
-        [text.pack(torch.tensor(tokenizer(part, verbose=False)["input_ids"]), SEQLEN, "training") for part in words]
+        [text.cut_into_windows(torch.tensor(tokenizer(part, verbose=False)["input_ids"]), SEQLEN, "training") for part in words]
     )
     module = Training(len(tokenizer), steps)
     loader = DataLoader(list(windows), batch_size=BATCH, shuffle=True, drop_last=True)  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import traceback
 from prunelit import __version__
 from prunelit.cli import method_cards
 from prunelit.runtime import progress
-from prunelit.runtime.errors import PrunelitError, nearest
+from prunelit.runtime.errors import PrunelitError, suggest_name
 
 VERBOSE = "--verbose"
 COMMANDS = {
@@ -23,7 +23,7 @@ COMMANDS = {
 }
 
 
-def usage() -> str:
+def render_usage() -> str:
     """The text of `--help`."""
     lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
@@ -43,17 +43,17 @@ def usage() -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 on success, 2 on bad input with one line on stderr."""
     if arguments is None:
-        sys.argv[1:], told = _without(VERBOSE, sys.argv[1:])  # Lightning reads it, and starts further ranks with it
+        sys.argv[1:], told = _remove_flag(VERBOSE, sys.argv[1:])  # Lightning reads it, and starts further ranks with it
         arguments = sys.argv[1:]
     else:
-        arguments, told = _without(VERBOSE, arguments)
-    before = os.environ.get(progress.VERBOSE)
+        arguments, told = _remove_flag(VERBOSE, arguments)
+    before = os.environ.get(progress.VERBOSE_VARIABLE)
     if told:
-        os.environ[progress.VERBOSE] = "1"
+        os.environ[progress.VERBOSE_VARIABLE] = "1"
     try:
-        return _run(arguments)
+        return _run_command(arguments)
     except PrunelitError as error:
-        if progress.verbose():
+        if progress.is_verbose():
             traceback.print_exc()
         sys.stderr.write(f"prunelit: error: {' '.join(str(error).split())}\n")
         return 2
@@ -64,32 +64,32 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     finally:
         if told and before is None:
-            del os.environ[progress.VERBOSE]
+            del os.environ[progress.VERBOSE_VARIABLE]
 
 
-def _without(option: str, arguments: list[str]) -> tuple[list[str], bool]:
+def _remove_flag(option: str, arguments: list[str]) -> tuple[list[str], bool]:
     """Arguments without a flag, and whether it was there."""
     return [argument for argument in arguments if argument != option], option in arguments
 
 
-def _run(arguments: list[str]) -> int:
+def _run_command(arguments: list[str]) -> int:
     command, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if command in ("-h", "--help", "help"):
-        sys.stdout.write(usage() + "\n")
+        sys.stdout.write(render_usage() + "\n")
     elif command == "--version":
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
-        sys.stdout.write(method_cards.answer(rest) + "\n")
+        sys.stdout.write(method_cards.answer_methods_command(rest) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.cli import plan_files
 
-        return plan_files.run(rest)
+        return plan_files.run_plan_files(rest)
     elif command in COMMANDS:
         from prunelit.cli import dispatch
 
-        return dispatch.run(command, rest)
+        return dispatch.run_command(command, rest)
     else:
-        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{nearest(command, COMMANDS)}")
+        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{suggest_name(command, COMMANDS)}")
     return 0
 
 

@@ -48,7 +48,7 @@ def _seeds() -> None:
 def _proofs_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """What commands ask of a new process, which takes seconds, is asked in this one; but for tests marked so."""
     if request.node.get_closest_marker("new_process") is None:
-        monkeypatch.setattr(compare, "in_new_process", reload.answer)
+        monkeypatch.setattr(compare, "run_reload_script", reload.reload_and_run)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import torch
 
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 
 
 def batches_for(model, padded=True):
@@ -29,7 +29,7 @@ def rows_at(model, module, batches, side="output"):
         )
     else:
         handle = module.register_forward_hook(lambda m, args, output: hold(output))
-    with evaluating(model):
+    with use_eval_mode(model):
         for batch in batches:
             mask = batch.get("attention_mask")
             model(**batch, use_cache=False)

@@ -272,7 +272,7 @@ def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape) -> No
     names = ("ratio", "scope", "unit", "align", "protect", "budget", "uniform_heads")
     options = {name: asked[name] for name in names} | {"min_kept": asked.get("min_kept") or 0.0}
     scores = [LayerScores(torch.rand(32), torch.rand(11008)) for _ in seven.layers]
-    kept = budget.select(seven.layers, scores, standardise=True, joint=True, **options)
+    kept = budget.select_units(seven.layers, scores, standardise=True, joint=True, **options)
     assert 0.2 <= PruningPlan("test", seven, kept).predicted["ratio_of_block_parameters"] < 0.21
 
 

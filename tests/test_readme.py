@@ -14,8 +14,8 @@ from lightning.pytorch import Trainer
 
 import prunelit
 from prunelit.__main__ import main
-from prunelit.calibration.batches import batched
-from prunelit.data.text import windows
+from prunelit.calibration.batches import split_into_batches
+from prunelit.data.text import draw_windows
 from tests.tiny import tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -143,8 +143,8 @@ def test_the_example_method_cuts(tmp_path: Path) -> None:
     exec(python("class Mine"), names)
     assert len(python("class Mine").splitlines()) < 40
     model = tiny("llama")
-    ids = windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
-    plan = names["Mine"](0.3, align=8).prune(model, batched(ids))
+    ids = draw_windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
+    plan = names["Mine"](0.3, align=8).prune(model, split_into_batches(ids))
     assert plan.predicted["ratio_of_block_parameters"] >= 0.3
 
 

@@ -12,11 +12,11 @@ TOKENS_PER_BATCH = 2048
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] and, where there is padding, `attention_mask` [B, S]."""
-FROM_TEXT = "make them with method.batches_from(text, tokenizer)"
+BATCHES_HINT = "make them with method.batches_from(text, tokenizer)"
 """What to do where batches lack or are none."""
 
 
-def check_batches(batches: Any, needed: bool) -> None:
+def check_calibration_batches(batches: Any, needed: bool) -> None:
     """Check what a caller passes as calibration batches.
 
     Args:
@@ -38,29 +38,29 @@ def check_batches(batches: Any, needed: bool) -> None:
             if not isinstance(ids, Tensor) or ids.dim() != 2:
                 wrong = f"a {type(batch).__name__}{'' if ids is None else ' with other input_ids'} in the list"
     if wrong is not None:
-        raise BadOption(f"batches: expected a list of {{'input_ids': token ids [B, S]}}, got {wrong}; {FROM_TEXT}")
+        raise BadOption(f"batches: expected a list of {{'input_ids': token ids [B, S]}}, got {wrong}; {BATCHES_HINT}")
     if needed and not batches:
-        raise NoCalibration(f"calibration: expected at least one batch, got none; {FROM_TEXT}")
+        raise NoCalibration(f"calibration: expected at least one batch, got none; {BATCHES_HINT}")
 
 
-def mask_of(batch: Batch) -> Tensor | None:
+def get_padding_mask(batch: Batch) -> Tensor | None:
     """The padding mask of a batch; None where it says nothing."""
     mask = batch.get("attention_mask")
     return None if mask is None or bool(mask.all()) else mask
 
 
-def tokens_in(batch: Mapping[str, Any]) -> int:
+def count_real_tokens(batch: Mapping[str, Any]) -> int:
     """Tokens of a batch that are not padding."""
     mask = batch.get("attention_mask")
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-def batched(windows: Tensor) -> list[Batch]:
+def split_into_batches(windows: Tensor) -> list[Batch]:
     """Windows [N, S] as batches of about 2,048 tokens."""
     return [{"input_ids": part} for part in windows.split(max(1, TOKENS_PER_BATCH // windows.shape[1]))]
 
 
-def first(batches: Sequence[Batch], sequences: int | None) -> list[Batch]:
+def take_sequences(batches: Sequence[Batch], sequences: int | None) -> list[Batch]:
     """The first so many sequences of batches; None: all."""
     found: list[Batch] = []
     for batch in batches:

@@ -13,15 +13,15 @@ from torch import nn
 
 from prunelit.calibration.batches import Batch
 
-_SAMPLE = 4096  # values of each tensor that a model's fingerprint reads
+_VALUES_PER_TENSOR = 4096  # values of each tensor that a model's fingerprint reads
 
 
-def digest(said: str) -> str:
+def compute_digest(said: str) -> str:
     """16 hexadecimal digits."""
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
-def source_fingerprint(kind: type) -> str | None:
+def fingerprint_source(kind: type) -> str | None:
     """Hash of the file that defines a class, and of the other files where a method is a folder.
 
     None where there is no file to read: the class was typed into a console.
@@ -29,43 +29,43 @@ def source_fingerprint(kind: type) -> str | None:
     try:
         file = Path(inspect.getfile(kind))
         files = sorted(file.parent.glob("*.py")) if file.name == "callback.py" else [file]
-        return digest("".join(path.read_text(encoding="utf-8") for path in files))
+        return compute_digest("".join(path.read_text(encoding="utf-8") for path in files))
     except (OSError, TypeError):
         return None
 
 
 @cache
-def package_fingerprint() -> str:
+def fingerprint_package() -> str:
     """Hash of all of prunelit's own code."""
     root = Path(__file__).parents[1]
-    return digest("".join(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))))
+    return compute_digest("".join(path.read_text(encoding="utf-8") for path in sorted(root.rglob("*.py"))))
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def fingerprint_model(model: nn.Module) -> str:
     """Hash of a model's configuration and of a sample of every tensor's bytes: another one for a fine-tuned copy."""
     config = {
         name: value
         for name, value in model.config.to_dict().items()  # type: ignore[operator, union-attr]
         if name not in ("_name_or_path", "transformers_version")
     }
-    return _sampled(model, json.dumps(config, sort_keys=True, default=str))
+    return _hash_sampled_tensors(model, json.dumps(config, sort_keys=True, default=str))
 
 
-def weights_fingerprint(model: nn.Module) -> str:
+def fingerprint_weights(model: nn.Module) -> str:
     """Hash of a sample of every tensor's bytes: a newer transformers, whose configurations say more, changes it not."""
-    return _sampled(model, "")
+    return _hash_sampled_tensors(model, "")
 
 
-def _sampled(model: nn.Module, said: str) -> str:
+def _hash_sampled_tensors(model: nn.Module, said: str) -> str:
     found = hashlib.sha256(said.encode())
     for name, value in model.state_dict().items():
         flat = value.detach().flatten()
-        sample = flat[:: max(1, flat.numel() // _SAMPLE)].contiguous().cpu()
+        sample = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].contiguous().cpu()
         found.update(name.encode() + bytes(sample.view(torch.uint8).numpy()))
     return found.hexdigest()[:16]
 
 
-def tensor_digests(model: nn.Module) -> dict[str, str]:
+def hash_tensors(model: nn.Module) -> dict[str, str]:
     """Hash of all bytes of every tensor, with its shape and dtype, by its name in the state dict."""
     found = {}
     for name, value in model.state_dict().items():
@@ -74,15 +74,15 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
+def fingerprint_tokenizer(tokenizer: Any) -> str | None:
     """Hash of a tokenizer's vocabulary, special tokens included; None where it shows none."""
     if not callable(vocabulary := getattr(tokenizer, "get_vocab", None)):
         return None
     special = {name: str(value) for name, value in getattr(tokenizer, "special_tokens_map", {}).items()}
-    return digest(json.dumps([vocabulary(), special], sort_keys=True, default=str))
+    return compute_digest(json.dumps([vocabulary(), special], sort_keys=True, default=str))
 
 
-def text_fingerprint(batches: Sequence[Batch]) -> str:
+def fingerprint_batches(batches: Sequence[Batch]) -> str:
     """Hash of the tokens and masks of batches."""
     found = hashlib.sha256()
     for batch in batches:

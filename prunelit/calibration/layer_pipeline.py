@@ -20,26 +20,26 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Step
-from prunelit.calibration.partial_forward import Stream
+from prunelit.calibration.observe import ForwardStep
+from prunelit.calibration.partial_forward import PartialForward
 from prunelit.core.plan import LayerShape
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.lazy_weight import resident
-from prunelit.model.modes import evaluating
+from prunelit.model.lazy_weight import load_lazy_weights
+from prunelit.model.modes import use_eval_mode
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
 GIB = 2**30
 
 
-def linears_of(layer: Layer) -> list[nn.Module]:
+def list_layer_linears(layer: Layer) -> list[nn.Module]:
     """The linears of a layer: what is on disk."""
     attention = [*layer.qkv, layer.output] if layer.has_attention else []
     return attention + ([*layer.ffn_in, layer.down] if layer.has_mlp else [])
 
 
-class Spans(Stream):
-    """`Stream` for a model of which one layer at a time can run, from the first to the last."""
+class OffloadedPartialForward(PartialForward):
+    """`PartialForward` for a model of which one layer at a time can run, from the first to the last."""
 
     def _probe(self) -> list[bool]:
         return [False] * len(self.decoder.layers)
@@ -57,7 +57,7 @@ class Spans(Stream):
             handle.remove()
 
 
-class Walk:
+class SequentialPipeline:
     """`Steps` of a streamed model: one layer after the other, every batch.
 
     Args:
@@ -74,7 +74,7 @@ class Walk:
         Raises:
             BadOption: it does not leave any.
         """
-        fixed, layer = needed(decoder, tokens)
+        fixed, layer = estimate_layer_memory(decoder, tokens)
         if self.budget is not None and fixed + layer > self.budget:
             what = f"one layer with a batch of {tokens:,} tokens" if tokens else "one layer"
             raise BadOption(
@@ -84,25 +84,25 @@ class Walk:
             )
         return 2**62 if self.budget is None else self.budget - fixed - layer
 
-    def __call__(self, decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[Step, None, None]:
+    def __call__(self, decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[ForwardStep, None, None]:
         sizes = [batch["input_ids"].numel() for batch in batches]
         left = self.check(decoder, max(sizes, default=0))
         element = next(decoder.model.parameters()).element_size()
-        spans = Spans(decoder)
+        spans = OffloadedPartialForward(decoder)
         with tempfile.TemporaryDirectory(prefix=".prunelit-streams.", dir=self.scratch) as folder:
             in_files = sum(sizes) * int(decoder.config.hidden_size) * element > left
-            carried = _Carried(Path(folder) if in_files else None)
+            carried = _StreamStore(Path(folder) if in_files else None)
 
             def run(layer: Layer, place: int, batch: Batch) -> None:
                 hidden = carried.take(place, decoder.device) if layer.index else None
                 carried.put(place, spans.enter(layer, batch, hidden))
 
-            for layer in track(decoder.layers, what, unit="layer"):
-                with resident(layer.module):
+            for layer in track_progress(decoder.layers, what, unit="layer"):
+                with load_lazy_weights(layer.module):
                     yield [layer], ((batch, partial(run, layer, i, batch)) for i, batch in enumerate(batches))
 
 
-class _Carried:
+class _StreamStore:
     """Residual streams of batches, in the host's memory, or in files of a folder."""
 
     def __init__(self, folder: Path | None):
@@ -122,22 +122,22 @@ class _Carried:
             return cast(Tensor, file.get_tensor("hidden")).to(device, copy=True)
 
 
-def needed(decoder: Decoder, tokens: int = 0) -> tuple[int, int]:
+def estimate_layer_memory(decoder: Decoder, tokens: int = 0) -> tuple[int, int]:
     """Bytes always in memory, and bytes that one layer adds: itself, in float32 too, and activations of `tokens`."""
-    in_layers = {id(linear.weight) for layer in decoder for linear in linears_of(layer)}
+    in_layers = {id(linear.weight) for layer in decoder for linear in list_layer_linears(layer)}
     tensors = {id(x): x for x in (*decoder.model.parameters(), *decoder.model.buffers()) if id(x) not in in_layers}
     fixed = sum(x.numel() * x.element_size() for x in tensors.values())
     most = 0
     for layer in decoder:
-        weights = [cast(Tensor, linear.weight) for linear in linears_of(layer)]
+        weights = [cast(Tensor, linear.weight) for linear in list_layer_linears(layer)]
         elements = sum(weight.numel() for weight in weights)
         stored = sum(weight.numel() * weight.element_size() for weight in weights)
         size = weights[0].element_size() if weights else 4
-        most = max(most, stored + 4 * elements + tokens * activations(layer.shape, decoder.config.hidden_size, size))
+        most = max(most, stored + 4 * elements + tokens * estimate_activation_bytes(layer.shape, decoder.config.hidden_size, size))
     return fixed, most
 
 
-def activations(shape: LayerShape, hidden: int, size: int) -> int:
+def estimate_activation_bytes(shape: LayerShape, hidden: int, size: int) -> int:
     """Bytes of one token's activations in a layer while all its points are watched: an estimate from above."""
     attention, channels = shape.query_heads * shape.head_dim, shape.ffn_channels
     values = 8 * hidden + 2 * (attention + 2 * shape.kv_groups * shape.head_dim) + 4 * channels
@@ -145,12 +145,12 @@ def activations(shape: LayerShape, hidden: int, size: int) -> int:
 
 
 @torch.no_grad()
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
+def compute_logits_by_layer(model: nn.Module, ids: Tensor) -> Tensor:
     """Logits [B, S, V] of token ids [B, S], one layer in memory at a time."""
     decoder = Decoder(model)
-    spans, batch, hidden = Spans(decoder), {"input_ids": ids}, None
-    with evaluating(model):
+    spans, batch, hidden = OffloadedPartialForward(decoder), {"input_ids": ids}, None
+    with use_eval_mode(model):
         for layer in decoder:
-            with resident(layer.module):
+            with load_lazy_weights(layer.module):
                 hidden = spans.enter(layer, batch, hidden)
         return spans.run(batch, hidden, len(decoder.layers))

@@ -10,27 +10,27 @@ from torch import Tensor, nn
 from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.quantization import views
-from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import NotEnoughText
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-_NOT_PREDICTED = -100  # the label that torch's cross entropy leaves out
+_IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
 _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 
 
-def size(model: nn.Module) -> dict[str, int]:
+def measure_model_size(model: nn.Module) -> dict[str, int]:
     """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
 
     A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
     products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
     """
-    return dense_size(Decoder(views.plain(model)).shape)
+    return compute_dense_size(Decoder(views.view_as_plain_linears(model)).shape)
 
 
-def dense_size(shape: ModelShape) -> dict[str, int]:
-    """`size` of a model of this shape."""
+def compute_dense_size(shape: ModelShape) -> dict[str, int]:
+    """`measure_model_size` of a model of this shape."""
     as_it_is = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
     names = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
     return {name: int(as_it_is.predicted[name]) for name in names}
@@ -62,14 +62,14 @@ def perplexity(
     """
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
-    context_length.check(getattr(model, "config", None), windows.shape[1])
+    context_length.check_context_length(getattr(model, "config", None), windows.shape[1])
     device = next(model.parameters()).device
     total = torch.zeros(2, dtype=torch.float64, device=device)
     labels = windows.clone()
     if stride is not None:
-        labels[1:, : max(1, windows.shape[1] - stride)] = _NOT_PREDICTED
-    with evaluating(model):
-        for batch, counts in track(_even_share(torch.stack((windows, labels)).split(batch_size, 1)), what):
+        labels[1:, : max(1, windows.shape[1] - stride)] = _IGNORED_LABEL
+    with use_eval_mode(model):
+        for batch, counts in track_progress(_pad_own_share(torch.stack((windows, labels)).split(batch_size, 1)), what):
             ids, wanted = batch.to(device)
             hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             if not counts:
@@ -80,26 +80,26 @@ def perplexity(
             )
             for logits, target in pieces:
                 total[0] += nn.functional.cross_entropy(logits.float(), target, reduction="sum").double()
-            total[1] += (targets != _NOT_PREDICTED).sum()
-    nll, tokens = all_sum(total).tolist()
+            total[1] += (targets != _IGNORED_LABEL).sum()
+    nll, tokens = sum_over_ranks(total).tolist()
     mean = nll / tokens
-    return {"perplexity": perplexity_of(mean), "nll": mean, "tokens": int(tokens)}
+    return {"perplexity": convert_nll_to_perplexity(mean), "nll": mean, "tokens": int(tokens)}
 
 
-def _even_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
+def _pad_own_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
     """This rank's batches, and whether they count: every rank gets as many, since a sharded model needs all ranks for
     every pass."""
-    mine = [(batch, True) for batch in own_share(batches)]
-    most = len(own_share(batches, rank=0))
+    mine = [(batch, True) for batch in take_rank_share(batches)]
+    most = len(take_rank_share(batches, rank=0))
     return mine + [(batches[0], False)] * (most - len(mine))
 
 
-def perplexity_of(nll: float) -> float:
+def convert_nll_to_perplexity(nll: float) -> float:
     """exp, infinity where it overflows."""
     return math.exp(nll) if nll < 700 else math.inf
 
 
-def fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
+def make_fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
     """Token ids [2, <= length] on the model's device, the same whenever they are asked for.
 
     Args:
@@ -107,21 +107,21 @@ def fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
         length: tokens of each row, less where the model has fewer positions.
         room: positions that are left for tokens to generate.
     """
-    longest = context_length.limit_of(model.config) or length + room
+    longest = context_length.get_context_limit(model.config) or length + room
     length = max(2, min(length, longest - room))
     ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
     return (ids * 7 + 3) % int(model.config.vocab_size)
 
 
 @torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
+def compute_logits(model: Any, ids: Tensor) -> Tensor:
     """[N, S, V] of token ids [N, S], in evaluation mode, float32 on the CPU."""
-    with evaluating(model):
+    with use_eval_mode(model):
         found: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
     return found.float().cpu()
 
 
-def difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
+def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
     """How far two models' logits are apart on the same tokens.
 
     Args:
@@ -146,7 +146,7 @@ def difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict
     return found
 
 
-def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:
+def describe_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:
     """What must stand beside a perplexity for it to be comparable."""
     return {
         "text": list(sources),
@@ -159,12 +159,12 @@ def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | 
     }
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
+def format_text_table(rows: Mapping[str, Mapping[str, float]]) -> str:
     """A small aligned text table of {row: {column: number}}."""
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [["", *(name.replace("_", " ") for name in columns)]]
     for name, row in rows.items():
-        cells.append([name, *(_number(row.get(column)) for column in columns)])
+        cells.append([name, *(_format_cell(row.get(column)) for column in columns)])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns) + 1)]
     lines = [
         "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
@@ -173,7 +173,7 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def _number(value: float | None) -> str:
+def _format_cell(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

@@ -12,15 +12,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import FROM_TEXT, Batch, mask_of, tokens_in
+from prunelit.calibration.batches import BATCHES_HINT, Batch, get_padding_mask, count_real_tokens
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
-from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import NoCalibration, NonFinite
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-Point = Literal[
+ActivationPoint = Literal[
     "layer_input",  # residual stream entering the layer [T, H]
     "attention_input",  # what q, k, v read [T, H]
     "heads",  # input of o: concatenated head outputs [T, Q * D]
@@ -34,17 +34,17 @@ Point = Literal[
     "layer_output",  # residual stream leaving the layer [T, H]
 ]
 Observer = Callable[[Layer, Mapping[str, Tensor]], None]
-Step = tuple[Sequence[Layer], Iterable[tuple[Batch, Callable[[], object]]]]
+ForwardStep = tuple[Sequence[Layer], Iterable[tuple[Batch, Callable[[], object]]]]
 """Layers, and every batch with the call that runs it through them."""
-Steps = Callable[[Decoder, Sequence[Batch], str], Generator[Step, None, None]]
-STEPS = "prunelit_steps"
-"""Attribute of a model that is not to be run batch by batch, each through all layers: its own `Steps`, which take every
+StepGenerator = Callable[[Decoder, Sequence[Batch], str], Generator[ForwardStep, None, None]]
+STEPS_ATTRIBUTE = "prunelit_steps"
+"""Attribute of a model that is not to be run batch by batch, each through all layers: its own `StepGenerator`, which take every
 batch through every layer once. The third argument is the name on the progress bar."""
 
 
 @torch.no_grad()
 def observe(
-    decoder: Decoder, batches: Sequence[Batch], points: Sequence[Point], observer: Observer, what: str = "calibrating"
+    decoder: Decoder, batches: Sequence[Batch], points: Sequence[ActivationPoint], observer: Observer, what: str = "calibrating"
 ) -> int:
     """Run every batch once and hand each layer's activations to `observer`, layer by layer, then free them.
 
@@ -66,7 +66,7 @@ def observe(
         NoCalibration: no batches, or nothing but padding.
     """
     if not batches:
-        raise NoCalibration(f"calibration: expected at least one batch, got none; {FROM_TEXT}")
+        raise NoCalibration(f"calibration: expected at least one batch, got none; {BATCHES_HINT}")
     keep: dict[str, Tensor | None] = {"mask": None}
     held: dict[str, Tensor] = {}
 
@@ -92,41 +92,41 @@ def observe(
         observer(layer, held)
         held.clear()
 
-    steps: Steps = getattr(decoder.model, STEPS, _at_once)
-    with evaluating(decoder.model), closing(steps(decoder, own_share(batches), what)) as walk:
+    steps: StepGenerator = getattr(decoder.model, STEPS_ATTRIBUTE, _run_all_layers)
+    with use_eval_mode(decoder.model), closing(steps(decoder, take_rank_share(batches), what)) as walk:
         for layers, runs in walk:
             handles: list[Any] = []
             try:
                 for layer in layers:
                     for point in points:
-                        handles += _attach(layer, point, before, after)
+                        handles += _attach_hooks(layer, point, before, after)
                     handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
                 for batch, run in runs:
-                    mask = mask_of(batch)
+                    mask = get_padding_mask(batch)
                     keep["mask"] = None if mask is None else mask.to(decoder.device).reshape(-1).bool()
                     run()
             finally:
                 for handle in handles:
                     handle.remove()
-    tokens = sum(tokens_in(batch) for batch in own_share(batches))
-    total = int(all_sum(torch.tensor(tokens, device=decoder.device)))
+    tokens = sum(count_real_tokens(batch) for batch in take_rank_share(batches))
+    total = int(sum_over_ranks(torch.tensor(tokens, device=decoder.device)))
     if not total:
         raise NoCalibration("calibration: expected tokens, got only padding")
     return total
 
 
-def _at_once(decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[Step, None, None]:
+def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[ForwardStep, None, None]:
     """One step: every batch through all layers."""
 
     def run(batch: Batch) -> object:
-        mask = mask_of(batch)
+        mask = get_padding_mask(batch)
         extra = {} if mask is None else {"attention_mask": mask.to(decoder.device)}
         return decoder.backbone(input_ids=batch["input_ids"].to(decoder.device), use_cache=False, **extra)
 
-    yield decoder.layers, ((batch, partial(run, batch)) for batch in track(batches, what))
+    yield decoder.layers, ((batch, partial(run, batch)) for batch in track_progress(batches, what))
 
 
-def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
+def _attach_hooks(layer: Layer, point: ActivationPoint, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
     """Register the hook of one point, if the layer has it."""
     names = layer.architecture
     inputs: dict[str, nn.Module | None] = {"layer_input": layer.module}
@@ -137,7 +137,7 @@ def _attach(layer: Layer, point: Point, before: Callable[..., None], after: Call
     if layer.has_mlp:
         # Without a norm before the FFN (OLMo 2), the FFN reads the residual itself.
         inputs |= {
-            "residual": layer.norm("mlp_norm") or (None if names.parallel else layer.ffn_in[0]),
+            "residual": layer.get_norm("mlp_norm") or (None if names.parallel else layer.ffn_in[0]),
             "mlp_input": layer.ffn_in[0],
             "channels": layer.down,
         }
@@ -180,5 +180,5 @@ class Sums:
         for index, sums in enumerate(self._sums):
             shapes = {name: shape for rank in everywhere for name, shape in rank[index].items()}
             zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in sorted(shapes)}
-            means.append({name: all_sum(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()})
+            means.append({name: sum_over_ranks(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()})
         return means

@@ -10,21 +10,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import FROM_TEXT, Batch, mask_of, tokens_in
-from prunelit.calibration.observe import Point
-from prunelit.calibration.partial_forward import Stream
+from prunelit.calibration.batches import BATCHES_HINT, Batch, get_padding_mask, count_real_tokens
+from prunelit.calibration.observe import ActivationPoint
+from prunelit.calibration.partial_forward import PartialForward
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
-from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import NoCalibration
 
 
-class _Enough(Exception):
+class _AllPointsSeen(Exception):
     """All points of the pass have been seen."""
 
 
-class Lockstep:
+class PairedStreams:
     """The residual streams of the dense model and of the model being cut, entering the same layer.
 
     Per layer: `enter` runs it dense, the caller cuts it and calls `look`, reads `visit` as often as it likes, changes
@@ -49,17 +49,17 @@ class Lockstep:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], start: int = 0):
         if not batches:
-            raise NoCalibration(f"repair: expected at least one calibration batch, got none; {FROM_TEXT}")
-        self.decoder, self.stream = decoder, Stream(decoder)
-        self.own = own_share(list(enumerate(batches)))
+            raise NoCalibration(f"repair: expected at least one calibration batch, got none; {BATCHES_HINT}")
+        self.decoder, self.stream = decoder, PartialForward(decoder)
+        self.own = take_rank_share(list(enumerate(batches)))
         self.heads: list[Tensor] = []
-        self._masks = [_mask(batch, decoder.device) for _, batch in self.own]
-        tokens = sum(tokens_in(batch) for _, batch in self.own)
-        self.tokens = int(all_sum(torch.tensor(tokens, device=decoder.device)))
+        self._masks = [_flatten_mask(batch, decoder.device) for _, batch in self.own]
+        tokens = sum(count_real_tokens(batch) for _, batch in self.own)
+        self.tokens = int(sum_over_ranks(torch.tensor(tokens, device=decoder.device)))
         if not self.tokens:
             raise NoCalibration("repair: expected calibration tokens, got only padding")
         self._targets: dict[str, list[Tensor]] = {}
-        with torch.no_grad(), evaluating(decoder.model):
+        with torch.no_grad(), use_eval_mode(decoder.model):
             self.cut = [self.stream.run(batch, None, 0, start) if start else None for _, batch in self.own]
         self._dense = list(self.cut)
         self.layer = self._layer(start)
@@ -74,7 +74,7 @@ class Lockstep:
         return self.layer
 
     @torch.no_grad()
-    def enter(self, index: int, points: Sequence[Point]) -> None:
+    def enter(self, index: int, points: Sequence[ActivationPoint]) -> None:
         """Run layer `index`, still dense, on the dense stream, and keep what `points` show as targets.
 
         Args:
@@ -90,18 +90,18 @@ class Lockstep:
             for point in kept:
                 self._targets[point].append(self._rows(place, found[point]))
 
-    def target(self, point: Point, place: int) -> Tensor:
+    def target(self, point: ActivationPoint, place: int) -> Tensor:
         """What the dense model has at a point, [T, width], for the batch `own[place]`."""
         if point == "layer_output":
             return self._rows(place, cast(Tensor, self._dense[place]))
         return self._targets[point][place]
 
-    def forget(self, point: Point) -> None:
+    def forget(self, point: ActivationPoint) -> None:
         """Free the targets of a point."""
         self._targets.pop(point, None)
 
     @torch.no_grad()
-    def visit(self, points: Sequence[Point], hold_heads: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def visit(self, points: Sequence[ActivationPoint], hold_heads: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Run the layer as it is now on the cut stream, as far as the points need.
 
         Args:
@@ -135,7 +135,7 @@ class Lockstep:
         return rows if mask is None else rows[mask]
 
     def _run(
-        self, place: int, hidden: Tensor | None, points: Sequence[Point], heads: Tensor | None = None
+        self, place: int, hidden: Tensor | None, points: Sequence[ActivationPoint], heads: Tensor | None = None
     ) -> dict[str, Tensor]:
         """One batch through the layer: {point: [B, S, width]}. Without "layer_output" it stops at the last point."""
         found: dict[str, Tensor] = {}
@@ -145,37 +145,37 @@ class Lockstep:
         def keep(point: str, x: Tensor) -> None:
             found[point] = x
             if not whole and len(found) == len(inner):
-                raise _Enough
+                raise _AllPointsSeen
 
         index = self.layer.index
-        with evaluating(self.decoder.model), _watching(self.layer, inner, keep), _given(self.layer, heads):
+        with use_eval_mode(self.decoder.model), _watch_points(self.layer, inner, keep), _replace_attention(self.layer, heads):
             try:
                 out = self.stream.run(self.own[place][1], hidden, index, index + 1)
-            except _Enough:
+            except _AllPointsSeen:
                 return found
         return found | {"layer_output": out}
 
 
-def _mask(batch: Batch, device: torch.device) -> Tensor | None:
+def _flatten_mask(batch: Batch, device: torch.device) -> Tensor | None:
     """Which of the flattened tokens count [B * S]; None: all."""
-    mask = mask_of(batch)
+    mask = get_padding_mask(batch)
     return None if mask is None else mask.to(device).reshape(-1).bool()
 
 
 @contextmanager
-def _watching(layer: Layer, points: Sequence[Point], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch_points(layer: Layer, points: Sequence[ActivationPoint], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Call `keep` with what enters or leaves the modules at the points."""
     handles: list[Any] = []
     try:
         for point in points:
-            handles.append(_watch(layer, point, keep))
+            handles.append(_register_point_hook(layer, point, keep))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _watch(layer: Layer, point: Point, keep: Callable[[str, Tensor], None]) -> Any:
+def _register_point_hook(layer: Layer, point: ActivationPoint, keep: Callable[[str, Tensor], None]) -> Any:
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         keep(point, args[0] if args else kwargs["hidden_states"])
 
@@ -186,7 +186,7 @@ def _watch(layer: Layer, point: Point, keep: Callable[[str, Tensor], None]) -> A
     inputs: dict[str, Callable[[], nn.Module]] = {
         "attention_input": lambda: layer.qkv[0],
         "heads": lambda: layer.output,
-        "residual": lambda: layer.norm("mlp_norm") or layer.ffn_in[0],
+        "residual": lambda: layer.get_norm("mlp_norm") or layer.ffn_in[0],
         "mlp_input": lambda: layer.ffn_in[0],
         "channels": lambda: layer.down,
     }
@@ -197,7 +197,7 @@ def _watch(layer: Layer, point: Point, keep: Callable[[str, Tensor], None]) -> A
 
 
 @contextmanager
-def _given(layer: Layer, heads: Tensor | None) -> Iterator[None]:
+def _replace_attention(layer: Layer, heads: Tensor | None) -> Iterator[None]:
     """Let attention be its output projection of the given `heads` [B, S, C]."""
     if heads is None or not layer.has_attention:
         yield

@@ -13,17 +13,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, mask_of
+from prunelit.calibration.batches import Batch, get_padding_mask
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
 
 
-class _Reached(Exception):
+class _SpanEnd(Exception):
     """The span's last layer has run."""
 
 
-class Stream:
+class PartialForward:
     """Spans of one model's layers.
 
     Args:
@@ -56,22 +56,22 @@ class Stream:
 
         def done(module: nn.Module, args: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Reached
+            raise _SpanEnd
 
         if (hidden is None) != (start == 0):
             raise ValueError(f"hidden: expected the stream entering layer {start}, or None for layer 0")
         if stop is not None and stop <= start:
             raise ValueError(f"stop: expected a layer after {start}, got {stop}")
-        skipped = {index: given if index == start - 1 else _first for index in range(start)}
+        skipped = {index: given if index == start - 1 else _pass_hidden for index in range(start)}
         handle = layers[stop - 1].register_forward_hook(done) if stop is not None else None
-        mask = mask_of(batch)
+        mask = get_padding_mask(batch)
         extra = {} if mask is None else {"attention_mask": mask.to(device)}
         runs = self.decoder.model if stop is None else self.decoder.backbone
         try:
             with self._passing(layers, skipped):
                 output = runs(input_ids=batch["input_ids"].to(device), use_cache=False, **extra)
             return cast(Tensor, output.logits)
-        except _Reached:
+        except _SpanEnd:
             return found[0]
         finally:
             if handle is not None:
@@ -86,7 +86,7 @@ class Stream:
         """Give the skipped layers another forward for a while; hooks on them see only what passes."""
         before = {index: layers[index].__dict__.get("forward") for index in skipped}
         for index, forward in skipped.items():
-            layers[index].forward = _as_tuple(forward) if self._tuples[index] else forward
+            layers[index].forward = _wrap_in_tuple(forward) if self._tuples[index] else forward
         try:
             yield
         finally:
@@ -105,7 +105,7 @@ class Stream:
             for layer in self._layers
         ]
         try:
-            with evaluating(self.decoder.model):
+            with use_eval_mode(self.decoder.model):
                 self.decoder.backbone(input_ids=torch.ones(1, 2, dtype=torch.long, device=self.decoder.device))
         finally:
             for handle in handles:
@@ -113,9 +113,9 @@ class Stream:
         return found
 
 
-def _first(*args: Any, **kwargs: Any) -> Tensor:
+def _pass_hidden(*args: Any, **kwargs: Any) -> Tensor:
     return cast(Tensor, args[0] if args else kwargs["hidden_states"])
 
 
-def _as_tuple(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
+def _wrap_in_tuple(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
     return lambda *args, **kwargs: (forward(*args, **kwargs),)

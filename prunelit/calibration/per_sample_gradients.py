@@ -18,16 +18,16 @@ from torch.utils.checkpoint import checkpoint
 
 from prunelit.calibration.batches import Batch
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.modes import evaluating
-from prunelit.model.unit_indices import Slices, slices
-from prunelit.runtime.distributed import own_share
+from prunelit.model.modes import use_eval_mode
+from prunelit.model.unit_indices import LinearSlices, collect_layer_slices
+from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration, NonFinite
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-_FLOAT16_SCALE = 1024.0  # of the loss: weight gradients of a mean loss lie below float16's least number
+_FLOAT16_LOSS_SCALE = 1024.0  # of the loss: weight gradients of a mean loss lie below float16's least number
 
 
-def samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
+def split_into_samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
     """Sequences one by one, (ids [S], mask [S] or None), without padding at their ends and without those too short.
 
     Raises:
@@ -50,10 +50,10 @@ def samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
     return found
 
 
-def each_sample(
+def visit_sample_gradients(
     decoder: Decoder,
     batches: Sequence[Batch],
-    visit: Callable[[int, Slices, Tensor], None],
+    visit: Callable[[int, LinearSlices, Tensor], None],
     layers: Collection[int] | None = None,
     checkpointing: bool = False,
     what: str = "gradients",
@@ -75,19 +75,19 @@ def each_sample(
         NonFinite: a loss is NaN or infinite.
         NoCalibration: no sequence of two tokens.
     """
-    wanted = [of for layer in decoder if layers is None or layer.index in layers for of in slices(layer)]
-    mine = own_share(list(enumerate(samples(batches))))
+    wanted = [of for layer in decoder if layers is None or layer.index in layers for of in collect_layer_slices(layer)]
+    mine = take_rank_share(list(enumerate(split_into_samples(batches))))
     if not wanted:
         return
     half = cast(Tensor, wanted[0].linear.weight).dtype == torch.float16
-    scale = _FLOAT16_SCALE if half else 1.0
+    scale = _FLOAT16_LOSS_SCALE if half else 1.0
     now = 0  # the sample whose gradients come in
 
-    def ready(of: Slices, parameter: Tensor) -> None:
+    def ready(of: LinearSlices, parameter: Tensor) -> None:
         parameters = of.parameters
         if any(p.grad is None for p in parameters):
             return  # the other of weight and bias is still to come
-        visit(now, of, of.matrix(*(_product(p, scale) for p in parameters)))
+        visit(now, of, of.arrange_by_slice(*(_multiply_by_gradient(p, scale) for p in parameters)))
         for p in parameters:
             p.grad = None
 
@@ -95,12 +95,12 @@ def each_sample(
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        evaluating(decoder.model),
-        _only(decoder.model, wanted, ready),
-        _checkpointed(decoder.layers if checkpointing else ()),
+        use_eval_mode(decoder.model),
+        _collect_gradients(decoder.model, wanted, ready),
+        _checkpoint_layers(decoder.layers if checkpointing else ()),
     ):
-        for now, (ids, mask) in track(mine, what):
-            loss = sample_loss(decoder, ids, mask)
+        for now, (ids, mask) in track_progress(mine, what):
+            loss = compute_sample_loss(decoder, ids, mask)
             if not torch.isfinite(loss):
                 raise NonFinite(
                     f"sample {now}: expected a finite loss on the calibration text, got {loss.item()}; check the model "
@@ -109,7 +109,7 @@ def each_sample(
             (loss * scale).backward()  # type: ignore[no-untyped-call]
 
 
-def sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
+def compute_sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
     """Next-token cross-entropy of one sequence, mean or sum over its targets, float32 or better."""
     ids = ids.clone().to(decoder.device)  # a tensor made in inference mode can not be saved for the backward pass
     extra = {} if mask is None else {"attention_mask": mask.clone().long().to(ids.device)[None]}
@@ -123,14 +123,14 @@ def sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: s
 
 
 @torch.no_grad()
-def _product(parameter: nn.Parameter, scale: float) -> Tensor:
+def _multiply_by_gradient(parameter: nn.Parameter, scale: float) -> Tensor:
     gradient = cast(Tensor, parameter.grad)
     product = gradient.to(torch.promote_types(gradient.dtype, torch.float32)).mul_(parameter)
     return product.div_(scale) if scale != 1 else product
 
 
 @contextmanager
-def _only(model: nn.Module, wanted: Sequence[Slices], ready: Callable[[Slices, Tensor], None]) -> Iterator[None]:
+def _collect_gradients(model: nn.Module, wanted: Sequence[LinearSlices], ready: Callable[[LinearSlices, Tensor], None]) -> Iterator[None]:
     """Gradients of the wanted slices only, handed to `ready` one parameter at a time; everything as before after."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles: list[Any] = []
@@ -152,7 +152,7 @@ def _only(model: nn.Module, wanted: Sequence[Slices], ready: Callable[[Slices, T
 
 
 @contextmanager
-def _checkpointed(layers: Sequence[Layer]) -> Iterator[None]:
+def _checkpoint_layers(layers: Sequence[Layer]) -> Iterator[None]:
     """Forget the activations inside the layers; transformers' own switch works in training mode only."""
     before = [(layer.module, layer.module.__dict__.get("forward")) for layer in layers]
     try:

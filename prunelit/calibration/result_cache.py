@@ -14,17 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.fingerprints import digest, tensor_digests
-from prunelit.runtime.distributed import own_rank
+from prunelit.calibration.fingerprints import compute_digest, hash_tensors
+from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadPlan
-from prunelit.runtime.progress import stage
-from prunelit.runtime.torch_files import damage, write_whole
+from prunelit.runtime.progress import show_stage
+from prunelit.runtime.torch_files import find_file_damage, write_torch_file
 
-Found = TypeVar("Found")
+CachedResult = TypeVar("CachedResult")
 """Tensors, numbers and strings, in lists, tuples and dictionaries."""
 
 
-class Kept:
+class ResultCache:
     """A folder of results; rank zero reads and writes.
 
     Args:
@@ -34,7 +34,7 @@ class Kept:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Found]) -> tuple[Found, float]:
+    def recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], CachedResult]) -> tuple[CachedResult, float]:
         """What `compute` returned when it was called with this key, if it ever was; else it is called and kept.
 
         Args:
@@ -50,23 +50,23 @@ class Kept:
             OutputNotWritable: the disk refused.
         """
         said = json.dumps(key, sort_keys=True, default=str)
-        path = self.folder / f"{name}-{digest(said)}.pt"
-        box: list[Any] = [_read(path, said) if own_rank() == 0 else None]
+        path = self.folder / f"{name}-{compute_digest(said)}.pt"
+        box: list[Any] = [_read_result(path, said) if get_rank() == 0 else None]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         if box[0] is not None:
             return box[0]["found"], box[0]["seconds"]
         start = time.perf_counter()
         found = compute()
-        if own_rank() == 0:
-            write_whole(path, {"key": said, "seconds": time.perf_counter() - start, "found": found})
+        if get_rank() == 0:
+            write_torch_file(path, {"key": said, "seconds": time.perf_counter() - start, "found": found})
         return found, 0.0
 
     # Weights: too large for one broadcast --------------------------------------------------------------------------
 
     def has(self, name: str) -> bool:
         """Whether a whole file of this name is here; the same answer on every rank."""
-        box = [own_rank() == 0 and damage(self.folder / name) is None]
+        box = [get_rank() == 0 and find_file_damage(self.folder / name) is None]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
@@ -77,17 +77,17 @@ class Kept:
         Args:
             name: of the file.
             model: after the cut and its repair.
-            dense: `tensor_digests` of the model before; read on rank zero only.
+            dense: `hash_tensors` of the model before; read on rank zero only.
             seconds: that it took.
 
         Raises:
             OutputNotWritable: the disk refused.
         """
-        if own_rank() == 0:
-            with stage("keeping the repaired weights"):
-                changed = tensor_digests(model)
+        if get_rank() == 0:
+            with show_stage("keeping the repaired weights"):
+                changed = hash_tensors(model)
                 tensors = {n: v.detach() for n, v in model.state_dict().items() if changed[n] != dense.get(n)}
-                write_whole(self.folder / name, {"seconds": seconds, "tensors": tensors})
+                write_torch_file(self.folder / name, {"seconds": seconds, "tensors": tensors})
         if dist.is_initialized():
             dist.barrier()
 
@@ -101,7 +101,7 @@ class Kept:
             BadPlan: the file is of a model of other shapes.
         """
         found: dict[str, Any] = {"seconds": 0.0, "tensors": {}}
-        if own_rank() == 0:
+        if get_rank() == 0:
             found = torch.load(self.folder / name, map_location="cpu", mmap=True, weights_only=True)
         tensors: dict[str, Tensor] = found["tensors"]
         box = [(found["seconds"], {n: (v.shape, v.dtype) for n, v in tensors.items()})]
@@ -111,7 +111,7 @@ class Kept:
         device = next(model.parameters()).device
         state = model.state_dict()
         for tensor, (shape, dtype) in shapes.items():
-            value = tensors[tensor].to(device) if own_rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
+            value = tensors[tensor].to(device) if get_rank() == 0 else torch.empty(shape, dtype=dtype, device=device)
             if dist.is_initialized():
                 dist.broadcast(value, src=0)
             owner, _, leaf = tensor.rpartition(".")
@@ -128,8 +128,8 @@ class Kept:
         return float(seconds)
 
 
-def _read(path: Path, key: str) -> dict[str, Any] | None:
-    if damage(path) is not None:
+def _read_result(path: Path, key: str) -> dict[str, Any] | None:
+    if find_file_damage(path) is not None:
         return None
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

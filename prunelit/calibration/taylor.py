@@ -14,36 +14,36 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.per_sample_gradients import each_sample, samples
+from prunelit.calibration.per_sample_gradients import visit_sample_gradients, split_into_samples
 from prunelit.core.scores import LayerScores, Unit
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.unit_indices import Kind, Slices, slices
-from prunelit.runtime.distributed import all_sum
+from prunelit.model.unit_indices import UnitKind, LinearSlices, collect_layer_slices
+from prunelit.runtime.distributed import sum_over_ranks
 from prunelit.runtime.errors import NonFinite
 
-Form = Literal["vector", "first", "second", "mixed"]
+TaylorForm = Literal["vector", "first", "second", "mixed"]
 
 
-class _Form(NamedTuple):
+class _FormDefinition(NamedTuple):
     keep: Callable[[Tensor], tuple[Tensor, ...]]  # what is averaged over samples, from p [slices, E]
     importance: Callable[..., Tensor]  # of the averages, before the sum over a slice
 
 
-FORMS: Mapping[Form, _Form] = {
-    "vector": _Form(lambda p: (p.sum(1, keepdim=True),), lambda mean: mean.abs()),
-    "first": _Form(lambda p: (p,), lambda mean: mean.abs()),
-    "second": _Form(lambda p: (p.square().sum(1, keepdim=True),), lambda square: square),
-    "mixed": _Form(lambda p: (p, p.square()), lambda mean, square: (mean - square / 2).abs()),
+TAYLOR_FORMS: Mapping[TaylorForm, _FormDefinition] = {
+    "vector": _FormDefinition(lambda p: (p.sum(1, keepdim=True),), lambda mean: mean.abs()),
+    "first": _FormDefinition(lambda p: (p,), lambda mean: mean.abs()),
+    "second": _FormDefinition(lambda p: (p.square().sum(1, keepdim=True),), lambda square: square),
+    "mixed": _FormDefinition(lambda p: (p, p.square()), lambda mean, square: (mean - square / 2).abs()),
 }
 """Importance of a slice with elements e, weight w, gradient G, Fisher F = mean over samples of G^2:
 vector |sum_e w G|; first sum_e |w G|; second sum_e w^2 F; mixed sum_e |w G - w^2 F / 2|."""
 
 
 @torch.inference_mode(False)
-def per_sample(
+def score_each_sample(
     decoder: Decoder,
     batches: Sequence[Batch],
-    forms: Sequence[Form],
+    forms: Sequence[TaylorForm],
     unit: Unit = "kv_group",
     checkpointing: bool = False,
 ) -> dict[Literal["heads", "channels"], dict[int, Tensor]]:
@@ -54,7 +54,7 @@ def per_sample(
     Args:
         decoder: the model; left as it was.
         batches: the same list on every rank; one sequence is one sample.
-        forms: keys of `FORMS`; all from the same backward passes.
+        forms: keys of `TAYLOR_FORMS`; all from the same backward passes.
         unit: what "heads" are. KV groups are the sums of all that goes with them; of query heads that are cut without
             their group, key and value rows do not count.
         checkpointing: keep the layers' inputs only and run each layer again in the backward pass.
@@ -66,23 +66,23 @@ def per_sample(
         NonFinite: a loss or an importance is NaN or infinite.
         NoCalibration: no sequence of two tokens.
     """
-    count = len(samples(batches))
-    found: list[dict[Kind, Tensor]] = []
+    count = len(split_into_samples(batches))
+    found: list[dict[UnitKind, Tensor]] = []
     for layer in decoder:
-        units = {kind: owned for of in slices(layer) for kind, owned in of.owners.items()}
-        found.append({kind: _zeros(len(forms), count, len(owned), like=owned) for kind, owned in units.items()})
+        units = {kind: owned for of in collect_layer_slices(layer) for kind, owned in of.owners.items()}
+        found.append({kind: _make_zeros(len(forms), count, len(owned), like=owned) for kind, owned in units.items()})
 
-    def visit(sample: int, of: Slices, p: Tensor) -> None:
+    def visit(sample: int, of: LinearSlices, p: Tensor) -> None:
         for number, name in enumerate(forms):
-            value = FORMS[name].importance(*FORMS[name].keep(p)).sum(1)
-            for kind, part in of.per_unit(value).items():
+            value = TAYLOR_FORMS[name].importance(*TAYLOR_FORMS[name].keep(p)).sum(1)
+            for kind, part in of.sum_per_unit(value).items():
                 found[of.layer][kind][number, sample] += part
 
-    each_sample(decoder, batches, visit, checkpointing=checkpointing)
+    visit_sample_gradients(decoder, batches, visit, checkpointing=checkpointing)
     heads, channels = {}, {}
     for layer, sums in zip(decoder, found, strict=True):
         for values in sums.values():
-            _check(layer, all_sum(values))
+            _check_finite(layer, sum_over_ranks(values))
         if "query" in sums:
             size = layer.shape.group_size
             by_group = sums["query"].unflatten(-1, (-1, size)).sum(-1)
@@ -93,10 +93,10 @@ def per_sample(
 
 
 @torch.inference_mode(False)
-def of_mean(
+def score_mean_loss(
     decoder: Decoder,
     batches: Sequence[Batch],
-    form: Form,
+    form: TaylorForm,
     unit: Unit = "kv_group",
     checkpointing: bool = False,
     layers_at_once: int | None = None,
@@ -107,8 +107,8 @@ def of_mean(
     float64 number per weight of the layers in hand ("mixed": two), 4 (8) times a bfloat16 model.
 
     Args:
-        decoder, batches, checkpointing: see `per_sample`.
-        form: a key of `FORMS`.
+        decoder, batches, checkpointing: see `score_each_sample`.
+        form: a key of `TAYLOR_FORMS`.
         unit: with "kv_group", a group's key and value rows count, an equal part for each of its query heads; with
             "query_head" they stay, so they do not.
         layers_at_once: layers whose means are held at the same time; fewer need more passes. None: all.
@@ -117,50 +117,50 @@ def of_mean(
         One `LayerScores` per layer, float64.
 
     Raises:
-        NonFinite, NoCalibration: see `per_sample`.
+        NonFinite, NoCalibration: see `score_each_sample`.
     """
-    count, width = len(samples(batches)), layers_at_once or len(decoder.layers)
+    count, width = len(split_into_samples(batches)), layers_at_once or len(decoder.layers)
     scores = []
     for start in range(0, len(decoder.layers), width):
         span = decoder.layers[start : start + width]
-        sums = _sums(decoder, batches, form, span, checkpointing)
+        sums = _sum_terms(decoder, batches, form, span, checkpointing)
         for layer in span:
-            kinds: dict[Kind, Tensor] = {}
-            for of in slices(layer):
-                means = [all_sum(total) / count for total in sums.pop(of.linear)]
-                for kind, part in of.per_unit(FORMS[form].importance(*means).sum(1)).items():
+            kinds: dict[UnitKind, Tensor] = {}
+            for of in collect_layer_slices(layer):
+                means = [sum_over_ranks(total) / count for total in sums.pop(of.linear)]
+                for kind, part in of.sum_per_unit(TAYLOR_FORMS[form].importance(*means).sum(1)).items():
                     kinds[kind] = kinds[kind] + part if kind in kinds else part
             for values in kinds.values():
-                _check(layer, values)
-            scores.append(_scores(layer, kinds, unit))
+                _check_finite(layer, values)
+            scores.append(_build_layer_scores(layer, kinds, unit))
     return scores
 
 
-def _sums(
-    decoder: Decoder, batches: Sequence[Batch], form: Form, span: Sequence[Layer], checkpointing: bool
+def _sum_terms(
+    decoder: Decoder, batches: Sequence[Batch], form: TaylorForm, span: Sequence[Layer], checkpointing: bool
 ) -> dict[nn.Module, tuple[Tensor, ...]]:
     """What a form averages, summed over this rank's samples: {linear: tensors [slices, E] or [slices, 1]}."""
-    keep = FORMS[form].keep
-    sums = {of.linear: keep(of.matrix(*map(_zeros_like, of.parameters))) for layer in span for of in slices(layer)}
+    keep = TAYLOR_FORMS[form].keep
+    sums = {of.linear: keep(of.arrange_by_slice(*map(_make_zeros_like, of.parameters))) for layer in span for of in collect_layer_slices(layer)}
 
-    def visit(sample: int, of: Slices, p: Tensor) -> None:
+    def visit(sample: int, of: LinearSlices, p: Tensor) -> None:
         for total, part in zip(sums[of.linear], keep(p), strict=True):
             total += part
 
     indices = [layer.index for layer in span]
-    each_sample(decoder, batches, visit, layers=indices, checkpointing=checkpointing)
+    visit_sample_gradients(decoder, batches, visit, layers=indices, checkpointing=checkpointing)
     return sums
 
 
-def _zeros(*size: int, like: Tensor) -> Tensor:
+def _make_zeros(*size: int, like: Tensor) -> Tensor:
     return torch.zeros(size, dtype=torch.float64, device=like.device)
 
 
-def _zeros_like(tensor: Tensor) -> Tensor:
+def _make_zeros_like(tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor, dtype=torch.float64)
 
 
-def _scores(layer: Layer, sums: Mapping[Kind, Tensor], unit: Unit) -> LayerScores:
+def _build_layer_scores(layer: Layer, sums: Mapping[UnitKind, Tensor], unit: Unit) -> LayerScores:
     heads = sums.get("query")
     if heads is not None and unit == "kv_group":
         size = layer.shape.group_size
@@ -168,7 +168,7 @@ def _scores(layer: Layer, sums: Mapping[Kind, Tensor], unit: Unit) -> LayerScore
     return LayerScores(heads, sums.get("channel"))
 
 
-def _check(layer: Layer, values: Tensor) -> None:
+def _check_finite(layer: Layer, values: Tensor) -> None:
     if not torch.isfinite(values).all():
         raise NonFinite(
             f"layer {layer.index}: weight gradients hold NaN or infinity on the calibration text; expected finite "

@@ -30,7 +30,7 @@ from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.planning import budget
 from prunelit.pruning.callback import PruningCallback, Repair
 from prunelit.repair import bias
@@ -93,13 +93,13 @@ class FLAP(PruningCallback):
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
         scored, self._means = self._means, None
         if self.repair == "bias" and scored is not None and scored[0] is decoder:  # a replayed plan was not scored here
-            bias.apply_bias(decoder.model, plan, batches, scored[1])
+            bias.apply_bias_compensation(decoder.model, plan, batches, scored[1])
         else:
             super().cut(decoder, plan, batches)
 
     def _metric(self, linear: nn.Module, mean: Mapping[str, Tensor], point: str) -> Tensor:
         """The metric of every input of an output projection, float64 [C]."""
-        weight = weight_out_in(linear).detach().float()
+        weight = get_weight_out_in(linear).detach().float()
         if self.metric == "WIFN":
             return weight.abs().mean(0) * mean[f"{point}.squares"].sqrt()
         variance = (mean[f"{point}.squares"] - mean[f"{point}.sum"].square()).clamp(min=0)

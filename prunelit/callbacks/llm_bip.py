@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point, Sums, observe
+from prunelit.calibration.observe import ActivationPoint, Sums, observe
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 
-_POINTS: tuple[Point, ...] = ("heads", "attention_output", "residual", "up", "gate", "channels", "mlp_output")
+_OBSERVED_POINTS: tuple[ActivationPoint, ...] = ("heads", "attention_output", "residual", "up", "gate", "channels", "mlp_output")
 
 
 class LLMBIP(PruningCallback):
@@ -61,7 +61,7 @@ class LLMBIP(PruningCallback):
             for name, value in bounds[layer.index].statistics(x, exact=self.form == "exact").items():
                 sums.add(layer, name, value)
 
-        tokens = observe(decoder, batches, _POINTS, accumulate)
+        tokens = observe(decoder, batches, _OBSERVED_POINTS, accumulate)
         return [bound.scores(mean) for bound, mean in zip(bounds, sums.means(tokens, decoder.device), strict=True)]
 
 
@@ -74,26 +74,26 @@ class _Bound:
         # In a parallel block the FFN does not see what attention changes.
         self.through_ffn = propagate_ffn and layer.has_attention and layer.has_mlp and not self.names.parallel
         self.gated = self.through_ffn and self.names.gate is not None
-        self.slope = lipschitz(layer.activation) if self.through_ffn else 0.0
+        self.slope = estimate_lipschitz(layer.activation) if self.through_ffn else 0.0
 
     def _columns(self, linear: nn.Module, post_norm: str) -> Tensor:
         """|weight| of an output projection as it reaches the residual stream, [H, inputs]."""
-        return weight_out_in(linear).detach().abs().float() * self.scale * self.layer.gain(post_norm)[:, None]
+        return get_weight_out_in(linear).detach().abs().float() * self.scale * self.layer.get_gain(post_norm)[:, None]
 
     def statistics(self, x: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Sums over the tokens of one batch, float32; x: {point: [T, width]}."""
         found, layer = {}, self.layer
         if layer.has_mlp:
-            after = layer.inverse_norm("mlp_post_norm", x["mlp_output"])  # [T]
+            after = layer.compute_inverse_norm("mlp_post_norm", x["mlp_output"])  # [T]
             found["after"] = after.sum()
             for point in ("channels", "up", "gate") if self.gated else ("channels",):
                 found[point] = after @ x[point].abs().float()
         if layer.has_attention:
             magnitude = x["heads"].abs().float()  # [T, C]
-            magnitude *= layer.inverse_norm("attention_post_norm", x["attention_output"])[:, None]
+            magnitude *= layer.compute_inverse_norm("attention_post_norm", x["attention_output"])[:, None]
             found["direct"] = magnitude.sum(0)
             if self.through_ffn:
-                before = layer.inverse_norm("mlp_norm", x["residual"])
+                before = layer.compute_inverse_norm("mlp_norm", x["residual"])
                 if not exact:
                     found["normed"] = before @ magnitude
                 else:
@@ -123,20 +123,20 @@ class _Bound:
     def _ffn_weight(self, after: Tensor, up: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """w: how much a unit change of each normed residual channel can move the block output, [..., H]."""
         down = self._columns(self.layer.down, "mlp_post_norm").sum(0)  # [F]
-        weights = [weight_out_in(linear).detach().abs().float() for linear in self.layer.ffn_in]  # [F, H] each
+        weights = [get_weight_out_in(linear).detach().abs().float() for linear in self.layer.ffn_in]  # [F, H] each
         if up is None or gate is None:
             weight = self.slope * after * (down @ weights[0])
         else:
             gate_weight, up_weight = weights if len(weights) == 2 else weights[0].chunk(2)
             weight = self.slope * (up * down) @ gate_weight + (gate * down) @ up_weight
-        weight = weight * self.layer.gain("mlp_norm")
-        if self.layer.architecture.norm == "layer" and self.layer.norm("mlp_norm") is not None:
+        weight = weight * self.layer.get_gain("mlp_norm")
+        if self.layer.architecture.norm == "layer" and self.layer.get_norm("mlp_norm") is not None:
             weight = weight + weight.mean(-1, keepdim=True)  # a LayerNorm also subtracts the mean
         return weight
 
 
 @torch.no_grad()
-def lipschitz(activation: nn.Module) -> float:
+def estimate_lipschitz(activation: nn.Module) -> float:
     """Largest slope of an activation on [-10, 10]: ReLU 1, SiLU 1.0998, GELU 1.1289."""
     grid = torch.linspace(-10, 10, 20001, dtype=torch.float64)
     values = copy.deepcopy(activation).double().cpu()(grid)

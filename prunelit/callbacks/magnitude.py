@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from prunelit.calibration.batches import Batch
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
 
 
@@ -24,9 +24,9 @@ class Magnitude(PruningCallback):
         for layer in decoder:
             heads = channels = None
             if layer.has_attention:
-                columns = weight_out_in(layer.output).detach().float().norm(dim=0)  # [Q * D]
+                columns = get_weight_out_in(layer.output).detach().float().norm(dim=0)  # [Q * D]
                 heads = columns.view(layer.shape.query_heads, layer.shape.head_dim).sum(1)
             if layer.has_mlp:
-                channels = weight_out_in(layer.down).detach().float().norm(dim=0)  # [F]
+                channels = get_weight_out_in(layer.down).detach().float().norm(dim=0)  # [F]
             found.append(LayerScores(heads, channels))
         return found

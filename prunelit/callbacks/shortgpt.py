@@ -21,7 +21,7 @@ from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.planning.block_sets import NOT_READ, Block, Goal, blocks_of, may_go, without
+from prunelit.planning.block_sets import IGNORED_OPTIONS, Block, RemovalGoal, list_blocks, can_remove_blocks, plan_without_blocks
 from prunelit.pruning.callback import PruningCallback
 
 
@@ -37,11 +37,11 @@ class ShortGPT(PruningCallback):
     """
 
     score_reads = ()
-    not_read = NOT_READ
+    not_read = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(self, ratio: float | None = None, count: int | None = None, **kwargs: Any):
-        self.goal = Goal.of(ratio, count, kwargs)
+        self.goal = RemovalGoal.from_options(ratio, count, kwargs)
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
         self.ratio, self.count = ratio, count  # type: ignore[assignment]
 
@@ -58,24 +58,24 @@ class ShortGPT(PruningCallback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         shape = decoder.shape
-        free = blocks_of(shape, protect=self.protect)
+        free = list_blocks(shape, protect=self.protect)
         influence = self.recall("influence", decoder, batches, lambda: self.influence(decoder, batches))
 
         def blocks(layers: Sequence[int]) -> list[Block]:
             return [block for block in free if block.layer in layers]
 
         def met(layers: Sequence[int]) -> bool:
-            return self.goal.met(shape, blocks(layers), len(layers))
+            return self.goal.is_met(shape, blocks(layers), len(layers))
 
         removed: list[int] = []
         for layer in sorted({block.layer for block in free}, key=lambda index: (influence[index], index)):
-            if not met(removed) and may_go(shape, blocks([*removed, layer])):
+            if not met(removed) and can_remove_blocks(shape, blocks([*removed, layer])):
                 removed.append(layer)
         if not met(removed):
-            most = len(removed) if self.count else f"{self.goal.share(shape, blocks(removed)):.4f} of the {self.budget}"
-            raise self.goal.infeasible(str(most))
+            most = len(removed) if self.count else f"{self.goal.compute_share(shape, blocks(removed)):.4f} of the {self.budget}"
+            raise self.goal.make_infeasible_error(str(most))
         for layer in reversed(removed):  # layers may differ in size: keep what the budget does not need
             if met([other for other in removed if other != layer]):
                 removed.remove(layer)
         self._calibration_record = {**self._calibration_record, "block_influence": influence}
-        return self.make_plan(shape, without(shape, blocks(removed)))
+        return self.make_plan(shape, plan_without_blocks(shape, blocks(removed)))

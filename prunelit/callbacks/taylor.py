@@ -49,17 +49,17 @@ class Taylor(PruningCallback):
     def __init__(
         self,
         ratio: float,
-        form: taylor.Form = "first",
+        form: taylor.TaylorForm = "first",
         layers_at_once: int | None = None,
         checkpointing: bool = False,
         **kwargs: Any,
     ):
         super().__init__(ratio, **kwargs)
-        if form not in get_args(taylor.Form):
-            raise BadOption(f"form: expected one of {', '.join(get_args(taylor.Form))}, got {form!r}")
+        if form not in get_args(taylor.TaylorForm):
+            raise BadOption(f"form: expected one of {', '.join(get_args(taylor.TaylorForm))}, got {form!r}")
         if layers_at_once is not None and layers_at_once < 1:
             raise BadOption(f"layers_at_once: expected a positive number of layers or null, got {layers_at_once!r}")
         self.form, self.layers_at_once, self.checkpointing = form, layers_at_once, checkpointing
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return taylor.of_mean(decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once)
+        return taylor.score_mean_loss(decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once)

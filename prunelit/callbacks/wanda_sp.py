@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
-from prunelit.calibration.partial_forward import Stream
+from prunelit.calibration.partial_forward import PartialForward
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
-from prunelit.model.modes import evaluating
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.model.modes import use_eval_mode
 from prunelit.pruning.callback import PruningCallback
-from prunelit.repair.bias import losses
-from prunelit.runtime.distributed import all_sum, own_share
+from prunelit.repair.bias import list_lost_inputs
+from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import BadOption, NoCalibration
 
 
@@ -58,10 +58,10 @@ class WandaSp(PruningCallback):
 
         def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
             for point, rows in x.items():
-                sums.add(layer, point, _squares(rows))
+                sums.add(layer, point, _sum_squares(rows))
 
         tokens = observe(decoder, batches, ("heads", "channels"), accumulate)
-        return [_scores(layer, x) for layer, x in zip(decoder, sums.means(tokens, decoder.device), strict=True)]
+        return [_score_layer(layer, x) for layer, x in zip(decoder, sums.means(tokens, decoder.device), strict=True)]
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         return self._plan_in_sequence(decoder, batches) if self.sequential else super().plan(decoder, batches)
@@ -69,65 +69,65 @@ class WandaSp(PruningCallback):
     @torch.no_grad()
     def _plan_in_sequence(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """Layer by layer: score it, choose what it keeps, and let the text pass it without the rest."""
-        select, shape, stream = self.selector(decoder), decoder.shape, Stream(decoder)
-        mine = own_share(batches)
-        tokens = int(all_sum(torch.tensor(sum(int(_real(batch).sum()) for batch in mine), device=decoder.device)))
+        select, shape, stream = self.selector(decoder), decoder.shape, PartialForward(decoder)
+        mine = take_rank_share(batches)
+        tokens = int(sum_over_ranks(torch.tensor(sum(int(_mask_real_tokens(batch).sum()) for batch in mine), device=decoder.device)))
         if not tokens:
             raise NoCalibration("calibration: expected at least one batch with tokens, got none")
         streams: list[Tensor | None] = [None] * len(mine)
         # Under scope "layer" the numbers of units do not depend on scores, so those to come may be zeros.
         scores = [LayerScores(torch.zeros(s.query_heads), torch.zeros(s.ffn_channels)) for s in shape.layers]
         kept: list[LayerPlan] = []
-        with evaluating(decoder.model), ExitStack() as cuts:
+        with use_eval_mode(decoder.model), ExitStack() as cuts:
             for layer in decoder:
                 span = layer.index, layer.index + 1
                 sums = Sums(len(decoder.layers))
                 with ExitStack() as watching:
                     seen: dict[str, Tensor] = {}
-                    for point, linear in _inputs(layer):
-                        watching.callback(linear.register_forward_pre_hook(partial(_see, seen, point)).remove)
+                    for point, linear in _list_output_projections(layer):
+                        watching.callback(linear.register_forward_pre_hook(partial(_store_input, seen, point)).remove)
                     for batch, hidden in zip(mine, streams, strict=True):
                         stream.run(batch, hidden, *span)
-                        real = _real(batch).flatten().to(decoder.device)
+                        real = _mask_real_tokens(batch).flatten().to(decoder.device)
                         for point, x in seen.items():
-                            sums.add(layer, point, _squares(x.reshape(-1, x.shape[-1])[real]))
-                scores[layer.index] = _scores(layer, sums.means(tokens, decoder.device)[layer.index])
+                            sums.add(layer, point, _sum_squares(x.reshape(-1, x.shape[-1])[real]))
+                scores[layer.index] = _score_layer(layer, sums.means(tokens, decoder.device)[layer.index])
                 kept.append(select(scores)[layer.index])
-                for _, linear, gone in losses(layer, kept[-1]):
-                    cuts.callback(linear.register_forward_pre_hook(partial(_drop, gone.to(decoder.device))).remove)
+                for _, linear, gone in list_lost_inputs(layer, kept[-1]):
+                    cuts.callback(linear.register_forward_pre_hook(partial(_zero_inputs, gone.to(decoder.device))).remove)
                 streams = [stream.run(batch, hidden, *span) for batch, hidden in zip(mine, streams, strict=True)]
         return self.make_plan(shape, kept)
 
 
-def _squares(rows: Tensor) -> Tensor:
+def _sum_squares(rows: Tensor) -> Tensor:
     """Sums of squares over tokens: [T, C] -> [C]."""
     return rows.float().square().sum(0, dtype=torch.float64)
 
 
-def _scores(layer: Layer, squares: Mapping[str, Tensor]) -> LayerScores:
+def _score_layer(layer: Layer, squares: Mapping[str, Tensor]) -> LayerScores:
     """Scores of a layer from the mean squares of what its output projections read."""
     found = {
-        point: weight_out_in(linear).detach().float().abs().mean(0) * squares[point].sqrt()
-        for point, linear in _inputs(layer)
+        point: get_weight_out_in(linear).detach().float().abs().mean(0) * squares[point].sqrt()
+        for point, linear in _list_output_projections(layer)
     }
     heads = found["heads"].view(layer.shape.query_heads, -1).sum(1) if "heads" in found else None
     return LayerScores(heads, found.get("channels"))
 
 
-def _inputs(layer: Layer) -> list[tuple[str, nn.Module]]:
+def _list_output_projections(layer: Layer) -> list[tuple[str, nn.Module]]:
     """The output projections that a layer has, by the point that they read."""
     heads = [("heads", layer.output)] if layer.has_attention else []
     return heads + ([("channels", layer.down)] if layer.has_mlp else [])
 
 
-def _real(batch: Batch) -> Tensor:
+def _mask_real_tokens(batch: Batch) -> Tensor:
     """Which tokens are not padding [B, S]."""
     return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
 
 
-def _see(seen: dict[str, Tensor], point: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+def _store_input(seen: dict[str, Tensor], point: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     seen[point] = args[0]
 
 
-def _drop(gone: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _zero_inputs(gone: Tensor, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (args[0].masked_fill(gone, 0.0), *args[1:])

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
-from prunelit.runtime.parser_messages import condense
+from prunelit.runtime.parser_messages import condense_message
 
 _KNOBS = {
     "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
@@ -44,20 +44,20 @@ _FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.
 
 
 @contextmanager
-def one_line_errors(command: str) -> Iterator[None]:
+def condense_errors(command: str) -> Iterator[None]:
     """Turn what parsers, Lightning, the file system and the allocators say into one `PrunelitError`."""
     try:
         yield
     except PrunelitError:
         raise
     except Exception as error:  # what is not known here goes on as it is
-        found = (_behind(command, error) if isinstance(error, ValueError) else None) or _known(command, error)
+        found = (_unwrap_parser_error(command, error) if isinstance(error, ValueError) else None) or _translate_error(command, error)
         if found is None:
             raise
         raise found from error
 
 
-def _known(command: str, error: Exception) -> PrunelitError | None:
+def _translate_error(command: str, error: Exception) -> PrunelitError | None:
     """The one line for an error that input or the machine causes; None for any other."""
     kind = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, ModuleNotFoundError):
@@ -71,11 +71,11 @@ def _known(command: str, error: Exception) -> PrunelitError | None:
     if isinstance(error, argparse.ArgumentError | FileNotFoundError | PermissionError) or (
         "MisconfigurationException" in kind
     ):
-        return PrunelitError(f"{command}: {condense(str(error))}")
+        return PrunelitError(f"{command}: {condense_message(str(error))}")
     return None
 
 
-def _behind(command: str, error: ValueError) -> PrunelitError | None:
+def _unwrap_parser_error(command: str, error: ValueError) -> PrunelitError | None:
     """The error behind a `ValueError` of the parser, which wraps what constructors raise."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
@@ -84,15 +84,15 @@ def _behind(command: str, error: ValueError) -> PrunelitError | None:
     root = next((one for one in chain if not _WRAPPED.match(str(one).strip())), chain[-1])
     if own is not None or root is error:
         return own
-    if isinstance(root, Exception) and (known := _known(command, root)):
+    if isinstance(root, Exception) and (known := _translate_error(command, root)):
         return known
     if not isinstance(root, ValueError | ModuleNotFoundError):
         return None
     path = next((found[1] for one in chain if (found := _WRAPPED.match(str(one))) and found[1]), "")
-    return PrunelitError(f"{command}: {path}: {condense(str(root))}")
+    return PrunelitError(f"{command}: {path}: {condense_message(str(root))}")
 
 
-class _Stderr(logging.StreamHandler[Any]):
+class _StderrHandler(logging.StreamHandler[Any]):
     """Writes to what `sys.stderr` is now, not to what it was when the first command ran; above progress bars."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -108,14 +108,14 @@ class _Stderr(logging.StreamHandler[Any]):
         """Of the base class's constructor: not kept."""
 
 
-def speak_by_rule() -> None:
+def configure_logging() -> None:
     """prunelit says what it does, libraries speak up from warnings on; with --verbose all say more."""
-    log, more = logging.getLogger("prunelit"), progress.verbose()
+    log, more = logging.getLogger("prunelit"), progress.is_verbose()
     if not log.handlers:
-        handler = _Stderr()
+        handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         log.addHandler(handler)
-    log.setLevel((logging.DEBUG if more else logging.INFO) if progress.first_rank() else logging.ERROR)
+    log.setLevel((logging.DEBUG if more else logging.INFO) if progress.is_rank_zero() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
         level = logging.WARNING if name.startswith("lightning") else logging.ERROR
         logging.getLogger(name).setLevel(logging.INFO if more else level)
@@ -127,24 +127,24 @@ def speak_by_rule() -> None:
             "`gradient_checkpointing_enable`",
         ):
             warnings.filterwarnings("ignore", message=f"{notice} is deprecated")
-    if getattr(warnings.showwarning, "__name__", "") != _one_line.__name__:
-        _shown.append(warnings.showwarning)
-        warnings.showwarning = _one_line
+    if getattr(warnings.showwarning, "__name__", "") != _show_warning.__name__:
+        _original_show_warning.append(warnings.showwarning)
+        warnings.showwarning = _show_warning
 
 
-_shown: list[Any] = []
+_original_show_warning: list[Any] = []
 
 
-def _one_line(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
+def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
     """A warning of ours in one line, any other one as Python has it; above progress bars."""
     with tqdm.external_write_mode(file=sys.stderr):
         if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(rest[0] if rest else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
         else:
-            _shown[-1](message, category, *rest, **named)
+            _original_show_warning[-1](message, category, *rest, **named)
 
 
-def say(line: str) -> None:
+def print_result(line: str) -> None:
     """A result, on stdout."""
     with tqdm.external_write_mode(file=sys.stdout):
         sys.stdout.write(line + "\n")

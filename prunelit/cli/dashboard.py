@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from prunelit.cli.console import say
-from prunelit.cli.options import parse, parser_of
+from prunelit.cli.console import print_result
+from prunelit.cli.options import parse_command_line, build_parser
 from prunelit.monitoring import workspace
-from prunelit.monitoring.loggers import check_wandb
+from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
 
 
-def dashboard(project: str, entity: str = "", out: str | None = None) -> list[str]:
+def create_dashboard(project: str, entity: str = "", out: str | None = None) -> list[str]:
     """Make a workspace and a report in a W&B project, laid out for what the Dashboard callback logs.
 
     Args:
@@ -26,18 +26,18 @@ def dashboard(project: str, entity: str = "", out: str | None = None) -> list[st
     """
     if not project.strip():
         raise BadOption(f"project: expected a name, got {project!r}")
-    check_wandb("dashboard")
+    check_wandb_installed("dashboard")
     if out is None:
-        return workspace.save(entity, project)
-    write_json(Path(out), workspace.specification(entity, project))
+        return workspace.save_workspace(entity, project)
+    write_json(Path(out), workspace.dump_workspace(entity, project))
     return [out]
 
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit dashboard`."""
-    parser = parser_of(command, "lay out a W&B project for pruning runs: workspace and report")
-    parser.add_function_arguments(dashboard, None, sub_configs=False)
-    options = parse(parser, arguments)
-    for made in dashboard(options.project, options.entity, options.out):
-        say(made)
+    parser = build_parser(command, "lay out a W&B project for pruning runs: workspace and report")
+    parser.add_function_arguments(create_dashboard, None, sub_configs=False)
+    options = parse_command_line(parser, arguments)
+    for made in create_dashboard(options.project, options.entity, options.out):
+        print_result(made)
     return 0

@@ -10,27 +10,27 @@ from typing import Any
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
-from prunelit.cli.console import say
-from prunelit.cli.options import parse, parser_of
+from prunelit.cli.console import print_result
+from prunelit.cli.options import parse_command_line, build_parser
 from prunelit.data import sources as model_source
 from prunelit.data import text
-from prunelit.data.loading import load_tokenizer, place
-from prunelit.data.option_types import Dtype, Sources, listed
+from prunelit.data.loading import load_tokenizer, choose_device
+from prunelit.data.option_types import Dtype, Sources, wrap_in_list
 from prunelit.evaluation import run as whole
-from prunelit.evaluation.markdown import markdown
+from prunelit.evaluation.markdown import render_evaluation_markdown
 from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.speed import Speed
-from prunelit.evaluation.subject import Subject
-from prunelit.model.modes import on_device
+from prunelit.evaluation.subject import EvaluatedModel
+from prunelit.model.modes import move_to_device
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 _MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
 """Options that ask for more than one perplexity."""
 
 
-def evaluate(
+def evaluate_perplexity(
     model: str,
     sources: Sequence[str],
     seqlen: int = 1024,
@@ -55,30 +55,30 @@ def evaluate(
     Returns:
         {"perplexity", "nll", "tokens", "protocol", "model", size, "seconds", "versions"}.
     """
-    subject = Subject(model, adapter, dtype, device)
+    subject = EvaluatedModel(model, adapter, dtype, device)
     subject.check()
     for source in sources:
-        text.check_source(source)
-    model_source.check_length(model, seqlen)
-    ids = text.windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
+        text.check_text_source(source)
+    model_source.check_sequence_length(model, seqlen)
+    ids = text.draw_windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
     network = subject.load()
     start = time.perf_counter()
-    with on_device(network, place(device)):
+    with move_to_device(network, choose_device(device)):
         found = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
     used = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {
         **found,
-        "protocol": metrics.protocol(sources, ids, used, stride),
+        "protocol": metrics.describe_protocol(sources, ids, used, stride),
         "model": model,
-        **metrics.size(network),
+        **metrics.measure_model_size(network),
         "seconds": round(time.perf_counter() - start, 2),
-        "versions": versions(),
+        "versions": collect_versions(),
     }
 
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit evaluate`."""
-    parser = parser_of(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
+    parser = build_parser(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
     parser.add_argument(
         "--text", type=Sources | None, default=None, help="text source(s); built-in where nothing else is asked for"
     )
@@ -88,9 +88,9 @@ def run(command: str, arguments: list[str]) -> int:
         "--stride", type=int | None, default=None, help="of --text: tokens between windows; null: seqlen"
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    parser.add_function_arguments(whole.evaluate, None, sub_configs=False)
+    parser.add_function_arguments(whole.evaluate_model, None, sub_configs=False)
     inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
-    options = parser.instantiate(parse(parser, arguments, inner))
+    options = parser.instantiate(parse_command_line(parser, arguments, inner))
     if options.json:
         export.check_output(options.json, overwrite=True, file=True)
     given = {name: value for name, value in vars(options).items() if name != "config"}
@@ -98,18 +98,18 @@ def run(command: str, arguments: list[str]) -> int:
     of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}
     if not any(given[name] for name in _MORE):
         chosen = {name: given[name] for name in ("model", "dtype", "device", "adapter")}
-        result = evaluate(sources=listed(of_text.pop("text") or text.BUILTIN), **of_text, **chosen)
+        result = evaluate_perplexity(sources=wrap_in_list(of_text.pop("text") or text.BUILTIN_TEXT), **of_text, **chosen)
         said = json.dumps(result, indent=2)
     else:
         if of_text["text"]:
             if "text" in (given["texts"] or {}):
                 raise BadOption("texts: expected names other than 'text', which is that of --text")
             given["texts"] = {"text": Text(**of_text), **(given["texts"] or {})}
-        result = whole.evaluate(**given)
-        said = markdown(result) + (
+        result = whole.evaluate_model(**given)
+        said = render_evaluation_markdown(result) + (
             f"\n{given['out']}/: report.html, evaluate.md, evaluate.json" if given["out"] else ""
         )
     if target:
         write_json(Path(target), result)
-    say(said)
+    print_result(said)
     return 0

@@ -6,15 +6,15 @@ from typing import Any
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
-from prunelit.cli.console import say
-from prunelit.cli.options import parse, parser_of
+from prunelit.cli.console import print_result
+from prunelit.cli.options import parse_command_line, build_parser
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
 from prunelit.recovery import prepare
 
 
-def export(
+def export_model(
     model: str,
     out: str,
     format: str = "auto",
@@ -25,7 +25,7 @@ def export(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     unproved: bool = False,
-) -> writers.Written:
+) -> writers.ExportResult:
     """Write a model in another format, with the proof that it is the same.
 
     Args:
@@ -46,13 +46,13 @@ def export(
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
     """
-    sources.check_source(model)
+    sources.check_model_source(model)
     reads = [source for source in (model, adapter) if source is not None]
-    writers.check_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
-    prepare.check(model, format, group_size, adapter)
-    plan, report = _of_run(Path(model).expanduser())
+    writers.check_export_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
+    prepare.check_export_source(model, format, group_size, adapter)
+    plan, report = _load_run_files(Path(model).expanduser())
     tokenizer = loading.load_tokenizer(model)
-    network = prepare.prepare(model, dtype, format, group_size, adapter, say)
+    network = prepare.prepare_export_model(model, dtype, format, group_size, adapter, print_result)
     return writers.write_model(
         *(network, out, tokenizer, plan, format, overwrite),
         kind=type,
@@ -63,7 +63,7 @@ def export(
     )
 
 
-def _of_run(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+def _load_run_files(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
     """The plan by which a folder's model was cut, and the report of the run: beside it, or above `model/`."""
     if not (folder / "plan.json").is_file():
         return None, {}
@@ -82,17 +82,17 @@ def _of_run(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit export`."""
-    parser = parser_of(command, "write a model in another format, with the proof that it is the same")
-    parser.add_function_arguments(export, None, sub_configs=False)
-    options = parse(parser, arguments)
-    written = export(**{name: value for name, value in vars(options).items() if name != "config"})
+    parser = build_parser(command, "write a model in another format, with the proof that it is the same")
+    parser.add_function_arguments(export_model, None, sub_configs=False)
+    options = parse_command_line(parser, arguments)
+    written = export_model(**{name: value for name, value in vars(options).items() if name != "config"})
     rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
-    say(metrics.table(rows))
+    print_result(metrics.format_text_table(rows))
     proof = written.proof
-    say(f"\nproved: {proof['loader']}" if proof["passed"] else "\nnot proved, as asked")
+    print_result(f"\nproved: {proof['loader']}" if proof["passed"] else "\nnot proved, as asked")
     if "summary" in proof:
-        say(proof["summary"])
+        print_result(proof["summary"])
     if "largest_difference" in proof:
-        say(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
-    say(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
+        print_result(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
+    print_result(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
     return 0

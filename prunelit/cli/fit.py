@@ -15,18 +15,18 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunelit.cli import config_files, plan
-from prunelit.cli.options import MORE, peek
+from prunelit.cli.options import HELP_EPILOG, peek_option
 from prunelit.data import sources
 from prunelit.monitoring import checkpoints
 from prunelit.monitoring.run_report import RunReport
 from prunelit.pruning.callback import PruningCallback
-from prunelit.pruning.job import check_one, is_local
+from prunelit.pruning.job import check_single_pruner, is_local_path
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime import progress
 from prunelit.runtime.atomic_files import replace_file
-from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, nearest, nearest_file
-from prunelit.runtime.torch_files import check_whole
+from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, suggest_name, suggest_file
+from prunelit.runtime.torch_files import check_torch_file
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -45,11 +45,11 @@ class SaveRunConfig(SaveConfigCallback):
                     callback.record.facts["config"] = path.read_text(encoding="utf-8")
 
 
-class Bar(TQDMProgressBar):
+class CommandProgressBar(TQDMProgressBar):
     """Lightning's bar in the style of `prunelit.runtime.progress`, and silent where nobody looks."""
 
     def __init__(self) -> None:
-        super().__init__(refresh_rate=1 if progress.shown() and sys.stdout.isatty() else 0)
+        super().__init__(refresh_rate=1 if progress.is_progress_shown() and sys.stdout.isatty() else 0)
 
 
 class PrunelitCLI(LightningCLI):
@@ -76,7 +76,7 @@ class PrunelitCLI(LightningCLI):
             command = next((name for name in self.subcommands() if given[:1] == [name]), None)
             actions = (self._parser(command) if command else parser)._actions
             known = {action.dest for action in actions if not action.dest.endswith(".help")}
-            said = config_files.misspelt(given[1:] if command else given, known)
+            said = config_files.find_misspelling(given[1:] if command else given, known)
             if said is None:
                 raise
             raise BadOption(said) from error
@@ -89,27 +89,27 @@ class PrunelitCLI(LightningCLI):
             said = str(error).strip().splitlines()[0].partition(". It must be")[0].rstrip(".")
             strategy = self._get(self.config_init, "trainer").strategy
             known = StrategyRegistry.available_strategies() if "strategy name" in said else ()
-            raise BadOption(f"trainer: {said}{nearest(str(strategy), known)}") from error
+            raise BadOption(f"trainer: {said}{suggest_name(str(strategy), known)}") from error
 
     def before_instantiate_classes(self) -> None:
         """`--plan` goes to the callback that cuts, of which there is one."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         self._choose_looks(config)
-        cutting = [entry for entry in config.trainer.callbacks or () if _cuts(entry.class_path)]
-        check_one([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
+        cutting = [entry for entry in config.trainer.callbacks or () if _is_pruning_callback(entry.class_path)]
+        check_single_pruner([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
         if config.plan:
             cutting[0].init_args.plan_file = config.plan
-        sources.check_length(config.model.model, config.data.seqlen, "data.seqlen")
+        sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _choose_looks(self, config: Any) -> None:
         """One style of bars, and no table of modules, unless another one is asked for."""
         kinds = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
         asked = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)]
         if config.trainer.enable_model_summary is None and not any(issubclass(kind, ModelSummary) for kind in asked):
-            config.trainer.enable_model_summary = progress.verbose()
+            config.trainer.enable_model_summary = progress.is_verbose()
         if config.trainer.enable_progress_bar is not False and not any(issubclass(k, ProgressBar) for k in asked):
             defaults = self.trainer_defaults.get("callbacks", [])
-            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [*defaults, Bar()]}
+            self.trainer_defaults = {**self.trainer_defaults, "callbacks": [*defaults, CommandProgressBar()]}
 
     def before_fit(self) -> None:
         """The report measures the dense model, so it comes before whatever cuts it. `last` is the newest whole one."""
@@ -119,35 +119,35 @@ class PrunelitCLI(LightningCLI):
                 f"{self.config.fit.trainer.strategy!r}, which would cut a copy of the model and lose it"
             )
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunReport))  # type: ignore[attr-defined]
-        checkpoints.prepare(self.trainer)
+        checkpoints.configure_checkpoints(self.trainer)
         if self.config_init.fit.get("ckpt_path") == "last":
-            found = checkpoints.newest(self.trainer)
+            found = checkpoints.find_newest_checkpoint(self.trainer)
             self.config_init.fit.ckpt_path = None if found is None else str(found)
 
 
-def job(arguments: list[str]) -> plan.Job:
+def build_fit_job(arguments: list[str]) -> plan.FitJob:
     """What `fit` with these arguments runs, parsed and built as there, but not run."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the command line is `plan`'s
         made = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
-            args=_spelt_out(arguments),
+            args=_expand_model_option(arguments),
             run=False,
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs/fit"},
             save_config_callback=None,
             parser_kwargs={"exit_on_error": False},
         )
-    return plan.Job(made.trainer, made.model, made.datamodule)
+    return plan.FitJob(made.trainer, made.model, made.datamodule)
 
 
-def _cuts(class_path: str) -> bool:
+def _is_pruning_callback(class_path: str) -> bool:
     kind = pydoc.locate(class_path)
     return isinstance(kind, type) and issubclass(kind, PruningCallback)
 
 
-def _spelt_out(arguments: list[str]) -> list[str]:
+def _expand_model_option(arguments: list[str]) -> list[str]:
     """`--model SOURCE`, as the other commands have it, is `--model.model SOURCE`."""
     found = list(arguments)
     for place, argument in enumerate(arguments):
@@ -159,26 +159,26 @@ def _spelt_out(arguments: list[str]) -> list[str]:
     return found
 
 
-def _check_resume(given: str | None) -> None:
+def _check_resume_checkpoint(given: str | None) -> None:
     """Check the checkpoint to go on from, before anything is built.
 
     Raises:
         SourceNotFound: it is missing, cut short or damaged.
     """
-    if given is None or given in ("last", "best", "hpc") or not is_local(given) or Path(given).is_dir():
+    if given is None or given in ("last", "best", "hpc") or not is_local_path(given) or Path(given).is_dir():
         return
     if not Path(given).is_file():
-        raise SourceNotFound(f"ckpt_path {given!r}: no such file; 'last' is the newest whole one{nearest_file(given)}")
-    check_whole(Path(given))
+        raise SourceNotFound(f"ckpt_path {given!r}: no such file; 'last' is the newest whole one{suggest_file(given)}")
+    check_torch_file(Path(given))
 
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit fit` or `validate`."""
-    quiet = {"exit_on_error": False, "epilog": MORE}
-    _check_resume(peek("ckpt_path", arguments))
+    quiet = {"exit_on_error": False, "epilog": HELP_EPILOG}
+    _check_resume_checkpoint(peek_option("ckpt_path", arguments))
     if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
-        sys.argv[2:] = _spelt_out(arguments)
-    arguments = _spelt_out(arguments)
+        sys.argv[2:] = _expand_model_option(arguments)
+    arguments = _expand_model_option(arguments)
     given = [command, *arguments]
     try:
         PrunelitCLI(

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from prunelit.pruning.registry import Method, broken, method_class, methods
+from prunelit.pruning.registry import Method, list_broken_files, method_class, methods
 from prunelit.runtime.errors import BadOption
 
 _PACKAGE = Path(__file__).parents[1]
@@ -39,7 +39,7 @@ class Option(NamedTuple):
     what: str
 
 
-def answer(arguments: list[str]) -> str:
+def answer_methods_command(arguments: list[str]) -> str:
     """What `python -m prunelit methods` prints.
 
     Args:
@@ -55,42 +55,42 @@ def answer(arguments: list[str]) -> str:
     if len(names) > 1 or (names and names[0].startswith("-")):
         raise BadOption(f"methods: expected no argument, or one method's name and --json, got {' '.join(names)}")
     if not names:
-        found = [facts(method) for method in methods().values()]
-        found += [{"name": name, "error": said} for name, said in broken().items()]
-        return json.dumps(found, indent=1) if as_data else table()
+        found = [describe_method(method) for method in methods().values()]
+        found += [{"name": name, "error": said} for name, said in list_broken_files().items()]
+        return json.dumps(found, indent=1) if as_data else render_method_table()
     if names[0] not in methods():
         if "." in names[0]:
             raise BadOption(f"methods: expected one of {', '.join(methods())}, got {names[0]!r}; a class has no card")
         method_class(names[0])  # raises with the nearest name
     method = methods()[names[0]]
-    return json.dumps(facts(method), indent=1) if as_data else card(method)
+    return json.dumps(describe_method(method), indent=1) if as_data else render_method_card(method)
 
 
-def table() -> str:
+def render_method_table() -> str:
     """One line a method: what it needs, its paper, what it does; and one for each file that can not be read."""
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
-    rows += [(method.name, needs(method), paper(method), _what(method)) for method in methods().values()]
-    lines = [_wrapped(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
-    lines += [_wrapped(f"{name:14} {'broken':9} ", said) for name, said in broken().items()]
+    rows += [(method.name, determine_needs(method), find_paper(method), _summarize_method(method)) for method in methods().values()]
+    lines = [_wrap_line(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
+    lines += [_wrap_line(f"{name:14} {'broken':9} ", said) for name, said in list_broken_files().items()]
     legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
     )
 
 
-def card(method: Method) -> str:
+def render_method_card(method: Method) -> str:
     """What a method is and does, its options, and how it is run."""
-    options = options_of(method.name)
+    options = list_method_options(method.name)
     wide = max(len(option.name) for option in options)
-    parts = [f"{method.name}    {NEEDS[needs(method)]}", method.card, "Options and their defaults"]
+    parts = [f"{method.name}    {NEEDS[determine_needs(method)]}", method.card, "Options and their defaults"]
     for name, default, what in options:
-        parts[-1] += "\n" + _wrapped(f"    {name:{wide}}  {'required' if default is None else default:13} ", what)
-    return "\n\n".join([*parts, _how_to_run(method)])
+        parts[-1] += "\n" + _wrap_line(f"    {name:{wide}}  {'required' if default is None else default:13} ", what)
+    return "\n\n".join([*parts, _render_commands(method)])
 
 
-def _how_to_run(method: Method) -> str:
+def _render_commands(method: Method) -> str:
     name, class_path = method.name, f"prunelit.callbacks.{method.class_name}"
-    seven = command_for_7b(name)
+    seven = find_7b_command(name)
     return "\n".join(
         [
             "Cut a model; cut it and recover it; cut the model of a job of yours, on the command line or in Python",
@@ -115,22 +115,22 @@ def _how_to_run(method: Method) -> str:
     )
 
 
-def facts(method: Method) -> dict[str, object]:
+def describe_method(method: Method) -> dict[str, object]:
     """The same as data."""
     return {
         "name": method.name,
         "class": f"prunelit.callbacks.{method.class_name}",
         "summary": method.summary,
-        "needs": needs(method),
-        "paper": paper(method),
-        "options": [option._asdict() for option in options_of(method.name)],
+        "needs": determine_needs(method),
+        "paper": find_paper(method),
+        "options": [option._asdict() for option in list_method_options(method.name)],
     }
 
 
-def needs(method: Method) -> str:
+def determine_needs(method: Method) -> str:
     """What a method does with text, told from its class and from what it imports."""
-    tree = _tree(method.path)
-    kind = _class(method.path, method.class_name)
+    tree = _parse_file(method.path)
+    kind = _find_class(method.path, method.class_name)
     if "reads_text = False" in (ast.unparse(node) for node in kind.body):
         return "no text"
     imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
@@ -138,38 +138,38 @@ def needs(method: Method) -> str:
     return next((work for module, work in _IMPORTED.items() if module in imported), "forward")
 
 
-def paper(method: Method) -> str:
+def find_paper(method: Method) -> str:
     """arXiv number of the source that the card names first; "ours"; or "baseline", where it names none."""
     source = method.card.partition("Source:")[2].strip()
     number = re.search(r"arXiv\s+(\d{4}\.\d{5})", source.partition("\n\n")[0])
     return "ours" if source.startswith("ours") else number[1] if number else "baseline"
 
 
-def command_for_7b(name: str) -> str | None:
+def find_7b_command(name: str) -> str | None:
     """The command that the head of a method's 7B config names; None without a clone."""
     path = _ROOT / "configs" / "methods" / f"{name}.yaml"
     found = re.search(r"python -m prunelit .*", path.read_text(encoding="utf-8")) if path.is_file() else None
     return found[0] if found else None
 
 
-def options_of(name: str) -> list[Option]:
+def list_method_options(name: str) -> list[Option]:
     """Constructor arguments of a method, its own first, then those of `PruningMethod` that mean something to it."""
-    base = {option.name: option for option in _constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")}
+    base = {option.name: option for option in _read_constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")}
     method = methods()[name]
-    kind = _class(method.path, method.class_name)
-    own = {option.name: option for option in _constructor(method.path, method.class_name)}
+    kind = _find_class(method.path, method.class_name)
+    own = {option.name: option for option in _read_constructor(method.path, method.class_name)}
     for option in own.values():
         if seen := _SEE_BASE.match(option.what):
             whole = f"{base[option.name].what} {option.what[seen.end() :]}"
             own[option.name] = option._replace(what=whole)
-    if choices := _repairs(kind):
+    if choices := _read_repair_choices(kind):
         base["repair"] = base["repair"]._replace(what=f"{base['repair'].what} Here: {', '.join(choices)}.")
-    rest = _documented(ast.get_docstring(kind) or "").get("kwargs", "")
+    rest = _read_argument_docs(ast.get_docstring(kind) or "").get("kwargs", "")
     idle = re.findall(r"`(\w+)`", rest) if "say nothing" in rest else []
     return [*own.values(), *(option for option in base.values() if option.name not in (*own, *idle))]
 
 
-def _repairs(kind: ast.ClassDef) -> tuple[str, ...]:
+def _read_repair_choices(kind: ast.ClassDef) -> tuple[str, ...]:
     """What a method's class says that `repair` may be; nothing where it says it in its own `repair`, or not at all."""
     for node in kind.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "repair_choices":
@@ -178,39 +178,39 @@ def _repairs(kind: ast.ClassDef) -> tuple[str, ...]:
     return ()
 
 
-def _wrapped(head: str, text: str) -> str:
+def _wrap_line(head: str, text: str) -> str:
     return textwrap.fill(text, _WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or head.rstrip()
 
 
-def _what(method: Method) -> str:
+def _summarize_method(method: Method) -> str:
     """The summary without the name in front."""
     said = method.summary.partition(": ")[2].rstrip(".")
     return said[:1].upper() + said[1:]
 
 
 @cache
-def _tree(path: Path) -> ast.Module:
+def _parse_file(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def _class(path: Path, name: str) -> ast.ClassDef:
-    return next(node for node in _tree(path).body if isinstance(node, ast.ClassDef) and node.name == name)
+def _find_class(path: Path, name: str) -> ast.ClassDef:
+    return next(node for node in _parse_file(path).body if isinstance(node, ast.ClassDef) and node.name == name)
 
 
-def _constructor(path: Path, class_name: str) -> list[Option]:
+def _read_constructor(path: Path, class_name: str) -> list[Option]:
     """Arguments of a class's `__init__` with their defaults, and what its docstring says of them."""
-    kind = _class(path, class_name)
+    kind = _find_class(path, class_name)
     made = next((node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
     if made is None:
         return []
-    said = _documented(ast.get_docstring(kind) or "")
+    said = _read_argument_docs(ast.get_docstring(kind) or "")
     arguments = [*made.args.args[1:], *made.args.kwonlyargs]
-    given = [None if node is None else _yaml(node) for node in (*made.args.defaults, *made.args.kw_defaults)]
+    given = [None if node is None else _format_default(node) for node in (*made.args.defaults, *made.args.kw_defaults)]
     defaults = [*[None] * (len(arguments) - len(given)), *given]
     return [Option(a.arg, value, said.get(a.arg, "")) for a, value in zip(arguments, defaults, strict=True)]
 
 
-def _documented(docstring: str) -> dict[str, str]:
+def _read_argument_docs(docstring: str) -> dict[str, str]:
     """The section `Args:` of a docstring, one entry an argument, in one line each."""
     section = re.search(r"Args:\n(.*?)(\n\n|\Z)", docstring, re.DOTALL)
     entries = re.split(r"\n(?=\w+: )", inspect.cleandoc("\n" + section[1])) if section else []
@@ -218,7 +218,7 @@ def _documented(docstring: str) -> dict[str, str]:
     return {name: re.sub(r"\bNone\b", "null", " ".join(what.split())) for name, _, what in parts}
 
 
-def _yaml(node: ast.expr) -> str:
+def _format_default(node: ast.expr) -> str:
     """A default as it stands in YAML."""
     try:
         value = ast.literal_eval(node)

@@ -13,11 +13,11 @@ from jsonargparse import ArgumentParser
 from prunelit.data import text
 from prunelit.data.option_types import Sources
 from prunelit.pruning.registry import method_class
-from prunelit.runtime.errors import BadOption, PrunelitError, nearest
-from prunelit.runtime.parser_messages import condense
-from prunelit.runtime.progress import stage
+from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
+from prunelit.runtime.parser_messages import condense_message
+from prunelit.runtime.progress import show_stage
 
-MORE = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
+HELP_EPILOG = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
 """Below the help of every command."""
 
 _NOT_THE_METHODS = ("config", "method", "plan", "text")
@@ -28,20 +28,20 @@ _READ_BY_A_REPLAY = ("repair", "windows", "seqlen", "seed", "plan_file")
 _UNKNOWN = re.compile(r"Option '([^']+)' is not accepted|accept option '([^']+)'|unrecognized arguments: --([\w.]+)")
 
 
-def parser_of(command: str, what: str) -> ArgumentParser:
+def build_parser(command: str, what: str) -> ArgumentParser:
     """A parser for a short command, with --config."""
     parser = ArgumentParser(
-        prog=f"prunelit {command}", description=what, epilog=MORE, exit_on_error=False, allow_abbrev=False
+        prog=f"prunelit {command}", description=what, epilog=HELP_EPILOG, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="YAML file with these options")
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: list[str], inner: Collection[str] = ()) -> Any:
+def parse_command_line(parser: ArgumentParser, arguments: list[str], inner: Collection[str] = ()) -> Any:
     """Parse; an unknown option is answered with the nearest one. Lists may be written `--text a b`.
 
     Args:
-        parser: of `parser_of`.
+        parser: of `build_parser`.
         arguments: command line after the command.
         inner: names of options inside lists and mappings, which the parser does not list.
 
@@ -51,21 +51,21 @@ def parse(parser: ArgumentParser, arguments: list[str], inner: Collection[str] =
     for action in parser._actions:
         for option in action.option_strings:
             if f"{option}+" in action.option_strings:  # what jsonargparse gives options that may be lists
-                arguments = _gathered(arguments, option)
+                arguments = _gather_list_values(arguments, option)
     try:
         return parser.parse_args(arguments)
     except argparse.ArgumentError as error:
-        message, command = condense(str(error)), str(parser.prog).rpartition(" ")[2]
+        message, command = condense_message(str(error)), str(parser.prog).rpartition(" ")[2]
         known = {part for action in parser._actions for part in (action.dest, *action.dest.split("."))} | {*inner}
         unknown = _UNKNOWN.search(message)
-        hint = nearest(next(filter(None, unknown.groups())), known) if unknown else ""
+        hint = suggest_name(next(filter(None, unknown.groups())), known) if unknown else ""
         method = parser.get_defaults().get("method") if unknown else None
         if method:  # what is no option here may be one of another method
             hint = f"; expected an option of {command} or of method {method!r}{hint}"
         raise PrunelitError(f"{command}: {message}{hint}") from error
 
 
-def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> Any:
+def add_method_options(parser: ArgumentParser, arguments: list[str], default: str) -> Any:
     """Add --method, --plan, --text and the options of the method asked for.
 
     Returns:
@@ -74,10 +74,10 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     Raises:
         BadOption: not a pruning method, or --plan together with options that only scoring and planning read.
     """
-    with stage("starting"):
+    with show_stage("starting"):
         from prunelit.pruning.callback import PruningCallback  # Lightning: seconds, which `export` does without
 
-    plan, name = peek("plan", arguments), peek("method", arguments)
+    plan, name = peek_option("plan", arguments), peek_option("method", arguments)
     kind = PruningCallback if plan and not name else method_class(name or default)
     if not (isinstance(kind, type) and issubclass(kind, PruningCallback)):
         raise BadOption(f"method {name!r}: expected a subclass of PruningCallback, got {kind!r:.80}")
@@ -88,7 +88,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
         help="pruning method; `python -m prunelit methods` lists them",
     )
     parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
-    parser.add_argument("--text", type=Sources, default=[text.BUILTIN], help="calibration text source(s)")
+    parser.add_argument("--text", type=Sources, default=[text.BUILTIN_TEXT], help="calibration text source(s)")
     skipped = {"calibration"}
     if plan:
         parser.add_argument("--ratio", type=float | None, default=None)
@@ -97,7 +97,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     unread = {*kind.not_read}
     if plan:
         unread |= added - {*_READ_BY_A_REPLAY, *kind.cut_reads}
-        _check_read(unread, arguments)
+        _check_options_are_read(unread, arguments)
     for action in parser._actions:
         if action.dest in unread or action.dest == "plan_file":  # its name in YAML and Python; here it is --plan
             action.help = argparse.SUPPRESS
@@ -106,7 +106,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str) -> An
     return kind
 
 
-def _check_read(unread: Collection[str], arguments: list[str]) -> None:
+def _check_options_are_read(unread: Collection[str], arguments: list[str]) -> None:
     """Check that no option is given that cutting by a plan would pass over in silence.
 
     Options in config files are no mistake: one file serves a search and a replay of what it found.
@@ -126,11 +126,11 @@ def _check_read(unread: Collection[str], arguments: list[str]) -> None:
         )
 
 
-def method_of(kind: Any, options: Any, others: Collection[str]) -> Any:
+def build_method(kind: Any, options: Any, others: Collection[str]) -> Any:
     """The method that parsed options ask for.
 
     Args:
-        kind: of `add_method`.
+        kind: of `add_method_options`.
         options: parsed.
         others: names of options that are not the method's.
     """
@@ -140,7 +140,7 @@ def method_of(kind: Any, options: Any, others: Collection[str]) -> Any:
     return kind(**own)
 
 
-def _gathered(arguments: list[str], option: str) -> list[str]:
+def _gather_list_values(arguments: list[str], option: str) -> list[str]:
     """`--text a b` as one argument, `--text=["a", "b"]`: argparse's own lists refuse a single value in a file.
 
     One value that is a JSON list, `--ratios "[0.1, 0.2]"`, is that list; a prompt may begin with a bracket.
@@ -150,18 +150,18 @@ def _gathered(arguments: list[str], option: str) -> list[str]:
     start = arguments.index(option)
     end = next((i for i, said in enumerate(arguments) if i > start and said.startswith("--")), len(arguments))
     taken = arguments[start + 1 : end]
-    given = [f"{option}={taken[0] if _is_list(taken) else json.dumps(taken)}"] if taken else [option]
-    return [*arguments[:start], *given, *_gathered(arguments[end:], option)]
+    given = [f"{option}={taken[0] if _is_json_list(taken) else json.dumps(taken)}"] if taken else [option]
+    return [*arguments[:start], *given, *_gather_list_values(arguments[end:], option)]
 
 
-def _is_list(taken: list[str]) -> bool:
+def _is_json_list(taken: list[str]) -> bool:
     try:
         return len(taken) == 1 and isinstance(json.loads(taken[0]), list)
     except ValueError:
         return False
 
 
-def peek(option: str, arguments: list[str]) -> str | None:
+def peek_option(option: str, arguments: list[str]) -> str | None:
     """The value of an option on the command line or in a --config file, before there is a parser that knows it."""
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument(f"--{option}")

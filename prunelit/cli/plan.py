@@ -17,27 +17,27 @@ from typing import Any, NamedTuple
 import yaml
 
 from prunelit import export
-from prunelit.cli.console import say
-from prunelit.cli.options import add_method, method_of, parse, parser_of, peek
+from prunelit.cli.console import print_result
+from prunelit.cli.options import add_method_options, build_method, parse_command_line, build_parser, peek_option
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.data import loading, offloaded, text
 from prunelit.data import sources as model_source
-from prunelit.data.loading import load_on, place
-from prunelit.data.option_types import Dtype, listed
+from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import settings
-from prunelit.model.modes import on_device
+from prunelit.model.folder import read_model_config
+from prunelit.model.modes import move_to_device
 from prunelit.planning import latency
-from prunelit.pruning.callback import pruner_of
+from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import find_model
-from prunelit.report.plan_card import Measured, card
+from prunelit.report.plan_card import MeasuredLatency, render_plan_card
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.text_files import write_text
 
 
-class Job(NamedTuple):
+class FitJob(NamedTuple):
     """What `fit` runs: a Trainer, a RecoveryModule and a TextDataModule, built but not run."""
 
     trainer: Any
@@ -45,10 +45,10 @@ class Job(NamedTuple):
     data: Any
 
 
-Made = tuple[PruningPlan, Measured | None]
+PlanResult = tuple[PruningPlan, MeasuredLatency | None]
 
 
-def make(
+def make_model_plan(
     model: str | None,
     sources: Sequence[str],
     method: Any,
@@ -57,7 +57,7 @@ def make(
     stream: bool = False,
     memory_gib: float | None = None,
     measured: bool = False,
-) -> Made:
+) -> PlanResult:
     """The plan that `prune` with the same arguments cuts by.
 
     Args:
@@ -75,39 +75,39 @@ def make(
     """
     replayed: PruningPlan | None = method.replayed
     if model is not None:
-        model_source.check_prunable(model)
+        model_source.check_prunable_source(model)
     if replayed is not None and not measured:
         if model is not None:
-            _check_config(replayed, model)
+            _check_plan_config(replayed, model)
         return replayed, None
     if model is None:
         raise BadOption("model: expected a model source, got none; a plan alone is read with `plan show FILE`")
-    offloaded.check_request(model, stream, memory_gib)
+    offloaded.check_streaming_options(model, stream, memory_gib)
     if stream and measured:
         raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
     reads = method.reads_text and replayed is None
     batches = []
     if reads:
-        model_source.check_length(model, method.seqlen)
+        model_source.check_sequence_length(model, method.seqlen)
         for source in sources:
-            text.check_source(source)
+            text.check_text_source(source)
         batches = method.batches_from(list(sources), loading.load_tokenizer(model))
-    network = offloaded.load(model, dtype, place(device), memory_gib) if stream else load_on(model, dtype, device)
-    with nullcontext() if stream else on_device(network, place(device)):
+    network = offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib) if stream else load_on_device(model, dtype, device)
+    with nullcontext() if stream else move_to_device(network, choose_device(device)):
         plan = method.decide(network, batches) if replayed is None else replayed
-        return plan, _measure(network, method, plan) if measured else None
+        return plan, _measure_latency(network, method, plan) if measured else None
 
 
-def of_job(job: Job, measured: bool) -> Made:
+def make_job_plan(job: FitJob, measured: bool) -> PlanResult:
     """The plan that `fit` with the same arguments cuts by; scores are kept where that run finds them.
 
     Raises:
         BadOption: there is not exactly one pruning callback.
     """
-    method, source = pruner_of(job.trainer, "plan"), str(job.module.hparams["model"])
+    method, source = find_pruner(job.trainer, "plan"), str(job.module.hparams["model"])
     assert method is not None
     if method.replayed is not None and not measured:
-        _check_config(method.replayed, source)
+        _check_plan_config(method.replayed, source)
         return method.replayed, None
     if method.reads_text and method.replayed is None:
         job.trainer.datamodule, job.data.trainer = job.data, job.trainer
@@ -117,28 +117,28 @@ def of_job(job: Job, measured: bool) -> Made:
     if not measured:
         return plan, None
     network = find_model(job.module)
-    with on_device(network, job.trainer.strategy.root_device):
-        return plan, _measure(network, method, plan)
+    with move_to_device(network, job.trainer.strategy.root_device):
+        return plan, _measure_latency(network, method, plan)
 
 
-def _measure(network: Any, method: Any, plan: PruningPlan) -> Measured:
+def _measure_latency(network: Any, method: Any, plan: PruningPlan) -> MeasuredLatency:
     """Seconds of the layers at the planned widths, between a few that are measured."""
     decoder = Decoder(network)
-    surgery.check_fits(decoder, plan)
+    surgery.check_plan_fits(decoder, plan)
     unit: Unit = "query_head" if plan.options.get("unit") == "query_head" else "kv_group"
-    table = latency.measure(decoder, unit, plan.options.get("align") or method.align)  # a replay has none of its own
+    table = latency.measure_latency_table(decoder, unit, plan.options.get("align") or method.align)  # a replay has none of its own
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
-    dense = sum(table.seconds(shape, *LayerPlan.dense(shape).widths) for _, shape in pairs)
-    return Measured(dense, sum(table.seconds(shape, *kept.widths) for kept, shape in pairs), table.record)
+    dense = sum(table.estimate_seconds(shape, *LayerPlan.dense(shape).widths) for _, shape in pairs)
+    return MeasuredLatency(dense, sum(table.estimate_seconds(shape, *kept.widths) for kept, shape in pairs), table.record)
 
 
-def _check_config(plan: PruningPlan, source: str) -> None:
+def _check_plan_config(plan: PruningPlan, source: str) -> None:
     """A plan against the config.json of a local folder; other sources are checked when they are cut.
 
     Raises:
         BadPlan: it was made for another model.
     """
-    config = settings(Path(source).expanduser())
+    config = read_model_config(Path(source).expanduser())
     made_for = {"model_type": plan.model.model_type, "hidden_size": plan.model.hidden_size}
     made_for |= {"num_hidden_layers": len(plan.model.layers)}
     for name, wanted in made_for.items():
@@ -150,7 +150,7 @@ def _check_config(plan: PruningPlan, source: str) -> None:
             )
 
 
-def run(command: str, arguments: list[str], job_of: Callable[[list[str]], Job]) -> int:
+def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob]) -> int:
     """`python -m prunelit plan`.
 
     Args:
@@ -160,37 +160,37 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], Job]) 
 
     """
     start = time.perf_counter()
-    if _is_fit(arguments):
-        out, measured, overwrite, rest = _own(arguments)
-        _check_out(out, overwrite)
-        plan, time_saved = of_job(job_of(rest), measured)
+    if _is_fit_config(arguments):
+        out, measured, overwrite, rest = _split_own_options(arguments)
+        _check_output_file(out, overwrite)
+        plan, time_saved = make_job_plan(job_of(rest), measured)
     else:
-        parser = parser_of(command, "what a cut would leave, and what serves it; no weight is touched")
-        kind = add_method(parser, arguments, "llm_bip")
-        needs_model = not peek("plan", arguments)
+        parser = build_parser(command, "what a cut would leave, and what serves it; no weight is touched")
+        kind = add_method_options(parser, arguments, "llm_bip")
+        needs_model = not peek_option("plan", arguments)
         parser.add_argument(
             "--model", type=str if needs_model else str | None, required=needs_model, help="model source"
         )
         parser.add_argument("--out", type=str | None, default=None, help="write the plan to this file")
         parser.add_argument("--latency", type=bool, default=False, help="measure small shapes of the model as well")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the file of --out")
-        parser.add_function_arguments(make, None, skip={"model", "method", "sources", "measured"}, sub_configs=False)
-        options = parse(parser, arguments)
+        parser.add_function_arguments(make_model_plan, None, skip={"model", "method", "sources", "measured"}, sub_configs=False)
+        options = parse_command_line(parser, arguments)
         out = options.out
-        _check_out(out, options.overwrite)
+        _check_output_file(out, options.overwrite)
         same = ("dtype", "device", "stream", "memory_gib")
-        method = method_of(kind, options, (*same, "model", "out", "latency", "overwrite"))
+        method = build_method(kind, options, (*same, "model", "out", "latency", "overwrite"))
         named = {name: options[name] for name in same}
-        plan, time_saved = make(options.model, listed(options.text), method, measured=options.latency, **named)
-    say(card(plan, time_saved))
+        plan, time_saved = make_model_plan(options.model, wrap_in_list(options.text), method, measured=options.latency, **named)
+    print_result(render_plan_card(plan, time_saved))
     if out:
         write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
-        say(f"\n{out}: the plan, in {took:.0f} s; edit it, then: prune --model M --plan {out} --out DIR")
+        print_result(f"\n{out}: the plan, in {took:.0f} s; edit it, then: prune --model M --plan {out} --out DIR")
     return 0
 
 
-def _is_fit(arguments: list[str]) -> bool:
+def _is_fit_config(arguments: list[str]) -> bool:
     """Whether the files of --config are those of `fit`: they have a trainer, or a model with options."""
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--config", action="append", default=[])
@@ -204,7 +204,7 @@ def _is_fit(arguments: list[str]) -> bool:
     return False
 
 
-def _own(arguments: list[str]) -> tuple[str | None, bool, bool, list[str]]:
+def _split_own_options(arguments: list[str]) -> tuple[str | None, bool, bool, list[str]]:
     """Our own options among those of `fit`: out, latency, overwrite, and the rest."""
     ours = argparse.ArgumentParser(prog="prunelit plan", add_help=False, allow_abbrev=False, exit_on_error=False)
     ours.add_argument("--out")
@@ -214,7 +214,7 @@ def _own(arguments: list[str]) -> tuple[str | None, bool, bool, list[str]]:
     return found.out, found.latency == "true", found.overwrite == "true", rest
 
 
-def _check_out(out: str | None, overwrite: bool) -> None:
+def _check_output_file(out: str | None, overwrite: bool) -> None:
     """Before any work is done.
 
     Raises:

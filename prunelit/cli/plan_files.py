@@ -6,14 +6,14 @@
 import sys
 
 from prunelit.core.plan import PruningPlan
-from prunelit.core.plan_diff import differences
-from prunelit.report.plan_card import card, difference
-from prunelit.runtime.errors import PrunelitError, nearest
+from prunelit.core.plan_diff import find_plan_differences
+from prunelit.report.plan_card import render_plan_card, render_plan_difference
+from prunelit.runtime.errors import PrunelitError, suggest_name
 
 WORDS = ("show", "diff")
 
 
-def run(arguments: list[str]) -> int:
+def run_plan_files(arguments: list[str]) -> int:
     """Carry out `arguments`, one of WORDS and its files.
 
     Raises:
@@ -21,21 +21,21 @@ def run(arguments: list[str]) -> int:
     """
     word, paths = arguments[0], arguments[1:]
     if word not in WORDS:
-        raise PrunelitError(f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{nearest(word, WORDS)}")
+        raise PrunelitError(f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{suggest_name(word, WORDS)}")
     wanted = 1 if word == "show" else 2
     if len(paths) != wanted or any(path.startswith("-") for path in paths):
         files = "one plan file" if wanted == 1 else "two plan files"
         raise PrunelitError(f"plan {word}: expected {files}, got {' '.join(paths) or 'nothing'}")
     first = PruningPlan.load(paths[0])
     if word == "show":
-        return _say(card(first), 0)
+        return _print_lines(render_plan_card(first), 0)
     second = PruningPlan.load(paths[1])
-    found = differences(first, second)
+    found = find_plan_differences(first, second)
     if not found:
-        return _say(f"both keep the same units: plan {first.digest}", 0)
-    return _say(difference(first, second, found, ("A", "B")), 1)
+        return _print_lines(f"both keep the same units: plan {first.digest}", 0)
+    return _print_lines(render_plan_difference(first, second, found, ("A", "B")), 1)
 
 
-def _say(lines: str, code: int) -> int:
+def _print_lines(lines: str, code: int) -> int:
     sys.stdout.write(lines + "\n")
     return code

@@ -13,27 +13,27 @@ import yaml
 
 from prunelit import export
 from prunelit.calibration import metrics
-from prunelit.cli.console import say
-from prunelit.cli.options import add_method, method_of, parse, parser_of
+from prunelit.cli.console import print_result
+from prunelit.cli.options import add_method_options, build_method, parse_command_line, build_parser
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading as models
 from prunelit.data import offloaded, text
 from prunelit.data import sources as model_source
-from prunelit.data.loading import load_on, place
-from prunelit.data.option_types import Dtype, listed
+from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.export import load_commands
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import on_device
+from prunelit.model.modes import move_to_device
 from prunelit.report import run_page
 from prunelit.report.record import Record
-from prunelit.runtime.environment import hardware, peak_memory_mib
+from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 
-def prune(
+def prune_model(
     model: str,
     sources: Sequence[str],
     out: str,
@@ -65,39 +65,39 @@ def prune(
     Returns:
         The content of report.json.
     """
-    model_source.check_prunable(model)
-    offloaded.check_request(model, stream, memory_gib, method.repair)
+    model_source.check_prunable_source(model)
+    offloaded.check_streaming_options(model, stream, memory_gib, method.repair)
     for source in sources:
-        text.check_source(source)
+        text.check_text_source(source)
     reads = [model, *sources, *([method.plan_file] if method.plan_file else [])]
-    export.check_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=reads)
+    export.check_export_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=reads)
     if format == "int4":
         raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
     if Path(out).suffix == ".gguf":
         raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
     if method.needs_text():
-        model_source.check_length(model, method.seqlen)
+        model_source.check_sequence_length(model, method.seqlen)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
     batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
-    record = Record(facts={"hardware": hardware(place(device)), "seed": method.seed, "versions": versions()})
+    record = Record(facts={"hardware": describe_hardware(choose_device(device)), "seed": method.seed, "versions": collect_versions()})
     method.listeners.append(record)
     seconds: dict[str, float] = {}
 
     def took(stage: str, since: float) -> None:
         seconds[stage] = time.perf_counter() - since
-        record.hear("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": peak_memory_mib()})
+        record.hear("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": get_peak_memory_mib()})
 
     took("text", start)
     start = time.perf_counter()
     if stream:
-        network = offloaded.load(model, dtype, place(device), memory_gib, scratch=Path(out).parent)
+        network = offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib, scratch=Path(out).parent)
     else:
-        network = load_on(model, dtype, device)
+        network = load_on_device(model, dtype, device)
     took("load_model", start)
     method.before_cut = partial(_check_format, tokenizer, format) if format != "auto" and not stream else None
-    with nullcontext() if stream else on_device(network, place(device)):
-        dense = metrics.size(network)
+    with nullcontext() if stream else move_to_device(network, choose_device(device)):
+        dense = metrics.measure_model_size(network)
         plan = method.prune(network, batches)
         seconds |= method.seconds
         start = time.perf_counter()
@@ -110,12 +110,12 @@ def prune(
         "method": plan.method,
         "options": plan.options,
         "dense": dense,
-        "pruned": metrics.size(network) | ratios,
+        "pruned": metrics.measure_model_size(network) | ratios,
         "calibration": plan.calibration,
         "format": written.format,
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "peak_memory_mib": peak_memory_mib(),
-        "versions": versions(),
+        "peak_memory_mib": get_peak_memory_mib(),
+        "versions": collect_versions(),
         "seed": plan.seed,
     }
     write_json(Path(out) / "report.json", report)
@@ -124,40 +124,40 @@ def prune(
     given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
     record.facts |= {
         "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
-        "load": load_commands.commands(written.format, Path(out), plan),
+        "load": load_commands.list_load_commands(written.format, Path(out), plan),
     }
-    run_page.write(record, Path(out))
+    run_page.write_run_page(record, Path(out))
     return report
 
 
 def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPlan) -> None:
     """Refuse a plan whose result `format` can not hold."""
     with warnings.catch_warnings(action="ignore"):  # the cut itself warns
-        surgery.check_fits(decoder, plan)
-    shapes = Decoder(copies.without_memory(decoder.model))
-    surgery.cut_checked(shapes, plan)
-    export.check_fits(shapes.model, tokenizer, format)
+        surgery.check_plan_fits(decoder, plan)
+    shapes = Decoder(copies.copy_to_meta_device(decoder.model))
+    surgery.apply_checked_plan(shapes, plan)
+    export.check_format_fits(shapes.model, tokenizer, format)
 
 
 def run(command: str, arguments: list[str]) -> int:
     """`python -m prunelit prune`."""
-    parser = parser_of(command, "cut a model and save it, no training")
-    kind = add_method(parser, arguments, "llm_bip")
-    parser.add_function_arguments(prune, None, skip={"method", "sources"}, sub_configs=False)
-    options = parse(parser, arguments)
+    parser = build_parser(command, "cut a model and save it, no training")
+    kind = add_method_options(parser, arguments, "llm_bip")
+    parser.add_function_arguments(prune_model, None, skip={"method", "sources"}, sub_configs=False)
+    options = parse_command_line(parser, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
-    method = method_of(kind, options, same)
+    method = build_method(kind, options, same)
     if options.plan and not options.method and method.repair == "none":
-        _say_what_is_left_out(method.replayed)
-    report = prune(sources=listed(options.text), method=method, **{key: options[key] for key in same})
+        _warn_missing_repair(method.replayed)
+    report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
-    say(f"{metrics.table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
-    say(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    print_result(f"{metrics.format_text_table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
+    print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
     return 0
 
 
-def _say_what_is_left_out(plan: PruningPlan) -> None:
+def _warn_missing_repair(plan: PruningPlan) -> None:
     """A plan holds what stays, not how its method repairs what stays."""
     repair = plan.options.get("repair") or "none"
     if repair != "none" or any(kept.attention_bias or kept.mlp_bias for kept in plan.layers):

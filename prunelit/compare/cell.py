@@ -24,24 +24,24 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from prunelit.calibration import metrics
-from prunelit.calibration.batches import TOKENS_PER_BATCH, batched
-from prunelit.calibration.fingerprints import digest, model_fingerprint
-from prunelit.calibration.result_cache import Kept
+from prunelit.calibration.batches import TOKENS_PER_BATCH, split_into_batches
+from prunelit.calibration.fingerprints import compute_digest, fingerprint_model
+from prunelit.calibration.result_cache import ResultCache
 from prunelit.compare.config import Calibration, Cell, Latency
 from prunelit.data import text
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating, on_device
+from prunelit.model.modes import use_eval_mode, move_to_device
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime import timing
 from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 _FORMAT = "prunelit-cell/1"
 
 
 @dataclass
-class Trials:
+class CellRunner:
     """A dense model, texts, and the folder in which finished cells are kept.
 
     Args:
@@ -67,10 +67,10 @@ class Trials:
     again: bool = False
 
     def __post_init__(self) -> None:
-        self._versions = versions()
+        self._versions = collect_versions()
         self._common = {
             "format": _FORMAT,
-            "model": model_fingerprint(self.dense),
+            "model": fingerprint_model(self.dense),
             "dtype": str(next(self.dense.parameters()).dtype).removeprefix("torch."),
             "device": self.device.type,
         }
@@ -84,8 +84,8 @@ class Trials:
         key = self._common | {
             "method": cell.row.method,
             "options": {name: value for name, value in method.options.items() if name not in elsewhere},
-            "calibration": _windows_key(self.drawn[cell.seed]) if method.needs_text() else None,
-            "texts": {name: _windows_key(ids) for name, ids in self.windows.items()},
+            "calibration": _fingerprint_windows(self.drawn[cell.seed]) if method.needs_text() else None,
+            "texts": {name: _fingerprint_windows(ids) for name, ids in self.windows.items()},
             "latency": asdict(self.latency) if self.latency else None,
         }
         return dict(json.loads(json.dumps(key, default=str)))  # tuples become lists, as they are read back
@@ -93,19 +93,19 @@ class Trials:
     def find(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
         """What is known of a cell; its "status" is "finished", "failed" or "missing"."""
         key = self.key(cell, method)
-        found = _read(self._path(cell, key), key)
+        found = _read_cell(self._path(cell, key), key)
         if found["status"] == "finished" and self.plans and not self._path(cell, key, "plans").is_file():
             return {"status": "missing"}
         return found
 
     def _path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
         stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
-        return self.folder / kind / f"{stem}-{_digest(key)}.json"
+        return self.folder / kind / f"{stem}-{_digest_key(key)}.json"
 
     def _journal(self, cell: Cell, key: Mapping[str, Any]) -> Path:
         """One for all ratios of a row: a longer search goes on from a shorter one."""
         which = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
-        return self.folder / "kept" / f"{cell.row.method}-{digest(json.dumps(which))}.jsonl"
+        return self.folder / "kept" / f"{cell.row.method}-{compute_digest(json.dumps(which))}.jsonl"
 
     # Work --------------------------------------------------------------------------------------------------------
 
@@ -113,15 +113,15 @@ class Trials:
         """{"texts": {name: perplexity, nll, tokens}, "size"} of the dense model; each text is measured once."""
         found = {}
         for name, ids in self.windows.items():
-            key = self._common | {"text": _windows_key(ids)}
-            path = self.folder / "cells" / f"dense-{_digest(key)}.json"
-            known = _read(path, key)
+            key = self._common | {"text": _fingerprint_windows(ids)}
+            path = self.folder / "cells" / f"dense-{_digest_key(key)}.json"
+            known = _read_cell(path, key)
             if known["status"] != "finished":
-                with on_device(self.dense, self.device):
-                    known = {"key": key, "found": _perplexity(self.dense, ids, f"perplexity on {name}, dense")}
-                _write(path, known)
+                with move_to_device(self.dense, self.device):
+                    known = {"key": key, "found": _measure_perplexity(self.dense, ids, f"perplexity on {name}, dense")}
+                _write_cell(path, known)
             found[name] = known["found"]
-        return {"texts": found, "size": metrics.size(self.dense)}
+        return {"texts": found, "size": metrics.measure_model_size(self.dense)}
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Prune, measure and write one cell; a failure is written down as one.
@@ -140,9 +140,9 @@ class Trials:
         try:
             if "journal" in cell.row.accepts and "journal" not in cell.row.options:
                 journal = self._journal(cell, key)
-                _saving(lambda path: path.parent.mkdir(exist_ok=True), journal)
+                _save_or_raise(lambda path: path.parent.mkdir(exist_ok=True), journal)
                 method = cell.row.build(cell.ratio, cell.seed, self.calibration, journal=str(journal))
-            method.kept = None if self.again else Kept(self.folder / "kept")
+            method.kept = None if self.again else ResultCache(self.folder / "kept")
             result = self._prune_and_measure(cell, method, key)
         except PrunelitError as error:
             result = {"failed": str(error)}
@@ -156,7 +156,7 @@ class Trials:
         gc.collect()  # the copy, which the traceback of an error would have held until now
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        _write(self._path(cell, key), {"key": key, **result, "versions": self._versions})
+        _write_cell(self._path(cell, key), {"key": key, **result, "versions": self._versions})
         return self.find(cell, method)
 
     def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,12 +164,12 @@ class Trials:
         batches = []
         if method.needs_text():
             ids = self.drawn[cell.seed]
-            batches = batched(ids)
+            batches = split_into_batches(ids)
             record = {
                 "source": [self.calibration.text] if isinstance(self.calibration.text, str) else self.calibration.text,
                 "windows": len(ids),
                 "seqlen": ids.shape[1],
-                "fingerprint": text.fingerprint(ids),
+                "fingerprint": text.fingerprint_token_ids(ids),
             }
         network = copy.deepcopy(self.dense).to(self.device)
         with isolate_rng():  # a method that forgets its seed still gives the same result in any order of cells
@@ -177,34 +177,34 @@ class Trials:
             random.seed(cell.seed)
             start = time.perf_counter()
             plan = method.prune(network, batches)
-            _wait(self.device)
+            _synchronize_device(self.device)
             # What was recalled counts as if it had been computed, so that ratios compare.
             taken = time.perf_counter() - start + method.seconds.get("recalled", 0.0)
             seconds = {"prune": taken} | method.seconds
         options = {name: value for name, value in plan.options.items() if name != "journal"}
         plan = replace(plan, options=options, calibration=record | dict(plan.calibration))
         start = time.perf_counter()
-        texts = {name: _perplexity(network, ids, f"perplexity on {name}, {cell}") for name, ids in self.windows.items()}
+        texts = {name: _measure_perplexity(network, ids, f"perplexity on {name}, {cell}") for name, ids in self.windows.items()}
         seconds["measure"] = time.perf_counter() - start
         shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
         found = {
             "texts": texts,
-            "size": metrics.size(network),
+            "size": metrics.measure_model_size(network),
             **shares,
             "plan": plan.digest,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         if self.latency:
-            with on_device(self.dense, self.device):
-                dense, cut = prefill_seconds((self.dense, network), self.latency.tokens, self.latency.repeats)
+            with move_to_device(self.dense, self.device):
+                dense, cut = measure_prefill_seconds((self.dense, network), self.latency.tokens, self.latency.repeats)
             found["latency"] = {"dense_seconds": dense, "seconds": cut, "speedup": dense / cut}
         if self.plans:
-            _saving(plan.save, self._path(cell, key, "plans"))
+            _save_or_raise(plan.save, self._path(cell, key, "plans"))
         return found
 
 
 @torch.no_grad()
-def prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) -> list[float]:
+def measure_prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) -> list[float]:
     """Median seconds of a forward pass without output projection, for models that take turns.
 
     Taking turns, what else a machine does slows all of them alike. One pass of each is not counted.
@@ -219,14 +219,14 @@ def prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) ->
     ids = torch.randint(limit, (1, tokens), generator=torch.Generator().manual_seed(0)).to(decoders[0].device)
 
     def one(decoder: Decoder) -> float:
-        with evaluating(decoder.model):
-            return timing.seconds(lambda: decoder.backbone(input_ids=ids, use_cache=False), decoder.device)
+        with use_eval_mode(decoder.model):
+            return timing.measure_seconds(lambda: decoder.backbone(input_ids=ids, use_cache=False), decoder.device)
 
-    taken = timing.in_turn([partial(one, decoder) for decoder in decoders], repeats, "measuring prefill")
+    taken = timing.run_in_rounds([partial(one, decoder) for decoder in decoders], repeats, "measuring prefill")
     return [statistics.median(each) for each in taken]
 
 
-def _perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:
+def _measure_perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:
     """{"nll", "perplexity" (null where no float holds it), "tokens"}."""
     found: dict[str, Any] = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // ids.shape[1]), what)
     if not math.isfinite(found["nll"]):
@@ -234,15 +234,15 @@ def _perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:
     return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
 
 
-def _windows_key(ids: Tensor) -> str:
-    return f"{text.fingerprint(ids)}-{ids.shape[1]}"
+def _fingerprint_windows(ids: Tensor) -> str:
+    return f"{text.fingerprint_token_ids(ids)}-{ids.shape[1]}"
 
 
-def _digest(key: Mapping[str, Any]) -> str:
-    return digest(json.dumps(key, sort_keys=True))
+def _digest_key(key: Mapping[str, Any]) -> str:
+    return compute_digest(json.dumps(key, sort_keys=True))
 
 
-def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
+def _read_cell(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     """A cell's file, if it is whole and of this key."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -253,17 +253,17 @@ def _read(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     return found | {"status": "failed" if "failed" in found else "finished"}
 
 
-def _write(path: Path, content: Mapping[str, Any]) -> None:
-    _saving(lambda target: write_json(target, content), path)
+def _write_cell(path: Path, content: Mapping[str, Any]) -> None:
+    _save_or_raise(lambda target: write_json(target, content), path)
 
 
-def _saving(write: Any, path: Path) -> None:
+def _save_or_raise(write: Any, path: Path) -> None:
     try:
         write(path)
     except OSError as error:
         raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

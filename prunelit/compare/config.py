@@ -11,13 +11,13 @@ from jsonargparse import ArgumentParser
 
 from prunelit.data import text
 from prunelit.pruning.registry import method_class
-from prunelit.runtime.errors import BadOption, nearest
+from prunelit.runtime.errors import BadOption, suggest_name
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and `evaluate` needs only the texts
     from prunelit.pruning.callback import PruningCallback
 from prunelit.data.option_types import parse_options
 
-_OF_THE_TABLE = {
+_SET_BY_TABLE = {
     "ratio": "ratios",
     "seed": "seeds",
     "calibration": "calibration.text",
@@ -38,7 +38,7 @@ class Calibration:
         seqlen: tokens per sequence.
     """
 
-    text: str | list[str] = text.BUILTIN
+    text: str | list[str] = text.BUILTIN_TEXT
     windows: int = 64
     seqlen: int = 512
 
@@ -62,7 +62,7 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Row:
+class MethodRow:
     """A line of the table: a method with options of its own, under a label.
 
     `accepts` names the options that the method has.
@@ -93,7 +93,7 @@ class Row:
 class Cell:
     """One row at one ratio and one seed."""
 
-    row: Row
+    row: MethodRow
     ratio: float
     seed: int
 
@@ -101,7 +101,7 @@ class Cell:
         return f"{self.row.label}, {100 * self.ratio:g}%, seed {self.seed}"
 
 
-def rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[Row]:
+def parse_method_rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[MethodRow]:
     """The rows of a table.
 
     Args:
@@ -114,7 +114,7 @@ def rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[Row]:
     """
     if not methods:
         raise BadOption("methods: expected at least one method, got none; `python -m prunelit methods` lists them")
-    found: list[Row] = []
+    found: list[MethodRow] = []
     taken: set[str] = set()
     for given in methods:
         entry = {"method": given} if isinstance(given, str) else given
@@ -124,7 +124,7 @@ def rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[Row]:
         for name in entry:
             if name not in names:
                 raise BadOption(
-                    f"method {entry['method']!r}: expected {', '.join(names)}, got {name!r}{nearest(str(name), names)}"
+                    f"method {entry['method']!r}: expected {', '.join(names)}, got {name!r}{suggest_name(str(name), names)}"
                 )
         own = entry.get("options") or {}
         if not isinstance(own, Mapping):
@@ -132,16 +132,16 @@ def rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[Row]:
         label = str(entry.get("label") or entry["method"].rpartition(".")[2])
         if any(row.label == label for row in found):
             raise BadOption(f"methods: expected one row for each label, got {label!r} twice; give one of them a label")
-        options, accepted = _typed(label, entry["method"], own, common)
+        options, accepted = _parse_row_options(label, entry["method"], own, common)
         taken |= accepted
-        found.append(Row(label, entry["method"], options, accepted))
+        found.append(MethodRow(label, entry["method"], options, accepted))
     for name in common:
         if name not in taken:
-            raise BadOption(f"options: no method of this table takes {name!r}{nearest(name, taken)}")
+            raise BadOption(f"options: no method of this table takes {name!r}{suggest_name(name, taken)}")
     return found
 
 
-def _typed(
+def _parse_row_options(
     label: str, method: str, own: Mapping[str, Any], common: Mapping[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
     """A row's options with their types checked, and the names that its method takes."""
@@ -153,16 +153,16 @@ def _typed(
     for name in (*own, *common):
         if not isinstance(name, str):
             raise BadOption(f"method {label!r}: options: expected {{name: value}}, got the name {name!r}")
-        if name in _OF_THE_TABLE:
-            raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_OF_THE_TABLE[name]}")
+        if name in _SET_BY_TABLE:
+            raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_SET_BY_TABLE[name]}")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, None, skip=set(_OF_THE_TABLE), sub_configs=False)
+    parser.add_class_arguments(kind, None, skip=set(_SET_BY_TABLE), sub_configs=False)
     accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.not_read}
     for name in own:
         if name not in accepted:
             raise BadOption(
                 f"method {label!r}: options: expected one of {', '.join(sorted(accepted))}, got {name!r}"
-                f"{nearest(name, accepted)}"
+                f"{suggest_name(name, accepted)}"
             )
     shared = {name: value for name, value in common.items() if name in accepted}
     if shared.get("repair") not in kind.repair_choices:  # that of the others
@@ -172,7 +172,7 @@ def _typed(
     return {name: typed[name] for name in given}, accepted
 
 
-def only_rows(found: Sequence[Row], labels: Sequence[str] | None) -> list[Row]:
+def select_rows(found: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:
     """The rows with these labels; all of them without any.
 
     Raises:
@@ -181,11 +181,11 @@ def only_rows(found: Sequence[Row], labels: Sequence[str] | None) -> list[Row]:
     known = [row.label for row in found]
     for label in labels or ():
         if label not in known:
-            raise BadOption(f"only: expected labels of {', '.join(known)}, got {label!r}{nearest(label, known)}")
+            raise BadOption(f"only: expected labels of {', '.join(known)}, got {label!r}{suggest_name(label, known)}")
     return [row for row in found if not labels or row.label in labels]
 
 
-def values(name: str, given: Sequence[Any]) -> list[Any]:
+def check_distinct_values(name: str, given: Sequence[Any]) -> list[Any]:
     """Ratios or seeds: at least one, none twice; their range is for the methods to check.
 
     Raises:

@@ -25,29 +25,29 @@ from torch import Tensor
 
 from prunelit.calibration import metrics
 from prunelit.compare import figures, page, tables, wandb
-from prunelit.compare.cell import Trials
-from prunelit.compare.config import Calibration, Cell, Latency, Row, only_rows, rows, values
+from prunelit.compare.cell import CellRunner
+from prunelit.compare.config import Calibration, Cell, Latency, MethodRow, select_rows, parse_method_rows, check_distinct_values
 from prunelit.data import loading, text
 from prunelit.data import sources as model_source
-from prunelit.data.eval_texts import Measured, sources
-from prunelit.data.loading import load_on, place
-from prunelit.data.option_types import Dtype, listed
+from prunelit.data.eval_texts import EvaluationText, resolve_text_sources
+from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
-from prunelit.monitoring.loggers import check_wandb
+from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.atomic_files import check_folder
-from prunelit.runtime.environment import hardware
+from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
-from prunelit.runtime.format_numbers import number, perplexity_of
-from prunelit.runtime.progress import track
+from prunelit.runtime.format_numbers import format_perplexity, exponentiate_nll
+from prunelit.runtime.progress import track_progress
 from prunelit.runtime.text_files import write_json, write_text
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 _log = logging.getLogger("prunelit")
 
 
-def compare(
+def compare_methods(
     model: str,
     out: str,
     methods: list[Any],
@@ -92,68 +92,68 @@ def compare(
     Raises:
         PrunelitError: bad input, before the model is loaded. A cell that fails is recorded, and the others go on.
     """
-    table = rows(methods, options or {})
-    ratios, seeds = values("ratios", ratios), values("seeds", seeds)
-    running = only_rows(table, listed(only or []))
+    table = parse_method_rows(methods, options or {})
+    ratios, seeds = check_distinct_values("ratios", ratios), check_distinct_values("seeds", seeds)
+    running = select_rows(table, wrap_in_list(only or []))
     calibration = calibration or Calibration()
-    measured = {str(name): Measured.of(str(name), given) for name, given in texts.items()}
+    measured = {str(name): EvaluationText.of(str(name), given) for name, given in texts.items()}
     cells = [Cell(row, ratio, seed) for row in table for seed in seeds for ratio in ratios]
     built = [cell.row.build(cell.ratio, cell.seed, calibration) for cell in cells]
     if not texts:
         raise BadOption("texts: expected at least one text to measure on, {name: {text, seqlen, windows}}, got none")
-    opened = {name: sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()}
+    opened = {name: resolve_text_sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()}
     reads = any(method.needs_text() for method in built)
-    scored_on = sources("calibration", calibration.text, data) if reads else []
-    target, folder = place(device), Path(out)
-    model_source.check_prunable(model)
+    scored_on = resolve_text_sources("calibration", calibration.text, data) if reads else []
+    target, folder = choose_device(device), Path(out)
+    model_source.check_prunable_source(model)
     lengths = {f"texts.{name}.seqlen": wanted.seqlen for name, wanted in measured.items()}
     lengths |= {"calibration.seqlen": calibration.seqlen} if reads else {}
     lengths |= {"latency.tokens": latency.tokens} if latency else {}
     for name, tokens in lengths.items():
-        model_source.check_length(model, tokens, name)
+        model_source.check_sequence_length(model, tokens, name)
     check_folder(folder)
     if wandb_project:
-        check_wandb("wandb_project")
+        check_wandb_installed("wandb_project")
 
     tokenizer = loading.load_tokenizer(model)
     windows = {
-        name: _windows(f"texts.{name}", opened[name], tokenizer, wanted.seqlen, wanted.windows)
+        name: _draw_named_windows(f"texts.{name}", opened[name], tokenizer, wanted.seqlen, wanted.windows)
         for name, wanted in measured.items()
     }
     drawn = {
-        seed: _windows("calibration", scored_on, tokenizer, calibration.seqlen, calibration.windows, seed)
+        seed: _draw_named_windows("calibration", scored_on, tokenizer, calibration.seqlen, calibration.windows, seed)
         for seed in (seeds if reads else [])
     }
-    _make(folder / "cells", *[folder / "plans"] * plans)
+    _make_folders(folder / "cells", *[folder / "plans"] * plans)
     with ExitStack() as closing:
-        board = wandb.open_run(wandb_project, folder.name, folder, closing) if wandb_project else None
-        dense = load_on(model, dtype, device)
+        board = wandb.open_wandb_run(wandb_project, folder.name, folder, closing) if wandb_project else None
+        dense = load_on_device(model, dtype, device)
         for name, tokens in lengths.items():  # of a model that is no local folder
-            context_length.check_table(dense.config, tokens, name)
+            context_length.check_position_table(dense.config, tokens, name)
         Decoder(dense).check_finite()
-        trials = Trials(dense, windows, drawn, calibration, folder, target, latency, plans, again)
-        report = _head(model, table, ratios, seeds, calibration, measured, trials)
+        trials = CellRunner(dense, windows, drawn, calibration, folder, target, latency, plans, again)
+        report = _make_report_head(model, table, ratios, seeds, calibration, measured, trials)
         report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
-        _run(trials, list(zip(cells, built, strict=True)), running, again, report)
-        pictures = figures.write(report, folder)
-        write_text(folder / "report.html", page.page_of(report))
+        _run_missing_cells(trials, list(zip(cells, built, strict=True)), running, again, report)
+        pictures = figures.write_comparison_figures(report, folder)
+        write_text(folder / "report.html", page.render_comparison_page(report))
         if board is not None:
-            wandb.log(board, report, pictures)
+            wandb.log_comparison(board, report, pictures)
     return report
 
 
-def _windows(name: str, *arguments: Any) -> Tensor:
-    """`text.windows`, whose errors say which text is meant."""
+def _draw_named_windows(name: str, *arguments: Any) -> Tensor:
+    """`text.draw_windows`, whose errors say which text is meant."""
     try:
-        return text.windows(*arguments)
+        return text.draw_windows(*arguments)
     except PrunelitError as error:
         raise type(error)(f"{name}: {error}") from error
 
 
-def _run(
-    trials: Trials,
+def _run_missing_cells(
+    trials: CellRunner,
     cells: Sequence[tuple[Cell, PruningCallback]],
-    running: Sequence[Row],
+    running: Sequence[MethodRow],
     again: bool,
     report: dict[str, Any],
 ) -> None:
@@ -161,33 +161,33 @@ def _run(
     mine = [pair for pair in cells if pair[0].row in running]
     todo = [pair for pair in mine if again or trials.find(*pair)["status"] != "finished"]
     _log.info("%d cells: %d finished earlier, %d to run", len(mine), len(mine) - len(todo), len(todo))
-    _tell_other_versions([trials.find(*pair) for pair in mine if pair not in todo])
-    _write(trials, cells, report)
+    _log_other_versions([trials.find(*pair) for pair in mine if pair not in todo])
+    _write_comparison(trials, cells, report)
     done = 0
     try:
-        for cell, _ in track(todo, "cells", unit="cell"):
+        for cell, _ in track_progress(todo, "cells", unit="cell"):
             found = trials.run(cell)
             done += 1
-            _log.info("%s: %s", cell, _said(found, report))
-            _write(trials, cells, report)
+            _log.info("%s: %s", cell, _describe_result(found, report))
+            _write_comparison(trials, cells, report)
     except KeyboardInterrupt:
         _log.info("stopped after %d of %d cells; the same command goes on from here", done, len(todo))
         raise
 
 
-def _head(
+def _make_report_head(
     model: str,
-    table: Sequence[Row],
+    table: Sequence[MethodRow],
     ratios: Sequence[float],
     seeds: Sequence[int],
     calibration: Calibration,
-    texts: Mapping[str, Measured],
-    trials: Trials,
+    texts: Mapping[str, EvaluationText],
+    trials: CellRunner,
 ) -> dict[str, Any]:
     """The part of compare.json that is known before a cell is run. Sources stand as they were written."""
     dtype = str(next(trials.dense.parameters()).dtype).removeprefix("torch.")
     protocol = {
-        name: metrics.protocol(listed(texts[name].text), ids, dtype) | {"fingerprint": text.fingerprint(ids)}
+        name: metrics.describe_protocol(wrap_in_list(texts[name].text), ids, dtype) | {"fingerprint": text.fingerprint_token_ids(ids)}
         for name, ids in trials.windows.items()
     }
     started = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
@@ -199,19 +199,19 @@ def _head(
         "ratios": list(ratios),
         "seeds": list(seeds),
         "calibration": {
-            "text": listed(calibration.text),
+            "text": wrap_in_list(calibration.text),
             "windows": calibration.windows,
             "seqlen": calibration.seqlen,
-            "fingerprints": {str(seed): text.fingerprint(ids) for seed, ids in trials.drawn.items()},
+            "fingerprints": {str(seed): text.fingerprint_token_ids(ids) for seed, ids in trials.drawn.items()},
         },
         "texts": protocol,
         "latency": asdict(trials.latency) if trials.latency else None,
-        "hardware": hardware(trials.device),
-        "versions": versions(),
+        "hardware": describe_hardware(trials.device),
+        "versions": collect_versions(),
     }
 
 
-def _write(trials: Trials, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]) -> None:
+def _write_comparison(trials: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]) -> None:
     """Fill in what the folder knows of every cell; another process may be at work on other rows of the same table."""
     report["cells"] = []
     for cell, method in cells:
@@ -219,34 +219,34 @@ def _write(trials: Trials, cells: Sequence[tuple[Cell, PruningCallback]], report
         where = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
         entry = where | {name: value for name, value in found.items() if name not in ("key", "traceback")}
         if found["status"] == "finished":
-            entry["mean_log_ratio"] = tables.mean_log_ratio(found, report["dense"])
+            entry["mean_log_ratio"] = tables.compute_mean_log_ratio(found, report["dense"])
         report["cells"].append(entry)
     try:
         write_json(trials.folder / "compare.json", report)
-        write_text(trials.folder / "compare.md", tables.markdown(report))
+        write_text(trials.folder / "compare.md", tables.render_comparison_markdown(report))
     except OSError as error:
         raise OutputNotWritable(f"output {str(trials.folder)!r}: {error.strerror or error}") from error
 
 
-def _said(found: dict[str, Any], report: dict[str, Any]) -> str:
+def _describe_result(found: dict[str, Any], report: dict[str, Any]) -> str:
     """One cell in one line."""
     if found["status"] != "finished":
         return f"failed: {found['failed']}"
-    perplexities = " / ".join(number(perplexity_of(found["texts"][name])) for name in report["texts"])
-    measure = tables.mean_log_ratio(found, report["dense"])
+    perplexities = " / ".join(format_perplexity(exponentiate_nll(found["texts"][name])) for name in report["texts"])
+    measure = tables.compute_mean_log_ratio(found, report["dense"])
     return f"{perplexities}, mean log ratio {measure:.3f}, {found['seconds']['prune']:.0f} s to prune"
 
 
-def _tell_other_versions(found: Sequence[Mapping[str, Any]]) -> None:
+def _log_other_versions(found: Sequence[Mapping[str, Any]]) -> None:
     """Say when cells that are taken over were made with other versions."""
-    now = versions()
+    now = collect_versions()
     other = [cell for cell in found if cell.get("versions", now) != now]
     if other:
         names = sorted({n for cell in other for n in now if cell["versions"].get(n) != now[n]})
         _log.info("%d of them with other versions of %s; --again true runs them anew", len(other), ", ".join(names))
 
 
-def _make(*folders: Path) -> None:
+def _make_folders(*folders: Path) -> None:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -9,12 +9,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from prunelit.compare.tables import Report, mean_log_ratio, percent, perplexity_of
+from prunelit.compare.tables import ComparisonReport, compute_mean_log_ratio, format_percent, exponentiate_nll
 from prunelit.monitoring.loggers import WANDB_QUIET
 from prunelit.runtime.errors import BadOption
 
 
-def open_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
+def open_wandb_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
     """A run, opened before the long work, so that a missing key is found at once; closed as failed on an error.
 
     Raises:
@@ -34,11 +34,11 @@ def open_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
     return run
 
 
-def log(run: Any, report: Report, pictures: Sequence[Path]) -> None:
+def log_comparison(run: Any, report: ComparisonReport, pictures: Sequence[Path]) -> None:
     """Log a finished comparison to an open run.
 
     Args:
-        run: of `open_run`.
+        run: of `open_wandb_run`.
         report: content of compare.json.
         pictures: image files; .png ones are logged.
     """
@@ -58,24 +58,24 @@ def log(run: Any, report: Report, pictures: Sequence[Path]) -> None:
     table = wandb.Table(columns=columns)
     table.add_data(
         *("dense", 0.0, None, "finished", dense["size"]["parameters"], 0.0, 0.0, 0.0, *[1.0] * bool(report["latency"])),
-        *(_finite(perplexity_of(dense["texts"][text])) for text in texts),
+        *(_replace_non_finite(exponentiate_nll(dense["texts"][text])) for text in texts),
     )
     for cell in report["cells"]:
         place = cell["label"], cell["ratio"], cell["seed"], cell["status"]
         if cell["status"] != "finished":
             table.add_data(*place, *[None] * (len(columns) - len(place)))
             continue
-        measure = mean_log_ratio(cell, dense)
+        measure = compute_mean_log_ratio(cell, dense)
         table.add_data(
             *place,
             *(cell["size"]["parameters"], cell["ratio_of_block_parameters"], measure, cell["seconds"]["prune"]),
             *([cell["latency"]["speedup"]] if report["latency"] else []),
-            *(_finite(perplexity_of(cell["texts"][text])) for text in texts),
+            *(_replace_non_finite(exponentiate_nll(cell["texts"][text])) for text in texts),
         )
-        run.summary[f"mean_log_ratio/{cell['label']}/{percent(cell['ratio'])}/seed {cell['seed']}"] = measure
+        run.summary[f"mean_log_ratio/{cell['label']}/{format_percent(cell['ratio'])}/seed {cell['seed']}"] = measure
     images = {path.stem: wandb.Image(str(path)) for path in pictures if path.suffix == ".png"}
     run.log({"comparison": table, **images})
 
 
-def _finite(value: float) -> float | None:
+def _replace_non_finite(value: float) -> float | None:
     return value if math.isfinite(value) else None

@@ -292,7 +292,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
-def architecture_of(config: Any) -> Architecture:
+def get_architecture(config: Any) -> Architecture:
     """The declaration for a transformers config, with the variants that its values select.
 
     A config that prunelit itself saved for layers of different shape has PRUNED before its `model_type`.

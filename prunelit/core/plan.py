@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core import plan_json
-from prunelit.core.shapes import LayerShape, ModelShape, check_dense, check_kinds
+from prunelit.core.shapes import LayerShape, ModelShape, check_dense_shape, check_field_types
 from prunelit.runtime.errors import BadPlan
 from prunelit.runtime.text_files import write_text
 
-__all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "plans_of"]
+__all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "get_applied_plans"]
 
-FORMAT = "prunelit-plan/1"
-_ADDED = "added_bias"
+PLAN_FORMAT = "prunelit-plan/1"
+_ADDED_BIAS_KEY = "added_bias"
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,9 @@ class PruningPlan:
         ):
             if not isinstance(value, kind) or isinstance(value, bool):
                 raise BadPlan(f"plan: {name}: expected {kind.__name__}, got {value!r:.80}")
-        check_kinds("plan: model", self.model)
+        check_field_types("plan: model", self.model)
         for index, shape in enumerate(self.model.layers):
-            check_dense(index, shape)
+            check_dense_shape(index, shape)
         if not self.model.layers or not self.model.block_parameters:
             raise BadPlan("plan: dense_layers: expected at least one layer with parameters, got none")
         if self.model.parameters < self.model.block_parameters or not self.model.hidden_size:
@@ -106,7 +106,7 @@ class PruningPlan:
         if len(self.layers) != len(self.model.layers):
             raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
         for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
-            _check_layer(index, kept, shape)
+            _check_layer_plan(index, kept, shape)
         if any(shape.kv_groups for shape in self.model.layers) and all(k.attention_removed for k in self.layers):
             raise BadPlan(
                 "plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)"
@@ -158,7 +158,7 @@ class PruningPlan:
         model = asdict(self.model)
         shapes = model.pop("layers")
         head = {
-            "format": FORMAT,
+            "format": PLAN_FORMAT,
             "method": self.method,
             "options": dict(self.options),
             "seed": self.seed,
@@ -170,12 +170,12 @@ class PruningPlan:
             {
                 "attention": None
                 if layer.attention_removed
-                else _written(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
-                "mlp": None if layer.mlp_removed else _written(layer.mlp_bias, channels=layer.ffn_channels),
+                else _encode_block(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
+                "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, channels=layer.ffn_channels),
             }
             for layer in self.layers
         ]
-        return plan_json.written(head, {"dense_layers": shapes, "layers": layers})
+        return plan_json.format_plan_json(head, {"dense_layers": shapes, "layers": layers})
 
     @classmethod
     def from_json(cls, text: str) -> "PruningPlan":
@@ -184,21 +184,21 @@ class PruningPlan:
         Raises:
             BadPlan: not JSON, not this format, a name missing or unknown, or contradictory content.
         """
-        data = plan_json.parsed(text)
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        data = plan_json.parse_plan_json(text)
+        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
             found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadPlan(f"plan: expected format {FORMAT!r}, got {found!r:.60}")
+            raise BadPlan(f"plan: expected format {PLAN_FORMAT!r}, got {found!r:.60}")
         names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
-        plan_json.known("plan", data, names, ("format", "predicted"))
+        plan_json.check_object_names("plan", data, names, ("format", "predicted"))
         for name in ("dense_layers", "layers"):
             if not isinstance(data[name], list):
                 raise BadPlan(f"plan: {name}: expected a list of layers, got {data[name]!r:.60}")
-        shapes = [_made(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])]
-        model = _made(ModelShape, "plan: model", data["model"], layers=tuple(shapes))
+        shapes = [_build_dataclass(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])]
+        model = _build_dataclass(ModelShape, "plan: model", data["model"], layers=tuple(shapes))
         if len(data["layers"]) != len(shapes):
             raise BadPlan(f"plan: layers: expected {len(shapes)}, one per dense layer, got {len(data['layers'])}")
         pairs = enumerate(zip(data["layers"], shapes, strict=True))
-        layers = tuple(_layer(f"plan: layer {index}", layer, shape) for index, (layer, shape) in pairs)
+        layers = tuple(_parse_layer(f"plan: layer {index}", layer, shape) for index, (layer, shape) in pairs)
         return cls(data["method"], model, layers, data["options"], data["seed"], data["calibration"])
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -226,28 +226,28 @@ class PruningPlan:
             raise BadPlan(f"{path}: {error}") from error
 
 
-def plans_of(model: Any) -> dict[str, PruningPlan]:
+def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
     """The plans by which callbacks have cut a live model, in order; written there by whoever cuts."""
     found: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
     return found
 
 
-def _written(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
-    return {name: plan_json.spans(indices) for name, indices in kept.items()} | ({_ADDED: True} if bias else {})
+def _encode_block(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
+    return {name: plan_json.format_index_ranges(indices) for name, indices in kept.items()} | ({_ADDED_BIAS_KEY: True} if bias else {})
 
 
-def _made(kind: Any, where: str, data: Any, **more: Any) -> Any:
+def _build_dataclass(kind: Any, where: str, data: Any, **more: Any) -> Any:
     """A dataclass from an object with its fields; those with a default may be missing."""
     own = [item for item in fields(kind) if item.name not in more]
     needed = [item.name for item in own if item.default is MISSING]
-    plan_json.known(where, data, needed, [item.name for item in own if item.name not in needed])
+    plan_json.check_object_names(where, data, needed, [item.name for item in own if item.name not in needed])
     made = kind(**data, **more)
-    check_kinds(where, made)
+    check_field_types(where, made)
     return made
 
 
-def _layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
-    plan_json.known(where, layer, ("attention", "mlp"))
+def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
+    plan_json.check_object_names(where, layer, ("attention", "mlp"))
     units = {"query_heads": shape.query_heads, "kv_groups": shape.kv_groups, "channels": shape.ffn_channels}
 
     def block(name: str, *kinds: str) -> list[Any]:
@@ -255,16 +255,16 @@ def _layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
         said, at = layer[name], f"{where}: {name}"
         if said is None:
             return [*[()] * len(kinds), False]
-        plan_json.known(f"{at} (null where it goes)", said, kinds, (_ADDED,))
-        found = [plan_json.indices(f"{at}: {kind}", said[kind], units[kind]) for kind in kinds]
-        return [*found, said.get(_ADDED, False)]
+        plan_json.check_object_names(f"{at} (null where it goes)", said, kinds, (_ADDED_BIAS_KEY,))
+        found = [plan_json.parse_index_ranges(f"{at}: {kind}", said[kind], units[kind]) for kind in kinds]
+        return [*found, said.get(_ADDED_BIAS_KEY, False)]
 
     heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
     channels, mlp_bias = block("mlp", "channels")
     return LayerPlan(heads, groups, channels, attention_bias, mlp_bias)
 
 
-def _check_layer(index: int, kept: LayerPlan, shape: LayerShape) -> None:
+def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
     for name, items, size in (
         ("query_heads", kept.query_heads, shape.query_heads),
         ("kv_groups", kept.kv_groups, shape.kv_groups),

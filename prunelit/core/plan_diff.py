@@ -6,7 +6,7 @@ from prunelit.core.plan import PruningPlan
 from prunelit.runtime.errors import BadPlan
 
 
-class Difference(NamedTuple):
+class PlanDifference(NamedTuple):
     """Units of one kind in one layer: kept by the first plan only, by the second only; and how many each keeps."""
 
     layer: int
@@ -16,27 +16,27 @@ class Difference(NamedTuple):
     widths: tuple[int, int]
 
 
-def differences(first: PruningPlan, second: PruningPlan) -> list[Difference]:
+def find_plan_differences(first: PruningPlan, second: PruningPlan) -> list[PlanDifference]:
     """Every kind in every layer in which the plans keep other units, or add other biases; none where they cut alike.
 
     Raises:
         BadPlan: they are for different dense models.
     """
-    _same_model(first, second)
+    _check_same_model(first, second)
     found = []
     for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
         for kind in ("kv_groups", "query_heads", "ffn_channels"):
             left, right = getattr(a, kind), getattr(b, kind)
             if left != right:
                 ours, theirs = (tuple(sorted({*x} - {*y})) for x, y in ((left, right), (right, left)))
-                found.append(Difference(index, kind, ours, theirs, (len(left), len(right))))
+                found.append(PlanDifference(index, kind, ours, theirs, (len(left), len(right))))
         for kind in ("attention_bias", "mlp_bias"):
             if getattr(a, kind) != getattr(b, kind):
-                found.append(Difference(index, kind, (), (), (getattr(a, kind), getattr(b, kind))))
+                found.append(PlanDifference(index, kind, (), (), (getattr(a, kind), getattr(b, kind))))
     return found
 
 
-def _same_model(first: PruningPlan, second: PruningPlan) -> None:
+def _check_same_model(first: PruningPlan, second: PruningPlan) -> None:
     a, b = first.model, second.model
     pairs = [(name, getattr(a, name), getattr(b, name)) for name in ("model_type", "hidden_size", "parameters")]
     pairs.append(("layers", len(a.layers), len(b.layers)))

@@ -13,17 +13,17 @@ from typing import Any
 
 from prunelit.runtime.errors import BadPlan
 
-_SPAN = re.compile(r"(0|[1-9]\d{0,9})(?:\s*-\s*(0|[1-9]\d{0,9}))?", re.ASCII)
+_RANGE_PATTERN = re.compile(r"(0|[1-9]\d{0,9})(?:\s*-\s*(0|[1-9]\d{0,9}))?", re.ASCII)
 
 
-def parsed(text: str) -> Any:
+def parse_plan_json(text: str) -> Any:
     """The content of JSON text.
 
     Raises:
         BadPlan: not JSON, a name twice in one object, NaN or infinity, or text that no file can hold.
     """
     try:
-        data = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        data = json.loads(text, object_pairs_hook=_reject_repeated_names, parse_constant=_reject_constant)
         json.dumps(data, ensure_ascii=False).encode()
     except RecursionError as error:
         raise BadPlan("plan: not JSON of a plan: lists in lists in lists") from error
@@ -34,7 +34,7 @@ def parsed(text: str) -> Any:
     return data
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_repeated_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     for name in names:
         if names.count(name) > 1:
@@ -42,11 +42,11 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _no_constant(name: str) -> None:
+def _reject_constant(name: str) -> None:
     raise BadPlan(f"plan: expected numbers, got {name}")
 
 
-def known(where: str, data: Any, names: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+def check_object_names(where: str, data: Any, names: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
     """`data`, once it is an object with all of `names`, and nothing else but `optional`.
 
     Raises:
@@ -65,7 +65,7 @@ def known(where: str, data: Any, names: Collection[str], optional: Collection[st
     return data
 
 
-def spans(indices: Sequence[int]) -> str:
+def format_index_ranges(indices: Sequence[int]) -> str:
     """Sorted indices as text: (0, 1, 2, 5) -> "0-2, 5"."""
     if not indices:
         return ""
@@ -74,14 +74,14 @@ def spans(indices: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def indices(where: str, said: Any, size: int) -> tuple[int, ...]:
-    """Indices below `size`, from text as `spans` writes it or from a list of numbers.
+def parse_index_ranges(where: str, said: Any, size: int) -> tuple[int, ...]:
+    """Indices below `size`, from text as `format_index_ranges` writes it or from a list of numbers.
 
     Raises:
         BadPlan: anything else, or none at all; order and repeats are for the plan to judge.
     """
     if isinstance(said, str):
-        found = list(_expanded(where, said, size))
+        found = list(_expand_index_ranges(where, said, size))
     elif isinstance(said, list):
         found = said
     else:
@@ -96,9 +96,9 @@ def indices(where: str, said: Any, size: int) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _expanded(where: str, said: str, size: int) -> Iterable[int]:
+def _expand_index_ranges(where: str, said: str, size: int) -> Iterable[int]:
     for part in said.split(","):
-        span = _SPAN.fullmatch(part.strip())
+        span = _RANGE_PATTERN.fullmatch(part.strip())
         if span is None:
             raise BadPlan(f'{where}: expected indices like "0-5, 8", got {part.strip()!r:.40}')
         first, last = int(span[1]), int(span[2] or span[1])
@@ -107,7 +107,7 @@ def _expanded(where: str, said: str, size: int) -> Iterable[int]:
         yield from range(first, last + 1)
 
 
-def written(head: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
+def format_plan_json(head: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
     """JSON text: `head` indented, then lists with one item a line."""
     body = json.dumps(head, indent=1)[:-2]
     for name, items in lists.items():

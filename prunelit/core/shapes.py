@@ -5,7 +5,7 @@ from typing import Any
 
 from prunelit.runtime.errors import BadPlan
 
-_SAID = {int: "a count", str: "text", bool: "true or false"}
+_TYPE_NAMES = {int: "a count", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ModelShape:
         return sum(layer.parameters for layer in self.layers)
 
 
-def check_kinds(where: str, data: Any) -> None:
+def check_field_types(where: str, data: Any) -> None:
     """Check that counts of a dataclass are integers and not negative, names text, switches true or false.
 
     Raises:
@@ -87,18 +87,18 @@ def check_kinds(where: str, data: Any) -> None:
     """
     for item in fields(data):
         value, kind = getattr(data, item.name), item.type
-        if kind in _SAID and (type(value) is not kind or (kind is int and value < 0)):
-            raise BadPlan(f"{where}: {item.name}: expected {_SAID[kind]}, got {value!r:.40}")
+        if kind in _TYPE_NAMES and (type(value) is not kind or (kind is int and value < 0)):
+            raise BadPlan(f"{where}: {item.name}: expected {_TYPE_NAMES[kind]}, got {value!r:.40}")
 
 
-def check_dense(index: int, shape: LayerShape) -> None:
+def check_dense_shape(index: int, shape: LayerShape) -> None:
     """Check that a dense layer's numbers belong together.
 
     Raises:
         BadPlan: with the layer's number.
     """
     where = f"plan: dense layer {index}"
-    check_kinds(where, shape)
+    check_field_types(where, shape)
     if (shape.kv_groups == 0) != (shape.query_heads == 0) or shape.query_heads % (shape.kv_groups or 1):
         raise BadPlan(f"{where}: {shape.query_heads} heads in {shape.kv_groups} KV groups")
     heads = shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups

@@ -10,11 +10,11 @@ from jsonargparse import ArgumentParser
 
 from prunelit.data import text
 from prunelit.data.option_types import parse_options
-from prunelit.runtime.errors import BadOption, SourceNotFound, nearest
+from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 
 
 @dataclass(frozen=True)
-class Measured:
+class EvaluationText:
     """A text that perplexity is measured on.
 
     Args:
@@ -41,7 +41,7 @@ class Measured:
         for option in entry if isinstance(entry, Mapping) else ():
             if option not in names:
                 raise BadOption(
-                    f"texts.{name}: expected {', '.join(names)}, got {option!r}{nearest(str(option), names)}"
+                    f"texts.{name}: expected {', '.join(names)}, got {option!r}{suggest_name(str(option), names)}"
                 )
         if not isinstance(entry, Mapping) or not entry.get("text"):
             raise BadOption(f"texts.{name}: expected {{{', '.join(names)}}}, got {given!r:.80}")
@@ -50,7 +50,7 @@ class Measured:
         return cls(**parse_options(parser, entry, f"texts.{name}"))
 
 
-def sources(name: str, given: str | Sequence[str], folder: str | None) -> list[str]:
+def resolve_text_sources(name: str, given: str | Sequence[str], folder: str | None) -> list[str]:
     """Text sources as they are opened: relative files are looked for in `folder`.
 
     Raises:
@@ -63,11 +63,11 @@ def sources(name: str, given: str | Sequence[str], folder: str | None) -> list[s
         if folder and not source.startswith(("builtin:", "/", "~")) and (file_like or inside.is_file()):
             source = str(inside)
         try:
-            text.check_source(source)
+            text.check_text_source(source)
         except SourceNotFound as error:
             hint = "" if folder else "; --data FOLDER names the folder of relative files"
             raise SourceNotFound(f"{name}: {error}{hint if file_like else ''}") from error
         found.append(source)
     if not found:
-        raise BadOption(f"{name}: expected at least one text source, got none; the built-in one is {text.BUILTIN!r}")
+        raise BadOption(f"{name}: expected at least one text source, got none; the built-in one is {text.BUILTIN_TEXT!r}")
     return found

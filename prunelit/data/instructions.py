@@ -18,15 +18,15 @@ from torch import Tensor
 
 from prunelit.data import text
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-Rows = dict[str, Tensor]
+InstructionRows = dict[str, Tensor]
 """{"input_ids", "labels" (-100: not predicted), "attention_mask"}, each [N, S]."""
 
 Message = Mapping[str, str]
 
 
-def read(source: str, tokenizer: Any, seqlen: int) -> Rows:
+def read_instructions(source: str, tokenizer: Any, seqlen: int) -> InstructionRows:
     """All examples of a source, padded on the right to `seqlen` tokens; longer ones are cut there.
 
     Examples whose prompt leaves no room for an answer are left out.
@@ -41,10 +41,10 @@ def read(source: str, tokenizer: Any, seqlen: int) -> Rows:
         NotEnoughText: no example has an answer within `seqlen` tokens.
     """
     found = []
-    for chat in track(_chats(source), f"tokenising {source}", unit="example"):
+    for chat in track_progress(_read_chats(source), f"tokenising {source}", unit="example"):
         ids: list[int] = []
         labels: list[int] = []
-        for piece, answer in segments(chat, tokenizer):
+        for piece, answer in split_chat_pieces(chat, tokenizer):
             some = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             ids += some
             labels += some if answer else [-100] * len(some)
@@ -69,10 +69,10 @@ def read(source: str, tokenizer: Any, seqlen: int) -> Rows:
     return rows
 
 
-def segments(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
+def split_chat_pieces(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
     """A chat as pieces of text, and whether each is an answer: what the model is to write, its end mark included."""
     if not getattr(tokenizer, "chat_template", None):
-        return _under_headings(chat, tokenizer)
+        return _write_headings(chat, tokenizer)
 
     def written(messages: Sequence[Message], prompt: bool) -> str:
         return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt))
@@ -91,7 +91,7 @@ def segments(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
     return pieces
 
 
-def _under_headings(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
+def _write_headings(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
     pieces = [(tokenizer.bos_token or "", False)]
     for message in chat:
         answer = message["role"] == "assistant"
@@ -101,15 +101,15 @@ def _under_headings(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, 
     return pieces
 
 
-def _chats(source: str) -> list[list[Message]]:
+def _read_chats(source: str) -> list[list[Message]]:
     """Every example as messages."""
-    data = text.table(source, "instructions")
+    data = text.read_dataset(source, "instructions")
     columns = set(data.column_names)
     if "messages" in columns:
         chats = [list(row) for row in data["messages"]]
     elif {"instruction", "output"} <= columns:
         chats = [
-            [{"role": "user", "content": _asked(row)}, {"role": "assistant", "content": row["output"] or ""}]
+            [{"role": "user", "content": _format_prompt(row)}, {"role": "assistant", "content": row["output"] or ""}]
             for row in data
         ]
     else:
@@ -124,5 +124,5 @@ def _chats(source: str) -> list[list[Message]]:
     return chats
 
 
-def _asked(row: Mapping[str, Any]) -> str:
+def _format_prompt(row: Mapping[str, Any]) -> str:
     return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else str(row["instruction"])

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from prunelit.core.architectures import PRUNED, Architecture, architecture_of
+from prunelit.core.architectures import PRUNED, Architecture, get_architecture
 from prunelit.data import loading
 from prunelit.data.option_types import Dtype
-from prunelit.data.sources import UNREADABLE, one_line, resolve, short_name
-from prunelit.model.folder import settings
+from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error, resolve_model_source, shorten_source
+from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import PerLayerConfig, PerLayerModel
-from prunelit.model.quiet import quiet
+from prunelit.model.quiet import silence_transformers
 from prunelit.quantization import int4_folder, quantize
 from prunelit.runtime.errors import BadOption, SourceNotFound
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_OF_A_TOKENIZER = re.compile(r"token|vocab|merges|spiece|\.model$")
+_TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.model$")
 
 
 def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four_bit: bool = False) -> Any:
@@ -40,19 +40,19 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
 
     if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
-    folder = resolve(str(source))
+    folder = resolve_model_source(str(source))
     wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with stage(f"loading {short_name(source)}"), quiet():
+    with show_stage(f"loading {shorten_source(source)}"), silence_transformers():
         try:
-            if int4_folder.config_of(folder) is not None:
-                model = int4_folder.read(Path(folder), saved_class(folder), wanted)
-                return model if four_bit else quantize.dequantised(model)
-            own = saved_class(folder)
+            if int4_folder.read_int4_config(folder) is not None:
+                model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), wanted)
+                return model if four_bit else quantize.dequantize_model(model)
+            own = find_saved_class(folder)
             builder: Any = own or AutoModelForCausalLM
             known = {} if own else {"trust_remote_code": False}  # transformers would stop and ask
             model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True, **known)
-        except UNREADABLE as error:
-            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {one_line(error)}") from error
+        except UNREADABLE_ERRORS as error:
+            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
         raise SourceNotFound(
             f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them "
@@ -71,27 +71,27 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises:
         SourceNotFound: as `load`, or the source has no tokenizer.
     """
-    folder = resolve(str(source))
-    if Path(folder).is_dir() and not any(_OF_A_TOKENIZER.search(item.name) for item in Path(folder).iterdir()):
+    folder = resolve_model_source(str(source))
+    if Path(folder).is_dir() and not any(_TOKENIZER_FILE.search(item.name) for item in Path(folder).iterdir()):
         raise SourceNotFound(
             f"model {str(source)!r}: its tokenizer can not be loaded: expected tokenizer.json or the like in it, "
             "got none; copy those files of the model that it was made from"
         )
-    with stage(f"loading the tokenizer of {short_name(source)}"), quiet():
+    with show_stage(f"loading the tokenizer of {shorten_source(source)}"), silence_transformers():
         from transformers import AutoTokenizer
 
         try:
-            base = _saved_base(folder)
+            base = _find_base_class(folder)
             # With a config of the family at hand, transformers needs none of the folder's own code, and does not ask.
             known = {} if base is None else {"config": base.config_class()}
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
-        except UNREADABLE as error:
+        except UNREADABLE_ERRORS as error:
             raise SourceNotFound(
-                f"model {str(source)!r}: its tokenizer can not be loaded: {one_line(error)}"
+                f"model {str(source)!r}: its tokenizer can not be loaded: {summarise_error(error)}"
             ) from error
 
 
-def per_layer_class(base: Any, architecture: Architecture) -> Any:
+def make_per_layer_class(base: Any, architecture: Architecture) -> Any:
     """The causal LM `base` with per-layer shapes: config and model as two new classes, made from our own code."""
     config = type(
         f"Pruned{base.config_class.__name__}",
@@ -102,26 +102,26 @@ def per_layer_class(base: Any, architecture: Architecture) -> Any:
     return type(f"Pruned{base.__name__}", (PerLayerModel, base), own)
 
 
-def saved_class(folder: str) -> Any:
+def find_saved_class(folder: str) -> Any:
     """The class of a folder that prunelit saved with per-layer shapes; None for any other folder."""
-    base = _saved_base(folder)
+    base = _find_base_class(folder)
     if base is None:
         return None
-    config = per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
-    return per_layer_class(base, architecture_of(config))
+    config = make_per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
+    return make_per_layer_class(base, get_architecture(config))
 
 
-def _saved_base(folder: str) -> Any:
+def _find_base_class(folder: str) -> Any:
     """The transformers class that a folder with per-layer shapes stands on; None for any other folder."""
     import transformers
 
-    data = settings(folder)
+    data = read_model_config(folder)
     if "per_layer_config" not in data or not str(data.get("model_type", "")).startswith(PRUNED):
         return None
     return getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
 
 
-def place(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
     """The device of a name; "auto" takes a GPU if there is one.
 
     Raises:
@@ -136,9 +136,9 @@ def place(name: str) -> torch.device:
     return found
 
 
-def load_on(source: str, dtype: Dtype, device: str) -> Any:
+def load_on_device(source: str, dtype: Dtype, device: str) -> Any:
     """Load a model; float16, which a CPU computes about twenty times slower, becomes float32 there."""
-    target = place(device)
+    target = choose_device(device)
     network = loading.load(source, dtype)
     if dtype == "auto" and target.type == "cpu" and next(network.parameters()).dtype == torch.float16:
         network = network.float()

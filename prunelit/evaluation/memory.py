@@ -15,17 +15,17 @@ from typing import Any
 import torch
 
 from prunelit.data import sources
-from prunelit.data.loading import place
-from prunelit.evaluation.speed import Runner, Speed
-from prunelit.evaluation.subject import Subject
-from prunelit.model.modes import on_device
+from prunelit.data.loading import choose_device
+from prunelit.evaluation.speed import ModelTimer, Speed
+from prunelit.evaluation.subject import EvaluatedModel
+from prunelit.model.modes import move_to_device
 from prunelit.runtime import progress
 from prunelit.runtime.errors import PrunelitError
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
+def measure_peak_memory(subject: EvaluatedModel, wanted: Speed) -> dict[str, Any]:
     """Peak memory of prefill and decode.
 
     Args:
@@ -41,10 +41,10 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
     threads = torch.get_num_threads()
     try:
         with (
-            progress.stage(f"peak memory of {sources.short_name(subject.source)}"),
+            progress.show_stage(f"peak memory of {sources.shorten_source(subject.source)}"),
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         ):
-            return pool.submit(_peak, subject, wanted, threads).result()
+            return pool.submit(_measure_peak_in_process, subject, wanted, threads).result()
     except BrokenProcessPool as error:
         raise PrunelitError(
             f"peak memory of {subject.source!r}: the process that measures it was killed, most likely out of memory; "
@@ -52,29 +52,29 @@ def peak_bytes(subject: Subject, wanted: Speed) -> dict[str, Any]:
         ) from error
 
 
-def _peak(subject: Subject, wanted: Speed, threads: int) -> dict[str, Any]:
-    progress.silence()  # two processes would draw over each other
+def _measure_peak_in_process(subject: EvaluatedModel, wanted: Speed, threads: int) -> dict[str, Any]:
+    progress.silence_progress()  # two processes would draw over each other
     torch.set_num_threads(threads)
-    target = place(subject.device)
-    before = _resident("VmRSS")
+    target = choose_device(subject.device)
+    before = _read_resident_bytes("VmRSS")
     network = subject.load()
-    with on_device(network, target):
+    with move_to_device(network, target):
         if target.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target)
-            _work(network, wanted)
+            _prefill_and_decode(network, wanted)
             return {"peak_bytes": torch.cuda.max_memory_allocated(target), "of": "GPU", "loading_counts": False}
-        reset = _reset_peak()
-        _work(network, wanted)
-        return {"peak_bytes": _resident("VmHWM") - before, "of": "process", "loading_counts": not reset}
+        reset = _reset_peak_memory()
+        _prefill_and_decode(network, wanted)
+        return {"peak_bytes": _read_resident_bytes("VmHWM") - before, "of": "process", "loading_counts": not reset}
 
 
-def _work(network: Any, wanted: Speed) -> None:
-    runner = Runner(network, wanted)
+def _prefill_and_decode(network: Any, wanted: Speed) -> None:
+    runner = ModelTimer(network, wanted)
     runner.read(wanted.prompt)
     runner.generate(runner.context)
 
 
-def _reset_peak() -> bool:
+def _reset_peak_memory() -> bool:
     """Whether the kernel forgot the peak of resident memory so far (Linux)."""
     try:
         _RESET.write_text("5", encoding="ascii")
@@ -83,7 +83,7 @@ def _reset_peak() -> bool:
     return True
 
 
-def _resident(name: str) -> int:
+def _read_resident_bytes(name: str) -> int:
     """Resident memory now (VmRSS) or at most (VmHWM), bytes; the peak of all time where there is no /proc."""
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()

@@ -15,7 +15,7 @@ INTERVAL = "normal, paired by item"
 _Z = 1.959963984540054  # 97.5% quantile of the normal distribution
 
 
-def difference(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+def compute_paired_difference(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     """Mean of mine - theirs over items.
 
     Args:
@@ -31,14 +31,14 @@ def difference(mine: Sequence[float], theirs: Sequence[float]) -> dict[str, floa
         raise BadOption(f"paired difference: expected the same items for both, got {len(mine)} and {len(theirs)}")
     items = [a - b for a, b in zip(mine, theirs, strict=True)]
     stderr = statistics.stdev(items) / math.sqrt(len(items)) if len(items) > 1 else 0.0
-    return _interval(math.fsum(items) / len(items), stderr)
+    return _build_interval(math.fsum(items) / len(items), stderr)
 
 
-def average(differences: Sequence[dict[str, float]]) -> dict[str, float]:
+def average_differences(differences: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean over tasks, whose items are independent of each other's: variances add up."""
     mean = math.fsum(each["difference"] for each in differences) / len(differences)
-    return _interval(mean, math.sqrt(math.fsum(each["stderr"] ** 2 for each in differences)) / len(differences))
+    return _build_interval(mean, math.sqrt(math.fsum(each["stderr"] ** 2 for each in differences)) / len(differences))
 
 
-def _interval(mean: float, stderr: float) -> dict[str, float]:
+def _build_interval(mean: float, stderr: float) -> dict[str, float]:
     return {"difference": mean, "stderr": stderr, "low": mean - _Z * stderr, "high": mean + _Z * stderr}

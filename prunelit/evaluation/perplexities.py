@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
 from prunelit.data import text
-from prunelit.data.eval_texts import Measured
+from prunelit.data.eval_texts import EvaluationText
 from prunelit.runtime.errors import BadOption, NonFinite
 
-OF_A_TABLE = ("sequence_length", "stride", "dtype", "mean")
+SHARED_PROTOCOL_KEYS = ("sequence_length", "stride", "dtype", "mean")
 """What numbers that stand beside each other must have in common; texts are columns, and have their own windows."""
 
 
 @dataclass(frozen=True)
-class Text(Measured):
+class Text(EvaluationText):
     """A text that perplexity is measured on.
 
     Args:
@@ -42,7 +42,7 @@ class Text(Measured):
         return [given] if isinstance(given, str) else list(given)
 
 
-def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: str) -> dict[str, Any]:
+def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: str) -> dict[str, Any]:
     """{"nll", "perplexity" (null where no float holds it), "tokens"} of one text.
 
     Args:
@@ -63,13 +63,13 @@ def perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: st
     return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
 
 
-def protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
+def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
     """What must stand beside a perplexity for it to be comparable; the source names the split."""
-    found = metrics.protocol(sources, windows, dtype, stride)
-    return found | {"fingerprint": text.fingerprint(windows)}
+    found = metrics.describe_protocol(sources, windows, dtype, stride)
+    return found | {"fingerprint": text.fingerprint_token_ids(windows)}
 
 
-def tables(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
+def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
     """The texts of a result apart by protocol, one group for each table.
 
     Args:
@@ -77,11 +77,11 @@ def tables(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str
     """
     groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for name, entry in texts.items():
-        groups.setdefault(_common(entry["protocol"]), {})[name] = entry
+        groups.setdefault(_get_shared_values(entry["protocol"]), {})[name] = entry
     return list(groups.values())
 
 
-def one_table(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def check_common_protocol(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What all texts of a table have in common of their protocol.
 
     Raises:
@@ -90,16 +90,16 @@ def one_table(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     first: Mapping[str, Any] | None = None
     for name, entry in texts.items():
         first = first or entry["protocol"]
-        if _common(entry["protocol"]) != _common(first):
-            differs = [key for key in OF_A_TABLE if entry["protocol"][key] != first[key]]
+        if _get_shared_values(entry["protocol"]) != _get_shared_values(first):
+            differs = [key for key in SHARED_PROTOCOL_KEYS if entry["protocol"][key] != first[key]]
             raise BadOption(
                 f"perplexity of {name!r}: expected one protocol in a table, got {differs[0]} "
                 f"{entry['protocol'][differs[0]]} beside {first[differs[0]]}; make a table for each"
             )
-    return dict(zip(OF_A_TABLE, _common(first or {}), strict=True))
+    return dict(zip(SHARED_PROTOCOL_KEYS, _get_shared_values(first or {}), strict=True))
 
 
-def check_same_text(name: str, mine: Tensor, theirs: Tensor) -> None:
+def check_same_tokens(name: str, mine: Tensor, theirs: Tensor) -> None:
     """Two models are compared on the same tokens.
 
     Raises:
@@ -112,5 +112,5 @@ def check_same_text(name: str, mine: Tensor, theirs: Tensor) -> None:
         )
 
 
-def _common(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(protocol.get(key) for key in OF_A_TABLE)
+def _get_shared_values(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(protocol.get(key) for key in SHARED_PROTOCOL_KEYS)

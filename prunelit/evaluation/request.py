@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prunelit.data.eval_texts import sources
+from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.evaluation import tasks
 from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.samples import Samples
@@ -14,7 +14,7 @@ from prunelit.runtime.errors import BadOption
 
 
 @dataclass(frozen=True)
-class Wanted:
+class EvaluationRequest:
     """What is measured, all of it checked.
 
     Attributes:
@@ -40,8 +40,8 @@ class Wanted:
     samples: Samples | None = None
 
 
-def of_texts(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
-    """The part of `Wanted` about texts.
+def prepare_text_request(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+    """The part of `EvaluationRequest` about texts.
 
     Args:
         texts: {name: {text, file, seqlen, windows, stride}}, or a source alone.
@@ -51,14 +51,14 @@ def of_texts(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
         BadOption: an unknown option or a value outside its range; SourceNotFound: no such file.
     """
     measured = {str(name): Text.of(str(name), given) for name, given in texts.items()}
-    opened = {name: sources(f"texts.{name}", wanted.said(data), data) for name, wanted in measured.items()}
+    opened = {name: resolve_text_sources(f"texts.{name}", wanted.said(data), data) for name, wanted in measured.items()}
     return {"texts": measured, "data": data, "opened": opened}
 
 
-def of_tasks(
+def prepare_task_request(
     names: list[str], folder: str | None, definitions: Path, limit: int | None, batch_size: int
 ) -> dict[str, Any]:
-    """The part of `Wanted` about tasks.
+    """The part of `EvaluationRequest` about tasks.
 
     Args:
         names: of tasks, or "all".
@@ -74,13 +74,13 @@ def of_tasks(
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise BadOption(f"{name}: expected at least 1, got {value}" + "; null takes all" * (name == "limit"))
-    wanted = tasks.named(names)
+    wanted = tasks.select_tasks(names)
     found: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
     if not wanted:
         return found
-    harness = tasks.require_harness()
+    harness = tasks.find_harness_tasks()
     if folder is None:
-        tasks.require_online(wanted)
-        return found | {"definitions": tasks.stock_definitions(wanted, harness)}
-    files = tasks.local_files(wanted, folder)
-    return found | {"definitions": tasks.write_definitions(files, harness, definitions), "files": files}
+        tasks.check_rows_available(wanted)
+        return found | {"definitions": tasks.list_stock_definitions(wanted, harness)}
+    files = tasks.find_task_files(wanted, folder)
+    return found | {"definitions": tasks.write_task_definitions(files, harness, definitions), "files": files}

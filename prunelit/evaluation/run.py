@@ -20,32 +20,32 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from prunelit.calibration import metrics
-from prunelit.calibration.fingerprints import model_fingerprint, tokenizer_fingerprint
-from prunelit.calibration.result_cache import Kept
+from prunelit.calibration.fingerprints import fingerprint_model, fingerprint_tokenizer
+from prunelit.calibration.result_cache import ResultCache
 from prunelit.data import loading, sources, text
-from prunelit.data.loading import place
-from prunelit.data.option_types import Dtype, listed
+from prunelit.data.loading import choose_device
+from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
-from prunelit.evaluation.markdown import markdown
-from prunelit.evaluation.page import page_of
+from prunelit.evaluation.markdown import render_evaluation_markdown
+from prunelit.evaluation.page import render_evaluation_page
 from prunelit.evaluation.perplexities import Text
-from prunelit.evaluation.request import Wanted, of_tasks, of_texts
+from prunelit.evaluation.request import EvaluationRequest, prepare_task_request, prepare_text_request
 from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
-from prunelit.evaluation.subject import Subject
-from prunelit.model.modes import on_device
+from prunelit.evaluation.subject import EvaluatedModel
+from prunelit.model.modes import move_to_device
 from prunelit.runtime.atomic_files import check_folder
-from prunelit.runtime.environment import hardware
+from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json, write_text
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 _log = logging.getLogger("prunelit")
 _FORMAT = "prunelit-evaluation/1"
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def evaluate(
+def evaluate_model(
     model: str,
     against: str | None = None,
     adapter: str | None = None,
@@ -92,32 +92,32 @@ def evaluate(
     Raises:
         PrunelitError: bad input, as far as it can be before a model is loaded.
     """
-    subjects = {"model": Subject(model, adapter, dtype, device)}
+    subjects = {"model": EvaluatedModel(model, adapter, dtype, device)}
     if against is not None:
-        subjects["against"] = Subject(against, None, dtype, device)
+        subjects["against"] = EvaluatedModel(against, None, dtype, device)
     for subject in subjects.values():
         subject.check()
     with ExitStack() as closing:
         if out is not None:
             check_folder(out)
         folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
-        wanted = Wanted(
-            **of_texts(texts or {}, data),
-            **of_tasks(listed(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
+        wanted = EvaluationRequest(
+            **prepare_text_request(texts or {}, data),
+            **prepare_task_request(wrap_in_list(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
             speed=speed if isinstance(speed, Speed) else Speed() if speed else None,
-            samples=Samples(tuple(listed(prompts)) if prompts else Samples.prompts, chat, sample_tokens)
+            samples=Samples(tuple(wrap_in_list(prompts)) if prompts else Samples.prompts, chat, sample_tokens)
             if samples or prompts
             else None,
         )
         if not (wanted.texts or wanted.definitions or wanted.speed or wanted.samples):
             raise BadOption("evaluate: expected something to measure, got none of texts, tasks, speed, samples")
-        report = Evaluation(subjects, wanted, Kept(folder / "kept") if out else None).run()
+        report = Evaluation(subjects, wanted, ResultCache(folder / "kept") if out else None).run()
         if wanted.definitions:
             report["zero_shot"]["protocol"]["rows"] = tasks_folder or "hub"
         if out is not None:
             write_json(folder / "evaluate.json", report)
-            write_text(folder / "evaluate.md", markdown(report))
-            write_text(folder / "report.html", page_of(report))
+            write_text(folder / "evaluate.md", render_evaluation_markdown(report))
+            write_text(folder / "report.html", render_evaluation_page(report))
     return report
 
 
@@ -130,13 +130,13 @@ class Evaluation:
         kept: where finished parts are kept; None: nowhere.
     """
 
-    def __init__(self, subjects: Mapping[str, Subject], wanted: Wanted, kept: Kept | None):
+    def __init__(self, subjects: Mapping[str, EvaluatedModel], wanted: EvaluationRequest, kept: ResultCache | None):
         self.subjects, self.wanted, self.kept = subjects, wanted, kept
         for name, given in wanted.texts.items():
             for subject in subjects.values():
-                sources.check_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
-        _check_one_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
-        self.device = place(next(iter(subjects.values())).device)
+                sources.check_sequence_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
+        _check_same_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
+        self.device = choose_device(next(iter(subjects.values())).device)
         self.tokenizers = {who: loading.load_tokenizer(subject.source) for who, subject in subjects.items()}
         if wanted.samples:
             for tokenizer in self.tokenizers.values():
@@ -151,10 +151,10 @@ class Evaluation:
         for who, subject in self.subjects.items():
             network = subject.load()
             self._keys[who] = self._key_of(who, network)
-            _check_one_dtype({key["dtype"] for key in self._keys.values()})
+            _check_same_dtype({key["dtype"] for key in self._keys.values()})
             if self.wanted.speed:
                 self.wanted.speed.check(network)
-            with on_device(network, self.device):
+            with move_to_device(network, self.device):
                 found[who] = self._alone(who, network)
             if self.wanted.speed:  # both must be there at once
                 networks[who] = network
@@ -171,29 +171,29 @@ class Evaluation:
         if self.wanted.samples:
             written = {who: found[who]["samples"] for who in found}
             report["samples"] = asdict(self.wanted.samples) | written
-        return report | {"hardware": hardware(self.device), "versions": versions()}
+        return report | {"hardware": describe_hardware(self.device), "versions": collect_versions()}
 
     # One model -------------------------------------------------------------------------------------------------------
 
     def _windows(self, name: str, given: Text) -> Tensor:
         found = [
-            text.windows(self.wanted.opened[name], tokenizer, given.seqlen, given.windows, stride=given.stride)
+            text.draw_windows(self.wanted.opened[name], tokenizer, given.seqlen, given.windows, stride=given.stride)
             for tokenizer in self.tokenizers.values()
         ]
-        perplexities.check_same_text(name, found[0], found[-1])
+        perplexities.check_same_tokens(name, found[0], found[-1])
         return found[0]
 
     def _key_of(self, who: str, network: Any) -> dict[str, Any]:
         """What determines every result of a model."""
         return {
             "format": _FORMAT,
-            "model": model_fingerprint(network),
-            "tokenizer": tokenizer_fingerprint(self.tokenizers[who]),
+            "model": fingerprint_model(network),
+            "tokenizer": fingerprint_tokenizer(self.tokenizers[who]),
             "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
             "device": self.device.type,
         }
 
-    def _recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Found]) -> Found:
+    def _recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
         if self.kept is None:
             return compute()
         found, saved = self.kept.recall(name, key, compute)
@@ -202,13 +202,13 @@ class Evaluation:
         return found
 
     def _alone(self, who: str, network: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {"size": metrics.size(network)}
+        found: dict[str, Any] = {"size": metrics.measure_model_size(network)}
         found["texts"] = {name: self._one_text(who, name, network) for name in self.wanted.texts}
-        engine: list[zero_shot.ZeroShot] = []  # made when the first task is not kept
+        engine: list[zero_shot.ZeroShotEvaluator] = []  # made when the first task is not kept
 
         def run(name: str) -> dict[str, Any]:
             if not engine:
-                engine.append(zero_shot.ZeroShot(network, self.tokenizers[who], self.wanted.batch_size))
+                engine.append(zero_shot.ZeroShotEvaluator(network, self.tokenizers[who], self.wanted.batch_size))
             found = engine[0].run(name, self.wanted.definitions[name], self.wanted.limit)
             _log.info(
                 "%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v is not None)
@@ -222,24 +222,24 @@ class Evaluation:
         if given := self.wanted.samples:
             key = self._keys[who] | {"samples": asdict(given)}
             found["samples"] = self._recall(
-                f"samples-{who}", key, lambda: samples.write(network, self.tokenizers[who], given)
+                f"samples-{who}", key, lambda: samples.generate_completions(network, self.tokenizers[who], given)
             )
         return found
 
     def _one_text(self, who: str, name: str, network: Any) -> dict[str, Any]:
         ids, stride = self.windows[name], self.wanted.texts[name].stride
-        key = self._keys[who] | {"text": text.fingerprint(ids), "seqlen": ids.shape[1], "stride": stride}
+        key = self._keys[who] | {"text": text.fingerprint_token_ids(ids), "seqlen": ids.shape[1], "stride": stride}
         what = f"perplexity on {name}, {who}"
-        return self._recall(f"text-{who}", key, lambda: perplexities.perplexity(network, ids, stride, what))
+        return self._recall(f"text-{who}", key, lambda: perplexities.measure_text_perplexity(network, ids, stride, what))
 
     def _task_key(self, who: str, name: str) -> dict[str, Any]:
         path = self.wanted.files.get(name)
         return self._keys[who] | {
             "task": name,
-            "rows": tasks.file_fingerprint(path) if path else tasks.TASKS[name].dataset,
+            "rows": tasks.fingerprint_file(path) if path else tasks.TASKS[name].dataset,
             "limit": self.wanted.limit,
             "batch_size": self.wanted.batch_size,
-            "harness": zero_shot.harness_version(),
+            "harness": zero_shot.get_harness_version(),
         }
 
     # Both ------------------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ class Evaluation:
         entries: dict[str, Any] = {}
         for name, given in self.wanted.texts.items():
             ids, dtype = self.windows[name], self._keys["model"]["dtype"]
-            entry = {"protocol": perplexities.protocol(given.said(self.wanted.data), ids, dtype, given.stride)}
+            entry = {"protocol": perplexities.describe_text_protocol(given.said(self.wanted.data), ids, dtype, given.stride)}
             entry |= {who: found[who]["texts"][name] for who in found}
             if "against" in entry:
                 entry["log_ratio"] = entry["model"]["nll"] - entry["against"]["nll"]
@@ -260,27 +260,27 @@ class Evaluation:
         for name in self.wanted.definitions:
             both: dict[str, Any] = {who: found[who]["tasks"][name] for who in found}
             if "against" in both:
-                both["difference"] = zero_shot.compared(both["model"], both["against"])
+                both["difference"] = zero_shot.compute_metric_differences(both["model"], both["against"])
             entries[name] = both
         protocol = {
-            "harness": f"lm-evaluation-harness {zero_shot.harness_version()}",
+            "harness": f"lm-evaluation-harness {zero_shot.get_harness_version()}",
             "shots": 0,
             "limit": self.wanted.limit,
             "batch_size": self.wanted.batch_size,
             "dtype": self._keys["model"]["dtype"],
             "interval": zero_shot.paired.INTERVAL,
         }
-        return {"protocol": protocol, "tasks": entries, "averages": zero_shot.averages(list(entries.values()))}
+        return {"protocol": protocol, "tasks": entries, "averages": zero_shot.average_over_tasks(list(entries.values()))}
 
     def _speed(self, wanted: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
-        key = {"models": self._keys, "speed": asdict(wanted), "hardware": hardware(self.device)}
+        key = {"models": self._keys, "speed": asdict(wanted), "hardware": describe_hardware(self.device)}
 
         def compute() -> dict[str, Any]:
-            peaks = {who: memory.peak_bytes(subject, wanted) for who, subject in self.subjects.items()}
+            peaks = {who: memory.measure_peak_memory(subject, wanted) for who, subject in self.subjects.items()}
             with ExitStack() as placed:
                 for network in networks.values():
-                    placed.enter_context(on_device(network, self.device))
-                taken = speed.measured(networks, wanted)
+                    placed.enter_context(move_to_device(network, self.device))
+                taken = speed.measure_speed(networks, wanted)
             return {"memory": peaks, "models": taken}
 
         found = self._recall("speed", key, compute)
@@ -289,11 +289,11 @@ class Evaluation:
             **{who: found["models"][who] | found["memory"][who] for who in found["models"]},
         }
         if "against" in result:
-            result["ratios"] = speed.ratios(result["model"], result["against"])
+            result["ratios"] = speed.compute_speed_ratios(result["model"], result["against"])
         return result
 
 
-def _check_one_dtype(dtypes: Collection[str]) -> None:
+def _check_same_dtype(dtypes: Collection[str]) -> None:
     if len(dtypes) > 1:
         said = " and ".join(sorted(dtypes))
         raise BadOption(f"against: expected both models in one dtype, got {said}; pass --dtype")

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelit.model.context_length import limit_of
-from prunelit.model.modes import evaluating, generating
+from prunelit.model.context_length import get_context_limit
+from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
 PROMPTS = (
     "The capital of France is",
@@ -52,7 +52,7 @@ class Samples:
 
 
 @torch.no_grad()
-def write(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
+def generate_completions(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
     """The greedy completion of every prompt, without the prompt; it ends where the model or its positions end.
 
     Raises:
@@ -67,21 +67,21 @@ def write(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         "use_cache": True,
     }
-    positions = limit_of(model.config)
+    positions = get_context_limit(model.config)
     found = []
-    with evaluating(network):
-        for prompt in track(wanted.prompts, "writing samples", unit="text"):
-            ids = _ids(prompt, tokenizer, wanted.chat).to(device)
+    with use_eval_mode(network):
+        for prompt in track_progress(wanted.prompts, "writing samples", unit="text"):
+            ids = _tokenize_prompt(prompt, tokenizer, wanted.chat).to(device)
             room = min(wanted.new_tokens, positions - ids.shape[1] if positions else wanted.new_tokens)
             if room < 1:
                 raise BadOption(f"prompts: expected less than {positions} tokens, got {ids.shape[1]}: {prompt!r:.60}")
-            with generating(model, **greedy, max_new_tokens=room):
+            with use_generation_config(model, **greedy, max_new_tokens=room):
                 written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
             found.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
     return found
 
 
-def _ids(prompt: str, tokenizer: Any, chat: bool) -> torch.Tensor:
+def _tokenize_prompt(prompt: str, tokenizer: Any, chat: bool) -> torch.Tensor:
     """[1, tokens]."""
     if chat:
         message = [{"role": "user", "content": prompt}]

@@ -5,7 +5,7 @@ with its KV cache; the next round goes through the models backwards. A ratio is 
 round, so what else the machine does meanwhile falls on both; its median and quartiles over the rounds are reported.
 
 The promise is the ratio of multiply-accumulates for prefill, and of the bytes that one step reads for decode: weights
-once, and the KV cache of every sequence. The multiply-accumulates are those with weights, see `prunelit.calibration.metrics.size`.
+once, and the KV cache of every sequence. The multiply-accumulates are those with weights, see `prunelit.calibration.metrics.measure_model_size`.
 """
 
 import copy
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration import metrics
-from prunelit.model.context_length import limit_of
+from prunelit.model.context_length import get_context_limit
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.runtime import timing
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
 RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
 _HALF = 0.5  # of the promised gain; less is "removed but not faster"
@@ -66,13 +66,13 @@ class Speed:
         Raises:
             BadOption: it has not.
         """
-        limit = limit_of(network.config)
+        limit = get_context_limit(network.config)
         most = max(self.prompt, self.tokens_in_cache + self.new_tokens)
         if limit and most > limit:
             raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {most}")
 
 
-class Runner:
+class ModelTimer:
     """A model ready to be timed; it stays as it is.
 
     Args:
@@ -96,7 +96,7 @@ class Runner:
     @torch.no_grad()
     def read(self, tokens: int) -> tuple[Tensor, Any]:
         """The next token [B, 1] after the first so many of the text, and the cache."""
-        with evaluating(self.network):
+        with use_eval_mode(self.network):
             out = self.network(input_ids=self.ids[:, :tokens], use_cache=True, **self.last_only)
         return out.logits[:, -1:].argmax(-1), out.past_key_values
 
@@ -104,7 +104,7 @@ class Runner:
     def generate(self, cache: Any) -> None:
         """Further tokens after a cache, which grows."""
         token = self.ids[:, :1]
-        with evaluating(self.network):
+        with use_eval_mode(self.network):
             for _ in range(self.wanted.new_tokens):
                 out = self.network(input_ids=token, past_key_values=cache, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
@@ -112,9 +112,9 @@ class Runner:
 
     def seconds(self) -> tuple[float, float]:
         """Seconds until the first token of a prompt, and seconds of all new tokens after the context."""
-        first = timing.seconds(lambda: self.read(self.wanted.prompt)[0].tolist(), self.device)
+        first = timing.measure_seconds(lambda: self.read(self.wanted.prompt)[0].tolist(), self.device)
         cache = copy.deepcopy(self.context)
-        return first, timing.seconds(lambda: self.generate(cache), self.device)
+        return first, timing.measure_seconds(lambda: self.generate(cache), self.device)
 
     def kv_bytes(self) -> int:
         """Bytes of the cache's tensors after the context."""
@@ -122,7 +122,7 @@ class Runner:
         return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
 
 
-def measured(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict[str, Any]]:
+def measure_speed(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict[str, Any]]:
     """Time models in turn.
 
     Args:
@@ -136,14 +136,14 @@ def measured(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict
     Raises:
         BadOption: more tokens than a model has positions.
     """
-    with stage("reading the context"):
-        runners = {name: Runner(network, wanted) for name, network in networks.items()}
-    taken = timing.in_turn([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
+    with show_stage("reading the context"):
+        runners = {name: ModelTimer(network, wanted) for name, network in networks.items()}
+    taken = timing.run_in_rounds([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
     found = {}
     for (name, runner), rounds in zip(runners.items(), taken, strict=True):
         prefill, decode = ([pair[place] for pair in rounds] for place in (0, 1))
         first, step = statistics.median(prefill), statistics.median(decode) / wanted.new_tokens
-        size = metrics.size(runner.network)
+        size = metrics.measure_model_size(runner.network)
         found[name] = {
             "prefill_seconds": prefill,
             "decode_seconds": decode,
@@ -153,12 +153,12 @@ def measured(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict
             "kv_bytes": runner.kv_bytes(),
             "kv_bytes_predicted": size["kv_bytes_per_token"] * wanted.tokens_in_cache * wanted.batch,
             "weight_bytes": sum(p.numel() * p.element_size() for p in runner.network.parameters()),
-            **_work(runner, size, wanted),
+            **_count_work(runner, size, wanted),
         }
     return found
 
 
-def _work(runner: Runner, size: Mapping[str, int], wanted: Speed) -> dict[str, int]:
+def _count_work(runner: ModelTimer, size: Mapping[str, int], wanted: Speed) -> dict[str, int]:
     """Multiply-accumulates of a prefill, and bytes that a step of decode reads."""
     network = runner.network
     head = Decoder(network).shape.head_macs
@@ -175,11 +175,11 @@ def _work(runner: Runner, size: Mapping[str, int], wanted: Speed) -> dict[str, i
     }
 
 
-def ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def compute_speed_ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """How many times as fast as the dense model, round by round, and what was promised.
 
     Args:
-        model, dense: of `measured`, from one run.
+        model, dense: of `measure_speed`, from one run.
 
     Returns:
         {"prefill" or "decode": {"median", "low", "high" (quartiles), "rounds", "promised", "promised_by", "said"}}.
@@ -187,7 +187,7 @@ def ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict
     found = {}
     for kind, work in (("prefill", "prefill_macs"), ("decode", "decode_bytes")):
         rounds = [theirs / mine for mine, theirs in zip(model[RATES[kind]], dense[RATES[kind]], strict=True)]
-        low, median, high = _quartiles(rounds)
+        low, median, high = _compute_quartiles(rounds)
         promised = dense[work] / model[work]
         by = {"prefill": "MACs", "decode": "bytes read"}[kind]
         found[kind] = {
@@ -197,12 +197,12 @@ def ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict
             "rounds": rounds,
             "promised": promised,
             "promised_by": by,
-            "said": verdict(kind, median, low, high, promised, by),
+            "said": describe_speed_ratio(kind, median, low, high, promised, by),
         }
     return found
 
 
-def verdict(kind: str, median: float, low: float, high: float, promised: float, by: str) -> str:
+def describe_speed_ratio(kind: str, median: float, low: float, high: float, promised: float, by: str) -> str:
     """One sentence; "removed but not faster" where less than half of the promised gain came."""
     spread = f"quartiles {low:.2f} to {high:.2f}"
     got = f"{median:.2f} times the dense model's speed ({spread}); the {by} promise {promised:.2f}"
@@ -211,7 +211,7 @@ def verdict(kind: str, median: float, low: float, high: float, promised: float, 
     return f"{kind}: {got}"
 
 
-def _quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+def _compute_quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

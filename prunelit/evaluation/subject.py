@@ -4,15 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelit.data import sources
-from prunelit.data.loading import load_on, place
+from prunelit.data.loading import load_on_device, choose_device
 from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import settings
+from prunelit.model.folder import read_model_config
 from prunelit.recovery import adapter_files
 
 
 @dataclass(frozen=True)
-class Subject:
+class EvaluatedModel:
     """A model source, and how it is loaded.
 
     Args:
@@ -34,20 +34,20 @@ class Subject:
             SourceNotFound: no such model; BadAdapter: no such adapter, or one of other shapes; BadOption: no such
                 device.
         """
-        sources.check_source(self.source)
-        place(self.device)
+        sources.check_model_source(self.source)
+        choose_device(self.device)
         if self.adapter is not None:
-            adapter_files.check(self.adapter, self.source)
+            adapter_files.check_adapter(self.adapter, self.source)
 
     def expected_dtype(self) -> str | None:
         """The dtype that the model will have, from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
-        content = settings(sources.resolve(self.source))
+        content = read_model_config(sources.resolve_model_source(self.source))
         found = str(content.get("dtype") or content.get("torch_dtype") or "")
         return (
-            "float32" if found == "float16" and place(self.device).type == "cpu" else found or None
-        )  # as `load_on` has it
+            "float32" if found == "float16" and choose_device(self.device).type == "cpu" else found or None
+        )  # as `load_on_device` has it
 
     def load(self) -> Any:
         """The model on the CPU, its adapter in its weights, all of them finite.
@@ -57,8 +57,8 @@ class Subject:
             BadAdapter: the adapter does not fit it.
             NonFinite: NaN or infinity in the weights.
         """
-        network = load_on(self.source, self.dtype, self.device)
+        network = load_on_device(self.source, self.dtype, self.device)
         if self.adapter is not None:
-            network = adapter_files.merge_onto(network, self.adapter)
+            network = adapter_files.merge_adapter_folder(network, self.adapter)
         Decoder(network).check_finite()
         return network

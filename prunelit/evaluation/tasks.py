@@ -16,11 +16,11 @@ from typing import Any
 import yaml
 
 from prunelit.data import sources
-from prunelit.runtime.errors import BadOption, SourceNotFound, nearest
+from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 from prunelit.runtime.text_files import write_text
 
 _ENDINGS = (".jsonl.gz", ".jsonl")
-Row = Mapping[str, Any]
+TaskRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,54 +37,54 @@ class Task:
     definition: str
     dataset: str
     split: str
-    fields: Mapping[str, "Field"]
+    fields: Mapping[str, "TaskField"]
 
 
 @dataclass(frozen=True)
-class Field:
+class TaskField:
     """What a field of a row must hold: said to the user, and checked with the whole row at hand."""
 
     said: str
-    holds: Callable[[Any, Row], bool]
+    holds: Callable[[Any, TaskRow], bool]
 
 
-def _words(value: Any, row: Row) -> bool:
+def _is_text(value: Any, row: TaskRow) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _number_below(count: Callable[[Row], int]) -> Callable[[Any, Row], bool]:
-    def holds(value: Any, row: Row) -> bool:
+def _accept_numbers_below(count: Callable[[TaskRow], int]) -> Callable[[Any, TaskRow], bool]:
+    def holds(value: Any, row: TaskRow) -> bool:
         given = int(value) if isinstance(value, str) and value.strip().isdigit() else value
         return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < count(row)
 
     return holds
 
 
-def _choices(value: Any, row: Row) -> bool:
+def _are_choices(value: Any, row: TaskRow) -> bool:
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(texts, list) or not isinstance(labels, list):
         return False
     return len(texts) == len(labels) > 1 and all(isinstance(word, str) for word in texts + labels)
 
 
-def _one_of_labels(value: Any, row: Row) -> bool:
-    return isinstance(value, str) and _choices(row.get("choices"), row) and value.strip() in row["choices"]["label"]
+def _is_choice_label(value: Any, row: TaskRow) -> bool:
+    return isinstance(value, str) and _are_choices(row.get("choices"), row) and value.strip() in row["choices"]["label"]
 
 
-_TEXT = Field("text", _words)
-_BINARY = Field("0 or 1", _number_below(lambda row: 2))
+_TEXT = TaskField("text", _is_text)
+_BINARY = TaskField("0 or 1", _accept_numbers_below(lambda row: 2))
 _OPTIONS = {
-    "choices": Field("{text: [...], label: [...]} of one length", _choices),
-    "answerKey": Field("one of choices.label", _one_of_labels),
+    "choices": TaskField("{text: [...], label: [...]} of one length", _are_choices),
+    "answerKey": TaskField("one of choices.label", _is_choice_label),
 }
-_GAP = Field("text with a gap _", lambda value, row: _words(value, row) and "_" in value)
-_ENDING = Field(
+_GAP = TaskField("text with a gap _", lambda value, row: _is_text(value, row) and "_" in value)
+_ENDING = TaskField(
     "a list of two texts or more",
-    lambda value, row: isinstance(value, list) and len(value) > 1 and all(_words(each, row) for each in value),
+    lambda value, row: isinstance(value, list) and len(value) > 1 and all(_is_text(each, row) for each in value),
 )
-_WHICH = Field(
+_WHICH = TaskField(
     "the number of an ending",
-    _number_below(lambda row: len(row["endings"]) if isinstance(row.get("endings"), list) else 0),
+    _accept_numbers_below(lambda row: len(row["endings"]) if isinstance(row.get("endings"), list) else 0),
 )
 
 TASKS: dict[str, Task] = {
@@ -97,7 +97,7 @@ TASKS: dict[str, Task] = {
         "validation",
         {
             **dict.fromkeys(("ctx_a", "activity_label"), _TEXT),
-            "ctx_b": Field("text, may be empty", lambda value, row: isinstance(value, str)),
+            "ctx_b": TaskField("text, may be empty", lambda value, row: isinstance(value, str)),
             "endings": _ENDING,
             "label": _WHICH,
         },
@@ -110,7 +110,7 @@ TASKS: dict[str, Task] = {
             "sentence": _GAP,
             "option1": _TEXT,
             "option2": _TEXT,
-            "answer": Field('"1" or "2"', lambda value, row: value in ("1", "2")),
+            "answer": TaskField('"1" or "2"', lambda value, row: value in ("1", "2")),
         },
     ),
     "arc_easy": Task("arc/arc_easy.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_OPTIONS}),
@@ -127,7 +127,7 @@ TASKS: dict[str, Task] = {
 }
 
 
-def named(names: Sequence[str]) -> list[str]:
+def select_tasks(names: Sequence[str]) -> list[str]:
     """The tasks of these names; "all" for every one.
 
     Raises:
@@ -135,14 +135,14 @@ def named(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name != "all" and name not in TASKS:
-            raise BadOption(f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{nearest(name, TASKS)}")
+            raise BadOption(f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{suggest_name(name, TASKS)}")
     found = list(TASKS) if "all" in names else list(names)
     if len(set(found)) < len(found):
         raise BadOption(f"tasks: expected each once, got {found}")
     return found
 
 
-def require_harness() -> Path:
+def find_harness_tasks() -> Path:
     """The folder of the harness' own tasks.
 
     Raises:
@@ -154,7 +154,7 @@ def require_harness() -> Path:
     return Path(found.submodule_search_locations[0]) / "tasks"
 
 
-def local_files(names: Sequence[str], folder: str) -> dict[str, Path]:
+def find_task_files(names: Sequence[str], folder: str) -> dict[str, Path]:
     """The file of each task, every row of it checked.
 
     Args:
@@ -173,12 +173,12 @@ def local_files(names: Sequence[str], folder: str) -> dict[str, Path]:
         if not paths:
             there = ", ".join(sorted(path.name for path in home.iterdir())[:8]) or "nothing"
             raise SourceNotFound(f"tasks_folder {folder!r}: expected {name}.jsonl or {name}.jsonl.gz, got {there}")
-        _check_rows(name, paths[0])
+        _check_task_rows(name, paths[0])
         found[name] = paths[0].resolve()
     return found
 
 
-def _check_rows(name: str, path: Path) -> None:
+def _check_task_rows(name: str, path: Path) -> None:
     opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -204,7 +204,7 @@ def _check_rows(name: str, path: Path) -> None:
         raise SourceNotFound(f"task file {str(path)!r}: expected rows, got an empty file")
 
 
-def require_online(names: Sequence[str]) -> None:
+def check_rows_available(names: Sequence[str]) -> None:
     """Check within seconds that the rows of tasks are in the local cache or can be fetched.
 
     Raises:
@@ -212,17 +212,17 @@ def require_online(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            sources.require_hub(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
+            sources.check_hub_access(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
         except SourceNotFound as error:
             raise SourceNotFound(f"task {name!r}: {error}") from error
 
 
-def write_definitions(files: Mapping[str, Path], harness: Path, folder: Path) -> dict[str, str]:
+def write_task_definitions(files: Mapping[str, Path], harness: Path, folder: Path) -> dict[str, str]:
     """A YAML for each task that includes the harness' own and reads its rows from a local file.
 
     Args:
-        files: of `local_files`.
-        harness: of `require_harness`.
+        files: of `find_task_files`.
+        harness: of `find_harness_tasks`.
         folder: where NAME.yaml is written.
 
     Returns:
@@ -250,11 +250,11 @@ def write_definitions(files: Mapping[str, Path], harness: Path, folder: Path) ->
     return written
 
 
-def stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str]:
+def list_stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str]:
     """{task: path of the harness' own YAML}, which fetches rows from the hub."""
     return {name: str(harness / TASKS[name].definition) for name in names}
 
 
-def file_fingerprint(path: Path) -> str:
+def fingerprint_file(path: Path) -> str:
     """Hash of a file's bytes."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from prunelit.calibration.fingerprints import digest
-from prunelit.data.text import first_line, quiet_datasets
+from prunelit.calibration.fingerprints import compute_digest
+from prunelit.data.text import describe_error, silence_datasets
 from prunelit.evaluation import paired
 from prunelit.runtime.errors import SourceNotFound
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
 METRICS = ("acc", "acc_norm")
 AVERAGES = {
@@ -24,7 +24,7 @@ AVERAGES = {
 }
 
 
-class ZeroShot:
+class ZeroShotEvaluator:
     """A model behind the harness' interface.
 
     Args:
@@ -34,7 +34,7 @@ class ZeroShot:
     """
 
     def __init__(self, network: Any, tokenizer: Any, batch_size: int):
-        with _quiet_harness():
+        with _silence_harness():
             from lm_eval.models.huggingface import HFLM
 
             class Model(HFLM):  # type: ignore[misc]
@@ -64,12 +64,12 @@ class ZeroShot:
         from lm_eval.evaluator import evaluate
         from lm_eval.tasks import TaskManager
 
-        with _quiet_harness():
+        with _silence_harness():
             try:
-                with stage(f"reading {name}"):
+                with show_stage(f"reading {name}"):
                     loaded = TaskManager(include_defaults=False).load([definition])
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise SourceNotFound(f"task {name!r}: its rows can not be read: {first_line(error)}") from error
+                raise SourceNotFound(f"task {name!r}: its rows can not be read: {describe_error(error)}") from error
             for task in loaded["tasks"].values():  # as `simple_evaluate` has it
                 task.set_config(key="num_fewshot", value=0)
             found: Any = evaluate(self._model, loaded, limit=limit, log_samples=True)
@@ -78,31 +78,31 @@ class ZeroShot:
         metrics: dict[str, float | None] = {}
         for kind in kinds:
             metrics[kind] = float(numbers[f"{kind},none"])
-            metrics[f"{kind}_stderr"] = _number(numbers[f"{kind}_stderr,none"])
+            metrics[f"{kind}_stderr"] = _parse_harness_number(numbers[f"{kind}_stderr,none"])
         return {
             "items": len(samples),
             "metrics": metrics,
             "right": {kind: [float(sample[kind]) for sample in samples] for kind in kinds},
             "version": str(found["versions"][name]),
-            "fingerprint": digest(" ".join(sample["doc_hash"] for sample in samples)),
+            "fingerprint": compute_digest(" ".join(sample["doc_hash"] for sample in samples)),
         }
 
 
-def harness_version() -> str:
+def get_harness_version() -> str:
     """Of the installed lm-evaluation-harness."""
     return metadata.version("lm_eval")
 
 
-def compared(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """{metric: paired difference} of two results of `ZeroShot.run` on the same items."""
-    return {kind: paired.difference(mine["right"][kind], theirs["right"][kind]) for kind in mine["right"]}
+def compute_metric_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """{metric: paired difference} of two results of `ZeroShotEvaluator.run` on the same items."""
+    return {kind: paired.compute_paired_difference(mine["right"][kind], theirs["right"][kind]) for kind in mine["right"]}
 
 
-def averages(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Means over tasks, every task weighing the same, in both conventions of the field.
 
     Args:
-        tasks: {"model": result} of each; with {"against": result, "difference": of `compared`} where there are two.
+        tasks: {"model": result} of each; with {"against": result, "difference": of `compute_metric_differences`} where there are two.
 
     Returns:
         {"acc" or "acc_norm": {"model", "against", "difference"}}.
@@ -117,17 +117,17 @@ def averages(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         }
         if "against" in found[kind]:
             each = [task["difference"][own] for task, own in zip(tasks, used, strict=True)]
-            found[kind]["difference"] = paired.average(each)
+            found[kind]["difference"] = paired.average_differences(each)
     return found
 
 
-def _number(given: Any) -> float | None:
+def _parse_harness_number(given: Any) -> float | None:
     """A number of the harness, which writes "N/A" for an error of one item."""
     return float(given) if isinstance(given, int | float) and math.isfinite(given) else None
 
 
 @contextmanager
-def _quiet_harness() -> Iterator[None]:
+def _silence_harness() -> Iterator[None]:
     """Silence the harness' log, and the one bar that it gives no option for: of putting prompts together."""
     from lm_eval.api import task
 
@@ -136,7 +136,7 @@ def _quiet_harness() -> Iterator[None]:
     log.setLevel(logging.ERROR)
     task.tqdm = lambda items, **_: items
     try:
-        with quiet_datasets():
+        with silence_datasets():
             yield
     finally:
         log.setLevel(level)

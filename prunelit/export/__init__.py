@@ -7,7 +7,7 @@ A format is one module of this package, named in `formats.FORMATS`, that ends wi
 `write(job)` puts the weights at `job.place` and returns facts for the log, the model card and the caller: {"note": one
 sentence, "size": as `measure.size`}, or nothing. Where the format can not hold the model it raises `DoesNotFit`, whose
 one line says why; `check(model, tokenizer)` does so before anything is trained or written. `prove(job)` reads them
-again and returns the verdict, {"passed", "why", "loader", ...}, which is written to proof.json; `proof.prove` does so
+again and returns the verdict, {"passed", "why", "loader", ...}, which is written to proof.json; `proof.prove_gguf` does so
 for all that transformers loads. Everything else is common to all formats (`write.write_model`): the target appears
 whole or not at all, after the proof, with tokenizer, plan, card and verdict.
 
@@ -16,6 +16,6 @@ verdict beside it; otherwise it is a file in a folder that has plan, card and ve
 """
 
 from prunelit.export.overwrite import check_output
-from prunelit.export.write import Written, check_fits, check_request, save, write_model
+from prunelit.export.write import ExportResult, check_format_fits, check_export_request, save, write_model
 
-__all__ = ["Written", "check_fits", "check_output", "check_request", "save", "write_model"]
+__all__ = ["ExportResult", "check_format_fits", "check_output", "check_export_request", "save", "write_model"]

@@ -12,19 +12,19 @@ from typing import Any
 import yaml
 
 from prunelit.core.plan import PruningPlan
-from prunelit.export.formats import Format, Job, Written
+from prunelit.export.formats import Format, ExportJob, ExportResult
 
-CARD = "README.md"
-_SIZES = {
+CARD_FILE = "README.md"
+_SIZE_LABELS = {
     "parameters": "parameters",
     "block_parameters": "parameters of the decoder layers",
     "macs_per_token": "MACs per token",
     "kv_bytes_per_token": "KV-cache bytes per token",
 }
-_TAKEN_OVER = ("base_model", "license", "license_name", "license_link", "language")
+_INHERITED_FIELDS = ("base_model", "license", "license_name", "license_link", "language")
 
 
-def card(written: Written, chosen: Format, job: Job, report: Mapping[str, Any]) -> str:
+def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, report: Mapping[str, Any]) -> str:
     """Markdown with the hub's front matter.
 
     Args:
@@ -35,42 +35,42 @@ def card(written: Written, chosen: Format, job: Job, report: Mapping[str, Any]) 
     """
     note = written.facts.get("note")
     source = str(getattr(job.model.config, "_name_or_path", "") or "")
-    head = _front_matter(source, chosen)
+    head = _build_front_matter(source, chosen)
     name = job.plan.model.name if job.plan else Path(source).name or type(job.model).__name__
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        _title(name, job.plan),
-        f"## Load\n\n```python\n{chosen.loads}\n```" + (f"\n\n{_sentence(note)}" if note else ""),
-        _what_is_left(written, job.plan),
-        _how(job.plan),
-        _quality(report),
-        _proof(written.proof),
+        _render_title(name, job.plan),
+        f"## Load\n\n```python\n{chosen.loads}\n```" + (f"\n\n{_format_sentence(note)}" if note else ""),
+        _render_sizes(written, job.plan),
+        _render_method(job.plan),
+        _render_quality(report),
+        _render_proof(written.proof),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(source: str, chosen: Format) -> dict[str, Any]:
+def _build_front_matter(source: str, chosen: Format) -> dict[str, Any]:
     """For the hub: the base model where it has a name there; its license and language from its own card."""
     head: dict[str, Any] = {"library_name": chosen.library, "pipeline_tag": "text-generation"}
-    found = re.match(r"---\n(.*?)\n---", _read(Path(source, CARD)) if source else "", re.DOTALL)
+    found = re.match(r"---\n(.*?)\n---", _read_text_or_empty(Path(source, CARD_FILE)) if source else "", re.DOTALL)
     try:
         theirs = yaml.safe_load(found[1]) if found else {}
     except yaml.YAMLError:
         theirs = {}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
         head["base_model"] = source
-    head |= {name: theirs[name] for name in _TAKEN_OVER if isinstance(theirs, dict) and name in theirs}
+    head |= {name: theirs[name] for name in _INHERITED_FIELDS if isinstance(theirs, dict) and name in theirs}
     return head | {"tags": ["prunelit", "pruned", "structured-pruning", chosen.name]}
 
 
-def _read(path: Path) -> str:
+def _read_text_or_empty(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return ""
 
 
-def _title(name: str, plan: PruningPlan | None) -> str:
+def _render_title(name: str, plan: PruningPlan | None) -> str:
     if plan is None:
         return f"# {name}\n\nWritten by prunelit."
     share = plan.predicted["ratio_of_block_parameters"]
@@ -81,26 +81,26 @@ def _title(name: str, plan: PruningPlan | None) -> str:
     )
 
 
-def _what_is_left(written: Written, plan: PruningPlan | None) -> str:
+def _render_sizes(written: ExportResult, plan: PruningPlan | None) -> str:
     size, dense = written.size, written.dense
     if plan is None or dense is None:
-        rows = [f"| {what} | {size[name]:,} |" for name, what in _SIZES.items()]
+        rows = [f"| {what} | {size[name]:,} |" for name, what in _SIZE_LABELS.items()]
         return "\n".join(["## Size", "", "| | |", "|---|---|", *rows])
     rows = [
         f"| {what} | {dense[name]:,} | {size[name]:,} | {1 - size[name] / dense[name]:.1%} |"
-        for name, what in _SIZES.items()
+        for name, what in _SIZE_LABELS.items()
         if dense[name]
     ]
     return "\n".join(
         [
             *("## What is left", "", "| | dense | here | saved |", "|---|---|---|---|", *rows, ""),
             "Kept by the plan, of the dense model's layers (-: the whole block was removed):",
-            *("", "| layers | query heads | KV groups | FFN channels |", "|---|---|---|---|", *_layers(plan)),
+            *("", "| layers | query heads | KV groups | FFN channels |", "|---|---|---|---|", *_render_layer_rows(plan)),
         ]
     )
 
 
-def _layers(plan: PruningPlan) -> Iterator[str]:
+def _render_layer_rows(plan: PruningPlan) -> Iterator[str]:
     """Rows of layers in succession that keep as much."""
     pairs = zip(plan.layers, plan.model.layers, strict=True)
     rows = [
@@ -117,14 +117,14 @@ def _layers(plan: PruningPlan) -> Iterator[str]:
         start = end
 
 
-def _how(plan: PruningPlan | None) -> str:
+def _render_method(plan: PruningPlan | None) -> str:
     if plan is None:
         return ""
-    options = ", ".join(f"{name} {_shown(value)}" for name, value in plan.options.items() if value is not None)
+    options = ", ".join(f"{name} {_format_value(value)}" for name, value in plan.options.items() if value is not None)
     read = plan.calibration
     text = (
-        f"{read['windows']} windows of {read['seqlen']} tokens of {_shown(read['source'])}"
-        if _is_text(read)
+        f"{read['windows']} windows of {read['seqlen']} tokens of {_format_value(read['source'])}"
+        if _has_text_source(read)
         else "none"
     )
     return (
@@ -133,31 +133,31 @@ def _how(plan: PruningPlan | None) -> str:
     )
 
 
-def _is_text(calibration: Mapping[str, Any]) -> bool:
+def _has_text_source(calibration: Mapping[str, Any]) -> bool:
     return {"windows", "seqlen", "source"} <= calibration.keys()
 
 
-def _quality(report: Mapping[str, Any]) -> str:
+def _render_quality(report: Mapping[str, Any]) -> str:
     """Perplexities of the run's report, with their protocol."""
-    stages = [name for name in ("dense", "pruned", "recovered") if _perplexity(report, name) is not None]
+    stages = [name for name in ("dense", "pruned", "recovered") if _get_perplexity(report, name) is not None]
     if not stages:
         return ""
     found = report.get("protocol")
     protocol = ", ".join(
-        f"{name.replace('_', ' ')} {_shown(value)}"
+        f"{name.replace('_', ' ')} {_format_value(value)}"
         for name, value in (found.items() if isinstance(found, Mapping) else ())
     )
-    rows = [f"| {name} | {_perplexity(report, name):.2f} |" for name in stages]
+    rows = [f"| {name} | {_get_perplexity(report, name):.2f} |" for name in stages]
     return "\n".join(["## Quality", "", "| | perplexity |", "|---|---|", *rows, "", f"Protocol: {protocol}."])
 
 
-def _perplexity(report: Mapping[str, Any], stage: str) -> float | None:
+def _get_perplexity(report: Mapping[str, Any], stage: str) -> float | None:
     found = report.get(stage)
     number = found.get("perplexity") if isinstance(found, Mapping) else None
     return number if isinstance(number, int | float) else None
 
 
-def _proof(proof: Mapping[str, Any]) -> str:
+def _render_proof(proof: Mapping[str, Any]) -> str:
     lines = [f"- loaded by: {proof['loader']}"]
     if "largest_difference" in proof:
         lines.append(
@@ -176,14 +176,14 @@ def _proof(proof: Mapping[str, Any]) -> str:
     return "\n".join(["## Proof", "", *lines, f"- versions: {used}", "", "The same as data: `proof.json`."])
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value in a sentence; a path without its folders."""
     if isinstance(value, list | tuple):
-        return " + ".join(_shown(item) for item in value) or "none"
+        return " + ".join(_format_value(item) for item in value) or "none"
     if isinstance(value, str) and (value.startswith((".", "/", "~")) or Path(value).exists()):
         return Path(value).name
     return str(value)
 
 
-def _sentence(said: str) -> str:
+def _format_sentence(said: str) -> str:
     return f"{said[0].upper()}{said[1:]}."

@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core.plan import PruningPlan
-from prunelit.runtime.errors import BadOption, nearest
+from prunelit.runtime.errors import BadOption, suggest_name
 
 # One module of this package each; imported when it is used.
 FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")
-AUTO = ("uniform", "hetero")
+AUTO_FORMATS = ("uniform", "hetero")
 """What format "auto" tries, in this order."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ExportJob:
     """A model to write and to prove.
 
     Attributes:
@@ -39,7 +39,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Written:
+class ExportResult:
     """What was written.
 
     Attributes:
@@ -59,11 +59,11 @@ class Written:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _always() -> None:
+def _require_nothing() -> None:
     """Nothing has to be installed."""
 
 
-def _all(model: Any, tokenizer: Any) -> None:
+def _accept_any_model(model: Any, tokenizer: Any) -> None:
     """Every model fits."""
 
 
@@ -88,24 +88,24 @@ class Format:
 
     name: str
     loads: str
-    write: Callable[[Job], Mapping[str, Any]]
-    prove: Callable[[Job], dict[str, Any]]
+    write: Callable[[ExportJob], Mapping[str, Any]]
+    prove: Callable[[ExportJob], dict[str, Any]]
     suffix: str = ""
     kinds: tuple[str, ...] = ()
     library: str = "transformers"
-    ready: Callable[[], None] = _always
-    provable: Callable[[], None] = _always
-    check: Callable[[Any, Any], None] = _all
+    ready: Callable[[], None] = _require_nothing
+    provable: Callable[[], None] = _require_nothing
+    check: Callable[[Any, Any], None] = _accept_any_model
     streams: bool = False
 
 
-def format_of(name: str) -> Format:
+def load_export_format(name: str) -> Format:
     """The format of a name.
 
     Raises:
         BadOption: there is none.
     """
     if name not in FORMATS:
-        raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{nearest(name, FORMATS)}")
+        raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{suggest_name(name, FORMATS)}")
     found: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
     return found

@@ -13,33 +13,33 @@ from typing import Any
 from torch import nn
 
 from prunelit.core.architectures import PRUNED
-from prunelit.data.loading import per_layer_class
-from prunelit.export.formats import Format, Job
-from prunelit.export.model_files import write_as
-from prunelit.export.proof.compare import prove
-from prunelit.export.uniform import built, fits, stock_base
+from prunelit.data.loading import make_per_layer_class
+from prunelit.export.formats import Format, ExportJob
+from prunelit.export.model_files import write_model_as
+from prunelit.export.proof.compare import prove_folder
+from prunelit.export.uniform import build_on_meta, build_if_shapes_match, find_stock_class
 from prunelit.model import per_layer
 from prunelit.model.decoder import Decoder
 from prunelit.model.per_layer import ADDED_BIASES, find
 from prunelit.runtime.errors import DoesNotFit
 
-_FILE = "modeling_pruned"
+_MODELLING_MODULE = "modeling_pruned"
 
 
-def per_layer_model(model: nn.Module) -> Any:
+def build_per_layer_model(model: nn.Module) -> Any:
     """The model's class with per-layer shapes, built on the meta device.
 
     Raises:
         DoesNotFit: no dense skeleton has this head size (a family whose config can not say it).
     """
-    decoder, base = Decoder(model), stock_base(type(model))
+    decoder, base = Decoder(model), find_stock_class(type(model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
-    build = per_layer_class(base, decoder.architecture)
+    build = make_per_layer_class(base, decoder.architecture)
     # The skeleton's head size must be the model's: some families read it, others divide the hidden size.
     for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
-        settings = _settings(decoder, heads)
-        _declare_biases(settings, decoder, built(build, build.config_class.from_dict(settings)))
-        shell = fits(build, build.config_class.from_dict(settings), model)
+        settings = _build_config_settings(decoder, heads)
+        _declare_added_biases(settings, decoder, build_on_meta(build, build.config_class.from_dict(settings)))
+        shell = build_if_shapes_match(build, build.config_class.from_dict(settings), model)
         if shell is not None:
             return shell
     raise DoesNotFit(
@@ -50,18 +50,18 @@ def per_layer_model(model: nn.Module) -> Any:
 
 def add_modelling_file(model: nn.Module, folder: Path) -> None:
     """Write the modelling file beside a saved per-layer model, and the `auto_map` that points to it."""
-    base, names = stock_base(type(model)), Decoder(model).architecture.names
+    base, names = find_stock_class(type(model)), Decoder(model).architecture.names
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
-        "AutoConfig": f"{_FILE}.Pruned{base.config_class.__name__}",
-        "AutoModelForCausalLM": f"{_FILE}.Pruned{base.__name__}",
+        "AutoConfig": f"{_MODELLING_MODULE}.Pruned{base.config_class.__name__}",
+        "AutoModelForCausalLM": f"{_MODELLING_MODULE}.Pruned{base.__name__}",
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{_FILE}.py").write_text(_modelling_file(base, names), encoding="utf-8")
+    (folder / f"{_MODELLING_MODULE}.py").write_text(_render_modelling_file(base, names), encoding="utf-8")
 
 
-def _settings(decoder: Decoder, heads: int) -> dict[str, Any]:
+def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     """Config of a live model: global widths of the dense skeleton, and what each layer has instead."""
     names, shapes = decoder.architecture, [layer.shape for layer in decoder]
     keys = {names.config_heads: "query_heads", names.config_kv_heads: "kv_groups", names.config_ffn: "ffn_channels"}
@@ -80,7 +80,7 @@ def _settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     return settings | {"per_layer_config": layers, "model_type": None, "auto_map": None}
 
 
-def _declare_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> None:
+def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> None:
     """Add to the settings which output projections have a bias that those of the skeleton lack."""
     names = decoder.architecture
     if shell is None:
@@ -97,7 +97,7 @@ def _declare_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> N
             settings[ADDED_BIASES] = []  # the schema wants a value for the layers that say nothing
 
 
-def _modelling_file(base: Any, names: dict[str, Any]) -> str:
+def _render_modelling_file(base: Any, names: dict[str, Any]) -> str:
     """Source of the modelling file: prunelit/model/per_layer.py, then the two classes of this family."""
     config = base.config_class
     shared = Path(per_layer.__file__).read_text(encoding="utf-8")
@@ -119,27 +119,27 @@ class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
 """
 
 
-def write(job: Job) -> dict[str, Any]:
+def write_hetero(job: ExportJob) -> dict[str, Any]:
     """Write a model with the shapes of its layers, and the modelling file that builds them.
 
     Raises:
-        DoesNotFit: see `per_layer_model`.
+        DoesNotFit: see `build_per_layer_model`.
     """
-    write_as(per_layer_model(job.model), job)
+    write_model_as(build_per_layer_model(job.model), job)
     add_modelling_file(job.model, job.place)
     return {}
 
 
-def check(model: nn.Module, tokenizer: Any) -> None:
-    """As `write`, without writing."""
-    per_layer_model(model)
+def check_hetero(model: nn.Module, tokenizer: Any) -> None:
+    """As `write_hetero`, without writing."""
+    build_per_layer_model(model)
 
 
-_LOADS = """\
+_LOAD_SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 # or, without code from the folder: model = prunelit.load("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("hetero", _LOADS, write, partial(prove, remote_code=True), check=check, streams=True)
+FORMAT = Format("hetero", _LOAD_SNIPPET, write_hetero, partial(prove_folder, remote_code=True), check=check_hetero, streams=True)

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 from prunelit.core.architectures import PRUNED
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.per_layer import find
-from prunelit.planning.serving import LLAMA_LAYERS
+from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
 
-_ROPES = ("default", "linear", "llama3")
+_ROPE_TYPES = ("default", "linear", "llama3")
 
 
-def family_of(decoder: Decoder) -> str:
+def get_model_family(decoder: Decoder) -> str:
     """The `model_type` of the dense model."""
     return str(decoder.config.model_type).removeprefix(PRUNED)
 
 
-def projections(layer: Layer) -> dict[str, nn.Module]:
+def collect_projections(layer: Layer) -> dict[str, nn.Module]:
     """Linears by role: q [Q * D, H], k and v [G * D, H], o [H, Q * D], gate and up [F, H], down [H, F].
 
     Those of a removed block are missing.
@@ -39,7 +39,7 @@ def projections(layer: Layer) -> dict[str, nn.Module]:
     return found
 
 
-def rope_factors(decoder: Decoder, format: str) -> Tensor | None:
+def compute_rope_factors(decoder: Decoder, format: str) -> Tensor | None:
     """What each rope frequency is divided by, [D / 2] float32; None where rope is not scaled.
 
     Args:
@@ -52,10 +52,10 @@ def rope_factors(decoder: Decoder, format: str) -> Tensor | None:
     rotary, rope = find(decoder.model, "model.rotary_emb"), decoder.config.rope_parameters
     kind = str(rope.get("rope_type", "default"))
     frequencies = rotary.inv_freq.detach().float().cpu()
-    dim = head_dim(decoder)
-    if kind not in _ROPES or float(getattr(rotary, "attention_scaling", 1.0)) != 1.0:
+    dim = get_head_dim(decoder)
+    if kind not in _ROPE_TYPES or float(getattr(rotary, "attention_scaling", 1.0)) != 1.0:
         raise DoesNotFit(
-            f"format {format!r}: expected rope_type {', '.join(_ROPES)}, got {kind!r}; use format 'hetero'"
+            f"format {format!r}: expected rope_type {', '.join(_ROPE_TYPES)}, got {kind!r}; use format 'hetero'"
         )
     if 2 * len(frequencies) != dim:
         raise DoesNotFit(
@@ -68,7 +68,7 @@ def rope_factors(decoder: Decoder, format: str) -> Tensor | None:
     return (plain / frequencies.double()).float()
 
 
-def head_dim(decoder: Decoder) -> int:
+def get_head_dim(decoder: Decoder) -> int:
     """D, the same in all layers that have attention.
 
     Raises:
@@ -80,7 +80,7 @@ def head_dim(decoder: Decoder) -> int:
     return found.pop()
 
 
-def context_length(decoder: Decoder) -> int:
+def compute_context_limit(decoder: Decoder) -> int:
     """Tokens up to which the file computes what the model does: its own limit, or its sliding window if smaller."""
     config = decoder.config
     window = getattr(config, "sliding_window", None)
@@ -89,13 +89,13 @@ def context_length(decoder: Decoder) -> int:
     return min(limit, int(window)) if window and "sliding_attention" in types else limit
 
 
-def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] = LLAMA_LAYERS) -> None:
+def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] = LLAMA_LIKE_FAMILIES) -> None:
     """Check the family and what its config may change about the computation.
 
     Raises:
         DoesNotFit: in one line, with what can be written instead.
     """
-    family, config = family_of(decoder), decoder.config
+    family, config = get_model_family(decoder), decoder.config
     if family not in families:
         raise DoesNotFit(
             f"format {format!r}: expected a model of {', '.join(sorted(families))}, got {family!r}; use 'hetero'"
@@ -108,6 +108,6 @@ def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] 
         raise DoesNotFit(f"format {format!r}: expected an output head without bias, got one with; use format 'hetero'")
 
 
-def is_tied(model: Any) -> bool:
+def has_tied_embeddings(model: Any) -> bool:
     """Whether the output head is the token table."""
     return bool(model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())

@@ -5,13 +5,13 @@ import shlex
 from pathlib import Path
 
 from prunelit.core.plan import PruningPlan
-from prunelit.export.formats import format_of
-from prunelit.planning.serving import serving
+from prunelit.export.formats import load_export_format
+from prunelit.planning.serving import list_serving_options
 
 _BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "gguf")
 
 
-def commands(name: str, path: Path, plan: PruningPlan | None) -> list[tuple[str, str]]:
+def list_load_commands(name: str, path: Path, plan: PruningPlan | None) -> list[tuple[str, str]]:
     """(what, commands) in the order of how likely they are wanted.
 
     Args:
@@ -20,10 +20,10 @@ def commands(name: str, path: Path, plan: PruningPlan | None) -> list[tuple[str,
         plan: by which the model was cut.
     """
     quoted, word = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
-    found = [(f"As its format, {name}, is loaded", format_of(name).loads.replace("PATH", quoted))]
+    found = [(f"As its format, {name}, is loaded", load_export_format(name).loads.replace("PATH", quoted))]
     if name in _BY_PRUNELIT:
         found.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{quoted}")'))
-    served = {row.target: row for row in serving(plan)} if plan else {}
+    served = {row.target: row for row in list_serving_options(plan)} if plan else {}
     vllm = served.get("vLLM, stock class")
     if name == "uniform" and vllm is not None and vllm.answer == "yes":
         found.append((f"With vLLM ({vllm.known} in its code, not run)", f"vllm serve {word}"))

@@ -7,11 +7,11 @@ from torch import Tensor
 
 from prunelit.data import offloaded
 from prunelit.export import layer_files
-from prunelit.export.formats import Job
-from prunelit.model.quiet import quiet
+from prunelit.export.formats import ExportJob
+from prunelit.model.quiet import silence_transformers
 
 
-def write_as(shell: Any, job: Job, weights: dict[str, Tensor] | None = None) -> None:
+def write_model_as(shell: Any, job: ExportJob, weights: dict[str, Tensor] | None = None) -> None:
     """Write config, weights (in shards if large) and generation config of a model to `job.place`.
 
     Args:
@@ -20,9 +20,9 @@ def write_as(shell: Any, job: Job, weights: dict[str, Tensor] | None = None) -> 
         weights: by the names of the shell; None: the model's own, and zeros for biases that only the shell has.
     """
     model = job.model
-    with quiet():
+    with silence_transformers():
         if offloaded.is_streamed(model):
-            layer_files.write(shell, model, job.place)
+            layer_files.write_layer_files(shell, model, job.place)
             return
         if weights is None:
             weights, like = model.state_dict(), next(model.parameters())

@@ -10,13 +10,13 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prunelit.core.plan import FORMAT
-from prunelit.export.proof.compare import PROOF
+from prunelit.core.plan import PLAN_FORMAT
+from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.runtime.atomic_files import check_kind, explain_refusal, try_writing
 from prunelit.runtime.errors import OutputNotWritable
 
-_ADAPTER = "adapter_config.json"
-_OLDER = ({"config.json", "report.json"}, {_ADAPTER})
+_ADAPTER_CONFIG = "adapter_config.json"
+_OLDER_OUTPUT_FILES = ({"config.json", "report.json"}, {_ADAPTER_CONFIG})
 """What stands beside plan.json in folders of versions that did not write proof.json: of `prune`, and of adapters."""
 
 
@@ -27,7 +27,7 @@ def check_output(
 
     Args:
         target: a folder, or a file.
-        overwrite: it may be there already: a file, or a folder that prunelit wrote (`is_ours`).
+        overwrite: it may be there already: a file, or a folder that prunelit wrote (`is_prunelit_output`).
         file: it is a file.
         reads: sources that are read for it; those that are no path of this machine do not matter.
 
@@ -39,18 +39,18 @@ def check_output(
     with explain_refusal(path):
         check_kind(path, file)
         if path.exists() if file else path.is_dir() and any(path.iterdir()):
-            _check_replaceable(path, overwrite, file, reads)
+            _check_replaceable_output(path, overwrite, file, reads)
         try_writing(path)
 
 
-def _check_replaceable(path: Path, overwrite: bool, file: bool, reads: Collection[str]) -> None:
+def _check_replaceable_output(path: Path, overwrite: bool, file: bool, reads: Collection[str]) -> None:
     name, whole = f"output {str(path)!r}", path.resolve()
     held = {"the working directory": Path.cwd()}
     held |= {f"{source!r}, which is read": Path(source).expanduser() for source in reads}
     for what, place in held.items():
         if os.path.exists(place) and place.resolve().is_relative_to(whole):
             raise OutputNotWritable(f"{name}: expected a place of its own, got that of {what}; choose another path")
-    ours = file or is_ours(path)
+    ours = file or is_prunelit_output(path)
     if not overwrite:
         expected = "a new file" if file else "a new or empty folder"
         instead = " or pass --overwrite true" if ours else "; --overwrite true replaces only what prunelit wrote"
@@ -62,20 +62,20 @@ def _check_replaceable(path: Path, overwrite: bool, file: bool, reads: Collectio
         )
 
 
-def is_ours(folder: Path) -> bool:
+def is_prunelit_output(folder: Path) -> bool:
     """Whether prunelit wrote a folder's content, by the files in it; nothing else is read."""
-    if {"format", "passed"} <= _content(folder / PROOF).keys():
+    if {"format", "passed"} <= _read_json_object(folder / PROOF_FILE).keys():
         return True
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    if any(beside <= names for beside in _OLDER) and _content(folder / "plan.json").get("format") == FORMAT:
+    if any(beside <= names for beside in _OLDER_OUTPUT_FILES) and _read_json_object(folder / "plan.json").get("format") == PLAN_FORMAT:
         return True
     # The adapters of an older run that cut nothing, beside the model that they were merged into.
-    return _ADAPTER in names and folder.name == "adapter" and is_ours(folder.parent / "model")
+    return _ADAPTER_CONFIG in names and folder.name == "adapter" and is_prunelit_output(folder.parent / "model")
 
 
-def _content(path: Path) -> dict[str, Any]:
+def _read_json_object(path: Path) -> dict[str, Any]:
     """The object in a JSON file; an empty one where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

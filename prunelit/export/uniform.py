@@ -10,42 +10,42 @@ from torch import nn
 
 from prunelit.core.architectures import PRUNED
 from prunelit.core.plan import LayerShape
-from prunelit.export.formats import Format, Job
-from prunelit.export.model_files import write_as
-from prunelit.export.proof.compare import prove
+from prunelit.export.formats import Format, ExportJob
+from prunelit.export.model_files import write_model_as
+from prunelit.export.proof.compare import prove_folder
 from prunelit.model.decoder import Decoder
 from prunelit.model.per_layer import ADDED_BIASES
 from prunelit.runtime.errors import DoesNotFit
 
 # What configs and models raise on widths that they can not have.
-_REFUSED = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
+_CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
 
 
-def stock_base(kind: type) -> Any:
+def find_stock_class(kind: type) -> Any:
     """The transformers class that a (possibly already pruned) model class stands on."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
-def stock_model(model: nn.Module) -> Any:
+def build_stock_model(model: nn.Module) -> Any:
     """A stock class built with the cut widths on the meta device, whose parameter shapes equal the model's.
 
     Returns:
         The model on the meta device, or None where no stock class fits.
     """
-    widths = {Widths.of(layer.shape) for layer in Decoder(model)}
+    widths = {LayerWidths.of(layer.shape) for layer in Decoder(model)}
     if len(widths) != 1:
         return None
     only = widths.pop()
     if not only.query_heads or not only.ffn_channels:
         return None
-    for build, config, spare_biases in candidates(model, only):
-        shell = fits(build, config, model, spare_biases)
+    for build, config, spare_biases in propose_stock_configs(model, only):
+        shell = build_if_shapes_match(build, config, model, spare_biases)
         if shell is not None:
             return shell
     return None
 
 
-class Widths(NamedTuple):
+class LayerWidths(NamedTuple):
     """What all layers of a stock class have."""
 
     query_heads: int
@@ -59,7 +59,7 @@ class Widths(NamedTuple):
         return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
 
-def candidates(model: nn.Module, widths: Widths) -> Iterator[tuple[Any, Any, bool]]:
+def propose_stock_configs(model: nn.Module, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
     """Stock classes that may hold a model of these widths: class, config, and whether it may have biases to spare.
 
     The model's own class comes first. A Llama whose heads no longer divide the hidden size is a Mistral: the same
@@ -78,12 +78,12 @@ def candidates(model: nn.Module, widths: Widths) -> Iterator[tuple[Any, Any, boo
     build: Any = type(model)
     config = copy.deepcopy(cast(Any, model.config))
     if str(config.model_type).startswith(PRUNED):  # it was read from a folder with per-layer shapes
-        build = stock_base(build)
+        build = find_stock_class(build)
         own = ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
         kept = {name: value for name, value in config.to_dict().items() if name not in own}
         try:
             config = build.config_class.from_dict(kept | settings)
-        except _REFUSED:
+        except _CONFIG_ERRORS:
             return
     for name, value in settings.items():
         if hasattr(config, name):
@@ -106,7 +106,7 @@ def candidates(model: nn.Module, widths: Widths) -> Iterator[tuple[Any, Any, boo
         yield build, config, True
 
 
-def fits(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) -> Any:
+def build_if_shapes_match(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) -> Any:
     """`build(config)` without memory if its parameters have the model's names and shapes, else None.
 
     Args:
@@ -115,70 +115,70 @@ def fits(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) 
         model: what it is to hold.
         spare_biases: it may have biases that the model lacks.
     """
-    shell = built(build, config)
+    shell = build_on_meta(build, config)
     if shell is None:
         return None
     expected = {(name, tensor.shape) for name, tensor in model.state_dict().items()}
     found = {(name, tensor.shape) for name, tensor in shell.state_dict().items()}
     spare = {name for name, _ in found - expected}
-    return None if expected - found or (spare and not (spare_biases and all(map(_is_bias, spare)))) else shell
+    return None if expected - found or (spare and not (spare_biases and all(map(_is_bias_name, spare)))) else shell
 
 
-def built(build: Any, config: Any) -> Any:
+def build_on_meta(build: Any, config: Any) -> Any:
     """`build(config)` without memory, or None where the config does not allow it."""
     try:
         config.validate()
         with torch.device("meta"):
             return build(copy.deepcopy(config))
-    except _REFUSED:
+    except _CONFIG_ERRORS:
         return None
 
 
-def _is_bias(name: str) -> bool:
+def _is_bias_name(name: str) -> bool:
     return name.endswith(".bias")
 
 
-def write(job: Job) -> dict[str, Any]:
+def write_uniform(job: ExportJob) -> dict[str, Any]:
     """Write a model under a stock class.
 
     Raises:
         DoesNotFit: no stock class holds it; says why.
     """
-    write_as(_stock(job.model), job)
+    write_model_as(_require_stock_model(job.model), job)
     return {}
 
 
-def _stock(model: nn.Module) -> Any:
-    shell = stock_model(model)
+def _require_stock_model(model: nn.Module) -> Any:
+    shell = build_stock_model(model)
     if shell is None:
         raise DoesNotFit(
-            f"format 'uniform': {_misfit(model)}; use format 'hetero', or 'padded' where no code may be loaded"
+            f"format 'uniform': {_explain_misfit(model)}; use format 'hetero', or 'padded' where no code may be loaded"
         )
     return shell
 
 
-def check(model: nn.Module, tokenizer: Any) -> None:
-    """As `write`, without writing."""
-    _stock(model)
+def check_uniform(model: nn.Module, tokenizer: Any) -> None:
+    """As `write_uniform`, without writing."""
+    _require_stock_model(model)
 
 
-def _misfit(model: nn.Module) -> str:
+def _explain_misfit(model: nn.Module) -> str:
     """Why no stock class holds a model."""
     first, *others = [layer.shape for layer in Decoder(model)]
     for index, shape in enumerate(others, 1):
-        if Widths.of(shape) != Widths.of(first):
-            return f"expected layers of one shape, got {_says(first)} in layer 0, {_says(shape)} in layer {index}"
-    return f"expected a stock class with the model's parameters, got none with {_says(first)} and its biases"
+        if LayerWidths.of(shape) != LayerWidths.of(first):
+            return f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in layer {index}"
+    return f"expected a stock class with the model's parameters, got none with {_describe_shape(first)} and its biases"
 
 
-def _says(shape: LayerShape) -> str:
+def _describe_shape(shape: LayerShape) -> str:
     return f"{shape.query_heads} query heads, {shape.kv_groups} KV groups, {shape.ffn_channels} channels"
 
 
-LOADS = """\
+LOAD_SNIPPET = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
-FORMAT = Format("uniform", LOADS, write, prove, check=check, streams=True)
+FORMAT = Format("uniform", LOAD_SNIPPET, write_uniform, prove_folder, check=check_uniform, streams=True)

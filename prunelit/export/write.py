@@ -15,20 +15,20 @@ from torch import nn
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.data import offloaded
-from prunelit.export.card import CARD, card
-from prunelit.export.formats import AUTO, Format, Job, Written, format_of
+from prunelit.export.card import CARD_FILE, render_model_card
+from prunelit.export.formats import AUTO_FORMATS, Format, ExportJob, ExportResult, load_export_format
 from prunelit.export.overwrite import check_output
-from prunelit.export.proof.compare import PROOF
-from prunelit.quantization.linears import quantised_as
+from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.quantization.linears import get_quantization
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
 _log = logging.getLogger("prunelit")
-_UNPROVED = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
+_UNPROVED_VERDICT = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
 
 
-def check_request(
+def check_export_request(
     target: str | os.PathLike[str],
     format: str = "auto",
     kind: str = "",
@@ -46,7 +46,7 @@ def check_request(
         OutputNotWritable: see `check_output`.
         PrunelitError: the format, or without `unproved` its proof, needs something that is not installed.
     """
-    chosen = format_of(AUTO[0] if format == "auto" else format)
+    chosen = load_export_format(AUTO_FORMATS[0] if format == "auto" else format)
     if kind and kind not in chosen.kinds:
         expected = f"one of {', '.join(chosen.kinds)}" if chosen.kinds else "none (it keeps the model's dtype)"
         raise BadOption(f"type {kind!r}: expected {expected} with format {format!r}")
@@ -55,11 +55,11 @@ def check_request(
     chosen.ready()
     if not unproved:
         chosen.provable()
-    _check_streams(chosen, stream)
-    check_output(target, overwrite, _is_file(chosen, Path(target)), reads)
+    _check_accepts_streamed(chosen, stream)
+    check_output(target, overwrite, _is_single_file(chosen, Path(target)), reads)
 
 
-def check_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
+def check_format_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
     """Check that a format can hold a model, without writing it: from shapes and config, no weight is read.
 
     Args:
@@ -72,10 +72,10 @@ def check_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
         DoesNotFit: it can not.
     """
     if format != "auto":
-        format_of(format).check(model, tokenizer)
+        load_export_format(format).check(model, tokenizer)
 
 
-def _check_streams(chosen: Format, stream: bool) -> None:
+def _check_accepts_streamed(chosen: Format, stream: bool) -> None:
     if stream and not chosen.streams:
         raise DoesNotFit(
             f"format {chosen.name!r}: expected a model in memory, got one that is streamed from disk; leave the format "
@@ -83,7 +83,7 @@ def _check_streams(chosen: Format, stream: bool) -> None:
         )
 
 
-def _is_file(format: Format, target: Path) -> bool:
+def _is_single_file(format: Format, target: Path) -> bool:
     return bool(format.suffix) and target.suffix == format.suffix
 
 
@@ -119,7 +119,7 @@ def write_model(
     fresh_process: bool = False,
     report: Mapping[str, Any] | None = None,
     unproved: bool = False,
-) -> Written:
+) -> ExportResult:
     """Write a cut (or dense) causal LM so that it loads again with equal logits.
 
     The target appears complete or not at all. `prunelit.load` reads the folders; plain transformers reads "uniform" and
@@ -146,22 +146,22 @@ def write_model(
         DoesNotFit: the format can not hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
-    check_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
-    tried = AUTO if format == "auto" else (format,)
-    if base := quantised_as(model):
+    check_export_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
+    tried = AUTO_FORMATS if format == "auto" else (format,)
+    if base := get_quantization(model):
         if base == "int4" and format == "auto":
             tried = ("int4",)
         elif base != format:
             raise DoesNotFit(
-                f"format {format!r}: expected plain linears, got {base}; prunelit.quantization.quantize.dequantised first"
+                f"format {format!r}: expected plain linears, got {base}; prunelit.quantization.quantize.dequantize_model first"
             )
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
-        chosen = format_of(name)
-        job = Job(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
+        chosen = load_export_format(name)
+        job = ExportJob(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
         try:
-            with replace_folder(path, _is_file(chosen, path)) as folder:
-                return _written(chosen, job, folder, report or {}, unproved)
+            with replace_folder(path, _is_single_file(chosen, path)) as folder:
+                return _write_and_prove(chosen, job, folder, report or {}, unproved)
         except DoesNotFit:
             if name == tried[-1]:
                 raise
@@ -178,7 +178,7 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
 
 
-def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any], unproved: bool) -> Written:
+def _write_and_prove(chosen: Format, job: ExportJob, folder: Path, report: Mapping[str, Any], unproved: bool) -> ExportResult:
     """Write a format into a folder and prove it.
 
     Args:
@@ -191,26 +191,26 @@ def _written(chosen: Format, job: Job, folder: Path, report: Mapping[str, Any], 
     Raises:
         NotProved: it is not the same model.
     """
-    target, file = job.place, _is_file(chosen, job.place)
+    target, file = job.place, _is_single_file(chosen, job.place)
     place = folder / (target.name if file else f"model{chosen.suffix}") if chosen.suffix else folder
     job = replace(job, place=place)
-    with stage(f"writing {chosen.name}"):
+    with show_stage(f"writing {chosen.name}"):
         facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
         _save_tokenizer(job.tokenizer, folder)
-    with stage(f"proving {chosen.name}"):
-        proof = {"format": chosen.name, **(_UNPROVED if unproved else chosen.prove(job))}
+    with show_stage(f"proving {chosen.name}"):
+        proof = {"format": chosen.name, **(_UNPROVED_VERDICT if unproved else chosen.prove(job))}
     if not proof["passed"] and not unproved:
         raise NotProved(f"output: {proof['why']}; nothing was kept")
     dense = None
     if job.plan is not None:
         element = next(job.model.parameters()).element_size()
-        dense = metrics.dense_size(replace(job.plan.model, bytes_per_element=element))
-    written = Written(chosen.name, target, proof, facts.get("size") or metrics.size(job.model), dense, facts)
-    name = f"{target.stem}.{PROOF}" if file else PROOF
+        dense = metrics.compute_dense_size(replace(job.plan.model, bytes_per_element=element))
+    written = ExportResult(chosen.name, target, proof, facts.get("size") or metrics.measure_model_size(job.model), dense, facts)
+    name = f"{target.stem}.{PROOF_FILE}" if file else PROOF_FILE
     (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     if not file:
-        (folder / CARD).write_text(card(written, chosen, job, report), encoding="utf-8")
+        (folder / CARD_FILE).write_text(render_model_card(written, chosen, job, report), encoding="utf-8")
         if job.plan is not None:
             job.plan.save(folder / "plan.json")
     for made in folder.iterdir():  # safetensors are written for their owner's eyes only

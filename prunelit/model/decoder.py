@@ -10,9 +10,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.core.architectures import Architecture, architecture_of
+from prunelit.core.architectures import Architecture, get_architecture
 from prunelit.core.plan import LayerShape, ModelShape
-from prunelit.model.lazy_weight import OnDisk
+from prunelit.model.lazy_weight import LazyWeight
 from prunelit.model.per_layer import find
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
 
@@ -24,7 +24,7 @@ def is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D"
 
 
-def weight_out_in(module: nn.Module) -> Tensor:
+def get_weight_out_in(module: nn.Module) -> Tensor:
     """Weight of a linear as [out, in], whichever way it is stored (a view)."""
     weight = cast(Tensor, module.weight)
     return weight.T if is_conv1d(module) else weight
@@ -40,42 +40,42 @@ class Layer:
         self.index = index
         self.module = module
         self.architecture = architecture
-        self.attention: nn.Module = self._need(module, architecture.attention)
-        self.mlp: nn.Module = self._need(module, architecture.mlp)
+        self.attention: nn.Module = self._require_attribute(module, architecture.attention)
+        self.mlp: nn.Module = self._require_attribute(module, architecture.mlp)
         self.has_attention = not getattr(self.attention, "prunelit_removed", False)
         self.has_mlp = not getattr(find(self.mlp, architecture.down) or self.mlp, "prunelit_removed", False)
         a = architecture
         if self.has_attention:
             qkv = [a.fused_qkv] if a.fused_qkv else [a.query, a.key, a.value]
-            self.qkv = [self._linear(self.attention, name) for name in qkv]
-            self.output = self._linear(self.attention, a.output)
-            self.head_dim = int(self._need(self.attention, a.head_dim))
+            self.qkv = [self._require_linear(self.attention, name) for name in qkv]
+            self.output = self._require_linear(self.attention, a.output)
+            self.head_dim = int(self._require_attribute(self.attention, a.head_dim))
         if self.has_mlp:
             ffn_in = [a.fused_gate_up] if a.fused_gate_up else [name for name in (a.gate, a.up) if name]
-            self.ffn_in = [self._linear(self.mlp, name) for name in ffn_in]
-            self.down = self._linear(self.mlp, a.down)
-            self.activation = cast(nn.Module, self._need(self.mlp, a.activation))
+            self.ffn_in = [self._require_linear(self.mlp, name) for name in ffn_in]
+            self.down = self._require_linear(self.mlp, a.down)
+            self.activation = cast(nn.Module, self._require_attribute(self.mlp, a.activation))
         for name in (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm, a.shared_norm):
             if name is not None:
-                self._need(module, name)
-        self.shape = self._shape()
+                self._require_attribute(module, name)
+        self.shape = self._measure_shape()
 
-    def norm(self, role: str) -> nn.Module | None:
+    def get_norm(self, role: str) -> nn.Module | None:
         """The norm in a role ("mlp_norm", "attention_post_norm", ...) or None where the family has none."""
         found = find(self.module, getattr(self.architecture, role))
         return None if isinstance(found, nn.Identity) else cast("nn.Module | None", found)
 
-    def gain(self, role: str) -> Tensor:
+    def get_gain(self, role: str) -> Tensor:
         """|gain| of the norm in a role, float32 [H]; ones where there is no norm, or one without weights."""
-        weight = find(self.norm(role), "weight") if self.norm(role) is not None else None
+        weight = find(self.get_norm(role), "weight") if self.get_norm(role) is not None else None
         if weight is None:
             linear = self.output if self.has_attention else self.down
-            return torch.ones(weight_out_in(linear).shape[0], device=cast(Tensor, linear.weight).device)
+            return torch.ones(get_weight_out_in(linear).shape[0], device=cast(Tensor, linear.weight).device)
         return (cast(Tensor, weight).detach().float() + self.architecture.norm_offset).abs()
 
-    def inverse_norm(self, role: str, x: Tensor) -> Tensor:
+    def compute_inverse_norm(self, role: str, x: Tensor) -> Tensor:
         """What the norm in a role divides by, inverted: 1 / rms (or deviation) per row of x [T, H]; ones without it."""
-        norm = self.norm(role)
+        norm = self.get_norm(role)
         if norm is None:
             return torch.ones(len(x), device=x.device)
         epsilon = float(getattr(norm, "variance_epsilon", getattr(norm, "eps", 1e-6)))
@@ -84,7 +84,7 @@ class Layer:
             values = values - values.mean(-1, keepdim=True)
         return values.square().mean(-1).add(epsilon).rsqrt()
 
-    def _need(self, root: Any, path: str) -> Any:
+    def _require_attribute(self, root: Any, path: str) -> Any:
         found = find(root, path)
         if found is None:
             raise DeclarationMismatch(
@@ -93,8 +93,8 @@ class Layer:
             )
         return found
 
-    def _linear(self, root: nn.Module, path: str) -> nn.Module:
-        linear = cast(nn.Module, self._need(root, path))
+    def _require_linear(self, root: nn.Module, path: str) -> nn.Module:
+        linear = cast(nn.Module, self._require_attribute(root, path))
         weight = getattr(linear, "weight", None)
         if hasattr(linear, "base_layer"):
             raise DeclarationMismatch(
@@ -107,13 +107,13 @@ class Layer:
             )
         return linear
 
-    def _shape(self) -> LayerShape:
+    def _measure_shape(self) -> LayerShape:
         a = self.architecture
         heads = groups = dim = channels = head_cost = kv_cost = channel_cost = attention_cost = mlp_cost = 0
         if self.has_attention:
             dim = self.head_dim
-            heads, rest = divmod(weight_out_in(self.output).shape[1], dim)
-            rows = [weight_out_in(linear).shape[0] for linear in self.qkv]
+            heads, rest = divmod(get_weight_out_in(self.output).shape[1], dim)
+            rows = [get_weight_out_in(linear).shape[0] for linear in self.qkv]
             kv_rows = rows[0] - heads * dim if a.fused_qkv else rows[1] + rows[2]
             groups, kv_rest = divmod(kv_rows, 2 * dim)
             if rest or kv_rest or not groups or heads % groups or (not a.fused_qkv and rows[0] != heads * dim):
@@ -121,31 +121,31 @@ class Layer:
                     f"layer {self.index}: rows of q, k, v {rows} and columns of o {heads * dim + rest} do not make "
                     f"whole heads of {dim}; correct the entry in prunelit/core/architectures.py"
                 )
-            hidden = weight_out_in(self.output).shape[0]
+            hidden = get_weight_out_in(self.output).shape[0]
             q_bias, kv_bias = self.qkv[0].bias is not None, self.qkv[-1].bias is not None
-            head_cost = dim * (2 * hidden + q_bias) + self._per_head("query")
-            kv_cost = dim * (2 * hidden + 2 * kv_bias) + self._per_head("kv")
-            attention_cost = _count(self.attention) + _count(
-                self.norm("attention_norm"), self.norm("attention_post_norm")
+            head_cost = dim * (2 * hidden + q_bias) + self._count_per_head("query")
+            kv_cost = dim * (2 * hidden + 2 * kv_bias) + self._count_per_head("kv")
+            attention_cost = _count_parameters(self.attention) + _count_parameters(
+                self.get_norm("attention_norm"), self.get_norm("attention_post_norm")
             )
         if self.has_mlp:
-            channels = weight_out_in(self.down).shape[1]
-            hidden = weight_out_in(self.down).shape[0]
+            channels = get_weight_out_in(self.down).shape[1]
+            hidden = get_weight_out_in(self.down).shape[0]
             wanted = 2 * channels if a.fused_gate_up else channels
-            if any(weight_out_in(linear).shape[0] != wanted for linear in self.ffn_in):
+            if any(get_weight_out_in(linear).shape[0] != wanted for linear in self.ffn_in):
                 raise DeclarationMismatch(
                     f"layer {self.index}: FFN inner widths differ: expected {wanted} rows, got "
-                    f"{[weight_out_in(linear).shape[0] for linear in self.ffn_in]}; correct prunelit/core/architectures.py"
+                    f"{[get_weight_out_in(linear).shape[0] for linear in self.ffn_in]}; correct prunelit/core/architectures.py"
                 )
             channel_cost = hidden + sum(wanted // channels * (hidden + (n.bias is not None)) for n in self.ffn_in)
             own = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
-            mlp_cost = _count(*own, self.norm("mlp_norm"), self.norm("mlp_post_norm"))
-        shared_cost = _count(self.module) - attention_cost - mlp_cost
-        if self.has_attention and self.has_mlp and shared_cost != _count(self.norm("shared_norm")):
+            mlp_cost = _count_parameters(*own, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
+        shared_cost = _count_parameters(self.module) - attention_cost - mlp_cost
+        if self.has_attention and self.has_mlp and shared_cost != _count_parameters(self.get_norm("shared_norm")):
             left_over = [
                 name
                 for name, child in self.module.named_children()
-                if _count(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
+                if _count_parameters(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
             ]
             raise DeclarationMismatch(
                 f"layer {self.index}: expected a role for every module with weights, got none for {left_over}; "
@@ -166,13 +166,13 @@ class Layer:
             a.heads_prunable,
         )
 
-    def _per_head(self, kind: str) -> int:
+    def _count_per_head(self, kind: str) -> int:
         """Parameters of the per-head entries of one head."""
         total = 0
         for path, of in self.architecture.per_head.items():
             entry = find(self.attention, path)
             if of == kind and entry is not None and len(entry):
-                total += (entry.numel() if isinstance(entry, Tensor) else _count(entry)) // len(entry)
+                total += (entry.numel() if isinstance(entry, Tensor) else _count_parameters(entry)) // len(entry)
         return total
 
 
@@ -197,7 +197,7 @@ class Decoder:
             )
         self.model = model
         self.config: Any = model.config
-        self.architecture = architecture_of(self.config)
+        self.architecture = get_architecture(self.config)
         layers = find(model, self.architecture.layers)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise DeclarationMismatch(
@@ -226,21 +226,21 @@ class Decoder:
             model_type=str(self.config.model_type),
             name=str(getattr(self.config, "_name_or_path", "") or type(self.model).__name__).rstrip("/").split("/")[-1],
             hidden_size=int(self.config.hidden_size),
-            parameters=_count(self.model),
+            parameters=_count_parameters(self.model),
             head_macs=head.weight.numel() if head is not None else 0,
             bytes_per_element=next(self.model.parameters()).element_size(),
-            weights=self.fingerprint(),
+            weights=self.compute_fingerprint(),
             layers=tuple(layer.shape for layer in self.layers),
         )
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Hash of the signs of evenly spaced weights: the same in every dtype, different for another model."""
         signs = hashlib.sha256()
         for layer in self.layers:
             for parameter in layer.module.parameters():
-                if parameter.is_meta and not isinstance(parameter, OnDisk):  # a model for shapes alone: no signs
+                if parameter.is_meta and not isinstance(parameter, LazyWeight):  # a model for shapes alone: no signs
                     continue
-                flat = (parameter.stored() if isinstance(parameter, OnDisk) else parameter.detach()).flatten()
+                flat = (parameter.read_stored() if isinstance(parameter, LazyWeight) else parameter.detach()).flatten()
                 step = max(1, flat.numel() // _SIGNS_PER_TENSOR)
                 signs.update(bytes((flat[::step][:_SIGNS_PER_TENSOR] > 0).tolist()))
         return signs.hexdigest()[:16]
@@ -252,7 +252,7 @@ class Decoder:
             NonFinite: with the parameter's name.
         """
         for name, parameter in self.model.named_parameters():
-            if isinstance(parameter, OnDisk):
+            if isinstance(parameter, LazyWeight):
                 continue
             if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
                 raise NonFinite(
@@ -261,7 +261,7 @@ class Decoder:
                 )
 
 
-def _count(*modules: nn.Module | None) -> int:
+def _count_parameters(*modules: nn.Module | None) -> int:
     """Parameters of the given modules, shared ones counted once."""
     seen = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
     return sum(seen.values())

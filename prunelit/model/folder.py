@@ -12,10 +12,10 @@ from torch import Tensor
 
 from prunelit.runtime.errors import SourceNotFound
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
-def settings(folder: str | Path) -> dict[str, Any]:
+def read_model_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a folder; nothing where there is none, as for a hub id.
 
     Raises:
@@ -34,7 +34,7 @@ def settings(folder: str | Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def skeleton(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
+def build_meta_model(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Build the model of a folder; its parameters and saved buffers take no memory.
 
     Args:
@@ -60,7 +60,7 @@ def skeleton(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) 
     return model
 
 
-class Files:
+class SafetensorsFolder:
     """The tensors of a folder with safetensors by name, mapped into memory when they are read.
 
     Raises:
@@ -69,32 +69,32 @@ class Files:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        index = folder / INDEX
-        with self._reading(INDEX if index.is_file() else SINGLE):
+        index = folder / INDEX_FILE
+        with self._wrap_read_errors(INDEX_FILE if index.is_file() else SINGLE):
             if index.is_file():
-                self.file_of: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                self.file_by_tensor: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             else:
                 with safe_open(folder / SINGLE, framework="pt") as file:
-                    self.file_of = dict.fromkeys(file.keys(), SINGLE)
+                    self.file_by_tensor = dict.fromkeys(file.keys(), SINGLE)
 
-    def view(self, name: str) -> Tensor:
+    def map_tensor(self, name: str) -> Tensor:
         """A tensor, not yet read."""
-        with self._reading(self.file_of[name]), safe_open(self.folder / self.file_of[name], framework="pt") as file:
+        with self._wrap_read_errors(self.file_by_tensor[name]), safe_open(self.folder / self.file_by_tensor[name], framework="pt") as file:
             return cast(Tensor, file.get_tensor(name))
 
     @contextmanager
-    def _reading(self, name: str) -> Iterator[None]:
+    def _wrap_read_errors(self, name: str) -> Iterator[None]:
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             said = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
             raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {said}") from error
 
-    def names(self, model: Any) -> dict[str, str]:
+    def match_names(self, model: Any) -> dict[str, str]:
         """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming, rename_source_key
 
         renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
         known, prefix = model.state_dict(), model.base_model_prefix
-        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_of}
+        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_by_tensor}

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def use_eval_mode(model: nn.Module) -> Iterator[None]:
     """`model.eval()` inside; every submodule back in its own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -21,7 +21,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def generating(model: Any, **settings: Any) -> Iterator[None]:
+def use_generation_config(model: Any, **settings: Any) -> Iterator[None]:
     """`model.generate()` by these settings of a GenerationConfig alone; the model's own are back after.
 
     generate() takes what it is not told from the model's own, where chat models keep penalties and ends of a turn.
@@ -36,7 +36,7 @@ def generating(model: Any, **settings: Any) -> Iterator[None]:
 
 
 @contextmanager
-def on_device(model: nn.Module, device: torch.device) -> Iterator[None]:
+def move_to_device(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Move the model to `device` inside; back to where it was after."""
     home = next(model.parameters()).device
     if home == device:

@@ -3,21 +3,21 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prunelit.runtime.progress import shown, verbose
+from prunelit.runtime.progress import is_progress_shown, is_verbose
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_transformers() -> Iterator[None]:
     """Silence transformers' chatter (but for --verbose) and bars while it loads or saves; a download shows its bar."""
     from huggingface_hub import constants
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as hf
 
     level, bars = hf.get_verbosity(), hf.is_progress_bar_enabled()
-    if not verbose():
+    if not is_verbose():
         hf.set_verbosity_error()
     hf.disable_progress_bar()  # the hub's too
-    if shown() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
+    if is_progress_shown() and not constants.HF_HUB_DISABLE_PROGRESS_BARS:
         enable_progress_bars()
     try:
         yield

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder, Layer, is_conv1d
 from prunelit.model.per_layer import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
-from prunelit.model.unit_indices import ffn_rows, qkv_blocks, rows_of
+from prunelit.model.unit_indices import index_ffn_rows, index_qkv_blocks, expand_head_rows
 from prunelit.runtime.errors import BadPlan
 
 
-def check_fits(decoder: Decoder, plan: PruningPlan) -> None:
+def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
     """Raise unless `plan` was made for a model of this shape.
 
     Raises:
@@ -60,20 +60,20 @@ def apply(model: nn.Module, plan: PruningPlan) -> None:
         BadPlan: the plan was made for another model; nothing has been changed then.
     """
     decoder = Decoder(model)
-    check_fits(decoder, plan)
-    cut_checked(decoder, plan)
+    check_plan_fits(decoder, plan)
+    apply_checked_plan(decoder, plan)
 
 
-def cut_checked(decoder: Decoder, plan: PruningPlan) -> None:
+def apply_checked_plan(decoder: Decoder, plan: PruningPlan) -> None:
     """`apply` of a plan that is known to fit; the weights may be without memory."""
     for layer, kept in zip(decoder, plan.layers, strict=True):
-        cut_layer(layer, kept, decoder.config)
-    finish(decoder, plan)
+        prune_layer(layer, kept, decoder.config)
+    finish_pruning(decoder, plan)
 
 
 @torch.no_grad()
-def cut_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
-    """Cut one layer in place. `finish` follows once all layers are cut; until then the model runs layer by layer.
+def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
+    """Cut one layer in place. `finish_pruning` follows once all layers are cut; until then the model runs layer by layer.
 
     Args:
         layer: as it is before the cut; look at its module afresh afterwards.
@@ -81,20 +81,20 @@ def cut_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
         config: of the model.
     """
     if layer.has_attention:
-        _cut_attention(layer, kept)
+        _prune_attention(layer, kept)
     if layer.has_mlp:
-        _cut_mlp(layer, kept)
+        _prune_mlp(layer, kept)
     set_counters(layer.module, layer.architecture, config, *kept.widths)
 
 
-def finish(decoder: Decoder, plan: PruningPlan) -> None:
+def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
     """After every layer was cut: drop layers without blocks, close holes in the KV cache, write widths that agree."""
     settle(decoder.model, decoder.architecture)
     if plan.is_uniform:
-        _set_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
+        _write_config_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
 
 
-def _set_widths(decoder: Decoder, kept: LayerPlan) -> None:
+def _write_config_widths(decoder: Decoder, kept: LayerPlan) -> None:
     """Write the widths that all layers share into the config.
 
     Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly.
@@ -109,19 +109,19 @@ def _set_widths(decoder: Decoder, kept: LayerPlan) -> None:
 
 
 @torch.no_grad()
-def mask(model: nn.Module, plan: PruningPlan) -> None:
+def mask_pruned_units(model: nn.Module, plan: PruningPlan) -> None:
     """Zero what `plan` would cut instead of cutting it: the same outputs, dense shapes. For tests and comparisons."""
     decoder = Decoder(model)
-    check_fits(decoder, plan)
+    check_plan_fits(decoder, plan)
     for layer, kept in zip(decoder, plan.layers, strict=True):
         if layer.has_attention:
-            columns = rows_of(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
-            _zero(layer.output, columns, kept.attention_removed, layer.norm("attention_post_norm"))
+            columns = expand_head_rows(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
+            _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
         if layer.has_mlp:
-            _zero(layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.norm("mlp_post_norm"))
+            _zero_pruned_columns(layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm"))
 
 
-def _zero(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:
+def _zero_pruned_columns(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:
     weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
     axis = 0 if is_conv1d(linear) else 1
     drop = torch.ones(weight.shape[axis], dtype=torch.bool)
@@ -133,7 +133,7 @@ def _zero(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module |
         cast(Tensor, post_norm.bias).zero_()
 
 
-def _cut_attention(layer: Layer, kept: LayerPlan) -> None:
+def _prune_attention(layer: Layer, kept: LayerPlan) -> None:
     shape, names = layer.shape, layer.architecture
     if kept.attention_removed:
         remove_attention(layer.module, names)
@@ -141,28 +141,28 @@ def _cut_attention(layer: Layer, kept: LayerPlan) -> None:
     if len(kept.query_heads) == shape.query_heads:
         return
     dim, units = shape.head_dim, {"query": list(kept.query_heads), "kv": list(kept.kv_groups)}
-    for linear, blocks in zip(layer.qkv, qkv_blocks(layer), strict=True):
+    for linear, blocks in zip(layer.qkv, index_qkv_blocks(layer), strict=True):
         stays = torch.cat([of[units[kind]].flatten() for kind, of in blocks.items()]).sort().values
-        _slice(linear, rows=rows_of(stays, dim))
-    _slice(layer.output, columns=rows_of(torch.tensor(kept.query_heads), dim))
+        _slice_linear(linear, rows=expand_head_rows(stays, dim))
+    _slice_linear(layer.output, columns=expand_head_rows(torch.tensor(kept.query_heads), dim))
     for path, kind in names.per_head.items():
         keep_entries(layer.attention, path, kept.query_heads if kind == "query" else kept.kv_groups)
 
 
-def _cut_mlp(layer: Layer, kept: LayerPlan) -> None:
+def _prune_mlp(layer: Layer, kept: LayerPlan) -> None:
     if kept.mlp_removed:
         remove_mlp(layer.module, layer.architecture)
         return
     if len(kept.ffn_channels) == layer.shape.ffn_channels:
         return
     channels = torch.tensor(kept.ffn_channels)
-    rows = ffn_rows(layer)[channels].T.flatten()
+    rows = index_ffn_rows(layer)[channels].T.flatten()
     for linear in layer.ffn_in:
-        _slice(linear, rows=rows)
-    _slice(layer.down, columns=channels)
+        _slice_linear(linear, rows=rows)
+    _slice_linear(layer.down, columns=channels)
 
 
-def _slice(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+def _slice_linear(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
     """Keep some outputs (rows) or inputs (columns) of a linear; a bias loses entries with the rows only."""
     weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
     index = cast(Tensor, rows if rows is not None else columns).to(weight.device)

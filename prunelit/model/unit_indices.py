@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from prunelit.model.decoder import Layer, is_conv1d
 
-Kind = Literal["query", "kv", "channel"]
+UnitKind = Literal["query", "kv", "channel"]
 
 
-def qkv_blocks(layer: Layer) -> list[dict[Kind, Tensor]]:
+def index_qkv_blocks(layer: Layer) -> list[dict[UnitKind, Tensor]]:
     """Of every linear of q, k and v, separate or fused, the blocks of each query head [Q, 1] and KV group [G, n]."""
     shape, names = layer.shape, layer.architecture
     heads, groups, size = shape.query_heads, shape.kv_groups, shape.group_size
@@ -29,20 +29,20 @@ def qkv_blocks(layer: Layer) -> list[dict[Kind, Tensor]]:
     return [{"query": query + 2 * (query // size), "kv": torch.cat([first, first + 1], 1)}]
 
 
-def ffn_rows(layer: Layer) -> Tensor:
+def index_ffn_rows(layer: Layer) -> Tensor:
     """Of every linear that reads into the FFN, the rows of each channel [F, n]."""
     channel = torch.arange(layer.shape.ffn_channels)[:, None]
     fused = layer.architecture.fused_gate_up  # all gates, then all ups
     return torch.cat([channel, channel + layer.shape.ffn_channels], 1) if fused else channel
 
 
-def rows_of(blocks: Tensor, head_dim: int) -> Tensor:
+def expand_head_rows(blocks: Tensor, head_dim: int) -> Tensor:
     """Rows of head-sized blocks, [..., n] -> [..., n * D]."""
     return (blocks[..., None] * head_dim + torch.arange(head_dim)).flatten(-2)
 
 
 @dataclass(frozen=True, eq=False)
-class Slices:
+class LinearSlices:
     """The slices of one linear, and the units that own them.
 
     Attributes:
@@ -55,7 +55,7 @@ class Slices:
     layer: int
     linear: nn.Module
     columns: bool
-    owners: Mapping[Kind, Tensor]
+    owners: Mapping[UnitKind, Tensor]
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -64,36 +64,36 @@ class Slices:
         own = [cast(nn.Parameter, self.linear.weight)]
         return own if bias is None or self.columns else [*own, bias]
 
-    def matrix(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def arrange_by_slice(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """Elements by slice, [slices, E], of tensors that are shaped like the linear's own."""
         out_in = weight.T if is_conv1d(self.linear) else weight
         if self.columns:
             return out_in.T
         return out_in if bias is None else torch.cat([out_in, bias[:, None]], dim=1)
 
-    def per_unit(self, values: Tensor) -> dict[Kind, Tensor]:
+    def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
         """Sums in float64 over the slices of each unit, from values per slice [slices]."""
         return {kind: values.double()[owned].sum(1) for kind, owned in self.owners.items()}
 
 
-def slices(layer: Layer) -> list[Slices]:
+def collect_layer_slices(layer: Layer) -> list[LinearSlices]:
     """The slices of every linear of a layer that shrinks with its units; none of heads that can not be cut."""
-    found: list[Slices] = []
+    found: list[LinearSlices] = []
     shape = layer.shape
     if layer.has_attention and shape.heads_prunable:
-        for linear, of in zip(layer.qkv, qkv_blocks(layer), strict=True):
-            owners = {kind: rows_of(blocks, shape.head_dim) for kind, blocks in of.items()}
-            found.append(_slices(layer, linear, owners))
+        for linear, of in zip(layer.qkv, index_qkv_blocks(layer), strict=True):
+            owners = {kind: expand_head_rows(blocks, shape.head_dim) for kind, blocks in of.items()}
+            found.append(_build_linear_slices(layer, linear, owners))
         query = torch.arange(shape.query_heads)[:, None]
-        found.append(_slices(layer, layer.output, {"query": rows_of(query, shape.head_dim)}, columns=True))
+        found.append(_build_linear_slices(layer, layer.output, {"query": expand_head_rows(query, shape.head_dim)}, columns=True))
     if layer.has_mlp:
         for linear in layer.ffn_in:
-            found.append(_slices(layer, linear, {"channel": ffn_rows(layer)}))
+            found.append(_build_linear_slices(layer, linear, {"channel": index_ffn_rows(layer)}))
         channel = torch.arange(shape.ffn_channels)[:, None]
-        found.append(_slices(layer, layer.down, {"channel": channel}, columns=True))
+        found.append(_build_linear_slices(layer, layer.down, {"channel": channel}, columns=True))
     return found
 
 
-def _slices(layer: Layer, linear: nn.Module, owners: dict[Kind, Tensor], columns: bool = False) -> Slices:
+def _build_linear_slices(layer: Layer, linear: nn.Module, owners: dict[UnitKind, Tensor], columns: bool = False) -> LinearSlices:
     device = cast(Tensor, linear.weight).device
-    return Slices(layer.index, linear, columns, {kind: owned.to(device) for kind, owned in owners.items()})
+    return LinearSlices(layer.index, linear, columns, {kind: owned.to(device) for kind, owned in owners.items()})

@@ -19,9 +19,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
-from prunelit.pruning.job import is_local
-from prunelit.runtime.torch_files import check_whole, damage, write_whole
-from prunelit.strategies.sharding import is_sharded
+from prunelit.pruning.job import is_local_path
+from prunelit.runtime.torch_files import check_torch_file, find_file_damage, write_torch_file
+from prunelit.strategies.sharding import is_sharded_strategy
 
 _log = logging.getLogger("prunelit")
 _SHARDED_END = "meta.pt"  # what Lightning writes last into a sharded checkpoint
@@ -41,10 +41,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OutputNotWritable: the disk refused; the earlier checkpoint of this name is as it was.
         """
-        if storage_options is not None or not is_local(path):
+        if storage_options is not None or not is_local_path(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        write_whole(Path(path), checkpoint)
+        write_torch_file(Path(path), checkpoint)
 
     def load_checkpoint(
         self,
@@ -57,8 +57,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             SourceNotFound: missing, cut short or damaged; names the newest whole one beside it.
         """
-        if is_local(path):
-            check_whole(Path(path))
+        if is_local_path(path):
+            check_torch_file(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
 
 
@@ -88,9 +88,9 @@ class SaveOnSigterm(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gradients of an unfinished step."""
-        if self._accumulating and not is_sharded(trainer.strategy):
+        if self._accumulating and not is_sharded_strategy(trainer.strategy):
             found = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-            checkpoint["gradients"] = {name: _mean(gradient) for name, gradient in found.items()}
+            checkpoint["gradients"] = {name: _average_over_ranks(gradient) for name, gradient in found.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take them until the optimiser is there."""
@@ -114,15 +114,15 @@ class SaveOnSigterm(Callback):
         exception.code = _SIGTERM_EXIT
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return
-        writer = next((c for c in _writers(trainer) if c.dirpath), None)
-        path = Path(writer.dirpath if writer and writer.dirpath else _folder(trainer)) / "last.ckpt"
+        writer = next((c for c in _list_model_checkpoints(trainer) if c.dirpath), None)
+        path = Path(writer.dirpath if writer and writer.dirpath else _get_checkpoint_folder(trainer)) / "last.ckpt"
         if writer is not None and writer.save_last:
             writer.last_model_path = str(path)
         trainer.save_checkpoint(path)
         _inform(f"SIGTERM: saved step {trainer.global_step} in {path}; --ckpt_path last goes on from it")
 
 
-def _mean(gradient: Tensor) -> Tensor:
+def _average_over_ranks(gradient: Tensor) -> Tensor:
     """Of this process's gradients and the others', which a wrapped model adds up only when it steps."""
     found = gradient.detach().clone()
     if dist.is_initialized():
@@ -131,7 +131,7 @@ def _mean(gradient: Tensor) -> Tensor:
     return found
 
 
-def prepare(trainer: Trainer) -> None:
+def configure_checkpoints(trainer: Trainer) -> None:
     """Give a Trainer whole checkpoints in a folder that the next run finds.
 
     Where Lightning would write its plain one-file checkpoints, `AtomicCheckpointIO` does; a `ModelCheckpoint` without
@@ -139,18 +139,18 @@ def prepare(trainer: Trainer) -> None:
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
-    for writer in _writers(trainer):
+    for writer in _list_model_checkpoints(trainer):
         if writer.dirpath is None:
-            writer.dirpath = str(_folder(trainer))
+            writer.dirpath = str(_get_checkpoint_folder(trainer))
 
 
-def newest(trainer: Trainer) -> Path | None:
+def find_newest_checkpoint(trainer: Trainer) -> Path | None:
     """The newest checkpoint that training can go on from, of all in the folders where this Trainer writes; says what it
     leaves out, and why. None where there is none."""
-    folders = dict.fromkeys([*(Path(c.dirpath) for c in _writers(trainer) if c.dirpath), _folder(trainer)])
+    folders = dict.fromkeys([*(Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath), _get_checkpoint_folder(trainer)])
     files = [path for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        wrong = damage(path / _SHARDED_END) if path.is_dir() else damage(path) or _lacks(path)
+        wrong = find_file_damage(path / _SHARDED_END) if path.is_dir() else find_file_damage(path) or _describe_missing_state(path)
         if wrong is None:
             return path
         _inform(f"checkpoint {path} is {wrong}: taking the one before it")
@@ -158,7 +158,7 @@ def newest(trainer: Trainer) -> Path | None:
     return None
 
 
-def _lacks(path: Path) -> str | None:
+def _describe_missing_state(path: Path) -> str | None:
     try:
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     except Exception as error:  # noqa: BLE001  (whole, and yet not of Lightning)
@@ -166,11 +166,11 @@ def _lacks(path: Path) -> str | None:
     return None if isinstance(saved, dict) and "optimizer_states" in saved else "without an optimiser's state"
 
 
-def _writers(trainer: Trainer) -> list[ModelCheckpoint]:
+def _list_model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
     return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
 
 
-def _folder(trainer: Trainer) -> Path:
+def _get_checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
 
 

@@ -30,8 +30,8 @@ from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
 from prunelit.monitoring import loggers
 from prunelit.monitoring.recorder import Recorder
-from prunelit.pruning.job import find_model, find_tokenizer, resume_path, saved_states
-from prunelit.report.figures import PICTURES, figure_of, png
+from prunelit.pruning.job import find_model, find_tokenizer, find_resume_path, read_callback_states
+from prunelit.report.figures import PICTURES, draw_picture, encode_png
 from prunelit.report.record import STATES, Record
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.strategies import sharding
@@ -84,7 +84,7 @@ class Dashboard(Recorder):
         self._trainer: Trainer | None = None
         self._shown: set[str] = set()
         self._plan = ""  # digest of the plan that was logged last
-        loggers.quiet_wandb()  # before a run starts, which is before any hook
+        loggers.set_quiet_wandb_defaults()  # before a run starts, which is before any hook
 
     # What a run tells --------------------------------------------------------------------------------------------
 
@@ -96,10 +96,10 @@ class Dashboard(Recorder):
             self.record, self._shown, self._plan = Record(kind="job"), set(), ""
         self._trainer = trainer
         if trainer.is_global_zero and trainer.loggers:
-            loggers.axes(trainer.loggers, AXES)
-            loggers.guard(trainer.loggers)
-            if resumed := resume_path(trainer):
-                self._go_on(saved_states(resumed).get(self.state_key, {}))
+            loggers.define_axes(trainer.loggers, AXES)
+            loggers.guard_hyperparameters(trainer.loggers)
+            if resumed := find_resume_path(trainer):
+                self._go_on(read_callback_states(resumed).get(self.state_key, {}))
         self._complete(trainer, trainer.lightning_module, "dense")
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
@@ -120,7 +120,7 @@ class Dashboard(Recorder):
         elif event == "stage":
             seconds, memory = facts["seconds"], facts.get("memory_mib") or {}
             peak = memory.get("cuda", memory.get("process", 0.0))
-            loggers.summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
+            loggers.log_summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
             self._point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
         elif event == "step":
             self._step(facts["values"], facts["step"])
@@ -143,13 +143,13 @@ class Dashboard(Recorder):
         ]
         names = ("query heads", "KV groups", "FFN channels")
         columns = ["layer", *(f"{name} kept" for name in names), *(f"{name}, dense" for name in names)]
-        loggers.table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
+        loggers.log_table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
         if self.artifacts != "none":
-            of = f"base-{_name(plan.model.name)}"
+            of = f"base-{_sanitize_artifact_name(plan.model.name)}"
             base = {"model_type": plan.model.model_type, "parameters": plan.model.parameters}
-            loggers.uses(self._loggers, of, "base-model", base)
+            loggers.log_used_artifact(self._loggers, of, "base-model", base)
             facts = {"of": of, "method": plan.method, "digest": plan.digest, **predicted}
-            loggers.artifact(self._loggers, "plan", "plan", facts, {"plan.json": _without_paths(plan).to_json()})
+            loggers.log_artifact(self._loggers, "plan", "plan", facts, {"plan.json": _remove_paths(plan).to_json()})
 
     def _step(self, values: Mapping[str, float], step: int) -> None:
         found = {}
@@ -171,12 +171,12 @@ class Dashboard(Recorder):
         if not self._loggers:
             return {}
         shown = [name for name in ("kept", "scores", "search") if name in self._shown]
-        sent = {"loggers": loggers.runs(self._loggers), "shown": shown, "plan": self._plan}
+        sent = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._plan}
         return {"record": self.record.to_json(), **sent}
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         """Log nothing twice where the loggers go on with the same runs; a state of another version is passed over."""
-        if state.get("loggers") != loggers.runs(self._loggers):
+        if state.get("loggers") != loggers.list_logger_runs(self._loggers):
             return
         try:
             self.record = Record.from_json(state["record"])
@@ -197,8 +197,8 @@ class Dashboard(Recorder):
         folder = Path(trainer.default_root_dir) / "model"
         if self.artifacts == "model" and self.record.plan is not None and (folder / "config.json").is_file():
             facts = {"plan": self.record.plan.digest, **self.record.measured.get("recovered", {})}
-            plan = _without_paths(self.record.plan).to_json()
-            loggers.artifact(self._loggers, "model", "model", facts, model_files(folder, plan))
+            plan = _remove_paths(self.record.plan).to_json()
+            loggers.log_artifact(self._loggers, "model", "model", facts, list_shareable_files(folder, plan))
 
     @property
     def _loggers(self) -> list[Logger]:
@@ -207,28 +207,28 @@ class Dashboard(Recorder):
     def _point(self, values: Mapping[str, float], place: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if finite:
-            loggers.points(self._loggers, finite, AXES[next(iter(finite))], place)
+            loggers.log_points(self._loggers, finite, AXES[next(iter(finite))], place)
 
     def _number(self, values: Mapping[str, float], step: int | None = None, also_summary: bool = False) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         if finite and self._trainer is not None:
-            loggers.numbers(self._loggers, finite, self._trainer.global_step if step is None else step)
+            loggers.log_numbers(self._loggers, finite, self._trainer.global_step if step is None else step)
             if also_summary:
-                loggers.summary(self._loggers, finite)
+                loggers.log_summary(self._loggers, finite)
 
     def _pictures(self, *names: str) -> None:
         """Each once in a run, where there is something to see."""
         for name in names:
             if self._trainer is None or not self._loggers or name in self._shown:
                 continue
-            if (made := figure_of(name, self.record)) is not None:
+            if (made := draw_picture(name, self.record)) is not None:
                 self._shown.add(name)
                 step = self._trainer.global_step
-                loggers.picture(self._loggers, IMAGES[name], png(made), PICTURES[name].caption, step)
+                loggers.log_picture(self._loggers, IMAGES[name], encode_png(made), PICTURES[name].caption, step)
 
     def _complete(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Let the model write, if asked to; a table once the last state is known."""
-        if self._samples is None or not trainer.loggers or sharding.is_sharded(trainer.strategy):
+        if self._samples is None or not trainer.loggers or sharding.is_sharded_strategy(trainer.strategy):
             return
         tokenizer = find_tokenizer(trainer, pl_module)
         if tokenizer is None or not trainer.is_global_zero:
@@ -237,22 +237,22 @@ class Dashboard(Recorder):
             model = find_model(pl_module)
         except NoModel:
             return
-        texts = samples.write(model, tokenizer, self._samples)
+        texts = samples.generate_completions(model, tokenizer, self._samples)
         self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
         if name == "recovered":
             states = [state for state in STATES if any(state in row for row in self.record.completions)]
             rows = [[row["prompt"], *(row.get(state, "") for state in states)] for row in self.record.completions]
-            loggers.table(self._loggers, "samples", ["prompt", *states], rows, trainer.global_step)
+            loggers.log_table(self._loggers, "samples", ["prompt", *states], rows, trainer.global_step)
 
 
-def model_files(folder: Path, plan: str) -> dict[str, Path | str]:
+def list_shareable_files(folder: Path, plan: str) -> dict[str, Path | str]:
     """Files of a saved model that may leave: not those that name its sources or hold tokens of a text."""
     stay = ("README.md", "plan.json", "report.json", "proof.json")
     found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in found.items() if path.name not in stay} | {"plan.json": plan}
 
 
-def _without_paths(plan: PruningPlan) -> PruningPlan:
+def _remove_paths(plan: PruningPlan) -> PruningPlan:
     """The plan as it may leave the machine: of files only their names."""
 
     def bare(value: Any) -> Any:
@@ -265,6 +265,6 @@ def _without_paths(plan: PruningPlan) -> PruningPlan:
     return replace(plan, options=options, calibration=calibration)
 
 
-def _name(model: str) -> str:
+def _sanitize_artifact_name(model: str) -> str:
     """As an artifact may be called: letters, digits, dashes, underscores and dots."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).name)[:100]

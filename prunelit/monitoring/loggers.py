@@ -31,7 +31,7 @@ WANDB_QUIET: dict[str, Any] = {
 """Settings without which W&B also sends the command line, the host's name, the packages and what is printed."""
 
 
-def check_wandb(asked: str) -> None:
+def check_wandb_installed(asked: str) -> None:
     """Raise before any work is done.
 
     Args:
@@ -46,44 +46,44 @@ def check_wandb(asked: str) -> None:
         raise BadOption(f"{asked}: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
 
 
-def quiet_wandb() -> None:
+def set_quiet_wandb_defaults() -> None:
     """`WANDB_QUIET` as the environment of runs to come, where the environment says nothing else."""
     for name, value in WANDB_QUIET.items():
         said = str(value).lower() if isinstance(value, bool) else value
         os.environ.setdefault("WANDB_" + name.removeprefix("x").upper(), said)
 
 
-def numbers(loggers: Iterable[Logger], values: Mapping[str, float], step: int) -> None:
+def log_numbers(loggers: Iterable[Logger], values: Mapping[str, float], step: int) -> None:
     """Numbers at a step of the training."""
     for logger in loggers:
         logger.log_metrics(dict(values), step)
 
 
-def axes(loggers: Iterable[Logger], of: Mapping[str, str]) -> None:
-    """Say once on which axis numbers stand that are logged by `points`: {name: axis}."""
+def define_axes(loggers: Iterable[Logger], of: Mapping[str, str]) -> None:
+    """Say once on which axis numbers stand that are logged by `log_points`: {name: axis}."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             for name, axis in of.items():
                 logger.experiment.define_metric(name, step_metric=axis)
 
 
-def runs(loggers: Iterable[Logger]) -> list[str]:
+def list_logger_runs(loggers: Iterable[Logger]) -> list[str]:
     """The runs that loggers write to: the same again where a resumed job goes on with them."""
     return [f"{type(logger).__name__} {logger.name} {logger.version}" for logger in loggers]
 
 
-def guard(loggers: Iterable[Logger]) -> None:
+def guard_hyperparameters(loggers: Iterable[Logger]) -> None:
     """Let W&B see of hyperparameters, whoever logs them, only numbers, switches and short plain words."""
     for logger in loggers:
         if isinstance(logger, WandbLogger) and "log_hyperparams" not in vars(logger):
-            logger.log_hyperparams = partial(_log_plain, logger.log_hyperparams)  # type: ignore[method-assign]
+            logger.log_hyperparams = partial(_log_plain_hyperparameters, logger.log_hyperparams)  # type: ignore[method-assign]
 
 
-def _log_plain(log: Any, given: Any) -> None:
-    log(scrub.plain(given if isinstance(given, Mapping) else vars(given)))
+def _log_plain_hyperparameters(log: Any, given: Any) -> None:
+    log(scrub.keep_plain_values(given if isinstance(given, Mapping) else vars(given)))
 
 
-def points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, place: int) -> None:
+def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, place: int) -> None:
     """Numbers on an axis of their own, as `place` = 1, 2, ...; "search/evaluation" for instance."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
@@ -94,31 +94,31 @@ def points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, pl
             logger.log_metrics(dict(values), place)
 
 
-def summary(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
+def log_summary(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
     """Single numbers of the whole run, where a logger keeps such."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(dict(values))
 
 
-def picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, step: int) -> None:
+def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, step: int) -> None:
     """A picture; `name` as "prune/kept"."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            logger.experiment.log({name: wandb.Image(_pixels(png), caption=caption), "trainer/global_step": step})
+            logger.experiment.log({name: wandb.Image(_decode_png(png), caption=caption), "trainer/global_step": step})
         elif isinstance(logger, TensorBoardLogger):
             import numpy
 
-            logger.experiment.add_image(name, numpy.asarray(_pixels(png)), step, dataformats="HWC")
+            logger.experiment.add_image(name, numpy.asarray(_decode_png(png)), step, dataformats="HWC")
         elif isinstance(logger, CSVLogger):
             path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
 
 
-def table(
+def log_table(
     loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
     """A table; `name` as "prune/layers"."""
@@ -130,7 +130,7 @@ def table(
             logger.experiment.log({name: made, "trainer/global_step": step})
         elif isinstance(logger, TensorBoardLogger):
             lines = [columns, ["---"] * len(columns), *rows]
-            text = "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+            text = "\n".join("| " + " | ".join(_escape_table_cell(value) for value in line) + " |" for line in lines)
             logger.experiment.add_text(name, text, step)
         elif isinstance(logger, CSVLogger):
             written = io.StringIO()
@@ -138,7 +138,7 @@ def table(
             write_text(Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}.csv", written.getvalue())
 
 
-def uses(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any]) -> None:
+def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any]) -> None:
     """Say what a run starts from: an artifact that holds its description, and no file of it.
 
     W&B links artifacts on its server only; offline, what a run has made says in its metadata what it is of.
@@ -153,7 +153,7 @@ def uses(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str,
             logger.experiment.use_artifact(made)
 
 
-def artifact(
+def log_artifact(
     loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any], content: Mapping[str, Path | str]
 ) -> None:
     """Log what a run has made, as {name: file, or text}."""
@@ -172,11 +172,11 @@ def artifact(
                 logger.experiment.log_artifact(made)
 
 
-def _pixels(png: bytes) -> Any:
+def _decode_png(png: bytes) -> Any:
     from PIL import Image
 
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def _cell(value: Any) -> str:
+def _escape_table_cell(value: Any) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")

@@ -8,9 +8,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from prunelit.calibration.batches import tokens_in
+from prunelit.calibration.batches import count_real_tokens
 from prunelit.report.record import Record
-from prunelit.runtime.distributed import own_rank
+from prunelit.runtime.distributed import get_rank
 
 
 class Recorder(Callback):
@@ -29,7 +29,7 @@ class Recorder(Callback):
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
         """See `prunelit.report.record`."""
-        if own_rank() == 0:
+        if get_rank() == 0:
             self.record.hear(event, facts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -43,12 +43,12 @@ class Recorder(Callback):
         if not trainer.is_global_zero:
             return
         if isinstance(batch, Mapping) and isinstance(batch.get("input_ids"), Tensor):
-            self._tokens += tokens_in(batch)
+            self._tokens += count_real_tokens(batch)
         last = trainer.global_step == trainer.max_steps
         every = max(1, getattr(trainer, "log_every_n_steps", 50))
         if trainer.global_step % every and not last:
             return
-        values = {name: value for name, value in _numbers(trainer).items() if name not in self._of_validation}
+        values = {name: value for name, value in _read_logged_metrics(trainer).items() if name not in self._of_validation}
         if trainer.optimizers:
             values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         now = time.perf_counter()
@@ -58,16 +58,16 @@ class Recorder(Callback):
         self.hear("step", {"step": trainer.global_step, "values": values})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._paused, self._before = time.perf_counter(), _numbers(trainer)
+        self._paused, self._before = time.perf_counter(), _read_logged_metrics(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since += time.perf_counter() - self._paused  # no training in between
         if trainer.is_global_zero and not trainer.sanity_checking:
-            values = _numbers(trainer)  # what was not there, or changed: Lightning repeats it at every step from now on
+            values = _read_logged_metrics(trainer)  # what was not there, or changed: Lightning repeats it at every step from now on
             self._of_validation |= {name for name, value in values.items() if self._before.get(name) != value}
             self.hear("step", {"step": trainer.global_step, "values": values})
 
 
-def _numbers(trainer: Trainer) -> dict[str, float]:
+def _read_logged_metrics(trainer: Trainer) -> dict[str, float]:
     """What the job has logged last."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}

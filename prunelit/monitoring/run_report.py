@@ -22,23 +22,23 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from prunelit import export
 from prunelit.calibration import metrics
-from prunelit.calibration.fingerprints import text_fingerprint
+from prunelit.calibration.fingerprints import fingerprint_batches
 from prunelit.data import text
 from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import on_device
+from prunelit.model.modes import move_to_device
 from prunelit.monitoring.recorder import Recorder
-from prunelit.pruning.callback import pruner_of
+from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import (
-    check_same,
+    check_same_job,
     find_model,
-    identity,
-    listeners_of,
-    resume_path,
-    same_on_all_ranks,
-    saved_states,
+    fingerprint_job,
+    collect_listeners,
+    find_resume_path,
+    check_same_on_ranks,
+    read_callback_states,
 )
 from prunelit.quantization import int4_folder, linears, quantize, views
 from prunelit.recovery import merge
@@ -47,11 +47,11 @@ from prunelit.report import run_page
 from prunelit.report.record import Record
 from prunelit.runtime import progress
 from prunelit.runtime.atomic_files import check_folder
-from prunelit.runtime.environment import hardware, peak_memory_mib
+from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
 from prunelit.runtime.errors import BadOption, BadPlan, BadQuantisation
-from prunelit.runtime.events import Teller
+from prunelit.runtime.events import EventSource
 from prunelit.runtime.text_files import write_json
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 from prunelit.strategies import sharding
 
 _log = logging.getLogger("prunelit")
@@ -59,7 +59,7 @@ _COMPLETION_TOKENS = 24
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
-class RunReport(Recorder, Teller):
+class RunReport(Recorder, EventSource):
     """Measure a run and save what came of it in `trainer.default_root_dir`.
 
     Args:
@@ -77,7 +77,7 @@ class RunReport(Recorder, Teller):
         self, batch_size: int = 4, format: str = "auto", save_base: bool = True, prompts: list[str] | None = None
     ):
         Recorder.__init__(self)
-        Teller.__init__(self)
+        EventSource.__init__(self)
         self._samples: Samples | None = None
         if prompts is None or prompts:
             self._samples = Samples(tuple(prompts or Samples.prompts), new_tokens=_COMPLETION_TOKENS)
@@ -100,8 +100,8 @@ class RunReport(Recorder, Teller):
         """
         if stage != "fit" or self.report:
             return
-        pruner_of(trainer)  # several are refused before anything is measured
-        self.listeners = listeners_of(trainer)
+        find_pruner(trainer)  # several are refused before anything is measured
+        self.listeners = collect_listeners(trainer)
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             self._check_folders(trainer, pl_module)
@@ -113,30 +113,30 @@ class RunReport(Recorder, Teller):
         with self._timed("load_model"):
             model = find_model(pl_module)
         data = getattr(trainer, "datamodule", None)
-        self._identity = identity(model, trainer, pl_module)
-        if resumed := resume_path(trainer):
-            check_same(saved_states(resumed).get(self.state_key, {}), self._identity)
+        self._identity = fingerprint_job(model, trainer, pl_module)
+        if resumed := find_resume_path(trainer):
+            check_same_job(read_callback_states(resumed).get(self.state_key, {}), self._identity)
         self._windows = data.validation if isinstance(data, TextDataModule) else None
         if isinstance(data, TextDataModule):
             parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
-            same_on_all_ranks("data", text_fingerprint(parts))
+            check_same_on_ranks("data", fingerprint_batches(parts))
         self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
         self.report |= self._earlier(resumed is not None)
         for name in self.report.keys() & {"dense", "pruned"}:
             self.tell("measured", name=name, row=self.report[name])
         self.record.title = Decoder(model).shape.name
-        with on_device(model, trainer.strategy.root_device):
-            self._measure("dense", model, metrics.size(model))
+        with move_to_device(model, trainer.strategy.root_device):
+            self._measure("dense", model, metrics.measure_model_size(model))
             self._complete("dense", model, trainer)
         self._write(trainer)
 
     def _check_folders(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is measured: what is refused at the end costs a whole run."""
         check_folder(self._folder)
-        pruner, data = pruner_of(trainer), getattr(trainer, "datamodule", None)
+        pruner, data = find_pruner(trainer), getattr(trainer, "datamodule", None)
         named = [pl_module.hparams.get("model"), getattr(pruner, "plan_file", None), *getattr(data, "sources", [])]
         reads = [source for source in named if isinstance(source, str)]
-        export.check_request(self._folder / "model", self.format, overwrite=True, reads=reads)
+        export.check_export_request(self._folder / "model", self.format, overwrite=True, reads=reads)
         if pl_module.hparams.get("lora_rank", 0):
             for name in ("adapter", "base") if self.save_base else ("adapter",):
                 export.check_output(self._folder / name, overwrite=True, reads=reads)
@@ -154,13 +154,13 @@ class RunReport(Recorder, Teller):
             if trainer.is_global_zero:
                 plan.save(self._folder / "plan.json")
         adapted: Any = pl_module.model
-        if self.format != "auto" and not sharding.is_sharded(trainer.strategy):  # sharded, it has other shapes
-            base = views.below_adapters(adapted)  # only int4 is written without making linears plain
-            export.check_fits(base if self.format == "int4" else views.plain(base), _tokenizer(trainer), self.format)
+        if self.format != "auto" and not sharding.is_sharded_strategy(trainer.strategy):  # sharded, it has other shapes
+            base = views.view_without_adapters(adapted)  # only int4 is written without making linears plain
+            export.check_format_fits(base if self.format == "int4" else views.view_as_plain_linears(base), _get_tokenizer(trainer), self.format)
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
             self._measure("pruned", adapted, size)
             self._complete("pruned", adapted, trainer)
-        self.report["memory"] = quantize.bytes_per_parameter(adapted)
+        self.report["memory"] = quantize.measure_base_memory(adapted)
         _say_memory(self.report["memory"])
         self._write(trainer)
         self._started = time.perf_counter()
@@ -168,13 +168,13 @@ class RunReport(Recorder, Teller):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
-        self.tell("stage", name="train", seconds=self.seconds["train"], memory_mib=peak_memory_mib())
+        self.tell("stage", name="train", seconds=self.seconds["train"], memory_mib=get_peak_memory_mib())
         recovered: Any = pl_module
-        if sharding.is_sharded(trainer.strategy):  # gathered, it would be measured on the CPU
+        if sharding.is_sharded_strategy(trainer.strategy):  # gathered, it would be measured on the CPU
             self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
-        tokenizer, plan = _tokenizer(trainer), self._plan(trainer)
+        tokenizer, plan = _get_tokenizer(trainer), self._plan(trainer)
         merged = self._merged(trainer, recovered, tokenizer, plan)
-        self._measure("recovered", merged, metrics.size(merged))
+        self._measure("recovered", merged, metrics.measure_model_size(merged))
         self._complete("recovered", merged, trainer)
         if trainer.is_global_zero:
             with self._timed("save"):
@@ -185,23 +185,23 @@ class RunReport(Recorder, Teller):
                     report=self.report,
                 )
             self.report |= {"format": written.format, "trained_steps": trainer.global_step}
-            self.record.facts["load"] = load_commands.commands(written.format, written.path, plan)
+            self.record.facts["load"] = load_commands.list_load_commands(written.format, written.path, plan)
         trainer.strategy.barrier()
         self._write(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
             made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
             files = "report.html report.json plan.json config.yaml"
-            sys.stdout.write(f"\n{metrics.table(rows)}\n\n{self._folder}/: {made} {files}\n")
+            sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {made} {files}\n")
 
     def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
         """The model with its adapters merged; before that they are saved as they are."""
         adapted = recovered.model
         if not linears.has_adapters(adapted):
             return recovered.merged_model()
-        base = linears.quantised_as(adapted) or "none"
-        ids = merge.tokens(self._windows, adapted)
-        before = metrics.logits(adapted, ids)
+        base = linears.get_quantization(adapted) or "none"
+        ids = merge.choose_probe_tokens(self._windows, adapted)
+        before = metrics.compute_logits(adapted, ids)
         recovered.whole_model()  # all ranks
         if trainer.is_global_zero:
             with self._timed("save_adapter"):
@@ -209,10 +209,10 @@ class RunReport(Recorder, Teller):
             if written:
                 self.report["base_format"] = written
         merged = recovered.merged_model()
-        self.report["merge"] = {"base": base} | metrics.difference(before, metrics.logits(merged, ids), ids)
-        _say(merge.sentence(base, self.report["merge"]))
+        self.report["merge"] = {"base": base} | metrics.measure_logit_difference(before, metrics.compute_logits(merged, ids), ids)
+        _say(merge.describe_merge(base, self.report["merge"]))
         if base == "int4" and not self._four_bit(merged):
-            merged = quantize.dequantised(merged)
+            merged = quantize.dequantize_model(merged)
             self.report["base"] = "int4: the saved weights are the rounded ones, in full precision"
         return merged
 
@@ -221,7 +221,7 @@ class RunReport(Recorder, Teller):
         if self.format not in ("auto", "int4"):
             return False
         try:
-            int4_folder.group_size(merged)
+            int4_folder.find_common_group_size(merged)
         except BadQuantisation as error:
             _say(f"saved in full precision: {error}")
             return False
@@ -237,7 +237,7 @@ class RunReport(Recorder, Teller):
         Raises:
             BadPlan: another model or tokenizer.
         """
-        check_same(state_dict, self._identity)
+        check_same_job(state_dict, self._identity)
 
     def _measure(self, name: str, model: Any, size: dict[str, int]) -> None:
         if name in self.report:
@@ -253,13 +253,13 @@ class RunReport(Recorder, Teller):
 
     def _complete(self, name: str, model: Any, trainer: Trainer) -> None:
         """Write completions for the page. They stay in this folder: they are not told to other listeners."""
-        tokenizer = _tokenizer(trainer)
-        if self._samples is None or tokenizer is None or sharding.is_sharded(trainer.strategy):
+        tokenizer = _get_tokenizer(trainer)
+        if self._samples is None or tokenizer is None or sharding.is_sharded_strategy(trainer.strategy):
             return
         known = {row["prompt"] for row in self.record.completions if name in row}
         if trainer.is_global_zero and not known.issuperset(self._samples.prompts):
             with self._timed("write_samples"):
-                texts = samples.write(model, tokenizer, self._samples)
+                texts = samples.generate_completions(model, tokenizer, self._samples)
             self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
 
     def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
@@ -267,7 +267,7 @@ class RunReport(Recorder, Teller):
             return {}
         sources = data.validation_sources or data.train_sources
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return metrics.protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint(self._windows)}
+        return metrics.describe_protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint_token_ids(self._windows)}
 
     def _earlier(self, resumed: bool) -> dict[str, Any]:
         """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
@@ -298,40 +298,40 @@ class RunReport(Recorder, Teller):
         self.record = earlier
 
     def _plan(self, trainer: Trainer) -> Any:
-        pruner = pruner_of(trainer)
+        pruner = find_pruner(trainer)
         return pruner.plan_made if pruner else None
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
-        with progress.stage(stage.replace("_", " ")):
+        with progress.show_stage(stage.replace("_", " ")):
             yield
         taken = time.perf_counter() - start
         self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
-        self.tell("stage", name=stage, seconds=taken, memory_mib=peak_memory_mib())
+        self.tell("stage", name=stage, seconds=taken, memory_mib=get_peak_memory_mib())
 
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        pruner = pruner_of(trainer)
+        pruner = find_pruner(trainer)
         stages = self.seconds | (pruner.seconds if pruner else {})
         self.report |= {
             "seconds": {name: round(value, 2) for name, value in stages.items()},
-            "peak_memory_mib": peak_memory_mib(),
-            "versions": versions(),
+            "peak_memory_mib": get_peak_memory_mib(),
+            "versions": collect_versions(),
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
         taken = ("protocol", "versions", "seed", "memory", "trained_steps")
         self.record.facts |= {name: self.report[name] for name in taken if name in self.report}
         self.record.facts |= {
-            "hardware": hardware(trainer.strategy.root_device),
+            "hardware": describe_hardware(trainer.strategy.root_device),
             "completion_tokens": _COMPLETION_TOKENS,
         }
-        run_page.write(self.record, self._folder)
+        run_page.write_run_page(self.record, self._folder)
 
 
-def _tokenizer(trainer: Trainer) -> Any:
+def _get_tokenizer(trainer: Trainer) -> Any:
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 

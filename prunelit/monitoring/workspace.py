@@ -1,7 +1,7 @@
 """The layout of a W&B project for pruning runs: a workspace, and a report to write into, from code.
 
 Both show what `prunelit.monitoring.dashboard` logs, by its own lists of names. What W&B's server draws of it has never
-been seen: the workspace is built and read back as data, `save` needs the server.
+been seen: the workspace is built and read back as data, `save_workspace` needs the server.
 """
 
 import json
@@ -30,7 +30,7 @@ _PICTURES = {
 }
 
 
-def panels(section: str) -> list[Any]:
+def build_panels(section: str) -> list[Any]:
     """The panels of a section: its pictures, then a line or bar for each number."""
     import wandb_workspaces.reports.v2 as wr
 
@@ -51,42 +51,42 @@ def panels(section: str) -> list[Any]:
     return made
 
 
-def workspace(entity: str, project: str) -> Any:
-    """A `wandb_workspaces.workspaces.Workspace`; `save()` makes it on the server."""
+def build_workspace(entity: str, project: str) -> Any:
+    """A `wandb_workspaces.workspaces.Workspace`; `save_workspace()` makes it on the server."""
     import wandb_workspaces.workspaces as ws
 
-    sections = [ws.Section(name=title, panels=panels(name), is_open=True) for name, title in _TITLES.items()]
+    sections = [ws.Section(name=title, panels=build_panels(name), is_open=True) for name, title in _TITLES.items()]
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
 
-def report(entity: str, project: str) -> Any:
+def build_wandb_report(entity: str, project: str) -> Any:
     """A `wandb_workspaces.reports.v2.Report`, a heading and the panels of each section."""
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(entity=entity, project=project)
     blocks: list[Any] = [wr.P("What was cut, what it cost, and what came back.")]
     for name, title in _TITLES.items():
-        blocks += [wr.H2(title), wr.PanelGrid(runsets=[runs], panels=panels(name))]
+        blocks += [wr.H2(title), wr.PanelGrid(runsets=[runs], panels=build_panels(name))]
     return wr.Report(entity=entity, project=project, title=f"{NAME}: {project}", blocks=blocks)
 
 
-def specification(entity: str, project: str) -> dict[str, Any]:
+def dump_workspace(entity: str, project: str) -> dict[str, Any]:
     """The workspace as the server would be sent it; a report can not be spelt out without a key."""
     # Private, but the only way to see a layout without a server; a test would notice it going.
     found: dict[str, Any] = json.loads(
-        workspace(entity, project)._to_model().model_dump_json(by_alias=True, exclude_none=True)
+        build_workspace(entity, project)._to_model().model_dump_json(by_alias=True, exclude_none=True)
     )
     return found
 
 
-def save(entity: str, project: str) -> list[str]:
+def save_workspace(entity: str, project: str) -> list[str]:
     """Make both on the server; their addresses.
 
     Raises:
         BadOption: no key, no network, no such entity, in one line.
     """
     found = []
-    for build in (workspace, report):
+    for build in (build_workspace, build_wandb_report):
         try:
             found.append(str(build(entity, project).save().url))
         except Exception as error:  # what W&B and its transport raise has no common type

@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple, get_args
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
-Kind = Literal["attention", "mlp"]
-Kinds = Literal["mix", "attention", "mlp"]
+BlockKind = Literal["attention", "mlp"]
+BlockChoice = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
-NOT_READ = ("scope", "unit", "min_kept", "uniform_heads")
+IGNORED_OPTIONS = ("scope", "unit", "min_kept", "uniform_heads")
 """Options about widths, which mean nothing where whole blocks go. `align` is not among them: widths that stay whole are
 not rounded, and a table's common `align` is kept by all its rows."""
 
@@ -23,7 +23,7 @@ class Block(NamedTuple):
     """The attention or the FFN of one layer; written A7 or M7."""
 
     layer: int
-    kind: Kind
+    kind: BlockKind
 
     def __str__(self) -> str:
         return f"{self.kind[0].upper()}{self.layer}"
@@ -31,14 +31,14 @@ class Block(NamedTuple):
     @classmethod
     def parse(cls, name: str) -> "Block":
         """The block that is written so."""
-        kinds: dict[str, Kind] = {"A": "attention", "M": "mlp"}
+        kinds: dict[str, BlockKind] = {"A": "attention", "M": "mlp"}
         return cls(int(name[1:]), kinds[name[0]])
 
 
-Blocks = frozenset[Block]
+BlockSet = frozenset[Block]
 
 
-def blocks_of(shape: ModelShape, kinds: Kinds = "mix", protect: Collection[int] = ()) -> list[Block]:
+def list_blocks(shape: ModelShape, kinds: BlockChoice = "mix", protect: Collection[int] = ()) -> list[Block]:
     """The blocks a model has, all attention by layer, then all FFNs; those of one kind, outside protected layers.
 
     Raises:
@@ -53,13 +53,13 @@ def blocks_of(shape: ModelShape, kinds: Kinds = "mix", protect: Collection[int] 
     return attention + [Block(i, "mlp") for i, layer in free if layer.ffn_channels and kinds != "attention"]
 
 
-def may_go(shape: ModelShape, removed: Collection[Block]) -> bool:
+def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
     """Whether a model is left without these blocks: one attention (if it has any), and one block."""
-    attention = blocks_of(shape, "attention")
-    return len(removed) < len(blocks_of(shape)) and (not attention or not set(attention) <= set(removed))
+    attention = list_blocks(shape, "attention")
+    return len(removed) < len(list_blocks(shape)) and (not attention or not set(attention) <= set(removed))
 
 
-def without(shape: ModelShape, removed: Collection[Block]) -> list[LayerPlan]:
+def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[LayerPlan]:
     """What every layer keeps when these blocks go."""
     kept = []
     for index, layer in enumerate(shape.layers):
@@ -69,7 +69,7 @@ def without(shape: ModelShape, removed: Collection[Block]) -> list[LayerPlan]:
     return kept
 
 
-def cost(shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "parameters") -> int:
+def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "parameters") -> int:
     """Parameters, MACs per token or KV-cache elements per token that go with these blocks."""
 
     def at(layer: LayerShape, heads: int, groups: int, channels: int) -> int:
@@ -88,7 +88,7 @@ def cost(shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "p
 
 
 @dataclass(frozen=True)
-class Goal:
+class RemovalGoal:
     """How much goes: a number of units (blocks, or whole layers), or at least a share of the decoder layers' budget.
 
     Raises:
@@ -112,7 +112,7 @@ class Goal:
             raise BadOption(f"budget: expected one of {', '.join(allowed)} for whole blocks, got {self.budget!r}")
 
     @classmethod
-    def of(cls, ratio: float | None, count: int | None, options: Mapping[str, Any]) -> "Goal":
+    def from_options(cls, ratio: float | None, count: int | None, options: Mapping[str, Any]) -> "RemovalGoal":
         """From a method's constructor: `options` are the arguments that go to `PruningCallback`.
 
         Raises:
@@ -120,15 +120,15 @@ class Goal:
         """
         return cls(ratio, count, options.get("budget", "parameters"))
 
-    def share(self, shape: ModelShape, removed: Collection[Block]) -> float:
+    def compute_share(self, shape: ModelShape, removed: Collection[Block]) -> float:
         """Of the decoder layers' budget that goes with these blocks."""
-        return cost(shape, removed, self.budget) / max(1, cost(shape, blocks_of(shape), self.budget))
+        return sum_block_costs(shape, removed, self.budget) / max(1, sum_block_costs(shape, list_blocks(shape), self.budget))
 
-    def met(self, shape: ModelShape, removed: Collection[Block], units: int) -> bool:
+    def is_met(self, shape: ModelShape, removed: Collection[Block], units: int) -> bool:
         """Whether enough is gone: these blocks, which count as `units`."""
-        return units >= self.count if self.count is not None else self.share(shape, removed) >= (self.ratio or 0.0)
+        return units >= self.count if self.count is not None else self.compute_share(shape, removed) >= (self.ratio or 0.0)
 
-    def check(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
+    def check_feasible(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
         """Raise unless the goal can be met.
 
         Args:
@@ -140,14 +140,14 @@ class Goal:
             InfeasibleBudget: it can not.
         """
         if self.count is not None and self.count > units:
-            raise self.infeasible(str(units))
-        attention = blocks_of(shape, "attention")
+            raise self.make_infeasible_error(str(units))
+        attention = list_blocks(shape, "attention")
         allowed = [set(candidates) - {stays} for stays in attention] or [set(candidates)]
-        most = max(self.share(shape, some) for some in allowed)
+        most = max(self.compute_share(shape, some) for some in allowed)
         if self.ratio is not None and self.ratio > most:
-            raise self.infeasible(f"{most:.4f} of the {self.budget}")
+            raise self.make_infeasible_error(f"{most:.4f} of the {self.budget}")
 
-    def infeasible(self, most: str) -> InfeasibleBudget:
+    def make_infeasible_error(self, most: str) -> InfeasibleBudget:
         """The error that says how much can go."""
         asked = f"ratio {self.ratio}" if self.count is None else f"count {self.count}"
         return InfeasibleBudget(

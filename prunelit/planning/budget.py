@@ -16,23 +16,23 @@ import torch
 
 from prunelit.core.plan import LayerPlan, LayerShape
 from prunelit.core.scores import Cost, LayerScores, Unit
-from prunelit.planning.removal_steps import Ladder, ladders_of, standardised, tied
+from prunelit.planning.removal_steps import RemovalSequence, build_removal_sequences, standardize_scores, tie_sequences
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
 Scope = Literal["layer", "global", "layer_mean"]
 Budget = Literal["parameters", "macs", "kv_bytes", "latency"]
 
-_COSTS: dict[str, Cost] = {
+_COST_FUNCTIONS: dict[str, Cost] = {
     "parameters": LayerShape.parameters_at,
     # Per unit of hidden size, and per byte of an element: factors that all layers share do not change a ratio.
     "macs": lambda shape, heads, groups, channels: shape.macs_at(1, heads, groups, channels),
     "kv_bytes": lambda shape, heads, groups, channels: shape.kv_elements_at(groups),
 }
 _KINDS = ("attention", "ffn")
-_SPREAD = 0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
+_SHARE_PER_DEVIATION = 0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
 
 
-def select(
+def select_units(
     shapes: Sequence[LayerShape],
     scores: Sequence[LayerScores],
     ratio: float,
@@ -81,16 +81,16 @@ def select(
         NonFinite: a score is NaN or infinite.
         InfeasibleBudget: the layers that may be cut do not hold that much of the budget.
     """
-    check_options(
+    check_budget_options(
         *(ratio, scope, unit, align, protect, len(shapes)),
         budget=budget,
         min_kept=min_kept,
         uniform_heads=uniform_heads,
     )
-    price = cost or _COSTS.get(budget)
+    price = cost or _COST_FUNCTIONS.get(budget)
     if price is None:
         raise BadOption(
-            f"budget: expected a measured cost for {budget!r}, got none; see prunelit.planning.latency.measure"
+            f"budget: expected a measured cost for {budget!r}, got none; see prunelit.planning.latency.measure_latency_table"
         )
     whole = {layer % len(shapes) for layer in protect}
     if shapes and len(whole) == len(shapes):
@@ -99,13 +99,13 @@ def select(
             "protect fewer layers"
         )
     compared = scope == "global"
-    ladders: list[Ladder] = []
+    ladders: list[RemovalSequence] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
         if index not in whole:
-            ladders += ladders_of(index, shape, score, price, unit, align, min_kept, compared, compared and standardise)
+            ladders += build_removal_sequences(index, shape, score, price, unit, align, min_kept, compared, compared and standardise)
     found, members = ladders, [[number] for number in range(len(ladders))]
     if uniform_heads:
-        ladders, members = _heads_tied(shapes, found)
+        ladders, members = _tie_heads(shapes, found)
     dense = sum(price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
     target = ratio * dense
     most = sum(ladder.saves()[-1] for ladder in ladders)
@@ -119,23 +119,23 @@ def select(
             "or protect fewer layers"
         )
     if scope == "layer":
-        taken = _uniform(ladders, ratio, target)
+        taken = _take_uniformly(ladders, ratio, target)
     elif scope == "layer_mean":
-        taken = _in_order(ladders, _by_layer_mean(ladders, ratio), target)
+        taken = _take_in_order(ladders, _order_by_layer_mean(ladders, ratio), target)
     elif joint:
-        taken = _in_order(ladders, _by_score(ladders, _KINDS), target)
+        taken = _take_in_order(ladders, _order_by_score(ladders, _KINDS), target)
     else:
         heads = dense - sum(price(shape, 0, 0, shape.ffn_channels) for shape in shapes)
-        taken = _in_order(ladders, _kinds_apart(ladders, ratio * heads), target)
+        taken = _take_in_order(ladders, _order_kinds_apart(ladders, ratio * heads), target)
     gone = [0] * len(found)
     for ladder, count, group in zip(ladders, taken, members, strict=True):
-        rung = ladder.steps[count - 1].after if count else 0
+        rung = ladder.steps[count - 1].removed_after if count else 0
         for number in group:
-            gone[number] = sum(step.after <= rung for step in found[number].steps)
-    return _plans(shapes, found, gone, unit)
+            gone[number] = sum(step.removed_after <= rung for step in found[number].steps)
+    return _build_layer_plans(shapes, found, gone, unit)
 
 
-def check_options(
+def check_budget_options(
     ratio: float,
     scope: str,
     unit: str,
@@ -172,7 +172,7 @@ def check_options(
             raise BadOption(f"protect: expected layer numbers in [{-(layers or 0)}, {layers}), got {layer!r}")
 
 
-def _heads_tied(shapes: Sequence[LayerShape], ladders: list[Ladder]) -> tuple[list[Ladder], list[list[int]]]:
+def _tie_heads(shapes: Sequence[LayerShape], ladders: list[RemovalSequence]) -> tuple[list[RemovalSequence], list[list[int]]]:
     """The ladders with those of heads as one, or none where a layer with heads has no ladder; and what each stands for.
 
     The second list holds, for every ladder of the first, the numbers of the ladders that it moves.
@@ -180,19 +180,19 @@ def _heads_tied(shapes: Sequence[LayerShape], ladders: list[Ladder]) -> tuple[li
     heads = [number for number, ladder in enumerate(ladders) if ladder.kind == "attention"]
     channels = [number for number, ladder in enumerate(ladders) if ladder.kind == "ffn"]
     together = bool(heads) and len(heads) == sum(shape.kv_groups > 0 for shape in shapes)
-    first = [(tied([ladders[number] for number in heads]), heads)] if together else []
+    first = [(tie_sequences([ladders[number] for number in heads]), heads)] if together else []
     both = first + [(ladders[number], [number]) for number in channels]
     return [ladder for ladder, _ in both], [members for _, members in both]
 
 
-_Queue = list[tuple[int, int]]  # (ladder, position of the step in it), first to go first
+_StepQueue = list[tuple[int, int]]  # (ladder, position of the step in it), first to go first
 
 
-def _uniform(ladders: list[Ladder], ratio: float, target: float) -> list[int]:
+def _take_uniformly(ladders: list[RemovalSequence], ratio: float, target: float) -> list[int]:
     """Steps taken per ladder: the same number in every layer."""
     saves = [ladder.saves() for ladder in ladders]
     longest = {kind: max((len(each.steps) for each in ladders if each.kind == kind), default=0) for kind in _KINDS}
-    share = [sum(step.after <= int(ratio * ladder.rungs) for step in ladder.steps) for ladder in ladders]
+    share = [sum(step.removed_after <= int(ratio * ladder.unit_count) for step in ladder.steps) for ladder in ladders]
 
     def taken(extra: int, channels: int) -> list[int]:
         wanted = [share[i] + extra if each.kind == "attention" else channels for i, each in enumerate(ladders)]
@@ -210,9 +210,9 @@ def _uniform(ladders: list[Ladder], ratio: float, target: float) -> list[int]:
     raise AssertionError("unreachable: select() checked that the budget can be met")
 
 
-def _by_score(ladders: list[Ladder], kinds: Collection[str]) -> _Queue:
+def _order_by_score(ladders: list[RemovalSequence], kinds: Collection[str]) -> _StepQueue:
     """Lowest score first, over all layers and the given kinds."""
-    return _sorted(
+    return _sort_step_queue(
         (step.score, number, position)
         for number, ladder in enumerate(ladders)
         for position, step in enumerate(ladder.steps)
@@ -220,15 +220,15 @@ def _by_score(ladders: list[Ladder], kinds: Collection[str]) -> _Queue:
     )
 
 
-def _kinds_apart(ladders: list[Ladder], limit: float) -> _Queue:
+def _order_kinds_apart(ladders: list[RemovalSequence], limit: float) -> _StepQueue:
     """Heads that save at most `limit` together, then channels, then what is left of the heads."""
-    heads = _by_score(ladders, ("attention",))
-    saved = accumulate(ladders[number].steps[position].cost for number, position in heads)
+    heads = _order_by_score(ladders, ("attention",))
+    saved = accumulate(ladders[number].steps[position].saving for number, position in heads)
     within = sum(each <= limit for each in saved)
-    return heads[:within] + _by_score(ladders, ("ffn",)) + heads[within:]
+    return heads[:within] + _order_by_score(ladders, ("ffn",)) + heads[within:]
 
 
-def _by_layer_mean(ladders: list[Ladder], ratio: float) -> _Queue:
+def _order_by_layer_mean(ladders: list[RemovalSequence], ratio: float) -> _StepQueue:
     """Steps in the order in which a growing common shift of all shares takes them.
 
     A step is taken once the layer's share, `ratio - spread * z + shift`, passes the middle of the step: shares are
@@ -239,38 +239,38 @@ def _by_layer_mean(ladders: list[Ladder], ratio: float) -> _Queue:
         chosen = [(number, ladder) for number, ladder in enumerate(ladders) if ladder.kind == kind]
         if not chosen:
             continue
-        means = torch.tensor([ladder.mean for _, ladder in chosen], dtype=torch.float64)
+        means = torch.tensor([ladder.mean_score for _, ladder in chosen], dtype=torch.float64)
         # Scores that were standardised before have means of rounding errors, which say nothing.
-        says = means.std(correction=0) > 1e-9 * max(ladder.size for _, ladder in chosen)
-        z = standardised(means) if says else torch.zeros_like(means)
+        says = means.std(correction=0) > 1e-9 * max(ladder.mean_magnitude for _, ladder in chosen)
+        z = standardize_scores(means) if says else torch.zeros_like(means)
         for (number, ladder), deviation in zip(chosen, z.tolist(), strict=True):
-            share = ratio - _SPREAD * ratio * deviation
+            share = ratio - _SHARE_PER_DEVIATION * ratio * deviation
             for position, step in enumerate(ladder.steps):
-                shift.append(((step.before + step.after) / 2 / ladder.rungs - share, number, position))
-    return _sorted(shift)
+                shift.append(((step.removed_before + step.removed_after) / 2 / ladder.unit_count - share, number, position))
+    return _sort_step_queue(shift)
 
 
-def _sorted(queue: Iterable[tuple[float, int, int]]) -> _Queue:
+def _sort_step_queue(queue: Iterable[tuple[float, int, int]]) -> _StepQueue:
     return [(number, position) for _, number, position in sorted(queue)]
 
 
-def _in_order(ladders: list[Ladder], queue: _Queue, target: float) -> list[int]:
+def _take_in_order(ladders: list[RemovalSequence], queue: _StepQueue, target: float) -> list[int]:
     """Steps taken per ladder: as the queue says until the target is met."""
     taken, cut = [0] * len(ladders), 0.0
     for number, position in queue:
         if cut >= target:
             break
-        cut += ladders[number].steps[position].cost
+        cut += ladders[number].steps[position].saving
         taken[number] = position + 1
     for number, position in reversed(queue):  # the last step overshoots: give back what the budget does not need
-        cost = ladders[number].steps[position].cost
+        cost = ladders[number].steps[position].saving
         if taken[number] == position + 1 and cut - cost >= target:
             cut -= cost
             taken[number] = position
     return taken
 
 
-def _plans(shapes: Sequence[LayerShape], ladders: list[Ladder], taken: list[int], unit: Unit) -> tuple[LayerPlan, ...]:
+def _build_layer_plans(shapes: Sequence[LayerShape], ladders: list[RemovalSequence], taken: list[int], unit: Unit) -> tuple[LayerPlan, ...]:
     cut: dict[tuple[int, str], set[int]] = {}
     for ladder, count in zip(ladders, taken, strict=True):
         cut[ladder.layer, ladder.kind] = {item for step in ladder.steps[:count] for item in step.units}

@@ -23,15 +23,15 @@ from torch import nn
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.model import surgery
-from prunelit.model.context_length import limit_of
+from prunelit.model.context_length import get_context_limit
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
-from prunelit.runtime.distributed import own_rank
+from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.timing import in_turn
+from prunelit.runtime.timing import run_in_rounds
 
-Mode = Literal["prefill", "decode"]
+LatencyMode = Literal["prefill", "decode"]
 Curve = list[list[float]]
 """[[width, seconds], ...], widths ascending, seconds never falling."""
 Timer = Callable[[nn.Module, int], Callable[[], float]]
@@ -50,18 +50,18 @@ class LatencyTable:
     curves: dict[LayerShape, tuple[Curve, Curve]]
     record: dict[str, Any]
 
-    def seconds(self, shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int) -> float:
+    def estimate_seconds(self, shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int) -> float:
         """Seconds of a layer at these widths; KV groups follow the heads as in the measurement. A `rank.Cost`."""
         attention, ffn = self.curves[shape]
-        return _read(attention, query_heads) + _read(ffn, ffn_channels)
+        return _interpolate_curve(attention, query_heads) + _interpolate_curve(ffn, ffn_channels)
 
 
 @torch.no_grad()
-def measure(
+def measure_latency_table(
     decoder: Decoder,
     unit: Unit = "kv_group",
     align: int = 64,
-    mode: Mode = "prefill",
+    mode: LatencyMode = "prefill",
     tokens: int = 512,
     points: int = 5,
     repeats: int = 9,
@@ -71,7 +71,7 @@ def measure(
 
     Args:
         decoder: the model; left as it is.
-        unit: what attention is cut by, see `prunelit.planning.budget.select`: the table follows heads and KV groups on that path.
+        unit: what attention is cut by, see `prunelit.planning.budget.select_units`: the table follows heads and KV groups on that path.
         align: measured FFN widths are multiples of this.
         mode: "prefill" reads `tokens` tokens at once; "decode" reads one token after `tokens` others.
         tokens: fewer where the model's positions end before.
@@ -89,11 +89,11 @@ def measure(
         raise BadOption(f"mode: expected prefill or decode, got {mode!r}")
     curves: list[tuple[Curve, Curve]] = []
     distinct = list(dict.fromkeys(layer.shape for layer in decoder))
-    limit = limit_of(decoder.config) or tokens + repeats + 1
+    limit = get_context_limit(decoder.config) or tokens + repeats + 1
     length = max(1, min(tokens, limit - repeats - 1))
-    if own_rank() == 0:
-        clock = timer or partial(_timed, mode, length)
-        curves = [_curves(decoder, shape, unit, align, points, repeats, clock) for shape in distinct]
+    if get_rank() == 0:
+        clock = timer or partial(_make_layer_timer, mode, length)
+        curves = [_measure_curves(decoder, shape, unit, align, points, repeats, clock) for shape in distinct]
     if dist.is_initialized():
         box = [curves]
         dist.broadcast_object_list(box, src=0)
@@ -102,7 +102,7 @@ def measure(
     record = {
         "mode": mode,
         "tokens": length,
-        "device": _device_name(decoder.device),
+        "device": _get_device_name(decoder.device),
         "dtype": str(next(decoder.model.parameters()).dtype).removeprefix("torch."),
         "unit": unit,
         "tables": [
@@ -117,34 +117,34 @@ def measure(
     return LatencyTable(dict(zip(distinct, curves, strict=True)), record)
 
 
-def _curves(
+def _measure_curves(
     decoder: Decoder, shape: LayerShape, unit: Unit, align: int, points: int, repeats: int, timer: Timer
 ) -> tuple[Curve, Curve]:
     """Seconds of attention over query heads, and of the FFN over channels, of one layer of this shape."""
     rungs = shape.kv_groups if unit == "kv_group" else shape.group_size
-    numbers = _spread(rungs, points, 1)
-    kept = [_first(shape, unit, number, 0) for number in numbers if shape.heads_prunable or number == rungs]
+    numbers = _spread_widths(rungs, points, 1)
+    kept = [_keep_first_units(shape, unit, number, 0) for number in numbers if shape.heads_prunable or number == rungs]
     # The FFN's own time is what it adds to the layer with the smallest attention.
     small = kept[0] if kept else LayerPlan((), (), ())
-    widths = _spread(shape.ffn_channels, points, align)
+    widths = _spread_widths(shape.ffn_channels, points, align)
     kept += [LayerPlan(small.query_heads, small.kv_groups, tuple(range(width))) for width in widths]
-    runs = [timer(*_one_layer(decoder, shape, plan)) for plan in kept]
-    found = [statistics.median(seen) for seen in in_turn(runs, repeats, "measuring latency")]
+    runs = [timer(*_isolate_layer(decoder, shape, plan)) for plan in kept]
+    found = [statistics.median(seen) for seen in run_in_rounds(runs, repeats, "measuring latency")]
     heads = len(found) - len(widths)
     base = found[0] if heads else 0.0
     attention = [(len(plan.query_heads), seconds) for plan, seconds in zip(kept[:heads], found[:heads], strict=True)]
     ffn = [(width, seconds - base) for width, seconds in zip(widths, found[heads:], strict=True)]
-    return _monotone(attention), _monotone(ffn)
+    return _fit_monotone_curve(attention), _fit_monotone_curve(ffn)
 
 
-def _spread(size: int, points: int, align: int) -> list[int]:
+def _spread_widths(size: int, points: int, align: int) -> list[int]:
     """Up to `points` widths from the smallest that may stay to `size`, multiples of `align` but for the last."""
     wanted = [size * number / points for number in range(1, points)]
     inner = {max(align, round(width / align) * align) for width in (align if size else 0, *wanted)}
     return sorted({width for width in inner if width < size} | ({size} if size else set()))
 
 
-def _first(shape: LayerShape, unit: Unit, number: int, channels: int) -> LayerPlan:
+def _keep_first_units(shape: LayerShape, unit: Unit, number: int, channels: int) -> LayerPlan:
     """A layer that keeps its first KV groups, or the first heads of every group, and its first channels."""
     groups = range(number if unit == "kv_group" else shape.kv_groups)
     in_group = range(shape.group_size if unit == "kv_group" else number)
@@ -152,7 +152,7 @@ def _first(shape: LayerShape, unit: Unit, number: int, channels: int) -> LayerPl
     return LayerPlan(heads, tuple(groups), tuple(range(channels)))
 
 
-def _one_layer(decoder: Decoder, shape: LayerShape, kept: LayerPlan) -> tuple[nn.Module, int]:
+def _isolate_layer(decoder: Decoder, shape: LayerShape, kept: LayerPlan) -> tuple[nn.Module, int]:
     """A copy of the model with one layer of this shape, cut; it shares every weight that is not cut. And its number.
 
     A layer without attention brings the first layer that has one along: without any, there is no cache.
@@ -166,12 +166,12 @@ def _one_layer(decoder: Decoder, shape: LayerShape, kept: LayerPlan) -> tuple[nn
     if kept.attention_removed:
         helper = next((layer for layer in decoder if layer.has_attention), None)
         if helper is not None:
-            layers[helper.index] = _first(helper.shape, "kv_group", helper.shape.kv_groups, 0)
+            layers[helper.index] = _keep_first_units(helper.shape, "kv_group", helper.shape.kv_groups, 0)
     surgery.apply(model, PruningPlan("latency", Decoder(model).shape, tuple(layers)))
     return model, sum(not plan.removed for plan in layers[:index])
 
 
-def _timed(mode: Mode, length: int, model: nn.Module, index: int) -> Callable[[], float]:
+def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: int) -> Callable[[], float]:
     """The default `Timer`: wall clock from a layer's first to its last operation, finished on the device."""
     decoder = Decoder(model)
     layer = cast(nn.ModuleList, find(model, decoder.architecture.layers))[index]
@@ -189,7 +189,7 @@ def _timed(mode: Mode, length: int, model: nn.Module, index: int) -> Callable[[]
         stamps.clear()
         handles = [layer.register_forward_pre_hook(stamp), layer.register_forward_hook(stamp)]
         try:
-            with torch.no_grad(), evaluating(model):
+            with torch.no_grad(), use_eval_mode(model):
                 if mode == "prefill":
                     decoder.backbone(input_ids=ids[:, :length], use_cache=False)
                 else:  # the cache grows by one token a run
@@ -200,12 +200,12 @@ def _timed(mode: Mode, length: int, model: nn.Module, index: int) -> Callable[[]
         return stamps[1] - stamps[0]
 
     if mode == "decode":
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), use_eval_mode(model):
             state["cache"] = decoder.backbone(input_ids=ids[:, :length], use_cache=True).past_key_values
     return run
 
 
-def _monotone(points: Sequence[tuple[int, float]]) -> Curve:
+def _fit_monotone_curve(points: Sequence[tuple[int, float]]) -> Curve:
     """The nearest curve (least squares) that starts at zero and never falls: widths out of order share their mean."""
     pools: list[list[float]] = []  # [sum, count]
     for _, seconds in points:
@@ -217,7 +217,7 @@ def _monotone(points: Sequence[tuple[int, float]]) -> Curve:
     return [[0, 0.0], *([width, seconds] for (width, _), seconds in zip(points, smooth, strict=True))]
 
 
-def _read(curve: Curve, width: int) -> float:
+def _interpolate_curve(curve: Curve, width: int) -> float:
     """Linear between the points."""
     right = min(bisect.bisect_left([point[0] for point in curve], width), len(curve) - 1)
     if curve[right][0] <= width:
@@ -226,5 +226,5 @@ def _read(curve: Curve, width: int) -> float:
     return y0 + (y1 - y0) * (width - x0) / (x1 - x0)
 
 
-def _device_name(device: torch.device) -> str:
+def _get_device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -17,30 +17,30 @@ from prunelit.core.plan import LayerShape
 from prunelit.core.scores import Cost, LayerScores, Unit
 from prunelit.runtime.errors import BadOption, NonFinite
 
-Kind = Literal["attention", "ffn"]
+StepKind = Literal["attention", "ffn"]
 
 
 @dataclass(frozen=True)
-class Step:
+class RemovalStep:
     """One step of a ladder."""
 
     score: float
-    cost: float  # what it saves of the budget
+    saving: float  # what it saves of the budget
     units: tuple[int, ...]  # KV groups, query heads or channels that go
-    before: int  # rungs of the ladder that are gone before and after the step
-    after: int
+    removed_before: int  # rungs of the ladder that are gone before and after the step
+    removed_after: int
 
 
 @dataclass(frozen=True)
-class Ladder:
+class RemovalSequence:
     """The steps of one kind in one layer, cheapest loss first; they can only be taken in order."""
 
     layer: int
-    kind: Kind
-    rungs: int  # KV groups, query heads per group, or channels, those that must stay included
-    mean: float  # of the kind's raw scores
-    size: float  # of the kind's raw scores: mean magnitude
-    steps: tuple[Step, ...]
+    kind: StepKind
+    unit_count: int  # KV groups, query heads per group, or channels, those that must stay included
+    mean_score: float  # of the kind's raw scores
+    mean_magnitude: float  # of the kind's raw scores: mean magnitude
+    steps: tuple[RemovalStep, ...]
 
     @property
     def units(self) -> tuple[int, ...]:
@@ -49,10 +49,10 @@ class Ladder:
 
     def saves(self) -> list[float]:
         """Saved after 0, 1, ... steps."""
-        return list(accumulate((step.cost for step in self.steps), initial=0))
+        return list(accumulate((step.saving for step in self.steps), initial=0))
 
 
-def ladders_of(
+def build_removal_sequences(
     index: int,
     shape: LayerShape,
     score: LayerScores,
@@ -62,7 +62,7 @@ def ladders_of(
     min_kept: float,
     compared: bool,
     standardise: bool,
-) -> list[Ladder]:
+) -> list[RemovalSequence]:
     """The ladders of one layer, heads first; none for a kind that is not scored or can not be cut.
 
     Args:
@@ -70,7 +70,7 @@ def ladders_of(
         shape: of the layer.
         score: of its units.
         price: what the layer costs at given widths.
-        unit, align, min_kept: see `prunelit.planning.budget.select`.
+        unit, align, min_kept: see `prunelit.planning.budget.select_units`.
         compared: the steps of different kinds are to be compared, so a KV group counts as the mean of its heads.
         standardise: give the scores of each kind mean 0 and deviation 1 first.
 
@@ -80,8 +80,8 @@ def ladders_of(
     """
     found = []
     if score.heads is not None and shape.kv_groups and shape.heads_prunable:
-        raw = _checked(index, "head", score.heads, shape.query_heads)
-        by_group = (standardised(raw) if standardise else raw).view(shape.kv_groups, shape.group_size)
+        raw = _check_scores(index, "head", score.heads, shape.query_heads)
+        by_group = (standardize_scores(raw) if standardise else raw).view(shape.kv_groups, shape.group_size)
         if unit == "kv_group":
             values = by_group.mean(1) if compared else by_group.sum(1)
             order = torch.argsort(by_group.sum(1), stable=True).tolist()
@@ -93,36 +93,36 @@ def ladders_of(
             values = by_group.gather(1, order_in_group).mean(0)
             cuts = [(members[:, rank].tolist(), values[rank].item()) for rank in range(shape.group_size)]
             rungs, heads, groups = shape.group_size, shape.kv_groups, 0
-        stay = max(1, _ceil(min_kept * rungs))
+        stay = max(1, _round_up_share(min_kept * rungs))
         widths = [(shape.query_heads - gone * heads, shape.kv_groups - gone * groups) for gone in range(rungs)]
         costs = [price(shape, *width, shape.ffn_channels) for width in widths[: rungs - stay + 1]]
-        found.append(_ladder(index, "attention", rungs, raw, cuts, list(range(rungs)), costs))
+        found.append(_build_sequence(index, "attention", rungs, raw, cuts, list(range(rungs)), costs))
     if score.channels is not None and shape.ffn_channels:
-        raw = _checked(index, "channel", score.channels, shape.ffn_channels)
-        channels = standardised(raw) if standardise else raw
+        raw = _check_scores(index, "channel", score.channels, shape.ffn_channels)
+        channels = standardize_scores(raw) if standardise else raw
         ascending = torch.argsort(channels, stable=True)
         units, ordered = ascending.tolist(), channels[ascending].tolist()
-        least = max(align, -(-_ceil(min_kept * shape.ffn_channels) // align) * align)
+        least = max(align, -(-_round_up_share(min_kept * shape.ffn_channels) // align) * align)
         narrower = range((shape.ffn_channels - 1) // align * align, least - 1, -align)
         gone = [0, *(shape.ffn_channels - width for width in narrower)]
         spans = [slice(start, stop) for start, stop in pairwise(gone)]
         cuts = [(units[span], math.fsum(ordered[span]) / (span.stop - span.start)) for span in spans]
         costs = [price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels - number) for number in gone]
-        found.append(_ladder(index, "ffn", shape.ffn_channels, raw, cuts, gone, costs))
+        found.append(_build_sequence(index, "ffn", shape.ffn_channels, raw, cuts, gone, costs))
     return found
 
 
-def _ladder(
+def _build_sequence(
     index: int,
-    kind: Kind,
+    kind: StepKind,
     rungs: int,
     raw: Tensor,
     cuts: Sequence[tuple[list[int], float]],
     gone: Sequence[int],
     costs: Sequence[float],
-) -> Ladder:
+) -> RemovalSequence:
     """Steps from cuts: (units, mean score) of each, rungs gone and cost of the layer after 0, 1, ... of them."""
-    steps: list[Step] = []
+    steps: list[RemovalStep] = []
     start = 0
     for position in range(1, len(costs)):
         saved = costs[start] - costs[position]
@@ -132,34 +132,34 @@ def _ladder(
         mean = sum(score * (len(members) / len(units)) for members, score in cuts[start:position])
         # Means of equal scores may differ in the last bit; steps are taken in order all the same.
         score = max(mean, steps[-1].score if steps else -math.inf)
-        steps.append(Step(score, saved, tuple(units), gone[start], gone[position]))
+        steps.append(RemovalStep(score, saved, tuple(units), gone[start], gone[position]))
         start = position
-    return Ladder(index, kind, rungs, raw.mean().item(), raw.abs().mean().item(), tuple(steps))
+    return RemovalSequence(index, kind, rungs, raw.mean().item(), raw.abs().mean().item(), tuple(steps))
 
 
-def tied(ladders: Sequence[Ladder]) -> Ladder:
+def tie_sequences(ladders: Sequence[RemovalSequence]) -> RemovalSequence:
     """One ladder whose steps are those of several, taken together: rung by rung, at their mean score.
 
     Args:
         ladders: of one kind, in different layers; a rung that is no step in all of them is none here.
     """
-    gains = [dict(zip([0, *(step.after for step in each.steps)], each.saves(), strict=True)) for each in ladders]
-    steps: list[Step] = []
+    gains = [dict(zip([0, *(step.removed_after for step in each.steps)], each.saves(), strict=True)) for each in ladders]
+    steps: list[RemovalStep] = []
     for before, after in pairwise(sorted(set.intersection(*map(set, gains)))):
         cost = math.fsum(gain[after] - gain[before] for gain in gains)
-        inside = [step for each in ladders for step in each.steps if before < step.after <= after]
-        weights = [step.after - step.before for step in inside]
+        inside = [step for each in ladders for step in each.steps if before < step.removed_after <= after]
+        weights = [step.removed_after - step.removed_before for step in inside]
         mean = math.fsum(step.score * weight for step, weight in zip(inside, weights, strict=True)) / sum(weights)
-        steps.append(Step(max(mean, steps[-1].score if steps else -math.inf), cost, (), before, after))
+        steps.append(RemovalStep(max(mean, steps[-1].score if steps else -math.inf), cost, (), before, after))
     mean, size = (math.fsum(getattr(each, name) for each in ladders) / len(ladders) for name in ("mean", "size"))
-    return Ladder(-1, ladders[0].kind, min(each.rungs for each in ladders), mean, size, tuple(steps))
+    return RemovalSequence(-1, ladders[0].kind, min(each.unit_count for each in ladders), mean, size, tuple(steps))
 
 
-def _ceil(share: float) -> int:
+def _round_up_share(share: float) -> int:
     return math.ceil(share - 1e-9)  # 0.55 * 100 is a little more than 55
 
 
-def _checked(index: int, kind: str, score: Tensor, size: int) -> Tensor:
+def _check_scores(index: int, kind: str, score: Tensor, size: int) -> Tensor:
     """The scores in float64 on the CPU, finite, [size]."""
     values = score.detach().to("cpu", torch.float64).flatten()
     if len(values) != size:
@@ -172,7 +172,7 @@ def _checked(index: int, kind: str, score: Tensor, size: int) -> Tensor:
     return values
 
 
-def standardised(values: Tensor) -> Tensor:
+def standardize_scores(values: Tensor) -> Tensor:
     """Values with mean 0 and deviation 1; zeros where all are equal."""
     values = values - values.mean()
     deviation = values.square().mean().sqrt()

@@ -22,35 +22,35 @@ from prunelit.core.architectures import ARCHITECTURES
 from prunelit.core.plan import PruningPlan
 from prunelit.planning.stock_shapes import (
     Answer,
-    Cut,
+    PrunedShape,
     Verdict,
-    all_heads_stay,
-    biases_fit,
-    counted,
-    differ,
-    no_biases,
-    padded_widths,
-    some,
-    stock,
+    suggest_keeping_heads,
+    allows_added_biases,
+    format_plural_count,
+    refuse_unequal_layers,
+    refuse_added_biases,
+    compute_padded_widths,
+    format_first_items,
+    judge_stock_class,
 )
 
 GROUP_SIZES = (16, 32, 64, 128)
-FAST_WIDTH = 64
+FAST_WIDTH_MULTIPLE = 64
 
-_CONV1D = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
+_CONV1D_FAMILIES = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
 
 _NOT_IN_VLLM = frozenset(
     {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
 )
-_VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_IT = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
+_VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
 # What DeciLM and llama.cpp's llama and deci compute.
-LLAMA_LAYERS = frozenset({"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"})
-_CODES = 8  # 4-bit numbers in a word: the smallest group that is written
-DECI_STEP = 256  # of DeciLM's FFN widths
-_TENSORRT = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+LLAMA_LIKE_FAMILIES = frozenset({"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"})
+_CODES_PER_WORD = 8  # 4-bit numbers in a word: the smallest group that is written
+DECI_FFN_MULTIPLE = 256  # of DeciLM's FFN widths
+_TENSORRT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
-class Row(NamedTuple):
+class ServingRow(NamedTuple):
     """Whether one program serves the result, why, how it is known; the option that makes a no a yes or spares zeros."""
 
     target: str
@@ -60,34 +60,34 @@ class Row(NamedTuple):
     known: Literal["tried", "read", "unread"]
 
 
-def serving(plan: PruningPlan) -> list[Row]:
+def list_serving_options(plan: PruningPlan) -> list[ServingRow]:
     """One row for each program and format, transformers first."""
-    cut = Cut(plan)
+    cut = PrunedShape(plan)
     rows = [
-        ("transformers, stock class", stock(cut), "tried"),
-        ("transformers, per-layer shapes", _hetero(cut), "tried"),
-        ("transformers, padded", _padded(cut), "tried"),
-        ("vLLM, stock class", _vllm(cut), "read"),
-        ("vLLM, DeciLM", _vllm_deci(cut), "read"),
-        ("llama.cpp, own graph", _llama_cpp(cut), "tried"),
-        ("llama.cpp, deci graph", _llama_cpp_deci(cut), "tried"),
-        ("TensorRT-LLM", _tensorrt(cut), "read"),
+        ("transformers, stock class", judge_stock_class(cut), "tried"),
+        ("transformers, per-layer shapes", _judge_per_layer_class(cut), "tried"),
+        ("transformers, padded", _judge_padded(cut), "tried"),
+        ("vLLM, stock class", _judge_vllm(cut), "read"),
+        ("vLLM, DeciLM", _judge_vllm_deci(cut), "read"),
+        ("llama.cpp, own graph", _judge_llama_cpp(cut), "tried"),
+        ("llama.cpp, deci graph", _judge_llama_cpp_deci(cut), "tried"),
+        ("TensorRT-LLM", _judge_tensorrt(cut), "read"),
     ]
-    rows += [(f"INT4, groups of {size}", _int4(cut, size), "tried") for size in GROUP_SIZES]
+    rows += [(f"INT4, groups of {size}", _judge_int4(cut, size), "tried") for size in GROUP_SIZES]
     return [
-        Row(name, *verdict, "unread" if verdict.answer == "?" else known)  # type: ignore[arg-type]
+        ServingRow(name, *verdict, "unread" if verdict.answer == "?" else known)  # type: ignore[arg-type]
         for name, verdict, known in rows
     ]
 
 
-def notes(plan: PruningPlan) -> list[str]:
+def list_serving_notes(plan: PruningPlan) -> list[str]:
     """What serves, but slowly, or not on several GPUs."""
-    cut, found = Cut(plan), []
-    odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % FAST_WIDTH]
+    cut, found = PrunedShape(plan), []
+    odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % FAST_WIDTH_MULTIPLE]
     if odd:
         found.append(
-            f"FFN widths of {counted(len(odd), 'layer')} ({some(odd)}) are no multiples of {FAST_WIDTH}: 16-bit and "
-            f"4-bit GPU kernels are slow or missing there; align: {FAST_WIDTH}"
+            f"FFN widths of {format_plural_count(len(odd), 'layer')} ({format_first_items(odd)}) are no multiples of {FAST_WIDTH_MULTIPLE}: 16-bit and "
+            f"4-bit GPU kernels are slow or missing there; align: {FAST_WIDTH_MULTIPLE}"
         )
     parallel = [
         number
@@ -109,126 +109,126 @@ def notes(plan: PruningPlan) -> list[str]:
     return found
 
 
-def _hetero(cut: Cut) -> Verdict:
+def _judge_per_layer_class(cut: PrunedShape) -> Verdict:
     return Verdict("yes", "prunelit.load, or trust_remote_code=True")
 
 
-def _padded(cut: Cut) -> Verdict:
+def _judge_padded(cut: PrunedShape) -> Verdict:
     if cut.family not in ARCHITECTURES:
         return Verdict("?", f"{cut.family}: not one of prunelit's families; the writer tries it")
-    if not biases_fit(cut):
-        return no_biases(cut)
-    widths, model = padded_widths(cut.plan), cut.plan.model
+    if not allows_added_biases(cut):
+        return refuse_added_biases(cut)
+    widths, model = compute_padded_widths(cut.plan), cut.plan.model
     left = sum(shape.parameters_at(*widths) for _, _, shape in cut.layers)
-    return Verdict("yes", _saves(cut, 1 - left / model.block_parameters))
+    return Verdict("yes", _describe_savings(cut, 1 - left / model.block_parameters))
 
 
-def _saves(cut: Cut, share: float) -> str:
+def _describe_savings(cut: PrunedShape, share: float) -> str:
     return f"saves {share:.1%} of the layers' parameters, of {cut.plan.predicted['ratio_of_block_parameters']:.1%} cut"
 
 
-def _vllm(cut: Cut) -> Verdict:
-    own = stock(cut)
+def _judge_vllm(cut: PrunedShape) -> Verdict:
+    own = judge_stock_class(cut)
     if own.answer != "yes":
         return own
     if cut.family in _NOT_IN_VLLM:
         return Verdict("?", f"no class of its own for {cut.family} in the copy read")
     if cut.heads_are_those_of_the_config or cut.family in _VLLM_READS_HEAD_SIZE:
         return Verdict("yes", "its own class")
-    if cut.family in _VLLM_DERIVES_IT:
-        return Verdict("no", f"its {cut.family} takes head size = hidden size / heads", all_heads_stay(cut))
+    if cut.family in _VLLM_DERIVES_HEAD_SIZE:
+        return Verdict("no", f"its {cut.family} takes head size = hidden size / heads", suggest_keeping_heads(cut))
     return Verdict("?", f"whether its {cut.family} reads the head size was not looked up")
 
 
-def _vllm_deci(cut: Cut) -> Verdict:
-    if cut.family not in LLAMA_LAYERS:
-        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _alike(cut))
-    model, sizes = cut.plan.model, deci_sizes(cut.plan)
+def _judge_vllm_deci(cut: PrunedShape) -> Verdict:
+    if cut.family not in LLAMA_LIKE_FAMILIES:
+        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _suggest_equal_layers(cut))
+    model, sizes = cut.plan.model, compute_deci_sizes(cut.plan)
     filled = []
     if any(heads != len(kept.query_heads) for (heads, *_), (_, kept, _) in zip(sizes, cut.layers, strict=True)):
         first = any(kept.attention_removed for _, kept, _ in cut.layers[:1])
         filled += ["protect: [0]"] * first + ["uniform_heads: true"] * (len(cut.query_heads) > 1)
-    if any(width % DECI_STEP for width in cut.channels):
-        filled.append(f"align: {DECI_STEP}")
+    if any(width % DECI_FFN_MULTIPLE for width in cut.channels):
+        filled.append(f"align: {DECI_FFN_MULTIPLE}")
     if not filled:
         return Verdict("yes", "every width per layer as it is")
     left = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, cut.layers, strict=True))
-    return Verdict("yes", f"filled up with zeros: {_saves(cut, 1 - left / model.block_parameters)}", ", ".join(filled))
+    return Verdict("yes", f"filled up with zeros: {_describe_savings(cut, 1 - left / model.block_parameters)}", ", ".join(filled))
 
 
-def deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
-    """`deci_widths` of the layers that stay."""
-    return deci_widths([kept.widths for _, kept, _ in Cut(plan).layers])
+def compute_deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
+    """`compute_deci_widths` of the layers that stay."""
+    return compute_deci_widths([kept.widths for _, kept, _ in PrunedShape(plan).layers])
 
 
-def deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def compute_deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     """Query heads, KV groups and channels of each layer in a folder for DeciLM, from those it has; 0: no such block.
 
     One number of query heads for all, the least with room for every layer; FFN widths in steps of 256; the first layer
     has an attention.
     """
     heads = max((queries for queries, _, _ in widths), default=0)
-    while not all(_groups(heads, groups, queries // max(1, groups)) for queries, groups, _ in widths):
+    while not all(_find_group_count(heads, groups, queries // max(1, groups)) for queries, groups, _ in widths):
         heads += 1  # ends at the most groups times the largest group
     sizes = []
     for place, (queries, groups, channels) in enumerate(widths):
         there = queries > 0 or place == 0
-        room = _groups(heads, groups, queries // max(1, groups)) if there else 0
-        sizes.append((heads if there else 0, room, -(-channels // DECI_STEP) * DECI_STEP))
+        room = _find_group_count(heads, groups, queries // max(1, groups)) if there else 0
+        sizes.append((heads if there else 0, room, -(-channels // DECI_FFN_MULTIPLE) * DECI_FFN_MULTIPLE))
     return sizes
 
 
-def _groups(heads: int, groups: int, size: int) -> int:
+def _find_group_count(heads: int, groups: int, size: int) -> int:
     """The fewest KV groups among `heads` query heads with room for `groups` groups of `size`; 0: there are none."""
     fitting = (more for more in range(max(groups, 1), heads + 1) if heads % more == 0 and heads // more >= size)
     return next(fitting, 0)
 
 
-def _llama_cpp(cut: Cut) -> Verdict:
-    if cut.family not in LLAMA_LAYERS | {"qwen3"}:
+def _judge_llama_cpp(cut: PrunedShape) -> Verdict:
+    if cut.family not in LLAMA_LIKE_FAMILIES | {"qwen3"}:
         return Verdict(
             "?", f"prunelit writes no graph for {cut.family}; llama.cpp's converter may, from a stock folder"
         )
     if not cut.plan.is_uniform:
-        return differ(cut)
+        return refuse_unequal_layers(cut)
     if cut.family == "qwen3" and cut.biases:
         return Verdict("no", "its qwen3 graph has no biases", "repair: none")
     own = cut.family == "qwen3" or (cut.family == "qwen2" and cut.heads_are_those_of_the_config and not cut.biases)
     return Verdict("yes", f"as {cut.family if own else 'llama'}")
 
 
-def _llama_cpp_deci(cut: Cut) -> Verdict:
-    if cut.family not in LLAMA_LAYERS:
-        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _alike(cut))
+def _judge_llama_cpp_deci(cut: PrunedShape) -> Verdict:
+    if cut.family not in LLAMA_LIKE_FAMILIES:
+        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _suggest_equal_layers(cut))
     filled = " (a missing FFN is 32 channels of zeros)" if any(kept.mlp_removed for _, kept, _ in cut.layers) else ""
     return Verdict("yes", f"every width per layer{filled}")
 
 
-def _alike(cut: Cut) -> str:
+def _suggest_equal_layers(cut: PrunedShape) -> str:
     """The option that makes layers alike, so that other formats take them."""
-    return "" if cut.plan.is_uniform else differ(cut).option
+    return "" if cut.plan.is_uniform else refuse_unequal_layers(cut).option
 
 
-def _tensorrt(cut: Cut) -> Verdict:
-    own = stock(cut)
+def _judge_tensorrt(cut: PrunedShape) -> Verdict:
+    own = judge_stock_class(cut)
     if own.answer != "yes":
         return own
-    if cut.family not in _TENSORRT or not cut.heads_are_those_of_the_config:
+    if cut.family not in _TENSORRT_FAMILIES or not cut.heads_are_those_of_the_config:
         return Verdict("?", f"whether it takes {cut.family} with these heads was not looked up")
     return Verdict("yes", "its own class")
 
 
-def _int4(cut: Cut, size: int) -> Verdict:
-    if cut.family in _CONV1D:
+def _judge_int4(cut: PrunedShape, size: int) -> Verdict:
+    if cut.family in _CONV1D_FAMILIES:
         return Verdict("no", f"linears of {cut.family} are stored [in, out], which no reader takes in 4 bits")
     inputs = [("hidden size", cut.plan.model.hidden_size)]
     inputs += [(f"heads of layer {i}", len(kept.query_heads) * s.head_dim) for i, kept, s in cut.attentions]
     written = math.gcd(size, *(width for _, width in inputs))
     what, width = next((item for item in inputs if item[1] % size), inputs[0])
-    if written < _CODES:
-        return Verdict("no", f"{what}: {width} inputs, no multiple of {_CODES}")
+    if written < _CODES_PER_WORD:
+        return Verdict("no", f"{what}: {width} inputs, no multiple of {_CODES_PER_WORD}")
     said = "" if written == size else f"in groups of {written} ({what}: {width} inputs); "
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % written]
     if odd:
-        return Verdict("yes", f"{said}channels of zeros are added in {counted(len(odd), 'layer')}", f"align: {written}")
+        return Verdict("yes", f"{said}channels of zeros are added in {format_plural_count(len(odd), 'layer')}", f"align: {written}")
     return Verdict("yes", f"{said}every width is a multiple")

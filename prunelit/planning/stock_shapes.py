@@ -25,10 +25,10 @@ _HEADS_DIVIDE = frozenset(
 )
 # Sets of blocks whose output projections a config can give biases.
 _ATTENTION, _FFN = frozenset({"attention"}), frozenset({"mlp"})
-_ANY = (_ATTENTION, _FFN, _ATTENTION | _FFN)
-_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
-    **dict.fromkeys(("arcee", "granite", "hyperclovax", "iquestcoder", "llama"), _ANY),
-    **dict.fromkeys(("nemotron", "seed_oss", "smollm3"), _ANY),
+_ANY_BLOCKS = (_ATTENTION, _FFN, _ATTENTION | _FFN)
+_BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
+    **dict.fromkeys(("arcee", "granite", "hyperclovax", "iquestcoder", "llama"), _ANY_BLOCKS),
+    **dict.fromkeys(("nemotron", "seed_oss", "smollm3"), _ANY_BLOCKS),
     **dict.fromkeys(("apertus", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"), (_ATTENTION,)),
     **dict.fromkeys(("hunyuan_v1_dense", "olmo", "qwen3", "vaultgemma"), (_ATTENTION,)),
     **dict.fromkeys(("cwm", "helium"), (_FFN,)),
@@ -45,7 +45,7 @@ class Verdict(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cut:
+class PrunedShape:
     """What a plan leaves, without the layers that go altogether."""
 
     plan: PruningPlan
@@ -109,36 +109,36 @@ class Cut:
         return all(len(kept.query_heads) * s.head_dim == self.plan.model.hidden_size for _, kept, s in self.attentions)
 
 
-def stock(cut: Cut) -> Verdict:
+def judge_stock_class(cut: PrunedShape) -> Verdict:
     """Whether a stock class holds the result as it is."""
     if cut.family not in ARCHITECTURES:
         return Verdict("?", f"{cut.family}: not one of prunelit's families; the writer tries it")
     if not cut.plan.is_uniform:
-        return differ(cut)
+        return refuse_unequal_layers(cut)
     _, kept, shape = cut.layers[0]
     heads, hidden = len(kept.query_heads), cut.plan.model.hidden_size
-    if not _holds(cut, heads, shape.head_dim):
+    if not _allows_heads(cut, heads, shape.head_dim):
         if cut.family in _HEAD_SIZE_DERIVED:
             return Verdict(
-                "no", f"its config takes head size = {hidden} / heads, not {shape.head_dim}", all_heads_stay(cut)
+                "no", f"its config takes head size = {hidden} / heads, not {shape.head_dim}", suggest_keeping_heads(cut)
             )
         return Verdict("no", f"its config refuses {heads} heads at hidden size {hidden}", "another ratio or unit")
-    if not biases_fit(cut):
-        return no_biases(cut)
+    if not allows_added_biases(cut):
+        return refuse_added_biases(cut)
     as_mistral = cut.family == "llama" and hidden % heads
     return Verdict(
         "yes", "all layers alike" + (f"; as Mistral: {heads} heads do not divide {hidden}" if as_mistral else "")
     )
 
 
-def padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
+def compute_padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
     """Query heads, KV groups and channels of every layer of a padded model: those of the largest, kind by kind."""
-    cut = Cut(plan)
+    cut = PrunedShape(plan)
     groups = max((len(kept.kv_groups) for _, kept, _ in cut.attentions), default=0)
     in_group = max((len(kept.query_heads) // len(kept.kv_groups) for _, kept, _ in cut.attentions), default=0)
     heads, hidden = groups * in_group, plan.model.hidden_size
     dim = max((shape.head_dim for _, _, shape in cut.attentions), default=1)
-    if not _holds(cut, heads, dim):  # up to a number of heads that the config takes
+    if not _allows_heads(cut, heads, dim):  # up to a number of heads that the config takes
         heads = hidden // dim
         own = cut.family in _KV_HEADS_DERIVED and all(shape.group_size == 1 for _, _, shape in cut.attentions)
         fitting = (n for n in range(groups, heads + 1) if heads % n == 0 and heads // n >= in_group)
@@ -146,53 +146,53 @@ def padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
     return heads, groups, max(cut.channels, default=1)
 
 
-def _holds(cut: Cut, heads: int, dim: int) -> bool:
+def _allows_heads(cut: PrunedShape, heads: int, dim: int) -> bool:
     """Whether the family's stock config can have so many heads of this size."""
     hidden = cut.plan.model.hidden_size
     if cut.family in _HEAD_SIZE_DERIVED:
         return heads * dim == hidden
     if not heads:
         return True
-    return cut.family not in _HEADS_DIVIDE or hidden % heads == 0 or _as_mistral(cut)
+    return cut.family not in _HEADS_DIVIDE or hidden % heads == 0 or _fits_mistral(cut)
 
 
-def _as_mistral(cut: Cut) -> bool:
+def _fits_mistral(cut: PrunedShape) -> bool:
     """A Llama without biases computes what a Mistral does."""
     return cut.family == "llama" and not (cut.biases or cut.had_attention_bias or cut.had_mlp_bias)
 
 
-def biases_fit(cut: Cut) -> bool:
+def allows_added_biases(cut: PrunedShape) -> bool:
     """Whether the family's config can have the biases that the plan adds."""
-    return not cut.biases or cut.biases in _SWITCHES.get(cut.family, ())
+    return not cut.biases or cut.biases in _BIAS_SWITCHES.get(cut.family, ())
 
 
-def no_biases(cut: Cut) -> Verdict:
+def refuse_added_biases(cut: PrunedShape) -> Verdict:
     """The verdict where it can not."""
     return Verdict("no", f"no config of {cut.family} has the added biases", "repair: none")
 
 
-def differ(cut: Cut) -> Verdict:
+def refuse_unequal_layers(cut: PrunedShape) -> Verdict:
     """Why layers are not alike, and the option that would make them so."""
     if cut.half_layers:
-        return Verdict("no", f"blocks went without their layer: {some(cut.half_layers)}", "a method that cuts widths")
+        return Verdict("no", f"blocks went without their layer: {format_first_items(cut.half_layers)}", "a method that cuts widths")
     heads = {kept.widths[:2] for _, kept, _ in cut.layers}
     kinds = [("heads", len(heads) > 1), ("FFN widths", len(cut.channels) > 1)]
     what = " and ".join(name for name, differ in kinds if differ) or "head sizes"
     return Verdict("no", f"{what} differ between layers", "scope: layer, protect: []")
 
 
-def all_heads_stay(cut: Cut) -> str:
+def suggest_keeping_heads(cut: PrunedShape) -> str:
     """The options under which no heads go: scope "layer" cuts floor(ratio * groups) KV groups."""
     most = max((shape.kv_groups for _, _, shape in cut.attentions), default=1)
     return f"scope: layer, ratio below {1 / most:.3g}: no heads go"
 
 
-def counted(number: int, thing: str) -> str:
+def format_plural_count(number: int, thing: str) -> str:
     """ "1 layer", "2 layers"."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def some(items: list[int] | list[str]) -> str:
+def format_first_items(items: list[int] | list[str]) -> str:
     """The first few, for a message."""
     said = ", ".join(map(str, items[:6]))
     return said if len(items) <= 6 else f"{said}, ..."

@@ -18,24 +18,24 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import text_fingerprint, weights_fingerprint
-from prunelit.calibration.result_cache import Kept
-from prunelit.core.plan import PruningPlan, plans_of
+from prunelit.calibration.fingerprints import fingerprint_batches, fingerprint_weights
+from prunelit.calibration.result_cache import ResultCache
+from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.data import loading, text
-from prunelit.model.modes import on_device
+from prunelit.model.modes import move_to_device
 from prunelit.pruning.job import (
-    check_one,
-    check_same,
+    check_single_pruner,
+    check_same_job,
     find_model,
     find_tokenizer,
-    identity,
-    kept_folder,
-    listeners_of,
-    resume_path,
-    same_on_all_ranks,
-    saved_states,
-    share,
-    take,
+    fingerprint_job,
+    find_cache_folder,
+    collect_listeners,
+    find_resume_path,
+    check_same_on_ranks,
+    read_callback_states,
+    share_batches,
+    take_batches,
 )
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
@@ -43,7 +43,7 @@ from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
 __all__ = ["PruningCallback", "Repair"]
 
 _log = logging.getLogger("prunelit")
-_ELSEWHERE = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
+_FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
 
 
 class PruningCallback(PruningMethod, Callback):
@@ -70,26 +70,26 @@ class PruningCallback(PruningMethod, Callback):
         """
         if stage != "fit":
             return
-        pruner_of(trainer)
+        find_pruner(trainer)
         if getattr(trainer.strategy, "_start_method", "popen") != "popen":
             raise BadOption(
                 "strategy: a spawned process would cut a copy and lose it; expected 'ddp', got 'ddp_spawn' or a fork; "
                 "use strategy='ddp'"
             )
         model = find_model(pl_module)
-        marks = plans_of(model)
+        marks = get_applied_plans(model)
         key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
         if key in marks:  # fit was called again over the same live model
             self.plan_made = marks[key]
             return
-        self.listeners = listeners_of(trainer)
+        self.listeners = collect_listeners(trainer)
         self._keep_beside(trainer)
         self.repaired = self._cut_weights = None
-        self._identity = identity(model, trainer, pl_module)
+        self._identity = fingerprint_job(model, trainer, pl_module)
         replay, saved = self.replayed, dict[str, Any]()
-        if resumed := resume_path(trainer):
+        if resumed := find_resume_path(trainer):
             replay, saved = self._resume(resumed)
-        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+        with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
             repaired = saved.get("repaired") if replay and self.kept_cut else None
             batches: list[Batch] = []
@@ -98,7 +98,7 @@ class PruningCallback(PruningMethod, Callback):
                     batches = self._find_batches(trainer, pl_module, model)
             marks[key] = self._prune(model, batches, replay, repaired)
             if self.repairs:
-                self._cut_weights = weights_fingerprint(model)
+                self._cut_weights = fingerprint_weights(model)
                 if saved.get("cut_weights") not in (None, self._cut_weights):
                     warnings.warn(
                         "checkpoint: it was trained on other repaired weights than those made now: the kept ones are "
@@ -113,14 +113,14 @@ class PruningCallback(PruningMethod, Callback):
         """
         model = find_model(pl_module)
         self._keep_beside(trainer)
-        with isolate_rng(), on_device(model, trainer.strategy.root_device):
+        with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             scores = self.reads_text and self.replayed is None
             return self.decide(model, self._find_batches(trainer, pl_module, model) if scores else [])
 
     def _keep_beside(self, trainer: Trainer) -> None:
         mine = self.kept is None or self.kept is self.kept_cut
-        folder = kept_folder(trainer)
-        self.kept_cut = Kept(folder) if folder else None
+        folder = find_cache_folder(trainer)
+        self.kept_cut = ResultCache(folder) if folder else None
         self.kept = self.kept_cut if mine else self.kept
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,7 +145,7 @@ class PruningCallback(PruningMethod, Callback):
         Raises:
             BadPlan: it is another one.
         """
-        check_same(state_dict, self._identity)
+        check_same_job(state_dict, self._identity)
         if state_dict.get("plan") and self.plan_made is not None:
             saved = PruningPlan.from_json(state_dict["plan"])
             if saved.digest != self.plan_made.digest:
@@ -165,9 +165,9 @@ class PruningCallback(PruningMethod, Callback):
             BadPlan: another model, tokenizer, method or options than now.
             SourceNotFound: missing or damaged.
         """
-        states = saved_states(checkpoint)
+        states = read_callback_states(checkpoint)
         saved: dict[str, Any] = states.get(self.state_key, {})
-        check_same(saved, self._identity)
+        check_same_job(saved, self._identity)
         plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
         if plan is None:
             beside = [folder / self._sidecar for folder in (checkpoint, checkpoint.parent)]
@@ -179,7 +179,7 @@ class PruningCallback(PruningMethod, Callback):
                     f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
                     f"{type(self).__name__}; resume with the configuration of that run"
                 )
-            _inform(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
+            _log_on_rank_zero(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
             return None, saved
         self._check_asked(plan, checkpoint)
         return plan, saved
@@ -187,7 +187,7 @@ class PruningCallback(PruningMethod, Callback):
     def _check_asked(self, plan: PruningPlan, checkpoint: Path) -> None:
         """A run that goes on with a plan must ask for that plan."""
         if self.replayed is not None:
-            if _units(self.replayed) != _units(plan):
+            if _list_remaining_units(self.replayed) != _list_remaining_units(plan):
                 raise BadPlan(
                     f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
                     f"{self.replayed.digest}; resume with the configuration of that run"
@@ -195,7 +195,7 @@ class PruningCallback(PruningMethod, Callback):
             return
         asked = json.loads(json.dumps(self.options, default=str))
         made = json.loads(json.dumps(dict(plan.options), default=str))
-        for name in sorted(asked.keys() & made.keys() - set(_ELSEWHERE)):
+        for name in sorted(asked.keys() & made.keys() - set(_FREE_OPTIONS)):
             if asked[name] != made[name]:
                 raise BadPlan(
                     f"checkpoint {checkpoint.name}: its plan was made with {name} {made[name]!r}, this run asks for "
@@ -209,14 +209,14 @@ class PruningCallback(PruningMethod, Callback):
             if tokenizer is None:
                 tokenizer = loading.load_tokenizer(str(cast(Any, model).config._name_or_path))
             batches = self.batches_from(self.calibration, tokenizer)
-            same_on_all_ranks("calibration text", text_fingerprint(batches))
+            check_same_on_ranks("calibration text", fingerprint_batches(batches))
             return batches
         if callable(getattr(data, "calibration_dataloader", None)):
             loader, source = cast(Any, data).calibration_dataloader(), "calibration_dataloader()"
         else:
             # The loader as given to fit, or by module or datamodule: Lightning has no public name for it.
             loader, source = trainer.fit_loop._data_source.dataloader(), "train dataloader"
-        batches = share(take(loader, self.windows))
+        batches = share_batches(take_batches(loader, self.windows))
         if not batches:
             raise NoCalibration(
                 f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "
@@ -226,27 +226,27 @@ class PruningCallback(PruningMethod, Callback):
             "source": [source],
             "windows": sum(len(batch["input_ids"]) for batch in batches),
             "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
-            "fingerprint": text.fingerprint(torch.cat([batch["input_ids"].flatten() for batch in batches])),
+            "fingerprint": text.fingerprint_token_ids(torch.cat([batch["input_ids"].flatten() for batch in batches])),
         }
         return batches
 
 
-def pruner_of(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
+def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
     """The callback of a job that cuts; None where there is none.
 
     Raises:
-        BadOption: see `check_one`.
+        BadOption: see `check_single_pruner`.
     """
     found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
-    check_one([type(callback).__name__ for callback in found], wanted_by)
+    check_single_pruner([type(callback).__name__ for callback in found], wanted_by)
     return found[0] if found else None
 
 
-def _units(plan: PruningPlan) -> list[Any]:
+def _list_remaining_units(plan: PruningPlan) -> list[Any]:
     """What is kept; biases are declared when a plan is carried out."""
     return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]
 
 
 @rank_zero_only
-def _inform(message: str) -> None:
+def _log_on_rank_zero(message: str) -> None:
     _log.info(message)

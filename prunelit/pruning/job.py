@@ -11,10 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from prunelit.calibration.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
-from prunelit.runtime.events import Listener
-from prunelit.runtime.torch_files import check_whole
+from prunelit.runtime.events import EventListener
+from prunelit.runtime.torch_files import check_torch_file
 
 
 def find_model(pl_module: LightningModule) -> nn.Module:
@@ -38,7 +38,7 @@ def find_model(pl_module: LightningModule) -> nn.Module:
     )
 
 
-def check_one(cutting: Sequence[str], wanted_by: str | None = None) -> None:
+def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) -> None:
     """Check that a job has no more than one callback that cuts: two would cut twice, and a report tells of one.
 
     Args:
@@ -60,7 +60,7 @@ def check_one(cutting: Sequence[str], wanted_by: str | None = None) -> None:
         )
 
 
-def resume_path(trainer: Trainer) -> Path | None:
+def find_resume_path(trainer: Trainer) -> Path | None:
     """The checkpoint that `trainer.fit` is about to restore.
 
     Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
@@ -77,33 +77,33 @@ def resume_path(trainer: Trainer) -> Path | None:
     return None
 
 
-def saved_states(checkpoint: Path) -> dict[str, Any]:
+def read_callback_states(checkpoint: Path) -> dict[str, Any]:
     """States of the callbacks in a checkpoint file; none for a sharded checkpoint, which is a folder.
 
     Raises:
         SourceNotFound: the file is missing, cut short or damaged.
     """
-    if checkpoint.is_dir() or not is_local(checkpoint):
+    if checkpoint.is_dir() or not is_local_path(checkpoint):
         return {}
-    check_whole(checkpoint)
+    check_torch_file(checkpoint)
     # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
     saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
     states: dict[str, Any] = saved.get("callbacks", {})
     return states
 
 
-def is_local(path: str | Path) -> bool:
+def is_local_path(path: str | Path) -> bool:
     """Whether a path is on a file system, not behind a protocol ("s3://...")."""
     return ":/" not in str(path)
 
 
-def kept_folder(trainer: Trainer) -> Path | None:
+def find_cache_folder(trainer: Trainer) -> Path | None:
     """Where a run keeps what is expensive; None where the job has no folder of its own, or not on this machine."""
     root = trainer.default_root_dir
-    return Path(root) / "kept" if is_local(root) and Path(root).resolve() != Path.cwd() else None
+    return Path(root) / "kept" if is_local_path(root) and Path(root).resolve() != Path.cwd() else None
 
 
-def listeners_of(trainer: Trainer) -> list[Listener]:
+def collect_listeners(trainer: Trainer) -> list[EventListener]:
     """The callbacks of a job that are told what happens: those with a method `hear`; `attach` of them is called."""
     found = [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
     for callback in found:
@@ -118,13 +118,13 @@ def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
     return next((t for t in (getattr(owner, "tokenizer", None) for owner in owners) if callable(t)), None)
 
 
-def identity(model: nn.Module, trainer: Trainer, pl_module: LightningModule) -> dict[str, str | None]:
-    """Fingerprints of a job's model as it is now and of its tokenizer, for `check_same`."""
-    tokenizer = tokenizer_fingerprint(find_tokenizer(trainer, pl_module))
-    return {"model": weights_fingerprint(model), "tokenizer": tokenizer}
+def fingerprint_job(model: nn.Module, trainer: Trainer, pl_module: LightningModule) -> dict[str, str | None]:
+    """Fingerprints of a job's model as it is now and of its tokenizer, for `check_same_job`."""
+    tokenizer = fingerprint_tokenizer(find_tokenizer(trainer, pl_module))
+    return {"model": fingerprint_weights(model), "tokenizer": tokenizer}
 
 
-def check_same(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
+def check_same_job(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
     """Check what a checkpoint says of model and tokenizer against this job's; what one of them does not say may differ.
 
     Raises:
@@ -139,7 +139,7 @@ def check_same(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) 
             )
 
 
-def same_on_all_ranks(what: str, value: str) -> None:
+def check_same_on_ranks(what: str, value: str) -> None:
     """Stop where processes differ; every rank calls it.
 
     Raises:
@@ -152,7 +152,7 @@ def same_on_all_ranks(what: str, value: str) -> None:
             raise BadOption(f"{what}: expected the same on every rank, got {values}; give every machine the same files")
 
 
-def take(loader: Any, sequences: int) -> list[Batch]:
+def take_batches(loader: Any, sequences: int) -> list[Batch]:
     """The first batches that hold input_ids, up to a number of sequences."""
     taken: list[Batch] = []
     for batch in loader if loader is not None else ():
@@ -166,7 +166,7 @@ def take(loader: Any, sequences: int) -> list[Batch]:
     return taken
 
 
-def share(batches: list[Batch]) -> list[Batch]:
+def share_batches(batches: list[Batch]) -> list[Batch]:
     """Rank zero's batches on every rank: shuffled loaders differ between ranks."""
     if dist.is_initialized():
         box = [batches]

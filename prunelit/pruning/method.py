@@ -15,16 +15,16 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, batched, check_batches, tokens_in
+from prunelit.calibration.batches import Batch, split_into_batches, check_calibration_batches, count_real_tokens
 from prunelit.calibration.fingerprints import (
-    digest,
-    model_fingerprint,
-    package_fingerprint,
-    source_fingerprint,
-    tensor_digests,
-    text_fingerprint,
+    compute_digest,
+    fingerprint_model,
+    fingerprint_package,
+    fingerprint_source,
+    hash_tensors,
+    fingerprint_batches,
 )
-from prunelit.calibration.result_cache import Found, Kept
+from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.data import text
@@ -35,17 +35,17 @@ from prunelit.planning import latency
 from prunelit.pruning import registry
 from prunelit.repair import bias, reconstruct
 from prunelit.runtime import progress
-from prunelit.runtime.distributed import own_rank
-from prunelit.runtime.environment import peak_memory_mib
+from prunelit.runtime.distributed import get_rank
+from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.errors import BadOption, BadPlan
-from prunelit.runtime.events import Teller
+from prunelit.runtime.events import EventSource
 
 _log = logging.getLogger("prunelit")
 
 Repair = Literal["none", "bias", "least_squares"]
 
 
-class PruningMethod(Teller):
+class PruningMethod(EventSource):
     """Base of all methods, without Lightning; `PruningCallback` is what they derive from.
 
     Args:
@@ -112,7 +112,7 @@ class PruningMethod(Teller):
         plan_file: str | None = None,
     ):
         super().__init__()
-        rank.check_options(
+        rank.check_budget_options(
             *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
         )
         if repair not in self.repair_choices:
@@ -122,7 +122,7 @@ class PruningMethod(Teller):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
         for source in [calibration] if isinstance(calibration, str) else calibration or []:
-            text.check_source(source)
+            text.check_text_source(source)
         self.replayed = PruningPlan.load(plan_file) if plan_file else None
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
         self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
@@ -137,9 +137,9 @@ class PruningMethod(Teller):
         self.plan_file = plan_file
         self.plan_made: PruningPlan | None = None
         self.seconds: dict[str, float] = {}
-        self.kept: Kept | None = None
+        self.kept: ResultCache | None = None
         """Where scores are kept."""
-        self.kept_cut: Kept | None = None
+        self.kept_cut: ResultCache | None = None
         """Where the finished plan and repaired weights are kept: what a run that was killed goes on from."""
         self.repaired: str | None = None
         """Name of the file of repaired weights in `kept_cut`."""
@@ -152,7 +152,7 @@ class PruningMethod(Teller):
         raise NotImplementedError(f"{type(self).__name__} overrides neither score() nor plan()")
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        """What stays. Default: `score`, then `prunelit.planning.budget.select` under the budget."""
+        """What stays. Default: `score`, then `prunelit.planning.budget.select_units` under the budget."""
         return self.make_plan(decoder.shape, self.selector(decoder)(self.scored(decoder, batches)))
 
     def scored(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
@@ -163,7 +163,7 @@ class PruningMethod(Teller):
 
         return [LayerScores(*pair) for pair in self.recall("scores", decoder, batches, pairs)]
 
-    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], Found]) -> Found:
+    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], CachedResult]) -> CachedResult:
         """`compute`, or what is kept of it in `self.kept` from an earlier run with the same model, text and options.
 
         Args:
@@ -185,36 +185,36 @@ class PruningMethod(Teller):
         self, decoder: Decoder, batches: Sequence[Batch], reads: Sequence[str] | None = None
     ) -> dict[str, Any] | None:
         """Everything that decides what this method computes; None where that is not known."""
-        code = source_fingerprint(type(self))
+        code = fingerprint_source(type(self))
         if code is None:
             return None
         key = {
             "method": f"{type(self).__module__}.{type(self).__qualname__}",
             "code": code,
             "options": {n: v for n, v in self.options.items() if reads is None or n in reads},
-            "model": model_fingerprint(decoder.model),
-            "text": text_fingerprint(batches),
+            "model": fingerprint_model(decoder.model),
+            "text": fingerprint_batches(batches),
             "device": decoder.device.type,
         }
         if self.kept_cut is not None:  # a run's folder outlives versions of prunelit
-            key["package"] = package_fingerprint()
+            key["package"] = fingerprint_package()
         return key
 
     def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
-        """`prunelit.planning.budget.select` with this callback's options: scores -> kept units. A latency is measured here, once.
+        """`prunelit.planning.budget.select_units` with this callback's options: scores -> kept units. A latency is measured here, once.
 
         Raises:
             InfeasibleBudget, NonFinite: when it is called.
         """
         cost: rank.Cost | None = None
         if self.budget == "latency":
-            table = latency.measure(decoder, self.unit, self.align)
+            table = latency.measure_latency_table(decoder, self.unit, self.align)
             self._calibration_record = {**self._calibration_record, "latency": table.record}
-            cost = table.seconds
+            cost = table.estimate_seconds
         elif self.budget == "parameters" and self.repair == "bias":
-            cost = bias.parameters(decoder)
+            cost = bias.make_bias_cost(decoder)
         select = partial(
-            rank.select,
+            rank.select_units,
             decoder.shape.layers,
             ratio=self.ratio,
             scope=self.scope,
@@ -237,7 +237,7 @@ class PruningMethod(Teller):
             if first and self.listeners:  # a method that selects again brings an order in the form of scores
                 first = False
                 self.tell(
-                    "scores", heads=_floats(s.heads for s in scores), channels=_floats(s.channels for s in scores)
+                    "scores", heads=_list_scores(s.heads for s in scores), channels=_list_scores(s.channels for s in scores)
                 )
             return kept
 
@@ -252,9 +252,9 @@ class PruningMethod(Teller):
         if self.repair == "none":
             surgery.apply(decoder.model, plan)
         elif self.repair == "bias":
-            bias.apply_bias(decoder.model, plan, batches)
+            bias.apply_bias_compensation(decoder.model, plan, batches)
         else:
-            reconstruct.apply(decoder.model, plan, batches, self.repair)
+            reconstruct.apply_least_squares(decoder.model, plan, batches, self.repair)
 
     def make_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
         """A plan of this method, with its options, seed and calibration on record."""
@@ -274,7 +274,7 @@ class PruningMethod(Teller):
     @property
     def name(self) -> str:
         """The method's name: the stem of its file."""
-        return registry.name_of(type(self))
+        return registry.get_method_name(type(self))
 
     @property
     def options(self) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class PruningMethod(Teller):
             self._cut_once(decoder, plan, batches, repaired)
         self.plan_made = plan
         predicted = plan.predicted
-        _inform(
+        _log_on_rank_zero(
             f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
             f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
         )
@@ -334,21 +334,21 @@ class PruningMethod(Teller):
         """
         decoder = Decoder(model)
         plan = self._decided(decoder, batches, replay)
-        surgery.check_fits(decoder, plan)
+        surgery.check_plan_fits(decoder, plan)
         return plan
 
     def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
-        check_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
+        check_calibration_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
         with self.stage("score_and_plan"):
             if batches and self.needs_text(replay):
-                context_length.check(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
+                context_length.check_context_length(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()
             plan = replay or self.replayed
             if plan is None:
-                self._calibration_record = {**self._calibration_record, "tokens": sum(map(tokens_in, batches))}
+                self._calibration_record = {**self._calibration_record, "tokens": sum(map(count_real_tokens, batches))}
                 plan = self._planned(decoder, batches)
-            plan = bias.declare(decoder, plan, self.repair == "bias")
-            _agree(plan)
+            plan = bias.declare_biases(decoder, plan, self.repair == "bias")
+            _check_ranks_agree(plan)
         self.tell("planned", plan=plan)
         return plan
 
@@ -356,10 +356,10 @@ class PruningMethod(Teller):
     def stage(self, name: str) -> Iterator[None]:
         """Time a stage of the work into `seconds`, and tell it."""
         start = time.perf_counter()
-        with progress.stage(name.replace("_", " ")):
+        with progress.show_stage(name.replace("_", " ")):
             yield
         self.seconds[name] = time.perf_counter() - start
-        self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=peak_memory_mib())
+        self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=get_peak_memory_mib())
 
     def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """`plan`, or the finished plan of an earlier run with the same options."""
@@ -377,30 +377,30 @@ class PruningMethod(Teller):
             self.cut(decoder, plan, batches)
             return
         said = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
-        self.repaired = repaired or f"{self.name}-repaired-{digest(said)}.pt"
+        self.repaired = repaired or f"{self.name}-repaired-{compute_digest(said)}.pt"
         if self.kept_cut.has(self.repaired):
             surgery.apply(decoder.model, plan)
             saved = self.kept_cut.put_back(self.repaired, decoder.model)
             self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
             return
-        before = tensor_digests(decoder.model) if own_rank() == 0 else {}
+        before = hash_tensors(decoder.model) if get_rank() == 0 else {}
         start = time.perf_counter()
         self.cut(decoder, plan, batches)
         self.kept_cut.keep_changes(self.repaired, decoder.model, before, time.perf_counter() - start)
 
     def batches_from(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
         """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
-        ids = text.windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
+        ids = text.draw_windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
         self._calibration_record = {
             "source": [sources] if isinstance(sources, str) else list(sources),
             "windows": len(ids),
             "seqlen": self.seqlen,
-            "fingerprint": text.fingerprint(ids),
+            "fingerprint": text.fingerprint_token_ids(ids),
         }
-        return batched(ids)
+        return split_into_batches(ids)
 
 
-def _agree(plan: PruningPlan) -> None:
+def _check_ranks_agree(plan: PruningPlan) -> None:
     """Stop where ranks made different plans.
 
     Raises:
@@ -413,10 +413,10 @@ def _agree(plan: PruningPlan) -> None:
             raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
 
 
-def _floats(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
+def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
 
 
-def _inform(message: str) -> None:
-    if own_rank() == 0:
+def _log_on_rank_zero(message: str) -> None:
+    if get_rank() == 0:
         _log.info(message)

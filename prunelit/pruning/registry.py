@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prunelit.runtime.errors import BadOption, nearest
+from prunelit.runtime.errors import BadOption, suggest_name
 
 PACKAGE = "prunelit.callbacks"
 FOLDER = Path(__file__).parents[1] / "callbacks"
@@ -33,7 +33,7 @@ class Method(NamedTuple):
 
 
 @cache
-def _files() -> tuple[dict[str, Method], dict[str, str]]:
+def _read_files() -> tuple[dict[str, Method], dict[str, str]]:
     """The methods by name, and what is wrong with the files that are no Python."""
     found, wrong = {}, {}
     files = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
@@ -55,12 +55,12 @@ def _files() -> tuple[dict[str, Method], dict[str, str]]:
 
 def methods() -> dict[str, Method]:
     """All methods by name, read from the files' syntax trees (nothing is imported)."""
-    return _files()[0]
+    return _read_files()[0]
 
 
-def broken() -> dict[str, str]:
+def list_broken_files() -> dict[str, str]:
     """Files among the methods that are no Python: name -> what is wrong and where, in one line."""
-    return _files()[1]
+    return _read_files()[1]
 
 
 def method_class(name: str) -> Any:
@@ -69,8 +69,8 @@ def method_class(name: str) -> Any:
     Raises:
         BadOption: no such method, which names the nearest; or its file is no Python.
     """
-    if name in broken():
-        raise BadOption(f"method {name!r}: {broken()[name]}; mend it")
+    if name in list_broken_files():
+        raise BadOption(f"method {name!r}: {list_broken_files()[name]}; mend it")
     if name in methods():
         return getattr(importlib.import_module(f"{PACKAGE}.{name}"), methods()[name].class_name)
     module, _, class_name = name.rpartition(".")
@@ -79,10 +79,10 @@ def method_class(name: str) -> Any:
             return getattr(importlib.import_module(module), class_name)
         except (ImportError, AttributeError, SyntaxError) as error:
             raise BadOption(f"method {name!r}: can not be imported: {error}") from error
-    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{nearest(name, methods())}")
+    raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{suggest_name(name, methods())}")
 
 
-def name_of(kind: type) -> str:
+def get_method_name(kind: type) -> str:
     """The name of a method: that of the file or folder which defines its class.
 
     A class in `callback.py` of a folder is named by the folder.

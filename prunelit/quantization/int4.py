@@ -22,7 +22,7 @@ from torch.nn import functional
 from prunelit.runtime.errors import BadOption
 
 GROUP_SIZES = (16, 32, 64, 128)
-_LEVELS = 15
+_MAX_CODE = 15
 
 
 def check_group_size(group_size: int) -> None:
@@ -36,18 +36,18 @@ def check_group_size(group_size: int) -> None:
         raise BadOption(f"group_size: expected one of {sizes} (inputs per INT4 group), got {group_size!r}")
 
 
-def error_bound(group_size: int) -> float:
+def compute_error_bound(group_size: int) -> float:
     """Largest relative Frobenius error that min-max rounding to 4 bits makes on weights of any distribution.
 
     Rounding errors spread evenly over a step have the mean square alpha^2 / 12, so a group adds S range^2 / (12 15^2);
     its own square sum is at least max^2 + min^2 >= range^2 / 2. The quotient is S / 1350. Normal weights stay near half
     of the bound; a result above it is a wrong result.
     """
-    return (group_size / (6 * _LEVELS**2)) ** 0.5
+    return (group_size / (6 * _MAX_CODE**2)) ** 0.5
 
 
 @torch.no_grad()
-def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+def round_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Round a weight to 4 bits by the minimum and maximum of every row's groups.
 
     Args:
@@ -69,19 +69,19 @@ def quantise(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1)
     grouped = values.reshape(rows, -1, group_size)
     low, high = grouped.aminmax(dim=-1)
-    scale = (high - low) / _LEVELS
+    scale = (high - low) / _MAX_CODE
     steps = torch.where(scale > 0, scale, 1.0)[..., None]
-    codes = ((grouped - low[..., None]) / steps).round_().clamp_(0, _LEVELS).to(torch.uint8)
+    codes = ((grouped - low[..., None]) / steps).round_().clamp_(0, _MAX_CODE).to(torch.uint8)
     return codes.view(rows, -1)[:, :width], scale, low
 
 
-def _pack(codes: Tensor, group_size: int) -> Tensor:
+def _pack_codes(codes: Tensor, group_size: int) -> Tensor:
     """Two codes a byte, the even column in the low half: [O, I] -> [O, G S / 2]; missing columns have code 0."""
     padded = functional.pad(codes, (0, -codes.shape[1] % group_size))
     return padded[:, ::2] | padded[:, 1::2] << 4
 
 
-def _unpacked(packed: Tensor, scale: Tensor, zero: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+def _unpack_weight(packed: Tensor, scale: Tensor, zero: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     """The weight [O, I] that packed codes stand for, computed in float32."""
     rows, groups = scale.shape
     weight = torch.empty(*packed.shape, 2, dtype=torch.float32, device=packed.device)
@@ -90,7 +90,7 @@ def _unpacked(packed: Tensor, scale: Tensor, zero: Tensor, width: int, dtype: to
     return weight.view(rows, -1)[:, :width].to(dtype)
 
 
-class _Product(torch.autograd.Function):
+class _Int4Product(torch.autograd.Function):
     """x W~^T with a gradient for x alone. Backward unpacks again, so no unpacked weight lives from one to the other."""
 
     @staticmethod
@@ -98,13 +98,13 @@ class _Product(torch.autograd.Function):
         ctx.save_for_backward(packed, scale, zero)
         ctx.width = width
         with torch.autocast(x.device.type, enabled=False):
-            return x @ _unpacked(packed, scale, zero, width, x.dtype).T
+            return x @ _unpack_weight(packed, scale, zero, width, x.dtype).T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None, None]:
         packed, scale, zero = ctx.saved_tensors
-        return gradient @ _unpacked(packed, scale, zero, ctx.width, gradient.dtype), None, None, None, None
+        return gradient @ _unpack_weight(packed, scale, zero, ctx.width, gradient.dtype), None, None, None, None
 
 
 class Int4Linear(nn.Module):
@@ -161,8 +161,8 @@ class Int4Linear(nn.Module):
         Raises:
             BadOption: the group size is none of GROUP_SIZES.
         """
-        codes, scale, zero = quantise(weight, group_size)
-        return cls.from_parts(_pack(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
+        codes, scale, zero = round_to_int4(weight, group_size)
+        return cls.from_parts(_pack_codes(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
 
     @classmethod
     def from_parts(
@@ -182,14 +182,14 @@ class Int4Linear(nn.Module):
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight W~ [O, I]."""
-        return _unpacked(self.packed, self.scale, self.zero, self.in_features, dtype)
+        return _unpack_weight(self.packed, self.scale, self.zero, self.in_features, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in the dtype of x, or autocast's."""
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         inner = self.compute_dtype or dtype
-        y = cast(Tensor, _Product.apply(x.to(inner), self.packed, self.scale, self.zero, self.in_features))
+        y = cast(Tensor, _Int4Product.apply(x.to(inner), self.packed, self.scale, self.zero, self.in_features))
         if self.bias is not None:
             y = y + self.bias.to(inner)
         return y.to(dtype)

@@ -21,38 +21,38 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from prunelit.core.architectures import architecture_of
-from prunelit.model.folder import Files, settings, skeleton
+from prunelit.core.architectures import get_architecture
+from prunelit.model.folder import SafetensorsFolder, read_model_config, build_meta_model
 from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import Int4Linear
-from prunelit.quantization.linears import DecoderLinear, decoder_linears
-from prunelit.quantization.quantize import CONV1D
+from prunelit.quantization.linears import DecoderLinear, list_decoder_linears
+from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 
-METHOD = "metal"
-CODES = 8
+QUANT_METHOD = "metal"
+CODES_PER_WORD = 8
 """Codes in one number, so group sizes are multiples of it."""
 
 
-def config_of(folder: str | Path) -> dict[str, Any] | None:
+def read_int4_config(folder: str | Path) -> dict[str, Any] | None:
     """`quantization_config` of a folder in this layout; None for any other folder.
 
     Raises:
         SourceNotFound: its group size is none.
     """
-    found = settings(folder).get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != METHOD or found.get("bits") != 4:
+    found = read_model_config(folder).get("quantization_config")
+    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD or found.get("bits") != 4:
         return None
     size = found.get("group_size")
-    if type(size) is not int or size < CODES or size % CODES:
+    if type(size) is not int or size < CODES_PER_WORD or size % CODES_PER_WORD:
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of {CODES}, got "
+            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of {CODES_PER_WORD}, got "
             f"{size!r:.40}"
         )
     return found
 
 
-def group_size(model: Any) -> int:
+def find_common_group_size(model: Any) -> int:
     """The largest group size that a model's own groups and its widths are multiples of.
 
     FFN channels do not count: channels of zeros can be added to them.
@@ -63,25 +63,25 @@ def group_size(model: Any) -> int:
     Raises:
         BadQuantisation: below 8, or there are linears of GPT-2's kind; says which linear, and what to do.
     """
-    down = architecture_of(model.config).down
+    down = get_architecture(model.config).down
     found = 0
-    for linear in decoder_linears(model):
+    for linear in list_decoder_linears(model):
         module: Any = linear.module
-        if getattr(module, CONV1D, False):
+        if getattr(module, CONV1D_MARK, False):
             raise BadQuantisation(
                 f"{linear.name}: int4: expected a linear with weights [out, in], got Conv1D, which no reader takes in "
                 "4 bits; use format uniform or hetero"
             )
-        found = math.gcd(found, module.group_size, 0 if _is_down(linear, down) else module.in_features)
-        if found < CODES:
+        found = math.gcd(found, module.group_size, 0 if _is_down_projection(linear, down) else module.in_features)
+        if found < CODES_PER_WORD:
             raise BadQuantisation(
-                f"{linear.name}: int4: expected inputs in multiples of {CODES}, got {module.in_features}; use format "
+                f"{linear.name}: int4: expected inputs in multiples of {CODES_PER_WORD}, got {module.in_features}; use format "
                 "uniform or hetero"
             )
     return found
 
 
-def tensors(
+def make_int4_tensors(
     linear: Int4Linear, size: int, outputs: int, inputs: int, parts: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """A linear as the file has it, by the last part of the name; the bias too.
@@ -95,24 +95,24 @@ def tensors(
         dtype: of scales, zeros and bias.
     """
     repeat, groups = linear.group_size // size, inputs // size
-    codes = padded(linear.packed[:, : inputs // 2], outputs, parts)
+    codes = pad_row_blocks(linear.packed[:, : inputs // 2], outputs, parts)
     found = {"weight": codes.contiguous().view(torch.uint32)}
     for name, values in (("scales", linear.scale), ("qbiases", linear.zero)):
         own = values.repeat_interleave(repeat, 1)[:, :groups].to(dtype)
-        found[name] = padded(own, outputs, parts).contiguous()
+        found[name] = pad_row_blocks(own, outputs, parts).contiguous()
     if linear.bias is not None:
-        found["bias"] = padded(linear.bias.detach()[:, None], outputs, parts)[:, 0].to(dtype).contiguous()
+        found["bias"] = pad_row_blocks(linear.bias.detach()[:, None], outputs, parts)[:, 0].to(dtype).contiguous()
     return found
 
 
-def padded(values: Tensor, rows: int, parts: int = 1) -> Tensor:
+def pad_row_blocks(values: Tensor, rows: int, parts: int = 1) -> Tensor:
     """Rows of zeros added at the end of each of the equal parts of a matrix, until it has `rows`."""
     more = (rows - len(values)) // parts
     return functional.pad(values.unflatten(0, (parts, -1)), (0, 0, 0, more)).flatten(0, 1) if more else values
 
 
 @torch.no_grad()
-def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
+def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
     """The model of a folder in this layout, its linears still in 4 bits.
 
     Args:
@@ -123,22 +123,22 @@ def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
     Raises:
         SourceNotFound: weights are missing, or of another shape.
     """
-    files, config = Files(folder), settings(folder)
+    files, config = SafetensorsFolder(folder), read_model_config(folder)
     own = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
-    model = skeleton(folder, kind, own, torch.device("cpu"))
+    model = build_meta_model(folder, kind, own, torch.device("cpu"))
     del model.config.quantization_config
-    names = files.names(model)
+    names = files.match_names(model)
     for name, module in list(model.named_modules()):
         weight = names.get(f"{name}.weight", "")
         beside = [f"{weight.removesuffix('weight')}{last}" for last in ("scales", "qbiases")]
-        if isinstance(module, nn.Linear) and all(key in files.file_of for key in beside):
-            codes, scale, zero = (files.view(key) for key in (weight, *beside))
-            if codes.shape != (module.out_features, module.in_features // CODES):
-                raise _wrong(folder, weight, f"[{module.out_features}, {module.in_features // CODES}]", codes)
+        if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in beside):
+            codes, scale, zero = (files.map_tensor(key) for key in (weight, *beside))
+            if codes.shape != (module.out_features, module.in_features // CODES_PER_WORD):
+                raise _make_shape_error(folder, weight, f"[{module.out_features}, {module.in_features // CODES_PER_WORD}]", codes)
             groups = module.in_features // config["quantization_config"]["group_size"]
             if not scale.shape == zero.shape == (module.out_features, groups):
                 wanted = f"scales and qbiases [{module.out_features}, {groups}]"
-                raise _wrong(folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero)
+                raise _make_shape_error(folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero)
             packed = codes.clone().view(torch.uint8)
             parts = (packed, scale.float().clone(), zero.float().clone())
             replace_module(model, name, Int4Linear.from_parts(*parts, module.in_features, module.bias))
@@ -149,9 +149,9 @@ def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
         if name not in names:
             missing.add(name)
             continue
-        value = files.view(names[name])
+        value = files.map_tensor(names[name])
         if value.shape != empty.shape:
-            raise _wrong(folder, names[name], str(list(empty.shape)), value)
+            raise _make_shape_error(folder, names[name], str(list(empty.shape)), value)
         value = value.to(empty.dtype, copy=True)
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, nn.Parameter(value) if isinstance(empty, nn.Parameter) else value)
@@ -164,11 +164,11 @@ def read(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
     return model.requires_grad_(False).eval()
 
 
-def _is_down(linear: DecoderLinear, down: str) -> bool:
+def _is_down_projection(linear: DecoderLinear, down: str) -> bool:
     return linear.kind == "ffn" and linear.path.split(".")[-1] == down
 
 
-def _wrong(folder: Path, name: str, wanted: str, got: Tensor) -> SourceNotFound:
+def _make_shape_error(folder: Path, name: str, wanted: str, got: Tensor) -> SourceNotFound:
     return SourceNotFound(
         f"model {str(folder)!r}: {name}: expected {wanted}, got {list(got.shape)}; the files belong to another config"
     )

@@ -4,26 +4,26 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from prunelit.core.architectures import architecture_of
+from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
 from prunelit.model.per_layer import find
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.runtime.errors import DeclarationMismatch
 
-Kind = Literal["attention", "ffn"]
+LinearKind = Literal["attention", "ffn"]
 
 
 class DecoderLinear(NamedTuple):
     """A prunable linear: number of its layer, its block, path below the layer, path below the model, module."""
 
     layer: int
-    kind: Kind
+    kind: LinearKind
     path: str
     name: str
     module: nn.Module
 
 
-def decoder_linears(model: Any) -> list[DecoderLinear]:
+def list_decoder_linears(model: Any) -> list[DecoderLinear]:
     """The prunable linears of a causal LM's layers in order: plain, quantised or with adapters; no removed blocks.
 
     Args:
@@ -33,8 +33,8 @@ def decoder_linears(model: Any) -> list[DecoderLinear]:
         UnknownArchitecture: no declaration for the model.
         DeclarationMismatch: no decoder layers where the declaration has them.
     """
-    model = without_peft(model)
-    names = architecture_of(model.config)
+    model = unwrap_peft_model(model)
+    names = get_architecture(model.config)
     layers = find(model, names.layers)
     if not isinstance(layers, nn.ModuleList):
         raise DeclarationMismatch(
@@ -44,7 +44,7 @@ def decoder_linears(model: Any) -> list[DecoderLinear]:
     qkv = (names.fused_qkv,) if names.fused_qkv else (names.query, names.key, names.value)
     ffn_in = (names.fused_gate_up,) if names.fused_gate_up else (names.gate, names.up)
     below = names.mlp and f"{names.mlp}."
-    paths: list[tuple[Kind, str]] = [("attention", f"{names.attention}.{name}") for name in (*qkv, names.output)]
+    paths: list[tuple[LinearKind, str]] = [("attention", f"{names.attention}.{name}") for name in (*qkv, names.output)]
     paths += [("ffn", f"{below}{name}") for name in (*ffn_in, names.down) if name]
     return [
         DecoderLinear(index, kind, path, f"{names.layers}.{index}.{path}", module)
@@ -56,7 +56,7 @@ def decoder_linears(model: Any) -> list[DecoderLinear]:
     ]
 
 
-def widths(module: Any) -> tuple[int, int]:
+def get_linear_widths(module: Any) -> tuple[int, int]:
     """Outputs and inputs of a linear: plain, Conv1D, quantised or with an adapter."""
     if is_conv1d(module):
         return module.nf, module.nx
@@ -68,7 +68,7 @@ def has_adapters(model: Any) -> bool:
     return hasattr(model, "peft_config") or any(isinstance(module, GroupLora) for module in model.modules())
 
 
-def quantised_as(model: nn.Module) -> Literal["nf4", "int4"] | None:
+def get_quantization(model: nn.Module) -> Literal["nf4", "int4"] | None:
     """What a model's linears were quantised to; None where they are plain."""
     for module in model.modules():
         if isinstance(module, Int4Linear):
@@ -78,7 +78,7 @@ def quantised_as(model: nn.Module) -> Literal["nf4", "int4"] | None:
     return None
 
 
-def without_peft(model: Any) -> Any:
+def unwrap_peft_model(model: Any) -> Any:
     """The transformers model below PEFT's."""
     return model.get_base_model() if hasattr(model, "peft_config") else model
 

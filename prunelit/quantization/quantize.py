@@ -11,19 +11,19 @@ from typing import Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.core.architectures import architecture_of
-from prunelit.model.decoder import is_conv1d, weight_out_in
+from prunelit.core.architectures import get_architecture
+from prunelit.model.decoder import is_conv1d, get_weight_out_in
 from prunelit.model.per_layer import find, replace_module, set_linear
-from prunelit.quantization.int4 import Int4Linear, check_group_size, error_bound
-from prunelit.quantization.linears import decoder_linears, has_adapters, is_nf4, quantised_as, widths
+from prunelit.quantization.int4 import Int4Linear, check_group_size, compute_error_bound
+from prunelit.quantization.linears import list_decoder_linears, has_adapters, is_nf4, get_quantization, get_linear_widths
 from prunelit.runtime.errors import BadOption, BadQuantisation
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
 Base = Literal["none", "nf4", "int4"]
 BASES = ("none", "nf4", "int4")
 _NF4_BLOCK = 64  # other sizes are wrong on CPUs at more widths
-_NF4_BOUND = 0.15  # right results are near 0.09, wrong ones were 0.2 to 1.2
-CONV1D = "prunelit_conv1d"  # on quantised modules that stand for transformers' Conv1D
+_NF4_ERROR_BOUND = 0.15  # right results are near 0.09, wrong ones were 0.2 to 1.2
+CONV1D_MARK = "prunelit_conv1d"  # on quantised modules that stand for transformers' Conv1D
 
 # Said at import on CPUs where an optional kernel of the hub is missing; PEFT imports bitsandbytes too.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -38,7 +38,7 @@ class Misfit(NamedTuple):
     align: int | None
 
 
-class Quantised(NamedTuple):
+class QuantizedLinear(NamedTuple):
     """A linear that was quantised, and its relative error |W~ - W| / |W| (Frobenius)."""
 
     name: str
@@ -47,8 +47,8 @@ class Quantised(NamedTuple):
     error: float
 
 
-def check_options(base: str, group_size: int = 32) -> None:
-    """Check the options of `quantize` before a model is there.
+def check_base_options(base: str, group_size: int = 32) -> None:
+    """Check the options of `quantize_model` before a model is there.
 
     Raises:
         BadOption: no such base or group size, or bitsandbytes is not installed.
@@ -57,13 +57,13 @@ def check_options(base: str, group_size: int = 32) -> None:
         raise BadOption(f"base: expected one of {', '.join(BASES)}, got {base!r}")
     check_group_size(group_size)
     if base == "nf4":
-        bitsandbytes()
+        import_bitsandbytes()
 
 
-def misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
+def find_misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
     """Linears that a base does not take as they are.
 
-    With int4 their last group is padded, which costs memory and nothing else. With nf4 on a CPU `check_shapes` refuses
+    With int4 their last group is padded, which costs memory and nothing else. With nf4 on a CPU `check_base_shapes` refuses
     them. `align` is the option of pruning methods (kept FFN widths are multiples of it) that would fit the linear; None
     where hidden size or heads are what does not divide.
 
@@ -72,28 +72,28 @@ def misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
         base: "none" and, on CUDA, "nf4" have no misfits.
         group_size: of int4.
     """
-    check_options(base, group_size)
+    check_base_options(base, group_size)
     if base == "none":
         return []
     wanted = _NF4_BLOCK if base == "nf4" else group_size
-    down = architecture_of(model.config).down
+    down = get_architecture(model.config).down
     found = []
-    for linear in decoder_linears(model):
-        width = widths(linear.module)[1]
-        if width % wanted and (base == "int4" or weight_out_in(linear.module).device.type == "cpu"):
+    for linear in list_decoder_linears(model):
+        width = get_linear_widths(linear.module)[1]
+        if width % wanted and (base == "int4" or get_weight_out_in(linear.module).device.type == "cpu"):
             from_channels = linear.kind == "ffn" and linear.path.split(".")[-1] == down
             found.append(Misfit(linear.name, width, wanted, wanted if from_channels else None))
     return found
 
 
-def check_shapes(model: Any, base: Base, group_size: int = 32) -> None:
+def check_base_shapes(model: Any, base: Base, group_size: int = 32) -> None:
     """Raise where a base would be wrong at some width; call it as soon as the model is cut.
 
     Raises:
         BadOption: no such base or group size, or bitsandbytes is not installed.
         BadQuantisation: nf4 on a CPU with inputs that are no multiple of 64.
     """
-    found = misfits(model, base, group_size)
+    found = find_misfits(model, base, group_size)
     if found and base == "nf4":
         first = found[0]
         remedy = f"cut with align: {first.align}, or " if first.align else ""
@@ -104,13 +104,13 @@ def check_shapes(model: Any, base: Base, group_size: int = 32) -> None:
 
 
 @torch.no_grad()
-def quantize(
+def quantize_model(
     model: Any,
     base: Base,
     group_size: int = 32,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
-) -> list[Quantised]:
+) -> list[QuantizedLinear]:
     """Replace every prunable linear of the decoder layers by a 4-bit one, in place, and freeze the model.
 
     Embeddings, norms and the output projection stay as they are. Every linear is dequantised and compared with its
@@ -131,26 +131,26 @@ def quantize(
         BadQuantisation: widths that nf4 does not take (nothing was changed then), a model that is quantised or has
             adapters already, or a linear that came out wrong (those before it are replaced).
     """
-    check_options(base, group_size)
+    check_base_options(base, group_size)
     if base == "none":
         return []
-    if has_adapters(model) or quantised_as(model) is not None:
+    if has_adapters(model) or get_quantization(model) is not None:
         raise BadQuantisation("quantize: expected a plain model, got adapters or 4-bit linears; quantise once, first")
-    check_shapes(model, base, group_size)
+    check_base_shapes(model, base, group_size)
     model.requires_grad_(False)
     records = []
-    names = [linear.name for linear in decoder_linears(model)]  # a list of modules would hold all weights
-    for name in track(names, f"rounding to {base}", unit="linear"):
+    names = [linear.name for linear in list_decoder_linears(model)]  # a list of modules would hold all weights
+    for name in track_progress(names, f"rounding to {base}", unit="linear"):
         old = find(model, name)
-        weight = weight_out_in(old)
+        weight = get_weight_out_in(old)
         if base == "int4":
             new: Any = Int4Linear.from_weight(weight, old.bias, group_size, compute_dtype)
         else:
-            new = _nf4(weight, old.bias, compute_dtype or weight.dtype, double_quant)
-        bound = error_bound(group_size) if base == "int4" else _NF4_BOUND
-        records.append(Quantised(name, len(weight), weight.shape[1], _error(weight, _weight(new))))
-        _guard(records[-1], base, bound)
-        setattr(new, CONV1D, is_conv1d(old))
+            new = _make_nf4_linear(weight, old.bias, compute_dtype or weight.dtype, double_quant)
+        bound = compute_error_bound(group_size) if base == "int4" else _NF4_ERROR_BOUND
+        records.append(QuantizedLinear(name, len(weight), weight.shape[1], _measure_relative_error(weight, _dequantize_weight(new))))
+        _check_relative_error(records[-1], base, bound)
+        setattr(new, CONV1D_MARK, is_conv1d(old))
         replace_module(model, name, new)
     if base == "nf4":
         model.is_loaded_in_4bit = True  # PEFT takes its 4-bit adapters where it finds this
@@ -158,10 +158,10 @@ def quantize(
 
 
 @torch.no_grad()
-def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
+def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     """Make every 4-bit linear a plain one again, in place: what stock formats hold.
 
-    The weights are the rounded ones. For int4 after `lora.merged`; out of nf4 with adapters goes `lora.merge_into`.
+    The weights are the rounded ones. For int4 after `lora.merge_adapters`; out of nf4 with adapters goes `lora.merge_into_full_precision`.
 
     Args:
         model: quantised, without adapters; a plain one is returned as it is.
@@ -175,13 +175,13 @@ def dequantised(model: Any, dtype: torch.dtype | None = None) -> Any:
     dtype = dtype or next(p.dtype for p in model.parameters() if p.is_floating_point())
     for name, module in list(model.named_modules()):
         if isinstance(module, Int4Linear) or is_nf4(module):
-            replace_module(model, name, _linear(module, dtype))
+            replace_module(model, name, _make_plain_linear(module, dtype))
     if hasattr(model, "is_loaded_in_4bit"):
         del model.is_loaded_in_4bit
     return model
 
 
-def bytes_per_parameter(model: nn.Module) -> dict[str, float]:
+def measure_base_memory(model: nn.Module) -> dict[str, float]:
     """What the base costs in memory, for reports.
 
     Returns:
@@ -193,7 +193,7 @@ def bytes_per_parameter(model: nn.Module) -> dict[str, float]:
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             base += module.in_features * module.out_features
-            held += sum(_bytes(buffer) for buffer in module.buffers(recurse=False))
+            held += sum(_count_bytes(buffer) for buffer in module.buffers(recurse=False))
         for own, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
@@ -205,9 +205,9 @@ def bytes_per_parameter(model: nn.Module) -> dict[str, float]:
                 adapters += count
             else:
                 base += count
-                held += _bytes(parameter)
-                held += sum(_bytes(tensor) for tensor in _statistics(state) if id(tensor) not in seen)
-                seen.update(map(id, _statistics(state)))
+                held += _count_bytes(parameter)
+                held += sum(_count_bytes(tensor) for tensor in _collect_nf4_statistics(state) if id(tensor) not in seen)
+                seen.update(map(id, _collect_nf4_statistics(state)))
     return {
         "trainable_parameters": trainable,
         "parameters": base + adapters,
@@ -216,7 +216,7 @@ def bytes_per_parameter(model: nn.Module) -> dict[str, float]:
     }
 
 
-def bitsandbytes(needed_by: str = "base nf4") -> Any:
+def import_bitsandbytes(needed_by: str = "base nf4") -> Any:
     """The package.
 
     Raises:
@@ -229,9 +229,9 @@ def bitsandbytes(needed_by: str = "base nf4") -> Any:
     return bitsandbytes
 
 
-def _nf4(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+def _make_nf4_linear(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool) -> Any:
     """A linear of bitsandbytes from a weight [O, I], on the weight's device."""
-    nn4 = bitsandbytes().nn
+    nn4 = import_bitsandbytes().nn
     rows, width = weight.shape
     linear = nn4.Linear4bit(width, rows, False, compute_dtype, double_quant, "nf4", device="meta")
     # It quantises when it is moved, and `module` is how the linear learns the statistics.
@@ -250,23 +250,23 @@ def _nf4(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, 
     return linear.to(weight.device)
 
 
-def _weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
+def _dequantize_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [O, I] that a quantised linear stands for."""
     if isinstance(module, Int4Linear):
         return module.dequantised(dtype or torch.float32)
     state = module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise BadQuantisation("dequantised: nf4 weights were packed by an evaluation outside prunelit; load them again")
-    weight = bitsandbytes().functional.dequantize_4bit(module.weight.data, state)
+    weight = import_bitsandbytes().functional.dequantize_4bit(module.weight.data, state)
     return cast(Tensor, weight.to(dtype or weight.dtype))
 
 
-def _error(weight: Tensor, other: Tensor) -> float:
+def _measure_relative_error(weight: Tensor, other: Tensor) -> float:
     difference, norm = (other.float() - weight.float()).norm().item(), weight.float().norm().item()
     return difference / norm if norm else difference
 
 
-def _guard(record: Quantised, base: str, bound: float) -> None:
+def _check_relative_error(record: QuantizedLinear, base: str, bound: float) -> None:
     if not record.error <= bound:  # NaN too
         remedy = "cut with align: 64, or use base int4 or none" if base == "nf4" else "use base none"
         raise BadQuantisation(
@@ -275,27 +275,27 @@ def _guard(record: Quantised, base: str, bound: float) -> None:
         )
 
 
-def _linear(module: Any, dtype: torch.dtype) -> nn.Module:
+def _make_plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
     """A plain linear (or Conv1D, where it was one) with the weight of a quantised one."""
     from transformers.pytorch_utils import Conv1D
 
-    weight = _weight(module, dtype)
-    turned = getattr(module, CONV1D, False)
+    weight = _dequantize_weight(module, dtype)
+    turned = getattr(module, CONV1D_MARK, False)
     linear: Any = Conv1D(1, 1) if turned else nn.Linear(1, 1, bias=module.bias is not None, device="meta")
     linear.requires_grad_(False)
-    set_linear(linear, weight.T.contiguous() if turned else weight.contiguous(), _cast(module.bias, dtype))
+    set_linear(linear, weight.T.contiguous() if turned else weight.contiguous(), _cast_bias(module.bias, dtype))
     return cast(nn.Module, linear)
 
 
-def _cast(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def _cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if bias is None else bias.detach().to(dtype)
 
 
-def _bytes(tensor: Tensor) -> int:
+def _count_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _statistics(state: Any) -> list[Tensor]:
+def _collect_nf4_statistics(state: Any) -> list[Tensor]:
     """Tensors that an nf4 weight needs beside its codes."""
     inner = getattr(state, "state2", None)
     found = [getattr(part, name, None) for part in (state, inner) for name in ("absmax", "code", "offset")]

@@ -21,25 +21,25 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunelit.core.architectures import architecture_of
+from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
-from prunelit.model.folder import INDEX, SINGLE, Files
-from prunelit.model.quiet import quiet
+from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder
+from prunelit.model.quiet import silence_transformers
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.int4_folder import CODES, config_of, padded
-from prunelit.quantization.linears import decoder_linears, quantised_as, widths, without_peft
-from prunelit.quantization.quantize import CONV1D
-from prunelit.recovery.lora import peft_config
+from prunelit.quantization.int4_folder import CODES_PER_WORD, read_int4_config, pad_row_blocks
+from prunelit.quantization.linears import list_decoder_linears, get_quantization, get_linear_widths, unwrap_peft_model
+from prunelit.quantization.quantize import CONV1D_MARK
+from prunelit.recovery.lora import build_peft_config
 from prunelit.runtime.errors import BadAdapter
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-Shapes = Mapping[str, tuple[int, int]]
+ShapeByName = Mapping[str, tuple[int, int]]
 
 
 @torch.no_grad()
-def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
+def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None:
     """Write a model's adapters into an empty folder.
 
     Args:
@@ -49,9 +49,9 @@ def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
         wide: the base as it is saved, where channels of zeros were added to it; None: as it is under the adapters.
     """
     found: dict[str, tuple[Tensor, Tensor]] = {}
-    fused = architecture_of(without_peft(model).config).fused_gate_up
-    shapes = {x.name: widths(x.module) for x in decoder_linears(wide if wide is not None else model)}
-    for linear in decoder_linears(model):
+    fused = get_architecture(unwrap_peft_model(model).config).fused_gate_up
+    shapes = {x.name: get_linear_widths(x.module) for x in list_decoder_linears(wide if wide is not None else model)}
+    for linear in list_decoder_linears(model):
         module: Any = linear.module
         if isinstance(module, GroupLora):
             size = module.base_layer.group_size
@@ -64,8 +64,8 @@ def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
         (outputs, inputs), parts = shapes[linear.name], 2 if linear.path.split(".")[-1] == fused else 1
         # Added inputs are zero, so any column serves: the last again keeps a group's columns equal.
         a = torch.cat([pair[0], pair[0][:, -1:].expand(-1, inputs - pair[0].shape[1])], 1)
-        found[linear.name] = a, padded(pair[1], outputs, parts)
-    config = _config(model, found)
+        found[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
+    config = _build_adapter_config(model, found)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -74,25 +74,25 @@ def write(model: Any, folder: Path, base: str, wide: Any = None) -> None:
         for part, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # it is written for its owner's eyes only
+    (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)  # it is written for its owner's eyes only
 
 
-def _config(model: Any, found: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+def _build_adapter_config(model: Any, found: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """The configuration that the adapters have, or would have with PEFT."""
-    linears = decoder_linears(model)
+    linears = list_decoder_linears(model)
     if hasattr(model, "peft_config"):
         config = copy.deepcopy(model.peft_config["default"])
     else:
         ranks = [len(found[linear.name][0]) for linear in linears]
         rank = Counter(ranks).most_common(1)[0][0]
         scaling = cast(GroupLora, linears[0].module).scaling
-        config = peft_config(model, ranks, rank, scaling * rank)
+        config = build_peft_config(model, ranks, rank, scaling * rank)
     bases = [getattr(linear.module, "base_layer", linear.module) for linear in linears]
-    config.fan_in_fan_out = any(is_conv1d(base) or getattr(base, CONV1D, False) for base in bases)
+    config.fan_in_fan_out = any(is_conv1d(base) or getattr(base, CONV1D_MARK, False) for base in bases)
     return config
 
 
-def check(folder: str | os.PathLike[str], source: str) -> None:
+def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
     """Check a saved adapter, and that it fits a model source, as far as files tell: no model is loaded.
 
     Args:
@@ -103,15 +103,15 @@ def check(folder: str | os.PathLike[str], source: str) -> None:
         BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
     """
     path = Path(folder).expanduser()
-    _settings(path)
-    shapes = _shapes(path)
-    base = _shapes_of_folder(Path(source).expanduser())
+    _read_adapter_settings(path)
+    shapes = _read_adapter_shapes(path)
+    base = _read_model_shapes(Path(source).expanduser())
     if base:
-        _compare(folder, shapes, base, source)
+        _check_shapes_match(folder, shapes, base, source)
 
 
 @torch.no_grad()
-def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
+def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
     """Merge a saved adapter into the weights of its base, in place.
 
     Args:
@@ -119,17 +119,17 @@ def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
         folder: of the adapter.
 
     Raises:
-        BadAdapter: see `check`; or an adapter that tells the inputs of an INT4 group apart.
+        BadAdapter: see `check_adapter`; or an adapter that tells the inputs of an INT4 group apart.
     """
     path = Path(folder).expanduser()
-    settings = _settings(path)
-    _compare(folder, _shapes(path), {x.name: widths(x.module) for x in decoder_linears(model)}, "the model")
-    if quantised_as(model) == "int4":
-        return _into_zeros(model, path, settings)
+    settings = _read_adapter_settings(path)
+    _check_shapes_match(folder, _read_adapter_shapes(path), {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)}, "the model")
+    if get_quantization(model) == "int4":
+        return _merge_into_zeros(model, path, settings)
     from peft import PeftModel
 
     try:
-        with stage("merging the adapter"), quiet(), warnings.catch_warnings():
+        with show_stage("merging the adapter"), silence_transformers(), warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
@@ -137,10 +137,10 @@ def merge_onto(model: Any, folder: str | os.PathLike[str]) -> Any:
         raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {said}") from error
 
 
-def _into_zeros(model: Any, folder: Path, settings: Any) -> Any:
+def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
     """Add s B A of every group to its zero."""
     tensors = load_file(folder / WEIGHTS)
-    for linear in decoder_linears(model):
+    for linear in list_decoder_linears(model):
         key = f"{_PREFIX}{linear.name}.lora_%s.weight"
         if key % "A" not in tensors:
             continue
@@ -155,11 +155,11 @@ def _into_zeros(model: Any, folder: Path, settings: Any) -> Any:
                 f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
             )
         update = b @ grouped[..., 0]
-        module.zero += (_scaling(settings, linear.name) * update).to(module.zero.device)
+        module.zero += (_get_adapter_scaling(settings, linear.name) * update).to(module.zero.device)
     return model
 
 
-def _scaling(settings: Any, name: str) -> float:
+def _get_adapter_scaling(settings: Any, name: str) -> float:
     """alpha / r of a module, or alpha / sqrt(r): PEFT's, by its own patterns."""
     from peft.utils.other import get_pattern_key
 
@@ -168,27 +168,27 @@ def _scaling(settings: Any, name: str) -> float:
     return float(alpha / (rank**0.5 if settings.use_rslora else rank))
 
 
-def _settings(folder: Path) -> Any:
+def _read_adapter_settings(folder: Path) -> Any:
     """The configuration of a saved adapter."""
     from peft import LoraConfig
 
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise BadAdapter(f"adapter {str(folder)!r}: expected a folder with {CONFIG} and {WEIGHTS}, got none")
+    if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS).is_file():
+        raise BadAdapter(f"adapter {str(folder)!r}: expected a folder with {CONFIG_FILE} and {WEIGHTS}, got none")
     try:
-        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("peft_type")
         if kind != "LORA":
             raise BadAdapter(
                 f"adapter {str(folder)!r}: expected peft_type LORA, got {kind!r}; merge it with PEFT itself"
             )
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG} can not be read: {error}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} can not be read: {error}") from error
     if settings.use_dora or settings.bias != "none":
         raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
     return settings
 
 
-def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """[O, I] of the linears that an adapter is for, by name, from the header of its file."""
     a: dict[str, int] = {}
     b: dict[str, int] = {}
@@ -207,21 +207,21 @@ def _shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (b[name], a[name]) for name in a}
 
 
-def _shapes_of_folder(folder: Path) -> dict[str, tuple[int, int]]:
+def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """[O, I] of the matrices in a model folder, by name; nothing where the folder is not local."""
-    if not any((folder / name).is_file() for name in (INDEX, SINGLE)):
+    if not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE)):
         return {}
-    codes = CODES if config_of(folder) else 1
-    files, found = Files(folder), {}
-    for key in files.file_of:
-        shape = tuple(files.view(key).shape) if key.endswith(".weight") else ()
+    codes = CODES_PER_WORD if read_int4_config(folder) else 1
+    files, found = SafetensorsFolder(folder), {}
+    for key in files.file_by_tensor:
+        shape = tuple(files.map_tensor(key).shape) if key.endswith(".weight") else ()
         name = key.removesuffix(".weight")
         if len(shape) == 2:
-            found[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_of else 1))
+            found[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_by_tensor else 1))
     return found
 
 
-def _compare(folder: Any, shapes: Shapes, base: Shapes, where: str) -> None:
+def _check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
     """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later."""
     if not shapes.keys() & base.keys():
         if where == "the model":

@@ -35,7 +35,7 @@ class TextDataModule(LightningDataModule):
     def __init__(
         self,
         tokenizer: str,
-        train: str | list[str] = text.BUILTIN,
+        train: str | list[str] = text.BUILTIN_TEXT,
         validation: str | list[str] | None = None,
         seqlen: int = 256,
         batch_size: int = 4,
@@ -56,13 +56,13 @@ class TextDataModule(LightningDataModule):
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise BadOption(f"data.{name}: expected at least {minimum}, got {value}")
-        sources.check_source(tokenizer)
+        sources.check_model_source(tokenizer)
         self.train_sources = [train] if isinstance(train, str) else list(train)
         self.validation_sources = [validation] if isinstance(validation, str) else list(validation or [])
         self.instruction_sources = [instructions] if isinstance(instructions, str) else list(instructions or [])
         self.sources = self.train_sources + self.validation_sources + self.instruction_sources
         for source in self.sources:
-            text.check_source(source)
+            text.check_text_source(source)
         for name, most, minimum in (
             ("train_windows", train_windows, 0 if instructions else 1),
             ("examples", examples, 1),
@@ -81,18 +81,18 @@ class TextDataModule(LightningDataModule):
         tokenizer = loading.load_tokenizer(self.source)
         calibration, validation, train = self.counts
         parts = [
-            _shuffled(text.pack(text.tokenise(source, tokenizer), self.seqlen, source), self.seed + number)
+            _shuffle_windows(text.cut_into_windows(text.tokenise_source(source, tokenizer), self.seqlen, source), self.seed + number)
             for number, source in enumerate(self.train_sources)
         ]
-        self.calibration, parts = _take_evenly(parts, calibration)
+        self.calibration, parts = _take_windows_evenly(parts, calibration)
         if self.validation_sources:
-            self.validation = text.windows(self.validation_sources, tokenizer, self.seqlen, validation)
+            self.validation = text.draw_windows(self.validation_sources, tokenizer, self.seqlen, validation)
         else:
-            self.validation, parts = _take_evenly(parts, validation)
+            self.validation, parts = _take_windows_evenly(parts, validation)
         # The same text may stand in two sources: what is validated on is neither trained nor calibrated on.
-        seen = _hashes(self.validation)
-        self.calibration = _without(self.calibration, seen)
-        self.train = _without(torch.cat(parts), seen | _hashes(self.calibration))[:train]
+        seen = _fingerprint_windows(self.validation)
+        self.calibration = _drop_known_windows(self.calibration, seen)
+        self.train = _drop_known_windows(torch.cat(parts), seen | _fingerprint_windows(self.calibration))[:train]
         self.rows = self._mixed(tokenizer)
         if not len(self.rows["input_ids"]) or not len(self.validation):
             raise NotEnoughText(
@@ -108,7 +108,7 @@ class TextDataModule(LightningDataModule):
         """What is trained on: windows of text, and examples."""
         if not self.instruction_sources:
             return {"input_ids": self.train}
-        found = [instruction_data.read(source, tokenizer, self.seqlen) for source in self.instruction_sources]
+        found = [instruction_data.read_instructions(source, tokenizer, self.seqlen) for source in self.instruction_sources]
         examples = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
         order = torch.randperm(len(examples["labels"]), generator=torch.Generator().manual_seed(self.seed))
         windows = {"input_ids": self.train, "labels": self.train, "attention_mask": torch.ones_like(self.train)}
@@ -174,7 +174,7 @@ class WindowLoader:
         while self.batch < len(self):
             index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
             self.batch += 1
-            yield _trimmed(self._taken(index))
+            yield _trim_padding(self._taken(index))
 
     def _taken(self, index: Tensor) -> dict[str, Tensor]:
         """Rows by number; -1 is a row of which nothing is predicted."""
@@ -193,28 +193,28 @@ class WindowLoader:
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
-def _trimmed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def _trim_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the columns that every row pads (on the right)."""
     mask = batch.get("attention_mask")
     longest = None if mask is None else int(mask.sum(1).max())
     return {name: values[:, :longest] for name, values in batch.items()}
 
 
-def _shuffled(windows: Tensor, seed: int) -> Tensor:
+def _shuffle_windows(windows: Tensor, seed: int) -> Tensor:
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _take_evenly(parts: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+def _take_windows_evenly(parts: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
     """`count` windows, the same number from the front of every part, and the parts without them."""
     wanted = [count // len(parts) + (number < count % len(parts)) for number in range(len(parts))]
     taken = torch.cat([part[:size] for part, size in zip(parts, wanted, strict=True)])
     return taken, [part[size:] for part, size in zip(parts, wanted, strict=True)]
 
 
-def _hashes(windows: Tensor) -> set[str]:
-    return {text.fingerprint(window) for window in windows}
+def _fingerprint_windows(windows: Tensor) -> set[str]:
+    return {text.fingerprint_token_ids(window) for window in windows}
 
 
-def _without(windows: Tensor, seen: set[str]) -> Tensor:
-    keep = [text.fingerprint(window) not in seen for window in windows]
+def _drop_known_windows(windows: Tensor, seen: set[str]) -> Tensor:
+    keep = [text.fingerprint_token_ids(window) not in seen for window in windows]
     return windows[torch.tensor(keep, dtype=torch.bool)] if len(windows) else windows

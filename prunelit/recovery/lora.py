@@ -12,20 +12,20 @@ from typing import Any, cast
 
 from torch import nn
 
-from prunelit.core.architectures import architecture_of
+from prunelit.core.architectures import get_architecture
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder, is_conv1d
 from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.linears import DecoderLinear, decoder_linears, has_adapters, quantised_as, widths
+from prunelit.quantization.linears import DecoderLinear, list_decoder_linears, has_adapters, get_quantization, get_linear_widths
 from prunelit.runtime.errors import BadOption, BadQuantisation
-from prunelit.runtime.progress import stage
+from prunelit.runtime.progress import show_stage
 
-KINDS = ("attention", "ffn")
-Ranks = Mapping[str, int] | Sequence[Mapping[str, int]]
+BLOCK_KINDS = ("attention", "ffn")
+RanksByBlock = Mapping[str, int] | Sequence[Mapping[str, int]]
 
 
-def check_ranks(ranks: Ranks | None) -> None:
+def check_ranks(ranks: RanksByBlock | None) -> None:
     """Check per-kind ranks, of all layers or of each, before a model is there.
 
     Raises:
@@ -33,11 +33,11 @@ def check_ranks(ranks: Ranks | None) -> None:
     """
     for of_layer in [ranks] if isinstance(ranks, Mapping) else ranks or ():
         for kind, rank in of_layer.items():
-            if kind not in KINDS or type(rank) is not int or rank < 1:
+            if kind not in BLOCK_KINDS or type(rank) is not int or rank < 1:
                 raise BadOption(f"ranks: expected attention and ffn with ranks of at least 1, got {kind!r}: {rank!r}")
 
 
-def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | None = None) -> Any:
+def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: RanksByBlock | None = None) -> Any:
     """Put an adapter on every prunable linear (Hu et al. 2021; placement of LLM-Pruner's recovery).
 
     Args:
@@ -45,7 +45,7 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | N
         rank: rank of the adapters that `ranks` does not name.
         alpha: adapters are scaled by alpha / rank; where `ranks` gives another rank the scale stays.
         dropout: on the adapters' input.
-        ranks: {"attention": r, "ffn": r} for all layers, or one of these per layer (see `rank_by_cut`).
+        ranks: {"attention": r, "ffn": r} for all layers, or one of these per layer (see `allocate_ranks_by_cut`).
 
     Returns:
         The PEFT model; for an int4 base the model itself, changed in place. Adapters are float32 on any base.
@@ -58,11 +58,11 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | N
     check_ranks(ranks)
     if has_adapters(model):
         raise BadQuantisation("add_lora: expected a model without adapters, got some; merge them first")
-    base = quantised_as(model)
+    base = get_quantization(model)
     if base is None:
         Decoder(model)  # checks the declaration
-    linears = decoder_linears(model)
-    chosen = _ranks_of(linears, rank, ranks)
+    linears = list_decoder_linears(model)
+    chosen = _list_linear_ranks(linears, rank, ranks)
     if base == "int4":
         model.requires_grad_(False)
         for linear, own in zip(linears, chosen, strict=True):
@@ -72,23 +72,23 @@ def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: Ranks | N
 
     from peft import get_peft_model
 
-    return get_peft_model(model, peft_config(model, chosen, rank, alpha, dropout))
+    return get_peft_model(model, build_peft_config(model, chosen, rank, alpha, dropout))
 
 
-def peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float, dropout: float = 0.0) -> Any:
+def build_peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float, dropout: float = 0.0) -> Any:
     """PEFT's configuration of adapters on every prunable linear.
 
     Args:
         model: transformers model, plain or quantised.
-        ranks: of the linears, in the order of `decoder_linears`.
+        ranks: of the linears, in the order of `list_decoder_linears`.
         rank: that of most.
         alpha: adapters are scaled by alpha / rank, whatever their own rank.
         dropout: on the adapters' input.
     """
     from peft import LoraConfig
 
-    linears, architecture = decoder_linears(model), architecture_of(model.config)
-    patterns = _patterns(linears, ranks, rank, architecture.layers)
+    linears, architecture = list_decoder_linears(model), get_architecture(model.config)
+    patterns = _build_rank_patterns(linears, ranks, rank, architecture.layers)
     known = {linear.name for linear in linears}
     # Where FFN linears sit in the layer itself, a removed block leaves their names behind, on modules without weights.
     strays = [
@@ -107,7 +107,7 @@ def peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float, dropo
     )
 
 
-def rank_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[str, int]]:
+def allocate_ranks_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[str, int]]:
     """Ranks for `add_lora`: more where more was cut, at no more adapter parameters than `rank` everywhere (ours).
 
     A block that lost the share c of its heads' or channels' weights gets
@@ -129,7 +129,7 @@ def rank_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[
         UnknownArchitecture: no declaration for the plan's model.
     """
     check_ranks({"attention": rank})
-    names = architecture_of(SimpleNamespace(model_type=plan.model.model_type))
+    names = get_architecture(SimpleNamespace(model_type=plan.model.model_type))
     hidden, blocks = plan.model.hidden_size, []
     kept_layers = [
         (kept, shape) for kept, shape in zip(plan.layers, plan.model.layers, strict=True) if not kept.removed
@@ -162,7 +162,7 @@ def rank_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[
     return found
 
 
-def parameter_groups(
+def group_parameters(
     model: nn.Module, learning_rate: float, ffn_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
     """What is trainable, as optimiser groups.
@@ -178,7 +178,7 @@ def parameter_groups(
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ffn_learning_rate is None:
         return [{"params": trainable, "lr": learning_rate}]
-    modules = [linear.module for linear in decoder_linears(model) if linear.kind == "ffn"]
+    modules = [linear.module for linear in list_decoder_linears(model) if linear.kind == "ffn"]
     ffn = {id(parameter) for module in modules for parameter in module.parameters()}
     groups = [
         {"name": "other", "params": [p for p in trainable if id(p) not in ffn], "lr": learning_rate},
@@ -187,7 +187,7 @@ def parameter_groups(
     return [group for group in groups if group["params"]]
 
 
-def merged(model: Any) -> nn.Module:
+def merge_adapters(model: Any) -> nn.Module:
     """The transformers model with its adapters in its weights (in place); itself where it has none.
 
     On int4 the adapters go into the zeros: the model stays 4-bit and gives the same outputs.
@@ -198,21 +198,21 @@ def merged(model: Any) -> nn.Module:
     """
     if not has_adapters(model):
         return cast(nn.Module, model)
-    if quantised_as(model) == "nf4":
+    if get_quantization(model) == "nf4":
         raise BadQuantisation(
             "merged: expected adapters on a base in full precision or int4, got nf4, which can not take them without "
-            "loss; give prunelit.recovery.lora.merge_into the cut model in full precision"
+            "loss; give prunelit.recovery.lora.merge_into_full_precision the cut model in full precision"
         )
     if hasattr(model, "merge_and_unload"):
-        with stage("merging the adapters"):
+        with show_stage("merging the adapters"):
             return cast(nn.Module, model.merge_and_unload())
-    for linear in decoder_linears(model):
+    for linear in list_decoder_linears(model):
         if isinstance(linear.module, GroupLora):
             replace_module(model, linear.name, linear.module.merge())
     return cast(nn.Module, model)
 
 
-def merge_into(full_base: Any, adapted: Any) -> nn.Module:
+def merge_into_full_precision(full_base: Any, adapted: Any) -> nn.Module:
     """Merge PEFT adapters into another copy of their base: the way out of nf4.
 
     The result differs from the nf4 model by what rounding did to its weights; the adapters had learnt to undo that.
@@ -227,13 +227,13 @@ def merge_into(full_base: Any, adapted: Any) -> nn.Module:
     Raises:
         BadQuantisation: `full_base` is quantised or has adapters, `adapted` has none of PEFT's, or their shapes differ.
     """
-    if has_adapters(full_base) or quantised_as(full_base) is not None:
+    if has_adapters(full_base) or get_quantization(full_base) is not None:
         raise BadQuantisation("merge_into: full_base: expected a plain model, got adapters or 4-bit linears")
     if not hasattr(adapted, "peft_config"):
         raise BadQuantisation(
-            "merge_into: adapted: expected a PEFT model, got none; merge int4 with prunelit.recovery.lora.merged"
+            "merge_into: adapted: expected a PEFT model, got none; merge int4 with prunelit.recovery.lora.merge_adapters"
         )
-    mine, theirs = ({x.name: widths(x.module) for x in decoder_linears(model)} for model in (full_base, adapted))
+    mine, theirs = ({x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)} for model in (full_base, adapted))
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise BadQuantisation(
@@ -243,17 +243,17 @@ def merge_into(full_base: Any, adapted: Any) -> nn.Module:
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(adapted.peft_config["default"])
-    config.fan_in_fan_out = any(is_conv1d(linear.module) for linear in decoder_linears(full_base))
+    config.fan_in_fan_out = any(is_conv1d(linear.module) for linear in list_decoder_linears(full_base))
     # The whole state would put nf4 weights into another order on the way.
     adapters = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
     taken = get_peft_model_state_dict(adapted, adapters, save_embedding_layers=False)
-    with stage("merging the adapters"):
+    with show_stage("merging the adapters"):
         wrapped: Any = get_peft_model(full_base, config)
         set_peft_model_state_dict(wrapped, taken)
         return cast(nn.Module, wrapped.merge_and_unload())
 
 
-def _ranks_of(linears: Sequence[DecoderLinear], rank: int, ranks: Ranks | None) -> list[int]:
+def _list_linear_ranks(linears: Sequence[DecoderLinear], rank: int, ranks: RanksByBlock | None) -> list[int]:
     """The rank of every linear."""
     layers = linears[-1].layer + 1 if linears else 0
     if not isinstance(ranks, Mapping) and ranks is not None and len(ranks) != layers:
@@ -262,7 +262,7 @@ def _ranks_of(linears: Sequence[DecoderLinear], rank: int, ranks: Ranks | None) 
     return [of_layer[linear.layer].get(linear.kind, rank) for linear in linears]
 
 
-def _patterns(linears: Sequence[DecoderLinear], chosen: Sequence[int], rank: int, layers: str) -> dict[str, int]:
+def _build_rank_patterns(linears: Sequence[DecoderLinear], chosen: Sequence[int], rank: int, layers: str) -> dict[str, int]:
     """PEFT's `rank_pattern`, regular expressions of module names: one per block and rank that is not the default.
 
     PEFT tries every pattern on every linear, so a pattern per linear would take minutes on a large model.

@@ -19,12 +19,12 @@ from torch.nn.functional import kl_div, log_softmax, pad
 _TOKENS_PER_CHUNK = 128  # of logits, in float32 at a time
 
 
-def inputs_of(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def select_model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a model reads of a batch."""
     return {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
 
 
-def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+def derive_labels(batch: Mapping[str, Tensor]) -> Tensor:
     """Token ids [B, S] with -100 where nothing is predicted: padding, or what the batch's own labels leave out."""
     if "labels" in batch:
         return batch["labels"]
@@ -33,7 +33,7 @@ def labels_of(batch: Mapping[str, Tensor]) -> Tensor:
     return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+def compute_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Mean negative log-likelihood of the next tokens that are labelled, in nats; what transformers computes, in less
     memory.
 
@@ -41,10 +41,10 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         logits: [B, S, V].
         labels: [B, S]; -100 where nothing is predicted.
     """
-    return _mean(_nll, labels, logits)
+    return _average_over_labels(_sum_nll, labels, logits)
 
 
-def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def compute_kl_divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """Mean KL(teacher || student) of the next-token distributions, in nats, times temperature squared.
 
     Args:
@@ -52,10 +52,10 @@ def divergence(student: Tensor, teacher: Tensor, labels: Tensor, temperature: fl
         labels: [B, S]; a place counts if the token after it is predicted (not -100).
         temperature: logits are divided by it.
     """
-    return _mean(partial(_kl, temperature), labels, student, teacher) * temperature**2
+    return _average_over_labels(partial(_sum_kl_divergence, temperature), labels, student, teacher) * temperature**2
 
 
-def _mean(loss: Callable[..., Tensor], labels: Tensor, student: Tensor, *others: Tensor) -> Tensor:
+def _average_over_labels(loss: Callable[..., Tensor], labels: Tensor, student: Tensor, *others: Tensor) -> Tensor:
     """Mean over the places whose next token is labelled.
 
     Args:
@@ -65,11 +65,11 @@ def _mean(loss: Callable[..., Tensor], labels: Tensor, student: Tensor, *others:
         others: logits of models that are not trained.
     """
     targets = pad(labels[:, 1:], (0, 1), value=-100)
-    total = cast(Tensor, _Summed.apply(loss, targets, student, *others))  # type: ignore[no-untyped-call]
+    total = cast(Tensor, _ChunkedSumLoss.apply(loss, targets, student, *others))  # type: ignore[no-untyped-call]
     return total / (targets != -100).sum().clamp(min=1)
 
 
-class _Summed(torch.autograd.Function):
+class _ChunkedSumLoss(torch.autograd.Function):
     """A summed loss, its gradient made in the same pass: nothing is computed twice, and beside the gradient (in the
     dtype of the logits) float32 exists for one chunk at a time."""
 
@@ -95,16 +95,16 @@ class _Summed(torch.autograd.Function):
         return None, None, gradient * outputs[0], *[None] * ctx.others
 
 
-def _nll(targets: Tensor, logits: Tensor) -> Tensor:
+def _sum_nll(targets: Tensor, logits: Tensor) -> Tensor:
     return nll(logits.float(), targets, reduction="sum")
 
 
-def _kl(temperature: float, targets: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
+def _sum_kl_divergence(temperature: float, targets: Tensor, student: Tensor, teacher: Tensor) -> Tensor:
     cut, dense = (log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
     return kl_div(cut, dense, reduction="sum", log_target=True)
 
 
-def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
+def compute_hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], labels: Tensor) -> Tensor:
     """Mean over pairs of hidden states and tokens of the squared error relative to the teacher's squared norm.
 
     Args:

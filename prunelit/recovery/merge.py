@@ -8,29 +8,29 @@ from torch import Tensor
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
-from prunelit.export.proof.compare import PROOF
+from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.quantization import int4_folder, quantize, views
-from prunelit.quantization.linears import has_adapters, quantised_as
+from prunelit.quantization.linears import has_adapters, get_quantization
 from prunelit.recovery import adapter_files
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadQuantisation
 from prunelit.runtime.text_files import write_json
 
 _ROWS, _LENGTH = 2, 128
-_VERDICT = {"format": "adapter", "passed": None, "why": "not proved alone: report.json says what merging them changed"}
-_INTO = {
+_ADAPTER_VERDICT = {"format": "adapter", "passed": None, "why": "not proved alone: report.json says what merging them changed"}
+_MERGE_TARGETS = {
     "none": "into the weights",
     "int4": "into the zeros of the INT4 groups",
     "nf4": "out of nf4, into the cut weights in full precision",
 }
 
 
-def tokens(windows: Tensor | None, model: Any) -> Tensor:
+def choose_probe_tokens(windows: Tensor | None, model: Any) -> Tensor:
     """Token ids [2, <= 128] on which a merge is judged: of the validation text where there is one, else made up."""
-    return metrics.fixed_tokens(model, _LENGTH, 0) if windows is None else windows[:_ROWS, :_LENGTH]
+    return metrics.make_fixed_tokens(model, _LENGTH, 0) if windows is None else windows[:_ROWS, :_LENGTH]
 
 
-def sentence(base: str, found: dict[str, float]) -> str:
+def describe_merge(base: str, found: dict[str, float]) -> str:
     """One line on what a merge changed.
 
     Args:
@@ -38,7 +38,7 @@ def sentence(base: str, found: dict[str, float]) -> str:
         found: of `measure.difference`, with losses.
     """
     return (
-        f"adapters merged {_INTO[base]}: loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after; "
+        f"adapters merged {_MERGE_TARGETS[base]}: loss {found['loss_before']:.4f} before, {found['loss_after']:.4f} after; "
         f"logits differ by {found['relative']:.2g} (relative, {found['tokens']} tokens)"
     )
 
@@ -66,17 +66,17 @@ def save_adapter(
     if not has_adapters(adapted):
         return None
     base = module.cut_model()
-    if quantised_as(base) == "int4":
+    if get_quantization(base) == "int4":
         try:
-            wide = views.plain(base, int4_folder.group_size(base))
+            wide = views.view_as_plain_linears(base, int4_folder.find_common_group_size(base))
         except BadQuantisation:  # no reader takes it in 4 bits
-            base = quantize.dequantised(base)
+            base = quantize.dequantize_model(base)
     if save_base:
         written = export.save(base, folder / "base", tokenizer, plan, overwrite=True, report=report)
     export.check_output(folder / "adapter", overwrite=True)
     with replace_folder((folder / "adapter").resolve()) as staging:
-        adapter_files.write(adapted, staging, str((folder / "base").resolve()) if save_base else "", wide)
+        adapter_files.write_adapter(adapted, staging, str((folder / "base").resolve()) if save_base else "", wide)
         if plan is not None:
             plan.save(staging / "plan.json")
-        write_json(staging / PROOF, _VERDICT)
+        write_json(staging / PROOF_FILE, _ADAPTER_VERDICT)
     return written

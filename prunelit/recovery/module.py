@@ -17,16 +17,16 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
-from prunelit.core.plan import plans_of
+from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.quantization import quantize, views
 from prunelit.recovery import lora
-from prunelit.recovery.losses import cross_entropy, divergence, hidden_distance, inputs_of, labels_of
+from prunelit.recovery.losses import compute_cross_entropy, compute_kl_divergence, compute_hidden_distance, select_model_inputs, derive_labels
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.strategies import sharding
 
-_OPTIMIZERS = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
+_OPTIMIZER_CLASSES = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 
 
 class RecoveryModule(LightningModule):
@@ -105,8 +105,8 @@ class RecoveryModule(LightningModule):
             raise BadOption(f"model.temperature: expected a positive number, got {temperature}")
         if rank_rule not in ("even", "by_cut"):
             raise BadOption(f"model.rank_rule: expected even or by_cut, got {rank_rule!r}")
-        if optimizer not in _OPTIMIZERS:
-            raise BadOption(f"model.optimizer: expected one of {', '.join(_OPTIMIZERS)}, got {optimizer!r}")
+        if optimizer not in _OPTIMIZER_CLASSES:
+            raise BadOption(f"model.optimizer: expected one of {', '.join(_OPTIMIZER_CLASSES)}, got {optimizer!r}")
         if not lora_rank and (base != "none" or ffn_lora_rank or rank_rule != "even"):
             raise BadOption(
                 "model.lora_rank: expected at least 1 with a 4-bit base, ffn_lora_rank or rank_rule by_cut, got 0; "
@@ -114,10 +114,10 @@ class RecoveryModule(LightningModule):
             )
         if rank_rule == "by_cut" and ffn_lora_rank:
             raise BadOption("model.ffn_lora_rank: expected null with rank_rule by_cut, which chooses ranks itself")
-        quantize.check_options(base, group_size)
+        quantize.check_base_options(base, group_size)
         if optimizer != "adamw":
-            quantize.bitsandbytes(f"model.optimizer {optimizer}")
-        sources.check_source(model)
+            quantize.import_bitsandbytes(f"model.optimizer {optimizer}")
+        sources.check_model_source(model)
         self.save_hyperparameters()
         self.strict_loading = (
             False  # a checkpoint holds trainable weights only; on_load_checkpoint checks that all came
@@ -155,10 +155,10 @@ class RecoveryModule(LightningModule):
         self._configured, options = True, self.hparams
         if options["loss"] == "distill":
             self._load_dense()
-        sharding.mark_layers(self.model)
+        sharding.mark_decoder_layers(self.model)
         if options["base"] == "nf4":
-            self._full = [copies.on_disk(self.model, sources.cache_folder() / "scratch")]
-        quantize.quantize(self.model, options["base"], options["group_size"])
+            self._full = [copies.copy_to_disk(self.model, sources.get_cache_folder() / "scratch")]
+        quantize.quantize_model(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
             self.model = lora.add_lora(
                 self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"], self._ranks()
@@ -167,21 +167,21 @@ class RecoveryModule(LightningModule):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
-        if sharding.is_sharded(self.trainer.strategy):
-            self._skeleton = [sharding.prepare(self.model, loading.DTYPES[options["dtype"]], self.device_mesh)]
+        if sharding.is_sharded_strategy(self.trainer.strategy):
+            self._skeleton = [sharding.prepare_for_sharding(self.model, loading.DTYPES[options["dtype"]], self.device_mesh)]
 
-    def _ranks(self) -> lora.Ranks | None:
+    def _ranks(self) -> lora.RanksByBlock | None:
         options = self.hparams
-        plans = list(plans_of(self.model).values())
+        plans = list(get_applied_plans(self.model).values())
         if options["rank_rule"] == "by_cut" and plans:
             size = options["group_size"] if options["base"] == "int4" else 1
-            return lora.rank_by_cut(plans[-1], options["lora_rank"], size)
+            return lora.allocate_ranks_by_cut(plans[-1], options["lora_rank"], size)
         return {"ffn": options["ffn_lora_rank"]} if options["ffn_lora_rank"] else None
 
     def _load_dense(self) -> None:
         """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
         dense = loading.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
-        if self.hparams["lora_rank"] and not sharding.is_sharded(self.trainer.strategy):
+        if self.hparams["lora_rank"] and not sharding.is_sharded_strategy(self.trainer.strategy):
             mine = dict(self.model.named_parameters(remove_duplicate=False))
             for path, module in dense.named_modules():
                 for name, parameter in list(module.named_parameters(prefix=path, recurse=False)):
@@ -189,7 +189,7 @@ class RecoveryModule(LightningModule):
                     if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
                         setattr(module, name.rpartition(".")[2], own)
         kept = list(range(dense.config.num_hidden_layers))
-        for plan in plans_of(self.model).values():
+        for plan in get_applied_plans(self.model).values():
             kept = [kept[index] for index, layer in enumerate(plan.layers) if not layer.removed]
         # hidden_states[i] leaves layer i - 1, but the last one the final norm.
         self._pairs = [*((j + 1, layer + 1) for j, layer in enumerate(kept[:-1])), (-1, -1)]
@@ -200,8 +200,8 @@ class RecoveryModule(LightningModule):
         from transformers import get_cosine_schedule_with_warmup
 
         options = self.hparams
-        groups = lora.parameter_groups(self.model, options["learning_rate"], options["ffn_learning_rate"])
-        optimizer = _optimizer(options["optimizer"])(groups, weight_decay=options["weight_decay"])
+        groups = lora.group_parameters(self.model, options["learning_rate"], options["ffn_learning_rate"])
+        optimizer = _get_optimizer_class(options["optimizer"])(groups, weight_decay=options["weight_decay"])
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise BadOption("trainer: expected max_steps or max_epochs (the schedule ends there), got neither")
@@ -217,42 +217,42 @@ class RecoveryModule(LightningModule):
         return loss
 
     def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return cross_entropy(self.model(**inputs_of(batch), use_cache=False).logits, labels_of(batch))
+        return compute_cross_entropy(self.model(**select_model_inputs(batch), use_cache=False).logits, derive_labels(batch))
 
     def _distance(self, batch: Mapping[str, Tensor]) -> Tensor:
         """From the dense model: divergence, hidden states, and a share of cross-entropy."""
-        options, labels = self.hparams, labels_of(batch)
+        options, labels = self.hparams, derive_labels(batch)
         share, hidden = options["label_share"], options["hidden_weight"] > 0
         dense = self._dense[0].to(self.device)
         wanted = {"use_cache": False, "output_hidden_states": hidden}
         with torch.no_grad():
-            teacher = dense(**inputs_of(batch), **wanted)
-        student = self.model(**inputs_of(batch), **wanted)
-        loss = (1 - share) * divergence(student.logits, teacher.logits, labels, options["temperature"])
+            teacher = dense(**select_model_inputs(batch), **wanted)
+        student = self.model(**select_model_inputs(batch), **wanted)
+        loss = (1 - share) * compute_kl_divergence(student.logits, teacher.logits, labels, options["temperature"])
         if share:
-            loss = loss + share * cross_entropy(student.logits, labels)
+            loss = loss + share * compute_cross_entropy(student.logits, labels)
         if hidden:
             mine, theirs = zip(
                 *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._pairs), strict=True
             )
-            loss = loss + options["hidden_weight"] * hidden_distance(mine, theirs, labels)
+            loss = loss + options["hidden_weight"] * compute_hidden_distance(mine, theirs, labels)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
         """Perplexity over all validation tokens."""
-        logits = self.model(**inputs_of(batch), use_cache=False).logits[:, :-1].float()
-        self.val_perplexity.update(logits, labels_of(batch)[:, 1:])
+        logits = self.model(**select_model_inputs(batch), use_cache=False).logits[:, :-1].float()
+        self.val_perplexity.update(logits, derive_labels(batch)[:, 1:])
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def whole_model(self) -> Any:
         """The model with its adapters, all of it on this process; all ranks call."""
         if self._skeleton:
-            self.model = sharding.gathered(self.trainer.strategy.model, self._skeleton.pop())
+            self.model = sharding.gather_full_weights(self.trainer.strategy.model, self._skeleton.pop())
         return self.model
 
     def cut_model(self) -> Any:
         """The model below the adapters, sharing their base's tensors; for nf4 the cut weights in full precision."""
-        return self._full[0] if self._full else views.below_adapters(self.whole_model())
+        return self._full[0] if self._full else views.view_without_adapters(self.whole_model())
 
     def merged_model(self) -> Any:
         """The transformers model with the adapters merged in; all ranks call.
@@ -261,8 +261,8 @@ class RecoveryModule(LightningModule):
         """
         self.whole_model()
         if self._full:
-            self.model = lora.merge_into(self._full.pop(), self.model).to(self.device)
-        self.model = lora.merged(self.model)
+            self.model = lora.merge_into_full_precision(self._full.pop(), self.model).to(self.device)
+        self.model = lora.merge_adapters(self.model)
         return self.model
 
     # Checkpoints --------------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ class RecoveryModule(LightningModule):
         """Keep trainable weights only, and the random states that dropout goes on from."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
-        checkpoint["random_states"] = _random_states()
+        checkpoint["random_states"] = _capture_random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has exactly our trainable weights, before they are loaded.
@@ -284,7 +284,7 @@ class RecoveryModule(LightningModule):
         for name in sorted(mine.keys() | saved.keys()):
             if mine.get(name) != saved.get(name):
                 raise BadPlan(
-                    f"checkpoint: {name}: expected shape {_shape(mine.get(name))}, got {_shape(saved.get(name))}; "
+                    f"checkpoint: {name}: expected shape {_format_shape(mine.get(name))}, got {_format_shape(saved.get(name))}; "
                     "it was made with another model, plan or lora_rank: resume with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")
@@ -292,24 +292,24 @@ class RecoveryModule(LightningModule):
     def on_train_start(self) -> None:
         """Random states come back last, after everything that draws numbers while a run is set up."""
         if self._random_states is not None:
-            _set_random_states(self._random_states)
+            _restore_random_states(self._random_states)
             self._random_states = None
 
 
-def _optimizer(name: str) -> Any:
+def _get_optimizer_class(name: str) -> Any:
     """The class; those of bitsandbytes keep their state in 8 bits."""
     if name == "adamw":
         return torch.optim.AdamW
     import bitsandbytes
 
-    return getattr(bitsandbytes.optim, _OPTIMIZERS[name])
+    return getattr(bitsandbytes.optim, _OPTIMIZER_CLASSES[name])
 
 
-def _shape(shape: Any) -> str:
+def _format_shape(shape: Any) -> str:
     return "none" if shape is None else str(list(shape))
 
 
-def _random_states() -> dict[str, Any]:
+def _capture_random_states() -> dict[str, Any]:
     kind, keys, position, has_gauss, gauss = cast(tuple[Any, ...], numpy.random.get_state())
     return {
         "torch": torch.get_rng_state(),
@@ -319,7 +319,7 @@ def _random_states() -> dict[str, Any]:
     }
 
 
-def _set_random_states(states: dict[str, Any]) -> None:
+def _restore_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

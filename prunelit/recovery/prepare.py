@@ -8,14 +8,14 @@ from prunelit.calibration import metrics
 from prunelit.data import loading
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
-from prunelit.quantization.linears import quantised_as
+from prunelit.quantization.linears import get_quantization
 from prunelit.recovery import adapter_files
 from prunelit.runtime.errors import BadOption
 
-GROUP_SIZE = 32
+DEFAULT_GROUP_SIZE = 32
 
 
-def check(model: str, format: str, group_size: int | None, adapter: str | None) -> None:
+def check_export_source(model: str, format: str, group_size: int | None, adapter: str | None) -> None:
     """Check what can be checked without a model.
 
     Raises:
@@ -23,16 +23,16 @@ def check(model: str, format: str, group_size: int | None, adapter: str | None) 
         BadAdapter: see `adapters.check`.
     """
     if group_size is not None:
-        quantize.check_options("int4", group_size)
-        stored = _stored(model)
+        quantize.check_base_options("int4", group_size)
+        stored = _get_stored_group_size(model)
         if format != "int4" or stored is not None:
             got = f"format {format!r}" if format != "int4" else f"a folder in groups of {stored}"
             raise BadOption(f"group_size: expected format int4 and a model in full precision with it, got {got}")
     if adapter is not None:
-        adapter_files.check(adapter, model)
+        adapter_files.check_adapter(adapter, model)
 
 
-def prepare(
+def prepare_export_model(
     model: str, dtype: Any, format: str, group_size: int | None, adapter: str | None, say: Callable[[str], None]
 ) -> Any:
     """Load a model, merge an adapter into it, and quantise it where the format is in 4 bits.
@@ -50,22 +50,22 @@ def prepare(
         BadQuantisation: a linear comes out wrong.
         NonFinite: NaN or infinity in the weights.
     """
-    stored = _stored(model)
+    stored = _get_stored_group_size(model)
     keep = format in ("int4", "auto")
     network = loading.load(model, dtype, four_bit=keep)
     if stored is not None and not keep:
         say(f"{Path(model).name}: INT4 in groups of {stored}; its rounded weights are written in full precision")
     if adapter is not None:
-        network = adapter_files.merge_onto(network, adapter)
+        network = adapter_files.merge_adapter_folder(network, adapter)
         say(f"adapter {adapter!r}: merged")
-    if quantised_as(network) is None:
+    if get_quantization(network) is None:
         Decoder(network).check_finite()
-    if format == "int4" and quantised_as(network) is None:
-        size = group_size or GROUP_SIZE
-        ids = metrics.fixed_tokens(network)
-        before = metrics.logits(network, ids)
-        records = quantize.quantize(network, "int4", size)
-        found = metrics.difference(before, metrics.logits(network, ids))
+    if format == "int4" and get_quantization(network) is None:
+        size = group_size or DEFAULT_GROUP_SIZE
+        ids = metrics.make_fixed_tokens(network)
+        before = metrics.compute_logits(network, ids)
+        records = quantize.quantize_model(network, "int4", size)
+        found = metrics.measure_logit_difference(before, metrics.compute_logits(network, ids))
         say(
             f"rounded to nearest in groups of {size}, which is not lossless: weights differ by "
             f"{sum(record.error for record in records) / len(records):.1%} (mean over linears), logits by "
@@ -74,7 +74,7 @@ def prepare(
     return network
 
 
-def _stored(model: str) -> int | None:
+def _get_stored_group_size(model: str) -> int | None:
     """Group size of an int4 folder."""
-    found = int4_folder.config_of(Path(model).expanduser())
+    found = int4_folder.read_int4_config(Path(model).expanduser())
     return None if found is None else int(found["group_size"])

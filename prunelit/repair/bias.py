@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point, Sums, observe
+from prunelit.calibration.observe import ActivationPoint, Sums, observe
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import Cost
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 
 
 @torch.no_grad()
-def apply_bias(
+def apply_bias_compensation(
     model: nn.Module,
     plan: PruningPlan,
     batches: Sequence[Batch],
@@ -50,19 +50,19 @@ def apply_bias(
     decoder = Decoder(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # surgery.apply says it again
-        surgery.check_fits(decoder, plan)
-    means = means or _means(decoder, batches)
+        surgery.check_plan_fits(decoder, plan)
+    means = means or _measure_means(decoder, batches)
     additions = [
-        (linear, weight_out_in(linear).float() @ (mean[point].cpu() * gone).to(decoder.device, torch.float32))
+        (linear, get_weight_out_in(linear).float() @ (mean[point].cpu() * gone).to(decoder.device, torch.float32))
         for layer, kept, mean in zip(decoder, plan.layers, means, strict=True)
-        for point, linear, gone in losses(layer, kept)
+        for point, linear, gone in list_lost_inputs(layer, kept)
     ]
     surgery.apply(model, plan)
     for linear, addition in additions:  # the cut keeps these modules and replaces their weights
-        _add(linear, addition)
+        _add_to_bias(linear, addition)
 
 
-def _means(decoder: Decoder, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+def _measure_means(decoder: Decoder, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """Means over tokens of what the output projections read, float64, per layer."""
     sums = Sums(len(decoder.layers))
 
@@ -74,8 +74,8 @@ def _means(decoder: Decoder, batches: Sequence[Batch]) -> list[dict[str, Tensor]
     return sums.means(tokens, decoder.device)
 
 
-def declare(decoder: Decoder, plan: PruningPlan, added: bool) -> PruningPlan:
-    """The plan with the biases stated that `apply_bias` gives this model, or with none stated.
+def declare_biases(decoder: Decoder, plan: PruningPlan, added: bool) -> PruningPlan:
+    """The plan with the biases stated that `apply_bias_compensation` gives this model, or with none stated.
 
     A plan that does not fit the model is returned as it is: the cut refuses it.
     """
@@ -83,12 +83,12 @@ def declare(decoder: Decoder, plan: PruningPlan, added: bool) -> PruningPlan:
         return plan
     layers = []
     for layer, kept in zip(decoder, plan.layers, strict=True):
-        bare = {point for point, linear, _ in losses(layer, kept) if linear.bias is None} if added else set()
+        bare = {point for point, linear, _ in list_lost_inputs(layer, kept) if linear.bias is None} if added else set()
         layers.append(replace(kept, attention_bias="heads" in bare, mlp_bias="channels" in bare))
     return replace(plan, layers=tuple(layers))
 
 
-def parameters(decoder: Decoder) -> Cost:
+def make_bias_cost(decoder: Decoder) -> Cost:
     """Parameters of a layer at given widths, with the biases that a cut adds: what a budget then has to count."""
     bare = {}
     for layer in decoder:
@@ -104,22 +104,22 @@ def parameters(decoder: Decoder) -> Cost:
     return cost
 
 
-def losses(layer: Layer, kept: LayerPlan) -> Iterator[tuple[Point, nn.Module, Tensor]]:
+def list_lost_inputs(layer: Layer, kept: LayerPlan) -> Iterator[tuple[ActivationPoint, nn.Module, Tensor]]:
     """Output projections that stay but lose inputs: the point they read, the linear, and which inputs go [C]."""
     shape = layer.shape
     if layer.has_attention and 0 < len(kept.query_heads) < shape.query_heads:
-        yield "heads", layer.output, _gone(kept.query_heads, shape.query_heads).repeat_interleave(shape.head_dim)
+        yield "heads", layer.output, _mask_removed(kept.query_heads, shape.query_heads).repeat_interleave(shape.head_dim)
     if layer.has_mlp and 0 < len(kept.ffn_channels) < shape.ffn_channels:
-        yield "channels", layer.down, _gone(kept.ffn_channels, shape.ffn_channels)
+        yield "channels", layer.down, _mask_removed(kept.ffn_channels, shape.ffn_channels)
 
 
-def _gone(kept: Sequence[int], size: int) -> Tensor:
+def _mask_removed(kept: Sequence[int], size: int) -> Tensor:
     gone = torch.ones(size, dtype=torch.bool)
     gone[list(kept)] = False
     return gone
 
 
-def _add(linear: nn.Module, addition: Tensor) -> None:
+def _add_to_bias(linear: nn.Module, addition: Tensor) -> None:
     weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
     if bias is None:
         linear.bias = nn.Parameter(addition.to(weight.dtype), requires_grad=weight.requires_grad)

@@ -19,13 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.model.decoder import weight_out_in
-from prunelit.runtime.distributed import all_sum, own_rank
+from prunelit.model.decoder import get_weight_out_in
+from prunelit.runtime.distributed import sum_over_ranks, get_rank
 
-_ATTEMPTS = 8  # the ridge grows tenfold while the matrix has no Cholesky factor
-_LEAST_RIDGE = 1e-8  # from which a ridge of 0 grows
-_ACCURACY = 1e-4  # largest relative residual of a float32 solution
-_SINGULAR = 100  # times the precision: a column of which less than that is its own follows from the others
+_MAX_ATTEMPTS = 8  # the ridge grows tenfold while the matrix has no Cholesky factor
+_SMALLEST_RIDGE = 1e-8  # from which a ridge of 0 grows
+_MAX_RESIDUAL = 1e-4  # largest relative residual of a float32 solution
+_SINGULARITY_FACTOR = 100  # times the precision: a column of which less than that is its own follows from the others
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fit:
 
     def add_to(self, linear: nn.Module) -> None:
         """Correct a linear in place: computed in float32, stored in its own dtype."""
-        weight = weight_out_in(linear)
+        weight = get_weight_out_in(linear)
         weight.copy_(weight.float() + self.weight.to(weight.device))
         if self.bias is not None:
             bias = cast(Tensor, linear.bias)
@@ -82,8 +82,8 @@ class NormalEquations:
             wanted: [T, K], to state errors relative to; the error itself if None.
             weights: [T] of the rows' squared errors; None: all alike.
         """
-        x, error = widened(x), widened(error)
-        wanted = error if wanted is None else widened(wanted)
+        x, error = widen_to_float32(x), widen_to_float32(error)
+        wanted = error if wanted is None else widen_to_float32(wanted)
         count = torch.ones_like(x[:, 0]) if weights is None else weights.to(x)
         if weights is not None:
             root = count.sqrt()[:, None]
@@ -106,7 +106,7 @@ class NormalEquations:
         """Sum over ranks, once; every rank calls it (`solve` does)."""
         if not self._summed:
             for sums in (self.gram, self.cross, self.squares):
-                all_sum(sums)
+                sum_over_ranks(sums)
         self._summed = True
 
     def solve(self, ridge: float) -> Fit:
@@ -118,7 +118,7 @@ class NormalEquations:
         self.all_sum()
         solution = torch.zeros_like(self.cross, dtype=torch.float32)
         numbers = torch.tensor([ridge, self.squares[0]], dtype=torch.float64, device=self.gram.device)
-        if own_rank() == 0:
+        if get_rank() == 0:
             found = self._solved(ridge)
             if found is not None:
                 # LAPACK's columns come first in memory; what is sent to other ranks has rows first.
@@ -130,7 +130,7 @@ class NormalEquations:
         before, wanted, _ = self.squares.tolist()
         weight = solution[: self.inputs].T
         bias = solution[-1] if self.bias else None
-        return Fit(weight, bias, took, *(_root(error, wanted) for error in (before, after)))
+        return Fit(weight, bias, took, *(_compute_relative_error(error, wanted) for error in (before, after)))
 
     def _solved(self, ridge: float) -> tuple[Tensor, float, float] | None:
         """(D^T float32 [N, K], ridge, squared error after), or None where the weights are better left alone."""
@@ -147,19 +147,19 @@ class NormalEquations:
         pull = torch.ones_like(self.gram[0])  # [N]
         if self.bias:
             pull[-1] = rows / mean  # the constant's own square: the bias is pulled as gently as the weights
-        for attempt in range(_ATTEMPTS):
-            now = max(ridge, _LEAST_RIDGE) * 10**attempt if attempt else ridge
+        for attempt in range(_MAX_ATTEMPTS):
+            now = max(ridge, _SMALLEST_RIDGE) * 10**attempt if attempt else ridge
             for dtype in (torch.float32, torch.float64):
                 matrix, right = (self.gram / mean).to(dtype), (self.cross / mean).to(dtype)
                 matrix.diagonal().add_(now * pull)
                 factor, failed = torch.linalg.cholesky_ex(matrix)
                 # What is left of a column's square once the columns before it have explained their part.
                 left = (factor.diagonal().square() / matrix.diagonal()).min()
-                if failed or not left > _SINGULAR * torch.finfo(dtype).eps:
+                if failed or not left > _SINGULARITY_FACTOR * torch.finfo(dtype).eps:
                     continue
                 solution = torch.cholesky_solve(right, factor)
                 product = matrix @ solution
-                if dtype == torch.float32 and not (product - right).norm() <= _ACCURACY * right.norm():
+                if dtype == torch.float32 and not (product - right).norm() <= _MAX_RESIDUAL * right.norm():
                     continue
                 solution, product = solution.double(), product.double()
                 fitted = product - now * pull[:, None] * solution  # X^T X D^T
@@ -202,10 +202,10 @@ class NormalEquations:
         return found
 
 
-def widened(x: Tensor) -> Tensor:
+def widen_to_float32(x: Tensor) -> Tensor:
     """In float32, or in its own dtype if that is wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _root(error: float, wanted: float) -> float:
+def _compute_relative_error(error: float, wanted: float) -> float:
     return (error / wanted) ** 0.5 if wanted > 0 else 0.0

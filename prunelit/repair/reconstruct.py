@@ -14,29 +14,29 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point
-from prunelit.calibration.paired_streams import Lockstep
+from prunelit.calibration.observe import ActivationPoint
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
-from prunelit.repair.least_squares import Fit, NormalEquations, widened
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.repair.least_squares import Fit, NormalEquations, widen_to_float32
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
 _log = logging.getLogger("prunelit")
 
-Target = Literal["residual", "module"]
-Block = Literal["attention", "mlp"]
-Visitor = tuple[Sequence[Point], Callable[[Mapping[str, Tensor]], None]]
+FitTarget = Literal["residual", "module"]
+BlockName = Literal["attention", "mlp"]
+ActivationVisitor = tuple[Sequence[ActivationPoint], Callable[[Mapping[str, Tensor]], None]]
 
 
 @torch.no_grad()
-def apply(
+def apply_least_squares(
     model: nn.Module,
     plan: PruningPlan,
     batches: Sequence[Batch],
     how: str = "least_squares",
-    target: Target = "residual",
+    target: FitTarget = "residual",
     ridge: float = 1e-2,
 ) -> list[dict[str, Any]]:
     """Cut `model` in place as `plan` says and refit the output projections of what is kept, layer by layer.
@@ -66,27 +66,27 @@ def apply(
     """
     if how != "least_squares":
         raise BadOption(f"repair: expected 'least_squares', got {how!r}")
-    if target not in get_args(Target):
-        raise BadOption(f"target: expected one of {', '.join(get_args(Target))}, got {target!r}")
+    if target not in get_args(FitTarget):
+        raise BadOption(f"target: expected one of {', '.join(get_args(FitTarget))}, got {target!r}")
     check_ridge(ridge)
     decoder = Decoder(model)
-    surgery.check_fits(decoder, plan)
-    start, records = first_changed(plan.layers, decoder), []
+    surgery.check_plan_fits(decoder, plan)
+    start, records = find_first_changed(plan.layers, decoder), []
     if start < len(decoder.layers):
-        lock = Lockstep(decoder, batches, start)
-        for index in track(range(start, len(decoder.layers)), "repairing", unit="layer"):
+        lock = PairedStreams(decoder, batches, start)
+        for index in track_progress(range(start, len(decoder.layers)), "repairing", unit="layer"):
             dense, kept = decoder.layers[index], plan.layers[index]
-            ends = _ends(dense, kept, target)
+            ends = _choose_target_points(dense, kept, target)
             lock.enter(index, tuple(ends.values()))
-            surgery.cut_layer(dense, kept, decoder.config)
+            surgery.prune_layer(dense, kept, decoder.config)
             lock.look()
             for block, end in ends.items():
-                fit = equations(lock, block, end, hold_heads=block == "attention").solve(ridge)
-                fit.add_to(output_of(lock.layer, block)[0])
-                records.append(record(index, block, fit))
+                fit = accumulate_equations(lock, block, end, hold_heads=block == "attention").solve(ridge)
+                fit.add_to(get_output_projection(lock.layer, block)[0])
+                records.append(record_layer_fit(index, block, fit))
             if index + 1 < len(decoder.layers):
                 lock.leave()
-    surgery.finish(decoder, plan)
+    surgery.finish_pruning(decoder, plan)
     return records
 
 
@@ -100,17 +100,17 @@ def check_ridge(ridge: float, name: str = "ridge") -> None:
         raise BadOption(f"{name}: expected a number of at least 0, got {ridge!r}")
 
 
-def first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
+def find_first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
     """Index of the first layer that loses something; the number of layers if none does."""
     pairs = enumerate(zip(layers, decoder, strict=True))
     return next((i for i, (k, layer) in pairs if k.widths != LayerPlan.dense(layer.shape).widths), len(layers))
 
 
-def equations(
-    lock: Lockstep,
-    block: Block,
-    end: Point,
-    also: Visitor | None = None,
+def accumulate_equations(
+    lock: PairedStreams,
+    block: BlockName,
+    end: ActivationPoint,
+    also: ActivationVisitor | None = None,
     **options: Any,
 ) -> NormalEquations:
     """The normal equations of a block's output projection, from one pass over the cut stream.
@@ -120,47 +120,47 @@ def equations(
         block: "attention" (the projection o) or "mlp" (down).
         end: where the dense model's values are the target: the projection's own output, or the residual stream.
         also: sees the activations of the same pass: (points to see, function of {point: [T, width]}).
-        options: of `Lockstep.visit`.
+        options: of `PairedStreams.visit`.
     """
-    linear, inputs, output = output_of(lock.layer, block)
-    outputs, width = weight_out_in(linear).shape
+    linear, inputs, output = get_output_projection(lock.layer, block)
+    outputs, width = get_weight_out_in(linear).shape
     found = NormalEquations(width, outputs, linear.bias is not None, lock.decoder.device)
     name = lock.layer.architecture.residual_scale
     scale = float(getattr(lock.decoder.config, name)) if name and end != output else 1.0
     points, watch = also or ((), None)
     for place, x in lock.visit((inputs, output, end, *points), **options):
-        error = (widened(lock.target(end, place)) - x[end]) / scale
+        error = (widen_to_float32(lock.target(end, place)) - x[end]) / scale
         found.add(x[inputs], error, x[output] + error)
         if watch is not None:
             watch(x)
     return found
 
 
-def output_of(layer: Layer, block: Block) -> tuple[nn.Module, Point, Point]:
+def get_output_projection(layer: Layer, block: BlockName) -> tuple[nn.Module, ActivationPoint, ActivationPoint]:
     """A block's output projection, and the points at its input and its output."""
     if block == "attention":
         return layer.output, "heads", "attention_output"
     return layer.down, "channels", "mlp_output"
 
 
-def _ends(layer: Layer, kept: LayerPlan, target: Target) -> dict[Block, Point]:
+def _choose_target_points(layer: Layer, kept: LayerPlan, target: FitTarget) -> dict[BlockName, ActivationPoint]:
     """Where each block that stays is to meet the dense model."""
-    ends: dict[Block, Point] = {}
+    ends: dict[BlockName, ActivationPoint] = {}
     mlp = layer.has_mlp and not kept.mlp_removed
     if layer.has_attention and not kept.attention_removed:
         ends["attention"] = "attention_output"
-        if target == "residual" and layer.norm("attention_post_norm") is None:
+        if target == "residual" and layer.get_norm("attention_post_norm") is None:
             if not mlp:  # it is alone, and makes up for the other block
                 ends["attention"] = "layer_output"
             elif not layer.architecture.parallel:
                 ends["attention"] = "residual"
     if mlp:
-        raw = target == "module" or layer.norm("mlp_post_norm") is not None
+        raw = target == "module" or layer.get_norm("mlp_post_norm") is not None
         ends["mlp"] = "mlp_output" if raw else "layer_output"
     return ends
 
 
-def record(layer: int, block: str, fit: Fit) -> dict[str, Any]:
+def record_layer_fit(layer: int, block: str, fit: Fit) -> dict[str, Any]:
     """A fit for the reports, and for the log at debug level."""
     _log.debug("layer %d: %s: error %.4f -> %.4f (ridge %g)", layer, block, fit.before, fit.after, fit.ridge)
     return {"layer": layer, "block": block, "before": fit.before, "after": fit.after, "ridge": fit.ridge}

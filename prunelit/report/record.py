@@ -24,7 +24,7 @@ from typing import Any
 from prunelit.core.plan import LayerPlan, PruningPlan
 
 FORMAT = "prunelit-record/1"
-KINDS = ("heads", "channels")
+SCORE_KINDS = ("heads", "channels")
 STATES = ("dense", "pruned", "recovered")
 """Of a model that are measured, in order."""
 _BINS = 48
@@ -54,12 +54,12 @@ class Histogram:
     @property
     def edges(self) -> list[float]:
         """Of the bins, one more than there are bins."""
-        return _edges(self.low, self.high, len(self.kept), self.log)
+        return _compute_bin_edges(self.low, self.high, len(self.kept), self.log)
 
     @classmethod
     def of(cls, scores: Sequence[float], stays: Sequence[bool]) -> "Histogram":
         """Of finite scores; `stays` says which units a plan keeps."""
-        low, high = _span(sorted(scores))
+        low, high = _find_score_range(sorted(scores))
         log = low > 0 and high / low >= _FAR
         if high == low:
             high = low + max(1.0, abs(low))
@@ -113,7 +113,7 @@ class Record:
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
         """Keep what an event says; events that this version does not know are passed over."""
         if event == "scores":
-            self._raw = {kind: facts[kind] for kind in KINDS}
+            self._raw = {kind: facts[kind] for kind in SCORE_KINDS}
         elif event == "planned":
             self._planned(facts["plan"])
         elif event in ("evaluation", "removed", "stage"):
@@ -133,7 +133,7 @@ class Record:
     def _planned(self, plan: PruningPlan) -> None:
         self.plan = plan
         if self._raw:
-            self.scores = {kind: _histograms(self._raw[kind], plan.layers, kind) for kind in KINDS}
+            self.scores = {kind: _build_histograms(self._raw[kind], plan.layers, kind) for kind in SCORE_KINDS}
             self._raw = {}  # tens of thousands of numbers
 
     def _completed(self, prompts: Sequence[str], name: str, texts: Sequence[str]) -> None:
@@ -172,7 +172,7 @@ class Record:
         )
 
 
-def _span(ranked: Sequence[float]) -> tuple[float, float]:
+def _find_score_range(ranked: Sequence[float]) -> tuple[float, float]:
     """From the lowest to the highest score, but for outliers that would leave all others in one bin."""
     low, high, beyond = ranked[0], ranked[-1], len(ranked) // 200
     if beyond and not (low > 0 and high / low >= _FAR):
@@ -182,13 +182,13 @@ def _span(ranked: Sequence[float]) -> tuple[float, float]:
     return low, high
 
 
-def _edges(low: float, high: float, bins: int, log: bool) -> list[float]:
+def _compute_bin_edges(low: float, high: float, bins: int, log: bool) -> list[float]:
     if log:
         return [low * (high / low) ** (place / bins) for place in range(bins)] + [high]
     return [low + (high - low) * (place / bins) for place in range(bins)] + [high]
 
 
-def _histograms(
+def _build_histograms(
     scores: Sequence[Sequence[float] | None], layers: Sequence[LayerPlan], kind: str
 ) -> list[Histogram | None]:
     found: list[Histogram | None] = []

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core.plan import PruningPlan
-from prunelit.planning.serving import notes, serving
-from prunelit.report.figures import PICTURES, figure_of
+from prunelit.planning.serving import list_serving_notes, list_serving_options
+from prunelit.report.figures import PICTURES, draw_picture
 from prunelit.report.page import html
-from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
-from prunelit.report.page.summary import summary_of
-from prunelit.report.plan_card import layer_rows
+from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, PagePicture, Table
+from prunelit.report.page.summary import summarize_picture
+from prunelit.report.plan_card import list_layer_rows
 from prunelit.report.record import STATES, Record
-from prunelit.runtime.format_numbers import duration, number, percent, short
+from prunelit.runtime.format_numbers import format_duration, format_perplexity, format_percent, format_count
 from prunelit.runtime.text_files import write_text
 
 _ROWS = {
@@ -30,40 +30,40 @@ _ROWS = {
 }
 
 
-def write(record: Record, folder: Path) -> None:
+def write_run_page(record: Record, folder: Path) -> None:
     """report.html and record.json, each whole.
 
     Raises:
         OutputNotWritable: the disk refused.
     """
     write_text(folder / "record.json", record.to_json())
-    write_text(folder / "report.html", page_of(record))
+    write_text(folder / "report.html", render_run_page(record))
 
 
-def page_of(record: Record) -> str:
+def render_run_page(record: Record) -> str:
     """The whole file."""
     wanted = (
-        Section("Quality and size", list(_sizes(record))),
-        Section("Pictures", list(_pictures(record))),
-        Section("What it writes", list(_completions(record))),
+        Section("Quality and size", list(_list_size_parts(record))),
+        Section("Pictures", list(_draw_page_pictures(record))),
+        Section("What it writes", list(_list_completion_parts(record))),
         Section("Load it", [Code(text, what) for what, text in record.facts.get("load", ())]),
-        Section("What each layer keeps", list(_layers(record.plan))),
-        Section("What serves it", list(_serving(record.plan))),
-        Section("How it was made", list(_how(record))),
+        Section("What each layer keeps", list(_list_layer_parts(record.plan))),
+        Section("What serves it", list(_list_serving_parts(record.plan))),
+        Section("How it was made", list(_list_provenance_parts(record))),
         Section("Config", [Code(record.facts["config"])] if record.facts.get("config") else [], folded=True),
     )
-    page = Page(_title(record), _lead(record), list(_facts(record)), [section for section in wanted if section.parts])
-    return html.render(page)
+    page = Page(_make_title(record), _make_lead(record), list(_list_facts(record)), [section for section in wanted if section.parts])
+    return html.render_html(page)
 
 
-def _title(record: Record) -> str:
+def _make_title(record: Record) -> str:
     if record.plan is None:
         return record.title or "A run of prunelit"
     share = record.plan.predicted["ratio_of_block_parameters"]
     return f"{record.plan.model.name}: {share:.1%} of its layers removed by {record.plan.method}"
 
 
-def _lead(record: Record) -> str:
+def _make_lead(record: Record) -> str:
     plan, found = record.plan, record.measured
     said = [f"Plan {plan.digest}, seed {plan.seed}"] if plan else []
     if record.kind == "fit":
@@ -76,12 +76,12 @@ def _lead(record: Record) -> str:
     return "; ".join(said).capitalize() + "."
 
 
-def _facts(record: Record) -> Iterator[Fact]:
+def _list_facts(record: Record) -> Iterator[Fact]:
     """The headline: what went, what it did to quality and cost."""
     states = [name for name in STATES if name in record.measured]
     values = {name: record.measured[name].get("perplexity") for name in states}
     if any(value is not None for value in values.values()):
-        said = [_perplexity(value) for value in values.values()]
+        said = [_format_perplexity(value) for value in values.values()]
         yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(said), ", ".join(states), wide=True)
     if record.plan is not None:
         predicted = record.plan.predicted
@@ -96,30 +96,30 @@ def _facts(record: Record) -> Iterator[Fact]:
         ):
             if first.get(name) and last.get(name) is not None:
                 unit = " B" if name.startswith("kv") else ""
-                before, after = f"{short(first[name])}{unit}", f"{short(last[name])}{unit}"
+                before, after = f"{format_count(first[name])}{unit}", f"{format_count(last[name])}{unit}"
                 less = f"dense {before}; {1 - last[name] / first[name]:.1%} less"
                 yield Fact(what, after, less if last[name] != first[name] else "as the dense model")
 
 
-def _perplexity(value: float | None) -> str:
-    return "\N{EN DASH}" if value is None else number(value)
+def _format_perplexity(value: float | None) -> str:
+    return "\N{EN DASH}" if value is None else format_perplexity(value)
 
 
-def _sizes(record: Record) -> Iterator[Part]:
+def _list_size_parts(record: Record) -> Iterator[Part]:
     states = [name for name in STATES if name in record.measured]
     rows = []
     for name, what in _ROWS.items():
         values = [record.measured[state].get(name) for state in states]
         if any(value is not None for value in values):
-            said = map(_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
+            said = map(_format_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
             rows.append([what, *said])
     if rows:
         yield Table(["", *states], rows)
     if protocol := record.facts.get("protocol"):
-        yield _protocol(protocol)
+        yield _describe_protocol(protocol)
 
 
-def _protocol(protocol: Mapping[str, Any]) -> str:
+def _describe_protocol(protocol: Mapping[str, Any]) -> str:
     tokens = f", {protocol['tokens']:,} predicted tokens" if "tokens" in protocol else ""
     return (
         f"Perplexity on {', '.join(protocol['text'])}: {protocol['windows']} windows of {protocol['sequence_length']} "
@@ -127,13 +127,13 @@ def _protocol(protocol: Mapping[str, Any]) -> str:
     )
 
 
-def _pictures(record: Record) -> Iterator[Shown]:
+def _draw_page_pictures(record: Record) -> Iterator[PagePicture]:
     for name, picture in PICTURES.items():
-        if (figure := figure_of(name, record)) is not None:
-            yield Shown(name, picture.title, picture.caption, summary_of(name, record), figure)
+        if (figure := draw_picture(name, record)) is not None:
+            yield PagePicture(name, picture.title, picture.caption, summarize_picture(name, record), figure)
 
 
-def _completions(record: Record) -> Iterator[Part]:
+def _list_completion_parts(record: Record) -> Iterator[Part]:
     rows = record.completions
     states = [name for name in STATES if any(name in row for row in rows)]
     if states:
@@ -143,23 +143,23 @@ def _completions(record: Record) -> Iterator[Part]:
         yield Completions([row["prompt"] for row in rows], texts)
 
 
-def _layers(plan: PruningPlan | None) -> Iterator[Part]:
+def _list_layer_parts(plan: PruningPlan | None) -> Iterator[Part]:
     if plan is not None:
-        head, *rows = layer_rows(plan)
+        head, *rows = list_layer_rows(plan)
         yield "Of the dense model's units; neighbours of one shape in one line."
         yield Table(head, rows)
 
 
-def _serving(plan: PruningPlan | None) -> Iterator[Part]:
+def _list_serving_parts(plan: PruningPlan | None) -> Iterator[Part]:
     if plan is not None:
         yield Table(
             ["program", "serves it", "why", "option", "how known"],
-            [[row.target, row.answer, row.why, row.option, row.known] for row in serving(plan)],
+            [[row.target, row.answer, row.why, row.option, row.known] for row in list_serving_options(plan)],
         )
-        yield Notes(notes(plan))
+        yield Notes(list_serving_notes(plan))
 
 
-def _how(record: Record) -> Iterator[Part]:
+def _list_provenance_parts(record: Record) -> Iterator[Part]:
     facts, plan = record.facts, record.plan
     said = []
     if plan is not None:
@@ -172,18 +172,18 @@ def _how(record: Record) -> Iterator[Part]:
         said.append(f"seed {facts['seed']}")
     if memory := facts.get("memory"):
         share = memory["trainable_parameters"] / memory["parameters"]
-        said.append(f"trained {memory['trainable_parameters']:,.0f} parameters, {percent(round(share, 4))} of them all")
+        said.append(f"trained {memory['trainable_parameters']:,.0f} parameters, {format_percent(round(share, 4))} of them all")
     if machine := facts.get("hardware"):
         said.append(f"{machine['device']}, {machine['threads']} threads")
     if versions := facts.get("versions"):
         said.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     yield Notes(said)
     if record.stages:
-        rows = [[s["name"].replace("_", " "), duration(s["seconds"]), _memory(s)] for s in record.stages]
+        rows = [[s["name"].replace("_", " "), format_duration(s["seconds"]), _format_peak_memory(s)] for s in record.stages]
         yield Table(["stage", "time", "peak memory so far"], rows)
 
 
-def _memory(stage: Mapping[str, Any]) -> str:
+def _format_peak_memory(stage: Mapping[str, Any]) -> str:
     found = stage.get("memory_mib") or {}
     names = {"cuda": "GPU", "process": "process"}
     return ", ".join(f"{found[key] / 1024:.2f} GiB ({name})" for key, name in names.items() if key in found)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 
-def peak_memory_mib() -> dict[str, float]:
+def get_peak_memory_mib() -> dict[str, float]:
     """Peak resident memory of this process, and of the GPU if there is one."""
     unit = 1 if sys.platform == "darwin" else 1024
     found = {"process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20, 1)}
@@ -18,7 +18,7 @@ def peak_memory_mib() -> dict[str, float]:
     return found
 
 
-def hardware(device: torch.device) -> dict[str, Any]:
+def describe_hardware(device: torch.device) -> dict[str, Any]:
     """{"device": name, "threads"}."""
     name = f"{platform.machine()} CPU, {os.cpu_count()} cores"
     if device.type == "cuda":

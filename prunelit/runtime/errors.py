@@ -9,13 +9,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?", or nothing where no known name is near."""
     near = difflib.get_close_matches(name, sorted(known), n=1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
-def nearest_file(path: str | Path) -> str:
+def suggest_file(path: str | Path) -> str:
     """`nearest` among what lies beside a path that is not there."""
     missing = Path(path).expanduser()
     try:

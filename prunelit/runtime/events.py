@@ -4,18 +4,18 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 
-class Listener(Protocol):
+class EventListener(Protocol):
     """Told what happens."""
 
     def hear(self, event: str, facts: Mapping[str, Any]) -> None:
         """One event; see the module."""
 
 
-class Teller:
+class EventSource:
     """Something that works, and tells its listeners about it."""
 
     def __init__(self) -> None:
-        self.listeners: list[Listener] = []
+        self.listeners: list[EventListener] = []
 
     def tell(self, event: str, **facts: Any) -> None:
         """Pass an event on."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def number(perplexity: float, like: float | None = None) -> str:
+def format_perplexity(perplexity: float, like: float | None = None) -> str:
     """A perplexity with three digits, more where it is larger (22.9, 102, 9386); as many decimals as `like` has."""
     if not math.isfinite(perplexity):
         return "inf"
@@ -14,17 +14,17 @@ def number(perplexity: float, like: float | None = None) -> str:
     return f"{perplexity:.{digits}f}"
 
 
-def perplexity_of(text: Mapping[str, Any]) -> float:
+def exponentiate_nll(text: Mapping[str, Any]) -> float:
     """exp(nll) of one measurement; infinite where no float holds it."""
     return math.exp(text["nll"]) if text["nll"] < 700 else math.inf
 
 
-def percent(ratio: float) -> str:
+def format_percent(ratio: float) -> str:
     """0.125 -> "12.5%"."""
     return f"{round(100 * ratio, 6):g}%"
 
 
-def short(count: float) -> str:
+def format_count(count: float) -> str:
     """1,234,567 -> 1.23 M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= size:
@@ -32,7 +32,7 @@ def short(count: float) -> str:
     return f"{count:,.0f}"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Seconds as people say them: 40 ms, 3.2 s, 4 min 5 s, 2 h 10 min."""
     if seconds < 0.0995:
         return f"{1e3 * seconds:.2g} ms"

@@ -14,34 +14,34 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-VERBOSE = "PRUNELIT_VERBOSE"
+VERBOSE_VARIABLE = "PRUNELIT_VERBOSE"
 """Environment variable of --verbose: further ranks and new processes inherit it."""
 _log = logging.getLogger("prunelit")
 _silent: list[bool] = []
-_LOOKS: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
+_BAR_OPTIONS: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
 
 
-def verbose() -> bool:
+def is_verbose() -> bool:
     """Whether --verbose was given."""
-    return bool(os.environ.get(VERBOSE))
+    return bool(os.environ.get(VERBOSE_VARIABLE))
 
 
-def first_rank() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process speaks for all."""
     return int(os.environ.get("LOCAL_RANK", "0") or 0) == 0
 
 
-def silence() -> None:
+def silence_progress() -> None:
     """Show nothing in this process from now on: another one shows that it is at work."""
     _silent.append(True)
 
 
-def shown() -> bool:
+def is_progress_shown() -> bool:
     """Whether someone is looking: standard error is a terminal, and this is rank zero."""
-    return not _silent and first_rank() and sys.stderr is not None and sys.stderr.isatty()
+    return not _silent and is_rank_zero() and sys.stderr is not None and sys.stderr.isatty()
 
 
-def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:
+def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:
     """Iterate with a progress bar that says `what`, how far it is (in `unit`s) and how long it will take.
 
     Args:
@@ -56,7 +56,7 @@ def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None 
         with suppress(TypeError):  # a generator
             total = len(items)  # type: ignore[arg-type]
     start, done = time.perf_counter(), 0
-    with tqdm(total=total, desc=what, unit=unit, disable=not shown(), **_LOOKS) as bar, _ticking(_Bar(bar)):
+    with tqdm(total=total, desc=what, unit=unit, disable=not is_progress_shown(), **_BAR_OPTIONS) as bar, _redraw_every_second(_ProgressBar(bar)):
         for item in items:
             yield item
             bar.update()
@@ -65,15 +65,15 @@ def track(items: Iterable[T], what: str, unit: str = "batch", total: int | None 
 
 
 @contextmanager
-def stage(what: str) -> Iterator[None]:
+def show_stage(what: str) -> Iterator[None]:
     """Say what is being done, and for how long by now, where no count is known; what is inside takes its place."""
     start = time.perf_counter()
-    with _ticking(_Clock(what)):
+    with _redraw_every_second(_ElapsedLine(what)):
         yield
     _log.debug("%s: %.1f s", what, time.perf_counter() - start)
 
 
-class _Bar:
+class _ProgressBar:
     """A bar of tqdm, which stays when another one opens inside it."""
 
     def __init__(self, bar: Any) -> None:
@@ -87,7 +87,7 @@ class _Bar:
         """It stays."""
 
 
-class _Clock:
+class _ElapsedLine:
     """A line with the time since it was made, which goes when something opens inside it."""
 
     def __init__(self, what: str) -> None:
@@ -99,7 +99,7 @@ class _Clock:
         from tqdm.auto import tqdm
 
         if self.line is None:
-            self.line = tqdm(desc=self.what, bar_format="{desc}: {elapsed}", delay=1, **_LOOKS)
+            self.line = tqdm(desc=self.what, bar_format="{desc}: {elapsed}", delay=1, **_BAR_OPTIONS)
             self.line.start_t, self.line.delay = self.start, 0
         self.line.refresh()
 
@@ -110,15 +110,15 @@ class _Clock:
         self.line = None
 
 
-_open: list[_Bar | _Clock] = []
+_open_displays: list[_ProgressBar | _ElapsedLine] = []
 """What is shown, innermost last."""
 _lock = threading.RLock()
 
 
 @contextmanager
-def _ticking(shown_now: _Bar | _Clock) -> Iterator[None]:
+def _redraw_every_second(shown_now: _ProgressBar | _ElapsedLine) -> Iterator[None]:
     """Inside, it is the innermost, and drawn every second by a thread: the work itself does not come back."""
-    if not shown():
+    if not is_progress_shown():
         yield
         return
     over = threading.Event()
@@ -126,19 +126,19 @@ def _ticking(shown_now: _Bar | _Clock) -> Iterator[None]:
     def run() -> None:
         while not over.wait(1):
             with _lock:
-                if _open and _open[-1] is shown_now:
+                if _open_displays and _open_displays[-1] is shown_now:
                     shown_now.show()
 
     thread = threading.Thread(target=run, name="prunelit-progress", daemon=True)
     with _lock:
-        if _open:
-            _open[-1].hide()
-        _open.append(shown_now)
+        if _open_displays:
+            _open_displays[-1].hide()
+        _open_displays.append(shown_now)
     thread.start()
     try:
         yield
     finally:
         over.set()
         with _lock:
-            _open.remove(shown_now)
+            _open_displays.remove(shown_now)
             shown_now.hide()

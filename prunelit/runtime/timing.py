@@ -6,12 +6,12 @@ from typing import Any, TypeVar
 
 import torch
 
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
-def seconds(run: Callable[[], Any], device: torch.device) -> float:
+def measure_seconds(run: Callable[[], Any], device: torch.device) -> float:
     """Seconds of one call, all of its work on the device included: CUDA events on a GPU, else the wall clock."""
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -29,7 +29,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def in_turn(runs: Sequence[Callable[[], Found]], repeats: int, what: str) -> list[list[Found]]:
+def run_in_rounds(runs: Sequence[Callable[[], Result]], repeats: int, what: str) -> list[list[Result]]:
     """Call all of them once in every round, forwards and backwards in turn; one round before is not counted.
 
     Args:
@@ -40,10 +40,10 @@ def in_turn(runs: Sequence[Callable[[], Found]], repeats: int, what: str) -> lis
     Returns:
         For each call what it returned, round by round.
     """
-    found: list[list[Found]] = [[] for _ in runs]
+    found: list[list[Result]] = [[] for _ in runs]
     for run in runs:
         run()  # the first run of a shape sets up kernels and buffers
-    for turn in track(range(repeats), what, unit="round"):
+    for turn in track_progress(range(repeats), what, unit="round"):
         pairs = list(zip(runs, found, strict=True))
         for run, seen in reversed(pairs) if turn % 2 else pairs:
             seen.append(run())

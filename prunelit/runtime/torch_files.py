@@ -15,7 +15,7 @@ from prunelit.runtime.atomic_files import replace_file
 from prunelit.runtime.errors import SourceNotFound
 
 
-def write_whole(path: Path, content: Any) -> None:
+def write_torch_file(path: Path, content: Any) -> None:
     """`torch.save` through `replace_file`: a file of this name is complete.
 
     Raises:
@@ -35,7 +35,7 @@ def _save_or_raise(path: Path, content: Any) -> None:
         raise
 
 
-def damage(path: Path) -> str | None:
+def find_file_damage(path: Path) -> str | None:
     """What is wrong with a file that `torch.save` wrote: "missing", "cut short", "damaged (where)"; None: it is whole.
 
     The file is a zip archive with a CRC-32 for every record; all of them are computed again.
@@ -44,11 +44,11 @@ def damage(path: Path) -> str | None:
         stat = path.stat()
     except OSError:
         return "missing"
-    return _damage(path, stat.st_mtime_ns, stat.st_size)
+    return _find_zip_damage(path, stat.st_mtime_ns, stat.st_size)
 
 
 @lru_cache(maxsize=64)
-def _damage(path: Path, mtime_ns: int, size: int) -> str | None:
+def _find_zip_damage(path: Path, mtime_ns: int, size: int) -> str | None:
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
@@ -59,17 +59,17 @@ def _damage(path: Path, mtime_ns: int, size: int) -> str | None:
     return None if record is None else f"damaged ({record})"
 
 
-def check_whole(path: Path) -> None:
+def check_torch_file(path: Path) -> None:
     """Check a checkpoint before anything is read from it.
 
     Raises:
         SourceNotFound: it is missing, cut short or damaged; names the newest whole one beside it.
     """
-    wrong = damage(path)
+    wrong = find_file_damage(path)
     if wrong is None:
         return
     others = sorted(path.parent.glob("*.ckpt"), key=lambda other: other.stat().st_mtime_ns, reverse=True)
-    good = next((str(other) for other in others if other != path and damage(other) is None), None)
+    good = next((str(other) for other in others if other != path and find_file_damage(other) is None), None)
     raise SourceNotFound(
         f"checkpoint {str(path)!r}: expected a whole file, got one that is {wrong}; "
         + (f"resume from {good!r}" if good else "there is no other one beside it: start from the beginning")

@@ -6,7 +6,7 @@ the family calls it: adapters, frozen and trained parameters of a layer are gath
     DDP                     nothing to do
     DecoderFSDP             Lightning's FSDP (torch FSDP1), a GPU only
     DecoderFSDP2            Lightning's ModelParallelStrategy (torch FSDP2, `fully_shard`) over all processes: spread by
-                            `prepare`, in `configure_model`
+                            `prepare_for_sharding`, in `configure_model`
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from prunelit.model.copies import without_memory
+from prunelit.model.copies import copy_to_meta_device
 from prunelit.model.decoder import Decoder
 
-_MARK = "_prunelit_decoder_layer"
+_LAYER_MARK = "_prunelit_decoder_layer"
 
 
 class DecoderFSDP(FSDPStrategy):
@@ -30,7 +30,7 @@ class DecoderFSDP(FSDPStrategy):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(auto_wrap_policy=is_wrapped, **kwargs)
+        super().__init__(auto_wrap_policy=should_wrap_module, **kwargs)
 
 
 class DecoderFSDP2(ModelParallelStrategy):
@@ -51,24 +51,24 @@ class DecoderFSDP2(ModelParallelStrategy):
         super().setup_environment()
 
 
-def is_wrapped(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """torch FSDP's wrap policy: go into everything, wrap what `mark_layers` has marked."""
-    return recurse or getattr(module, _MARK, False)
+def should_wrap_module(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """torch FSDP's wrap policy: go into everything, wrap what `mark_decoder_layers` has marked."""
+    return recurse or getattr(module, _LAYER_MARK, False)
 
 
-def mark_layers(model: nn.Module) -> None:
-    """Mark the decoder layers of a causal LM for `is_wrapped`."""
+def mark_decoder_layers(model: nn.Module) -> None:
+    """Mark the decoder layers of a causal LM for `should_wrap_module`."""
     for layer in Decoder(model):
-        setattr(layer.module, _MARK, True)
+        setattr(layer.module, _LAYER_MARK, True)
 
 
-def is_sharded(strategy: Any) -> bool:
+def is_sharded_strategy(strategy: Any) -> bool:
     """Whether parameters are spread over processes: then those of a layer share one dtype, and none is shared between
     models."""
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
-def prepare(model: nn.Module, dtype: torch.dtype, mesh: Any = None) -> nn.Module:
+def prepare_for_sharding(model: nn.Module, dtype: torch.dtype, mesh: Any = None) -> nn.Module:
     """Make a model ready to be spread, in place; with a mesh, spread it by torch's `fully_shard`.
 
     Args:
@@ -77,26 +77,26 @@ def prepare(model: nn.Module, dtype: torch.dtype, mesh: Any = None) -> nn.Module
         mesh: Lightning's device mesh, of FSDP2; FSDP1 wraps by itself.
 
     Returns:
-        The model `without_memory`, to be filled by `gathered`.
+        The model `copy_to_meta_device`, to be filled by `gather_full_weights`.
     """
     from torch.distributed.fsdp import fully_shard
 
     for parameter in model.parameters():
         if parameter.is_floating_point():  # not the buffers: rotary tables stay in float32
             parameter.data = parameter.data.to(dtype)
-    empty = without_memory(model)
+    empty = copy_to_meta_device(model)
     if mesh is not None:
-        for module in [module for module in model.modules() if getattr(module, _MARK, False)] + [model]:
+        for module in [module for module in model.modules() if getattr(module, _LAYER_MARK, False)] + [model]:
             fully_shard(module, mesh=mesh["data_parallel"])
     return empty
 
 
-def gathered(module: Any, empty: nn.Module) -> nn.Module:
+def gather_full_weights(module: Any, empty: nn.Module) -> nn.Module:
     """A sharded model's weights in one piece, on the CPU of every process.
 
     Args:
         module: what holds it as `model`, as the strategy has wrapped it; all processes call.
-        empty: what `prepare` returned; filled and returned.
+        empty: what `prepare_for_sharding` returned; filled and returned.
     """
     from transformers import PreTrainedModel
 

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from prunelit.calibration.metrics import perplexity, protocol, size, table
+from prunelit.calibration.metrics import perplexity, describe_protocol, measure_model_size, format_text_table
 from prunelit.model import surgery
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.runtime.errors import NotEnoughText
 from tests.tiny import FAMILIES, KINDS, cut, tiny, tokens
 
@@ -40,21 +40,21 @@ def negative_log_likelihoods(model, windows):
 @pytest.mark.parametrize("tied", [False, True])
 def test_size_of_a_small_llama(tied):
     model = tiny("llama", **SMALL, tie_word_embeddings=tied)
-    assert size(model) == {
+    assert measure_model_size(model) == {
         "parameters": 50 * 16 + 2 * LAYER + 16 + (0 if tied else 50 * 16),
         "block_parameters": 2 * LAYER,
         "macs_per_token": 2 * LAYER_MACS + 50 * 16,
         "kv_bytes_per_token": 2 * 2 * 2 * 4 * 4,  # layers, k and v, groups, head size, bytes
     }
-    assert size(model)["parameters"] == (4720 if tied else 5520)
-    assert size(model.bfloat16())["kv_bytes_per_token"] == 64
+    assert measure_model_size(model)["parameters"] == (4720 if tied else 5520)
+    assert measure_model_size(model.bfloat16())["kv_bytes_per_token"] == 64
 
 
 def test_size_of_a_small_gpt2():
     """Plain FFN with biases, fused q, k, v, tied embeddings, positions."""
     model = tiny("gpt2", vocab_size=50, n_embd=16, n_head=4, n_inner=24, n_layer=2, n_positions=8)
     layer = (3 * 16 * 16 + 3 * 16) + (16 * 16 + 16) + (16 * 24 + 24) + (24 * 16 + 16) + 2 * 2 * 16
-    assert size(model) == {
+    assert measure_model_size(model) == {
         "parameters": 50 * 16 + 8 * 16 + 2 * layer + 2 * 16,
         "block_parameters": 2 * layer,
         "macs_per_token": 2 * (4 * 16 * 16 + 2 * 16 * 24) + 50 * 16,
@@ -65,16 +65,16 @@ def test_size_of_a_small_gpt2():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_size_counts_the_models_own_parameters(family):
     model = tiny(family)
-    assert size(model)["parameters"] == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    assert measure_model_size(model)["parameters"] == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_size_after_a_cut_is_what_the_plan_predicted(kind):
     model = tiny("llama")
     plan = cut(model, kind)
-    before = size(model)
+    before = measure_model_size(model)
     surgery.apply(model, plan)
-    after = size(model)
+    after = measure_model_size(model)
     assert after == {name: plan.predicted[name] for name in after}
     assert after["block_parameters"] < before["block_parameters"]
 
@@ -124,7 +124,7 @@ def test_perplexity_reads_a_training_model_in_eval_mode_and_puts_it_back():
     model = tiny("gpt2").train()  # has dropout
     model.transformer.h[1].eval()
     modes = [module.training for module in model.modules()]
-    with evaluating(model):
+    with use_eval_mode(model):
         expected = perplexity(model, tokens(2, 9))
     assert perplexity(model, tokens(2, 9)) == expected
     assert [module.training for module in model.modules()] == modes
@@ -146,7 +146,7 @@ def test_nothing_to_predict_is_an_error(shape):
 
 
 def test_protocol_says_what_makes_two_numbers_comparable():
-    found = protocol(["a.txt"], tokens(5, 12), "bfloat16")
+    found = describe_protocol(["a.txt"], tokens(5, 12), "bfloat16")
     assert (found["text"], found["windows"], found["sequence_length"], found["stride"]) == (["a.txt"], 5, 12, 12)
     assert found["dtype"] == "bfloat16"
 
@@ -156,7 +156,7 @@ def test_table_is_aligned():
         "dense": {"parameters": 1234567, "perplexity": 12.3456},
         "cut": {"parameters": 900, "tokens_per_second": 7.0},
     }
-    assert table(rows).splitlines() == [
+    assert format_text_table(rows).splitlines() == [
         "       parameters  perplexity  tokens per second",
         "------------------------------------------------",
         "dense   1,234,567       12.35                  -",

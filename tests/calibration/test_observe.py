@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.batches import first
+from prunelit.calibration.batches import take_sequences
 from prunelit.calibration.observe import Sums, observe
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating, on_device
+from prunelit.model.modes import use_eval_mode, move_to_device
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
 
@@ -135,7 +135,7 @@ def hooked(model, batches, layers, places):
                     with_kwargs=True,
                 )
             )
-    with evaluating(model):
+    with use_eval_mode(model):
         for batch in batches:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
             model(**batch, use_cache=False)
@@ -174,7 +174,7 @@ def test_points_of_every_family_fit_together(family):
             torch.testing.assert_close(layer.output(x["heads"]), x["attention_output"])
             torch.testing.assert_close(layer.down(x["channels"]), x["mlp_output"])
             torch.testing.assert_close(
-                layer.norm("mlp_norm")(x["residual"]) if layer.norm("mlp_norm") else x["mlp_input"], x["mlp_input"]
+                layer.get_norm("mlp_norm")(x["residual"]) if layer.get_norm("mlp_norm") else x["mlp_input"], x["mlp_input"]
             )
         if layer.index + 1 < len(decoder.layers):
             assert torch.equal(x["layer_output"], found[layer.index + 1, "layer_input"])
@@ -268,7 +268,7 @@ def test_evaluating_restores_mixed_modes_also_after_an_error():
     model.model.layers[1].mlp.eval()
     modes = [module.training for module in model.modules()]
     assert len(set(modes)) == 2
-    with pytest.raises(KeyError), evaluating(model):
+    with pytest.raises(KeyError), use_eval_mode(model):
         assert not any(module.training for module in model.modules())
         raise KeyError
     assert [module.training for module in model.modules()] == modes
@@ -277,7 +277,7 @@ def test_evaluating_restores_mixed_modes_also_after_an_error():
 def test_on_device_stays_where_it_is():
     model = tiny("llama")
     where = model.lm_head.weight.data_ptr()
-    with on_device(model, torch.device("cpu")):
+    with move_to_device(model, torch.device("cpu")):
         assert model.lm_head.weight.data_ptr() == where
     assert model.lm_head.weight.data_ptr() == where
 
@@ -324,7 +324,7 @@ def test_two_ranks_share_the_batches_and_agree_with_one(tmp_path):
 @pytest.mark.parametrize(("sequences", "sizes"), [(None, [2, 3]), (1, [1]), (2, [2]), (4, [2, 2]), (9, [2, 3])])
 def test_the_first_sequences_of_batches(sequences, sizes):
     batches = [{"input_ids": torch.arange(8).view(2, 4)}, {"input_ids": torch.arange(12).view(3, 4) + 8}]
-    found = first(batches, sequences)
+    found = take_sequences(batches, sequences)
     assert [len(batch["input_ids"]) for batch in found] == sizes
     together = torch.cat([batch["input_ids"] for batch in found]).flatten()
     assert torch.equal(together, torch.arange(len(together)))

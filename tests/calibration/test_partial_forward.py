@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunelit.calibration.partial_forward import Stream
+from prunelit.calibration.partial_forward import PartialForward
 from prunelit.model.decoder import Decoder
 from prunelit.model.surgery import apply
 from tests.tiny import FAMILIES, cut, tiny, tokens
@@ -26,7 +26,7 @@ def test_layer_by_layer_is_the_forward_pass(family):
     model = tiny(family)
     batch = masked_batch()
     wanted = model(**batch).logits
-    stream, hidden = Stream(Decoder(model)), None
+    stream, hidden = PartialForward(Decoder(model)), None
     for index in range(3):
         hidden = stream.run(batch, hidden, index, index + 1)
     same(stream.run(batch, hidden, 3), wanted)
@@ -42,14 +42,14 @@ def test_a_model_with_removed_blocks_streams_too():
     model = tiny("gemma2")
     apply(model, cut(model, "mixed"))
     batch = masked_batch()
-    stream = Stream(Decoder(model))
+    stream = PartialForward(Decoder(model))
     hidden = stream.run(batch, None, 0, 2)
     assert torch.equal(stream.run(batch, hidden, 2), model(**batch).logits)
 
 
 def test_gradients_flow_through_a_span():
     model = tiny("llama")
-    stream = Stream(Decoder(model))
+    stream = PartialForward(Decoder(model))
     hidden = stream.run({"input_ids": tokens()}, None, 0, 1).detach()
     stream.run({"input_ids": tokens()}, hidden, 1, 3).square().sum().backward()
     touched = {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None}
@@ -59,7 +59,7 @@ def test_gradients_flow_through_a_span():
 @torch.no_grad()
 def test_nothing_stays_behind_when_a_layer_fails():
     model = tiny("llama")
-    stream = Stream(Decoder(model))
+    stream = PartialForward(Decoder(model))
     hidden = stream.run({"input_ids": tokens()}, None, 0, 1)
     with pytest.raises(RuntimeError):
         stream.run({"input_ids": tokens()}, hidden[..., :-1], 1, 2)
@@ -70,4 +70,4 @@ def test_nothing_stays_behind_when_a_layer_fails():
 @pytest.mark.parametrize(("hidden", "start", "stop"), [(None, 1, 2), (torch.zeros(2, 10, 72), 0, 1), (None, 0, 0)])
 def test_a_span_that_makes_no_sense_is_refused(hidden, start, stop):
     with pytest.raises(ValueError, match="expected"):
-        Stream(Decoder(tiny("llama"))).run({"input_ids": tokens()}, hidden, start, stop)
+        PartialForward(Decoder(tiny("llama"))).run({"input_ids": tokens()}, hidden, start, stop)

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.per_sample_gradients import each_sample, samples
-from prunelit.calibration.taylor import FORMS, of_mean, per_sample
+from prunelit.calibration.per_sample_gradients import visit_sample_gradients, split_into_samples
+from prunelit.calibration.taylor import TAYLOR_FORMS, score_mean_loss, score_each_sample
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.unit_indices import slices
+from prunelit.model.unit_indices import collect_layer_slices
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
 
@@ -49,14 +49,14 @@ def test_the_sum_over_a_slice_is_the_slope_of_the_loss_when_it_shrinks(family):
     ids = batches_for(model)[0]["input_ids"][0]
     found = {}
     one = [{"input_ids": ids[None]}]
-    each_sample(Decoder(model), one, lambda n, of, p: found.update({(of.layer, of.linear): p.sum(1)}))
-    for of in slices(Decoder(model).layers[1]):
+    visit_sample_gradients(Decoder(model), one, lambda n, of, p: found.update({(of.layer, of.linear): p.sum(1)}))
+    for of in collect_layer_slices(Decoder(model).layers[1]):
         for index in (0, 17):
             slope = 0.0
             for step in (0.02, -0.02):  # RMS norms round to float32, so a short step would measure that
                 before = [p.detach().clone() for p in of.parameters]
                 with torch.no_grad():
-                    of.matrix(of.linear.weight)[index] *= 1 + step
+                    of.arrange_by_slice(of.linear.weight)[index] *= 1 + step
                     for bias in of.parameters[1:]:
                         bias[index] *= 1 + step
                     slope += loss_of(model, ids).item() / step / 2
@@ -71,8 +71,8 @@ def test_the_sum_over_a_slice_is_the_slope_of_the_loss_when_it_shrinks(family):
 def test_sequences_are_separate_whatever_the_batches():
     model = tiny("llama").double()
     batches, decoder = batches_for(model), Decoder(model)
-    together = per_sample(decoder, batches, ("vector", "mixed"))
-    apart = per_sample(decoder, [{"input_ids": ids[None]} for ids in rows_of(batches)], ("vector", "mixed"))
+    together = score_each_sample(decoder, batches, ("vector", "mixed"))
+    apart = score_each_sample(decoder, [{"input_ids": ids[None]} for ids in rows_of(batches)], ("vector", "mixed"))
     for kind, layers in together.items():
         for layer, values in layers.items():
             assert_same(apart[kind][layer], values)
@@ -82,12 +82,12 @@ def test_sequences_are_separate_whatever_the_batches():
 def test_padding_on_the_left_counts_as_little_as_on_the_right(family):
     model = tiny(family)
     ids = batches_for(model)[0]["input_ids"][0, :6]
-    plain = per_sample(Decoder(model), [{"input_ids": ids[None]}], ("mixed",))["channels"][1]
+    plain = score_each_sample(Decoder(model), [{"input_ids": ids[None]}], ("mixed",))["channels"][1]
     for left in (0, 2, 3):
         padded = torch.cat([torch.full((left,), 7), ids, torch.full((3 - left,), 8)])
         mask = torch.tensor([0] * left + [1] * 6 + [0] * (3 - left))
         batch = {"input_ids": padded[None], "attention_mask": mask[None]}
-        assert torch.equal(per_sample(Decoder(model), [batch], ("mixed",))["channels"][1], plain)
+        assert torch.equal(score_each_sample(Decoder(model), [batch], ("mixed",))["channels"][1], plain)
 
 
 def test_a_hole_in_the_mask_is_neither_context_nor_target():
@@ -99,7 +99,7 @@ def test_a_hole_in_the_mask_is_neither_context_nor_target():
     for other in (4, 50):
         row = ids.clone()
         row[3:5] = other
-        found.append(per_sample(Decoder(model), [{"input_ids": row[None], "attention_mask": mask[None]}], ("mixed",)))
+        found.append(score_each_sample(Decoder(model), [{"input_ids": row[None], "attention_mask": mask[None]}], ("mixed",)))
     assert_same(found[0]["channels"][0], found[1]["channels"][0])
     assert (found[0]["channels"][0] > 0).any()
 
@@ -107,11 +107,11 @@ def test_a_hole_in_the_mask_is_neither_context_nor_target():
 def test_sequences_without_a_target_are_left_out():
     ids = torch.full((3, 4), 5)
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]])
-    assert [len(row) for row, _ in samples([{"input_ids": ids, "attention_mask": mask}])] == [2]
+    assert [len(row) for row, _ in split_into_samples([{"input_ids": ids, "attention_mask": mask}])] == [2]
     with pytest.raises(NoCalibration, match="two tokens"):
-        samples([{"input_ids": ids[:1], "attention_mask": mask[:1]}])
+        split_into_samples([{"input_ids": ids[:1], "attention_mask": mask[:1]}])
     with pytest.raises(NoCalibration, match="two tokens"):
-        of_mean(Decoder(tiny("llama")), [], "first")
+        score_mean_loss(Decoder(tiny("llama")), [], "first")
 
 
 # Memory and numerics -------------------------------------------------------------------------------------------------
@@ -127,8 +127,8 @@ def test_one_weight_gradient_lives_at_a_time(family):
         assert not p.requires_grad and p.dtype is torch.float32
 
     decoder = Decoder(model)
-    each_sample(decoder, batches_for(model), visit)
-    linears = sum(len(slices(layer)) for layer in decoder)
+    visit_sample_gradients(decoder, batches_for(model), visit)
+    linears = sum(len(collect_layer_slices(layer)) for layer in decoder)
     assert len(seen) == 5 * linears and max(alive for *_, alive in seen) <= 2  # a weight and its bias
     assert [sample for sample, *_ in seen] == sorted(sample for sample, *_ in seen)
 
@@ -138,7 +138,7 @@ def test_only_the_wanted_layers_are_run_backwards():
     seen, backward = set(), []
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_full_backward_hook(lambda *_, index=index: backward.append(index))
-    each_sample(Decoder(model), batches_for(model), lambda n, of, p: seen.add(of.layer), layers=[1])
+    visit_sample_gradients(Decoder(model), batches_for(model), lambda n, of, p: seen.add(of.layer), layers=[1])
     assert seen == {1} and set(backward) == {1, 2}
 
 
@@ -146,9 +146,9 @@ def test_only_the_wanted_layers_are_run_backwards():
 def test_layers_at_once_changes_memory_only(form):
     model = tiny("gpt2")
     batches, decoder = batches_for(model), Decoder(model)
-    whole = of_mean(decoder, batches, form)
+    whole = score_mean_loss(decoder, batches, form)
     for width in (1, 2, 50):
-        for one, other in zip(of_mean(decoder, batches, form, layers_at_once=width), whole, strict=True):
+        for one, other in zip(score_mean_loss(decoder, batches, form, layers_at_once=width), whole, strict=True):
             assert torch.equal(one.heads, other.heads) and torch.equal(one.channels, other.channels)
 
 
@@ -158,8 +158,8 @@ def test_checkpointing_runs_layers_twice_with_the_same_result(family):
     runs = []
     decoder = Decoder(model)
     decoder.layers[1].activation.register_forward_hook(lambda *_: runs.append(1))
-    plain, passes = per_sample(decoder, batches_for(model), ("mixed",)), len(runs)
-    again = per_sample(decoder, batches_for(model), ("mixed",), checkpointing=True)
+    plain, passes = score_each_sample(decoder, batches_for(model), ("mixed",)), len(runs)
+    again = score_each_sample(decoder, batches_for(model), ("mixed",), checkpointing=True)
     assert passes == 5 and len(runs) == 15
     for kind, layers in plain.items():
         for layer, values in layers.items():
@@ -175,13 +175,13 @@ def test_bfloat16_gradients_are_reduced_in_float32():
     products = []
     expected = down.detach().double() * down.grad.double()
     model.zero_grad()
-    each_sample(
+    visit_sample_gradients(
         Decoder(model),
         [{"input_ids": ids}],
         lambda n, of, p: products.append(p.double()) if of.layer == 1 and of.linear.weight is down else None,
     )
     torch.testing.assert_close(products[0].T, expected, rtol=1e-6, atol=0)  # not rounded to 8 bits
-    scores = of_mean(Decoder(model), [{"input_ids": ids}], "first")[1]
+    scores = score_mean_loss(Decoder(model), [{"input_ids": ids}], "first")[1]
     assert scores.channels.dtype is torch.float64
 
 
@@ -191,7 +191,7 @@ def test_float16_gradients_do_not_vanish():
         for model in (whole, half):  # a flat loss: gradients below the least float16 number
             model.lm_head.weight.mul_(1e-3)
     batches = batches_for(whole)
-    expected, found = (of_mean(Decoder(model), batches, "first")[1].channels for model in (whole, half))
+    expected, found = (score_mean_loss(Decoder(model), batches, "first")[1].channels for model in (whole, half))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)
 
 
@@ -225,7 +225,7 @@ def clean(state):
 def test_modes_gradients_and_generators_are_as_before(checkpointing):
     model = prepared()
     before, generators = clean(state_of(model)), (torch.get_rng_state(), random.getstate())
-    per_sample(Decoder(model), batches_for(model), ("vector",), checkpointing=checkpointing)
+    score_each_sample(Decoder(model), batches_for(model), ("vector",), checkpointing=checkpointing)
     assert clean(state_of(model)) == before
     assert torch.equal(model.lm_head.weight.grad, torch.ones_like(model.lm_head.weight))
     assert (model.model.layers[0].mlp.up_proj.weight.grad == 1).all()
@@ -240,19 +240,19 @@ def test_after_an_error_too():
         raise KeyError("observer")
 
     with pytest.raises(KeyError, match="observer"):
-        each_sample(Decoder(model), batches_for(model), fail, checkpointing=True)
+        visit_sample_gradients(Decoder(model), batches_for(model), fail, checkpointing=True)
     assert clean(state_of(model)) == before
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_a_context_without_gradients_and_frozen_weights_do_not_matter(context):
     model = tiny("phi3")
-    expected = of_mean(Decoder(model), batches_for(model), "mixed")[2].heads
+    expected = score_mean_loss(Decoder(model), batches_for(model), "mixed")[2].heads
     model.requires_grad_(False)
     with context():
-        found = of_mean(Decoder(model), batches_for(model), "mixed")[2].heads
+        found = score_mean_loss(Decoder(model), batches_for(model), "mixed")[2].heads
         masked = {"input_ids": torch.full((1, 4), 5), "attention_mask": torch.tensor([[1, 1, 0, 1]])}
-        per_sample(Decoder(model), [masked], ("mixed",))
+        score_each_sample(Decoder(model), [masked], ("mixed",))
         assert torch.is_inference_mode_enabled() is (context is torch.inference_mode)
         assert not torch.is_grad_enabled()
     assert torch.equal(found, expected)
@@ -266,7 +266,7 @@ def test_a_loss_that_is_no_number_is_named_in_one_line(value):
     with torch.no_grad():
         model.model.norm.weight[3] = value
     with pytest.raises(NonFinite, match="sample 0: expected a finite loss") as error:
-        of_mean(Decoder(model), batches_for(model), "first")
+        score_mean_loss(Decoder(model), batches_for(model), "first")
     assert "\n" not in str(error.value) and clean(state_of(model)) == before
 
 
@@ -274,7 +274,7 @@ def test_gradients_that_overflow_name_their_layer():
     model = tiny("llama")
     model.model.layers[1].mlp.register_full_backward_pre_hook(lambda m, grads: (grads[0] * float("inf"),))
     with pytest.raises(NonFinite, match="layer 0: weight gradients hold NaN") as error:
-        per_sample(Decoder(model), batches_for(model), ("vector",))
+        score_each_sample(Decoder(model), batches_for(model), ("vector",))
     assert "\n" not in str(error.value)
 
 
@@ -282,16 +282,16 @@ def test_gradients_that_overflow_name_their_layer():
 def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
-    found = per_sample(Decoder(model), batches_for(model), ("first",))
+    found = score_each_sample(Decoder(model), batches_for(model), ("first",))
     assert set(found[lost]) == {1} and set(found[left]) == {0, 1, 2}
-    scores = of_mean(Decoder(model), batches_for(model), "first", layers_at_once=1)
+    scores = score_mean_loss(Decoder(model), batches_for(model), "first", layers_at_once=1)
     assert [getattr(score, lost) is None for score in scores] == [True, False, True]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_has_finite_importances(family):
     model = tiny(family)
-    found = per_sample(Decoder(model), batches_for(model), ("vector", "mixed"))
+    found = score_each_sample(Decoder(model), batches_for(model), ("vector", "mixed"))
     for layers in found.values():
         for values in layers.values():
             assert torch.isfinite(values).all() and (values >= 0).all() and (values > 0).any()
@@ -304,7 +304,7 @@ def rank_importances(rank, folder, runs):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     decoder = Decoder(tiny("llama"))
-    found = [[per_sample(decoder, run, ("vector",)), *(of_mean(decoder, run, form) for form in FORMS)] for run in runs]
+    found = [[score_each_sample(decoder, run, ("vector",)), *(score_mean_loss(decoder, run, form) for form in TAYLOR_FORMS)] for run in runs]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -318,10 +318,10 @@ def test_two_ranks_share_the_samples_and_agree_with_one(tmp_path):
     decoder = Decoder(model)
     for rank in (0, 1):
         for run, (each, *means) in zip(runs, torch.load(tmp_path / f"{rank}.pt", weights_only=False), strict=True):
-            alone = per_sample(decoder, run, ("vector",))
+            alone = score_each_sample(decoder, run, ("vector",))
             for kind, layers in alone.items():
                 assert all(torch.equal(each[kind][layer], values) for layer, values in layers.items())
-            for form, scores in zip(FORMS, means, strict=True):
-                for one, other in zip(scores, of_mean(decoder, run, form), strict=True):
+            for form, scores in zip(TAYLOR_FORMS, means, strict=True):
+                for one, other in zip(scores, score_mean_loss(decoder, run, form), strict=True):
                     torch.testing.assert_close(one.heads, other.heads, rtol=1e-13, atol=0)
                     torch.testing.assert_close(one.channels, other.channels, rtol=1e-13, atol=0)

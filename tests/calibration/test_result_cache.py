@@ -13,13 +13,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.fingerprints import model_fingerprint, text_fingerprint, tokenizer_fingerprint
+from prunelit.calibration.fingerprints import fingerprint_model, fingerprint_batches, fingerprint_tokenizer
 from prunelit.calibration.observe import Sums, observe
-from prunelit.calibration.result_cache import Kept
+from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
-from prunelit.pruning.job import same_on_all_ranks
+from prunelit.pruning.job import check_same_on_ranks
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption, BadPlan, OutputNotWritable
 from tests.observed import batches_for
@@ -63,7 +63,7 @@ def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
         fresh[ratio] = method_class(name)(ratio=ratio, align=8).prune(model, batches_for(model))
     for ratio in (0.2, 0.4, 0.2):
         model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
-        method.kept = Kept(tmp_path)
+        method.kept = ResultCache(tmp_path)
         assert method.prune(model, batches_for(model)).digest == fresh[ratio].digest
     repeated = method.seconds.get("recalled", 0.0)
     assert repeated > 0 or name == "block_pruner"  # which has its journal
@@ -73,7 +73,7 @@ def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
 def test_what_another_ratio_computed_is_found(name, tmp_path):
     for ratio in (0.2, 0.4):
         model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
-        method.kept = Kept(tmp_path)
+        method.kept = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
     assert method.seconds["recalled"] > 0
 
@@ -85,23 +85,23 @@ def test_scores_are_computed_once_for_all_ratios(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "score", lambda *args: calls.append(1) or real(*args))
     for ratio in (0.2, 0.3, 0.4):
         model, method = tiny("llama"), kind(ratio=ratio, align=8)
-        method.kept = Kept(tmp_path)
+        method.kept = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
     assert len(calls) == 1
     for changed in ({"form": "exact"}, {"propagate_ffn": False}):
         method = kind(ratio=0.3, align=8, **changed)
-        method.kept = Kept(tmp_path)
+        method.kept = ResultCache(tmp_path)
         method.prune(tiny("llama"), batches_for(tiny("llama")))
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.0001)
     method = kind(ratio=0.3, align=8)
-    method.kept = Kept(tmp_path)
+    method.kept = ResultCache(tmp_path)
     method.prune(other, batches_for(other))
     batches = batches_for(other)
     batches[0]["input_ids"] = batches[0]["input_ids"].flip(1)
     method = kind(ratio=0.3, align=8)
-    method.kept = Kept(tmp_path)
+    method.kept = ResultCache(tmp_path)
     method.prune(tiny("llama"), batches)
     assert len(calls) == 5
 
@@ -118,7 +118,7 @@ class Foreign(PruningCallback):
 
 def test_a_method_that_says_nothing_shares_nothing_between_ratios(tmp_path):
     plans = []
-    for kept in (None, Kept(tmp_path)):
+    for kept in (None, ResultCache(tmp_path)):
         for ratio in (0.2, 0.3):
             model, method = tiny("llama"), Foreign(ratio=ratio, align=8)
             method.kept = kept
@@ -130,7 +130,7 @@ CONTENT = [(torch.arange(6.0).view(2, 3), None), (torch.zeros(0), torch.ones(2, 
 
 
 def test_a_result_comes_back_as_it_was(tmp_path):
-    kept = Kept(tmp_path / "new" / "folder")
+    kept = ResultCache(tmp_path / "new" / "folder")
     first, saved = kept.recall("scores", {"a": 1}, lambda: CONTENT)
     assert first is CONTENT and saved == 0
     again, saved = kept.recall("scores", {"a": 1}, lambda: pytest.fail("computed again"))
@@ -141,12 +141,12 @@ def test_a_result_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other key"])
 def test_a_damaged_file_is_computed_anew(damage, tmp_path):
-    kept = Kept(tmp_path)
+    kept = ResultCache(tmp_path)
     kept.recall("scores", {"a": 1}, lambda: CONTENT)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     if damage == "other key":
-        Kept(tmp_path / "b").recall("scores", {"a": 2}, lambda: "theirs")
+        ResultCache(tmp_path / "b").recall("scores", {"a": 2}, lambda: "theirs")
         os.replace(next((tmp_path / "b").iterdir()), path)
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 100}[damage])
@@ -167,27 +167,27 @@ def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
     child.wait()
     child.stdout.close()
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-    assert Kept(tmp_path).recall("scores", {"a": 1}, lambda: "anew")[0] == "anew"
+    assert ResultCache(tmp_path).recall("scores", {"a": 1}, lambda: "anew")[0] == "anew"
 
 
 def test_a_folder_that_can_not_be_written_is_said_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputNotWritable, match="can not be written"):
-        Kept(tmp_path / "file" / "folder").recall("scores", {}, lambda: 1)
+        ResultCache(tmp_path / "file" / "folder").recall("scores", {}, lambda: 1)
 
 
 def test_seconds_that_were_saved_are_those_that_it_took(tmp_path):
-    kept = Kept(tmp_path)
+    kept = ResultCache(tmp_path)
     kept.recall("slow", {}, lambda: time.sleep(0.2))
     assert 0.2 <= kept.recall("slow", {}, lambda: None)[1] < 2
 
 
 def test_fingerprints_tell_models_and_texts_apart():
     model = tiny("llama")
-    prints = {model_fingerprint(model), model_fingerprint(tiny("llama").bfloat16()), model_fingerprint(tiny("qwen3"))}
-    assert len(prints) == 3 and model_fingerprint(tiny("llama")) in prints
+    prints = {fingerprint_model(model), fingerprint_model(tiny("llama").bfloat16()), fingerprint_model(tiny("qwen3"))}
+    assert len(prints) == 3 and fingerprint_model(tiny("llama")) in prints
     first, second = batches_for(model)
-    assert text_fingerprint([first]) == text_fingerprint([dict(first)]) != text_fingerprint([second])
+    assert fingerprint_batches([first]) == fingerprint_batches([dict(first)]) != fingerprint_batches([second])
 
 
 # The finished plan and repaired weights ----------------------------------------------------------------------------
@@ -207,7 +207,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
     cut = []
     for again in (False, True):
         model, method = tiny(family).train(), kind(ratio=0.3, align=8, **REPAIRS[name])
-        method.kept = method.kept_cut = Kept(tmp_path)
+        method.kept = method.kept_cut = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
         cut.append((model, method))
         if not again:
@@ -229,7 +229,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
 
 def test_only_what_the_repair_changed_is_written(tmp_path):
     model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares", protect=[0])
-    method.kept_cut = Kept(tmp_path)
+    method.kept_cut = ResultCache(tmp_path)
     method.prune(model, batches_for(model))
     tensors = torch.load(tmp_path / method.repaired)["tensors"]
     assert tensors and all(".layers.1." in name or ".layers.2." in name for name in tensors)
@@ -240,16 +240,16 @@ def test_damaged_repaired_weights_are_made_anew(damage, tmp_path):
     prints = []
     for _ in range(2):
         model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares")
-        method.kept_cut = Kept(tmp_path)
+        method.kept_cut = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
-        prints.append(model_fingerprint(model))
+        prints.append(fingerprint_model(model))
         path = tmp_path / method.repaired
         path.write_bytes(damage(path.read_bytes()))
     assert prints[0] == prints[1]
 
 
 def test_a_flipped_bit_in_scores_is_seen(tmp_path):
-    kept = Kept(tmp_path)
+    kept = ResultCache(tmp_path)
     kept.recall("scores", {}, lambda: torch.zeros(1000))
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
@@ -259,7 +259,7 @@ def test_a_flipped_bit_in_scores_is_seen(tmp_path):
 
 
 def test_weights_of_another_model_are_not_put_back(tmp_path):
-    kept, model = Kept(tmp_path), tiny("llama")
+    kept, model = ResultCache(tmp_path), tiny("llama")
     kept.keep_changes("x.pt", model, {}, 1.0)
     with pytest.raises(BadPlan, match=r"x\.pt.*remove the file"):
         kept.put_back("x.pt", tiny("llama", intermediate_size=64))
@@ -267,30 +267,30 @@ def test_weights_of_another_model_are_not_put_back(tmp_path):
 
 def test_a_tokenizer_is_known_by_its_words():
     tokenizer, other = tiny_tokenizer(), tiny_tokenizer()
-    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other)
+    assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(other)
     tokenizer(["ab", "abc"], padding=True, truncation=True, max_length=2)
-    assert tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(other)
+    assert fingerprint_tokenizer(tokenizer) == fingerprint_tokenizer(other)
     other.add_tokens(["more"])
-    assert tokenizer_fingerprint(tokenizer) != tokenizer_fingerprint(other)
-    assert tokenizer_fingerprint(None) is None
+    assert fingerprint_tokenizer(tokenizer) != fingerprint_tokenizer(other)
+    assert fingerprint_tokenizer(None) is None
 
 
 def rank(number, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    same_on_all_ranks("text", "a")
+    check_same_on_ranks("text", "a")
     said = ""
     try:
-        same_on_all_ranks("calibration text", "ab"[number])
+        check_same_on_ranks("calibration text", "ab"[number])
     except BadOption as error:
         said = str(error)
     assert "expected the same on every rank, got ['a', 'b']" in said
     prints = []
     for _ in range(2):
         model, method = tiny("llama"), method_class("flap")(ratio=0.3, align=8)
-        method.kept = method.kept_cut = Kept(f"{folder}/{number}")  # folders that only rank zero's is read of
+        method.kept = method.kept_cut = ResultCache(f"{folder}/{number}")  # folders that only rank zero's is read of
         method.prune(model, batches_for(model))
-        prints.append(model_fingerprint(model))
+        prints.append(fingerprint_model(model))
         method.cut = None
     assert prints[0] == prints[1]
     with open(f"{folder}/{number}.txt", "w") as file:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunelit.calibration.taylor import FORMS, of_mean, per_sample
+from prunelit.calibration.taylor import TAYLOR_FORMS, score_mean_loss, score_each_sample
 from prunelit.model.decoder import Decoder
 from tests.calibration.test_per_sample_gradients import assert_same, batches_for, loss_of, rows_of
 from tests.tiny import tiny
@@ -112,7 +112,7 @@ def looped(family, model, rows, forms):
 def test_importances_of_every_sample_equal_explicit_loops(family):
     model = tiny(family).double()
     batches, forms = batches_for(model)[1:], ("mixed", "vector")
-    found = per_sample(Decoder(model), batches, forms)
+    found = score_each_sample(Decoder(model), batches, forms)
     for sample, ids in enumerate(rows_of(batches)):
         expected = looped(family, model, [ids], forms)
         for number, form in enumerate(forms):
@@ -125,9 +125,9 @@ def test_importances_of_every_sample_equal_explicit_loops(family):
 def test_importances_of_the_mean_loss_equal_explicit_loops(family):
     model = tiny(family).double()
     batches = batches_for(model)[:1]
-    expected = looped(family, model, rows_of(batches), FORMS)
-    for form in FORMS:
-        for layer, scores in enumerate(of_mean(Decoder(model), batches, form)):
+    expected = looped(family, model, rows_of(batches), TAYLOR_FORMS)
+    for form in TAYLOR_FORMS:
+        for layer, scores in enumerate(score_mean_loss(Decoder(model), batches, form)):
             groups = Decoder(model).layers[layer].shape.kv_groups
             assert_same(scores.heads.view(groups, -1).sum(1), expected[form, layer, "heads"])
             assert_same(scores.channels, expected[form, layer, "channels"])
@@ -141,22 +141,22 @@ def test_mean_of_equal_sequences_is_the_loss_of_the_batch():
     up, gate = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.gate_proj.weight
     expected = sum((w.detach() * w.grad).abs().sum(axis) for w, axis in ((up, 1), (gate, 1), (down, 0)))
     model.zero_grad()
-    found = of_mean(Decoder(model), [batch], "first")[1].channels
+    found = score_mean_loss(Decoder(model), [batch], "first")[1].channels
     torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=0)
 
 
 def test_heads_that_can_not_be_cut_are_left_out():
-    assert per_sample(Decoder(model := tiny("olmo2")), batches_for(model), ("first",))["heads"] == {}
-    assert all(scores.heads is None for scores in of_mean(Decoder(model), batches_for(model), "first"))
+    assert score_each_sample(Decoder(model := tiny("olmo2")), batches_for(model), ("first",))["heads"] == {}
+    assert all(scores.heads is None for scores in score_mean_loss(Decoder(model), batches_for(model), "first"))
 
 
 def test_query_heads_share_what_their_group_owns_or_do_without():
     model = tiny("llama").double()
     batches, decoder = batches_for(model), Decoder(model)
-    with_group, alone = (of_mean(decoder, batches, "first", unit)[1].heads for unit in ("kv_group", "query_head"))
+    with_group, alone = (score_mean_loss(decoder, batches, "first", unit)[1].heads for unit in ("kv_group", "query_head"))
     share = (with_group - alone).view(3, 3)
     assert (share > 0).all()
     torch.testing.assert_close(share, share[:, :1].expand(3, 3), rtol=1e-9, atol=0)
-    whole, heads = (per_sample(decoder, batches, ("first",), unit)["heads"][1] for unit in ("kv_group", "query_head"))
+    whole, heads = (score_each_sample(decoder, batches, ("first",), unit)["heads"][1] for unit in ("kv_group", "query_head"))
     assert whole.shape == (1, 5, 3) and heads.shape == (1, 5, 9)
     assert (whole > heads.view(1, 5, 3, 3).sum(-1)).all()

@@ -85,7 +85,7 @@ def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     model = tiny(family)
     plan = pruned(name, model, scope=scope)
     assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.45
-    found = metrics.size(model)
+    found = metrics.measure_model_size(model)
     assert found == {key: plan.predicted[key] for key in found}
     assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
 

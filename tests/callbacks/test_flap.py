@@ -9,7 +9,7 @@ from prunelit.calibration import metrics
 from prunelit.callbacks.flap import FLAP
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.runtime.errors import BadOption
 from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
@@ -19,7 +19,7 @@ METRICS = ("WIFV", "IFV", "WIFN")
 
 def metric_of(metric, linear, inputs):
     """The metric of every channel, one at a time."""
-    weight, count = weight_out_in(linear).detach().double(), len(inputs)
+    weight, count = get_weight_out_in(linear).detach().double(), len(inputs)
     found = []
     for j in range(weight.shape[1]):
         values = [x[j].item() for x in inputs]
@@ -169,7 +169,7 @@ def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     assert [getattr(score, lost) is None for score in scores] == [True, False, True]
     assert all(getattr(score, left) is not None for score in scores)
     plan = FLAP(0.15, align=8).prune(model, batches_for(model))
-    assert metrics.size(model)["parameters"] == plan.predicted["parameters"]
+    assert metrics.measure_model_size(model)["parameters"] == plan.predicted["parameters"]
 
 
 # The whole method -----------------------------------------------------------------------------------------------------
@@ -178,9 +178,9 @@ def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
 @pytest.mark.parametrize("ratio", [0.003, 0.3, 0.7])
 def test_the_budget_is_kept_with_the_biases_counted(ratio):
     model = tiny("llama")
-    dense = metrics.size(model)["block_parameters"]
+    dense = metrics.measure_model_size(model)["block_parameters"]
     plan = FLAP(ratio, align=1).prune(model, batches_for(model))
-    assert metrics.size(model)["block_parameters"] == plan.predicted["block_parameters"] <= (1 - ratio) * dense
+    assert metrics.measure_model_size(model)["block_parameters"] == plan.predicted["block_parameters"] <= (1 - ratio) * dense
     assert any(kept.mlp_bias for kept in plan.layers)
     assert plan.options["repair"] == "bias" and plan.options["scope"] == "global" and plan.options["metric"] == "WIFV"
 
@@ -235,7 +235,7 @@ def test_replayed_without_the_repair_it_adds_no_biases():
     plan = FLAP(0.3, align=8).prune(model, batches_for(model))
     replayed = Magnitude(0.3).prune(again, replay=plan)
     assert not any(kept.attention_bias or kept.mlp_bias for kept in replayed.layers)
-    assert metrics.size(again)["parameters"] == replayed.predicted["parameters"] < plan.predicted["parameters"]
+    assert metrics.measure_model_size(again)["parameters"] == replayed.predicted["parameters"] < plan.predicted["parameters"]
 
 
 def test_an_unknown_metric_is_refused_before_anything_runs():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from prunelit.callbacks.llm_bip import LLMBIP, lipschitz
+from prunelit.callbacks.llm_bip import LLMBIP, estimate_lipschitz
 from prunelit.core.architectures import ARCHITECTURES
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.runtime.errors import BadOption
 from tests.observed import rows_at
 from tests.tiny import FAMILIES, cut, tiny
@@ -44,7 +44,7 @@ def l1(change):
 def change_without(model, linear, columns, module, batches, side="output"):
     """Mean l1 change at a module when columns of a linear are zeroed."""
     before = rows_at(model, module, batches, side)
-    weight = weight_out_in(linear)
+    weight = get_weight_out_in(linear)
     kept = weight.detach()[:, columns].clone()
     with torch.no_grad():
         weight[:, columns] = 0
@@ -81,7 +81,7 @@ def test_direct_term_bounds_the_change_after_attention(family):
     for size in (1, 2, layer.shape.query_heads // 2, layer.shape.query_heads):
         heads = torch.randperm(layer.shape.query_heads, generator=generator)[:size]
         columns = (heads[:, None] * layer.head_dim + torch.arange(layer.head_dim)).flatten()
-        true = change_without(model, layer.output, columns, layer.norm("mlp_norm"), batches, side="input")
+        true = change_without(model, layer.output, columns, layer.get_norm("mlp_norm"), batches, side="input")
         bound = scores[heads].sum().item()
         assert true <= bound <= 20 * true, f"{size} heads: bound {bound}, change {true}"
 
@@ -92,7 +92,7 @@ def test_direct_term_is_exact_for_heads_of_one_channel():
     layer = Decoder(model).layers[1]
     scores = scored(model, batches, propagate_ffn=False)[1].heads
     for head in (0, 5, 31):
-        true = change_without(model, layer.output, [head], layer.norm("mlp_norm"), batches, side="input")
+        true = change_without(model, layer.output, [head], layer.get_norm("mlp_norm"), batches, side="input")
         assert scores[head].item() == pytest.approx(true, rel=1e-4)
 
 
@@ -136,27 +136,27 @@ def channel_scores_token_by_token(model, ids, form):
     gated, scale = layer.architecture.gate is not None, getattr(model.config, "residual_multiplier", 1.0)
 
     def gain(role):
-        norm = layer.norm(role)
+        norm = layer.get_norm(role)
         return 1.0 if norm is None else (norm.weight.detach().double() + layer.architecture.norm_offset).abs()
 
     def spread(role, token):
-        norm = layer.norm(role)
+        norm = layer.get_norm(role)
         if norm is None:
             return 1.0
         centred = token - token.mean() if isinstance(norm, nn.LayerNorm) else token
         return (centred.square().mean() + (getattr(norm, "variance_epsilon", None) or norm.eps)).sqrt()
 
     def wide(linears):
-        weights = [weight_out_in(linear).detach().double() for linear in linears]
+        weights = [get_weight_out_in(linear).detach().double() for linear in linears]
         return weights[0].chunk(2) if gated and len(weights) == 1 else (weights[0], weights[-1])
 
     h, attention = rows_at(model, layer.output, batches, "input"), rows_at(model, layer.output, batches)
-    y, n = rows_at(model, layer.norm("mlp_norm"), batches, "input"), rows_at(model, layer.norm("mlp_norm"), batches)
+    y, n = rows_at(model, layer.get_norm("mlp_norm"), batches, "input"), rows_at(model, layer.get_norm("mlp_norm"), batches)
     ffn = rows_at(model, layer.down, batches)
     gate, up = wide(layer.ffn_in)
-    out = (weight_out_in(layer.output).detach().double().T.abs() * scale * gain("attention_post_norm")).T
-    column = (weight_out_in(layer.down).detach().double().T.abs() * scale * gain("mlp_post_norm")).sum(1)
-    slope, after = lipschitz(layer.activation), [spread("mlp_post_norm", token) for token in ffn]
+    out = (get_weight_out_in(layer.output).detach().double().T.abs() * scale * gain("attention_post_norm")).T
+    column = (get_weight_out_in(layer.down).detach().double().T.abs() * scale * gain("mlp_post_norm")).sum(1)
+    slope, after = estimate_lipschitz(layer.activation), [spread("mlp_post_norm", token) for token in ffn]
     ups = [(up @ token).abs() / after[t] for t, token in enumerate(n)]
     gates = [layer.activation(gate @ token).abs() / after[t] for t, token in enumerate(n)]
     if form == "mean_field":
@@ -213,7 +213,7 @@ def test_post_norm_channel_score_is_exact_with_frozen_norm_statistics(family):
     model = tiny(family)
     batches = batches_for(model, padded=True)
     layer = Decoder(model).layers[1]
-    norm = layer.norm("mlp_post_norm")
+    norm = layer.get_norm("mlp_post_norm")
     f, output = rows_at(model, layer.down, batches, "input"), rows_at(model, layer.down, batches)
     gain = norm.weight.detach().double() + layer.architecture.norm_offset
     gain *= getattr(model.config, "residual_multiplier", 1.0)
@@ -259,7 +259,7 @@ def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     [(nn.ReLU(), 1.0), (nn.SiLU(), 1.0998), (nn.GELU(), 1.1289), (nn.GELU(approximate="tanh"), 1.1290)],
 )
 def test_lipschitz_constants(activation, slope):
-    assert lipschitz(activation) == pytest.approx(slope, rel=5e-4)
+    assert estimate_lipschitz(activation) == pytest.approx(slope, rel=5e-4)
 
 
 @pytest.mark.parametrize("form", ["mean_field", "exact"])

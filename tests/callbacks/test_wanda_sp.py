@@ -8,7 +8,7 @@ import torch.multiprocessing as mp
 from prunelit.callbacks.wanda_sp import WandaSp
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration
 from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
@@ -18,7 +18,7 @@ DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "coher
 
 def channel_scores(linear, inputs):
     """The equation, channel by channel and token by token."""
-    weight = weight_out_in(linear).detach().double()
+    weight = get_weight_out_in(linear).detach().double()
     found = []
     for j in range(weight.shape[1]):
         norm = sum(x[j] ** 2 for x in inputs).sqrt()
@@ -98,7 +98,7 @@ def layer_by_layer(model, batches, ratio, **options):
 
 def copy_with(model, plan):
     other = tiny_like(model)
-    surgery.mask(other, plan)
+    surgery.mask_pruned_units(other, plan)
     return other
 
 

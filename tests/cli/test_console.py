@@ -10,10 +10,10 @@ import torch
 
 from prunelit.__main__ import main
 from prunelit.cli import dispatch
-from prunelit.cli.console import one_line_errors, speak_by_rule
+from prunelit.cli.console import condense_errors, configure_logging
 from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
-from prunelit.runtime.parser_messages import condense
+from prunelit.runtime.parser_messages import condense_message
 
 
 @pytest.mark.parametrize(
@@ -29,14 +29,14 @@ from prunelit.runtime.parser_messages import condense
     ],
 )
 def test_out_of_memory_names_what_to_lower(command: str, error: Exception, wanted: str) -> None:
-    with pytest.raises(OutOfMemory, match=f"^{command}: {wanted}"), one_line_errors(command):
+    with pytest.raises(OutOfMemory, match=f"^{command}: {wanted}"), condense_errors(command):
         raise error
 
 
 @pytest.mark.parametrize(("package", "extra"), [("wandb", "wandb"), ("bitsandbytes.nn", "nf4"), ("gguf", "gguf")])
 def test_a_missing_extra_names_the_pip_line(package: str, extra: str) -> None:
     missing = ModuleNotFoundError(f"No module named {package!r}", name=package)
-    with pytest.raises(PrunelitError, match=rf"pip install 'prunelit\[{extra}\]'"), one_line_errors("fit"):
+    with pytest.raises(PrunelitError, match=rf"pip install 'prunelit\[{extra}\]'"), condense_errors("fit"):
         raise missing
 
 
@@ -44,7 +44,7 @@ def test_a_missing_extra_names_the_pip_line(package: str, extra: str) -> None:
     "error", [RuntimeError("size mismatch"), ValueError("odd"), ModuleNotFoundError("x", name="x")]
 )
 def test_what_is_not_input_keeps_its_traceback(error: Exception) -> None:
-    with pytest.raises(type(error)) as caught, one_line_errors("fit"):
+    with pytest.raises(type(error)) as caught, condense_errors("fit"):
         raise error
     assert caught.value is error
 
@@ -55,7 +55,7 @@ def test_a_message_of_several_lines_is_one_line(
     def fail(command: str, arguments: list[str]) -> int:
         raise PrunelitError("model: two\n   lines")
 
-    monkeypatch.setattr(dispatch, "run", fail)
+    monkeypatch.setattr(dispatch, "run_command", fail)
     assert main(["prune"]) == 2
     assert capsys.readouterr().err == "prunelit: error: model: two lines\n"
 
@@ -63,23 +63,23 @@ def test_a_message_of_several_lines_is_one_line(
 def test_verbose_adds_the_traceback_and_is_forgotten(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(progress.VERBOSE, raising=False)
+    monkeypatch.delenv(progress.VERBOSE_VARIABLE, raising=False)
     assert main(["methods", "--verbose", "llm_bop"]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("Traceback")
     assert lines[-1].startswith("prunelit: error: method 'llm_bop'")
-    assert not progress.verbose()
+    assert not progress.is_verbose()
 
 
 def test_verbose_lets_libraries_speak(monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         for value, wanted in (("", logging.WARNING), ("1", logging.INFO)):
-            monkeypatch.setenv(progress.VERBOSE, value)
-            speak_by_rule()
+            monkeypatch.setenv(progress.VERBOSE_VARIABLE, value)
+            configure_logging()
             assert logging.getLogger("lightning.pytorch").level == wanted
         assert logging.getLogger("prunelit").level == logging.DEBUG
-        monkeypatch.delenv(progress.VERBOSE)
-        speak_by_rule()
+        monkeypatch.delenv(progress.VERBOSE_VARIABLE)
+        configure_logging()
         assert logging.getLogger("prunelit").level == logging.INFO
 
 
@@ -90,10 +90,10 @@ def test_from_the_shell_verbose_is_no_argument_of_lightning(
 
     def keep(command: str, arguments: list[str]) -> int:
         seen.append([command, *arguments])
-        assert progress.verbose()
+        assert progress.is_verbose()
         return 0
 
-    monkeypatch.setattr(dispatch, "run", keep)
+    monkeypatch.setattr(dispatch, "run_command", keep)
     monkeypatch.setattr(sys, "argv", ["prunelit", "fit", "--verbose", "--model", "x"])
     assert main() == 0
     assert seen == [["fit", "--model", "x"]] and sys.argv[1:] == seen[0]
@@ -101,12 +101,12 @@ def test_from_the_shell_verbose_is_no_argument_of_lightning(
 
 def test_kinds_in_words(tmp_path: Path) -> None:
     listed = "Parser key \"p\": Expected a <class 'collections.abc.Sequence'>. Got value: 0"
-    assert condense(listed) == "p: expected a list, as [0], got 0"
-    assert condense("Parser key \"n\": Expected a <class 'int'>. Got value: x") == "n: expected a whole number, got 'x'"
+    assert condense_message(listed) == "p: expected a list, as [0], got 0"
+    assert condense_message("Parser key \"n\": Expected a <class 'int'>. Got value: x") == "n: expected a whole number, got 'x'"
     missing = "Parser key \"model\": Expected a <class 'str'>. Got value: None"
-    assert condense(missing) == "model: expected text, got nothing; pass --model"
+    assert condense_message(missing) == "model: expected text, got nothing; pass --model"
     several = "Parser key \"t\":\n  Subtypes: [dict[str, typing.Any], <class 'NoneType'>]\n  Given value: [1]"
-    assert condense(several) == "t: expected one of a mapping, null, got [1]"
+    assert condense_message(several) == "t: expected one of a mapping, null, got [1]"
 
 
 @pytest.mark.parametrize(
@@ -123,5 +123,5 @@ def test_what_a_constructor_raised_is_found_behind_the_parser(cause: Exception, 
     wrapped = ValueError("Does not validate against any of the Union subtypes")
     wrapped.__cause__ = ValueError("Problem with given class_path 'a.B':\n  ...")
     wrapped.__cause__.__cause__ = cause
-    with pytest.raises(PrunelitError if wanted else ValueError, match=wanted), one_line_errors("fit"):
+    with pytest.raises(PrunelitError if wanted else ValueError, match=wanted), condense_errors("fit"):
         raise wrapped

@@ -48,7 +48,7 @@ def test_errors_are_one_line(
     def refuses(*_: Any) -> Any:
         raise RuntimeError("not logged in\nmore")
 
-    monkeypatch.setattr(workspace, "workspace", refuses)
+    monkeypatch.setattr(workspace, "build_workspace", refuses)
     assert main(["dashboard", "--project", "p"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("prunelit: error: project 'p': W&B refuses: not logged in; run `wandb login`")

@@ -17,7 +17,7 @@ from prunelit.callbacks import PruningCallback
 from prunelit.cli import fit
 from prunelit.data import loading
 from prunelit.pruning.registry import methods
-from prunelit.runtime.parser_messages import condense
+from prunelit.runtime.parser_messages import condense_message
 
 ROOT = Path(__file__).parents[2]
 
@@ -266,7 +266,7 @@ def test_a_name_inside_a_list_of_an_option_is_said_in_full() -> None:
     nested = (
         'Parser key "texts":\n  Problem with given class_path \'a.B\':\n    Parser key "n":\n      Expected a number'
     )
-    assert condense(nested).endswith("n: Expected a number")
+    assert condense_message(nested).endswith("n: Expected a number")
 
 
 @pytest.mark.slow
@@ -325,7 +325,7 @@ def test_fit_from_the_shell(source: str, words: str, tmp_path: Path, devices: in
     ],
 )
 def test_fit_takes_a_model_as_the_other_commands_do(given: list[str], wanted: list[str]) -> None:
-    assert fit._spelt_out(given) == wanted
+    assert fit._expand_model_option(given) == wanted
 
 
 def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:
@@ -369,6 +369,6 @@ def test_two_callbacks_that_cut_are_refused(
 def test_one_style_of_bars_unless_another_is_asked_for(source: str, options: list[str], wanted: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prunelit"])
-        trainer = fit.job(["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])[0]
+        trainer = fit.build_fit_job(["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])[0]
     assert type(trainer.progress_bar_callback).__name__ == wanted
     assert wanted != "Bar" or trainer.progress_bar_callback.is_disabled  # nobody looks

@@ -9,7 +9,7 @@ import yaml
 
 from prunelit.__main__ import main
 from prunelit.cli import method_cards
-from prunelit.cli.method_cards import answer, options_of
+from prunelit.cli.method_cards import answer_methods_command, list_method_options
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption
 from tests.test_configs import ROOT, arguments, call
@@ -21,7 +21,7 @@ WIDTHS = {"scope", "unit", "align", "min_kept", "uniform_heads"}
 
 @pytest.mark.parametrize("name", METHODS)
 def test_options_are_those_of_the_constructor(name: str) -> None:
-    found = {option.name: option for option in options_of(name)}
+    found = {option.name: option for option in list_method_options(name)}
     known = arguments(method_class(name))
     assert found.keys() <= known.keys()
     assert known.keys() - found.keys() <= WIDTHS
@@ -50,7 +50,7 @@ def test_what_a_method_needs_is_what_it_does(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.autograd, "grad", counted("backward", torch.autograd.grad))
     monkeypatch.setattr(torch.optim.AdamW, "step", counted("steps", torch.optim.AdamW.step))
     method = method_class(name)(ratio=0.3, **({} if name in ("block_pruner", "shortgpt") else {"align": 8}))
-    needs = method_cards.needs(methods()[name])
+    needs = method_cards.determine_needs(methods()[name])
     plan = method.prune(tiny("llama"), [{"input_ids": tokens(2)}] if method.needs_text() else [])
     assert (needs == "no text") == (not method.reads_text)
     assert (needs in ("backward", "trains")) == (done["backward"] > 0)
@@ -59,18 +59,18 @@ def test_what_a_method_needs_is_what_it_does(name: str, monkeypatch: pytest.Monk
 
 
 def test_the_table_has_a_line_for_every_method() -> None:
-    lines = {line.split()[0]: line for line in answer([]).splitlines() if line and line.split()[0] in METHODS}
+    lines = {line.split()[0]: line for line in answer_methods_command([]).splitlines() if line and line.split()[0] in METHODS}
     assert tuple(lines) == METHODS
-    assert max(map(len, answer([]).splitlines())) <= 120
+    assert max(map(len, answer_methods_command([]).splitlines())) <= 120
     papers = "2406.10594 2312.11983 2407.19126 2412.06419 2412.15127 2403.03853 2305.11627 2312.11983"
     assert [word for line in lines.values() for word in line.split() if word[:4].isdigit()] == papers.split()
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_card_names_options_commands_and_files_that_are_there(name: str) -> None:
-    card = answer([name])
+    card = answer_methods_command([name])
     assert methods()[name].card in card
-    assert all(f"    {option.name} " in card for option in options_of(name))
+    assert all(f"    {option.name} " in card for option in list_method_options(name))
     assert max(map(len, card.splitlines())) <= 140
     assert f"--config configs/methods/{name}.yaml" in card
     assert all((ROOT / path).is_file() for path in (f"callbacks/{name}.yaml", f"configs/methods/{name}.yaml"))
@@ -91,12 +91,12 @@ def test_help_and_card_offer_the_repairs_that_a_method_has(
     with pytest.raises(SystemExit):
         main(["prune", "--method", name, "--help"])
     assert f"--repair {wanted}" in capsys.readouterr().out
-    said = next(option.what for option in options_of(name) if option.name == "repair")
+    said = next(option.what for option in list_method_options(name) if option.name == "repair")
     assert said.endswith(end)
 
 
 def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    words = answer(["flap"]).replace("\\\n", " ").split("python -m prunelit fit ")[1].splitlines()[0].split()
+    words = answer_methods_command(["flap"]).replace("\\\n", " ").split("python -m prunelit fit ")[1].splitlines()[0].split()
     shown = yaml.safe_load(call(capsys, "fit", *words, "--print_config"))
     checkpoints, entry = shown["trainer"]["callbacks"]
     assert (entry["class_path"], entry["init_args"]["ratio"]) == ("prunelit.callbacks.FLAP", 0.2)
@@ -105,14 +105,14 @@ def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -
     (asked,) = (c["init_args"] for c in there["callbacks"] if c["class_path"] == "ModelCheckpoint")
     assert checkpoints["class_path"].endswith(".ModelCheckpoint")
     assert checkpoints["init_args"].items() >= (asked | {"dirpath": None}).items()  # which is default_root_dir's
-    sample = yaml.safe_load(answer(["flap"]).partition("In YAML\n")[2].partition("\n\n")[0])
+    sample = yaml.safe_load(answer_methods_command(["flap"]).partition("In YAML\n")[2].partition("\n\n")[0])
     assert sample["trainer"]["callbacks+"][0]["class_path"] == "prunelit.callbacks.FLAP"
 
 
 def test_as_data() -> None:
-    found = json.loads(answer(["--json"]))
+    found = json.loads(answer_methods_command(["--json"]))
     assert [entry["name"] for entry in found] == list(METHODS)
-    assert json.loads(answer(["flap", "--json"])) == next(entry for entry in found if entry["name"] == "flap")
+    assert json.loads(answer_methods_command(["flap", "--json"])) == next(entry for entry in found if entry["name"] == "flap")
 
 
 def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,4 +123,4 @@ def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("words", [["flap", "taylor"], ["--jsn"], ["torch.nn.Linear"], ["flop"]])
 def test_anything_else_is_refused(words: list[str]) -> None:
     with pytest.raises(BadOption, match="did you mean 'flap'" if words == ["flop"] else "expected"):
-        answer(words)
+        answer_methods_command(words)

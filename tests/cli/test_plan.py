@@ -13,10 +13,10 @@ import yaml
 from prunelit.cli import fit
 from prunelit.cli import plan as command
 from prunelit.core.plan import PruningPlan
-from prunelit.core.plan_diff import differences
+from prunelit.core.plan_diff import find_plan_differences
 from prunelit.data import loading, text
 from prunelit.planning import latency
-from prunelit.planning.serving import serving
+from prunelit.planning.serving import list_serving_options
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import BadPlan
 from tests.cli.test_fit import ROOT, call, refused, small
@@ -41,13 +41,13 @@ def test_it_is_the_plan_that_prune_cuts_by(
     assert (tmp_path / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
     plan = PruningPlan.load(tmp_path / "plan.json")
     assert plan.digest in said and f"{int(plan.predicted['parameters']):,}" in said
-    assert all(row.target in said and row.why in said for row in serving(plan))
+    assert all(row.target in said and row.why in said for row in list_serving_options(plan))
 
 
 def test_what_reads_no_text_loads_none(
     capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(text, "windows", lambda *a: pytest.fail("text was read"))
+    monkeypatch.setattr(text, "draw_windows", lambda *a: pytest.fail("text was read"))
     monkeypatch.setattr(loading, "load_tokenizer", lambda *a: pytest.fail("a tokenizer was loaded"))
     more = ["--method", "magnitude", "--repair", "bias"]
     code, said, err = call(capsys, *planned(source, words, tmp_path / "plan.json", *more))
@@ -60,7 +60,7 @@ def test_a_given_plan_needs_neither_weights_nor_text(
 ) -> None:
     assert call(capsys, *planned(source, words, tmp_path / "plan.json"))[0] == 0
     monkeypatch.setattr(loading, "load", lambda *a: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(text, "windows", lambda *a: pytest.fail("text was read"))
+    monkeypatch.setattr(text, "draw_windows", lambda *a: pytest.fail("text was read"))
     given = ["--plan", str(tmp_path / "plan.json")]
     said = [call(capsys, "plan", *arguments) for arguments in (given, ["--model", source, *given], ["show", given[1]])]
     assert {code for code, _, _ in said} == {0}, said
@@ -107,7 +107,7 @@ def test_latency_is_summed_from_the_measured_table(
         curves = {shape: ([[0, 0.0], [shape.query_heads, 1.0]], [[0, 0.0], [shape.ffn_channels, 2.0]])}
         return latency.LatencyTable(curves, {"mode": "prefill", "tokens": 9, "device": "cpu", "dtype": "float32"})
 
-    monkeypatch.setattr(latency, "measure", table)
+    monkeypatch.setattr(latency, "measure_latency_table", table)
     code, said, err = call(capsys, *planned(source, words, tmp_path / "plan.json", "--latency", "true"))
     assert code == 0, err
     plan = PruningPlan.load(tmp_path / "plan.json")
@@ -186,7 +186,7 @@ def test_a_file_of_fit_needs_one_pruning_callback(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_which_files_are_those_of_fit(path: Path) -> None:
-    assert command._is_fit(["--config", str(path)]) == (path.stem.split("-")[0] in ("quickstart", "recover"))
+    assert command._is_fit_config(["--config", str(path)]) == (path.stem.split("-")[0] in ("quickstart", "recover"))
 
 
 # Edited and replayed -------------------------------------------------------------------------------------------------
@@ -200,7 +200,7 @@ def test_an_edited_plan_is_cut_without_method_or_text(
     data = json.loads(path.read_text())
     data["layers"][1]["mlp"] = {"channels": "0-9, 20, 40-59"}
     path.write_text(json.dumps(data))
-    monkeypatch.setattr(text, "windows", lambda *a: pytest.fail("text was read"))
+    monkeypatch.setattr(text, "draw_windows", lambda *a: pytest.fail("text was read"))
     code, _, err = call(capsys, "prune", "--model", source, "--plan", str(path), "--out", str(tmp_path / "out"))
     assert code == 0, err
     plan = PruningPlan.load(tmp_path / "out" / "plan.json")
@@ -264,7 +264,7 @@ def test_help_has_one_spelling_of_a_plan(capsys: pytest.CaptureFixture[str], nam
 def test_diff_says_what_differs_in_which_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     first = plan_of(keep(SHAPE, channels=tuple(range(64))), keep(SHAPE, groups=(0, 1)))
     second = plan_of(keep(SHAPE, channels=(*range(62), 70)), keep(SHAPE, groups=()))
-    found = differences(first, second)
+    found = find_plan_differences(first, second)
     assert [(each.layer, each.kind, each.widths) for each in found] == [
         (0, "ffn_channels", (64, 63)),
         (1, "kv_groups", (2, 0)),
@@ -284,7 +284,7 @@ def test_diff_says_what_differs_in_which_layer(capsys: pytest.CaptureFixture[str
 
 def test_added_biases_are_a_difference() -> None:
     bare = keep(SHAPE, channels=tuple(range(8)))
-    (found,) = differences(plan_of(bare), plan_of(replace(bare, mlp_bias=True)))
+    (found,) = find_plan_differences(plan_of(bare), plan_of(replace(bare, mlp_bias=True)))
     assert (found.layer, found.kind, found.widths) == (0, "mlp_bias", (False, True))
 
 
@@ -300,7 +300,7 @@ def test_added_biases_are_a_difference() -> None:
 )
 def test_plans_of_different_models_are_not_compared(model: Any, named: str) -> None:
     with pytest.raises(BadPlan, match=f"different dense models.*{named}"):
-        differences(plan_of(), plan_of(model=model))
+        find_plan_differences(plan_of(), plan_of(model=model))
 
 
 def test_show_and_diff_import_nothing_heavy(tmp_path: Path) -> None:

@@ -21,19 +21,19 @@ import torch
 import yaml
 
 from prunelit.__main__ import main
-from prunelit.calibration.fingerprints import model_fingerprint as fingerprint
+from prunelit.calibration.fingerprints import fingerprint_model as fingerprint
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
 from prunelit.compare import cell, figures, tables
-from prunelit.compare.cell import prefill_seconds
-from prunelit.compare.config import rows
+from prunelit.compare.cell import measure_prefill_seconds
+from prunelit.compare.config import parse_method_rows
 from prunelit.core.scores import LayerScores
 from prunelit.data import loading
-from prunelit.data.eval_texts import sources
+from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound
-from prunelit.runtime.format_numbers import number, perplexity_of
+from prunelit.runtime.format_numbers import format_perplexity, exponentiate_nll
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -138,7 +138,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> N
     if "memory" not in request.node.name:
         monkeypatch.setattr(gc, "collect", lambda: 0)
     if "pictures" not in request.node.name and "matplotlib" not in request.node.name:
-        monkeypatch.setattr(figures, "write", lambda *a: [])
+        monkeypatch.setattr(figures, "write_comparison_figures", lambda *a: [])
 
 
 def config(source: str, data: str, tmp_path: Path, **changes: Any) -> list[str]:
@@ -258,7 +258,7 @@ def handmade(**changes: Any) -> dict[str, Any]:
 
 
 def test_tables_by_hand() -> None:
-    said = tables.markdown(handmade())
+    said = tables.render_comparison_markdown(handmade())
     assert "the dense model has 10.0 / 20.0" in said
     # seeds 20 and 40: mean 30, half the range 10; 40 and 160: 100 and 60
     assert "| x\\|y | 30.0 ± 10.0 / 100 ± 60 | 100 / 2000 (1 of 2 seeds) |" in said
@@ -272,7 +272,7 @@ def test_tables_by_hand() -> None:
     assert "- x|y: `flap`\n" in said
     assert "- Scored on 2 x 8 tokens of c" in said
     unread = handmade()["calibration"] | {"fingerprints": {}}
-    assert "Scored on" not in tables.markdown(handmade(calibration=unread))
+    assert "Scored on" not in tables.render_comparison_markdown(handmade(calibration=unread))
     assert "- z:" not in said
 
 
@@ -281,12 +281,12 @@ def test_tables_by_hand() -> None:
     [(1.0, "1.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"), (99.96, "100"), (9385.8, "9386")],
 )
 def test_a_perplexity_has_three_digits(value: float, shown: str) -> None:
-    assert number(value) == shown
+    assert format_perplexity(value) == shown
 
 
 def test_a_perplexity_beyond_floats() -> None:
-    assert number(perplexity_of({"nll": 800.0})) == "inf"
-    assert tables.spread([math.inf, 3.0], number) == "inf"
+    assert format_perplexity(exponentiate_nll({"nll": 800.0})) == "inf"
+    assert tables.format_spread([math.inf, 3.0], format_perplexity) == "inf"
 
 
 def test_two_seeds_share_windows_between_methods_and_not_between_seeds(
@@ -301,7 +301,7 @@ def test_two_seeds_share_windows_between_methods_and_not_between_seeds(
     assert len(of_seed[0]) == len(of_seed[1]) == 1
     assert of_seed[0] != of_seed[1]
     found = report(tmp_path)
-    pair = [perplexity_of(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)]
+    pair = [exponentiate_nll(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)]
     assert len(set(pair)) == 2
     assert f"{sum(pair) / 2:.1f} ± {abs(pair[0] - pair[1]) / 2:.1f} / " in out
 
@@ -659,38 +659,38 @@ def test_outputs_that_can_not_be_written(
 
 def test_data_folder(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = f"{data}/words.txt"
-    assert sources("x", ["words.txt", "sub/other.txt"], data) == [whole, f"{data}/sub/other.txt"]
-    assert sources("x", whole, str(tmp_path)) == [whole]
-    assert sources("x", ["builtin:python-docs", "owner/name:config:test"], data) == [
+    assert resolve_text_sources("x", ["words.txt", "sub/other.txt"], data) == [whole, f"{data}/sub/other.txt"]
+    assert resolve_text_sources("x", whole, str(tmp_path)) == [whole]
+    assert resolve_text_sources("x", ["builtin:python-docs", "owner/name:config:test"], data) == [
         "builtin:python-docs",
         "owner/name:config:test",
     ]
     with pytest.raises(SourceNotFound, match=f"{data}/absent.jsonl.gz"):
-        sources("x", "absent.jsonl.gz", data)
+        resolve_text_sources("x", "absent.jsonl.gz", data)
     with pytest.raises(SourceNotFound, match="--data FOLDER"):
-        sources("x", "sub/other.parquet", None)
+        resolve_text_sources("x", "sub/other.parquet", None)
     monkeypatch.chdir(data)
-    assert sources("x", "words.txt", None) == ["words.txt"]
+    assert resolve_text_sources("x", "words.txt", None) == ["words.txt"]
 
 
 def test_options_reach_the_methods_that_take_them() -> None:
-    both = rows(
+    both = parse_method_rows(
         ["magnitude", {"method": "llm_bip", "label": "exact", "options": {"form": "exact"}}], {"propagate_ffn": False}
     )
     assert [dict(row.options) for row in both] == [{}, {"propagate_ffn": False, "form": "exact"}]
-    own = rows([{"method": "llm_bip", "options": {"propagate_ffn": True}}], {"propagate_ffn": False})
+    own = parse_method_rows([{"method": "llm_bip", "options": {"propagate_ffn": True}}], {"propagate_ffn": False})
     assert dict(own[0].options) == {"propagate_ffn": True}
 
 
 def test_a_common_repair_passes_by_the_methods_that_have_it_not() -> None:
-    found = rows(["llm_bip", "shortgpt", "best", {"method": "flap", "options": {"repair": "none"}}], {"repair": "bias"})
+    found = parse_method_rows(["llm_bip", "shortgpt", "best", {"method": "flap", "options": {"repair": "none"}}], {"repair": "bias"})
     assert [dict(row.options) for row in found] == [{"repair": "bias"}, {}, {}, {"repair": "none"}]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("compare*.yaml")), ids=lambda path: path.stem)
 def test_rows_of_the_configs_can_be_built(path: Path) -> None:
     content = yaml.safe_load(path.read_text())
-    assert len(rows(content["methods"], content.get("options", {}))) == len(content["methods"])
+    assert len(parse_method_rows(content["methods"], content.get("options", {}))) == len(content["methods"])
 
 
 def test_the_table_of_the_readme_has_every_method() -> None:
@@ -727,7 +727,7 @@ def test_latency_is_the_median_of_passes_in_turn(monkeypatch: pytest.MonkeyPatch
 
         model.base_model.register_forward_hook(ran)
     monkeypatch.setattr(cell.time, "perf_counter", lambda: clock[0])
-    assert prefill_seconds(list(pair.values()), tokens=8, repeats=3) == [4.0, 1.0]
+    assert measure_prefill_seconds(list(pair.values()), tokens=8, repeats=3) == [4.0, 1.0]
     assert passes == ["dense", "cut"] * 2 + ["cut", "dense"] + ["dense", "cut"]
 
 
@@ -762,7 +762,7 @@ def test_pictures(tmp_path: Path) -> None:
         cell["latency"] = {"speedup": 1.5}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        written = figures.write(handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder)
+        written = figures.write_comparison_figures(handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder)
         names = {f"perplexity_vs_{axis}.{ending}" for axis in ("parameters", "latency") for ending in ("png", "svg")}
         assert {path.name for path in written} == names == {path.name for path in (tmp_path / folder).iterdir()}
     for path in sorted((tmp_path / "a").iterdir()):
@@ -771,7 +771,7 @@ def test_pictures(tmp_path: Path) -> None:
     drawn = (tmp_path / "a" / "perplexity_vs_parameters.svg").read_text()
     assert all(f">{label}<" in drawn for label in ("x|y", "z", "dense", "a", "b"))
     nothing = [dict(cell, status="missing") for cell in cells]
-    assert figures.write(handmade(cells=nothing), tmp_path) == []
+    assert figures.write_comparison_figures(handmade(cells=nothing), tmp_path) == []
 
 
 def test_pictures_leave_out_what_no_axis_holds(tmp_path: Path) -> None:
@@ -779,7 +779,7 @@ def test_pictures_leave_out_what_no_axis_holds(tmp_path: Path) -> None:
     cells = handmade()["cells"]
     cells[0]["texts"]["a"]["nll"] = 900.0
     rows_ = [{"label": "x|y", "method": "flap", "options": {}}, {"label": "z", "method": "z$", "options": {}}]
-    assert len(figures.write(handmade(cells=cells, rows=rows_), tmp_path)) == 2
+    assert len(figures.write_comparison_figures(handmade(cells=cells, rows=rows_), tmp_path)) == 2
 
 
 def fake_wandb(said: list[Any]) -> Any:

@@ -71,7 +71,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 
 def test_cut_equals_masked(case: Case) -> None:
     masked = tiny(case.family)
-    surgery.mask(masked, case.plan)
+    surgery.mask_pruned_units(masked, case.plan)
     found = logits(case.cut, tokens())
     assert_close(found, logits(masked, tokens()))
     assert (found - dense_logits(case.family)).abs().max() > 100 * TOLERANCE
@@ -101,7 +101,7 @@ def test_eager_attention_counts_the_heads_that_stay(family: str) -> None:
     model = tiny(family)
     model.set_attn_implementation("eager")
     masked, plan = copy.deepcopy(model), cut(model, "query_head")
-    surgery.mask(masked, plan)
+    surgery.mask_pruned_units(masked, plan)
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
 
@@ -142,7 +142,7 @@ def test_removed_attention_leaves_sliding_windows_right(family: str, removed: tu
     layers = (keep(layer, groups=() if i in removed else None) for i, layer in enumerate(shape.layers))
     plan = PruningPlan("test", shape, tuple(layers))
     masked = copy.deepcopy(model)
-    surgery.mask(masked, plan)
+    surgery.mask_pruned_units(masked, plan)
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
     assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
@@ -153,7 +153,7 @@ def test_second_cut_takes_a_layer_out(family: str) -> None:
     model = tiny(family)
     surgery.apply(model, cut(model, "mixed"))
     masked, plan = copy.deepcopy(model), cut(model, "layer")
-    surgery.mask(masked, plan)
+    surgery.mask_pruned_units(masked, plan)
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
     assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
@@ -244,9 +244,9 @@ def test_unknown_family_names_the_file_and_the_nearest_entry(made_up: Any) -> No
 @pytest.mark.usefixtures("undone")
 def test_registered_family_is_cut_like_any_other(made_up: Any) -> None:
     register("lama", Architecture())
-    assert architectures.architecture_of(made_up.config) == Architecture()
+    assert architectures.get_architecture(made_up.config) == Architecture()
     masked, plan = copy.deepcopy(made_up), cut(made_up, "channel")
-    surgery.mask(masked, plan)
+    surgery.mask_pruned_units(masked, plan)
     surgery.apply(made_up, plan)
     assert_close(logits(made_up, tokens()), logits(masked, tokens()))
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from prunelit.core import plan_json
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.report.plan_card import card
+from prunelit.report.plan_card import render_plan_card
 from prunelit.runtime.errors import BadPlan
 from tests.core.test_plan import DENSE, edit, plan_of, plans, without
 
@@ -21,15 +21,15 @@ LAYER = ("layers", 0, "attention")
 @given(st.sets(st.integers(0, 300), min_size=1))
 def test_ranges_say_the_same_indices(kept: set[int]) -> None:
     ordered = tuple(sorted(kept))
-    text = plan_json.spans(ordered)
-    assert plan_json.indices("x", text, 301) == ordered
-    assert plan_json.indices("x", text.replace(" ", ""), 301) == ordered
-    assert plan_json.indices("x", list(ordered), 301) == ordered
+    text = plan_json.format_index_ranges(ordered)
+    assert plan_json.parse_index_ranges("x", text, 301) == ordered
+    assert plan_json.parse_index_ranges("x", text.replace(" ", ""), 301) == ordered
+    assert plan_json.parse_index_ranges("x", list(ordered), 301) == ordered
 
 
 def test_ranges_are_short() -> None:
-    assert plan_json.spans((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
-    assert len(plan_json.spans(tuple(range(1536)))) == len("0-1535")
+    assert plan_json.format_index_ranges((0, 1, 2, 5, 7, 8)) == "0-2, 5, 7-8"
+    assert len(plan_json.format_index_ranges(tuple(range(1536)))) == len("0-1535")
 
 
 @given(plans())
@@ -168,7 +168,7 @@ def check_valid(plan: PruningPlan) -> None:
     assert again == plan and again.digest == plan.digest
     assert 0 < plan.predicted["parameters"] <= plan.model.parameters
     assert 0 <= plan.predicted["ratio_of_block_parameters"] <= 1
-    assert plan.digest in card(plan).encode().decode()
+    assert plan.digest in render_plan_card(plan).encode().decode()
 
 
 def test_the_dense_plan_of_a_wide_layer_is_a_short_file() -> None:

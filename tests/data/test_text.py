@@ -74,41 +74,41 @@ def as_file(folder, ending, column="text"):
 
 @pytest.mark.parametrize("ending", [".txt", ".txt.gz", ".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet"])
 def test_every_format_reads_the_same(tmp_path, ending):
-    assert text.read(as_file(tmp_path, ending, "text")) == JOINED
+    assert text.read_source_text(as_file(tmp_path, ending, "text")) == JOINED
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl.gz", ".parquet"])
 def test_sentences_are_running_text(tmp_path, ending):
-    assert text.read(as_file(tmp_path, ending, "sentence")) == JOINED.replace("\n\n", " ")
+    assert text.read_source_text(as_file(tmp_path, ending, "sentence")) == JOINED.replace("\n\n", " ")
 
 
 def test_column_text_comes_before_sentence(tmp_path):
-    assert text.read(write(tmp_path / "a.jsonl", '{"sentence": "no", "text": "yes"}')) == "yes"
+    assert text.read_source_text(write(tmp_path / "a.jsonl", '{"sentence": "no", "text": "yes"}')) == "yes"
 
 
 def test_a_text_file_is_one_document(tmp_path):
     content = "first\n\n\n  second \n"
-    assert text.read(write(tmp_path / "a.txt", content)) == content
+    assert text.read_source_text(write(tmp_path / "a.txt", content)) == content
 
 
 def test_an_edited_file_is_read_again(tmp_path):
     source = write(tmp_path / "a.txt", "first")
-    assert text.read(source) == "first"
+    assert text.read_source_text(source) == "first"
     write(tmp_path / "a.txt", "later")
-    assert text.read(source) == "later"
+    assert text.read_source_text(source) == "later"
 
 
 def test_home_folder_and_capital_endings_are_understood(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     write(tmp_path / "A.TXT", "capital")
-    assert text.read("~/A.TXT") == "capital"
+    assert text.read_source_text("~/A.TXT") == "capital"
 
 
 def test_builtin_text_is_there_on_every_machine():
-    found = text.read(text.BUILTIN)
+    found = text.read_source_text(text.BUILTIN_TEXT)
     assert len(found) > 300_000 and "\n\n" in found
-    assert found == text.read(text.BUILTIN)
-    assert len(text.windows(text.BUILTIN, tiny_tokenizer(), 64, 16, seed=0)) == 16
+    assert found == text.read_source_text(text.BUILTIN_TEXT)
+    assert len(text.draw_windows(text.BUILTIN_TEXT, tiny_tokenizer(), 64, 16, seed=0)) == 16
 
 
 # Windows -------------------------------------------------------------------------------------------------------------
@@ -117,37 +117,37 @@ def test_builtin_text_is_there_on_every_machine():
 def test_windows_are_the_text_without_overlap_and_without_the_remainder(tmp_path):
     content = "the quick brown fox jumps over the lazy dog"
     tokenizer, seqlen = tiny_tokenizer(), 8
-    found = text.windows(write(tmp_path / "a.txt", content), tokenizer, seqlen)
+    found = text.draw_windows(write(tmp_path / "a.txt", content), tokenizer, seqlen)
     assert found.shape == (len(content) // seqlen, seqlen) and found.dtype == torch.long
     assert tokenizer.decode(found.flatten().tolist()) == content[: len(content) // seqlen * seqlen]
 
 
 def test_windows_with_a_stride_overlap(tmp_path):
     source, tokenizer = write(tmp_path / "a.txt", "abcdefghijk"), tiny_tokenizer()
-    ids = text.tokenise(source, tokenizer)
-    found = text.windows(source, tokenizer, 4, stride=3)
+    ids = text.tokenise_source(source, tokenizer)
+    found = text.draw_windows(source, tokenizer, 4, stride=3)
     assert found.tolist() == [ids[start : start + 4].tolist() for start in (0, 3, 6)]
-    assert text.windows(source, tokenizer, 4, stride=4).equal(text.windows(source, tokenizer, 4))
-    assert text.windows(source, tokenizer, 4, 2, stride=3).equal(found[:2])
+    assert text.draw_windows(source, tokenizer, 4, stride=4).equal(text.draw_windows(source, tokenizer, 4))
+    assert text.draw_windows(source, tokenizer, 4, 2, stride=3).equal(found[:2])
 
 
 @pytest.mark.parametrize("options", [{"stride": 0}, {"stride": 5}, {"stride": 2, "sources": ["a", "b"]}])
 def test_strides_out_of_range_are_refused(options):
     with pytest.raises(BadOption, match="stride: expected 1 to 4"):
-        text.windows(**{"sources": "a", "tokenizer": None, "seqlen": 4, **options})
+        text.draw_windows(**{"sources": "a", "tokenizer": None, "seqlen": 4, **options})
 
 
 def test_special_tokens_are_added_once(tmp_path):
     tokenizer = tiny_tokenizer()
     special = [("<s>", 1), ("</s>", 2)]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A </s>", special_tokens=special)
-    found = text.windows(write(tmp_path / "a.txt", "a" * 14), tokenizer, 4)
+    found = text.draw_windows(write(tmp_path / "a.txt", "a" * 14), tokenizer, 4)
     assert found.shape == (4, 4) and found.flatten().tolist() == [1, *[found[0, 1].item()] * 14, 2]
 
 
 def test_first_windows_without_a_seed(tmp_path):
     source, tokenizer = write(tmp_path / "a.txt", "abcdefghijklmnop"), tiny_tokenizer()
-    assert [tokenizer.decode(row) for row in text.windows(source, tokenizer, 4, 2, seed=None).tolist()] == [
+    assert [tokenizer.decode(row) for row in text.draw_windows(source, tokenizer, 4, 2, seed=None).tolist()] == [
         "abcd",
         "efgh",
     ]
@@ -157,7 +157,7 @@ def test_a_seed_draws_distinct_windows_in_text_order(tmp_path):
     source, tokenizer = write(tmp_path / "a.txt", "".join(f"{n:04d}" for n in range(100))), tiny_tokenizer()
 
     def drawn(seed):
-        return [tokenizer.decode(row) for row in text.windows(source, tokenizer, 4, 10, seed).tolist()]
+        return [tokenizer.decode(row) for row in text.draw_windows(source, tokenizer, 4, 10, seed).tolist()]
 
     assert drawn(3) == drawn(3) == sorted(set(drawn(3))) and len(drawn(3)) == 10
     assert len({tuple(drawn(seed)) for seed in range(5)}) == 5
@@ -165,22 +165,22 @@ def test_a_seed_draws_distinct_windows_in_text_order(tmp_path):
 
 def test_drawing_leaves_the_global_generator_alone(tmp_path):
     before = torch.get_rng_state()
-    text.windows(write(tmp_path / "a.txt", "a" * 100), tiny_tokenizer(), 4, 5, seed=1)
+    text.draw_windows(write(tmp_path / "a.txt", "a" * 100), tiny_tokenizer(), 4, 5, seed=1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_several_sources_share_the_windows_evenly(tmp_path):
     sources = [write(tmp_path / f"{letter}.txt", letter * 100) for letter in "abc"]
     tokenizer = tiny_tokenizer()
-    found = [tokenizer.decode(row) for row in text.windows(sources, tokenizer, 5, 8, seed=0).tolist()]
+    found = [tokenizer.decode(row) for row in text.draw_windows(sources, tokenizer, 5, 8, seed=0).tolist()]
     assert found == ["aaaaa"] * 3 + ["bbbbb"] * 3 + ["ccccc"] * 2
-    assert len(text.windows(sources, tokenizer, 5)) == 60
+    assert len(text.draw_windows(sources, tokenizer, 5)) == 60
 
 
 def test_fewer_windows_than_asked_for_is_one_warning(tmp_path):
     source = write(tmp_path / "a.txt", "a" * 11)
     with pytest.warns(UserWarning, match=r"3 windows of 5 tokens asked for, it has 2") as caught:
-        assert len(text.windows(source, tiny_tokenizer(), 5, 3)) == 2
+        assert len(text.draw_windows(source, tiny_tokenizer(), 5, 3)) == 2
     assert len(caught) == 1
 
 
@@ -189,13 +189,13 @@ def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(tmp_path, caplog)
     tokenizer.model_max_length = 16
     with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
         warnings.simplefilter("error")
-        assert len(text.tokenise(write(tmp_path / "a.txt", "a" * 100), tokenizer)) == 100
+        assert len(text.tokenise_source(write(tmp_path / "a.txt", "a" * 100), tokenizer)) == 100
     assert not caplog.records
 
 
 def test_fingerprint_tells_texts_apart():
     ids = torch.arange(12).view(3, 4)
-    assert text.fingerprint(ids) == text.fingerprint(ids.clone()) != text.fingerprint(ids + 1)
+    assert text.fingerprint_token_ids(ids) == text.fingerprint_token_ids(ids.clone()) != text.fingerprint_token_ids(ids + 1)
 
 
 # Errors --------------------------------------------------------------------------------------------------------------
@@ -207,11 +207,11 @@ def test_fingerprint_tells_texts_apart():
         ("/no/such/file.txt", "no such file"),
         ("no_such_file.jsonl", "no such file"),
         ("./somewhere", "no such file"),
-        ("builtin:poems", text.BUILTIN),
+        ("builtin:poems", text.BUILTIN_TEXT),
     ],
 )
 def test_what_is_missing_is_said_before_anything_is_read(source, hint):
-    for attempt in (text.check_source, text.read):
+    for attempt in (text.check_text_source, text.read_source_text):
         with pytest.raises(SourceNotFound, match=hint) as error:
             attempt(source)
         assert repr(source) in str(error.value) and one_line(error)
@@ -220,7 +220,7 @@ def test_what_is_missing_is_said_before_anything_is_read(source, hint):
 def test_a_folder_or_another_ending_is_refused(tmp_path):
     for source, hint in ((str(tmp_path), "got a folder"), (write(tmp_path / "a.csv", "a"), "ending in .parquet")):
         with pytest.raises(SourceNotFound, match=hint) as error:
-            text.check_source(source)
+            text.check_text_source(source)
         assert one_line(error)
 
 
@@ -237,20 +237,20 @@ def test_a_folder_or_another_ending_is_refused(tmp_path):
 )
 def test_a_file_that_can_not_be_read_is_one_line(tmp_path, logged, name, content):
     with pytest.raises((SourceNotFound, NotEnoughText), match=name) as error:
-        text.read(write(tmp_path / name, content))
+        text.read_source_text(write(tmp_path / name, content))
     assert one_line(error) and not logged
 
 
 def test_a_broken_gzip_is_one_line(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"not gzip")
     with pytest.raises(SourceNotFound, match="can not be read") as error:
-        text.read(str(tmp_path / "a.txt.gz"))
+        text.read_source_text(str(tmp_path / "a.txt.gz"))
     assert one_line(error)
 
 
 def test_a_file_without_a_text_column_says_which_it_has(tmp_path):
     with pytest.raises(SourceNotFound, match=r"text or sentence, got \['body', 'number'\]") as error:
-        text.read(write(tmp_path / "a.jsonl", '{"body": "a", "number": 1}'))
+        text.read_source_text(write(tmp_path / "a.jsonl", '{"body": "a", "number": 1}'))
     assert one_line(error)
 
 
@@ -259,39 +259,39 @@ def test_a_file_without_a_text_column_says_which_it_has(tmp_path):
 )
 def test_empty_rows_are_not_enough(tmp_path, name, content):
     with pytest.raises(NotEnoughText, match="empty rows") as error:
-        text.read(write(tmp_path / name, content))
+        text.read_source_text(write(tmp_path / name, content))
     assert one_line(error)
 
 
 def test_a_column_of_numbers_is_no_text(tmp_path):
     with pytest.raises((SourceNotFound, NotEnoughText)):
-        text.read(write(tmp_path / "a.jsonl", '{"text": 1}\n{"text": 2}'))
+        text.read_source_text(write(tmp_path / "a.jsonl", '{"text": 1}\n{"text": 2}'))
 
 
 def test_a_text_shorter_than_a_window_says_both_lengths(tmp_path):
     with pytest.raises(NotEnoughText, match=r"window of 8 tokens, got 5 tokens") as error:
-        text.windows(write(tmp_path / "a.txt", "abcde"), tiny_tokenizer(), 8)
+        text.draw_windows(write(tmp_path / "a.txt", "abcde"), tiny_tokenizer(), 8)
     assert one_line(error)
 
 
 @pytest.mark.parametrize("options", [{"seqlen": 1}, {"seqlen": 8, "count": 0}, {"seqlen": 8, "sources": []}])
 def test_options_out_of_range_are_refused(options):
     with pytest.raises(BadOption) as error:
-        text.windows(**{"sources": text.BUILTIN, "tokenizer": None, **options})
+        text.draw_windows(**{"sources": text.BUILTIN_TEXT, "tokenizer": None, **options})
     assert one_line(error)
 
 
 @pytest.mark.parametrize("source", ["owner/name", "wikitext", "owner/name:config:validation"])
 def test_a_hub_id_without_a_network_fails_within_seconds(source, offline):
-    text.check_source(source)  # may exist: only reading can tell
+    text.check_text_source(source)  # may exist: only reading can tell
     start = time.perf_counter()
     with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a \.parquet") as error:
-        text.read(source)
+        text.read_source_text(source)
     assert time.perf_counter() - start < 8 and one_line(error)
 
 
 def test_a_hub_id_in_offline_mode_fails_at_once(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SourceNotFound, match="HF_HUB_OFFLINE is set") as error:
-        text.read("owner/name")
+        text.read_source_text("owner/name")
     assert one_line(error)

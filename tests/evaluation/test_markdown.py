@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from prunelit.evaluation import perplexities
-from prunelit.evaluation.markdown import markdown, perplexity_table
+from prunelit.evaluation.markdown import render_evaluation_markdown, build_perplexity_table
 from prunelit.report.page.parts import Notes, Table
 from prunelit.runtime.errors import BadOption
 from tests.tiny import tokens
@@ -14,11 +14,11 @@ from tests.tiny import tokens
 def text(length: int, *nll: float) -> dict[str, Any]:
     found = {who: {"nll": value, "tokens": 30} for who, value in zip(("model", "against"), nll, strict=False)}
     ratio = {"log_ratio": nll[0] - nll[1]} if len(nll) > 1 else {}
-    return {"protocol": perplexities.protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
+    return {"protocol": perplexities.describe_text_protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
 
 
 def test_perplexities_of_one_protocol() -> None:
-    said, grid, notes = perplexity_table({"a": text(12, 3.0, 2.9), "b": text(12, 2.5, 2.0)})
+    said, grid, notes = build_perplexity_table({"a": text(12, 3.0, 2.9), "b": text(12, 2.5, 2.0)})
     assert said == "Windows of 12 tokens, without overlap; mean over predicted tokens, float32."
     assert grid == Table(
         ["", "a", "b", "mean"],
@@ -29,12 +29,12 @@ def test_perplexities_of_one_protocol() -> None:
         ],
     )
     assert notes == Notes([f"{name}: a.txt; 3 windows, 30 tokens" for name in "ab"])
-    assert perplexity_table({"a": text(12, 3.0)})[1] == Table(["", "a"], [["model", "20.1"]])
+    assert build_perplexity_table({"a": text(12, 3.0)})[1] == Table(["", "a"], [["model", "20.1"]])
 
 
 def test_two_protocols_in_one_table_are_refused() -> None:
     with pytest.raises(BadOption, match="make a table for each"):
-        perplexity_table({"a": text(12, 3.0), "b": text(16, 3.0)})
+        build_perplexity_table({"a": text(12, 3.0), "b": text(16, 3.0)})
 
 
 def test_the_whole_report_has_a_table_for_each_protocol() -> None:
@@ -46,6 +46,6 @@ def test_the_whole_report_has_a_table_for_each_protocol() -> None:
         "hardware": {"device": "CPU", "threads": 1},
         "versions": {"torch": "2"},
     }
-    said = markdown(report)
+    said = render_evaluation_markdown(report)
     assert "# Evaluation of `m` with adapter `lora`" in said
     assert said.index("|  | a | c |") < said.index("Windows of 16 tokens") < said.index("|  | b |")

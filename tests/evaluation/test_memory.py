@@ -7,14 +7,14 @@ import pytest
 
 from prunelit.evaluation import memory
 from prunelit.evaluation.speed import Speed
-from prunelit.evaluation.subject import Subject
+from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.runtime.errors import PrunelitError
 
 
 @pytest.mark.slow
 def test_more_logits_take_more_memory(dense: str) -> None:
     small, large = (
-        memory.peak_bytes(Subject(dense), Speed(prompt=length, batch=batch, new_tokens=2, repeats=1))
+        memory.measure_peak_memory(EvaluatedModel(dense), Speed(prompt=length, batch=batch, new_tokens=2, repeats=1))
         for length, batch in ((8, 1), (500, 64))
     )
     scores = 64 * 9 * 500 * 8 * 4  # queries of one layer, float32: far less than a layer needs in all
@@ -28,7 +28,7 @@ def _die(*_: Any) -> None:
 
 @pytest.mark.slow
 def test_a_killed_process_is_one_line(dense: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_peak", _die)
+    monkeypatch.setattr(memory, "_measure_peak_in_process", _die)
     with pytest.raises(PrunelitError, match="was killed, most likely out of memory") as error:
-        memory.peak_bytes(Subject(dense), Speed())
+        memory.measure_peak_memory(EvaluatedModel(dense), Speed())
     assert "\n" not in str(error.value)

@@ -12,7 +12,7 @@ from tests.tiny import tiny, tokens
 
 
 def entry(length: int, stride: int | None = None, dtype: str = "float32") -> dict[str, Any]:
-    return {"protocol": perplexities.protocol(["a.txt"], tokens(3, length), dtype, stride)}
+    return {"protocol": perplexities.describe_text_protocol(["a.txt"], tokens(3, length), dtype, stride)}
 
 
 def test_each_protocol_has_a_table() -> None:
@@ -23,10 +23,10 @@ def test_each_protocol_has_a_table() -> None:
         "d": entry(12, stride=4),
         "e": entry(12, dtype="bfloat16"),
     }
-    groups = perplexities.tables(texts)
+    groups = perplexities.group_by_protocol(texts)
     assert [list(group) for group in groups] == [["a", "c"], ["b"], ["d"], ["e"]]
     for group in groups:
-        assert perplexities.one_table(group)["sequence_length"] in (12, 16)
+        assert perplexities.check_common_protocol(group)["sequence_length"] in (12, 16)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_each_protocol_has_a_table() -> None:
 )
 def test_two_protocols_are_not_merged(other: dict[str, Any], said: str) -> None:
     with pytest.raises(BadOption, match=said):
-        perplexities.one_table({"a": entry(12), "b": other})
+        perplexities.check_common_protocol({"a": entry(12), "b": other})
 
 
 def test_the_protocol_says_what_was_read() -> None:
@@ -62,20 +62,20 @@ def test_a_file_stands_in_for_a_hub_id_where_there_is_a_folder() -> None:
 
 
 def test_other_tokens_do_not_compare() -> None:
-    perplexities.check_same_text("a", tokens(3, 8), tokens(3, 8))
+    perplexities.check_same_tokens("a", tokens(3, 8), tokens(3, 8))
     for other in (tokens(3, 9), tokens(3, 8) + 1):
         with pytest.raises(BadOption, match="reads 'a' as other tokens"):
-            perplexities.check_same_text("a", tokens(3, 8), other)
+            perplexities.check_same_tokens("a", tokens(3, 8), other)
 
 
 def test_what_no_float_holds_is_null_and_no_number_is_an_error() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.mul_(1e6)
-    found = perplexities.perplexity(model, tokens(2, 9), None, "a")
+    found = perplexities.measure_text_perplexity(model, tokens(2, 9), None, "a")
     assert found["perplexity"] is None
     assert found["nll"] > 700
     with torch.no_grad():
         model.lm_head.weight.fill_(float("inf"))
     with pytest.raises(NonFinite, match="a: expected a finite loss"):
-        perplexities.perplexity(model, tokens(2, 9), None, "a")
+        perplexities.measure_text_perplexity(model, tokens(2, 9), None, "a")

@@ -9,7 +9,7 @@ import torch
 
 from prunelit.data import loading
 from prunelit.evaluation import memory, perplexities, run, samples, speed, zero_shot
-from prunelit.evaluation.run import evaluate
+from prunelit.evaluation.run import evaluate_model
 from prunelit.evaluation.speed import Speed
 from prunelit.runtime.errors import BadAdapter, BadOption, NonFinite, PrunelitError
 from tests.evaluation.rows import rows, write
@@ -30,7 +30,7 @@ def data(tmp_path: Path) -> Path:
 def no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory measured in no process of its own, which takes seconds."""
     found = {"peak_bytes": 2**20, "of": "process", "loading_counts": False}
-    monkeypatch.setattr(memory, "peak_bytes", lambda subject, wanted: found)
+    monkeypatch.setattr(memory, "measure_peak_memory", lambda subject, wanted: found)
 
 
 def everything(data: Path, **more: Any) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def everything(data: Path, **more: Any) -> dict[str, Any]:
 @pytest.mark.usefixtures("no_process")
 def test_everything_against_the_dense_model(dense: str, smaller: str, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    report = evaluate(smaller, dense, out=str(out), **everything(data))
+    report = evaluate_model(smaller, dense, out=str(out), **everything(data))
     assert json.loads((out / "evaluate.json").read_text()) == json.loads(json.dumps(report))
     assert report["model"]["parameters"] < report["against"]["parameters"]
     texts = report["perplexity"]
@@ -78,10 +78,10 @@ def test_everything_against_the_dense_model(dense: str, smaller: str, data: Path
 
 
 def test_a_model_alone(dense: str, data: Path) -> None:
-    report = evaluate(dense, **everything(data, speed=False))
+    report = evaluate_model(dense, **everything(data, speed=False))
     assert "against" not in report["perplexity"]["a"]
     assert "difference" not in report["zero_shot"]["averages"]["acc"]
-    said = run.markdown(report)
+    said = run.render_evaluation_markdown(report)
     assert "against" not in said
     assert "| average |  | acc |" in said
 
@@ -105,24 +105,24 @@ def test_an_evaluation_that_was_killed_goes_on(
     options = everything(data, out=str(tmp_path / "out"))
     peak = {"peak_bytes": 1, "of": "process", "loading_counts": False}
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "peak_bytes", lambda subject, wanted: peak)
-        straight = evaluate(smaller, dense, **everything(data))
-        monkeypatch.setattr(memory, "peak_bytes", lambda subject, wanted: peak)
-        parts = ((perplexities, "perplexity"), (zero_shot.ZeroShot, "run"), (samples, "write"), (speed, "measured"))
+        patch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
+        straight = evaluate_model(smaller, dense, **everything(data))
+        monkeypatch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
+        parts = ((perplexities, "perplexity"), (zero_shot.ZeroShotEvaluator, "run"), (samples, "write"), (speed, "measured"))
         for stop in (1, 4, 7, 12):  # after so many parts in all
             for module, name in parts:
                 counted(module, name, stop)
             with pytest.raises(KeyboardInterrupt):
-                evaluate(smaller, dense, **options)
+                evaluate_model(smaller, dense, **options)
             assert len(calls) == stop
             patch.undo()
             monkeypatch.undo()
-            monkeypatch.setattr(memory, "peak_bytes", lambda subject, wanted: peak)
+            monkeypatch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
         for module, name in parts:
             counted(module, name)
-        resumed = evaluate(smaller, dense, **options)
+        resumed = evaluate_model(smaller, dense, **options)
         assert calls == calls[:12] + ["measured"]  # 3 texts, 2 tasks, samples, for two models, then speed
-        evaluate(smaller, dense, **options)
+        evaluate_model(smaller, dense, **options)
         assert len(calls) == 13
     for part in ("model", "against", "perplexity", "zero_shot", "samples"):
         assert resumed[part] == straight[part]
@@ -133,15 +133,15 @@ def test_another_protocol_or_file_is_measured_anew(dense: str, data: Path, tmp_p
         return {path.name for path in (tmp_path / "out" / "kept").iterdir()}
 
     common = {"data": str(data), "tasks": "piqa", "tasks_folder": str(data / "tasks"), "out": str(tmp_path / "out")}
-    evaluate(dense, texts={"a": {"text": "a.txt", "seqlen": 32, "windows": 2}}, **common)
+    evaluate_model(dense, texts={"a": {"text": "a.txt", "seqlen": 32, "windows": 2}}, **common)
     before = kept()
     assert len(before) == 2
-    evaluate(dense, texts={"a": {"text": "a.txt", "seqlen": 16, "windows": 4}}, **common)
+    evaluate_model(dense, texts={"a": {"text": "a.txt", "seqlen": 16, "windows": 4}}, **common)
     assert len(kept()) == 3
     content = rows("piqa")
     content[0]["goal"] = "to be seen"
     write(data / "tasks", "piqa", content)
-    evaluate(dense, texts={"a": {"text": "a.txt", "seqlen": 16, "windows": 4}}, **common)
+    evaluate_model(dense, texts={"a": {"text": "a.txt", "seqlen": 16, "windows": 4}}, **common)
     assert len(kept()) == 4
 
 
@@ -158,7 +158,7 @@ def test_an_adapter_is_merged(dense: str, data: Path, tmp_path: Path) -> None:
     tiny_tokenizer().save_pretrained(tmp_path / "merged")
     options = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
     found, merged, plain = (
-        evaluate(source, adapter=adapter, **options)["perplexity"]["a"]["model"]["nll"]
+        evaluate_model(source, adapter=adapter, **options)["perplexity"]["a"]["model"]["nll"]
         for source, adapter in ((dense, str(tmp_path / "adapter")), (str(tmp_path / "merged"), None), (dense, None))
     )
     assert found == pytest.approx(merged, abs=1e-6)
@@ -171,10 +171,10 @@ def test_an_adapter_of_another_model_is_refused(dense: str, smaller: str, data: 
     lora.add_lora(loading.load(dense), 2, 4, 0.0).save_pretrained(tmp_path / "adapter")
     options = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
     with pytest.raises(BadAdapter, match="it was made for another cut") as error:
-        evaluate(smaller, adapter=str(tmp_path / "adapter"), **options)
+        evaluate_model(smaller, adapter=str(tmp_path / "adapter"), **options)
     assert "\n" not in str(error.value)
     with pytest.raises(BadAdapter, match=r"adapter_config\.json"):
-        evaluate(dense, adapter=str(tmp_path), **options)
+        evaluate_model(dense, adapter=str(tmp_path), **options)
 
 
 @pytest.mark.parametrize(
@@ -200,16 +200,16 @@ def test_bad_input_is_said_before_a_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(PrunelitError, match=said) as error:
-        evaluate(dense, out=str(tmp_path / "out"), **everything(data, **wrong))
+        evaluate_model(dense, out=str(tmp_path / "out"), **everything(data, **wrong))
     assert "\n" not in str(error.value)
 
 
 def test_more_tokens_than_positions_is_said_before_anything_is_measured(
     dense: str, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(perplexities, "perplexity", lambda *_: pytest.fail("something was measured"))
+    monkeypatch.setattr(perplexities, "measure_text_perplexity", lambda *_: pytest.fail("something was measured"))
     with pytest.raises(BadOption, match="at most 512 tokens, the model's positions, got 514"):
-        evaluate(dense, **everything(data, speed=Speed(prompt=512, new_tokens=2)))
+        evaluate_model(dense, **everything(data, speed=Speed(prompt=512, new_tokens=2)))
 
 
 def test_weights_that_are_no_numbers(data: Path, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ def test_weights_that_are_no_numbers(data: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "nan")
     tiny_tokenizer().save_pretrained(tmp_path / "nan")
     with pytest.raises(NonFinite, match=r"layers\.1\.mlp\.up_proj\.weight"):
-        evaluate(str(tmp_path / "nan"), **everything(data))
+        evaluate_model(str(tmp_path / "nan"), **everything(data))
 
 
 def test_models_in_two_dtypes_do_not_compare(
@@ -228,7 +228,7 @@ def test_models_in_two_dtypes_do_not_compare(
         loading.load(dense, dtype).save_pretrained(tmp_path / folder)
         tiny_tokenizer().save_pretrained(tmp_path / folder)
     texts = {"texts": {"a": {"text": "a.txt", "seqlen": 32}}, "data": str(data)}
-    assert evaluate(str(tmp_path / "narrow"), dense, device="cpu", **texts)["perplexity"]["a"]["against"]
+    assert evaluate_model(str(tmp_path / "narrow"), dense, device="cpu", **texts)["perplexity"]["a"]["against"]
     monkeypatch.setattr(loading, "load", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(BadOption, match="one dtype, got bfloat16 and float32; pass --dtype"):
-        evaluate(str(tmp_path / "half"), dense, **everything(data, speed=False))
+        evaluate_model(str(tmp_path / "half"), dense, **everything(data, speed=False))

@@ -22,7 +22,7 @@ def test_completions_are_greedy_and_without_the_prompt() -> None:
     model = tiny("llama", vocab_size=len(tokenizer))
     model.generation_config.do_sample = True  # as the generation config of many chat models has it
     model.generation_config.temperature = 0.7
-    found = samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=6))
+    found = samples.generate_completions(model, tokenizer, Samples(["ab c", "x"], new_tokens=6))
     expected = [greedy(model, tokenizer(prompt)["input_ids"], 6) for prompt in ("ab c", "x")]
     assert found == [tokenizer.decode(ids, skip_special_tokens=True) for ids in expected]
 
@@ -31,11 +31,11 @@ def test_completions_are_greedy_and_without_the_prompt() -> None:
 def test_habits_of_the_generation_config_are_not_the_models(habit: dict[str, float]) -> None:
     tokenizer = tiny_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer))
-    plain = samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=12))
+    plain = samples.generate_completions(model, tokenizer, Samples(["ab c", "x"], new_tokens=12))
     config = model.generation_config
     for name, value in habit.items():
         setattr(config, name, value)
-    assert samples.write(model, tokenizer, Samples(["ab c", "x"], new_tokens=12)) == plain
+    assert samples.generate_completions(model, tokenizer, Samples(["ab c", "x"], new_tokens=12)) == plain
     assert model.generation_config is config
 
 
@@ -43,9 +43,9 @@ def test_a_chat_goes_through_the_template() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny("llama", vocab_size=len(tokenizer))
     with pytest.raises(BadOption, match="chat template"):
-        samples.write(model, tokenizer, Samples(["hi"], chat=True))
+        samples.generate_completions(model, tokenizer, Samples(["hi"], chat=True))
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
-    (found,) = samples.write(model, tokenizer, Samples(["hi"], chat=True, new_tokens=5))
+    (found,) = samples.generate_completions(model, tokenizer, Samples(["hi"], chat=True, new_tokens=5))
     expected = greedy(model, tokenizer("user: hi\nbot:")["input_ids"], 5)
     assert found == tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -60,7 +60,7 @@ def test_positions_end_a_text_and_a_prompt_must_leave_one() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny("gpt2", vocab_size=len(tokenizer))  # learned positions: there is no 65th
     assert model.config.max_position_embeddings == 64
-    (found,) = samples.write(model, tokenizer, Samples(("a" * 60,), new_tokens=24))
+    (found,) = samples.generate_completions(model, tokenizer, Samples(("a" * 60,), new_tokens=24))
     assert len(tokenizer(found)["input_ids"]) <= 4
     with pytest.raises(BadOption, match="less than 64 tokens, got 64"):
-        samples.write(model, tokenizer, Samples(("a" * 64,)))
+        samples.generate_completions(model, tokenizer, Samples(("a" * 64,)))

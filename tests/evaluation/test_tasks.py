@@ -17,8 +17,8 @@ _OF_ROWS = ("dataset_path", "dataset_name", "dataset_kwargs", "training_split", 
 def local(names: list[str], folder: Path, packed: bool = False) -> dict[str, str]:
     for name in names:
         write(folder, name, rows(name), packed)
-    return tasks.write_definitions(
-        tasks.local_files(names, str(folder)), tasks.require_harness(), folder / "definitions"
+    return tasks.write_task_definitions(
+        tasks.find_task_files(names, str(folder)), tasks.find_harness_tasks(), folder / "definitions"
     )
 
 
@@ -34,8 +34,8 @@ def loaded(definition: str) -> Any:
 def test_a_definition_is_the_harness_own_but_for_the_rows(name: str, tmp_path: Path) -> None:
     from lm_eval.tasks._yaml_loader import load_yaml
 
-    harness = tasks.require_harness()
-    theirs = load_yaml(tasks.stock_definitions([name], harness)[name])
+    harness = tasks.find_harness_tasks()
+    theirs = load_yaml(tasks.list_stock_definitions([name], harness)[name])
     mine = load_yaml(local([name], tmp_path)[name])
     assert theirs["dataset_path"] == TASKS[name].dataset
     assert (theirs["test_split"] if theirs.get("test_split") else theirs["validation_split"]) == TASKS[name].split
@@ -54,7 +54,7 @@ def test_prompts_are_those_of_the_stock_task_on_the_same_rows(
     table = datasets.Dataset.from_list(rows(name))
     as_on_the_hub = datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), table))
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: as_on_the_hub)
-    theirs = loaded(tasks.stock_definitions([name], tasks.require_harness())[name])
+    theirs = loaded(tasks.list_stock_definitions([name], tasks.find_harness_tasks())[name])
     requests = []
     for task in (mine, theirs):
         task.build_all_requests(limit=None, rank=0, world_size=1)
@@ -68,12 +68,12 @@ def test_prompts_are_those_of_the_stock_task_on_the_same_rows(
 
 
 def test_names() -> None:
-    assert tasks.named(["all"]) == list(TASKS)
-    assert tasks.named(["piqa", "boolq"]) == ["piqa", "boolq"]
+    assert tasks.select_tasks(["all"]) == list(TASKS)
+    assert tasks.select_tasks(["piqa", "boolq"]) == ["piqa", "boolq"]
     with pytest.raises(BadOption, match="did you mean 'arc_easy'"):
-        tasks.named(["arc_eazy"])
+        tasks.select_tasks(["arc_eazy"])
     with pytest.raises(BadOption, match="each once"):
-        tasks.named(["piqa", "piqa"])
+        tasks.select_tasks(["piqa", "piqa"])
 
 
 @pytest.mark.parametrize(
@@ -99,18 +99,18 @@ def test_a_wrong_field_is_named_with_its_line(name: str, field: str, value: Any,
     content[4][field] = value
     write(tmp_path, name, content)
     with pytest.raises(SourceNotFound, match=rf"{name}.jsonl': line 5: {field}: expected ") as error:
-        tasks.local_files([name], str(tmp_path))
+        tasks.find_task_files([name], str(tmp_path))
     assert "\n" not in str(error.value)
     del content[4][field]
     write(tmp_path, name, content)
     with pytest.raises(SourceNotFound, match=rf"line 5: expected a field '{field}'"):
-        tasks.local_files([name], str(tmp_path))
+        tasks.find_task_files([name], str(tmp_path))
 
 
 def test_rows_of_every_task_are_right_as_they_are(tmp_path: Path) -> None:
     for number, name in enumerate(TASKS):
         write(tmp_path, name, rows(name), packed=bool(number % 2))
-    assert list(tasks.local_files(list(TASKS), str(tmp_path))) == list(TASKS)
+    assert list(tasks.find_task_files(list(TASKS), str(tmp_path))) == list(TASKS)
 
 
 @pytest.mark.parametrize(
@@ -125,28 +125,28 @@ def test_rows_of_every_task_are_right_as_they_are(tmp_path: Path) -> None:
 def test_files_that_hold_no_rows(content: bytes, said: str, tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").write_bytes(content)
     with pytest.raises(SourceNotFound, match=said):
-        tasks.local_files(["piqa"], str(tmp_path))
+        tasks.find_task_files(["piqa"], str(tmp_path))
 
 
 def test_a_packed_file_that_was_cut_short(tmp_path: Path) -> None:
     path = write(tmp_path, "piqa", rows("piqa", 200), packed=True)
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(SourceNotFound, match="EOFError"):
-        tasks.local_files(["piqa"], str(tmp_path))
+        tasks.find_task_files(["piqa"], str(tmp_path))
 
 
 def test_missing_files_and_folders(tmp_path: Path) -> None:
     write(tmp_path, "piqa", rows("piqa"))
     with pytest.raises(SourceNotFound, match=r"expected boolq.jsonl or boolq.jsonl.gz, got piqa.jsonl"):
-        tasks.local_files(["boolq"], str(tmp_path))
+        tasks.find_task_files(["boolq"], str(tmp_path))
     with pytest.raises(SourceNotFound, match="expected a folder"):
-        tasks.local_files(["boolq"], str(tmp_path / "nowhere"))
+        tasks.find_task_files(["boolq"], str(tmp_path / "nowhere"))
 
 
 def test_without_the_harness_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BadOption, match=r"pip install 'prunelit\[zeroshot\]'"):
-        tasks.require_harness()
+        tasks.find_harness_tasks()
 
 
 def test_without_a_network_the_way_to_local_files(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,7 +156,7 @@ def test_without_a_network_the_way_to_local_files(monkeypatch: pytest.MonkeyPatc
         asked.append(name)
         raise SourceNotFound(f"{what} {name!r}: not there; pass {instead}")
 
-    monkeypatch.setattr(sources, "require_hub", nowhere)
+    monkeypatch.setattr(sources, "check_hub_access", nowhere)
     with pytest.raises(SourceNotFound, match=r"task 'piqa': .*--tasks_folder DIR"):
-        tasks.require_online(["piqa"])
+        tasks.check_rows_available(["piqa"])
     assert asked == ["baber/piqa"]

@@ -17,12 +17,12 @@ NAMES = ("piqa", "hellaswag", "boolq")
 def definitions(tmp_path: Path) -> dict[str, str]:
     for name in NAMES:
         write(tmp_path, name, rows(name, 11))
-    files = tasks.local_files(NAMES, str(tmp_path))
-    return tasks.write_definitions(files, tasks.require_harness(), tmp_path / "definitions")
+    files = tasks.find_task_files(NAMES, str(tmp_path))
+    return tasks.write_task_definitions(files, tasks.find_harness_tasks(), tmp_path / "definitions")
 
 
 def run(source: str, definitions: dict[str, str], limit: int | None = None, batch_size: int = 4) -> dict[str, Any]:
-    engine = zero_shot.ZeroShot(loading.load(source), loading.load_tokenizer(source), batch_size)
+    engine = zero_shot.ZeroShotEvaluator(loading.load(source), loading.load_tokenizer(source), batch_size)
     return {name: engine.run(name, definition, limit) for name, definition in definitions.items()}
 
 
@@ -72,25 +72,25 @@ def test_items_are_paired_and_told_apart(dense: str, smaller: str, definitions: 
     one, other = (run(folder, definitions) for folder in (smaller, dense))
     for name in NAMES:
         assert one[name]["fingerprint"] == other[name]["fingerprint"]
-        for kind, found in zero_shot.compared(one[name], other[name]).items():
+        for kind, found in zero_shot.compute_metric_differences(one[name], other[name]).items():
             means = [run["metrics"][kind] for run in (one[name], other[name])]
             assert found["difference"] == pytest.approx(means[0] - means[1])
     few = run(dense, {"piqa": definitions["piqa"]}, limit=5)["piqa"]
     assert few["fingerprint"] != one["piqa"]["fingerprint"]
     with pytest.raises(BadOption, match="same items"):
-        zero_shot.compared(few, one["piqa"])
+        zero_shot.compute_metric_differences(few, one["piqa"])
 
 
 def test_averages_in_both_conventions() -> None:
     def task(**metrics: float) -> dict[str, Any]:
         result = {"metrics": metrics, "right": {kind: [1.0, 0.0] for kind in metrics}}
-        return {"model": result, "against": result, "difference": zero_shot.compared(result, result)}
+        return {"model": result, "against": result, "difference": zero_shot.compute_metric_differences(result, result)}
 
-    found = zero_shot.averages([task(acc=0.5, acc_norm=0.9), task(acc=0.7)])
+    found = zero_shot.average_over_tasks([task(acc=0.5, acc_norm=0.9), task(acc=0.7)])
     assert found["acc"]["model"] == pytest.approx(0.6)
     assert found["acc_norm"]["against"] == pytest.approx(0.8)
     assert found["acc_norm"]["difference"]["difference"] == 0
-    alone = zero_shot.averages([{"model": task(acc=0.5)["model"]}])
+    alone = zero_shot.average_over_tasks([{"model": task(acc=0.5)["model"]}])
     assert alone["acc"] == {"model": 0.5}
 
 

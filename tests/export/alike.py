@@ -43,6 +43,6 @@ def uniform(model: Any, groups: int | None = None, heads_in_group: int | None = 
 
 def compensate(model: Any, plan: PruningPlan) -> PruningPlan:
     """Cut and add the means of what went to the output biases."""
-    stated = bias.declare(Decoder(model), plan, True)
-    bias.apply_bias(model, stated, [{"input_ids": tokens(4, 12)}])
+    stated = bias.declare_biases(Decoder(model), plan, True)
+    bias.apply_bias_compensation(model, stated, [{"input_ids": tokens(4, 12)}])
     return stated

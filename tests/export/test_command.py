@@ -121,13 +121,13 @@ def test_the_report_of_the_run_is_found(hetero: Path, tmp_path: Path) -> None:
     """`prune` leaves it in the folder, `fit` above it; one of another run above it is none of ours."""
     report: dict[str, Any] = {"dense": {"perplexity": 12.0}}
     plan = PruningPlan.load(hetero / "plan.json")
-    assert export._of_run(hetero) == (plan, {})
+    assert export._load_run_files(hetero) == (plan, {})
     (tmp_path / "report.json").write_text(json.dumps(report))
-    assert export._of_run(hetero) == (plan, {})
+    assert export._load_run_files(hetero) == (plan, {})
     (tmp_path / "plan.json").write_text(plan.to_json())
-    assert export._of_run(hetero) == (plan, report)
+    assert export._load_run_files(hetero) == (plan, report)
     for none in ("cut sho", "[1]"):
         (hetero / "report.json").write_text(none)
-        assert export._of_run(hetero) == (plan, {})
+        assert export._load_run_files(hetero) == (plan, {})
     (hetero / "report.json").write_text(json.dumps({"dense": {}}))
-    assert export._of_run(hetero) == (plan, {"dense": {}})
+    assert export._load_run_files(hetero) == (plan, {"dense": {}})

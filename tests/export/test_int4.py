@@ -11,13 +11,13 @@ import prunelit
 from prunelit.core.plan import PruningPlan
 from prunelit.export import int4 as writer
 from prunelit.export import write_model
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
-from prunelit.quantization.linears import decoder_linears
-from prunelit.recovery.lora import add_lora, merged
+from prunelit.quantization.linears import list_decoder_linears
+from prunelit.recovery.lora import add_lora, merge_adapters
 from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.tiny import FAMILIES, cut, keep, tiny, tokens
 
@@ -53,14 +53,14 @@ def with_adapters(model: Any) -> Any:
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
-    return merged(adapted)
+    return merge_adapters(adapted)
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize("more", [0, 25])
 def test_transformers_reads_every_group_size(size: int, more: int, tmp_path: Path) -> None:
     model = odd("llama", more, **WIDE)
-    quantize.quantize(model, "int4", size)
+    quantize.quantize_model(model, "int4", size)
     model = with_adapters(model)
     written = write_model(model, tmp_path / "m", format="int4")
     settings = json.loads((tmp_path / "m" / "config.json").read_text())
@@ -77,7 +77,7 @@ def test_transformers_reads_every_group_size(size: int, more: int, tmp_path: Pat
 def test_families_of_every_layout(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     surgery.apply(model, cut(model, "mixed"))
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     prunelit.save(model, tmp_path / "m")
     assert torch.equal(logits(by_transformers(tmp_path / "m")), logits(model))
 
@@ -86,7 +86,7 @@ def test_families_of_every_layout(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt2"}))
 def test_every_family_with_widths_that_do_not_divide(family: str, tmp_path: Path) -> None:
     model = odd(family, 25)
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     prunelit.save(model, tmp_path / "m", format="int4")
     difference = (logits(by_transformers(tmp_path / "m")) - logits(model)).abs().max()
     assert difference <= 2e-5 * logits(model).abs().max()
@@ -96,7 +96,7 @@ def test_every_family_with_widths_that_do_not_divide(family: str, tmp_path: Path
 @pytest.mark.new_process
 def test_a_new_process_reads_the_same_and_generates(tmp_path: Path) -> None:
     model = odd("llama", 8, **WIDE)
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     proof = write_model(with_adapters(model), tmp_path / "m", format="int4", fresh_process=True).proof
     assert proof["passed"] and proof["largest_difference"] <= 1e-6 * proof["largest_logit"]
     assert proof["limit"] == pytest.approx(1e-4 * proof["largest_logit"])
@@ -109,7 +109,7 @@ def test_a_new_process_reads_the_same_and_generates(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_scales_and_says_so(dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny("llama", **WIDE).to(dtype)
-    quantize.quantize(model, "int4", 32)
+    quantize.quantize_model(model, "int4", 32)
     proof = write_model(model, tmp_path / "m", format="int4").proof
     assert 0 < proof["largest_difference"] <= proof["limit"]
     assert proof["limit"] == pytest.approx(8 * torch.finfo(dtype).eps * proof["largest_logit"])
@@ -119,11 +119,11 @@ def test_half_precision_rounds_scales_and_says_so(dtype: torch.dtype, tmp_path: 
 
 def test_the_folder_is_4_bit_and_in_shards_where_it_is_large(tmp_path: Path) -> None:
     model = tiny("llama", **WIDE, intermediate_size=512)
-    quantize.quantize(model, "int4", 32)
+    quantize.quantize_model(model, "int4", 32)
     written = write_model(model, tmp_path / "m", format="int4", max_shard_size="100KB")
     files = list((tmp_path / "m").glob("model-*.safetensors"))
     assert len(files) > 1 and (tmp_path / "m" / "model.safetensors.index.json").is_file()
-    linears: list[Any] = [linear.module for linear in decoder_linears(model)]
+    linears: list[Any] = [linear.module for linear in list_decoder_linears(model)]
     count = sum(linear.in_features * linear.out_features for linear in linears)
     rest = sum(parameter.numel() * 4 for parameter in model.parameters())
     assert written.facts["bytes_per_weight"] == 0.5 + 2 * 4 / 32
@@ -134,23 +134,23 @@ def test_the_folder_is_4_bit_and_in_shards_where_it_is_large(tmp_path: Path) -> 
 
 def test_no_linear_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = odd("llama", 8)
-    quantize.quantize(model, "int4", 16)
-    monkeypatch.setattr(int4, "_unpacked", lambda *args: pytest.fail("unpacked"))
-    writer.write(Job(model, tmp_path))
+    quantize.quantize_model(model, "int4", 16)
+    monkeypatch.setattr(int4, "_unpack_weight", lambda *args: pytest.fail("unpacked"))
+    writer.write_int4(ExportJob(model, tmp_path))
     assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_wrong_folder_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    quantize.quantize(model, "int4", 16)
-    whole = writer._weights
+    quantize.quantize_model(model, "int4", 16)
+    whole = writer._collect_int4_tensors
 
     def wrong(*args: Any) -> Any:
         weights, facts = whole(*args)
         name = next(name for name in weights if name.endswith("qbiases"))
         return weights | {name: weights[name] + 0.5}, facts
 
-    monkeypatch.setattr(writer, "_weights", wrong)
+    monkeypatch.setattr(writer, "_collect_int4_tensors", wrong)
     with pytest.raises(NotProved, match="does not read back equal"):
         prunelit.save(model, tmp_path / "m", format="int4")
     assert not (tmp_path / "m").exists()
@@ -166,7 +166,7 @@ def test_a_wrong_folder_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_what_does_not_fit(family: str, base: Any, format: str, reason: str, tmp_path: Path) -> None:
     model = tiny(family)
-    quantize.quantize(model, base, 16)
+    quantize.quantize_model(model, base, 16)
     with pytest.raises(DoesNotFit, match=reason):
         prunelit.save(model, tmp_path / "m", format=format)
     assert not any(tmp_path.iterdir())
@@ -174,8 +174,8 @@ def test_what_does_not_fit(family: str, base: Any, format: str, reason: str, tmp
 
 def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model = odd("llama")
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     before, config = logits(model), model.config.to_dict()
     prunelit.save(model, tmp_path / "m")
     assert torch.equal(logits(model), before) and model.config.to_dict() == config
-    assert all(isinstance(linear.module, Int4Linear) for linear in decoder_linears(model))
+    assert all(isinstance(linear.module, Int4Linear) for linear in list_decoder_linears(model))

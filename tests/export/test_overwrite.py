@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from prunelit import LLMBIP
-from prunelit.core.plan import FORMAT
+from prunelit.core.plan import PLAN_FORMAT
 from prunelit.data import loading
 from prunelit.export import check_output, formats, save
-from prunelit.export.overwrite import is_ours
+from prunelit.export.overwrite import is_prunelit_output
 from prunelit.monitoring.run_report import RunReport
 from prunelit.quantization import quantize
 from prunelit.runtime.atomic_files import check_folder, replace_folder
@@ -46,14 +46,14 @@ def test_every_format_leaves_the_mark(format: str, unproved: bool, tmp_path: Pat
         pytest.importorskip("llama_cpp")
     model, spoken = tiny("llama", **WIDE), tokenizer()
     if format == "int4":
-        quantize.quantize(model, "int4", 16)
+        quantize.quantize_model(model, "int4", 16)
     if format == "gguf":
         model.resize_token_embeddings(len(spoken))
     save(model, tmp_path / "m", spoken if format == "gguf" else None, format=format, unproved=unproved)
-    assert is_ours(tmp_path / "m")
+    assert is_prunelit_output(tmp_path / "m")
 
 
-PLAN = json.dumps({"format": FORMAT})
+PLAN = json.dumps({"format": PLAN_FORMAT})
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ PLAN = json.dumps({"format": FORMAT})
 def test_the_marks(content: dict[str, str], ours: bool, tmp_path: Path) -> None:
     for name, text in content.items():
         (tmp_path / name).write_text(text)
-    assert is_ours(tmp_path) == ours
+    assert is_prunelit_output(tmp_path) == ours
     if ours:
         return check_output(tmp_path, overwrite=True)
     with pytest.raises(OutputNotWritable, match="one that prunelit wrote"):
@@ -193,9 +193,9 @@ def test_prune_spares_the_plan_it_reads(capsys: pytest.CaptureFixture[str], sour
 def test_adapters_of_an_older_run_that_cut_nothing_are_ours_beside_its_model(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    assert not is_ours(tmp_path / "adapter")
+    assert not is_prunelit_output(tmp_path / "adapter")
     old(tmp_path / "model")
-    assert is_ours(tmp_path / "adapter")
+    assert is_prunelit_output(tmp_path / "adapter")
 
 
 def test_fit_again_replaces_its_own(source: str, tmp_path: Path) -> None:
@@ -205,5 +205,5 @@ def test_fit_again_replaces_its_own(source: str, tmp_path: Path) -> None:
         made[steps] = [files(tmp_path / name) for name in ("model", "adapter")]
         for name in ("model", "adapter", "base"):
             (tmp_path / name / "plan.json").unlink()  # which a run that cuts nothing does not leave
-            assert is_ours(tmp_path / name)
+            assert is_prunelit_output(tmp_path / name)
     assert made[1] != made[2]

@@ -17,7 +17,7 @@ from prunelit.calibration import metrics
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.data import loading
 from prunelit.export import save
-from prunelit.export.uniform import fits
+from prunelit.export.uniform import build_if_shapes_match
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import OutputNotWritable, PrunelitError
@@ -271,7 +271,7 @@ def biases_of(model: Any) -> dict[str, Tensor]:
 def test_added_biases_are_saved(family: str, kind: str, tmp_path: Path) -> None:
     model = tiny(family)
     plan = compensate(model, cut(model, "mixed") if kind == "mixed" else uniform(model))
-    size = metrics.size(model)
+    size = metrics.measure_model_size(model)
     assert size == {name: plan.predicted[name] for name in size}
     written = save(model, tmp_path / "m", plan=plan)
     assert written == "hetero" or kind == "alike"
@@ -283,7 +283,7 @@ def test_added_biases_are_saved(family: str, kind: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert not any(value.any() for name, value in found.items() if name not in expected)
     if written == "hetero":
-        assert found.keys() == expected.keys() and metrics.size(ours) == size
+        assert found.keys() == expected.keys() and metrics.measure_model_size(ours) == size
     assert PruningPlan.load(tmp_path / "m" / "plan.json") == plan
 
 
@@ -320,10 +320,10 @@ def test_only_biases_may_be_spare() -> None:
     model, other = tiny("llama"), tiny("qwen3", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
     surplus = {name.rsplit(".", 2)[1] for name in other.state_dict().keys() - model.state_dict().keys()}
     assert surplus == {"q_norm", "k_norm"} and not model.state_dict().keys() - other.state_dict().keys()
-    assert fits(type(other), other.config, model, spare_biases=True) is None
+    assert build_if_shapes_match(type(other), other.config, model, spare_biases=True) is None
     biased = tiny("llama-biases")
-    assert fits(type(biased), biased.config, model, spare_biases=True) is not None
-    assert fits(type(biased), biased.config, model) is None
+    assert build_if_shapes_match(type(biased), biased.config, model, spare_biases=True) is not None
+    assert build_if_shapes_match(type(biased), biased.config, model) is None
 
 
 def test_layers_without_an_added_bias_have_none(tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_a_loaded_model_with_added_biases_is_cut_again(family: str, tmp_path: Pa
         shapes = Decoder(each).shape.layers
         kept = (LayerPlan.dense(shapes[0]), keep(shapes[1], channels=tuple(range(8))), LayerPlan.dense(shapes[2]))
         plan = compensate(each, plan_with(each, *kept))
-        assert metrics.size(each)["parameters"] == plan.predicted["parameters"]
+        assert metrics.measure_model_size(each)["parameters"] == plan.predicted["parameters"]
         assert not any(layer.mlp_bias for layer in plan.layers)  # it has one by now
         assert save(each, tmp_path / "twice", overwrite=True) == "hetero"
         assert_equal(loading.load(tmp_path / "twice"), each)

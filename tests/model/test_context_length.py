@@ -9,7 +9,7 @@ import torch
 
 from prunelit.calibration import metrics
 from prunelit.callbacks import LLMBIP
-from prunelit.core.architectures import architecture_of
+from prunelit.core.architectures import get_architecture
 from prunelit.data import loading
 from prunelit.model import context_length
 from prunelit.runtime.errors import BadOption
@@ -21,7 +21,7 @@ from tests.tiny import FAMILIES, tiny, tiny_tokenizer, tokens
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_what_is_declared_to_have_a_table_of_positions_has_one(family: str) -> None:
     model = tiny(family)
-    limit = context_length.limit_of(model.config)
+    limit = context_length.get_context_limit(model.config)
     assert limit is not None
     if limit > 64:
         return  # computed from the start, so there is no table to leave
@@ -31,7 +31,7 @@ def test_what_is_declared_to_have_a_table_of_positions_has_one(family: str) -> N
         model(input_ids=tokens(1, limit + 1))
     except (IndexError, RuntimeError):  # a gather, in GPT-J
         fails = True
-    assert fails == architecture_of(model.config).position_table
+    assert fails == get_architecture(model.config).position_table
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt"])
@@ -55,9 +55,9 @@ def test_computed_positions_go_on_with_one_warning() -> None:
 
 
 def test_a_config_without_a_number_or_of_an_unknown_family_is_no_reason_to_refuse() -> None:
-    context_length.check(None, 10**6)
-    context_length.check(SimpleNamespace(model_type="gpt2"), 10**6)
-    context_length.check_table(SimpleNamespace(model_type="made_up", max_position_embeddings=8), 9)
+    context_length.check_context_length(None, 10**6)
+    context_length.check_context_length(SimpleNamespace(model_type="gpt2"), 10**6)
+    context_length.check_position_table(SimpleNamespace(model_type="made_up", max_position_embeddings=8), 9)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import quantize, views
 from prunelit.quantization.int4 import Int4Linear
-from prunelit.quantization.linears import decoder_linears, has_adapters, quantised_as, widths
+from prunelit.quantization.linears import list_decoder_linears, has_adapters, get_quantization, get_linear_widths
 from prunelit.recovery import lora
 from tests.tiny import cut, keep, tiny, tokens
 
@@ -26,15 +26,15 @@ def test_plain_has_the_shapes_of_before_and_no_memory(family: str) -> None:
     model = tiny(family)
     surgery.apply(model, cut(model, "mixed"))
     shapes = {name: value.shape for name, value in model.state_dict().items()}
-    before = metrics.size(model)
-    quantize.quantize(model, "int4", 16)
+    before = metrics.measure_model_size(model)
+    quantize.quantize_model(model, "int4", 16)
     held, wanted = dict(model.state_dict()), logits(model)
-    other = views.plain(model)
+    other = views.view_as_plain_linears(model)
     assert {name: value.shape for name, value in other.state_dict().items()} == shapes
-    assert metrics.size(model) == before
+    assert metrics.measure_model_size(model) == before
     for name, value in other.state_dict().items():
         assert value.is_meta or value.data_ptr() == held[name].data_ptr()
-    assert quantised_as(model) == "int4" and torch.equal(logits(model), wanted)
+    assert get_quantization(model) == "int4" and torch.equal(logits(model), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama-biases", "phi3", "opt"])
@@ -44,32 +44,32 @@ def test_plain_rounds_ffn_widths_up(family: str) -> None:
     plan = cut(model, "channel")
     layers = tuple(keep(layer, channels=tuple(range(37 + 8 * i))) for i, layer in enumerate(shape.layers))
     surgery.apply(model, type(plan)("test", shape, layers))
-    quantize.quantize(model, "int4", 16)
-    assert [layer.shape.ffn_channels for layer in Decoder(views.plain(model, 16))] == [48, 48, 64]
-    assert all(isinstance(x.module, Int4Linear) for x in decoder_linears(model))
+    quantize.quantize_model(model, "int4", 16)
+    assert [layer.shape.ffn_channels for layer in Decoder(views.view_as_plain_linears(model, 16))] == [48, 48, 64]
+    assert all(isinstance(x.module, Int4Linear) for x in list_decoder_linears(model))
 
 
 def test_plain_of_a_plain_model_is_itself() -> None:
     model = tiny("llama")
-    assert views.plain(model, 16) is model and views.below_adapters(model) is model
+    assert views.view_as_plain_linears(model, 16) is model and views.view_without_adapters(model) is model
 
 
 @pytest.mark.parametrize("base", ["none", "int4"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_below_adapters_is_the_base_and_the_adapted_model_stays(family: str, base: Any) -> None:
     model = tiny(family)
-    quantize.quantize(model, base, 16)
+    quantize.quantize_model(model, base, 16)
     dense = logits(model)
     adapted = lora.add_lora(model, 4, 8, 0.0).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
     wanted = logits(adapted)
-    below = views.below_adapters(adapted)
+    below = views.view_without_adapters(adapted)
     assert torch.equal(logits(below), dense) and not has_adapters(below)
     assert has_adapters(adapted) and torch.equal(logits(adapted), wanted) and not torch.equal(wanted, dense)
-    assert [widths(x.module) for x in decoder_linears(below)] == [widths(x.module) for x in decoder_linears(adapted)]
-    pairs = zip(decoder_linears(below), decoder_linears(adapted), strict=True)
+    assert [get_linear_widths(x.module) for x in list_decoder_linears(below)] == [get_linear_widths(x.module) for x in list_decoder_linears(adapted)]
+    pairs = zip(list_decoder_linears(below), list_decoder_linears(adapted), strict=True)
     for mine, theirs in pairs:
         name = "packed" if base == "int4" else "weight"
         base_layer: Any = theirs.module.base_layer
@@ -78,7 +78,7 @@ def test_below_adapters_is_the_base_and_the_adapted_model_stays(family: str, bas
 
 def test_a_model_without_memory_has_the_names_and_the_first_stays() -> None:
     model = tiny("llama")
-    empty = copies.without_memory(model)
+    empty = copies.copy_to_meta_device(model)
     assert [(n, p.shape) for n, p in empty.named_parameters()] == [(n, p.shape) for n, p in model.named_parameters()]
     assert all(parameter.is_meta for parameter in empty.parameters())
     assert not any(parameter.is_meta for parameter in model.parameters())
@@ -89,7 +89,7 @@ def test_a_model_on_disk_is_as_it_was_and_leaves_no_file(family: str, tmp_path: 
     model = tiny(family).requires_grad_(False)
     surgery.apply(model, cut(model, "mixed"))
     wanted = logits(model)
-    other = copies.on_disk(model, tmp_path / "scratch")
+    other = copies.copy_to_disk(model, tmp_path / "scratch")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, is_conv1d, weight_out_in
+from prunelit.model.decoder import Decoder, is_conv1d, get_weight_out_in
 from prunelit.runtime.errors import DeclarationMismatch, NonFinite
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny
 
@@ -32,10 +32,10 @@ def test_costs_are_those_of_the_parameters(family: str) -> None:
         each = layer.shape
         assert each.parameters == count(layer.module)
         assert each.attention_cost == count(
-            layer.attention, layer.norm("attention_norm"), layer.norm("attention_post_norm")
+            layer.attention, layer.get_norm("attention_norm"), layer.get_norm("attention_post_norm")
         )
         # What goes with the whole layer alone is the norm that both blocks read. Nothing else is left over.
-        assert each.shared_cost == count(layer.norm("shared_norm"))
+        assert each.shared_cost == count(layer.get_norm("shared_norm"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,14 +95,14 @@ def test_norms_are_as_declared(family: str) -> None:
     layer = Decoder(tiny(family)).layers[0]
     centred = x - x.mean(-1, keepdim=True) if layer.architecture.norm == "layer" else x
     for role in NORMS:
-        norm = layer.norm(role)
+        norm = layer.get_norm(role)
         if norm is None:
-            assert torch.equal(layer.inverse_norm(role, x), torch.ones(5))
-            assert torch.equal(layer.gain(role), torch.ones(72))
+            assert torch.equal(layer.compute_inverse_norm(role, x), torch.ones(5))
+            assert torch.equal(layer.get_gain(role), torch.ones(72))
             continue
         bias = getattr(norm, "bias", None)
         expected = (norm(x) - (0 if bias is None else bias)).abs()
-        found = (centred * layer.inverse_norm(role, x)[:, None]).abs() * layer.gain(role)
+        found = (centred * layer.compute_inverse_norm(role, x)[:, None]).abs() * layer.get_gain(role)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_norms_are_as_declared(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_fingerprint_is_the_same_in_every_dtype(family: str) -> None:
     dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    assert len({Decoder(tiny(family).to(dtype)).fingerprint() for dtype in dtypes}) == 1
+    assert len({Decoder(tiny(family).to(dtype)).compute_fingerprint() for dtype in dtypes}) == 1
 
 
 def test_fingerprint_differs_for_other_weights() -> None:
@@ -122,7 +122,7 @@ def test_fingerprint_differs_for_other_weights() -> None:
         other.model.layers[2].mlp.down_proj.weight.neg_()
     smaller = tiny("llama")
     surgery.apply(smaller, cut(smaller, "channel"))
-    prints = [Decoder(model).fingerprint() for model in (*models, other, smaller)]
+    prints = [Decoder(model).compute_fingerprint() for model in (*models, other, smaller)]
     # A Mistral is a Llama under another name, and drawn from the same seed here.
     assert prints[0] == prints[2] and len(set(prints)) == len(prints) - 1
 
@@ -180,5 +180,5 @@ def test_backbone_alone_is_refused() -> None:
 
 def test_conv1d_is_read_as_out_in() -> None:
     linear = tiny("gpt2").transformer.h[0].mlp.c_fc
-    assert is_conv1d(linear) and weight_out_in(linear).shape == (96, 72)
-    assert weight_out_in(nn.Linear(72, 96)).shape == (96, 72)
+    assert is_conv1d(linear) and get_weight_out_in(linear).shape == (96, 72)
+    assert get_weight_out_in(nn.Linear(72, 96)).shape == (96, 72)

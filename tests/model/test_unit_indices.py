@@ -5,8 +5,8 @@ import torch
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
-from prunelit.model.unit_indices import slices
+from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.model.unit_indices import collect_layer_slices
 from tests.tiny import FAMILIES, keep, tiny
 
 FFN = 96  # channels of the tiny models
@@ -15,11 +15,11 @@ FFN = 96  # channels of the tiny models
 def rows_gone(model, plan):
     """{linear's path: (indices of rows, of columns) that surgery drops}, found by comparing weights."""
     dense = {path: module for path, module in model.named_modules() if hasattr(module, "weight") and "norm" not in path}
-    before = {path: weight_out_in(m).detach().clone() for path, m in dense.items() if m.weight.dim() == 2}
+    before = {path: get_weight_out_in(m).detach().clone() for path, m in dense.items() if m.weight.dim() == 2}
     surgery.apply(model, plan)
     found = {}
     for path, old in before.items():
-        new = weight_out_in(model.get_submodule(path)).detach()
+        new = get_weight_out_in(model.get_submodule(path)).detach()
         for axis, name in ((0, "rows"), (1, "columns")):
             if new.shape[axis] < old.shape[axis]:
                 kept = {tuple(line.tolist()) for line in (new if axis == 0 else new.T)}
@@ -49,7 +49,7 @@ def test_surgery_drops_the_slices_of_the_units_it_cuts(family, kind):
         layers[1] = keep(shape.layers[1], channels=tuple(c for c in range(FFN) if c not in gone["channel"]))
     paths = {module: path for path, module in model.named_modules()}
     expected = {}
-    for of in slices(decoder.layers[1]):
+    for of in collect_layer_slices(decoder.layers[1]):
         owned = {i for kind, units in of.owners.items() for unit in gone.get(kind, ()) for i in units[unit].tolist()}
         if owned:
             expected[paths[of.linear], "columns" if of.columns else "rows"] = owned
@@ -59,6 +59,6 @@ def test_surgery_drops_the_slices_of_the_units_it_cuts(family, kind):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_row_of_what_is_cut_has_one_owner(family):
     for layer in Decoder(tiny(family)):
-        for of in slices(layer):
+        for of in collect_layer_slices(layer):
             owned = torch.cat([units.flatten() for units in of.owners.values()]).tolist()
-            assert sorted(owned) == list(range(len(of.matrix(of.linear.weight))))
+            assert sorted(owned) == list(range(len(of.arrange_by_slice(of.linear.weight))))

@@ -64,8 +64,8 @@ def fit(source: str, words: str, folder: Path, *callbacks: Any, resume: Any = No
         num_sanity_val_steps=0,
         **options,
     )
-    checkpoints.prepare(trainer)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoints.newest(trainer) if resume == "last" else resume)
+    checkpoints.configure_checkpoints(trainer)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoints.find_newest_checkpoint(trainer) if resume == "last" else resume)
     return module.model.state_dict()
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_checkpoint_is_never_loaded(finished: Path, tmp_path: Path, ha
     harm(last)
     with pytest.raises(SourceNotFound, match=rf"last\.ckpt.*{wrong}.*resume from '.*step=6\.ckpt'"):
         AtomicCheckpointIO().load_checkpoint(last)
-    assert torch_files.damage(good) is None
+    assert torch_files.find_file_damage(good) is None
 
 
 def test_last_is_the_newest_whole_one_and_says_so(
@@ -181,17 +181,17 @@ def test_last_is_the_newest_whole_one_and_says_so(
 ) -> None:
     first, second, last = copy(finished, tmp_path)
     trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False)
-    checkpoints.prepare(trainer)
+    checkpoints.configure_checkpoints(trainer)
     caplog.set_level("INFO", "prunelit")
-    assert checkpoints.newest(trainer) == last
+    assert checkpoints.find_newest_checkpoint(trainer) == last
     cut_short(last)
-    torch_files.write_whole(tmp_path / "checkpoints" / "weights.ckpt", {"state_dict": {}})
-    assert checkpoints.newest(trainer) == second
+    torch_files.write_torch_file(tmp_path / "checkpoints" / "weights.ckpt", {"state_dict": {}})
+    assert checkpoints.find_newest_checkpoint(trainer) == second
     assert "last.ckpt is cut short: taking the one before" in caplog.text
     assert "weights.ckpt is without an optimiser's state" in caplog.text
     for path in (first, second):
         flip_a_bit(path)
-    assert checkpoints.newest(trainer) is None
+    assert checkpoints.find_newest_checkpoint(trainer) is None
     assert "starting from the beginning" in caplog.text
 
 
@@ -226,7 +226,7 @@ def test_what_a_killed_process_left_at_the_side_goes_and_what_a_live_one_writes_
     dead.wait()
     for process in (dead.pid, os.getppid()):
         (tmp_path / f".last.ckpt.{atomic_files.platform.node()}.{process}").write_text("half")
-    torch_files.write_whole(path, {})
+    torch_files.write_torch_file(path, {})
     assert sorted(os.listdir(tmp_path)) == sorted(
         [f".last.ckpt.{atomic_files.platform.node()}.{os.getppid()}", "last.ckpt"]
     )
@@ -234,7 +234,7 @@ def test_what_a_killed_process_left_at_the_side_goes_and_what_a_live_one_writes_
 
 def test_what_can_not_be_pickled_is_not_blamed_on_the_disk(tmp_path: Path) -> None:
     with pytest.raises(AttributeError, match="lambda"):
-        torch_files.write_whole(tmp_path / "x.ckpt", lambda: None)
+        torch_files.write_torch_file(tmp_path / "x.ckpt", lambda: None)
     assert not os.listdir(tmp_path)
 
 
@@ -337,18 +337,18 @@ def _arm(at: str, folder: Path) -> None:
 
         setattr(owner, name, call)
 
-    compare.in_new_process = reload.answer  # as in tests/conftest.py
+    compare.run_reload_script = reload.reload_and_run  # as in tests/conftest.py
     counted(LLMBIP, "score", "score")
     counted(reconstruct, "apply", "repair")
     if place == "full disk":
-        limited = torch_files.write_whole
+        limited = torch_files.write_torch_file
 
         def write(path: Path, content: Any) -> None:
             if path.suffix == ".ckpt" and content["global_step"] >= int(number):
                 resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
             limited(path, content)
 
-        checkpoints.write_whole = write  # type: ignore[assignment]
+        checkpoints.write_torch_file = write  # type: ignore[assignment]
     replace, step = os.replace, RecoveryModule.training_step
 
     def replaced(before: Any, after: Any) -> None:

@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from prunelit.__main__ import main
-from prunelit.monitoring.dashboard import IMAGES, METRICS, Dashboard, model_files
-from prunelit.monitoring.loggers import guard
+from prunelit.monitoring.dashboard import IMAGES, METRICS, Dashboard, list_shareable_files
+from prunelit.monitoring.loggers import guard_hyperparameters
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption
 from tests.foreign_job import ForeignData, ForeignModule
@@ -314,7 +314,7 @@ def test_hyperparameters_of_any_job_reach_wandb_without_paths_and_text() -> None
     logger = WandbLogger(project="prunes", offline=True, experiment=run)  # type: ignore[arg-type]
     run.config = types.SimpleNamespace(update=lambda given, **_: run.__dict__.update(got=given))
     for _ in range(2):
-        guard([logger])
+        guard_hyperparameters([logger])
     logger.log_hyperparams({"lora_rank": 8, "data": f"/home/{MARKER}/text.txt", "api_key": "abc", "said": "two words"})
     assert run.got == {"lora_rank": 8}
 
@@ -324,7 +324,7 @@ def test_a_model_leaves_without_sources_and_tokens(tmp_path: Path) -> None:
     folder.mkdir()
     for name in ("config.json", "plan.json", "report.json", "proof.json", "README.md"):
         (folder / name).write_text(MARKER)
-    found = model_files(folder, "{}")
+    found = list_shareable_files(folder, "{}")
     assert found == {"config.json": folder / "config.json", "plan.json": "{}"}
 
 

@@ -31,12 +31,12 @@ from prunelit.monitoring import scrub
     ],
 )
 def test_plain(name: str, value: Any, stays: bool) -> None:
-    assert (name in scrub.plain({name: value})) == stays
+    assert (name in scrub.keep_plain_values({name: value})) == stays
 
 
 def test_the_name_of_a_file_that_is_there_is_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert scrub.plain({"model": "mine"}) == {"model": "mine"}
+    assert scrub.keep_plain_values({"model": "mine"}) == {"model": "mine"}
     (tmp_path / "mine").mkdir()
-    assert scrub.plain({"model": "mine"}) == {}
-    assert scrub.plain({"nested": {"scope": "layer", "at": "/home/me"}}) == {"nested": {"scope": "layer"}}
+    assert scrub.keep_plain_values({"model": "mine"}) == {}
+    assert scrub.keep_plain_values({"nested": {"scope": "layer", "at": "/home/me"}}) == {"nested": {"scope": "layer"}}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.core.scores import LayerScores
-from prunelit.planning.budget import check_options, select
+from prunelit.planning.budget import check_budget_options, select_units
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NonFinite
 
 
@@ -34,7 +34,7 @@ def scores_of(shape: LayerShape, generator: torch.Generator | None = None) -> La
 
 @dataclass(frozen=True)
 class Case:
-    """Arguments of `select`."""
+    """Arguments of `select_units`."""
 
     shapes: tuple[LayerShape, ...]
     heads: tuple[tuple[float, ...], ...]
@@ -74,7 +74,7 @@ class Case:
         return 70 * shape.group_size + 50 if self.unit == "kv_group" else 70 * shape.kv_groups
 
     def select(self, scope: Any) -> tuple[LayerPlan, ...]:
-        return select(self.shapes, self.scores, self.ratio, scope, self.unit, self.align, self.protect)
+        return select_units(self.shapes, self.scores, self.ratio, scope, self.unit, self.align, self.protect)
 
     def cut(self, layers: Sequence[LayerPlan]) -> int:
         model = ModelShape("test", "test", 64, 10**6, 0, 4, "", self.shapes)
@@ -204,7 +204,7 @@ def test_global_takes_the_lowest_standardised_scores_of_all_layers(
     shapes = (layer_shape(1, 1, 32),) * 2
     number = math.ceil(ratio * sum(shape.parameters for shape in shapes) / 30)
     assume(number <= 62)
-    plans = select(shapes, [LayerScores(None, v) for v in values], ratio, "global", align=1)
+    plans = select_units(shapes, [LayerScores(None, v) for v in values], ratio, "global", align=1)
     table = [
         (score, layer, channel)
         for layer, v in enumerate(values)
@@ -220,7 +220,7 @@ def test_units_of_a_layers_scores_do_not_matter(case: Case, factors: list[float]
     assume(case.removable >= case.target)
     pairs = zip(case.scores, factors, strict=False)
     scaled = [LayerScores(scores.heads * factor, scores.channels * factor) for scores, factor in pairs]
-    again = select(case.shapes, scaled, case.ratio, "global", case.unit, case.align, case.protect)
+    again = select_units(case.shapes, scaled, case.ratio, "global", case.unit, case.align, case.protect)
     assert again == case.select("global")
 
 
@@ -231,30 +231,30 @@ def test_what_is_not_scored_stays() -> None:
     shapes = (layer_shape(),) * 2
     only_heads = [LayerScores(heads=torch.rand(8)) for _ in shapes]
     only_channels = [LayerScores(channels=torch.rand(32)) for _ in shapes]
-    for plan in select(shapes, only_heads, 0.2):
+    for plan in select_units(shapes, only_heads, 0.2):
         assert len(plan.ffn_channels) == 32 and len(plan.kv_groups) < 4
-    for plan in select(shapes, only_channels, 0.2, align=8):
+    for plan in select_units(shapes, only_channels, 0.2, align=8):
         assert len(plan.ffn_channels) < 32 and len(plan.query_heads) == 8
     with pytest.raises(InfeasibleBudget):
-        select(shapes, [LayerScores()] * 2, 0.01)
+        select_units(shapes, [LayerScores()] * 2, 0.01)
 
 
 def test_group_is_worth_the_sum_of_its_heads() -> None:
     heads = torch.tensor([5.0, 5.0, 9.0, 0.0, 7.0, 7.0, 6.0, 6.0])  # sums 10, 9, 14, 12
-    (plan,) = select((layer_shape(channels=0),), [LayerScores(heads)], 0.2)
+    (plan,) = select_units((layer_shape(channels=0),), [LayerScores(heads)], 0.2)
     assert plan.kv_groups == (0, 2, 3) and plan.query_heads == (0, 1, 4, 5, 6, 7)
 
 
 def test_query_heads_go_one_from_every_group() -> None:
     heads = torch.tensor([9.0, 0.0, 1.0, 4.0, 7.0, 6.0, 5.0, 8.0])
-    (plan,) = select((layer_shape(channels=0),), [LayerScores(heads)], 0.2, unit="query_head")
+    (plan,) = select_units((layer_shape(channels=0),), [LayerScores(heads)], 0.2, unit="query_head")
     assert plan.query_heads == (0, 3, 4, 7) and plan.kv_groups == (0, 1, 2, 3)
 
 
 def test_global_scope_lets_layers_differ() -> None:
     flat, steep = torch.linspace(1, 2, 64), torch.linspace(0, 1, 64) ** 9  # most of the steep one lies below its mean
     shapes = (layer_shape(channels=64),) * 2
-    first, second = select(shapes, [LayerScores(None, flat), LayerScores(None, steep)], 0.2, "global", align=8)
+    first, second = select_units(shapes, [LayerScores(None, flat), LayerScores(None, steep)], 0.2, "global", align=8)
     assert len(first.ffn_channels) != len(second.ffn_channels)
 
 
@@ -268,13 +268,13 @@ def test_scores_that_are_not_finite_are_refused(value: float, kind: str, scope: 
     broken[3] = value
     scores[1] = replace(scores[1], **{kind: broken})
     with pytest.raises(NonFinite, match=f"layer 1: {kind[:-1]} scores"):
-        select(shapes, scores, 0.2, scope)
+        select_units(shapes, scores, 0.2, scope)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int64], ids=str)
 def test_any_dtype_of_scores(dtype: torch.dtype) -> None:
     scores = LayerScores(channels=torch.arange(32).to(dtype))
-    (plan,) = select((layer_shape(),), [scores], 0.2, align=8)
+    (plan,) = select_units((layer_shape(),), [scores], 0.2, align=8)
     assert plan.ffn_channels == tuple(range(16, 32))
 
 
@@ -303,27 +303,27 @@ def test_any_dtype_of_scores(dtype: torch.dtype) -> None:
 def test_bad_option_is_named(option: dict[str, Any], named: str) -> None:
     shapes = (layer_shape(),) * 2
     with pytest.raises(BadOption, match=named):
-        select(shapes, [scores_of(shape) for shape in shapes], **{"ratio": 0.2, **option})
+        select_units(shapes, [scores_of(shape) for shape in shapes], **{"ratio": 0.2, **option})
 
 
 def test_options_are_checked_before_the_layers_are_known() -> None:
-    check_options(0.2, "layer", "kv_group", 64, (0, -1, 99))
+    check_budget_options(0.2, "layer", "kv_group", 64, (0, -1, 99))
 
 
 def test_wrong_number_of_scores_is_refused() -> None:
     with pytest.raises(BadOption, match="layer 0: expected 32 channel scores, got 31"):
-        select((layer_shape(),), [LayerScores(channels=torch.rand(31))], 0.2)
+        select_units((layer_shape(),), [LayerScores(channels=torch.rand(31))], 0.2)
 
 
 def test_infeasible_budget_says_what_is_possible() -> None:
     shapes = (layer_shape(groups=1, group_size=1),) * 2  # 1,099 parameters each, of which 24 channels of 30 may go
     scores = [scores_of(shape) for shape in shapes]
     with pytest.raises(InfeasibleBudget, match=r"ratio 0\.7.*at most 0\.6551"):
-        select(shapes, scores, 0.7, align=8)
+        select_units(shapes, scores, 0.7, align=8)
     with pytest.raises(InfeasibleBudget, match="1 unprotected"):
-        select(shapes, scores, 0.5, align=8, protect=(-1,))
+        select_units(shapes, scores, 0.5, align=8, protect=(-1,))
     with pytest.raises(InfeasibleBudget, match=r"^ratio 0\.5 of parameters: .*, got all 2 layers protected;"):
-        select(shapes, scores, 0.5, align=8, protect=(0, -1))
+        select_units(shapes, scores, 0.5, align=8, protect=(0, -1))
 
 
 # Other budgets, scopes and limits ------------------------------------------------------------------------------------
@@ -383,7 +383,7 @@ class Choice:
 
     def select(self, scope: Any, **options: Any) -> tuple[LayerPlan, ...]:
         case = self.case
-        return select(
+        return select_units(
             case.shapes,
             case.scores,
             case.ratio,
@@ -464,11 +464,11 @@ def test_channels_hold_no_cache() -> None:
     shapes = (layer_shape(channels=64),) * 3
     scores = [scores_of(shape) for shape in shapes]
     for scope in ("layer", "global", "layer_mean"):
-        plans = select(shapes, scores, 0.3, scope, align=8, budget="kv_bytes")
+        plans = select_units(shapes, scores, 0.3, scope, align=8, budget="kv_bytes")
         assert all(len(plan.ffn_channels) == 64 for plan in plans)
         assert sum(len(plan.kv_groups) for plan in plans) == (6 if scope == "layer" else 8)  # of 12, at least 3.6 go
     with pytest.raises(InfeasibleBudget, match=r"ratio 0\.3 of kv_bytes: expected at most 0\.0000"):
-        select(shapes, [LayerScores(channels=torch.rand(64)) for _ in shapes], 0.3, budget="kv_bytes")
+        select_units(shapes, [LayerScores(channels=torch.rand(64)) for _ in shapes], 0.3, budget="kv_bytes")
 
 
 def test_a_step_that_saves_nothing_goes_with_the_next() -> None:
@@ -479,10 +479,10 @@ def test_a_step_that_saves_nothing_goes_with_the_next() -> None:
     def blocks(shape: LayerShape, heads: int, groups: int, channels: int) -> float:
         return -(-channels // 8)
 
-    (plan,) = select((shape,), [scores], 0.1, "global", align=4, cost=blocks)
+    (plan,) = select_units((shape,), [scores], 0.1, "global", align=4, cost=blocks)
     assert plan.ffn_channels == tuple(range(8, 16))
     with pytest.raises(InfeasibleBudget, match=r"at most 0\.5"):
-        select((shape,), [scores], 0.6, "global", align=4, cost=blocks)
+        select_units((shape,), [scores], 0.6, "global", align=4, cost=blocks)
 
 
 @given(st.integers(1, 6), st.integers(1, 80), st.integers(1, 16), st.sampled_from([0.1, 0.3, 0.5, 0.55, 0.9]))
@@ -491,10 +491,10 @@ def test_least_share_stays_where_the_ratio_asks_for_more(groups: int, width: int
     shapes = (layer_shape(groups, 2, width), layer_shape(8, 2, 640))
     scores = [scores_of(shape) for shape in shapes]
     with pytest.raises(InfeasibleBudget) as refused:
-        select(shapes, scores, 0.9999, align=align, min_kept=share)
+        select_units(shapes, scores, 0.9999, align=align, min_kept=share)
     most = float(str(refused.value).split("at most ")[1].split(" ")[0])
     assume(0.001 < most < 0.9999)
-    plan, _ = select(shapes, scores, most - 1e-4, "global", align=align, min_kept=share)
+    plan, _ = select_units(shapes, scores, most - 1e-4, "global", align=align, min_kept=share)
     exact = math.ceil(round(share * width, 6))
     assert len(plan.kv_groups) >= math.ceil(round(share * groups, 6))
     assert len(plan.ffn_channels) >= min(width, -(-exact // align) * align)
@@ -504,20 +504,20 @@ def test_heads_that_save_nothing_stay_in_every_layer() -> None:
     """A floor of ratio * groups is 2 of 5; on this machine 5 and 4 heads differ, 4 and 3 do not."""
     shapes = (layer_shape(5, 1, 120),) * 2
     scores = [scores_of(shape) for shape in shapes]
-    plans = select(shapes, scores, 0.4, "layer", align=8, budget="latency", cost=seconds)
+    plans = select_units(shapes, scores, 0.4, "layer", align=8, budget="latency", cost=seconds)
     assert all(len(plan.kv_groups) == 4 for plan in plans)
 
 
 def test_min_kept_is_reached_and_not_passed() -> None:
     shape = layer_shape(0, 1, 100)
-    (plan,) = select((shape,), [scores_of(shape)], 0.445, align=1, min_kept=0.55)
+    (plan,) = select_units((shape,), [scores_of(shape)], 0.445, align=1, min_kept=0.55)
     assert len(plan.ffn_channels) == 55  # 0.55 * 100 is a little more than 55 in floating point
     shape = layer_shape(10, 1, 100)
-    (plan,) = select((shape,), [scores_of(shape)], 0.42, align=8, min_kept=0.55)
+    (plan,) = select_units((shape,), [scores_of(shape)], 0.42, align=8, min_kept=0.55)
     assert len(plan.kv_groups) == 6 and len(plan.ffn_channels) == 56
     with pytest.raises(InfeasibleBudget, match=r"0\.55 of the units and one kv_group and 8 channels"):
-        select((shape,), [scores_of(shape)], 0.5, align=8, min_kept=0.55)
-    (plan,) = select((layer_shape(2, 10, 0),), [LayerScores(torch.rand(20))], 0.3, unit="query_head", min_kept=0.55)
+        select_units((shape,), [scores_of(shape)], 0.5, align=8, min_kept=0.55)
+    (plan,) = select_units((layer_shape(2, 10, 0),), [LayerScores(torch.rand(20))], 0.3, unit="query_head", min_kept=0.55)
     assert len(plan.query_heads) == 12
 
 
@@ -529,7 +529,7 @@ def test_raw_scores_are_ranked_as_they_are(first: list[int], second: list[int], 
     number = math.ceil(ratio * sum(shape.parameters for shape in shapes) / 30)
     assume(number <= 62)
     scores = [LayerScores(None, v) for v in values]
-    plans = select(shapes, scores, ratio, "global", align=1, standardise=False)
+    plans = select_units(shapes, scores, ratio, "global", align=1, standardise=False)
     table = [(s, i, c) for i, v in enumerate(values) for c, s in enumerate(v.tolist()) if v[c] < v.max()]
     gone = {(layer, channel) for _, layer, channel in sorted(table)[:number]}
     assert gone == {(i, c) for i, plan in enumerate(plans) for c in range(32) if c not in plan.ffn_channels}
@@ -542,7 +542,7 @@ def test_a_group_counts_as_the_mean_of_its_heads_beside_channels() -> None:
         channels = torch.full((8,), 100.0)
         channels[:7] = channel
         scores = [LayerScores(heads, channels)]
-        (plan,) = select((shape,), scores, 0.2, "global", align=1, standardise=False)
+        (plan,) = select_units((shape,), scores, 0.2, "global", align=1, standardise=False)
         assert (len(plan.kv_groups) == 1) is group_goes
 
 
@@ -552,8 +552,8 @@ def test_kinds_apart_do_not_see_each_others_scores(case: Case, factor: float) ->
     options: Any = {"standardise": False, "joint": False}
     scaled = [LayerScores(scores.heads.double() * factor, scores.channels) for scores in case.scores]
     arguments = (case.ratio, "global", case.unit, case.align, case.protect)
-    plain = select(case.shapes, case.scores, *arguments, **options)
-    assert select(case.shapes, scaled, *arguments, **options) == plain
+    plain = select_units(case.shapes, case.scores, *arguments, **options)
+    assert select_units(case.shapes, scaled, *arguments, **options) == plain
 
 
 def test_kinds_apart_go_to_the_same_ratio_of_their_own_cost() -> None:
@@ -561,23 +561,23 @@ def test_kinds_apart_go_to_the_same_ratio_of_their_own_cost() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = [scores_of(shape, generator) for shape in shapes]
     tiny_heads = [LayerScores(each.heads * 1e-6, each.channels) for each in scores]
-    plans = select(shapes, tiny_heads, 0.3, "global", align=1, standardise=False, joint=False)
+    plans = select_units(shapes, tiny_heads, 0.3, "global", align=1, standardise=False, joint=False)
     heads, channels = (sum(len(getattr(p, name)) for p in plans) for name in ("query_heads", "ffn_channels"))
     assert 64 - heads == math.floor(0.3 * 4 * (16 * 120 + 7) / 120) == 19
     assert abs((1280 - channels) / 1280 - 0.3) < 0.01
     assert len({len(plan.ffn_channels) for plan in plans}) > 1  # and layers differ
-    joint = select(shapes, tiny_heads, 0.3, "global", align=1, standardise=False)
+    joint = select_units(shapes, tiny_heads, 0.3, "global", align=1, standardise=False)
     assert sum(len(plan.query_heads) for plan in joint) == 4  # all but the last of each layer went first
 
 
 def test_one_kind_carries_what_the_other_can_not() -> None:
     shapes = (layer_shape(8, 1, 8), layer_shape(8, 1, 8))
     scores = [scores_of(shape) for shape in shapes]
-    plans = select(shapes, scores, 0.5, "global", align=8, standardise=False, joint=False)
+    plans = select_units(shapes, scores, 0.5, "global", align=8, standardise=False, joint=False)
     assert all(len(plan.ffn_channels) == 8 for plan in plans)
     assert sum(len(plan.kv_groups) for plan in plans) == 5  # 11 * 120 of 2 * 1219 parameters are half
     tied = (layer_shape(8, 1, 80, prunable=False),) * 2
-    plans = select(tied, [scores_of(shape) for shape in tied], 0.5, "global", align=8, standardise=False, joint=False)
+    plans = select_units(tied, [scores_of(shape) for shape in tied], 0.5, "global", align=8, standardise=False, joint=False)
     assert all(len(plan.kv_groups) == 8 for plan in plans)
 
 
@@ -607,7 +607,7 @@ def test_layer_means_move_the_shares(means: list[float], ratio: float, width: in
         low, high = (low, shift) if sum(min(c, width - 1) for c in counts(shift)) >= number else (shift, high)
     expected = [min(count, width - 1) for count in counts(high)]
     assume(sum(expected) == number)  # two layers that pass a step at the same shift: either may take it
-    plans = select(shapes, scores, ratio, "layer_mean", align=1)
+    plans = select_units(shapes, scores, ratio, "layer_mean", align=1)
     assert [width - len(plan.ffn_channels) for plan in plans] == expected
 
 
@@ -619,19 +619,19 @@ def test_the_less_important_layer_loses_more_of_each_kind() -> None:
         LayerScores(h * (torch.rand(16, generator=generator) + 9), c * (torch.rand(320, generator=generator) + 9))
         for h, c in weights
     ]
-    plans = select(shapes, scores, 0.4, "layer_mean", align=1)
+    plans = select_units(shapes, scores, 0.4, "layer_mean", align=1)
     heads, channels = [len(p.query_heads) for p in plans], [len(p.ffn_channels) for p in plans]
     # z is 1.2247, 0, -1.2247: shares of 0.2775, 0.4, 0.5225.
     for head, channel, share in zip(heads, reversed(channels), (0.2775, 0.4, 0.5225), strict=True):
         assert abs((16 - head) / 16 - share) < 1 / 16 and abs((320 - channel) / 320 - share) < 0.01
     again = [LayerScores(each.heads * 7, each.channels * 0.01) for each in scores]
-    assert select(shapes, again, 0.4, "layer_mean", align=1) == plans
+    assert select_units(shapes, again, 0.4, "layer_mean", align=1) == plans
 
 
 def test_shares_are_rounded_to_the_nearest_step() -> None:
     shapes = (layer_shape(4, 1, 320),) * 3
     for ratio, groups in ((0.3, 1), (0.4, 2), (0.6, 2), (0.65, 3)):  # 1.2, 1.6, 2.4 and 2.6 of 4
-        plans = select(shapes, [LayerScores(torch.ones(4), torch.ones(320))] * 3, ratio, "layer_mean", align=1)
+        plans = select_units(shapes, [LayerScores(torch.ones(4), torch.ones(320))] * 3, ratio, "layer_mean", align=1)
         assert [4 - len(plan.kv_groups) for plan in plans] == [groups] * 3
 
 
@@ -642,7 +642,7 @@ def test_standardised_scores_say_nothing_about_layers() -> None:
     for _ in shapes:
         values = torch.rand(320).double() ** 5
         scores.append(LayerScores(channels=(values - values.mean()) / values.std()))
-    plans = select(shapes, scores, 0.3, "layer_mean", align=1)
+    plans = select_units(shapes, scores, 0.3, "layer_mean", align=1)
     widths = [len(plan.ffn_channels) for plan in plans]
     assert max(widths) - min(widths) <= 1
 
@@ -650,7 +650,7 @@ def test_standardised_scores_say_nothing_about_layers() -> None:
 def test_protected_layers_do_not_move_the_mean() -> None:
     shapes = (layer_shape(4, 1, 320),) * 3
     scores = [LayerScores(channels=torch.rand(320) + mean) for mean in (1, 2, 1000)]
-    first, second, third = select(shapes, scores, 0.2, "layer_mean", align=1, protect=(-1,))
+    first, second, third = select_units(shapes, scores, 0.2, "layer_mean", align=1, protect=(-1,))
     assert third == LayerPlan.dense(shapes[2])
     assert len(second.ffn_channels) - len(first.ffn_channels) > 20
 
@@ -673,14 +673,14 @@ def test_protected_layers_do_not_move_the_mean() -> None:
 def test_bad_new_option_is_named(option: dict[str, Any], named: str) -> None:
     shapes = (layer_shape(),) * 2
     with pytest.raises(BadOption, match=named):
-        select(shapes, [scores_of(shape) for shape in shapes], **{"ratio": 0.2, **option})
+        select_units(shapes, [scores_of(shape) for shape in shapes], **{"ratio": 0.2, **option})
 
 
 def test_many_channels_are_cut_one_by_one_in_good_time() -> None:
     shapes = (layer_shape(8, 4, 11008),) * 4
     scores = [scores_of(shape) for shape in shapes]
     start = time.process_time()
-    select(shapes, scores, 0.3, "layer", align=1)
+    select_units(shapes, scores, 0.3, "layer", align=1)
     assert time.process_time() - start < 30  # quadratic, it takes minutes
 
 
@@ -695,7 +695,7 @@ def head_counts(layers: Sequence[LayerPlan]) -> set[tuple[int, int]]:
 def test_uniform_heads_keeps_as_many_in_every_layer(case: Case, scope: Any, standardise: bool, joint: bool) -> None:
     dense = {(case.shapes[0].query_heads, case.shapes[0].kv_groups)}
     try:
-        layers = select(
+        layers = select_units(
             *(case.shapes, case.scores, case.ratio, scope, case.unit, case.align, case.protect),
             uniform_heads=True,
             standardise=standardise,
@@ -729,7 +729,7 @@ def test_uniform_heads_go_by_their_mean_over_layers() -> None:
     heads = (torch.tensor([0.0, 0.1]), torch.tensor([500.0, 900.0]))
     scores = [LayerScores(heads[0], channels), LayerScores(heads[1], 100 + channels)]
     free, tied = (
-        select(shapes, scores, 0.3, "global", align=8, standardise=False, uniform_heads=uniform)
+        select_units(shapes, scores, 0.3, "global", align=8, standardise=False, uniform_heads=uniform)
         for uniform in (False, True)
     )
     assert [len(kept.kv_groups) for kept in free] == [1, 2]
@@ -741,6 +741,6 @@ def test_uniform_heads_says_why_a_budget_can_not_be_met() -> None:
     shapes = [layer_shape()] * 2
     scores = [scores_of(shape) for shape in shapes]
     with pytest.raises(InfeasibleBudget, match="uniform_heads"):
-        select(shapes, scores, 0.45, align=8, protect=[0], uniform_heads=True)
+        select_units(shapes, scores, 0.45, align=8, protect=[0], uniform_heads=True)
     with pytest.raises(BadOption, match="uniform_heads: expected true or false"):
-        check_options(0.2, "layer", "kv_group", 1, (), uniform_heads="yes")
+        check_budget_options(0.2, "layer", "kv_group", 1, (), uniform_heads="yes")

@@ -11,15 +11,15 @@ from torch import nn
 
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.export import padded
-from prunelit.export.hetero import per_layer_model
-from prunelit.export.uniform import stock_model
+from prunelit.export.hetero import build_per_layer_model
+from prunelit.export.uniform import build_stock_model
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.planning import serving as serving_file
-from prunelit.planning.serving import Row, deci_sizes, notes, serving
-from prunelit.planning.stock_shapes import padded_widths
+from prunelit.planning.serving import ServingRow, compute_deci_sizes, list_serving_notes, list_serving_options
+from prunelit.planning.stock_shapes import compute_padded_widths
 from prunelit.quantization.int4 import GROUP_SIZES
-from prunelit.quantization.int4_folder import CODES
+from prunelit.quantization.int4_folder import CODES_PER_WORD
 from prunelit.repair import bias
 from prunelit.runtime.errors import DoesNotFit
 from tests.core.test_plan import layer_shape, model_shape
@@ -29,8 +29,8 @@ STOCK, HETERO = "transformers, stock class", "transformers, per-layer shapes"
 PADDED = "transformers, padded"
 
 
-def row(plan: PruningPlan, target: str) -> Row:
-    (found,) = (each for each in serving(plan) if each.target == target)
+def row(plan: PruningPlan, target: str) -> ServingRow:
+    (found,) = (each for each in list_serving_options(plan) if each.target == target)
     return found
 
 
@@ -65,15 +65,15 @@ def carried_out(model: Any, plan: PruningPlan) -> Any:
 def check(build: Any, plan: PruningPlan, what: str) -> None:
     model = carried_out(build(), plan)
     said = row(plan, STOCK)
-    assert (said.answer == "yes") == (stock_model(model) is not None), (what, said)
-    assert (row(plan, HETERO).answer == "yes") == (per_layer_model(model) is not None), what
+    assert (said.answer == "yes") == (build_stock_model(model) is not None), (what, said)
+    assert (row(plan, HETERO).answer == "yes") == (build_per_layer_model(model) is not None), what
     try:
-        layer = Decoder(padded._stock(model)[0]).layers[0].shape
+        layer = Decoder(padded._build_padded_shell(model)[0]).layers[0].shape
     except DoesNotFit:
         assert row(plan, PADDED).answer == "no", what
     else:
         assert row(plan, PADDED).answer == "yes", what
-        assert (layer.query_heads, layer.kv_groups, layer.ffn_channels) == padded_widths(plan), what
+        assert (layer.query_heads, layer.kv_groups, layer.ffn_channels) == compute_padded_widths(plan), what
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -83,11 +83,11 @@ def test_transformers_rows_are_what_the_writers_find(family: str) -> None:
 
     for name, plan in uniform_plans(build()):
         check(build, plan, name)
-        check(build, bias.declare(Decoder(build()), plan, True), f"{name}, with biases")
+        check(build, bias.declare_biases(Decoder(build()), plan, True), f"{name}, with biases")
     for kind in (*KINDS, "mixed"):
         if kind not in FAMILIES[family].lacks:
             check(build, cut(build(), kind), kind)
-            check(build, bias.declare(Decoder(build()), cut(build(), kind), True), f"{kind}, with biases")
+            check(build, bias.declare_biases(Decoder(build()), cut(build(), kind), True), f"{kind}, with biases")
 
 
 def other_heads(family: str) -> bool:
@@ -177,7 +177,7 @@ def test_the_table(target: str, layers: tuple[LayerPlan, ...], family: str, answ
 
 
 def test_int4_rows_are_what_the_writer_takes() -> None:
-    assert (serving_file.GROUP_SIZES, serving_file._CODES) == (GROUP_SIZES, CODES)
+    assert (serving_file.GROUP_SIZES, serving_file._CODES) == (GROUP_SIZES, CODES_PER_WORD)
 
 
 def test_int4_groups_name_the_width_that_does_not_divide() -> None:
@@ -185,7 +185,7 @@ def test_int4_groups_name_the_width_that_does_not_divide() -> None:
     model = model_shape(*[shape] * 2, hidden=576)
     odd = keep(shape, groups=(0,), channels=tuple(range(1500)))
     plan = plan_of(LayerPlan.dense(shape), odd, model=model)
-    said = {each.target: each for each in serving(plan) if each.target.startswith("INT4")}
+    said = {each.target: each for each in list_serving_options(plan) if each.target.startswith("INT4")}
     assert {each.answer for each in said.values()} == {"yes"}
     assert said["INT4, groups of 64"].option == "align: 64" and "in 1 layer" in said["INT4, groups of 64"].why
     assert said["INT4, groups of 128"].why.startswith("in groups of 64 (hidden size: 576 inputs); channels of zeros")
@@ -196,23 +196,23 @@ def test_int4_groups_name_the_width_that_does_not_divide() -> None:
 
 def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
     plan = plan_of(FEWER, NARROW, NO_FFN)
-    assert padded_widths(plan) == (9, 3, 96)
+    assert compute_padded_widths(plan) == (9, 3, 96)
     narrow = plan_of(keep(SHAPE, groups=(1,), channels=tuple(range(48))), GONE, keep(SHAPE, channels=tuple(range(64))))
-    assert padded_widths(narrow) == (9, 3, 64)
+    assert compute_padded_widths(narrow) == (9, 3, 64)
     left = 2 * SHAPE.parameters_at(9, 3, 64)
     assert f"saves {1 - left / LLAMA.block_parameters:.1%}" in row(narrow, "transformers, padded").why
-    assert padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (9, 3, 96)  # its head size is 72 / heads
+    assert compute_padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (9, 3, 96)  # its head size is 72 / heads
 
 
 def test_notes_on_widths_and_gpus() -> None:
     eight = layer_shape(8, 4, 8, 128)
     model = model_shape(*[eight] * 2)
     whole = plan_of(*[LayerPlan.dense(eight)] * 2, model=model)
-    assert notes(whole) == [
+    assert list_serving_notes(whole) == [
         "tensor parallel over 2, 4, 8 GPUs: heads, KV groups (or copies of them) and channels divide"
     ]
     odd = plan_of(LayerPlan.dense(eight), keep(eight, groups=(0, 1, 2), channels=tuple(range(100))), model=model)
-    width, parallel = notes(odd)
+    width, parallel = list_serving_notes(odd)
     assert "1 layer (1)" in width and "align: 64" in width
     assert parallel.startswith("tensor parallel: no number of GPUs from 2 to 8 divides heads, KV groups and channels")
 
@@ -229,7 +229,7 @@ def test_the_option_named_makes_it_serve() -> None:
             "layer": {"scope": "layer"},
         }.items()
     }
-    said = {name: {each.target: each for each in serving(plan)} for name, plan in plans.items()}
+    said = {name: {each.target: each for each in list_serving_options(plan)} for name, plan in plans.items()}
     assert said["global"][STOCK].answer == "no"
     assert "uniform_heads: true" in said["global"]["vLLM, DeciLM"].option
     assert "uniform_heads" not in said["uniform_heads"]["vLLM, DeciLM"].option
@@ -242,11 +242,11 @@ def test_sizes_of_a_folder_for_decilm() -> None:
     few = keep(eight, groups=(0, 1, 2), channels=tuple(range(200)))
     ones = keep(eight, heads_in_group=(0,))
     model = model_shape(*[eight] * 3)
-    assert deci_sizes(plan_of(LayerPlan.dense(eight), few, ones, model=model)) == [
+    assert compute_deci_sizes(plan_of(LayerPlan.dense(eight), few, ones, model=model)) == [
         (8, 4, 512),
         (8, 4, 256),
         (8, 4, 512),
     ]
     gone = keep(eight, groups=())
-    assert deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 512), (6, 3, 256), (6, 3, 256)]
-    assert deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 512)
+    assert compute_deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 512), (6, 3, 256), (6, 3, 256)]
+    assert compute_deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 512)

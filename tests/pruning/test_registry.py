@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from prunelit import callbacks
-from prunelit.cli.method_cards import answer
+from prunelit.cli.method_cards import answer_methods_command
 from prunelit.pruning import registry
-from prunelit.pruning.registry import _files, broken, method_class, methods
+from prunelit.pruning.registry import _read_files, list_broken_files, method_class, methods
 from tests.cli.test_fit import call, refused
 
 SAID = "prunelit/callbacks/mine.py, line 3: expected Python, got: invalid syntax"
@@ -24,17 +24,17 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "mine.py").write_bytes(request.param)
     monkeypatch.setattr(registry, "FOLDER", tmp_path)
     monkeypatch.setattr(callbacks, "__path__", [*callbacks.__path__, str(tmp_path)])  # the others as they are
-    _files.cache_clear()
+    _read_files.cache_clear()
     yield tmp_path
     sys.modules.pop("prunelit.callbacks.mine", None)
-    _files.cache_clear()
+    _read_files.cache_clear()
 
 
 def test_the_others_work(folder: Path) -> None:
-    assert broken() == {"mine": SAID}
+    assert list_broken_files() == {"mine": SAID}
     assert "mine" not in methods() and {"best", "flap", "wanda_sp"} < methods().keys()
     assert method_class("flap").__name__ == "FLAP"
-    assert answer(["flap"]).startswith("flap")
+    assert answer_methods_command(["flap"]).startswith("flap")
 
 
 @pytest.mark.parametrize(
@@ -48,13 +48,13 @@ def test_the_others_work(folder: Path) -> None:
     ids=["null", "latin", "coding"],
 )
 def test_other_files_that_are_no_python(folder: Path, wanted: str) -> None:
-    assert wanted in broken()["mine"] and "flap" in methods()
+    assert wanted in list_broken_files()["mine"] and "flap" in methods()
 
 
 def test_methods_names_it(folder: Path) -> None:
-    (line,) = [line for line in answer([]).splitlines() if line.startswith("mine")]
+    (line,) = [line for line in answer_methods_command([]).splitlines() if line.startswith("mine")]
     assert line.split(maxsplit=2) == ["mine", "broken", SAID]
-    assert json.loads(answer(["--json"]))[-1] == {"name": "mine", "error": SAID}
+    assert json.loads(answer_methods_command(["--json"]))[-1] == {"name": "mine", "error": SAID}
 
 
 def test_it_is_refused_when_it_is_asked_for(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

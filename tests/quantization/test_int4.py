@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from prunelit.quantization.int4 import GROUP_SIZES, GroupLora, Int4Linear, error_bound, quantise
+from prunelit.quantization.int4 import GROUP_SIZES, GroupLora, Int4Linear, compute_error_bound, round_to_int4
 from prunelit.runtime.errors import BadOption
 
 WIDTHS = (1, 15, 32, 77, 100, 128)
@@ -37,7 +37,7 @@ def test_codes_follow_the_formula_and_stay_within_half_a_step(
 ) -> None:
     torch.manual_seed(seed)
     weight = (torch.randn(rows, width) + shift) * 2.0**power
-    codes, scale, zero = quantise(weight, group_size)
+    codes, scale, zero = round_to_int4(weight, group_size)
     assert codes.shape == weight.shape and scale.shape == zero.shape == (rows, -(-width // group_size))
     for row in range(rows):
         for group, part in enumerate(weight[row].double().split(group_size)):
@@ -82,12 +82,12 @@ def test_nearly_constant_groups_merge(tiny_spread: float) -> None:
 def test_layer_is_the_linear_of_its_weight(width: int, group_size: int) -> None:
     weight, bias = torch.randn(24, width), torch.nn.Parameter(torch.randn(24))
     layer = Int4Linear.from_weight(weight, bias, group_size)
-    codes, scale, zero = quantise(weight, group_size)
+    codes, scale, zero = round_to_int4(weight, group_size)
     full = (scale.repeat_interleave(group_size, 1)[:, :width] * codes) + zero.repeat_interleave(group_size, 1)[
         :, :width
     ]
     torch.testing.assert_close(layer.dequantised(), full)
-    assert relative(full, weight) <= error_bound(group_size)
+    assert relative(full, weight) <= compute_error_bound(group_size)
     x, twin = (torch.randn(2, 5, width).requires_grad_() for _ in range(2))
     twin.data.copy_(x.data)
     got, wanted = layer(x), functional.linear(twin, full, bias)
@@ -194,4 +194,4 @@ def test_error_bound_holds_for_heavy_and_light_tails(draw: str, group_size: int)
     elif draw == "cubed":
         weight = weight**3
     error = relative(Int4Linear.from_weight(weight, None, group_size).dequantised(), weight)
-    assert 0.01 < error < error_bound(group_size)
+    assert 0.01 < error < compute_error_bound(group_size)

@@ -15,7 +15,7 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
-from prunelit.quantization.linears import decoder_linears, quantised_as
+from prunelit.quantization.linears import list_decoder_linears, get_quantization
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 from tests.tiny import cut, keep, tiny, tokens
 
@@ -43,7 +43,7 @@ def test_the_layout_is_what_transformers_unpacks(size: int, finer: int) -> None:
 
     linear = Int4Linear.from_weight(torch.randn(24, 256), None, size)
     linear.zero += torch.randn_like(linear.zero)  # as after a merge
-    found = int4_folder.tensors(linear, size // finer, 24, 256, 1, torch.float32)
+    found = int4_folder.make_int4_tensors(linear, size // finer, 24, 256, 1, torch.float32)
     assert found["weight"].dtype == torch.uint32 and found["weight"].shape == (24, 32)
     assert found["scales"].shape == found["qbiases"].shape == (24, 256 * finer // size)
     theirs = _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], size // finer, 4)
@@ -55,7 +55,7 @@ def test_added_rows_are_zero_and_stand_behind_each_part() -> None:
 
     bias = torch.nn.Parameter(torch.randn(10))
     linear = Int4Linear.from_weight(torch.randn(10, 20), bias, 16)
-    found = int4_folder.tensors(linear, 8, 16, 24, 2, torch.float32)
+    found = int4_folder.make_int4_tensors(linear, 8, 16, 24, 2, torch.float32)
     whole = _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], 8, 4)[:, :20]
     own = linear.dequantised()
     assert torch.equal(whole[:5], own[:5]) and torch.equal(whole[8:13], own[5:])
@@ -66,8 +66,8 @@ def test_added_rows_are_zero_and_stand_behind_each_part() -> None:
 @pytest.mark.parametrize(("size", "wanted"), [(16, 16), (32, 32), (64, 32), (128, 32)])
 def test_one_group_size_divides_all_widths_but_those_of_the_ffn(size: int, wanted: int) -> None:
     model = odd("llama", **(WIDE | {"hidden_size": 96, "num_attention_heads": 2}))
-    quantize.quantize(model, "int4", size)
-    assert int4_folder.group_size(model) == wanted
+    quantize.quantize_model(model, "int4", size)
+    assert int4_folder.find_common_group_size(model) == wanted
 
 
 @pytest.mark.parametrize(
@@ -79,16 +79,16 @@ def test_one_group_size_divides_all_widths_but_those_of_the_ffn(size: int, wante
 )
 def test_what_no_reader_takes_is_said(family: str, sizes: dict[str, int], reason: str) -> None:
     model = tiny(family, **sizes)
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     with pytest.raises(BadQuantisation, match=reason + ".*use format uniform or hetero"):
-        int4_folder.group_size(model)
+        int4_folder.find_common_group_size(model)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """An int4 model of 128-wide layers, and its folder."""
     model = tiny("llama", **WIDE, tie_word_embeddings=True)
-    quantize.quantize(model, "int4", 32)
+    quantize.quantize_model(model, "int4", 32)
     folder = tmp_path_factory.mktemp("int4") / "model"
     prunelit.save(model, folder, format="int4")
     return model, folder
@@ -97,7 +97,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
 def test_reads_codes_scales_and_zeros_as_they_were(saved: tuple[Any, Path]) -> None:
     model, folder = saved
     again = loading.load(folder, four_bit=True)
-    for mine, theirs in zip(decoder_linears(model), decoder_linears(again), strict=True):
+    for mine, theirs in zip(list_decoder_linears(model), list_decoder_linears(again), strict=True):
         for name in ("packed", "scale", "zero"):
             assert torch.equal(getattr(mine.module, name), getattr(theirs.module, name)), theirs.name
     assert torch.equal(logits(again), logits(model))
@@ -108,7 +108,7 @@ def test_reads_codes_scales_and_zeros_as_they_were(saved: tuple[Any, Path]) -> N
 def test_load_makes_plain_linears(saved: tuple[Any, Path]) -> None:
     model, folder = saved
     again = loading.load(folder)
-    assert quantised_as(again) is None and torch.equal(logits(again), logits(model))
+    assert get_quantization(again) is None and torch.equal(logits(again), logits(model))
     assert loading.load(folder, "bfloat16").dtype == torch.bfloat16
     assert loading.load(folder, torch.bfloat16, four_bit=True).dtype == torch.bfloat16
 
@@ -116,7 +116,7 @@ def test_load_makes_plain_linears(saved: tuple[Any, Path]) -> None:
 def test_a_cut_model_is_read_again(tmp_path: Path) -> None:
     model = tiny("qwen2")
     surgery.apply(model, cut(model, "mixed"))
-    quantize.quantize(model, "int4", 16)
+    quantize.quantize_model(model, "int4", 16)
     assert prunelit.save(model, tmp_path / "a", format="int4") == "int4"
     again = loading.load(tmp_path / "a", four_bit=True)
     assert torch.equal(logits(again), logits(model)) and type(again).__name__ == "PrunedQwen2ForCausalLM"
@@ -154,16 +154,16 @@ def test_damaged_folders_are_refused(saved: tuple[Any, Path], tmp_path: Path, ch
 
 
 def test_only_folders_in_this_layout_are_taken_for_one(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    assert int4_folder.config_of(saved[1]) == {
+    assert int4_folder.read_int4_config(saved[1]) == {
         "quant_method": "metal",
         "bits": 4,
         "group_size": 32,
         "modules_to_not_convert": ["lm_head"],
     }
-    assert int4_folder.config_of(tmp_path) is None
+    assert int4_folder.read_int4_config(tmp_path) is None
     for other in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "metal", "bits": 8}}):
         (tmp_path / "config.json").write_text(json.dumps(other))
-        assert int4_folder.config_of(tmp_path) is None
+        assert int4_folder.read_int4_config(tmp_path) is None
 
 
 @pytest.mark.parametrize("size", [0, 12, -8, "32", None])
@@ -172,4 +172,4 @@ def test_a_group_size_that_is_none_is_said(saved: tuple[Any, Path], tmp_path: Pa
     config["quantization_config"]["group_size"] = size
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceNotFound, match="group_size: expected a multiple of 8"):
-        int4_folder.config_of(tmp_path)
+        int4_folder.read_int4_config(tmp_path)

@@ -16,10 +16,10 @@ from prunelit.data import loading
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import quantize, views
-from prunelit.quantization.int4_folder import group_size
-from prunelit.quantization.linears import quantised_as
+from prunelit.quantization.int4_folder import find_common_group_size
+from prunelit.quantization.linears import get_quantization
 from prunelit.recovery import adapter_files
-from prunelit.recovery.lora import add_lora, merged
+from prunelit.recovery.lora import add_lora, merge_adapters
 from prunelit.runtime.errors import BadAdapter, SourceNotFound
 from tests.tiny import keep, tiny, tokens
 
@@ -53,7 +53,7 @@ def adapted(family: str, base: Any, size: int = 16, more: int = 25) -> Any:
     shape = Decoder(model).shape
     layers = tuple(keep(layer, channels=tuple(range(37 + more * i))) for i, layer in enumerate(shape.layers))
     surgery.apply(model, PruningPlan("test", shape, layers))
-    quantize.quantize(model, base, size)
+    quantize.quantize_model(model, base, size)
     model = add_lora(model, 4, 8, 0.0, {"ffn": 6}).eval()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -63,12 +63,12 @@ def adapted(family: str, base: Any, size: int = 16, more: int = 25) -> Any:
 
 def saved(model: Any, folder: Path) -> Path:
     """The model's base and adapters, as `fit` leaves them."""
-    base, wide = views.below_adapters(model), None
-    if quantised_as(base) == "int4":
-        wide = views.plain(base, group_size(base))
+    base, wide = views.view_without_adapters(model), None
+    if get_quantization(base) == "int4":
+        wide = views.view_as_plain_linears(base, find_common_group_size(base))
     prunelit.save(base, folder / "base")
     (folder / "adapter").mkdir()
-    adapter_files.write(model, folder / "adapter", str(folder / "base"), wide)
+    adapter_files.write_adapter(model, folder / "adapter", str(folder / "base"), wide)
     return folder
 
 
@@ -84,7 +84,7 @@ def test_peft_reads_them_in_a_new_process(tmp_path: Path) -> None:
         model = adapted(family, base)
         saved(model, tmp_path / name)
         torch.save(tokens(), tmp_path / name / "ids.pt")
-        wanted[name] = logits(model), logits(merged(model))
+        wanted[name] = logits(model), logits(merge_adapters(model))
     command = [sys.executable, "-c", _PEFT, *(str(tmp_path / name) for name in wanted)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -100,31 +100,31 @@ def test_peft_reads_them_in_a_new_process(tmp_path: Path) -> None:
 def test_group_adapters_merge_into_zeros_from_their_folder(family: str, size: int, tmp_path: Path) -> None:
     model = adapted(family, "int4", size)
     folder, wanted = saved(model, tmp_path / "run"), logits(model)
-    adapter_files.check(folder / "adapter", str(folder / "base"))
+    adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     four_bit = loading.load(folder / "base", four_bit=True)
     codes = [module.packed.clone() for module in four_bit.modules() if hasattr(module, "packed")]
-    again = adapter_files.merge_onto(four_bit, folder / "adapter")
-    assert quantised_as(again) == "int4" and near(logits(again), wanted)
+    again = adapter_files.merge_adapter_folder(four_bit, folder / "adapter")
+    assert get_quantization(again) == "int4" and near(logits(again), wanted)
     after = [module.packed for module in again.modules() if hasattr(module, "packed")]
     assert all(torch.equal(a, b) for a, b in zip(codes, after, strict=True))
-    assert near(logits(adapter_files.merge_onto(loading.load(folder / "base"), folder / "adapter")), wanted)
+    assert near(logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_plain_adapters_merge_from_their_folder(family: str, tmp_path: Path) -> None:
     model = adapted(family, "none")
     folder, wanted = saved(model, tmp_path / "run"), logits(model)
-    adapter_files.check(folder / "adapter", str(folder / "base"))
-    assert near(logits(adapter_files.merge_onto(loading.load(folder / "base"), folder / "adapter")), wanted)
+    adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
+    assert near(logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
 
 
 def test_an_adapter_that_tells_a_group_apart_is_not_merged_into_zeros(tmp_path: Path) -> None:
     folder = saved(adapted("llama", "none", more=0), tmp_path / "run")
     base = loading.load(folder / "base")
-    quantize.quantize(base, "int4", 16)
+    quantize.quantize_model(base, "int4", 16)
     before = logits(base)
     with pytest.raises(BadAdapter, match="one value for all inputs of an INT4 group of 16, got several"):
-        adapter_files.merge_onto(base, folder / "adapter")
+        adapter_files.merge_adapter_folder(base, folder / "adapter")
     assert torch.equal(logits(base), before)
 
 
@@ -138,10 +138,10 @@ def test_another_cut_is_refused_before_a_model_is_loaded(
     monkeypatch.setattr(loading, "load", lambda *a, **k: pytest.fail("the model was loaded"))
     reason = r"layers\.1\.mlp\.\w+: expected a linear of \[.*\] in .*, got \[.*\]; it was made for another cut"
     with pytest.raises(BadAdapter, match=reason):
-        adapter_files.check(mine / "adapter", str(other / "base"))
+        adapter_files.check_adapter(mine / "adapter", str(other / "base"))
     with pytest.raises(BadAdapter, match=reason):  # where the source is no folder
-        adapter_files.merge_onto(model, mine / "adapter")
-    adapter_files.check(mine / "adapter", "owner/name")
+        adapter_files.merge_adapter_folder(model, mine / "adapter")
+    adapter_files.check_adapter(mine / "adapter", "owner/name")
 
 
 def _edit(folder: Path, **values: Any) -> None:
@@ -165,14 +165,14 @@ def test_broken_adapters_are_said(break_it: Any, reason: str, tmp_path: Path) ->
     folder = saved(adapted("llama", "none"), tmp_path / "run") / "adapter"
     break_it(folder)
     with pytest.raises(BadAdapter, match=reason):
-        adapter_files.check(folder, str(tmp_path / "run" / "base"))
+        adapter_files.check_adapter(folder, str(tmp_path / "run" / "base"))
 
 
 def test_rank_stabilised_scaling_is_pefts(tmp_path: Path) -> None:
     folder = saved(adapted("llama", "int4", more=0), tmp_path / "run")
     _edit(folder / "adapter", use_rslora=True)
-    plain = logits(adapter_files.merge_onto(loading.load(folder / "base"), folder / "adapter"))
-    zeros = logits(adapter_files.merge_onto(loading.load(folder / "base", four_bit=True), folder / "adapter"))
+    plain = logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter"))
+    zeros = logits(adapter_files.merge_adapter_folder(loading.load(folder / "base", four_bit=True), folder / "adapter"))
     assert near(zeros, plain)
 
 
@@ -182,5 +182,5 @@ def test_a_damaged_base_is_one_line(change: Any, tmp_path: Path) -> None:
     file = folder / "base" / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
     with pytest.raises(SourceNotFound, match=r"can not be loaded: model\.safetensors") as error:
-        adapter_files.check(folder / "adapter", str(folder / "base"))
+        adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     assert "\n" not in str(error.value)

@@ -27,7 +27,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def rows(windows: torch.Tensor) -> set[str]:
-    return {text.fingerprint(window) for window in windows}
+    return {text.fingerprint_token_ids(window) for window in windows}
 
 
 def test_roles_share_no_window(data: Any) -> None:
@@ -57,7 +57,7 @@ def test_sources_are_mixed_evenly(data: Any, tmp_path: Path) -> None:
     first, second = tmp_path / "a.txt", tmp_path / "b.txt"
     first.write_text("".join(f"alpha {n} " for n in range(2000)))
     second.write_text("".join(f"gamma {n} " for n in range(2000)))
-    module = data(train=[str(first), str(second)], validation=text.BUILTIN)
+    module = data(train=[str(first), str(second)], validation=text.BUILTIN_TEXT)
     texts = tiny_tokenizer().batch_decode(module.calibration)
     assert sum("alpha" in text for text in texts) == sum("gamma" in text for text in texts) == 4
 

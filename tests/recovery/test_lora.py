@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.linears import decoder_linears, quantised_as
-from prunelit.quantization.quantize import quantize
-from prunelit.recovery.lora import add_lora, check_ranks, merge_into, merged, parameter_groups, rank_by_cut
+from prunelit.quantization.linears import list_decoder_linears, get_quantization
+from prunelit.quantization.quantize import quantize_model
+from prunelit.recovery.lora import add_lora, check_ranks, merge_into_full_precision, merge_adapters, group_parameters, allocate_ranks_by_cut
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from tests.tiny import cut, keep, tiny, tokens
 
@@ -47,7 +47,7 @@ def filled(model: Any) -> Any:
 
 def trained(model: Any, steps: int = 8) -> tuple[Any, list[float]]:
     """The model after some steps on fixed tokens, and its losses."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 2e-2))
+    optimizer = torch.optim.AdamW(group_parameters(model, 2e-2))
     losses = []
     for _ in range(steps):
         loss = model(input_ids=tokens(), labels=tokens()).loss
@@ -61,7 +61,7 @@ def trained(model: Any, steps: int = 8) -> tuple[Any, list[float]]:
 def adapter_ranks(model: Any) -> dict[tuple[int, str], int]:
     """Rank by layer and block; all adapters of a block must have the same."""
     found: dict[tuple[int, str], set[int]] = {}
-    for linear in decoder_linears(model):
+    for linear in list_decoder_linears(model):
         module: Any = linear.module
         rank = module.rank if isinstance(module, GroupLora) else module.r["default"]
         found.setdefault((linear.layer, linear.kind), set()).add(rank)
@@ -78,8 +78,8 @@ def adapter_parameters(model: Any) -> int:
 def test_adapters_sit_on_every_prunable_linear_and_merge(family: str, base: Any) -> None:
     model = tiny(family)
     surgery.apply(model, cut(model, "mixed"))
-    quantize(model, base, 16)
-    names = {linear.name for linear in decoder_linears(model)}
+    quantize_model(model, base, 16)
+    names = {linear.name for linear in list_decoder_linears(model)}
     before = logits(model)
     adapted = add_lora(model, 3, 6, 0.0)
     assert distance(logits(adapted), before) < 1e-6  # B is zero
@@ -87,30 +87,30 @@ def test_adapters_sit_on_every_prunable_linear_and_merge(family: str, base: Any)
     assert {name.split(".lora_")[0].removeprefix("base_model.model.") for name in trainable} == names
     wanted = logits(filled(adapted).eval())
     assert distance(wanted, before) > 1e-2
-    result = merged(adapted)
+    result = merge_adapters(adapted)
     assert distance(logits(result), wanted) < 1e-4
     assert not any("lora" in name for name, _ in result.named_modules())
-    assert quantised_as(result) == (None if base == "none" else "int4")
+    assert get_quantization(result) == (None if base == "none" else "int4")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "gpt2"])
 def test_int4_adapters_learn_and_merge_without_loss(family: str) -> None:
     model = tiny(family)
-    quantize(model, "int4", 32)
+    quantize_model(model, "int4", 32)
     before = logits(model)
     adapted, losses = trained(add_lora(model, 4, 8, 0.0))
     wanted = logits(adapted.eval())
     assert losses[-1] < losses[0] and distance(wanted, before) > 1e-2
-    packed = [linear.module.base_layer.packed.clone() for linear in decoder_linears(adapted)]
-    result = merged(adapted)
+    packed = [linear.module.base_layer.packed.clone() for linear in list_decoder_linears(adapted)]
+    result = merge_adapters(adapted)
     assert distance(logits(result), wanted) < 1e-4
-    for linear, codes in zip(decoder_linears(result), packed, strict=True):
+    for linear, codes in zip(list_decoder_linears(result), packed, strict=True):
         assert isinstance(linear.module, Int4Linear) and torch.equal(linear.module.packed, codes)
 
 
 def test_int4_adapters_train_under_gradient_checkpointing() -> None:
     model = tiny("llama").train()
-    quantize(model, "int4")
+    quantize_model(model, "int4")
     plain = filled(add_lora(model, 2, 4, 0.0))
     frugal = copy.deepcopy(plain)
     frugal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -125,7 +125,7 @@ def test_int4_adapters_train_under_gradient_checkpointing() -> None:
 def test_adapters_are_float32_on_bfloat16() -> None:
     for base in ("none", "int4"):
         model = tiny("llama").bfloat16()
-        quantize(model, base)
+        quantize_model(model, base)
         adapted = add_lora(model, 2, 4, 0.0)
         assert {p.dtype for p in adapted.parameters() if p.requires_grad} == {torch.float32}
         assert logits(adapted).dtype == torch.bfloat16
@@ -136,15 +136,15 @@ def test_adapters_are_float32_on_bfloat16() -> None:
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
 def test_ranks_by_kind_keep_the_scale(family: str, base: Any) -> None:
     model = tiny(family)
-    quantize(model, base, 16)
+    quantize_model(model, base, 16)
     adapted = add_lora(model, 4, 8, 0.0, {"attention": 2, "ffn": 6})
     ranks = adapter_ranks(adapted)
     assert all(rank == {"attention": 2, "ffn": 6}[kind] for (_, kind), rank in ranks.items())
-    for linear in decoder_linears(adapted):
+    for linear in list_decoder_linears(adapted):
         module: Any = linear.module
         assert (module.scaling if base == "int4" else module.scaling["default"]) == pytest.approx(2.0)
     wanted = logits(filled(adapted).eval())
-    assert distance(logits(merged(adapted)), wanted) < 1e-4
+    assert distance(logits(merge_adapters(adapted)), wanted) < 1e-4
 
 
 def test_ranks_default_to_rank() -> None:
@@ -169,13 +169,13 @@ def test_rank_by_cut_fits_the_cut_model_and_its_budget(family: str, kind: str, b
     model = tiny(family)
     plan = cut(model, kind)
     surgery.apply(model, plan)
-    quantize(model, base, 16)
-    ranks = rank_by_cut(plan, 8, 16 if base == "int4" else 1)
+    quantize_model(model, base, 16)
+    ranks = allocate_ranks_by_cut(plan, 8, 16 if base == "int4" else 1)
     even = adapter_parameters(add_lora(copy.deepcopy(model), 8, 16, 0.0))
     adapted = add_lora(model, 8, 16, 0.0, ranks)
     assert adapter_ranks(adapted) == {(i, kind): rank for i, of in enumerate(ranks) for kind, rank in of.items()}
     largest = max(
-        sum(p.numel() for p in linear.module.parameters() if p.requires_grad) for linear in decoder_linears(adapted)
+        sum(p.numel() for p in linear.module.parameters() if p.requires_grad) for linear in list_decoder_linears(adapted)
     )
     assert even - largest < adapter_parameters(adapted) <= even
     if kind == "channel":  # FFN 40, 48, 56 of 96, attention whole
@@ -197,7 +197,7 @@ def test_rank_by_cut_gives_more_where_more_was_cut(
         keep(layer, groups=tuple(range(kept)), channels=tuple(range(width)))
         for layer, kept, width in zip(shape.layers, (*groups, 2), channels, strict=True)
     )
-    ranks = iter(rank_by_cut(PruningPlan("test", shape, layers), rank, group_size))
+    ranks = iter(allocate_ranks_by_cut(PruningPlan("test", shape, layers), rank, group_size))
     shares = []
     for layer, kept in zip(shape.layers, layers, strict=True):
         if kept.removed:
@@ -218,9 +218,9 @@ def test_rank_by_cut_gives_more_where_more_was_cut(
 def test_rank_by_cut_of_an_even_cut_is_even() -> None:
     shape = Decoder(tiny("llama")).shape
     plan = PruningPlan("test", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
-    assert rank_by_cut(plan, 7) == [{"attention": 7, "ffn": 7}] * 3
+    assert allocate_ranks_by_cut(plan, 7) == [{"attention": 7, "ffn": 7}] * 3
     with pytest.raises(BadOption, match="at least 1"):
-        rank_by_cut(plan, 0)
+        allocate_ranks_by_cut(plan, 0)
 
 
 def test_ranks_survive_peft_format(tmp_path: Path) -> None:
@@ -230,7 +230,7 @@ def test_ranks_survive_peft_format(tmp_path: Path) -> None:
     plan = cut(model, "channel")
     surgery.apply(model, plan)
     twin = copy.deepcopy(model)
-    adapted = filled(add_lora(model, 8, 16, 0.0, rank_by_cut(plan, 8))).eval()
+    adapted = filled(add_lora(model, 8, 16, 0.0, allocate_ranks_by_cut(plan, 8))).eval()
     adapted.save_pretrained(tmp_path)
     read = PeftModel.from_pretrained(twin, tmp_path).eval()
     assert adapter_ranks(read) == adapter_ranks(adapted)
@@ -241,10 +241,10 @@ def test_ranks_survive_peft_format(tmp_path: Path) -> None:
 def test_parameter_groups_cover_what_is_trainable_once(base: Any) -> None:
     model = tiny("opt")  # its FFN linears sit in the layer itself
     if base != "full":
-        quantize(model, base)
+        quantize_model(model, base)
         model = add_lora(model, 2, 4, 0.0)
-    (one,) = parameter_groups(model, 1e-3)
-    groups = {group["name"]: group for group in parameter_groups(model, 1e-3, 2e-3)}
+    (one,) = group_parameters(model, 1e-3)
+    groups = {group["name"]: group for group in group_parameters(model, 1e-3, 2e-3)}
     assert one["lr"] == groups["other"]["lr"] == 1e-3 and groups["ffn"]["lr"] == 2e-3
     split = [id(parameter) for group in groups.values() for parameter in group["params"]]
     assert (
@@ -260,8 +260,8 @@ def test_parameter_groups_cover_what_is_trainable_once(base: Any) -> None:
 def test_adapters_once_and_models_without_them() -> None:
     for base in ("none", "int4"):
         model = tiny("llama")
-        quantize(model, base)
-        assert merged(model) is model
+        quantize_model(model, base)
+        assert merge_adapters(model) is model
         with pytest.raises(BadQuantisation, match="expected a model without adapters"):
             add_lora(add_lora(model, 2, 4, 0.0), 2, 4, 0.0)
 
@@ -272,20 +272,20 @@ def test_nf4_adapters_are_merged_into_the_full_base(family: str) -> None:
     sizes = {"n_embd": 64, "n_head": 8, "n_inner": 128} if family == "gpt2" else FIT
     full = tiny(family, **sizes)
     model, dense = copy.deepcopy(full), logits(full)
-    weights = [weight_out_in(linear.module).detach().clone() for linear in decoder_linears(full)]
-    quantize(model, "nf4")
+    weights = [get_weight_out_in(linear.module).detach().clone() for linear in list_decoder_linears(full)]
+    quantize_model(model, "nf4")
     adapted, losses = trained(add_lora(model, 4, 8, 0.0, {"ffn": 6}))
     assert losses[-1] < losses[0]
-    assert {type(linear.module).__module__ for linear in decoder_linears(adapted)} == {"peft.tuners.lora.bnb"}
+    assert {type(linear.module).__module__ for linear in list_decoder_linears(adapted)} == {"peft.tuners.lora.bnb"}
     nf4 = logits(adapted.eval())
     with pytest.raises(BadQuantisation, match=r"got nf4.* prunelit\.lora\.merge_into"):
-        merged(adapted)
-    result = merge_into(full, adapted)
+        merge_adapters(adapted)
+    result = merge_into_full_precision(full, adapted)
     assert result is full and not any("lora" in name for name, _ in full.named_modules())
-    for linear, weight, source in zip(decoder_linears(full), weights, decoder_linears(adapted), strict=True):
+    for linear, weight, source in zip(list_decoder_linears(full), weights, list_decoder_linears(adapted), strict=True):
         module: Any = source.module
         update = module.lora_B["default"].weight @ module.lora_A["default"].weight * module.scaling["default"]
-        torch.testing.assert_close(weight_out_in(linear.module), weight + update)
+        torch.testing.assert_close(get_weight_out_in(linear.module), weight + update)
     assert distance(logits(full), nf4) < distance(dense, nf4)
     torch.testing.assert_close(logits(adapted), nf4)  # taken from, not changed
 
@@ -294,8 +294,8 @@ def test_nf4_adapters_are_merged_into_the_full_base(family: str) -> None:
 def test_what_the_refusal_spares_us() -> None:
     """PEFT's own merge after an evaluation with bitsandbytes' packing kernel: garbage, without an error."""
     model = tiny("llama", **(FIT | {"num_key_value_heads": 8}))
-    quantize(model, "nf4")
-    linears: list[Any] = [linear.module for linear in decoder_linears(model)]
+    quantize_model(model, "nf4")
+    linears: list[Any] = [linear.module for linear in list_decoder_linears(model)]
     if not type(linears[0])(64, 64).support_avx512bf16_for_cpu:
         pytest.skip("bitsandbytes does not pack on this CPU")
     for module in linears:
@@ -306,23 +306,23 @@ def test_what_the_refusal_spares_us() -> None:
         garbage = logits(copy.deepcopy(adapted).merge_and_unload())
     assert distance(garbage, wanted) > 0.7
     with pytest.raises(BadQuantisation, match="nf4"):
-        merged(adapted)
+        merge_adapters(adapted)
 
 
 @needs_bitsandbytes
 def test_merge_into_wants_the_same_cut_in_full_precision() -> None:
     full = tiny("llama", **FIT)
     model = copy.deepcopy(full)
-    quantize(model, "nf4")
+    quantize_model(model, "nf4")
     adapted = add_lora(model, 2, 4, 0.0)
     shape = Decoder(full).shape
     narrow = tuple(replace(LayerPlan.dense(layer), ffn_channels=tuple(range(64))) for layer in shape.layers)
     other = copy.deepcopy(full)
     surgery.apply(other, PruningPlan("test", shape, narrow))
     with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); cut full_base"):
-        merge_into(other, adapted)
+        merge_into_full_precision(other, adapted)
     with pytest.raises(BadQuantisation, match="full_base: expected a plain model"):
-        merge_into(adapted, adapted)
+        merge_into_full_precision(adapted, adapted)
     with pytest.raises(BadQuantisation, match="adapted: expected a PEFT model"):
-        merge_into(full, tiny("llama"))
+        merge_into_full_precision(full, tiny("llama"))
     assert not any("lora" in name for name, _ in full.named_modules())

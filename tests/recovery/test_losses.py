@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from prunelit.recovery.losses import cross_entropy, divergence, hidden_distance, labels_of
+from prunelit.recovery.losses import compute_cross_entropy, compute_kl_divergence, compute_hidden_distance, derive_labels
 from tests.tiny import tiny, tokens
 
 
@@ -20,7 +20,7 @@ LABELS = torch.tensor([[1] * 7, [1, 1, 1, -100, -100, -100, -100], [-100, -100, 
 def test_divergence_is_the_mean_over_what_is_predicted(temperature, chunk, monkeypatch):
     monkeypatch.setattr("prunelit.recovery.losses._TOKENS_PER_CHUNK", chunk)
     student, teacher = logits(0).requires_grad_(), logits(1)
-    found = divergence(student, teacher, LABELS, temperature)
+    found = compute_kl_divergence(student, teacher, LABELS, temperature)
     each = []
     for row in range(3):
         for place in range(6):
@@ -41,7 +41,7 @@ def test_cross_entropy_is_that_of_transformers(chunk, dtype, monkeypatch):
     model = tiny("llama").to(dtype)
     batch, labels = tokens()[:, :7], LABELS[:2]
     output = model(input_ids=batch, labels=labels)
-    found = cross_entropy(output.logits, labels)
+    found = compute_cross_entropy(output.logits, labels)
     torch.testing.assert_close(found, output.loss.float())
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
     (gradient,) = torch.autograd.grad(found, weight, retain_graph=True)
@@ -51,21 +51,21 @@ def test_cross_entropy_is_that_of_transformers(chunk, dtype, monkeypatch):
 
 def test_divergence_of_equals_is_zero_and_nothing_predicted_is_zero():
     same = logits(0)
-    assert divergence(same, same, LABELS).item() == pytest.approx(0, abs=1e-6)
-    assert divergence(same, logits(1), torch.full((3, 7), -100)).item() == 0
+    assert compute_kl_divergence(same, same, LABELS).item() == pytest.approx(0, abs=1e-6)
+    assert compute_kl_divergence(same, logits(1), torch.full((3, 7), -100)).item() == 0
 
 
 def test_hidden_distance_is_relative_to_the_teacher():
     teacher = [logits(2), logits(3) * 100]
     student = [x * 1.1 for x in teacher]
-    assert hidden_distance(student, teacher, LABELS).item() == pytest.approx(0.01, rel=1e-4)
+    assert compute_hidden_distance(student, teacher, LABELS).item() == pytest.approx(0.01, rel=1e-4)
     spoilt = [x.clone() for x in teacher]
     spoilt[0][1, 3:] = 1e6  # padding
-    assert hidden_distance(spoilt, teacher, LABELS).item() == 0
+    assert compute_hidden_distance(spoilt, teacher, LABELS).item() == 0
 
 
 def test_labels_leave_padding_out():
     ids, mask = torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]])
-    assert labels_of({"input_ids": ids}).tolist() == [[5, 6, 0]]
-    assert labels_of({"input_ids": ids, "attention_mask": mask}).tolist() == [[5, 6, -100]]
-    assert labels_of({"input_ids": ids, "labels": mask, "attention_mask": mask}).tolist() == [[1, 1, 0]]
+    assert derive_labels({"input_ids": ids}).tolist() == [[5, 6, 0]]
+    assert derive_labels({"input_ids": ids, "attention_mask": mask}).tolist() == [[5, 6, -100]]
+    assert derive_labels({"input_ids": ids, "labels": mask, "attention_mask": mask}).tolist() == [[1, 1, 0]]

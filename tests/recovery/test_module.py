@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from prunelit.calibration import metrics
 from prunelit.callbacks import LLMBIP, ShortGPT
-from prunelit.core.plan import PruningPlan, plans_of
+from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.data import loading
 from prunelit.monitoring.run_report import RunReport
 from prunelit.quantization import quantize
 from prunelit.recovery.datamodule import TextDataModule
-from prunelit.recovery.losses import divergence
+from prunelit.recovery.losses import compute_kl_divergence
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime.errors import BadOption, BadPlan, DoesNotFit, SourceNotFound
 from tests.tiny import tiny, tiny_tokenizer
@@ -192,7 +192,7 @@ def test_distillation_comes_closer_to_the_dense_model(source: str, tmp_path: Pat
 
     def distance(model: Any) -> float:
         with torch.no_grad():
-            return divergence(model(windows).logits, dense(windows).logits, windows).item()
+            return compute_kl_divergence(model(windows).logits, dense(windows).logits, windows).item()
 
     with module.model.disable_adapter():
         before = distance(module.model)
@@ -217,7 +217,7 @@ def test_hidden_states_are_paired_by_the_layers_that_stayed(source: str, tmp_pat
     module = RecoveryModule(source, loss="distill")
     module.load_model()
     plan = ShortGPT(count=1).prune(module.model, [{"input_ids": torch.arange(32).view(2, 16)}])
-    plans_of(module.model)["first"] = plan
+    get_applied_plans(module.model)["first"] = plan
     (gone,) = [index for index, layer in enumerate(plan.layers) if layer.removed]
     module.trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)  # type: ignore[assignment]
     module._load_dense()
@@ -252,7 +252,7 @@ def test_a_quantised_run_resumes_and_ends_in_the_same_weights(wide: str, tmp_pat
     straight, *_ = run(wide, tmp_path / "straight", 8, **options)
     run(wide, tmp_path / "cut", 3, **options)
     resumed, trainer, _ = run(wide, tmp_path / "cut", 8, str(tmp_path / "cut/ckpt/step=3.ckpt"), **options)
-    assert trainer.global_step == 8 and quantize.quantised_as(resumed.model) == base
+    assert trainer.global_step == 8 and quantize.get_quantization(resumed.model) == base
     mine, theirs = ({n: p for n, p in m.model.named_parameters() if "lora_" in n} for m in (straight, resumed))
     assert mine and all(torch.equal(theirs[name], value) for name, value in mine.items())
 
@@ -264,7 +264,7 @@ def test_int4_merges_without_loss_and_stays_int4(wide: str, tmp_path: Path) -> N
         before = module.model.eval()(windows).logits
         merged = module.merged_model()
         after = merged(windows).logits
-    assert quantize.quantised_as(merged) == "int4"
+    assert quantize.get_quantization(merged) == "int4"
     assert (after - before).norm() <= 1e-4 * before.norm()
 
 
@@ -323,7 +323,7 @@ def test_the_saved_int4_model_is_the_measured_one(wide: str, tmp_path: Path) -> 
     for model in (by_transformers(tmp_path / "model"), loading.load(tmp_path / "model", four_bit=True)):
         again = metrics.perplexity(model, data.validation)["perplexity"]
         assert again == pytest.approx(report["recovered"]["perplexity"], rel=1e-5)
-        assert metrics.size(model) == {name: report["recovered"][name] for name in metrics.size(model)}
+        assert metrics.measure_model_size(model) == {name: report["recovered"][name] for name in metrics.measure_model_size(model)}
 
 
 def test_another_format_holds_rounded_weights(wide: str, tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:
     base, windows = module._full[0], trainer.datamodule.validation
     plain = {name: value.clone() for name, value in base.state_dict().items()}
     merged = module.merged_model()
-    assert quantize.quantised_as(merged) is None and not any("lora" in name for name in merged.state_dict())
+    assert quantize.get_quantization(merged) is None and not any("lora" in name for name in merged.state_dict())
     assert any(not torch.equal(merged.state_dict()[name], value) for name, value in plain.items())
     assert metrics.perplexity(merged, windows)["perplexity"] < 200
 

@@ -11,7 +11,7 @@ from prunelit.cli.export import run
 from prunelit.data import loading
 from prunelit.quantization import quantize, views
 from prunelit.recovery import adapter_files, prepare
-from prunelit.recovery.lora import add_lora, merged
+from prunelit.recovery.lora import add_lora, merge_adapters
 from prunelit.runtime.errors import BadAdapter, BadOption
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -29,7 +29,7 @@ class Made:
         self.wanted: dict[str, torch.Tensor] = {}
         for base in ("none", "int4"):
             model, tokenizer = tiny("llama", vocab_size=len(tiny_tokenizer())), tiny_tokenizer()
-            quantize.quantize(model, base, 16)
+            quantize.quantize_model(model, base, 16)
             prunelit.save(model, folder / base, tokenizer)
             self.wanted[base] = logits(model)
             adapted = add_lora(model, 4, 8, 0.0)
@@ -37,8 +37,8 @@ class Made:
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.3)
             (folder / f"{base}-adapter").mkdir()
-            adapter_files.write(adapted, folder / f"{base}-adapter", "base", views.plain(views.below_adapters(adapted)))
-            self.wanted[f"{base}-adapter"] = logits(merged(adapted))
+            adapter_files.write_adapter(adapted, folder / f"{base}-adapter", "base", views.view_as_plain_linears(views.view_without_adapters(adapted)))
+            self.wanted[f"{base}-adapter"] = logits(merge_adapters(adapted))
 
     def __getitem__(self, name: str) -> str:
         return str(self.folder / name)
@@ -63,9 +63,9 @@ def test_full_precision_is_rounded_and_that_is_said(made: Made, tmp_path: Path, 
 
 def test_int4_stays_or_becomes_plain(made: Made, tmp_path: Path, capsys: Any) -> None:
     kept = exported(tmp_path / "a", "--model", made["int4"])
-    assert quantize.quantised_as(kept) == "int4" and torch.equal(logits(kept), made.wanted["int4"])
+    assert quantize.get_quantization(kept) == "int4" and torch.equal(logits(kept), made.wanted["int4"])
     plain = exported(tmp_path / "b", "--model", made["int4"], "--format", "uniform")
-    assert quantize.quantised_as(plain) is None and torch.equal(logits(plain), made.wanted["int4"])
+    assert quantize.get_quantization(plain) is None and torch.equal(logits(plain), made.wanted["int4"])
     assert "INT4 in groups of 8; its rounded weights are written in full precision" in capsys.readouterr().out
 
 
@@ -75,7 +75,7 @@ def test_an_adapter_is_merged(made: Made, tmp_path: Path, base: str, format: str
     model = exported(tmp_path / "m", *options)
     wanted = made.wanted[f"{base}-adapter"]
     assert (logits(model) - wanted).norm() <= 1e-5 * wanted.norm()
-    assert (quantize.quantised_as(model) == "int4") == (base == "int4" and format == "auto")
+    assert (quantize.get_quantization(model) == "int4") == (base == "int4" and format == "auto")
 
 
 @pytest.mark.parametrize(
@@ -90,4 +90,4 @@ def test_an_adapter_is_merged(made: Made, tmp_path: Path, base: str, format: str
 def test_options_are_checked_without_a_model(made: Made, options: Any, error: Any, reason: str) -> None:
     model, format, size, adapter = options
     with pytest.raises(error, match=reason):
-        prepare.check(made[model], format, size, adapter and made[adapter])
+        prepare.check_export_source(made[model], format, size, adapter and made[adapter])

@@ -13,8 +13,8 @@ from prunelit.calibration import metrics
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
-from prunelit.recovery.lora import add_lora, merged
+from prunelit.model.modes import use_eval_mode
+from prunelit.recovery.lora import add_lora, merge_adapters
 from prunelit.repair import bias
 from prunelit.runtime.errors import BadPlan, NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny, tokens
@@ -40,7 +40,7 @@ def rows_at(model: Any, module: nn.Module, batches: list[dict[str, Tensor]], sid
         found.append(rows.reshape(-1, rows.shape[-1])[mask.flatten()])
 
     handle = module.register_forward_hook(keep)
-    with evaluating(model):
+    with use_eval_mode(model):
         for batch in batches:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
             model(**batch, use_cache=False)
@@ -54,8 +54,8 @@ def linears(model: Any, index: int) -> list[nn.Module]:
 
 
 def compensated(model: Any, plan: PruningPlan, batches: list[dict[str, Tensor]]) -> PruningPlan:
-    stated = bias.declare(Decoder(model), plan, True)
-    bias.apply_bias(model, stated, batches)
+    stated = bias.declare_biases(Decoder(model), plan, True)
+    bias.apply_bias_compensation(model, stated, batches)
     return stated
 
 
@@ -149,7 +149,7 @@ def test_padding_does_not_count() -> None:
 def test_the_plan_counts_the_biases(family: str, kind: str) -> None:
     model = tiny(family)
     stated = compensated(model, cut(model, kind), batches_for(model))
-    found = metrics.size(model)
+    found = metrics.measure_model_size(model)
     assert found == {name: stated.predicted[name] for name in found}
     assert torch.isfinite(model(input_ids=tokens()).logits).all()
 
@@ -157,7 +157,7 @@ def test_the_plan_counts_the_biases(family: str, kind: str) -> None:
 def test_biases_are_stated_where_a_projection_stays_and_loses_inputs() -> None:
     model = tiny("llama")
     plan, decoder = cut(model, "mixed"), Decoder(model)
-    stated = bias.declare(decoder, plan, True)
+    stated = bias.declare_biases(decoder, plan, True)
     # Layer 0 has no attention and fewer channels, layer 1 fewer groups and channels, layer 2 fewer heads and no FFN.
     assert [(kept.attention_bias, kept.mlp_bias) for kept in stated.layers] == [
         (False, True),
@@ -165,14 +165,14 @@ def test_biases_are_stated_where_a_projection_stays_and_loses_inputs() -> None:
         (True, False),
     ]
     assert stated.digest != plan.digest
-    assert bias.declare(decoder, stated, False) == plan and bias.declare(decoder, stated, True) == stated
+    assert bias.declare_biases(decoder, stated, False) == plan and bias.declare_biases(decoder, stated, True) == stated
     dense = PruningPlan("test", plan.model, tuple(LayerPlan.dense(shape) for shape in plan.model.layers))
-    assert bias.declare(decoder, dense, True) == dense
+    assert bias.declare_biases(decoder, dense, True) == dense
 
 
 @pytest.mark.parametrize("family", [*BARE, *BIASED])
 def test_the_budgets_cost_is_what_a_layer_then_holds(family: str) -> None:
-    cost = bias.parameters(Decoder(tiny(family)))
+    cost = bias.make_bias_cost(Decoder(tiny(family)))
     for kind in ("kv_group", "query_head", "channel"):
         model = tiny(family)
         plan = cut(model, kind)
@@ -187,9 +187,9 @@ def test_the_budgets_cost_is_what_a_layer_then_holds(family: str) -> None:
 def test_another_models_plan_is_refused_before_anything_happens(other: dict[str, int]) -> None:
     model, plan = tiny("llama"), cut(tiny("llama", **other), "mixed" if len(other) > 1 else "channel")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert bias.declare(Decoder(model), plan, True) is plan
+    assert bias.declare_biases(Decoder(model), plan, True) is plan
     with pytest.raises(BadPlan, match="made for"):
-        bias.apply_bias(model, plan, batches_for(model))
+        bias.apply_bias_compensation(model, plan, batches_for(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -199,7 +199,7 @@ def test_a_fine_tuned_copy_is_warned_about_once() -> None:
         model.model.layers[0].mlp.down_proj.weight.neg_()
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        bias.apply_bias(model, plan, batches_for(model))
+        bias.apply_bias_compensation(model, plan, batches_for(model))
     assert len([each for each in seen if "was made for weights" in str(each.message)]) == 1
 
 
@@ -207,7 +207,7 @@ def test_a_fine_tuned_copy_is_warned_about_once() -> None:
 def test_no_text_is_refused_before_the_cut(batches: Any) -> None:
     model = tiny("llama")
     with pytest.raises(NoCalibration):
-        bias.apply_bias(model, cut(model, "channel"), batches)
+        bias.apply_bias_compensation(model, cut(model, "channel"), batches)
     assert Decoder(model).shape.layers == Decoder(tiny("llama")).shape.layers
 
 
@@ -216,7 +216,7 @@ def test_activations_that_are_not_finite_are_refused_before_the_cut() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
     with pytest.raises(NonFinite):
-        bias.apply_bias(model, cut(model, "channel"), batches_for(model))
+        bias.apply_bias_compensation(model, cut(model, "channel"), batches_for(model))
     assert Decoder(model).shape.layers == Decoder(tiny("llama")).shape.layers
 
 
@@ -246,9 +246,9 @@ def test_it_is_cut_again(family: str) -> None:
     expected, found = model, tiny(family)
     compensated(found, cut(found, "kv_group"), batches_for(found))
     compensated(found, cut(found, "channel"), batches_for(found))
-    surgery.mask(expected, again)
+    surgery.mask_pruned_units(expected, again)
     surgery.apply(found, again)
-    assert metrics.size(found)["parameters"] == again.predicted["parameters"]
+    assert metrics.measure_model_size(found)["parameters"] == again.predicted["parameters"]
     torch.testing.assert_close(
         found(input_ids=tokens()).logits, expected(input_ids=tokens()).logits, rtol=1e-4, atol=1e-5
     )
@@ -273,16 +273,16 @@ def test_means_of_two_cuts_add_up() -> None:
 def test_adapters_are_added_and_merged(family: str) -> None:
     model = tiny(family)
     compensated(model, cut(model, "mixed"), batches_for(model))
-    size, before = metrics.size(model), linears(model, 1)[1].bias.detach().clone()
+    size, before = metrics.measure_model_size(model), linears(model, 1)[1].bias.detach().clone()
     adapted = add_lora(model, 4, 8, 0.0)
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.normal_(generator=torch.Generator().manual_seed(0))
     expected = adapted(input_ids=tokens()).logits
-    whole = merged(adapted)
+    whole = merge_adapters(adapted)
     torch.testing.assert_close(whole(input_ids=tokens()).logits, expected, rtol=1e-4, atol=1e-4)
-    assert metrics.size(whole) == size and torch.equal(linears(whole, 1)[1].bias, before)
+    assert metrics.measure_model_size(whole) == size and torch.equal(linears(whole, 1)[1].bias, before)
 
 
 def rank_biases(rank: int, folder: str, runs: Any) -> None:

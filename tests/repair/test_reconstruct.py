@@ -11,7 +11,7 @@ from torch import nn
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.repair import reconstruct
 from prunelit.repair.least_squares import NormalEquations
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
@@ -47,7 +47,7 @@ def ridge_by_lstsq(x, error, ridge, bias):
 
 def add(linear, change):
     with torch.no_grad():
-        weight_out_in(linear).add_(change[0].float())
+        get_weight_out_in(linear).add_(change[0].float())
         if change[1] is not None:
             linear.bias.add_(change[1].float())
 
@@ -95,7 +95,7 @@ def test_a_row_of_weight_n_counts_as_often_as_n_rows(bias):
 def test_damaged_weights_come_back_when_the_inputs_have_full_rank(family):
     """With Y = X W^T and ridge -> 0 the least-squares weights are W, whatever the starting point."""
     linear = Decoder(tiny(family)).layers[0].down
-    wanted = weight_out_in(linear).detach().clone()
+    wanted = get_weight_out_in(linear).detach().clone()
     torch.manual_seed(0)
     x = torch.randn(400, wanted.shape[1])
     y = linear(x).detach()
@@ -107,7 +107,7 @@ def test_damaged_weights_come_back_when_the_inputs_have_full_rank(family):
     equations.add(x, y - linear(x).detach(), y)
     with torch.no_grad():
         equations.solve(1e-9).add_to(linear)
-    torch.testing.assert_close(weight_out_in(linear).detach(), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(get_weight_out_in(linear).detach(), wanted, rtol=0, atol=1e-5)
     assert (linear(x) - y).abs().max() < 1e-4
 
 
@@ -213,17 +213,17 @@ def repaired_slowly(model, plan, batches, target, ridge):
             return rows_at(dense, old_module, batches, side) - rows_at(pruned, new_module, batches, side)
 
         if new.has_attention:
-            raw = target == "module" or old.norm("attention_post_norm") is not None
+            raw = target == "module" or old.get_norm("attention_post_norm") is not None
             if raw or (names.parallel and new.has_mlp):
                 error = missing(old.output, new.output)
             elif new.has_mlp:
-                error = missing(old.norm("mlp_norm"), new.norm("mlp_norm"), "input") / scale
+                error = missing(old.get_norm("mlp_norm"), new.get_norm("mlp_norm"), "input") / scale
             else:
                 error = missing(old.module, new.module) / scale
             x = rows_at(pruned, new.output, batches, "input")
             add(new.output, ridge_by_lstsq(x, error, ridge, new.output.bias is not None))
         if new.has_mlp:
-            if target == "module" or old.norm("mlp_post_norm") is not None:
+            if target == "module" or old.get_norm("mlp_post_norm") is not None:
                 error = missing(old.down, new.down)
             else:
                 error = missing(old.module, new.module) / scale
@@ -252,7 +252,7 @@ def test_the_repair_is_that_of_a_slow_second_implementation(family, target, lost
     plan = widths_and_blocks(model, lost)
     expected = repaired_slowly(model, plan, batches, target, ridge)
     found = copy.deepcopy(model)
-    reconstruct.apply(found, plan, batches, target=target, ridge=ridge)
+    reconstruct.apply_least_squares(found, plan, batches, target=target, ridge=ridge)
     cut_only = copy.deepcopy(model)
     surgery.apply(cut_only, plan)
     states = (module.state_dict() for module in (found, expected, cut_only))
@@ -277,7 +277,7 @@ def test_every_family_comes_closer_to_the_dense_model(family, kind):
     model, batches = tiny(family), text()
     plan, cut_only, repaired = cut(model, kind), copy.deepcopy(model), copy.deepcopy(model)
     surgery.apply(cut_only, plan)
-    records = reconstruct.apply(repaired, plan, batches)
+    records = reconstruct.apply_least_squares(repaired, plan, batches)
     shapes = {name: tuple(p.shape) for name, p in cut_only.named_parameters()}
     assert {name: tuple(p.shape) for name, p in repaired.named_parameters()} == shapes
     assert repaired.config.to_dict() == cut_only.config.to_dict()
@@ -292,7 +292,7 @@ def test_every_family_comes_closer_to_the_dense_model(family, kind):
 def test_records_are_what_one_measures_afterwards(family):
     dense, batches = tiny(family), text()
     model = copy.deepcopy(dense)
-    records = reconstruct.apply(model, cut(dense, "channel"), batches)
+    records = reconstruct.apply_least_squares(model, cut(dense, "channel"), batches)
     assert [(r["layer"], r["block"]) for r in records] == [(i, b) for i in range(3) for b in ("attention", "mlp")]
     for record, old, new in zip(records[1::2], Decoder(dense), Decoder(model), strict=True):
         left = rows_at(dense, old.module, batches) - rows_at(model, new.module, batches)
@@ -306,7 +306,7 @@ def test_an_output_bias_is_refitted_and_none_is_added():
     for family, biased in (("llama", False), ("llama-biases", True)):
         model = tiny(family)
         dense, plan = copy.deepcopy(model), cut(model, "channel")
-        reconstruct.apply(model, plan, batches, ridge=1e-7)
+        reconstruct.apply_least_squares(model, plan, batches, ridge=1e-7)
         old, new = Decoder(dense).layers[2], Decoder(model).layers[2]
         assert (new.down.bias is not None) is biased
         left = rows_at(dense, old.module, batches) - rows_at(model, new.module, batches)
@@ -321,8 +321,8 @@ def test_layers_below_the_first_cut_are_not_run_again_and_nothing_is_run_for_an_
     for index, layer in enumerate(Decoder(model)):
         layer.down.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
     plan = PruningPlan("test", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
-    assert reconstruct.apply(model, plan, batches) == [] and calls == [0, 0, 0]
-    reconstruct.apply(model, widths_and_blocks(model, ""), batches)
+    assert reconstruct.apply_least_squares(model, plan, batches) == [] and calls == [0, 0, 0]
+    reconstruct.apply_least_squares(model, widths_and_blocks(model, ""), batches)
     probe = 1  # two tokens, to see what layers return
     assert calls[0] == probe + len(batches)
     assert calls[1] == probe + 3 * len(batches)  # dense target; error; on to the next layer
@@ -345,7 +345,7 @@ def test_products_with_weights_are_fewer_than_three_forward_passes():
     forward, work[0] = work[0], 0
     shape = Decoder(model).shape
     layers = [keep(layer, channels=tuple(range(88))) for layer in shape.layers]
-    reconstruct.apply(model, PruningPlan("test", shape, tuple(layers)), batches)
+    reconstruct.apply_least_squares(model, PruningPlan("test", shape, tuple(layers)), batches)
     assert forward < work[0] < 2.9 * forward
 
 
@@ -356,7 +356,7 @@ def test_batches_may_be_split_and_reordered(family):
     models = []
     for order in (batches, single[::-1]):
         models.append(tiny(family))
-        reconstruct.apply(models[-1], cut(models[-1], "mixed"), order)
+        reconstruct.apply_least_squares(models[-1], cut(models[-1], "mixed"), order)
     logits = [model(**batches[1]).logits for model in models]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-3, atol=1e-3)
 
@@ -374,7 +374,7 @@ def test_the_model_is_left_as_it_was_found(family):
     plain, plan = copy.deepcopy(model), cut(model, "mixed")
     surgery.apply(plain, plan)
     generators = torch.get_rng_state(), random.getstate()
-    reconstruct.apply(model, plan, text())
+    reconstruct.apply_least_squares(model, plan, text())
     assert {n: m.training for n, m in model.named_modules()} == {n: m.training for n, m in plain.named_modules()}
     for (name, found), (_, wanted) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
         assert (found.dtype, found.requires_grad, found.grad) == (torch.bfloat16, wanted.requires_grad, None), name
@@ -388,7 +388,7 @@ def test_a_bfloat16_model_gains_as_much_as_a_float32_one():
     for dtype in (torch.float32, torch.bfloat16):
         dense = tiny("llama")
         model = copy.deepcopy(dense).to(dtype)
-        reconstruct.apply(model, cut(dense, "channel"), batches)
+        reconstruct.apply_least_squares(model, cut(dense, "channel"), batches)
         errors[dtype] = output_error(model.float(), dense, batches)
     assert errors[torch.bfloat16] == pytest.approx(errors[torch.float32], rel=0.1)
 
@@ -400,7 +400,7 @@ def test_a_model_that_lost_blocks_before_is_repaired_too():
     layers = (keep(shape.layers[0], channels=tuple(range(20))), keep(shape.layers[1], channels=tuple(range(30))))
     plan = PruningPlan("test", shape, (*layers, LayerPlan.dense(shape.layers[2])))
     surgery.apply(cut_only, plan)
-    records = reconstruct.apply(model, plan, batches)
+    records = reconstruct.apply_least_squares(model, plan, batches)
     assert [(r["layer"], r["block"]) for r in records] == [(0, "mlp"), (1, "attention"), (1, "mlp"), (2, "attention")]
     assert output_error(model, dense, batches) < 0.8 * output_error(cut_only, dense, batches)
 
@@ -416,7 +416,7 @@ def test_a_failure_leaves_no_hook_behind():
 
     model.model.layers[2].mlp.act_fn = Broken()
     with pytest.raises(RuntimeError, match="broken"):
-        reconstruct.apply(model, cut(model, "channel"), text())
+        reconstruct.apply_least_squares(model, cut(model, "channel"), text())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -433,7 +433,7 @@ def test_a_failure_leaves_no_hook_behind():
 def test_options_out_of_range_are_refused(options, message):
     model = tiny("llama")
     with pytest.raises(BadOption, match=message):
-        reconstruct.apply(model, cut(model, "channel"), text(), **options)
+        reconstruct.apply_least_squares(model, cut(model, "channel"), text(), **options)
     assert Decoder(model).shape == Decoder(tiny("llama")).shape
 
 
@@ -449,5 +449,5 @@ def test_a_foreign_plan_and_empty_text_are_refused_before_anything_is_cut():
         (cut(model, "mlp"), padding, NoCalibration),
     ):
         with pytest.raises(error):
-            reconstruct.apply(model, plan, batches)
+            reconstruct.apply_least_squares(model, plan, batches)
         assert Decoder(model).shape == Decoder(tiny("llama")).shape

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.report.figures import PICTURES, figure_of, png, svg
+from prunelit.report.figures import PICTURES, draw_picture, encode_png, encode_svg
 from prunelit.report.figures.style import BLOCK, KEPT, REMOVED
 from prunelit.report.record import Record
 from tests.report.test_record import told
@@ -40,7 +40,7 @@ def words(text: str) -> list[str]:
 
 
 def test_each_picture_shows_the_record(full: Record) -> None:
-    drawn = {name: svg(figure_of(name, full)) for name in PICTURES}
+    drawn = {name: encode_svg(draw_picture(name, full)) for name in PICTURES}
     said = {name: words(text) for name, text in drawn.items()}
     assert {"dense 22.9", "pruned 37.5", "recovered 27.5"} <= set(said["quality"])
     assert ["dense", *full.decided[-1]["order"]] == said["search"][: len(full.decided[-1]["order"]) + 1]
@@ -48,14 +48,14 @@ def test_each_picture_shows_the_record(full: Record) -> None:
     assert BLOCK in drawn["kept"] and KEPT in drawn["scores"] and REMOVED in drawn["scores"]
     assert {"score and plan", "cut"} <= set(said["stages"])
     assert {"training loss", "perplexity", "dense", "pruned"} <= set(said["training"])
-    figure = figure_of("training", full)
+    figure = draw_picture("training", full)
     assert [list(line.get_ydata()) for line in figure.axes[0].lines] == [[2.5, 2.0, 1.5]]
     assert [list(line.get_ydata()) for line in figure.axes[1].lines][1] == [37.5, 29, 28, 27]
-    assert list(figure_of("speed", full).axes[0].lines[0].get_ydata()) == [101, 102, 103]
+    assert list(draw_picture("speed", full).axes[0].lines[0].get_ydata()) == [101, 102, 103]
 
 
 def test_a_histogram_is_drawn_with_its_counts(full: Record) -> None:
-    panel = figure_of("scores", full).axes[-1]
+    panel = draw_picture("scores", full).axes[-1]
     one = full.scores["channels"][0]
     assert one is not None
     most = max(a + b for a, b in zip(one.kept, one.removed, strict=True))
@@ -69,8 +69,8 @@ def test_a_histogram_is_drawn_with_its_counts(full: Record) -> None:
 @pytest.mark.parametrize("size", [(2, 2, 2), (2, 4, 4), (80, 128, 8), (30, 9, 3)])
 def test_small_and_large_models(size: tuple[int, int, int]) -> None:
     record = Record(plan=plan_of(*size))
-    figure = figure_of("kept", record)
-    text = svg(figure)
+    figure = draw_picture("kept", record)
+    text = encode_svg(figure)
     assert len(text) < 400_000
     grids = [image.get_array() for panel in figure.axes for image in panel.images]
     assert [grid.shape for grid in grids][-1] == (size[0], size[1])
@@ -84,19 +84,19 @@ def test_long_runs_leave_small_files() -> None:
         record.search.append({"removed": [], "candidate": ["A1"], "perplexity": 20 + number % 7, "exact": True})
         record.training.append({"step": number, "train_loss": 3.0 + number % 5, "tokens_per_second": 9.0 + number % 3})
     for name in ("search", "training", "speed"):
-        text = svg(figure_of(name, record))
+        text = encode_svg(draw_picture(name, record))
         assert len(text) < 700_000, name
         assert ("<image" in text) == (name == "search")
 
 
 def test_nothing_to_draw_is_no_picture() -> None:
-    assert all(figure_of(name, Record()) is None for name in PICTURES)
+    assert all(draw_picture(name, Record()) is None for name in PICTURES)
     odd = Record(decided=[{"order": [], "perplexity": float("inf"), "after": 1}], training=[{"step": 1, "x": 1.0}])
     odd.hear("measured", {"name": "dense", "row": {"perplexity": None, "parameters": 5}})
-    assert all(figure_of(name, odd) is None for name in PICTURES)
+    assert all(draw_picture(name, odd) is None for name in PICTURES)
 
 
 def test_equal_records_give_equal_files(full: Record) -> None:
     for name in PICTURES:
-        assert svg(figure_of(name, full)) == svg(figure_of(name, Record.from_json(full.to_json())))
-        assert png(figure_of(name, full)).startswith(b"\x89PNG")
+        assert encode_svg(draw_picture(name, full)) == encode_svg(draw_picture(name, Record.from_json(full.to_json())))
+        assert encode_png(draw_picture(name, full)).startswith(b"\x89PNG")

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as some
 
-from prunelit.report.figures import PICTURES, figure_of
+from prunelit.report.figures import PICTURES, draw_picture
 from prunelit.report.page import html, parts
-from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, Shown, Table
-from prunelit.report.page.summary import summary_of
+from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, PagePicture, Table
+from prunelit.report.page.summary import summarize_picture
 from prunelit.report.record import Record
-from prunelit.report.run_page import page_of
+from prunelit.report.run_page import render_run_page
 from tests.report.test_figures import full, plan_of
 
 __all__ = ["full"]  # a fixture
@@ -77,9 +77,9 @@ NASTY = (
 @example(NASTY[5])
 @example(NASTY[6])
 def test_foreign_text_is_text(text: str) -> None:
-    page = html.render(every_part(text))
+    page = html.render_html(every_part(text))
     page.encode("utf-8")
-    plain = Read(html.render(every_part("plain")))
+    plain = Read(html.render_html(every_part("plain")))
     read = Read(page)
     structure = lambda found: [tag for tag in found.tags if tag not in ("wbr", "code")]  # noqa: E731
     assert structure(read) == structure(plain)
@@ -94,7 +94,7 @@ def test_foreign_text_is_text(text: str) -> None:
 def test_markup_in_a_config_or_a_title_is_shown() -> None:
     record = Record(title=NASTY[0], facts={"config": NASTY[1], "load": [(NASTY[0], NASTY[2])]})
     record.hear("completions", {"prompts": [NASTY[0]], "name": "dense", "texts": [NASTY[1]]})
-    read = Read(page_of(record))
+    read = Read(render_run_page(record))
     assert not {"script", "img"} & set(read.tags)
     assert all(text in read.text for text in NASTY[:3])
 
@@ -109,7 +109,7 @@ def foreign(page: str) -> list[str]:
 
 
 def test_a_page_needs_nothing_else(full: Record) -> None:
-    page = page_of(full)
+    page = render_run_page(full)
     assert foreign(page) == []
     read = Read(page)
     policy = next(value for _, name, value in read.attributes if name == "content" and "default-src" in value)
@@ -119,8 +119,8 @@ def test_a_page_needs_nothing_else(full: Record) -> None:
 
 
 def test_each_picture_has_a_name_a_sentence_and_ids_of_its_own(full: Record) -> None:
-    read = Read(page_of(full))
-    drawn = [name for name in PICTURES if figure_of(name, full) is not None]
+    read = Read(render_run_page(full))
+    drawn = [name for name in PICTURES if draw_picture(name, full) is not None]
     assert read.tags.count("svg") == len(drawn) == len(PICTURES)
     ids = [value for _, name, value in read.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -129,30 +129,30 @@ def test_each_picture_has_a_name_a_sentence_and_ids_of_its_own(full: Record) -> 
     assert asked <= set(ids)
     for name in drawn:
         assert PICTURES[name].title in read.text and PICTURES[name].caption in read.text
-        assert read.text.count(summary_of(name, full)) == 2  # seen, and read aloud
+        assert read.text.count(summarize_picture(name, full)) == 2  # seen, and read aloud
         assert {f"{name}-title", f"{name}-said"} <= set(ids)
 
 
 def test_summaries_have_the_numbers_of_the_record(full: Record) -> None:
-    assert summary_of("quality", full) == "Perplexity: dense 22.9, pruned 37.5, recovered 27.5."
-    assert summary_of("speed", full) == "Median 102 tokens per second, 101 to 103."
+    assert summarize_picture("quality", full) == "Perplexity: dense 22.9, pruned 37.5, recovered 27.5."
+    assert summarize_picture("speed", full) == "Median 102 tokens per second, 101 to 103."
     assert (
-        summary_of("training", full)
+        summarize_picture("training", full)
         == "Loss 2.50 at step 1, 1.50 at 3; validation perplexity 29.0 at step 1, 27.0 at 3."
     )
     last = full.decided[-1]
-    assert summary_of("search", full).startswith(f"{len(last['order'])} blocks removed after {len(full.search)} ")
-    said = summary_of("kept", Record(plan=plan_of(3, 6, 3)))
+    assert summarize_picture("search", full).startswith(f"{len(last['order'])} blocks removed after {len(full.search)} ")
+    said = summarize_picture("kept", Record(plan=plan_of(3, 6, 3)))
     assert said == (
         "4 of 9 KV groups, 8 of 18 query heads, 96 of 192 FFN channels stay in 3 layers; no longer there: attention of "
         "layers 2."
     )
     goes = sum(sum(one.removed) for one in full.scores["channels"] if one)
-    assert f"{goes:,} of" in summary_of("scores", full)
+    assert f"{goes:,} of" in summarize_picture("scores", full)
 
 
 def test_the_headline_and_the_tables(full: Record) -> None:
-    text = re.sub(r"\s+", " ", Read(page_of(full)).text)
+    text = re.sub(r"\s+", " ", Read(render_run_page(full)).text)
     assert "22.9 \N{RIGHTWARDS ARROW} 37.5 \N{RIGHTWARDS ARROW} 27.5" in text
     assert "dense 2,000; 25.0% less" in text
     assert full.plan is not None and full.plan.digest in text
@@ -160,14 +160,14 @@ def test_the_headline_and_the_tables(full: Record) -> None:
 
 
 def test_an_empty_record_is_a_page_too() -> None:
-    assert Read(page_of(Record())).tags.count("svg") == 0
+    assert Read(render_run_page(Record())).tags.count("svg") == 0
 
 
 @pytest.mark.parametrize("name", ["x|y", "<b>"])
 def test_markdown(name: str) -> None:
     table = Table(["", name], [["a", "1"], ["b", "2"]], frozenset({(1, 1)}))
-    shown = Shown("p", "t", "c", "s", None)
-    said = parts.markdown("T", [Section("", ["one", table, shown]), Section("S", [Notes(["n"]), Code("c\nd")])])
+    shown = PagePicture("p", "t", "c", "s", None)
+    said = parts.render_markdown("T", [Section("", ["one", table, shown]), Section("S", [Notes(["n"]), Code("c\nd")])])
     head = name.replace("|", "\\|")
     assert said == (
         f"# T\n\none\n\n|  | {head} |\n| --- | --- |\n| a | 1 |\n| b | **2** |\n\n## S\n\n- n\n\n    c\n    d\n"

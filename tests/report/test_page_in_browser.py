@@ -9,7 +9,7 @@ import pytest
 
 from prunelit.compare import page as compare_page
 from prunelit.report.record import Record
-from prunelit.report.run_page import page_of
+from prunelit.report.run_page import render_run_page
 from tests.compare.test_run import handmade
 from tests.report.test_figures import full
 from tests.report.test_page import NASTY
@@ -73,7 +73,7 @@ def pages(full: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     for name in ("dense", "pruned", "recovered"):
         nasty.hear("completions", {"prompts": texts, "name": name, "texts": texts[::-1]})
     nasty.facts = {"config": "\n".join(texts), "load": [(texts[0], texts[5])], "versions": {"torch": texts[5]}}
-    content = {"run": page_of(nasty), "comparison": compare_page.page_of(handmade())}
+    content = {"run": render_run_page(nasty), "comparison": compare_page.render_comparison_page(handmade())}
     for name, page in content.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in content}

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as some
 from lightning.pytorch import Trainer
 
-from prunelit.calibration.batches import batched
-from prunelit.data.text import windows
+from prunelit.calibration.batches import split_into_batches
+from prunelit.data.text import draw_windows
 from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.registry import method_class
 from prunelit.report.record import Histogram, Record
@@ -19,8 +19,8 @@ def told(method: str, **options: object) -> Record:
     pruner = method_class(method)(**options)
     pruner.listeners = [record]
     model = tiny("llama")
-    ids = windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
-    pruner.prune(model, batched(ids))
+    ids = draw_windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
+    pruner.prune(model, split_into_batches(ids))
     assert record.plan == pruner.plan_made
     return record
 

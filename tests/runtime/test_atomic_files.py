@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prunelit.export import check_output, check_request, formats, save, write, write_model
+from prunelit.export import check_output, check_export_request, formats, save, write, write_model
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from tests.tiny import tiny, tiny_tokenizer
@@ -158,13 +158,13 @@ def one(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A format that writes its kind into one file, and says of its proof what the test wants."""
     verdict: dict[str, Any] = {"passed": True, "why": None, "loader": "a reader"}
 
-    def writing(job: formats.Job) -> dict[str, Any]:
+    def writing(job: formats.ExportJob) -> dict[str, Any]:
         job.place.write_text(f"{job.kind} of {job.model.config.model_type}")
         return {"note": "one file"}
 
     format = formats.Format("one", "read('PATH')", writing, lambda job: verdict, ".one", ("f16", "q8"), "one")
-    real = write.format_of
-    monkeypatch.setattr(write, "format_of", lambda name: format if name == "one" else real(name))
+    real = write.load_export_format
+    monkeypatch.setattr(write, "load_export_format", lambda name: format if name == "one" else real(name))
     return verdict
 
 
@@ -197,32 +197,32 @@ def test_one_file_that_is_not_proved_is_not_there(one: dict[str, Any], tmp_path:
 def test_one_file_where_a_folder_is(one: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "model.one").mkdir()
     with pytest.raises(OutputNotWritable, match="expected a file, got a folder"):
-        check_request(tmp_path / "model.one", "one")
+        check_export_request(tmp_path / "model.one", "one")
 
 
 def test_kinds_and_sizes_are_checked_without_a_model(one: dict[str, Any], tmp_path: Path) -> None:
-    check_request(tmp_path / "m", "one", "q8")
+    check_export_request(tmp_path / "m", "one", "q8")
     with pytest.raises(BadOption, match="type 'q4': expected one of f16, q8 with format 'one'"):
-        check_request(tmp_path / "m", "one", "q4")
+        check_export_request(tmp_path / "m", "one", "q4")
     with pytest.raises(BadOption, match="type 'q8': expected none"):
-        check_request(tmp_path / "m", "auto", "q8")
+        check_export_request(tmp_path / "m", "auto", "q8")
     with pytest.raises(BadOption, match="format 'two': expected one of auto, uniform"):
-        check_request(tmp_path / "m", "two")
+        check_export_request(tmp_path / "m", "two")
     for wrong in ("lots", "5", "5 GB", "-5GB", ""):
         with pytest.raises(BadOption, match="max_shard_size"):
-            check_request(tmp_path / "m", max_shard_size=wrong)
+            check_export_request(tmp_path / "m", max_shard_size=wrong)
     assert not list(tmp_path.iterdir())
 
 
 def test_auto_goes_on_only_where_a_format_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
-    def refusing(job: formats.Job) -> dict[str, Any]:
+    def refusing(job: formats.ExportJob) -> dict[str, Any]:
         tried.append(job.place.is_dir())
         raise DoesNotFit("format: no")
 
     refuses = formats.Format("no", "", refusing, lambda job: {})
-    monkeypatch.setattr(write, "format_of", lambda name: refuses)
+    monkeypatch.setattr(write, "load_export_format", lambda name: refuses)
     with pytest.raises(DoesNotFit):
         save(tiny("llama"), tmp_path / "m")
     assert tried == [True, True] and not list(tmp_path.iterdir())

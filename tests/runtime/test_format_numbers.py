@@ -2,14 +2,14 @@
 
 import pytest
 
-from prunelit.runtime.format_numbers import duration, percent, short
+from prunelit.runtime.format_numbers import format_duration, format_percent, format_count
 
 
 @pytest.mark.parametrize(
     ("value", "said"), [(0, "0"), (46_080, "46,080"), (1_234_567, "1.23 M"), (7e9, "7 G"), (2.5e12, "2.5 T")]
 )
 def test_counts(value: float, said: str) -> None:
-    assert short(value) == said
+    assert format_count(value) == said
 
 
 @pytest.mark.parametrize(
@@ -24,8 +24,8 @@ def test_counts(value: float, said: str) -> None:
     ],
 )
 def test_durations(seconds: float, said: str) -> None:
-    assert duration(seconds) == said
+    assert format_duration(seconds) == said
 
 
 def test_shares() -> None:
-    assert [percent(ratio) for ratio in (0.125, 0.2, 1.0)] == ["12.5%", "20%", "100%"]
+    assert [format_percent(ratio) for ratio in (0.125, 0.2, 1.0)] == ["12.5%", "20%", "100%"]

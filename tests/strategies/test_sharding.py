@@ -127,11 +127,11 @@ def test_torchrun_takes_the_command_of_the_docs(source: str, tmp_path: Path, str
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon"])
 def test_decoder_layers_are_wrapped_and_nothing_else(family: str) -> None:
     model = tiny(family)
-    sharding.mark_layers(model)
-    wrapped = [module for module in model.modules() if sharding.is_wrapped(module, False, 0)]
+    sharding.mark_decoder_layers(model)
+    wrapped = [module for module in model.modules() if sharding.should_wrap_module(module, False, 0)]
     assert len(wrapped) == model.config.num_hidden_layers
     assert len({type(module) for module in wrapped}) == 1
-    assert all(sharding.is_wrapped(module, True, 0) for module in model.modules())
+    assert all(sharding.should_wrap_module(module, True, 0) for module in model.modules())
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "fsdp2"])
@@ -142,5 +142,5 @@ def test_a_strategy_stacks_on_any_run(name: str) -> None:
 
 
 def test_what_is_sharded() -> None:
-    assert sharding.is_sharded(sharding.DecoderFSDP2())
-    assert not sharding.is_sharded(DDPStrategy())
+    assert sharding.is_sharded_strategy(sharding.DecoderFSDP2())
+    assert not sharding.is_sharded_strategy(DDPStrategy())

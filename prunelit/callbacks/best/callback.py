@@ -19,20 +19,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from prunelit.calibration.batches import Batch, tokens_in
+from prunelit.calibration.batches import Batch, count_real_tokens
 from prunelit.callbacks.best import distill, generated_text
-from prunelit.callbacks.best.fisher import fisher
+from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.core.plan import LayerShape, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
 from prunelit.pruning.callback import PruningCallback
 from prunelit.repair import reconstruct
-from prunelit.runtime.distributed import own_share
+from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import BadOption
 
-_EVEN = 5 / 8  # Fisher information is local: of layers that lose nearly all it promises too much
-_LENGTH = 128  # tokens of a text that the model writes; never longer than the calibration's
+_EVEN_SHARE = 5 / 8  # Fisher information is local: of layers that lose nearly all it promises too much
+_MAX_TEXT_LENGTH = 128  # tokens of a text that the model writes; never longer than the calibration's
 
 
 class Best(PruningCallback):
@@ -82,7 +82,7 @@ class Best(PruningCallback):
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         found = []
-        for layer, scores in zip(decoder, fisher(decoder, batches), strict=True):
+        for layer, scores in zip(decoder, score_fisher(decoder, batches), strict=True):
             shape, heads, channels = layer.shape, scores.heads, scores.channels
             if heads is not None:
                 # Across layers a KV group counts as the mean of its heads: each bears its part of key and value.
@@ -98,26 +98,26 @@ class Best(PruningCallback):
             return self.min_kept
         shapes = decoder.shape.layers
         whole = {layer % len(shapes) for layer in self.protect}
-        most = sum(_removable(shape, self.unit) for index, shape in enumerate(shapes) if index not in whole)
+        most = sum(_count_removable(shape, self.unit) for index, shape in enumerate(shapes) if index not in whole)
         even = self.ratio * decoder.shape.block_parameters / max(1, most)
-        return max(0.0, _EVEN * (1 - even))
+        return max(0.0, _EVEN_SHARE * (1 - even))
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        tokens = int(self.own_text * sum(map(tokens_in, batches)))
-        length = min(_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
+        tokens = int(self.own_text * sum(map(count_real_tokens, batches)))
+        length = min(_MAX_TEXT_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
         text = list(batches)
         if tokens:
             text += self.recall(
-                "text", decoder, batches, lambda: generated_text.write(decoder.model, tokens, length, self.seed)
+                "text", decoder, batches, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
             )
-        own = own_share(text)
-        dense = distill.dense_streams(decoder, own) if self.epochs else []
-        reconstruct.apply(decoder.model, plan, text, ridge=self.ridge)
+        own = take_rank_share(text)
+        dense = distill.record_dense_streams(decoder, own) if self.epochs else []
+        reconstruct.apply_least_squares(decoder.model, plan, text, ridge=self.ridge)
         cut = Decoder(decoder.model)
-        distill.distill(cut, own, dense, self.epochs, self.learning_rate, self.denoise, seed=self.seed)
+        distill.distill_layers(cut, own, dense, self.epochs, self.learning_rate, self.denoise, seed=self.seed)
 
 
-def _removable(shape: LayerShape, unit: budget.Unit) -> int:
+def _count_removable(shape: LayerShape, unit: budget.Unit) -> int:
     """Parameters of a layer that may go; one KV group, or query head of each, has to stay."""
     found = shape.channel_cost * shape.ffn_channels
     if shape.heads_prunable and shape.kv_groups:

@@ -16,12 +16,12 @@ import math
 import torch
 from torch import Tensor
 
-_NARROW = 32  # the law is that of large matrices
-_GRID = 10_000
+_MIN_SIDE = 32  # the law is that of large matrices
+_GRID_POINTS = 10_000
 
 
 @torch.no_grad()
-def signal(change: Tensor) -> Tensor:
+def estimate_signal(change: Tensor) -> Tensor:
     """The estimate of a low-rank matrix that was seen through independent noise of equal strength.
 
     Args:
@@ -32,14 +32,14 @@ def signal(change: Tensor) -> Tensor:
         [M, N], in the dtype and on the device of `change`.
     """
     short, long = sorted(change.shape)
-    if short < _NARROW or not change.isfinite().all():
+    if short < _MIN_SIDE or not change.isfinite().all():
         return change
     if change.shape[0] > short:
-        return signal(change.T).T
+        return estimate_signal(change.T).T
     aspect, wide = short / long, change.double()
     squares, left = torch.linalg.eigh(wide @ wide.T)  # far cheaper than the singular vectors of both sides
     values = squares.clamp(min=0).sqrt()
-    noise = values.median() / median_of_noise(aspect)
+    noise = values.median() / compute_noise_median(aspect)
     if not noise > values.max() * torch.finfo(torch.float32).eps:
         return change
     height = values / noise
@@ -49,13 +49,13 @@ def signal(change: Tensor) -> Tensor:
     return ((left * gain) @ (left.T @ wide)).to(change)
 
 
-def median_of_noise(aspect: float) -> float:
+def compute_noise_median(aspect: float) -> float:
     """The median singular value of a large matrix of noise with variance 1 / (its longer side).
 
     Args:
         aspect: shorter side by longer side, in (0, 1].
     """
-    angle = (torch.arange(_GRID, dtype=torch.float64) + 0.5) * (math.pi / _GRID)
+    angle = (torch.arange(_GRID_POINTS, dtype=torch.float64) + 0.5) * (math.pi / _GRID_POINTS)
     square = 1 + aspect - 2 * math.sqrt(aspect) * angle.cos()  # rises with the angle
     below = (angle.sin().square() / square).cumsum(0)  # Marchenko-Pastur, by the angle
     middle = int(torch.searchsorted(below, below[-1] / 2))

@@ -17,27 +17,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.partial_forward import Stream
-from prunelit.callbacks.best.denoise import signal
+from prunelit.calibration.partial_forward import PartialForward
+from prunelit.callbacks.best.denoise import estimate_signal
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
-from prunelit.runtime.distributed import all_sum
-from prunelit.runtime.progress import track
+from prunelit.model.modes import use_eval_mode
+from prunelit.runtime.distributed import sum_over_ranks
+from prunelit.runtime.progress import track_progress
 
-_WARMUP = 0.05  # share of the steps
-_CLIP = 1.0  # largest norm of a step's gradient
+_WARMUP_SHARE = 0.05  # share of the steps
+_MAX_GRADIENT_NORM = 1.0  # largest norm of a step's gradient
 
 
 @torch.no_grad()
-def dense_streams(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor]:
+def record_dense_streams(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor]:
     """What leaves the last layer of the dense model, [B, S, H] for every batch, in host memory."""
-    stream, last = Stream(decoder), len(decoder.layers)
-    with evaluating(decoder.model):
-        return [stream.run(batch, None, 0, last).cpu() for batch in track(list(batches), "dense targets")]
+    stream, last = PartialForward(decoder), len(decoder.layers)
+    with use_eval_mode(decoder.model):
+        return [stream.run(batch, None, 0, last).cpu() for batch in track_progress(list(batches), "dense targets")]
 
 
 @torch.inference_mode(False)
-def distill(
+def distill_layers(
     decoder: Decoder,
     batches: Sequence[Batch],
     targets: Sequence[Tensor],
@@ -55,7 +55,7 @@ def distill(
     Args:
         decoder: the cut model; embeddings, final norm and output projection stay as they are, and so do the modes.
         batches: this rank's own.
-        targets: `dense_streams` of the same batches.
+        targets: `record_dense_streams` of the same batches.
         epochs: passes over the batches; 0 does nothing.
         learning_rate: peak.
         denoise: of every matrix's change keep what stands out of noise; costs one more copy of the layers' weights.
@@ -72,9 +72,9 @@ def distill(
         for batch, target in zip(batches, targets, strict=True)
         for i in range(len(batch["input_ids"]))
     ]
-    steps = math.ceil(_most(len(rows), decoder.device) / rows_per_step)
+    steps = math.ceil(_find_most_rows(len(rows), decoder.device) / rows_per_step)
     layers = [layer.module for layer in decoder]
-    stream, curve = Stream(decoder), []
+    stream, curve = PartialForward(decoder), []
     wanted = [(parameter, parameter.requires_grad) for parameter in decoder.model.parameters()]
     for parameter, _ in wanted:
         parameter.requires_grad_(False)
@@ -82,23 +82,23 @@ def distill(
     came = [parameter.detach().clone() for parameter in trained] if denoise else []
     masters = [p.detach().float().clone().requires_grad_() for p in trained]
     optimizer = torch.optim.AdamW(masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, steps * epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _schedule_rate(step, steps * epochs))
     generator = torch.Generator().manual_seed(seed)
     try:
         for parameter in trained:
             parameter.requires_grad_(True)
-        with torch.enable_grad(), evaluating(decoder.model):
+        with torch.enable_grad(), use_eval_mode(decoder.model):
             for epoch in range(epochs):
                 order = torch.randperm(len(rows), generator=generator).tolist()
                 sums = torch.zeros(2, dtype=torch.float64, device=decoder.device)
-                for step in track(range(steps), f"distilling, pass {epoch + 1} of {epochs}"):
+                for step in track_progress(range(steps), f"distilling, pass {epoch + 1} of {epochs}"):
                     taken = [rows[i] for i in order[step * rows_per_step : (step + 1) * rows_per_step]]
-                    sums += _step(stream, taken, trained, masters, optimizer)
+                    sums += _take_step(stream, taken, trained, masters, optimizer)
                     schedule.step()
                 total, tokens = sums.tolist()
                 curve.append(total / tokens)
         if came:
-            _denoise(trained, masters, came)
+            _denoise_changes(trained, masters, came)
     finally:
         for parameter, wants in wanted:
             parameter.requires_grad_(wants)
@@ -106,8 +106,8 @@ def distill(
     return curve
 
 
-def _step(
-    stream: Stream,
+def _take_step(
+    stream: PartialForward,
     rows: Sequence[tuple[Batch, Tensor]],
     trained: Sequence[nn.Parameter],
     masters: Sequence[Tensor],
@@ -117,16 +117,16 @@ def _step(
     sums = torch.zeros(2, dtype=torch.float64, device=stream.decoder.device)
     for batch, target in rows:
         hidden = stream.run(batch, None, 0, len(stream.decoder.layers))
-        divergence, gradient, tokens = _divergence(stream, batch, hidden, target)
+        divergence, gradient, tokens = _compute_divergence(stream, batch, hidden, target)
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
         sums += torch.tensor([divergence, tokens], dtype=torch.float64, device=sums.device)
-    all_sum(sums)
+    sum_over_ranks(sums)
     with torch.no_grad():
         for parameter, master in zip(trained, masters, strict=True):
             gradient = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-            master.grad = all_sum(gradient) / sums[1].float().clamp(min=1)
+            master.grad = sum_over_ranks(gradient) / sums[1].float().clamp(min=1)
             parameter.grad = None
-        nn.utils.clip_grad_norm_(masters, _CLIP)
+        nn.utils.clip_grad_norm_(masters, _MAX_GRADIENT_NORM)
         optimizer.step()
         for parameter, master in zip(trained, masters, strict=True):
             parameter.copy_(master)
@@ -134,15 +134,15 @@ def _step(
 
 
 @torch.no_grad()
-def _denoise(trained: Sequence[nn.Parameter], masters: Sequence[Tensor], came: Sequence[Tensor]) -> None:
+def _denoise_changes(trained: Sequence[nn.Parameter], masters: Sequence[Tensor], came: Sequence[Tensor]) -> None:
     """Norms and biases stay as trained: of few numbers one can not tell what is noise."""
-    for parameter, master, start in track(list(zip(trained, masters, came, strict=True)), "denoising", unit="weight"):
+    for parameter, master, start in track_progress(list(zip(trained, masters, came, strict=True)), "denoising", unit="weight"):
         if parameter.ndim == 2:
             before = start.float()
-            parameter.copy_(before + signal(master - before))
+            parameter.copy_(before + estimate_signal(master - before))
 
 
-def _divergence(stream: Stream, batch: Batch, hidden: Tensor, target: Tensor) -> tuple[float, Tensor, int]:
+def _compute_divergence(stream: PartialForward, batch: Batch, hidden: Tensor, target: Tensor) -> tuple[float, Tensor, int]:
     """Summed KL(dense || cut) of one sequence, its gradient at `hidden` [1, S, H], and the tokens that count."""
     last = len(stream.decoder.layers)
     leaf = hidden.detach().requires_grad_()
@@ -157,15 +157,15 @@ def _divergence(stream: Stream, batch: Batch, hidden: Tensor, target: Tensor) ->
     return loss.item(), torch.autograd.grad(loss, leaf)[0], len(cut)
 
 
-def _share(step: int, steps: int) -> float:
+def _schedule_rate(step: int, steps: int) -> float:
     """Of the peak learning rate."""
-    warm = max(1, int(_WARMUP * steps))
+    warm = max(1, int(_WARMUP_SHARE * steps))
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
-def _most(rows: int, device: torch.device) -> int:
+def _find_most_rows(rows: int, device: torch.device) -> int:
     """The largest number of rows of any rank: every rank takes part in every step."""
     most = torch.tensor(rows, device=device)
     if dist.is_initialized():

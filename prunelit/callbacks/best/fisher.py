@@ -20,17 +20,17 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums
-from prunelit.calibration.per_sample_gradients import sample_loss, samples
+from prunelit.calibration.per_sample_gradients import compute_sample_loss, split_into_samples
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.modes import evaluating
-from prunelit.runtime.distributed import own_share
+from prunelit.model.modes import use_eval_mode
+from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NonFinite
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
 
 @torch.inference_mode(False)
-def fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
     """Mean over tokens of (activation . gradient)^2 of every query head and channel.
 
     The loss is the summed next-token cross-entropy of a sequence. In a distributed run the sequences are shared out.
@@ -46,21 +46,21 @@ def fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         NonFinite: a loss or a score is NaN or infinite.
         NoCalibration: no sequence of two tokens.
     """
-    sums, texts = Sums(len(decoder.layers)), samples(batches)
+    sums, texts = Sums(len(decoder.layers)), split_into_samples(batches)
     tokens = sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in texts)
-    handles: list[Any] = [decoder.layers[0].module.register_forward_pre_hook(_graph_from_here, with_kwargs=True)]
+    handles: list[Any] = [decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)]
     for layer in decoder:
         for there, name in ((layer.has_attention, "output"), (layer.has_mlp, "down")):
             if there:
                 module: nn.Module = getattr(layer, name)
-                handles.append(module.register_forward_pre_hook(partial(_watch, sums, layer, name)))
+                handles.append(module.register_forward_pre_hook(partial(_watch_input, sums, layer, name)))
     wanted = [(parameter, parameter.requires_grad) for parameter in decoder.model.parameters()]
     try:
         for parameter, _ in wanted:
             parameter.requires_grad_(False)
-        with torch.enable_grad(), evaluating(decoder.model):
-            for ids, mask in track(own_share(texts), "sensitivity"):
-                loss = sample_loss(decoder, ids, mask, reduction="sum")
+        with torch.enable_grad(), use_eval_mode(decoder.model):
+            for ids, mask in track_progress(take_rank_share(texts), "sensitivity"):
+                loss = compute_sample_loss(decoder, ids, mask, reduction="sum")
                 if not torch.isfinite(loss):
                     raise NonFinite(f"calibration: expected a finite loss, got {loss.item()}; check the model file")
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -72,7 +72,7 @@ def fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
     return [LayerScores(mean.get("output"), mean.get("down")) for mean in sums.means(tokens, decoder.device)]
 
 
-def _watch(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
     value: Tensor = args[0].detach()  # the hook must not hold the graph that holds the hook
 
     def see(gradient: Tensor) -> None:
@@ -84,7 +84,7 @@ def _watch(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[A
     args[0].register_hook(see)
 
 
-def _graph_from_here(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """No weight wants a gradient, so the stream entering the first layer must, or there would be no graph."""
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs

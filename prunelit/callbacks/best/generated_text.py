@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.model.modes import evaluating, generating
-from prunelit.runtime.distributed import own_share
-from prunelit.runtime.progress import track
+from prunelit.model.modes import use_eval_mode, use_generation_config
+from prunelit.runtime.distributed import take_rank_share
+from prunelit.runtime.progress import track_progress
 
-_ROWS = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
+_ROWS_PER_CHUNK = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
 
 
 @torch.no_grad()
-def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> list[Batch]:
+def generate_text(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> list[Batch]:
     """Sample sequences from a causal LM at temperature 1, each from a random first token.
 
     In a distributed run the chunks are shared out; every rank gets all of them, the same as in one process.
@@ -37,11 +37,11 @@ def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> li
         Batches {"input_ids": [B, length]} on the host.
     """
     rows = -(-tokens // length)
-    sizes = [min(_ROWS, rows - start) for start in range(0, rows, _ROWS)]
+    sizes = [min(_ROWS_PER_CHUNK, rows - start) for start in range(0, rows, _ROWS_PER_CHUNK)]
     mine: dict[int, Tensor] = {}
-    with evaluating(model):
-        for chunk, size in track(own_share(list(enumerate(sizes))), "sampling text"):
-            mine[chunk] = _sample(model, size, length, seed + chunk)
+    with use_eval_mode(model):
+        for chunk, size in track_progress(take_rank_share(list(enumerate(sizes))), "sampling text"):
+            mine[chunk] = _sample_tokens(model, size, length, seed + chunk)
     everyone: list[Any] = [mine]
     if dist.is_initialized():
         everyone = [None] * dist.get_world_size()
@@ -50,10 +50,10 @@ def write(model: nn.Module, tokens: int, length: int = 128, seed: int = 0) -> li
     return [{"input_ids": found[chunk]} for chunk in range(len(sizes))]
 
 
-def _sample(model: Any, rows: int, length: int, seed: int) -> Tensor:
+def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     """[rows, length] token ids, none special; generate() draws from the global generators: lent and given back."""
     device = next(model.parameters()).device
-    banned = _special(model.config, model.generation_config)
+    banned = _list_special_tokens(model.config, model.generation_config)
     settings = {
         "do_sample": True,
         "temperature": 1.0,
@@ -69,12 +69,12 @@ def _sample(model: Any, rows: int, length: int, seed: int) -> Tensor:
         allowed = torch.ones(model.config.vocab_size)
         allowed[banned] = 0
         first = torch.multinomial(allowed, rows, replacement=True)[:, None].to(device)
-        with generating(model, **settings):
+        with use_generation_config(model, **settings):
             ids = model.generate(input_ids=first, attention_mask=torch.ones_like(first))
     return ids.cpu()
 
 
-def _special(*configs: Any) -> list[int]:
+def _list_special_tokens(*configs: Any) -> list[int]:
     """Ids of padding, start and end of text; a chat model's end of a turn stands in its generation config only."""
     found: set[int] = set()
     for config in configs:

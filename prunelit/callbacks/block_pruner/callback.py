@@ -12,13 +12,13 @@ cheaper, the journal, a ratio as the budget, and the searches beside the greedy 
 from collections.abc import Sequence
 from typing import Any, get_args
 
-from prunelit.calibration.batches import Batch, first
-from prunelit.calibration.fingerprints import digest, model_fingerprint, text_fingerprint
+from prunelit.calibration.batches import Batch, take_sequences
+from prunelit.calibration.fingerprints import compute_digest, fingerprint_model, fingerprint_batches
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.search import Method, remove_blocks
+from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import NOT_READ, Goal, Kinds, without
+from prunelit.planning.block_sets import IGNORED_OPTIONS, RemovalGoal, BlockChoice, plan_without_blocks
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 
@@ -42,25 +42,25 @@ class BlockPruner(PruningCallback):
             blocks.
     """
 
-    not_read = NOT_READ
+    not_read = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(
         self,
         ratio: float | None = None,
         count: int | None = None,
-        blocks: Kinds = "mix",
-        search: Method = "lazy",
+        blocks: BlockChoice = "mix",
+        search: SearchMethod = "lazy",
         beam_width: int = 4,
         journal: str | None = None,
         search_windows: int | None = None,
         cache_gib: float = 2.0,
         **kwargs: Any,
     ):
-        self.goal = Goal.of(ratio, count, kwargs)
+        self.goal = RemovalGoal.from_options(ratio, count, kwargs)
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
         self.ratio = ratio  # type: ignore[assignment]
-        for name, value, allowed in (("blocks", blocks, get_args(Kinds)), ("search", search, get_args(Method))):
+        for name, value, allowed in (("blocks", blocks, get_args(BlockChoice)), ("search", search, get_args(SearchMethod))):
             if value not in allowed:
                 raise BadOption(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
         for name, number in (("beam_width", beam_width), ("search_windows", search_windows)):
@@ -72,13 +72,13 @@ class BlockPruner(PruningCallback):
         self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        journal, few = self.journal, first(batches, self.search_windows)
+        journal, few = self.journal, take_sequences(batches, self.search_windows)
         if journal is None and self.kept is not None:
-            which = digest(model_fingerprint(decoder.model) + text_fingerprint(few))
+            which = compute_digest(fingerprint_model(decoder.model) + fingerprint_batches(few))
             journal = str(self.kept.folder / f"block_pruner-{which}.jsonl")
         evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
         evaluator.told = self.tell
-        found = remove_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
+        found = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}
-        return self.make_plan(decoder.shape, without(decoder.shape, found.removed))
+        return self.make_plan(decoder.shape, plan_without_blocks(decoder.shape, found.removed))

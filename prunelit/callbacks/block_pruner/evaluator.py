@@ -16,15 +16,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import digest, model_fingerprint, text_fingerprint
-from prunelit.calibration.metrics import perplexity_of
-from prunelit.calibration.partial_forward import Stream
-from prunelit.callbacks.block_pruner.journal import Journal, Value
+from prunelit.calibration.fingerprints import compute_digest, fingerprint_model, fingerprint_batches
+from prunelit.calibration.metrics import convert_nll_to_perplexity
+from prunelit.calibration.partial_forward import PartialForward
+from prunelit.callbacks.block_pruner.journal import Journal, SetLoss
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import remove_attention, remove_mlp
-from prunelit.planning.block_sets import Block, Blocks
-from prunelit.runtime.distributed import own_share
+from prunelit.planning.block_sets import Block, BlockSet
+from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration
 
 _TOKENS_PER_LOGIT_CHUNK = 512
@@ -50,8 +50,8 @@ class BlockEvaluator:
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], journal: str | None = None, cache_gib: float = 2.0):
         self.decoder, self.batches = decoder, list(batches)
-        self.stream = Stream(decoder)
-        self._weights = [_weights(batch) for batch in self.batches]
+        self.stream = PartialForward(decoder)
+        self._weights = [_weigh_predictions(batch) for batch in self.batches]
         self.sequences = sum(round(float(weights.sum())) for weights in self._weights)
         if not self.sequences:
             raise NoCalibration("calibration: expected sequences of at least two tokens, got none")
@@ -61,13 +61,13 @@ class BlockEvaluator:
         bytes_each = tokens * int(decoder.config.hidden_size) * parameter.element_size()
         layers = len(decoder.layers)
         self.spacing = math.ceil(layers / (int(cache_gib * 2**30 / bytes_each) + 1))
-        self._streams: dict[int, tuple[Blocks, list[Tensor]]] = {}
+        self._streams: dict[int, tuple[BlockSet, list[Tensor]]] = {}
         self.journal = Journal(journal, self.fingerprint()) if journal else None
-        self.values_known: dict[Blocks, Value] = dict(self.journal.found) if self.journal else {}
+        self.values_known: dict[BlockSet, SetLoss] = dict(self.journal.found) if self.journal else {}
         self.evaluations = 0
         self.recalled_seconds = 0.0
         """What evaluations in the journal took that were asked for here."""
-        self._asked: set[Blocks] = set()
+        self._asked: set[BlockSet] = set()
         self._layer_sequences = 0
         self.tick: Callable[[], object] = lambda: None
         self.told: Callable[..., object] = lambda event, **facts: None
@@ -83,10 +83,10 @@ class BlockEvaluator:
 
     def perplexity(self, removed: Iterable[Block] = ()) -> float:
         """Of the model without these blocks."""
-        return perplexity_of(self.values([frozenset(removed)])[0].nll)
+        return convert_nll_to_perplexity(self.values([frozenset(removed)])[0].nll)
 
     @torch.no_grad()
-    def values(self, sets: Sequence[Blocks], base: Blocks | None = None, limit: float = math.inf) -> list[Value]:
+    def values(self, sets: Sequence[BlockSet], base: BlockSet | None = None, limit: float = math.inf) -> list[SetLoss]:
         """The value of each set of removed blocks.
 
         Args:
@@ -100,10 +100,10 @@ class BlockEvaluator:
             self.recalled_seconds += sum(self.journal.seconds.get(removed, 0.0) for removed in first)
             self._asked |= set(sets)
         world = dist.get_world_size() if dist.is_initialized() else 1
-        found: dict[Blocks, Value] = {}
+        found: dict[BlockSet, SetLoss] = {}
         start = time.perf_counter()
-        with evaluating(self.decoder.model):
-            for removed in own_share(todo):
+        with use_eval_mode(self.decoder.model):
+            for removed in take_rank_share(todo):
                 found[removed] = self._run(removed, removed if base is None else base, limit)
                 if world == 1:
                     now = time.perf_counter()
@@ -117,7 +117,7 @@ class BlockEvaluator:
                 self._note(removed, base, next(each[removed] for each in everywhere if removed in each), each_took)
         return [self.values_known[removed] for removed in sets]
 
-    def layers_left(self, removed: Blocks, start: int = 0) -> int:
+    def layers_left(self, removed: BlockSet, start: int = 0) -> int:
         """Layers from `start` on that hold a block."""
         return sum(
             (layer.has_attention and (layer.index, "attention") not in removed)
@@ -127,13 +127,13 @@ class BlockEvaluator:
 
     def fingerprint(self) -> str:
         """Hash of a sample of the weights, and of the tokens."""
-        return digest(model_fingerprint(self.decoder.model) + text_fingerprint(self.batches))
+        return compute_digest(fingerprint_model(self.decoder.model) + fingerprint_batches(self.batches))
 
-    def _is_known(self, removed: Blocks, limit: float) -> bool:
+    def _is_known(self, removed: BlockSet, limit: float) -> bool:
         value = self.values_known.get(removed)
         return value is not None and (value.exact or value.nll > limit)
 
-    def _note(self, removed: Blocks, base: Blocks | None, value: Value, seconds: float) -> None:
+    def _note(self, removed: BlockSet, base: BlockSet | None, value: SetLoss, seconds: float) -> None:
         self.values_known[removed] = value
         self.evaluations += 1
         if self.journal:
@@ -143,11 +143,11 @@ class BlockEvaluator:
             "evaluation",
             removed=[str(block) for block in sorted(gone)],
             candidate=[str(block) for block in sorted(candidate)],
-            perplexity=perplexity_of(value.nll),
+            perplexity=convert_nll_to_perplexity(value.nll),
             exact=value.exact,
         )
 
-    def _run(self, removed: Blocks, base: Blocks, limit: float) -> Value:
+    def _run(self, removed: BlockSet, base: BlockSet, limit: float) -> SetLoss:
         start = self._start(removed, base)
         total, layers = 0.0, self.layers_left(removed, start)
         with self._masked(removed):
@@ -157,12 +157,12 @@ class BlockEvaluator:
                 self._layer_sequences += layers * len(batch["input_ids"])
                 self.tick()
                 if math.isnan(total):
-                    return Value(math.inf)
+                    return SetLoss(math.inf)
                 if total / self.sequences > limit and number < len(self.batches) - 1:
-                    return Value(total / self.sequences, exact=False)
-        return Value(total / self.sequences)
+                    return SetLoss(total / self.sequences, exact=False)
+        return SetLoss(total / self.sequences)
 
-    def _start(self, removed: Blocks, base: Blocks) -> int:
+    def _start(self, removed: BlockSet, base: BlockSet) -> int:
         """The layer to start at: the last kept stream not after the first change; streams of `base` are made for it."""
         last = len(self.decoder.layers) - 1
         first = min((block.layer for block in removed ^ base), default=last)
@@ -183,7 +183,7 @@ class BlockEvaluator:
         return wanted
 
     @contextmanager
-    def _masked(self, removed: Blocks) -> Iterator[None]:
+    def _masked(self, removed: BlockSet) -> Iterator[None]:
         """The stubs of surgery in place of the blocks; the blocks back in their places after."""
         layers = [self.decoder.layers[index].module for index in {block.layer for block in removed}]
         before = [(module, dict(module.named_children())) for layer in layers for module in layer.modules()]
@@ -209,7 +209,7 @@ class BlockEvaluator:
         return float(total)
 
 
-def _weights(batch: Batch) -> Tensor:
+def _weigh_predictions(batch: Batch) -> Tensor:
     """1 / (predicted tokens of the sequence) per predicted token, else 0, float64 [B, S - 1]."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()

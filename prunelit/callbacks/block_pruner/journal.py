@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from prunelit.calibration.metrics import perplexity_of
-from prunelit.planning.block_sets import Block, Blocks
-from prunelit.runtime.distributed import own_rank
+from prunelit.calibration.metrics import convert_nll_to_perplexity
+from prunelit.planning.block_sets import Block, BlockSet
+from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadOption, OutputNotWritable
 
-JOURNAL = "prunelit-journal/1"
+JOURNAL_FORMAT = "prunelit-journal/1"
 
 
-class Value(NamedTuple):
+class SetLoss(NamedTuple):
     """Mean negative log-likelihood of a set of removed blocks, in nats; not exact: a bound that it exceeds."""
 
     nll: float
@@ -39,11 +39,11 @@ class Journal:
 
     def __init__(self, path: str, fingerprint: str):
         self.path = Path(path)
-        self.seconds: dict[Blocks, float] = {}
+        self.seconds: dict[BlockSet, float] = {}
         """What each evaluation took, of those that the file had."""
-        self.header = json.dumps({"format": JOURNAL, "fingerprint": fingerprint}) + "\n"
+        self.header = json.dumps({"format": JOURNAL_FORMAT, "fingerprint": fingerprint}) + "\n"
         box: list[Any] = [None]
-        if own_rank() == 0:
+        if get_rank() == 0:
             try:
                 box = [(self._read(), self.seconds)]
             except (BadOption, OutputNotWritable) as error:
@@ -52,12 +52,12 @@ class Journal:
             dist.broadcast_object_list(box, src=0)
         if isinstance(box[0], Exception):
             raise box[0]
-        self.found: dict[Blocks, Value] = box[0][0]
+        self.found: dict[BlockSet, SetLoss] = box[0][0]
         self.seconds = box[0][1]
 
-    def _read(self) -> dict[Blocks, Value]:
+    def _read(self) -> dict[BlockSet, SetLoss]:
         """The finished evaluations; what a kill has left half written is dropped, in the file too."""
-        found: dict[Blocks, Value] = {}
+        found: dict[BlockSet, SetLoss] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             text = self.path.read_bytes().decode("utf-8", "replace") if self.path.exists() else ""
@@ -66,7 +66,7 @@ class Journal:
                 return found
             first, _, rest = text.partition("\n")
             if first + "\n" != self.header:
-                kind = "another model or text" if JOURNAL in first else "something else (no journal)"
+                kind = "another model or text" if JOURNAL_FORMAT in first else "something else (no journal)"
                 raise BadOption(
                     f"journal {str(self.path)!r}: expected evaluations of this model and text, got a file of {kind}; "
                     "name another file, or remove this one"
@@ -75,7 +75,7 @@ class Journal:
             for line in rest.split("\n")[:-1]:  # the last one has no end: empty, or torn
                 try:
                     entry = json.loads(line)
-                    names, value = entry["removed"] + entry["candidate"], Value(float(entry["nll"]), entry["exact"])
+                    names, value = entry["removed"] + entry["candidate"], SetLoss(float(entry["nll"]), entry["exact"])
                     removed = frozenset(map(Block.parse, names))
                     found[removed], self.seconds[removed] = value, float(entry.get("seconds", 0.0))
                 except (ValueError, KeyError, TypeError, IndexError):
@@ -86,7 +86,7 @@ class Journal:
             raise OutputNotWritable(f"journal {str(self.path)!r}: {error.strerror or error}") from error
         return found
 
-    def write(self, removed: Blocks, base: Blocks, value: Value, seconds: float = 0.0) -> None:
+    def write(self, removed: BlockSet, base: BlockSet, value: SetLoss, seconds: float = 0.0) -> None:
         """Add one evaluation; it is in the file when this returns.
 
         Raises:
@@ -96,11 +96,11 @@ class Journal:
             "removed": [str(block) for block in sorted(removed & base)],
             "candidate": [str(block) for block in sorted(removed - base)],
             "nll": value.nll,
-            "perplexity": perplexity_of(value.nll),
+            "perplexity": convert_nll_to_perplexity(value.nll),
             "exact": value.exact,
             "seconds": round(seconds, 3),
         }
-        if own_rank() == 0:
+        if get_rank() == 0:
             try:
                 with self.path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(entry) + "\n")

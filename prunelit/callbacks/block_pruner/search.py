@@ -18,16 +18,16 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch.distributed as dist
 
-from prunelit.calibration.metrics import perplexity_of
+from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.journal import Value
+from prunelit.callbacks.block_pruner.journal import SetLoss
 from prunelit.core.plan import ModelShape
-from prunelit.planning.block_sets import Block, Blocks, Goal, Kinds, blocks_of, may_go
-from prunelit.runtime.distributed import own_rank
+from prunelit.planning.block_sets import Block, BlockSet, RemovalGoal, BlockChoice, list_blocks, can_remove_blocks
+from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import NonFinite
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-Method = Literal["lazy", "greedy", "beam", "swap"]
+SearchMethod = Literal["lazy", "greedy", "beam", "swap"]
 
 CANDIDATES_PER_ROUND = 8
 """Evaluated before the best is looked at again. Ranks share a round, so their number does not change the result."""
@@ -38,7 +38,7 @@ _log = logging.getLogger("prunelit")
 
 
 @dataclass
-class Found:
+class SearchResult:
     """What a search removed.
 
     Attributes:
@@ -53,14 +53,14 @@ class Found:
     record: dict[str, Any] = field(default_factory=dict)
 
 
-def remove_blocks(
+def search_blocks(
     evaluator: BlockEvaluator,
-    goal: Goal,
-    kinds: Kinds = "mix",
-    method: Method = "lazy",
+    goal: RemovalGoal,
+    kinds: BlockChoice = "mix",
+    method: SearchMethod = "lazy",
     protect: Collection[int] = (),
     beam_width: int = 4,
-) -> Found:
+) -> SearchResult:
     """Search the set of blocks whose removal costs least perplexity.
 
     A ratio is met with the fewest: blocks that turn out not to be needed for it are given back, the one whose return
@@ -82,14 +82,14 @@ def remove_blocks(
         NonFinite: the model's own perplexity, or that of every candidate, is NaN or infinite.
     """
     shape = evaluator.decoder.shape
-    candidates = blocks_of(shape, kinds, protect)
-    all_attention = set(blocks_of(shape, "attention"))
-    goal.check(shape, candidates, len(candidates) - (bool(candidates) and all_attention <= set(candidates)))
+    candidates = list_blocks(shape, kinds, protect)
+    all_attention = set(list_blocks(shape, "attention"))
+    goal.check_feasible(shape, candidates, len(candidates) - (bool(candidates) and all_attention <= set(candidates)))
     run = _Search(evaluator, shape, goal, candidates, exact=method == "greedy")
     dense = evaluator.values([frozenset()])[0].nll
     if not math.isfinite(dense):
         raise NonFinite(f"perplexity: expected a finite number for the whole model, got {dense}; check the dtype")
-    state = run.beam(_State(dense, (), (dense,)), beam_width if method == "beam" else 1)
+    state = run.beam(_SearchState(dense, (), (dense,)), beam_width if method == "beam" else 1)
     state = run.give_back(state)
     while method == "swap":
         swapped = run.swap(state)
@@ -99,13 +99,13 @@ def remove_blocks(
     return run.found(state)
 
 
-class _State(NamedTuple):
+class _SearchState(NamedTuple):
     nll: float
     order: tuple[Block, ...]
     path: tuple[float, ...]  # dense, then after each removal
 
     @property
-    def removed(self) -> Blocks:
+    def removed(self) -> BlockSet:
         return frozenset(self.order)
 
 
@@ -113,43 +113,43 @@ class _Search:
     """One search: what it has seen, and what the plain search would have run."""
 
     def __init__(
-        self, evaluator: BlockEvaluator, shape: ModelShape, goal: Goal, candidates: Sequence[Block], exact: bool
+        self, evaluator: BlockEvaluator, shape: ModelShape, goal: RemovalGoal, candidates: Sequence[Block], exact: bool
     ):
         self.evaluator, self.shape, self.goal, self.candidates, self.exact = evaluator, shape, goal, candidates, exact
         # Of this search only, not of the journal, so that a resumed search takes the same way.
-        self.seen: dict[Blocks, Value] = {}
-        self.holding: dict[Block, list[Blocks]] = {block: [] for block in candidates}
+        self.seen: dict[BlockSet, SetLoss] = {}
+        self.holding: dict[Block, list[BlockSet]] = {block: [] for block in candidates}
         self.fall = 0.0
         self.plain_evaluations = 1  # of the dense model
         self.plain_layer_runs = evaluator.layers_left(frozenset())
         self.asked = 1
         self.before = evaluator.evaluations, evaluator.layer_runs
 
-    def beam(self, start: _State, width: int) -> _State:
+    def beam(self, start: _SearchState, width: int) -> _SearchState:
         """Remove blocks until the goal is met, going on with the best `width` sets; the best that meets it."""
         states, done = [start], []
         self._tell(start)
         while states:
-            found: dict[Blocks, _State] = {}
+            found: dict[BlockSet, _SearchState] = {}
             for state in states:
                 moves = {
                     state.removed | {block}: block
                     for block in self.candidates
-                    if block not in state.removed and may_go(self.shape, state.removed | {block})
+                    if block not in state.removed and can_remove_blocks(self.shape, state.removed | {block})
                 }
                 limit = sorted(other.nll for other in found.values())[width - 1] if len(found) >= width else math.inf
                 fresh = {blocks: block for blocks, block in moves.items() if blocks not in found}
                 for nll, block in self.best(state.removed, fresh, width, limit, self._how_far(state)):
                     order = (*state.order, block)
-                    found[frozenset(order)] = _State(nll, order, (*state.path, nll))
+                    found[frozenset(order)] = _SearchState(nll, order, (*state.path, nll))
             states = sorted(found.values(), key=lambda state: state.nll)[:width]  # stable: the first of equals
             if states:
                 self._tell(states[0])
             done += [state for state in states if self._met(state.removed)]
             states = [state for state in states if not self._met(state.removed)]
             if not states and not done:  # the search kept the one attention that costs most
-                raise self.goal.infeasible(
-                    f"{self.goal.share(self.shape, state.removed):.4f} of the {self.goal.budget}"
+                raise self.goal.make_infeasible_error(
+                    f"{self.goal.compute_share(self.shape, state.removed):.4f} of the {self.goal.budget}"
                 )
         best = min(done, key=lambda state: state.nll)
         if not math.isfinite(best.nll):
@@ -158,7 +158,7 @@ class _Search:
             )
         return best
 
-    def give_back(self, state: _State) -> _State:
+    def give_back(self, state: _SearchState) -> _SearchState:
         """Without the blocks that the ratio does not need; a count needs all."""
         while spare := [block for block in state.order if self._met(state.removed - {block})]:
             moves = {state.removed - {block}: block for block in spare}
@@ -167,30 +167,30 @@ class _Search:
             state = state._replace(nll=nll, order=tuple(b for b in state.order if b != block), path=(*state.path, nll))
         return state
 
-    def swap(self, state: _State) -> _State:
+    def swap(self, state: _SearchState) -> _SearchState:
         """Exchange a removed block for a kept one while that lowers perplexity."""
-        better: _State | None = state
+        better: _SearchState | None = state
         while better is not None:
             state, better = better, None
             returned = {state.removed - {block}: block for block in state.order}
-            what = f"swapping, perplexity {perplexity_of(state.nll):.2f}"
+            what = f"swapping, perplexity {convert_nll_to_perplexity(state.nll):.2f}"
             for _, back in self.best(state.removed, returned, len(returned), math.inf, what):
                 base = state.removed - {back}
                 moves = {
                     base | {block}: block
                     for block in self.candidates
-                    if block not in state.removed and may_go(self.shape, base | {block}) and self._met(base | {block})
+                    if block not in state.removed and can_remove_blocks(self.shape, base | {block}) and self._met(base | {block})
                 }
                 for nll, block in self.best(base, moves, 1, state.nll, what):
                     if nll < state.nll:
                         order = (*(b for b in state.order if b != back), block)
-                        better = _State(nll, order, (*state.path, nll))
+                        better = _SearchState(nll, order, (*state.path, nll))
                 if better is not None:
                     break
         return state
 
     def best(
-        self, base: Blocks, moves: Mapping[Blocks, Block], width: int, limit: float, what: str
+        self, base: BlockSet, moves: Mapping[BlockSet, Block], width: int, limit: float, what: str
     ) -> list[tuple[float, Block]]:
         """The `width` lowest values among the sets of `moves`, the first of equals first, with their blocks.
 
@@ -218,37 +218,37 @@ class _Search:
         blocks_at = list(moves.values())
         return [(nll, blocks_at[place]) for nll, place in found[:width]]
 
-    def _tell(self, state: _State) -> None:
+    def _tell(self, state: _SearchState) -> None:
         order = [str(block) for block in state.order]
-        self.evaluator.told("removed", order=order, perplexity=perplexity_of(state.nll))
+        self.evaluator.told("removed", order=order, perplexity=convert_nll_to_perplexity(state.nll))
 
-    def found(self, state: _State) -> Found:
+    def found(self, state: _SearchState) -> SearchResult:
         """The result, with its record; said once in the log."""
         evaluator = self.evaluator
         evaluated, runs = evaluator.evaluations - self.before[0], evaluator.layer_runs - self.before[1]
         record: dict[str, Any] = {
             "order": [str(block) for block in state.order],
-            "perplexity": [perplexity_of(nll) for nll in state.path],
+            "perplexity": [convert_nll_to_perplexity(nll) for nll in state.path],
             "evaluations": evaluated,
             "recalled": self.asked - evaluated,
             "evaluations_full": self.plain_evaluations,
             "layer_runs": runs,
             "layer_runs_full": self.plain_layer_runs,
         }
-        if own_rank() == 0:
+        if get_rank() == 0:
             _log.info(
                 f"search: removed {' '.join(record['order'])}: perplexity {record['perplexity'][0]:.2f} -> "
                 f"{record['perplexity'][-1]:.2f}; {evaluated} evaluations and {runs:.0f} layer runs, a plain search "
                 f"{self.plain_evaluations} and {self.plain_layer_runs}"
             )
-        return Found(list(state.order), list(state.path), record)
+        return SearchResult(list(state.order), list(state.path), record)
 
-    def _bound(self, blocks: Blocks, block: Block) -> float:
+    def _bound(self, blocks: BlockSet, block: Block) -> float:
         """The value of the largest set seen within `blocks` that holds `block`."""
         within = [(len(other), self.seen[other].nll) for other in self.holding[block] if other <= blocks]
         return max(within)[1] if within else -math.inf
 
-    def _see(self, blocks: Blocks, value: Value, bound: float) -> None:
+    def _see(self, blocks: BlockSet, value: SetLoss, bound: float) -> None:
         if blocks not in self.seen:
             for block in blocks:
                 self.holding[block].append(blocks)
@@ -261,7 +261,7 @@ class _Search:
         """A progress bar that moves with every batch."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         batches = math.ceil(candidates / world) * len(self.evaluator.batches)
-        bar = cast("Generator[int]", track(range(batches), what))
+        bar = cast("Generator[int]", track_progress(range(batches), what))
         self.evaluator.tick = lambda: next(bar, None)
         try:
             yield
@@ -269,13 +269,13 @@ class _Search:
             self.evaluator.tick = lambda: None
             bar.close()
 
-    def _met(self, removed: Blocks) -> bool:
-        return self.goal.met(self.shape, removed, len(removed))
+    def _met(self, removed: BlockSet) -> bool:
+        return self.goal.is_met(self.shape, removed, len(removed))
 
-    def _how_far(self, state: _State) -> str:
+    def _how_far(self, state: _SearchState) -> str:
         done = (
-            f"{self.goal.share(self.shape, state.removed):.1%} of {self.goal.ratio:.1%}"
+            f"{self.goal.compute_share(self.shape, state.removed):.1%} of {self.goal.ratio:.1%}"
             if self.goal.ratio
             else (f"block {len(state.order) + 1} of {self.goal.count}")
         )
-        return f"{done}, perplexity {perplexity_of(state.nll):.2f}"
+        return f"{done}, perplexity {convert_nll_to_perplexity(state.nll):.2f}"

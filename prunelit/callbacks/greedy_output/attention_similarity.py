@@ -23,16 +23,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, tokens_in
-from prunelit.calibration.paired_streams import Lockstep
+from prunelit.calibration.batches import Batch, count_real_tokens
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, LayerShape
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.planning import removal_steps
-from prunelit.runtime.distributed import all_sum
+from prunelit.runtime.distributed import sum_over_ranks
 
-ROWS = 4096
+QUERY_ROWS = 4096
 """Query rows that the mean is taken over, about; windows are taken at equal distances."""
 
 _SCORES_AT_ONCE = 2**24  # probabilities [B, Q, S, S] of one forward pass, if it has more than one window
@@ -79,12 +79,12 @@ class Divergence:
 
     def mean(self) -> Tensor | None:
         """[Q, Q] over all ranks, symmetric, 0 on the diagonal; None if no rank saw a row. Every rank calls it."""
-        rows = int(all_sum(torch.tensor(self.rows, device=self.total.device)))
-        mean = all_sum(self.total.clone()).clamp_min(0) / max(1, rows)
+        rows = int(sum_over_ranks(torch.tensor(self.rows, device=self.total.device)))
+        mean = sum_over_ranks(self.total.clone()).clamp_min(0) / max(1, rows)
         return mean + mean.T if rows else None
 
 
-def between_groups(divergence: Tensor, size: int) -> Tensor:
+def compute_group_divergence(divergence: Tensor, size: int) -> Tensor:
     """Divergence between KV groups [G, G], from that between their heads [Q, Q].
 
     From group a to b: mean over the heads of a of the smallest divergence to a head of b; the larger of both ways.
@@ -99,7 +99,7 @@ def between_groups(divergence: Tensor, size: int) -> Tensor:
 
 
 @torch.no_grad()
-def of_model(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor | None]:
+def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor | None]:
     """[Q, Q] of every layer; None for one without attention, and of all where the model hides its probabilities.
 
     Args:
@@ -110,8 +110,8 @@ def of_model(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor | None]:
     most = max((layer.shape.query_heads for layer in decoder), default=1)
     found = [Divergence(layer.shape.query_heads, decoder.device) for layer in decoder]
     mask: list[Tensor | None] = [None]
-    with evaluating(decoder.model), _probabilities(decoder, decoder.layers, partial(_add, found, mask)):
-        for number, _, part in _parts(batches, most):
+    with use_eval_mode(decoder.model), _watch_probabilities(decoder, decoder.layers, partial(_add_probabilities, found, mask)):
+        for number, _, part in _sample_windows(batches, most):
             if number % world == rank:
                 mask[0] = part.get("attention_mask")
                 decoder.backbone(use_cache=False, **{name: value.to(decoder.device) for name, value in part.items()})
@@ -126,7 +126,7 @@ def of_model(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor | None]:
 
 
 @torch.no_grad()
-def of_layer(lock: Lockstep, batches: Sequence[Batch]) -> Tensor | None:
+def measure_layer_divergence(lock: PairedStreams, batches: Sequence[Batch]) -> Tensor | None:
     """[Q, Q] of the layer at hand on the cut stream; None where the model hides its probabilities.
 
     Args:
@@ -137,8 +137,8 @@ def of_layer(lock: Lockstep, batches: Sequence[Batch]) -> Tensor | None:
     found = Divergence(layer.shape.query_heads, decoder.device)
     mask: list[Tensor | None] = [None]
     places = {number: place for place, (number, _) in enumerate(lock.own)}
-    with evaluating(decoder.model), _probabilities(decoder, [layer], partial(_add, {layer.index: found}, mask)):
-        for number, rows, part in _parts(batches, layer.shape.query_heads):
+    with use_eval_mode(decoder.model), _watch_probabilities(decoder, [layer], partial(_add_probabilities, {layer.index: found}, mask)):
+        for number, rows, part in _sample_windows(batches, layer.shape.query_heads):
             if number in places:
                 hidden = lock.cut[places[number]]
                 mask[0] = part.get("attention_mask")
@@ -146,14 +146,14 @@ def of_layer(lock: Lockstep, batches: Sequence[Batch]) -> Tensor | None:
     return found.mean()
 
 
-def _add(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Tensor) -> None:
+def _add_probabilities(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Tensor) -> None:
     now = mask[0]
     found[layer.index].add(probabilities, None if now is None else now.to(probabilities.device))
 
 
-def _parts(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int], Batch]]:
+def _sample_windows(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int], Batch]]:
     """Windows at equal distances, about ROWS tokens: (number of the batch, its rows, these rows as a batch)."""
-    apart = max(1, math.ceil(sum(map(tokens_in, batches)) / ROWS))
+    apart = max(1, math.ceil(sum(map(count_real_tokens, batches)) / QUERY_ROWS))
     seen = 0
     for number, batch in enumerate(batches):
         windows, length = batch["input_ids"].shape
@@ -167,7 +167,7 @@ def _parts(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int
 
 
 @contextmanager
-def _probabilities(decoder: Decoder, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def _watch_probabilities(decoder: Decoder, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
     """Eager attention for a while, and `see` called with each layer's probabilities [B, Q, S, keys]."""
     config, handles = decoder.config, []
     before = config._attn_implementation
@@ -192,7 +192,7 @@ def _probabilities(decoder: Decoder, layers: Sequence[Layer], see: Callable[[Lay
 # What goes -----------------------------------------------------------------------------------------------------------
 
 
-def candidates(divergence: Sequence[Sequence[float]], tau: float) -> dict[int, float]:
+def find_candidates(divergence: Sequence[Sequence[float]], tau: float) -> dict[int, float]:
     """Algorithm 2 of the paper: heads that are close to one that is not itself a candidate.
 
     Pairs are scanned row by row; i becomes a candidate if D_ij < tau and neither i nor j is one yet.
@@ -227,20 +227,20 @@ class Cell:
     most: int
 
 
-Unit = tuple[int, int]
+CellUnit = tuple[int, int]
 """Number of the cell, number in the cell."""
 
 
-def similar(cells: Sequence[Cell], tau: float) -> list[Unit]:
+def rank_similar_units(cells: Sequence[Cell], tau: float) -> list[CellUnit]:
     """Candidates of all cells, those of smallest divergence first; no more of a cell than may go."""
     found: list[tuple[float, int, int]] = []
     for number, cell in enumerate(cells):
-        gone = sorted((value, unit) for unit, value in candidates(cell.divergence, tau).items())
+        gone = sorted((value, unit) for unit, value in find_candidates(cell.divergence, tau).items())
         found += [(value, number, unit) for value, unit in gone[: cell.most]]
     return [(number, unit) for _, number, unit in sorted(found)]
 
 
-def redundant(cells: Sequence[Cell], count: int, limit: float) -> list[Unit]:
+def select_redundant_units(cells: Sequence[Cell], count: int, limit: float) -> list[CellUnit]:
     """`count` units in the order in which they go: candidates first, then those of least moment.
 
     The threshold of all cells is found by bisection: the smallest that gives at least `count` candidates, of which the
@@ -253,8 +253,8 @@ def redundant(cells: Sequence[Cell], count: int, limit: float) -> list[Unit]:
     """
     values = {value for cell in cells for i, row in enumerate(cell.divergence) for value in row[i + 1 :]}
     taus = [math.nextafter(value, math.inf) for value in sorted(values) if value < limit]
-    place = bisect.bisect_left(taus, count, key=lambda tau: len(similar(cells, tau)))
-    found = similar(cells, taus[min(place, len(taus) - 1)])[:count] if taus else []
+    place = bisect.bisect_left(taus, count, key=lambda tau: len(rank_similar_units(cells, tau)))
+    found = rank_similar_units(cells, taus[min(place, len(taus) - 1)])[:count] if taus else []
     rest = sorted((m, number, unit) for number, cell in enumerate(cells) for unit, m in enumerate(cell.moments))
     room = [cell.most - sum(number == of for of, _ in found) for number, cell in enumerate(cells)]
     for _, number, unit in rest:
@@ -267,21 +267,21 @@ def redundant(cells: Sequence[Cell], count: int, limit: float) -> list[Unit]:
 def choose_heads(
     kept: LayerPlan, shape: LayerShape, scores: LayerScores, divergence: Tensor | None, limit: float
 ) -> LayerPlan:
-    """As many KV groups, or query heads of every group, as `kept` has: those that `redundant` leaves.
+    """As many KV groups, or query heads of every group, as `kept` has: those that `select_redundant_units` leaves.
 
     Args:
         kept: how many stay.
         shape: of the layer.
         scores: second moments; a group has the sum of its heads.
         divergence: [Q, Q]; None: second moments decide.
-        limit: see `redundant`.
+        limit: see `select_redundant_units`.
     """
     size, groups, moments = shape.group_size, shape.kv_groups, cast(Tensor, scores.heads)
     limit = limit if divergence is not None else 0.0
     between = torch.zeros(groups * size, groups * size) if divergence is None else divergence
     if (gone := groups - len(kept.kv_groups)) > 0:
-        cell = Cell(between_groups(between, size).tolist(), moments.view(groups, size).sum(1).tolist(), groups - 1)
-        lost = {group for _, group in redundant([cell], gone, limit)}
+        cell = Cell(compute_group_divergence(between, size).tolist(), moments.view(groups, size).sum(1).tolist(), groups - 1)
+        lost = {group for _, group in select_redundant_units([cell], gone, limit)}
         stay = tuple(group for group in range(groups) if group not in lost)
         heads = tuple(head for head in range(shape.query_heads) if head // size in stay)
         return replace(kept, kv_groups=stay, query_heads=heads)
@@ -289,14 +289,14 @@ def choose_heads(
     for start in range(0, shape.query_heads, size):
         of = slice(start, start + size)
         cell = Cell(between[of, of].tolist(), moments[of].tolist(), size - 1)
-        lost |= {start + head for _, head in redundant([cell], size - len(kept.query_heads) // groups, limit)}
+        lost |= {start + head for _, head in select_redundant_units([cell], size - len(kept.query_heads) // groups, limit)}
     return replace(kept, query_heads=tuple(head for head in range(shape.query_heads) if head not in lost))
 
 
-_APART = 1e6  # further than any standardised score
+_GROUP_OFFSET = 1e6  # further than any standardised score
 
 
-def globally(
+def rank_groups_globally(
     shapes: Sequence[LayerShape],
     scores: Sequence[LayerScores],
     divergences: Sequence[Tensor | None],
@@ -315,10 +315,10 @@ def globally(
         kept: says how many groups go from all layers together, where `tau` does not.
         whole: layers that are left alone.
         min_kept: least share of a layer's groups that stays.
-        limit: see `redundant`.
-        tau: threshold in nats; None: by bisection, see `redundant`.
+        limit: see `select_redundant_units`.
+        tau: threshold in nats; None: by bisection, see `select_redundant_units`.
     """
-    heads = [None if s.heads is None else removal_steps.standardised(s.heads.double().cpu()) for s in scores]
+    heads = [None if s.heads is None else removal_steps.standardize_scores(s.heads.double().cpu()) for s in scores]
     cells: list[Cell] = []
     groups: list[Tensor] = []  # [G, Q / G] of the layers in `cells`
     count = 0
@@ -327,13 +327,13 @@ def globally(
             continue
         groups.append(own.view(shape.kv_groups, shape.group_size))
         most = shape.kv_groups - max(1, math.ceil(min_kept * shape.kv_groups - 1e-9))
-        between = between_groups(divergence, shape.group_size).tolist()
+        between = compute_group_divergence(divergence, shape.group_size).tolist()
         cells.append(Cell(between, groups[-1].sum(1).tolist(), most))
         count += shape.kv_groups - len(kept[index].kv_groups)
-    gone = redundant(cells, count, limit) if tau is None else similar(cells, tau)
+    gone = select_redundant_units(cells, count, limit) if tau is None else rank_similar_units(cells, tau)
     for values in groups:
-        values += _APART
+        values += _GROUP_OFFSET
     for order, (number, group) in enumerate(gone):
-        groups[number][group] = order - _APART
-    channels = [None if s.channels is None else removal_steps.standardised(s.channels.double().cpu()) for s in scores]
+        groups[number][group] = order - _GROUP_OFFSET
+    channels = [None if s.channels is None else removal_steps.standardize_scores(s.channels.double().cpu()) for s in scores]
     return [LayerScores(*pair) for pair in zip(heads, channels, strict=True)]

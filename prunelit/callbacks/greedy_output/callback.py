@@ -26,15 +26,15 @@ from typing import Any, Literal, cast, get_args
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point, Sums
-from prunelit.calibration.paired_streams import Lockstep
+from prunelit.calibration.observe import ActivationPoint, Sums
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.callbacks.greedy_output import attention_similarity, second_moment, two_step
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.pruning.callback import PruningCallback, Repair
-from prunelit.repair.reconstruct import Block
+from prunelit.repair.reconstruct import BlockName
 from prunelit.runtime.errors import BadOption
 
 Criterion = Literal["both", "similarity", "second_moment"]
@@ -89,7 +89,7 @@ class GreedyOutput(PruningCallback):
         self._made: tuple[str, list[nn.Module | None]] | None = None
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return second_moment.of_model(decoder, batches, self.moment)
+        return second_moment.score_second_moments(decoder, batches, self.moment)
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         scores, limit = self.scored(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
@@ -99,12 +99,12 @@ class GreedyOutput(PruningCallback):
         divergences: list[Tensor | None] = [None] * len(shapes)
         if limit and (self.tau is not None or any(fewer)):
             divergences = self.recall(
-                "divergences", decoder, batches, lambda: attention_similarity.of_model(decoder, batches)
+                "divergences", decoder, batches, lambda: attention_similarity.measure_head_divergence(decoder, batches)
             )
         if any(found is not None for found in divergences):
             if self._together:
                 whole = {layer % len(shapes) for layer in self.protect}
-                ordered = attention_similarity.globally(
+                ordered = attention_similarity.rank_groups_globally(
                     shapes, scores, divergences, kept, whole, self.min_kept, limit, self.tau
                 )
                 kept = select(ordered, standardise=False, joint=True)
@@ -115,8 +115,8 @@ class GreedyOutput(PruningCallback):
                     for k, shape, s, d, less in layers
                 )
         if self.repair == "two_step":
-            fresh = _Fresh(batches, len(shapes), self.moment, limit)
-            kept, modules = two_step.two_step(decoder, kept, batches, fresh, refit_kept=self.refit_kept)
+            fresh = _PrefixChooser(batches, len(shapes), self.moment, limit)
+            kept, modules = two_step.reconstruct_two_step(decoder, kept, batches, fresh, refit_kept=self.refit_kept)
         plan = self.make_plan(decoder.shape, kept)
         self._made = (plan.digest, modules) if self.repair == "two_step" else None
         return plan
@@ -125,32 +125,32 @@ class GreedyOutput(PruningCallback):
         if self.repair != "two_step":
             super().cut(decoder, plan, batches)
             return
-        surgery.check_fits(decoder, plan)
+        surgery.check_plan_fits(decoder, plan)
         made, self._made = self._made, None
         if made is None or made[0] != plan.digest:  # a replayed plan
-            made = "", two_step.two_step(decoder, plan.layers, batches, refit_kept=self.refit_kept)[1]
-        two_step.install(decoder, plan, made[1])
+            made = "", two_step.reconstruct_two_step(decoder, plan.layers, batches, refit_kept=self.refit_kept)[1]
+        two_step.install_layers(decoder, plan, made[1])
 
 
-class _Fresh:
+class _PrefixChooser:
     """Chooses the units of a module from scores on the inputs that the reconstructed prefix gives it."""
 
     def __init__(self, batches: Sequence[Batch], layers: int, moment: second_moment.Moment, limit: float):
         self.batches, self.layers, self.moment, self.limit = batches, layers, moment, limit
         self.sums = Sums(layers)
 
-    def points(self, block: Block) -> tuple[Point, ...]:
-        return second_moment.POINTS[self.moment][block]
+    def points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
+        return second_moment.MOMENT_POINTS[self.moment][block]
 
-    def observe(self, layer: Layer, block: Block, x: Mapping[str, Tensor]) -> None:
-        second_moment.accumulate(self.sums, layer, {point: x[point] for point in self.points(block)})
+    def observe(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
+        second_moment.accumulate_squares(self.sums, layer, {point: x[point] for point in self.points(block)})
 
-    def choose(self, lock: Lockstep, block: Block, kept: LayerPlan) -> LayerPlan:
+    def choose(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
         layer, sums = lock.layer, self.sums
         self.sums = Sums(self.layers)
-        scores = second_moment.scores(layer, sums.means(lock.tokens, lock.decoder.device)[layer.index], self.moment)
+        scores = second_moment.compute_moment_scores(layer, sums.means(lock.tokens, lock.decoder.device)[layer.index], self.moment)
         if block == "attention":
-            divergence = attention_similarity.of_layer(lock, self.batches) if self.limit else None
+            divergence = attention_similarity.measure_layer_divergence(lock, self.batches) if self.limit else None
             return attention_similarity.choose_heads(kept, layer.shape, scores, divergence, self.limit)
         order = cast(Tensor, scores.channels).argsort(stable=True)
         return replace(kept, ffn_channels=tuple(order[-len(kept.ffn_channels) :].sort().values.tolist()))

@@ -17,20 +17,20 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point, Sums, observe
+from prunelit.calibration.observe import ActivationPoint, Sums, observe
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 
 Moment = Literal["empirical", "paper", "code"]
-POINTS: dict[str, dict[str, tuple[Point, ...]]] = {
+MOMENT_POINTS: dict[str, dict[str, tuple[ActivationPoint, ...]]] = {
     "empirical": {"attention": ("heads",), "mlp": ("channels",)},
     "paper": {"attention": ("heads",), "mlp": ("mlp_input",)},  # Eq. 3 on the attention-mixed input is E[h^2]
     "code": {"attention": ("attention_input",), "mlp": ("mlp_input",)},
 }
-"""What `accumulate` reads, by form and block."""
+"""What `accumulate_squares` reads, by form and block."""
 
 
-def of_model(decoder: Decoder, batches: Sequence[Batch], moment: Moment) -> list[LayerScores]:
+def score_second_moments(decoder: Decoder, batches: Sequence[Batch], moment: Moment) -> list[LayerScores]:
     """Scores of the dense model, from one forward pass; larger = keep.
 
     Args:
@@ -42,31 +42,31 @@ def of_model(decoder: Decoder, batches: Sequence[Batch], moment: Moment) -> list
             FFN there is no g, and act(E[u_j^2]) in the last. A head has the sum of its channels.
     """
     sums = Sums(len(decoder.layers))
-    points = tuple(point for of_block in POINTS[moment].values() for point in of_block)
-    tokens = observe(decoder, batches, points, lambda layer, x: accumulate(sums, layer, x))
+    points = tuple(point for of_block in MOMENT_POINTS[moment].values() for point in of_block)
+    tokens = observe(decoder, batches, points, lambda layer, x: accumulate_squares(sums, layer, x))
     means = sums.means(tokens, decoder.device)
-    return [scores(layer, mean, moment) for layer, mean in zip(decoder, means, strict=True)]
+    return [compute_moment_scores(layer, mean, moment) for layer, mean in zip(decoder, means, strict=True)]
 
 
-def accumulate(sums: Sums, layer: Layer, x: Mapping[str, Tensor]) -> None:
+def accumulate_squares(sums: Sums, layer: Layer, x: Mapping[str, Tensor]) -> None:
     """Add the squares over a batch of heads and channels, or of the linears at the inputs; x: {point: [T, width]}."""
     for point, value in x.items():
         linears = {"attention_input": layer.qkv[-1:], "mlp_input": layer.ffn_in}[point] if "input" in point else ()
-        values = [nn.functional.linear(value.float(), *_weights(linear)) for linear in linears] or [value.float()]
+        values = [nn.functional.linear(value.float(), *_get_float_weights(linear)) for linear in linears] or [value.float()]
         sums.add(layer, point, torch.cat([each.square().sum(0) for each in values]))
 
 
-def _weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+def _get_float_weights(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     bias = cast("Tensor | None", linear.bias)
-    return weight_out_in(linear).float(), None if bias is None else bias.float()
+    return get_weight_out_in(linear).float(), None if bias is None else bias.float()
 
 
-def scores(layer: Layer, mean: Mapping[str, Tensor], moment: Moment) -> LayerScores:
+def compute_moment_scores(layer: Layer, mean: Mapping[str, Tensor], moment: Moment) -> LayerScores:
     """Scores from means of squares over tokens."""
     heads = channels = None
     shape, names = layer.shape, layer.architecture
     if "heads" in mean or "attention_input" in mean:
-        norm = weight_out_in(layer.output).detach().double().norm(dim=0).view(shape.query_heads, shape.head_dim)
+        norm = get_weight_out_in(layer.output).detach().double().norm(dim=0).view(shape.query_heads, shape.head_dim)
         if "heads" in mean:
             heads = (norm.square() * mean["heads"].view_as(norm)).sum(1)
         else:  # rows of the value projection: the last of each group's block, or of all
@@ -74,7 +74,7 @@ def scores(layer: Layer, mean: Mapping[str, Tensor], moment: Moment) -> LayerSco
             value = blocks[:, -shape.kv_groups * shape.head_dim // len(blocks) :].reshape(-1, shape.head_dim)  # [G, D]
             heads = (norm * value.repeat_interleave(shape.group_size, 0)).sum(1)
     if "channels" in mean or "mlp_input" in mean:
-        norm = weight_out_in(layer.down).detach().double().norm(dim=0)
+        norm = get_weight_out_in(layer.down).detach().double().norm(dim=0)
         parts = mean["channels"][None] if "channels" in mean else mean["mlp_input"].view(-1, shape.ffn_channels)
         if moment == "code":  # act(gate) * up, or act(up) in a plain FFN
             channels = norm * layer.activation(parts[0].float()) * parts[1:].prod(0)

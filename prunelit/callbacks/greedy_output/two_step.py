@@ -10,43 +10,43 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.observe import Point
-from prunelit.calibration.paired_streams import Lockstep
+from prunelit.calibration.observe import ActivationPoint
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer, weight_out_in
+from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.model.per_layer import find
-from prunelit.repair.least_squares import NormalEquations, widened
-from prunelit.repair.reconstruct import Block, equations, first_changed, output_of, record
-from prunelit.runtime.progress import track
+from prunelit.repair.least_squares import NormalEquations, widen_to_float32
+from prunelit.repair.reconstruct import BlockName, accumulate_equations, find_first_changed, get_output_projection, record_layer_fit
+from prunelit.runtime.progress import track_progress
 
-_ATTENTION_INPUT: Point = "attention_input"
-_MLP_INPUT: Point = "mlp_input"
+_ATTENTION_INPUT: ActivationPoint = "attention_input"
+_MLP_INPUT: ActivationPoint = "mlp_input"
 
 
-class Chooser(Protocol):
+class UnitChooser(Protocol):
     """Which units go, decided module by module from what the reconstructed prefix shows."""
 
-    def points(self, block: Block) -> tuple[Point, ...]:
+    def points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
         """What `observe` reads in a block."""
 
-    def observe(self, layer: Layer, block: Block, x: Mapping[str, Tensor]) -> None:
+    def observe(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
         """Accumulate over the activations of one batch of this rank."""
 
-    def choose(self, lock: Lockstep, block: Block, kept: LayerPlan) -> LayerPlan:
+    def choose(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
         """As many units of the block as `kept` has, newly chosen; the other block as it is."""
 
 
 @torch.no_grad()
-def two_step(
+def reconstruct_two_step(
     decoder: Decoder,
     kept: Sequence[LayerPlan],
     batches: Sequence[Batch],
-    chooser: Chooser | None = None,
+    chooser: UnitChooser | None = None,
     ridge: float = 1e-4,
     refit_kept: bool = False,
 ) -> tuple[tuple[LayerPlan, ...], list[nn.Module | None]]:
-    """Reconstruct module by module, each before it is pruned; the model itself stays dense (see `install`).
+    """Reconstruct module by module, each before it is pruned; the model itself stays dense (see `install_layers`).
 
     For the attention and then the FFN of every layer, from the first that is cut on: q, k and v (gate and up) are
     fitted to their dense outputs on the inputs that the pruned prefix gives; the output projection is fitted to its
@@ -65,19 +65,19 @@ def two_step(
         What stays, and the reconstructed and cut layers, in host memory; None for those left alone.
     """
     layers = find(decoder.model, decoder.architecture.layers)
-    plans, start = list(kept), first_changed(kept, decoder)
+    plans, start = list(kept), find_first_changed(kept, decoder)
     modules: list[nn.Module | None] = [None] * len(plans)
     if start == len(plans):
         return tuple(plans), modules
-    lock = Lockstep(decoder, batches, start)
-    for index in track(range(start, len(plans)), "reconstructing", unit="layer"):
+    lock = PairedStreams(decoder, batches, start)
+    for index in track_progress(range(start, len(plans)), "reconstructing", unit="layer"):
         dense = layers[index]
-        lock.enter(index, _two_step_targets(decoder.layers[index]))
+        lock.enter(index, _list_targets(decoder.layers[index]))
         # The config is shared by all layers: the copy is to see it change.
         layers[index] = module = copy.deepcopy(dense, {id(decoder.config): decoder.config})
         try:
             lock.look()
-            plans[index] = _rebuild(lock, plans[index], chooser, ridge, refit_kept)
+            plans[index] = _rebuild_layer(lock, plans[index], chooser, ridge, refit_kept)
             if index + 1 < len(plans):
                 lock.leave()
         finally:
@@ -86,27 +86,27 @@ def two_step(
     return tuple(plans), modules
 
 
-def install(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Module | None]) -> None:
-    """Put the layers made by `two_step` in place of the dense ones."""
+def install_layers(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Module | None]) -> None:
+    """Put the layers made by `reconstruct_two_step` in place of the dense ones."""
     device, layers = decoder.device, find(decoder.model, decoder.architecture.layers)
     for index, module in enumerate(modules):
         if module is not None:
             layers[index] = module.to(device)
-    surgery.finish(decoder, plan)
+    surgery.finish_pruning(decoder, plan)
 
 
-def _two_step_targets(layer: Layer) -> tuple[Point, ...]:
-    attention: tuple[Point, ...] = ("attention_input", "attention_output") if layer.has_attention else ()
+def _list_targets(layer: Layer) -> tuple[ActivationPoint, ...]:
+    attention: tuple[ActivationPoint, ...] = ("attention_input", "attention_output") if layer.has_attention else ()
     return attention + (("mlp_input", "mlp_output") if layer.has_mlp else ())
 
 
-def _rebuild(lock: Lockstep, kept: LayerPlan, chooser: Chooser | None, ridge: float, refit_kept: bool) -> LayerPlan:
+def _rebuild_layer(lock: PairedStreams, kept: LayerPlan, chooser: UnitChooser | None, ridge: float, refit_kept: bool) -> LayerPlan:
     """Fit and cut both blocks of the layer at hand, one after the other; what it keeps."""
-    for block in get_args(Block):
+    for block in get_args(BlockName):
         layer = lock.layer
         if not (layer.has_attention if block == "attention" else layer.has_mlp):
             continue
-        stays, whole = (len(_units(each, block)) for each in (kept, LayerPlan.dense(layer.shape)))
+        stays, whole = (len(_get_units(each, block)) for each in (kept, LayerPlan.dense(layer.shape)))
         system = None
         if stays:
             _fit_inputs(lock, block, ridge)
@@ -115,62 +115,62 @@ def _rebuild(lock: Lockstep, kept: LayerPlan, chooser: Chooser | None, ridge: fl
                 kept = chooser.choose(lock, block, kept)
         if stays == whole:
             continue
-        columns = torch.tensor(_units(kept, block), dtype=torch.long, device=lock.decoder.device)
+        columns = torch.tensor(_get_units(kept, block), dtype=torch.long, device=lock.decoder.device)
         if block == "attention":
             columns = (
                 columns[:, None] * layer.shape.head_dim + torch.arange(layer.shape.head_dim).to(columns)
             ).flatten()
         if system is not None:
-            system = system.keeping(columns, weight_out_in(output_of(layer, block)[0]))
+            system = system.keeping(columns, get_weight_out_in(get_output_projection(layer, block)[0]))
         now = LayerPlan.dense(layer.shape)
         if block == "attention":
             now = replace(now, query_heads=kept.query_heads, kv_groups=kept.kv_groups)
         else:
             now = replace(now, ffn_channels=kept.ffn_channels)
-        surgery.cut_layer(layer, now, lock.decoder.config)
+        surgery.prune_layer(layer, now, lock.decoder.config)
         lock.look()
         if block == "attention":
             lock.heads = [heads[..., columns] for heads in lock.heads]
         if system is not None:
             fit = system.solve(ridge)
-            fit.add_to(output_of(lock.layer, block)[0])
-            record(layer.index, f"{block}, kept", fit)
+            fit.add_to(get_output_projection(lock.layer, block)[0])
+            record_layer_fit(layer.index, f"{block}, kept", fit)
     return kept
 
 
-def _units(kept: LayerPlan, block: Block) -> tuple[int, ...]:
+def _get_units(kept: LayerPlan, block: BlockName) -> tuple[int, ...]:
     return kept.query_heads if block == "attention" else kept.ffn_channels
 
 
-def _fit_inputs(lock: Lockstep, block: Block, ridge: float) -> None:
+def _fit_inputs(lock: PairedStreams, block: BlockName, ridge: float) -> None:
     """Fit the linears that read the residual stream to their dense outputs."""
     layer = lock.layer
     linears, point = (layer.qkv, _ATTENTION_INPUT) if block == "attention" else (layer.ffn_in, _MLP_INPUT)
-    width, bias = weight_out_in(linears[0]).shape[1], all(linear.bias is not None for linear in linears)
+    width, bias = get_weight_out_in(linears[0]).shape[1], all(linear.bias is not None for linear in linears)
     system = NormalEquations(width, width, bias, lock.decoder.device)
     for place, x in lock.visit((point,)):
-        system.add(x[point], widened(lock.target(point, place)) - x[point], lock.target(point, place))
+        system.add(x[point], widen_to_float32(lock.target(point, place)) - x[point], lock.target(point, place))
     lock.forget(point)
     fit = system.solve(ridge)
     for linear in linears:
-        weight = widened(weight_out_in(linear))
+        weight = widen_to_float32(get_weight_out_in(linear))
         change = weight @ fit.weight, None if fit.bias is None else weight @ fit.bias
         replace(fit, weight=change[0], bias=change[1]).add_to(linear)
-    record(layer.index, f"{block}, inputs", fit)
+    record_layer_fit(layer.index, f"{block}, inputs", fit)
 
 
 def _fit_output(
-    lock: Lockstep, block: Block, ridge: float, chooser: Chooser | None, refit: bool
+    lock: PairedStreams, block: BlockName, ridge: float, chooser: UnitChooser | None, refit: bool
 ) -> NormalEquations | None:
     """Fit a block's output projection to its dense output; the equations that are left, if it is to be fitted again."""
     layer = lock.layer
-    linear, _, output = output_of(layer, block)
+    linear, _, output = get_output_projection(layer, block)
     also = None
     if chooser is not None:
         also = chooser.points(block), partial(chooser.observe, layer, block)
-    system = equations(lock, block, output, also, hold_heads=block == "attention")
+    system = accumulate_equations(lock, block, output, also, hold_heads=block == "attention")
     lock.forget(output)
     fit = system.solve(ridge)
     fit.add_to(linear)
-    record(layer.index, block, fit)
+    record_layer_fit(layer.index, block, fit)
     return system.corrected(fit) if refit else None

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from prunelit.calibration import taylor
 from prunelit.calibration.batches import Batch
-from prunelit.callbacks.saap.stability import Key, Units, trade
+from prunelit.callbacks.saap.stability import UnitKey, UnitValues, trade_scores
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
-from prunelit.planning.removal_steps import ladders_of
+from prunelit.planning.removal_steps import build_removal_sequences
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 
@@ -83,25 +83,25 @@ class SAAP(PruningCallback):
         select, shape = self.selector(decoder), decoder.shape
         mean, asi = self.recall("statistics", decoder, batches, lambda: self._statistics(decoder, batches))
         if self.asi == "literal" or (self.asi == "candidate" and self.kappa > 1):
-            self._search(mean, asi, select(_scores(mean, shape.layers, self.unit)), shape.layers)
-        return self.make_plan(shape, select(_scores(mean, shape.layers, self.unit)))
+            self._search(mean, asi, select(_build_layer_scores(mean, shape.layers, self.unit)), shape.layers)
+        return self.make_plan(shape, select(_build_layer_scores(mean, shape.layers, self.unit)))
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return _scores(self._statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
+        return _build_layer_scores(self._statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
 
-    def _statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[Units, Units]:
-        forms: tuple[taylor.Form, ...] = ("vector", "mixed" if self.second_order else "first")
-        mean: Units = {}
-        asi: Units = {}
-        for kind, both in taylor.per_sample(decoder, batches, forms, self.unit, self.checkpointing).items():
-            for layer, samples in fuse(both, self.fusion).items():
-                mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), volatility(samples).cpu()
+    def _statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[UnitValues, UnitValues]:
+        forms: tuple[taylor.TaylorForm, ...] = ("vector", "mixed" if self.second_order else "first")
+        mean: UnitValues = {}
+        asi: UnitValues = {}
+        for kind, both in taylor.score_each_sample(decoder, batches, forms, self.unit, self.checkpointing).items():
+            for layer, samples in fuse_importances(both, self.fusion).items():
+                mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), compute_volatility(samples).cpu()
         return mean, asi
 
-    def _search(self, mean: Units, asi: Units, kept: Sequence[LayerPlan], shapes: Sequence[LayerShape]) -> None:
+    def _search(self, mean: UnitValues, asi: UnitValues, kept: Sequence[LayerPlan], shapes: Sequence[LayerShape]) -> None:
         """Let the candidates trade their scores; as many are cut as without the search."""
         protected = {layer % len(kept) for layer in self.protect}
-        every: dict[Key, Sequence[int]] = {key: range(len(values)) for key, values in mean.items()}
+        every: dict[UnitKey, Sequence[int]] = {key: range(len(values)) for key, values in mean.items()}
         pools = self._may_go(mean, shapes) if self.asi == "candidate" else every
         for kind, place in (("heads", 1 if self.unit == "kv_group" else 0), ("channels", 2)):  # in LayerPlan.widths
             keys = [key for key in mean if key[0] == kind and key[1] not in protected]
@@ -109,19 +109,19 @@ class SAAP(PruningCallback):
                 count = sum(len(mean[key]) for key in together)
                 if self.asi == "candidate":
                     count = round(self.kappa * (count - sum(kept[layer].widths[place] for _, layer in together)))
-                trade(mean, asi, {key: pools[key] for key in together}, count)
+                trade_scores(mean, asi, {key: pools[key] for key in together}, count)
 
-    def _may_go(self, mean: Units, shapes: Sequence[LayerShape]) -> dict[Key, Sequence[int]]:
+    def _may_go(self, mean: UnitValues, shapes: Sequence[LayerShape]) -> dict[UnitKey, Sequence[int]]:
         """The least important units of each layer, without those that have to stay."""
-        found: dict[Key, Sequence[int]] = dict.fromkeys(mean, ())
-        for layer, (shape, scores) in enumerate(zip(shapes, _scores(mean, shapes, self.unit), strict=True)):
+        found: dict[UnitKey, Sequence[int]] = dict.fromkeys(mean, ())
+        for layer, (shape, scores) in enumerate(zip(shapes, _build_layer_scores(mean, shapes, self.unit), strict=True)):
             cost, limits = LayerShape.parameters_at, (self.unit, self.align, self.min_kept)
-            for ladder in ladders_of(layer, shape, scores, cost, *limits, compared=False, standardise=False):
+            for ladder in build_removal_sequences(layer, shape, scores, cost, *limits, compared=False, standardise=False):
                 found["heads" if ladder.kind == "attention" else "channels", layer] = ladder.units
         return found
 
 
-def _scores(units: Units, shapes: Sequence[LayerShape], unit: budget.Unit) -> list[LayerScores]:
+def _build_layer_scores(units: UnitValues, shapes: Sequence[LayerShape], unit: budget.Unit) -> list[LayerScores]:
     found = []
     for layer, shape in enumerate(shapes):
         heads = units.get(("heads", layer))
@@ -131,7 +131,7 @@ def _scores(units: Units, shapes: Sequence[LayerShape], unit: budget.Unit) -> li
     return found
 
 
-def fuse(grains: Mapping[int, Tensor], fusion: Fusion = "uncertainty") -> dict[int, Tensor]:
+def fuse_importances(grains: Mapping[int, Tensor], fusion: Fusion = "uncertainty") -> dict[int, Tensor]:
     """S of each layer [N, U], from Iv and Ie of all units of a kind: {layer: [2, N, U]}."""
     if fusion == "geometric":
         return {layer: x.prod(0).sqrt() for layer, x in grains.items()}
@@ -139,6 +139,6 @@ def fuse(grains: Mapping[int, Tensor], fusion: Fusion = "uncertainty") -> dict[i
     return {layer: (x / twice.clamp_min(1e-300)[:, None, None]).sum(0) for layer, x in grains.items()}
 
 
-def volatility(samples: Tensor) -> Tensor:
+def compute_volatility(samples: Tensor) -> Tensor:
     """ASI from S: deviation over samples (of N - 1) by mean, [N, U] -> [U]; 0 for a single sample."""
     return samples.var(0, correction=min(1, len(samples) - 1)).sqrt() / samples.mean(0).clamp_min(1e-300)

@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-Key = tuple[str, int]
+UnitKey = tuple[str, int]
 """Kind, "heads" or "channels", and layer."""
 
-Units = dict[Key, Tensor]
+UnitValues = dict[UnitKey, Tensor]
 """One number for each unit of a kind in a layer."""
 
 
-def trade(scores: Units, asi: Units, pools: Mapping[Key, Sequence[int]], count: int) -> None:
+def trade_scores(scores: UnitValues, asi: UnitValues, pools: Mapping[UnitKey, Sequence[int]], count: int) -> None:
     """Give the candidates each other's scores, in place: the lowest to the one of largest ASI, and so on.
 
     Args:

@@ -21,24 +21,24 @@ from torch import Tensor
 
 from prunelit.export.llama_layers import (
     check_llama_layers,
-    family_of,
-    head_dim,
-    is_tied,
-    projections,
-    rope_factors,
+    get_model_family,
+    get_head_dim,
+    has_tied_embeddings,
+    collect_projections,
+    compute_rope_factors,
 )
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.per_layer import find
-from prunelit.planning.serving import LLAMA_LAYERS
+from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
 
-BLOCK = 32
+Q8_BLOCK_SIZE = 32
 """Numbers in a block of Q8_0; channels of an FFN that stands for none."""
-LARGEST_HALF = 65504.0
+FLOAT16_MAX = 65504.0
 """Largest number of float16."""
 
 
-class Graph(NamedTuple):
+class LlamaCppGraph(NamedTuple):
     """What one of llama.cpp's graphs does and reads.
 
     Attributes:
@@ -58,7 +58,7 @@ class Graph(NamedTuple):
     square: bool = False
 
 
-_NAMES = {
+_TENSOR_NAMES = {
     "q": "attn_q",
     "k": "attn_k",
     "v": "attn_v",
@@ -68,19 +68,19 @@ _NAMES = {
     "down": "ffn_down",
 }
 GRAPHS = {
-    "llama": Graph(neighbours=True, biases=frozenset(_NAMES), rope_factors=True),
-    "deci": Graph(neighbours=True, biases=frozenset(_NAMES), rope_factors=True, per_layer=True),
-    "qwen2": Graph(neighbours=False, biases=frozenset("qkv"), square=True),
-    "qwen3": Graph(neighbours=False, biases=frozenset(), qk_norm=True),
+    "llama": LlamaCppGraph(neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True),
+    "deci": LlamaCppGraph(neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True, per_layer=True),
+    "qwen2": LlamaCppGraph(neighbours=False, biases=frozenset("qkv"), square=True),
+    "qwen3": LlamaCppGraph(neighbours=False, biases=frozenset(), qk_norm=True),
 }
-FAMILIES = dict.fromkeys(LLAMA_LAYERS, ("llama", "deci")) | {
+GRAPHS_OF_FAMILY = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
     "qwen2": ("qwen2", "llama", "deci"),
     "qwen3": ("qwen3",),
 }
 """Graphs of a family, the most usual first."""
 
 
-class Sizes(NamedTuple):
+class LayerSizes(NamedTuple):
     """Sizes of one layer in the file."""
 
     query_heads: int
@@ -89,7 +89,7 @@ class Sizes(NamedTuple):
     channels: int
 
 
-class Entry(NamedTuple):
+class TensorEntry(NamedTuple):
     """A tensor of the file: its name, shape [out, in] or [size], and how to get it when its turn comes."""
 
     name: str
@@ -97,20 +97,20 @@ class Entry(NamedTuple):
     values: Callable[[], Tensor]
 
 
-def graph_of(decoder: Decoder) -> str:
+def choose_graph(decoder: Decoder) -> str:
     """Name of the graph that computes what the model does.
 
     Raises:
         DoesNotFit: none does; says which formats remain.
     """
-    family = family_of(decoder)
-    check_llama_layers(decoder, "gguf", FAMILIES)
+    family = get_model_family(decoder)
+    check_llama_layers(decoder, "gguf", GRAPHS_OF_FAMILY)
     widths = {(s.query_heads, s.kv_groups, s.ffn_channels) for s in (layer.shape for layer in decoder)}
     uniform = len(widths) == 1 and 0 not in next(iter(widths))
-    square = {heads * head_dim(decoder) for heads, _, _ in widths} == {int(decoder.config.hidden_size)}
-    biased = {role for layer in decoder for role, linear in projections(layer).items() if linear.bias is not None}
-    scaled = rope_factors(decoder, "gguf") is not None
-    for name in FAMILIES[family]:
+    square = {heads * get_head_dim(decoder) for heads, _, _ in widths} == {int(decoder.config.hidden_size)}
+    biased = {role for layer in decoder for role, linear in collect_projections(layer).items() if linear.bias is not None}
+    scaled = compute_rope_factors(decoder, "gguf") is not None
+    for name in GRAPHS_OF_FAMILY[family]:
         graph = GRAPHS[name]
         shaped = graph.per_layer or (uniform and (square or not graph.square))
         if shaped and biased <= graph.biases and (graph.rope_factors or not scaled):
@@ -124,60 +124,60 @@ def graph_of(decoder: Decoder) -> str:
     raise DoesNotFit(f"format 'gguf': llama.cpp's {family} graph does not read {what}; use format 'hetero'")
 
 
-def sizes(decoder: Decoder, kind: str) -> list[Sizes]:
+def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
     """Sizes of the layers in a file whose matrices are of type `kind`; "q8_0" needs whole blocks of channels."""
-    dim, found = head_dim(decoder), []
+    dim, found = get_head_dim(decoder), []
     for layer in decoder:
         heads, groups, channels = layer.shape.query_heads, layer.shape.kv_groups, layer.shape.ffn_channels
         if layer.index == 0 and not heads:
             heads = groups = 1
-        unit = BLOCK if kind == "q8_0" or not channels else 1
-        found.append(Sizes(heads, groups, dim, -(-max(channels, 1) // unit) * unit))
+        unit = Q8_BLOCK_SIZE if kind == "q8_0" or not channels else 1
+        found.append(LayerSizes(heads, groups, dim, -(-max(channels, 1) // unit) * unit))
     return found
 
 
-def entries(decoder: Decoder, graph: Graph, layers: list[Sizes]) -> Iterator[Entry]:
+def list_tensor_entries(decoder: Decoder, graph: LlamaCppGraph, layers: list[LayerSizes]) -> Iterator[TensorEntry]:
     """All tensors of the file, in its order."""
     model: Any = decoder.model
     table, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     hidden = table.shape[1]
-    yield Entry("token_embd.weight", tuple(table.shape), lambda: table)
-    factors = rope_factors(decoder, "gguf")
+    yield TensorEntry("token_embd.weight", tuple(table.shape), lambda: table)
+    factors = compute_rope_factors(decoder, "gguf")
     if factors is not None:
-        yield Entry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
+        yield TensorEntry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for layer, found in zip(decoder, layers, strict=True):
-        yield from _layer_entries(layer, graph, found, hidden)
-    yield _norm("output_norm.weight", find(model, decoder.architecture.layers.rpartition(".")[0] + ".norm"), hidden)
-    if not is_tied(model):
-        yield Entry("output.weight", tuple(head.shape), lambda: head)
+        yield from _list_layer_entries(layer, graph, found, hidden)
+    yield _make_norm_entry("output_norm.weight", find(model, decoder.architecture.layers.rpartition(".")[0] + ".norm"), hidden)
+    if not has_tied_embeddings(model):
+        yield TensorEntry("output.weight", tuple(head.shape), lambda: head)
 
 
-def _layer_entries(layer: Layer, graph: Graph, sizes: Sizes, hidden: int) -> Iterator[Entry]:
+def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, hidden: int) -> Iterator[TensorEntry]:
     """Tensors of one layer; what is missing from it, and the file must have, is zeros behind a norm of ones."""
     block, dim = f"blk.{layer.index}.", sizes.head_dim
     shapes = {"gate": (sizes.channels, hidden), "up": (sizes.channels, hidden), "down": (hidden, sizes.channels)}
     if sizes.query_heads:
         queries, keys = sizes.query_heads * dim, sizes.kv_groups * dim
         shapes |= {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-        yield _norm(f"{block}attn_norm.weight", layer.norm("attention_norm"), hidden)
-    yield _norm(f"{block}ffn_norm.weight", layer.norm("mlp_norm"), hidden)
-    linears = projections(layer)
+        yield _make_norm_entry(f"{block}attn_norm.weight", layer.get_norm("attention_norm"), hidden)
+    yield _make_norm_entry(f"{block}ffn_norm.weight", layer.get_norm("mlp_norm"), hidden)
+    linears = collect_projections(layer)
     for role, shape in shapes.items():
-        linear, name = linears.get(role), f"{block}{_NAMES[role]}"
+        linear, name = linears.get(role), f"{block}{_TENSOR_NAMES[role]}"
         heads = {"q": sizes.query_heads, "k": sizes.kv_groups}.get(role, 0) if graph.neighbours else 0
-        yield Entry(f"{name}.weight", shape, partial(_rows, find(linear, "weight"), shape, heads))
+        yield TensorEntry(f"{name}.weight", shape, partial(_arrange_rows, find(linear, "weight"), shape, heads))
         if find(linear, "bias") is not None:
-            yield Entry(f"{name}.bias", shape[:1], partial(_rows, find(linear, "bias"), shape[:1], heads))
+            yield TensorEntry(f"{name}.bias", shape[:1], partial(_arrange_rows, find(linear, "bias"), shape[:1], heads))
     if graph.qk_norm:
-        yield _norm(f"{block}attn_q_norm.weight", find(layer.attention, "q_norm"), dim)
-        yield _norm(f"{block}attn_k_norm.weight", find(layer.attention, "k_norm"), dim)
+        yield _make_norm_entry(f"{block}attn_q_norm.weight", find(layer.attention, "q_norm"), dim)
+        yield _make_norm_entry(f"{block}attn_k_norm.weight", find(layer.attention, "k_norm"), dim)
 
 
-def _norm(name: str, norm: Any, size: int) -> Entry:
-    return Entry(name, (size,), lambda: torch.ones(size) if norm is None else norm.weight.detach())
+def _make_norm_entry(name: str, norm: Any, size: int) -> TensorEntry:
+    return TensorEntry(name, (size,), lambda: torch.ones(size) if norm is None else norm.weight.detach())
 
 
-def _rows(x: Tensor | None, shape: tuple[int, ...], heads: int) -> Tensor:
+def _arrange_rows(x: Tensor | None, shape: tuple[int, ...], heads: int) -> Tensor:
     """A weight or bias in the file's shape, zeros where it has nothing, and in the graph's order of rows."""
     if x is None:
         return torch.zeros(shape)
@@ -185,9 +185,9 @@ def _rows(x: Tensor | None, shape: tuple[int, ...], heads: int) -> Tensor:
     if found.shape != shape:
         found = found.new_zeros(shape)
         found[tuple(slice(count) for count in x.shape)] = x.detach()
-    return _neighbours(found, heads) if heads else found
+    return _interleave_rotary_rows(found, heads) if heads else found
 
 
-def _neighbours(x: Tensor, heads: int) -> Tensor:
+def _interleave_rotary_rows(x: Tensor, heads: int) -> Tensor:
     """Rows [heads * D, ...]: dimension i and i + D / 2 of a head, which are rotated together, become neighbours."""
     return x.reshape(heads, 2, -1, *x.shape[1:]).transpose(1, 2).reshape(x.shape)

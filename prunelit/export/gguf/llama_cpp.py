@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 
-def serve(file: str, exact: bool, context: int, threads: int) -> Any:
-    """llama.cpp's server on one file, on the CPU; it listens on the loopback interface, for `tokenize`."""
+def start_llama_server(file: str, exact: bool, context: int, threads: int) -> Any:
+    """llama.cpp's server on one file, on the CPU; it listens on the loopback interface, for `tokenize_on_server`."""
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -42,7 +42,7 @@ def serve(file: str, exact: bool, context: int, threads: int) -> Any:
     return xllamacpp.Server(parameters)
 
 
-def greedy(
+def generate_greedily(
     server: Any, prompt: list[int], new_tokens: int, top: int, readable: int
 ) -> tuple[list[dict[str, Any]], list[float]]:
     """The most probable token at each step, with the `top` log-probabilities; the KV cache is kept between steps.
@@ -73,7 +73,7 @@ def greedy(
     return steps, times[1:]
 
 
-def tokenize(server: Any, text: str) -> list[int]:
+def tokenize_on_server(server: Any, text: str) -> list[int]:
     """Ids of a text, special tokens in it read as such, none added."""
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     question = urllib.request.Request(
@@ -83,24 +83,24 @@ def tokenize(server: Any, text: str) -> list[int]:
         return [int(number) for number in json.load(answer)["tokens"]]
 
 
-def run(asked: dict[str, Any], file: str, exact: bool) -> dict[str, Any]:
+def run_gguf_file(asked: dict[str, Any], file: str, exact: bool) -> dict[str, Any]:
     """All that is asked of one file."""
     context = max(map(len, asked["prompts"])) + asked["new_tokens"] + 8
-    server = serve(file, exact, context, asked["threads"])
-    runs = [greedy(server, prompt, asked["new_tokens"], asked["top"], asked["readable"]) for prompt in asked["prompts"]]
+    server = start_llama_server(file, exact, context, asked["threads"])
+    runs = [generate_greedily(server, prompt, asked["new_tokens"], asked["top"], asked["readable"]) for prompt in asked["prompts"]]
     times = [time for _, found in runs for time in found]
     return {
         "steps": [steps for steps, _ in runs],
-        "tokens": [tokenize(server, text) for text in asked["texts"]],
+        "tokens": [tokenize_on_server(server, text) for text in asked["texts"]],
         "tokens_per_second": 1000 / statistics.median(times),
     }
 
 
-def _main(asked: str, answer: str) -> None:
+def _answer_question(asked: str, answer: str) -> None:
     question = json.loads(Path(asked).read_text(encoding="utf-8"))
-    answers = [run(question, one["file"], one["exact"]) for one in question["runs"]]
+    answers = [run_gguf_file(question, one["file"], one["exact"]) for one in question["runs"]]
     Path(answer).write_text(json.dumps(answers), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    _answer_question(*sys.argv[1:])

@@ -20,20 +20,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import llama_cpp, tokenizer
-from prunelit.export.gguf.layout import LARGEST_HALF
-from prunelit.export.llama_layers import context_length
+from prunelit.export.gguf.layout import FLOAT16_MAX
+from prunelit.export.llama_layers import compute_context_limit
 from prunelit.export.proof import new_process
-from prunelit.export.proof.float32 import as_float32
+from prunelit.export.proof.float32 import use_float32_model
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import generating
+from prunelit.model.modes import use_generation_config
 from prunelit.runtime.errors import DoesNotFit
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
-LIMIT = 0.01
+LOGPROB_LIMIT = 0.01
 """Largest difference of a log-probability in float32."""
-MEAN_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3}
+MEAN_LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3}
 """Mean difference of a log-probability in a type: three to five times what SmolLM2-135M shows."""
 PROMPTS = (
     "The capital of France is",
@@ -48,13 +48,13 @@ TEXTS = (
     "🙂👍🏽 ½ ² ™ … “quoted” — dash",
     "WE'LL we'Ve I'M don't camelCaseHTTPServer",
 )
-SPACE_FIRST = "  two spaces first"
-MARKED_TEXTS = ("हिन्दी में लिखा", "cafe\N{COMBINING ACUTE ACCENT}")
+LEADING_SPACE_TEXT = "  two spaces first"
+COMBINING_MARK_TEXTS = ("हिन्दी में लिखा", "cafe\N{COMBINING ACUTE ACCENT}")
 """With combining marks, which llama.cpp splits otherwise for some tokenizers whose model is right: reported only."""
-_NEW_TOKENS, _TOP = 64, 5
+_NEW_TOKENS, _TOP_LOGPROBS = 64, 5
 
 
-def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict[str, Any]:
+def prove_gguf(write_file: Callable[[Any, Any, Path, str], object], job: ExportJob) -> dict[str, Any]:
     """Run the file `job.place` in llama.cpp, and compare it with the model in memory.
 
     Args:
@@ -70,12 +70,12 @@ def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict
         NotProved: llama.cpp does not load or run the file.
         DoesNotFit: the context is too short for the prompts.
     """
-    prompts, new_tokens = _prompts(job.model, job.tokenizer)
-    chat = _chat(job.tokenizer)
-    texts = [*TEXTS, SPACE_FIRST, *chat, *MARKED_TEXTS]
+    prompts, new_tokens = _tokenize_prompts(job.model, job.tokenizer)
+    chat = _render_chat(job.tokenizer)
+    texts = [*TEXTS, LEADING_SPACE_TEXT, *chat, *COMBINING_MARK_TEXTS]
     # llama.cpp puts a space before a text of pieces, whatever it begins with, and behind special tokens. So do
     # SentencePiece and old tokenizers; those of transformers 5 do not.
-    excused = (*MARKED_TEXTS, SPACE_FIRST, *chat) if tokenizer.has_pieces(job.tokenizer) else MARKED_TEXTS
+    excused = (*COMBINING_MARK_TEXTS, LEADING_SPACE_TEXT, *chat) if tokenizer.is_sentencepiece_bpe(job.tokenizer) else COMBINING_MARK_TEXTS
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=job.place.parent) as beside:
         twin = job.place
         if job.kind != "f32":
@@ -85,71 +85,71 @@ def prove(write_file: Callable[[Any, Any, Path, str], object], job: Job) -> dict
             "runs": [{"file": str(twin), "exact": True}, {"file": str(job.place), "exact": False}],
             "prompts": prompts,
             "new_tokens": new_tokens,
-            "top": _TOP,
+            "top": _TOP_LOGPROBS,
             "readable": prompts[0][-1],
             "texts": texts,
             "threads": torch.get_num_threads(),
         }
-        answer = new_process.ask(
+        answer = new_process.run_proof_script(
             llama_cpp.__file__, question, job.place.parent, "format 'gguf': llama.cpp can not run the file", "error"
         )
     exact, served = json.loads(answer)
-    with as_float32(job.model) as model, _inputs(model) as largest:
-        expected = _greedy(model, prompts, new_tokens)
-        exactly, found = (_compared(model, prompts, expected, run["steps"]) for run in (exact, served))
+    with use_float32_model(job.model) as model, _track_largest_input(model) as largest:
+        expected = _generate_greedily(model, prompts, new_tokens)
+        exactly, found = (_compare_log_probabilities(model, prompts, expected, run["steps"]) for run in (exact, served))
     pairs = zip(texts, served["tokens"], strict=True)
-    misread = [text for text, ids in pairs if ids != _ids(job.tokenizer, text)]
-    why = _why(job.kind, exactly, found, [text for text in misread if text not in excused], largest[0])
+    misread = [text for text, ids in pairs if ids != _tokenize_text(job.tokenizer, text)]
+    why = _explain_failure(job.kind, exactly, found, [text for text in misread if text not in excused], largest[0])
     return {
         "passed": why is None,
         "why": why,
         "loader": "llama.cpp (xllamacpp) in a new process, KV cache on",
-        "summary": f"in float32: {_says(exactly)}, limit {LIMIT:g}; as {job.kind}: {_says(found)}"
+        "summary": f"in float32: {_describe_differences(exactly)}, limit {LOGPROB_LIMIT:g}; as {job.kind}: {_describe_differences(found)}"
         + (f"; {len(misread)} of {len(texts)} texts are other tokens in llama.cpp" if misread else ""),
         "type": job.kind,
         "exact": exactly,
         "as_it_is": found | {"tokens_per_second": served["tokens_per_second"]},
-        "limit": LIMIT,
-        "mean_limit": MEAN_LIMITS[job.kind],
+        "limit": LOGPROB_LIMIT,
+        "mean_limit": MEAN_LOGPROB_LIMITS[job.kind],
         "tokens": len(prompts) * new_tokens,
         "texts": len(texts),
         "texts_misread": misread,
         "largest_activation": largest[0],
         "generated": job.tokenizer.decode([step["id"] for step in served["steps"][0]]),
-        "versions": versions(),
+        "versions": collect_versions(),
     }
 
 
-def _says(found: Mapping[str, Any]) -> str:
+def _describe_differences(found: Mapping[str, Any]) -> str:
     return (
         f"{'the same' if found['same_text'] else 'another'} greedy text, log-probabilities differ by "
         f"{found['mean_difference']:.2g} in the mean and {found['largest_difference']:.2g} at most"
     )
 
 
-def _why(
+def _explain_failure(
     kind: str, exactly: Mapping[str, Any], found: Mapping[str, Any], misread: Sequence[str], activation: float
 ) -> str | None:
     """What fails; None where nothing does."""
     if misread:
         return f"llama.cpp reads other tokens than the model's tokenizer in {misread[0]!r}"
     apart, behind, mean = exactly["largest_difference"], exactly["behind_best"], found["mean_difference"]
-    if not apart <= LIMIT:
-        return f"in float32, a log-probability differs by {apart:.3g}, expected at most {LIMIT:g}"
-    if not behind <= LIMIT:
+    if not apart <= LOGPROB_LIMIT:
+        return f"in float32, a log-probability differs by {apart:.3g}, expected at most {LOGPROB_LIMIT:g}"
+    if not behind <= LOGPROB_LIMIT:
         return f"in float32, llama.cpp chose a token {behind:.3g} less probable than the best, expected a tie"
-    if not mean <= MEAN_LIMITS[kind]:
-        why = f"in {kind}, log-probabilities differ by {mean:.3g} in the mean, expected {MEAN_LIMITS[kind]:g}"
-        if kind == "f16" and activation > LARGEST_HALF:
+    if not mean <= MEAN_LOGPROB_LIMITS[kind]:
+        why = f"in {kind}, log-probabilities differ by {mean:.3g} in the mean, expected {MEAN_LOGPROB_LIMITS[kind]:g}"
+        if kind == "f16" and activation > FLOAT16_MAX:
             why += f"; an activation is {activation:.3g}, beyond float16: pass --type bf16"
         return why
     return None
 
 
-def _prompts(model: Any, tokenizer: Any) -> tuple[list[list[int]], int]:
+def _tokenize_prompts(model: Any, tokenizer: Any) -> tuple[list[list[int]], int]:
     """Token ids of the prompts, with the tokens that start a text, and how many tokens to add within the context."""
     prompts = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
-    longest, context = max(map(len, prompts)), context_length(Decoder(model))
+    longest, context = max(map(len, prompts)), compute_context_limit(Decoder(model))
     if context < longest + 2:
         raise DoesNotFit(
             f"format 'gguf': expected a context of more than {longest + 2} tokens for the proof, got {context} (the "
@@ -158,7 +158,7 @@ def _prompts(model: Any, tokenizer: Any) -> tuple[list[list[int]], int]:
     return prompts, min(_NEW_TOKENS, context - longest)
 
 
-def _chat(tokenizer: Any) -> list[str]:
+def _render_chat(tokenizer: Any) -> list[str]:
     """A conversation as the chat template writes it, special tokens and all; none where there is no template."""
     if not getattr(tokenizer, "chat_template", None):
         return []
@@ -166,12 +166,12 @@ def _chat(tokenizer: Any) -> list[str]:
     return [str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))]
 
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
+def _tokenize_text(tokenizer: Any, text: str) -> list[int]:
     return list(map(int, tokenizer(text, add_special_tokens=False)["input_ids"]))
 
 
 @contextmanager
-def _inputs(model: nn.Module) -> Iterator[list[float]]:
+def _track_largest_input(model: nn.Module) -> Iterator[list[float]]:
     """A list of one number: the largest value that goes into a linear inside."""
     largest = [0.0]
 
@@ -187,10 +187,10 @@ def _inputs(model: nn.Module) -> Iterator[list[float]]:
 
 
 @torch.no_grad()
-def _greedy(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+def _generate_greedily(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
     """Greedy continuations with the KV cache, on behind tokens that end a text."""
     made = []
-    with generating(model, pad_token_id=0):
+    with use_generation_config(model, pad_token_id=0):
         for prompt in prompts:
             ids = torch.tensor([prompt], device=next(model.parameters()).device)
             found = model.generate(
@@ -201,7 +201,7 @@ def _greedy(model: Any, prompts: list[list[int]], new_tokens: int) -> list[list[
 
 
 @torch.no_grad()
-def _compared(
+def _compare_log_probabilities(
     model: Any, prompts: list[list[int]], expected: list[list[int]], runs: list[list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """llama.cpp's steps against the model's log-probabilities behind the same tokens, and its text against `expected`.

@@ -15,17 +15,17 @@ from typing import Any, NamedTuple
 from prunelit.runtime.errors import DoesNotFit
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
-_SPACE = "▁"
+_SPACE_MARK = "▁"
 
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_EDGE = r"[^\r\n\p{L}\p{N}]?"
-_CASED = rf"{_EDGE}{_UPPER}*{_LOWER}+|{_EDGE}{_UPPER}+{_LOWER}*"
+_WORD_PREFIX = r"[^\r\n\p{L}\p{N}]?"
+_CASED_WORDS = rf"{_WORD_PREFIX}{_UPPER}*{_LOWER}+|{_WORD_PREFIX}{_UPPER}+{_LOWER}*"
 
 
-class _Rules(NamedTuple):
+class _SplittingRules(NamedTuple):
     """What decides where a text is split: regular expressions in turn, and what is done before and after."""
 
     splits: tuple[str, ...]
@@ -36,12 +36,12 @@ class _Rules(NamedTuple):
 _GPT2 = "ByteLevel"  # the pre-tokeniser's built-in expression
 _DIGITS = "Digits"
 PRE_TOKENIZERS = {
-    _Rules((_GPT2,)): "gpt-2",
-    _Rules((_DIGITS, _GPT2)): "smollm",
-    _Rules((rf"{_SHORT}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), ignore_merges=True): "llama-bpe",
-    _Rules((rf"{_SHORT}|{_WORDS}|\p{{N}}|{_REST}",), "NFC"): "qwen2",
-    _Rules(
-        (rf"{_CASED}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), ignore_merges=True
+    _SplittingRules((_GPT2,)): "gpt-2",
+    _SplittingRules((_DIGITS, _GPT2)): "smollm",
+    _SplittingRules((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), ignore_merges=True): "llama-bpe",
+    _SplittingRules((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), "NFC"): "qwen2",
+    _SplittingRules(
+        (rf"{_CASED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), ignore_merges=True
     ): "tekken",
 }
 """Splitting rules -> the name by which llama.cpp knows them."""
@@ -63,7 +63,7 @@ class Vocabulary(NamedTuple):
     chat_template: str | None
 
 
-def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
+def read_vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     """Read a tokenizer for a model.
 
     Args:
@@ -75,7 +75,7 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DoesNotFit("format 'gguf': expected a fast tokenizer, got none; save it with tokenizer.json")
-    described = _described(tokenizer)
+    described = _parse_tokenizer_json(tokenizer)
     core = described["model"]
     if core["type"] != "BPE":
         raise DoesNotFit(
@@ -89,11 +89,11 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
             f"{max(entries.values()) + 1}; resize the table first"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in core["merges"]]
-    pieces = has_pieces(tokenizer)
+    pieces = is_sentencepiece_bpe(tokenizer)
     tokens = [f"[PAD{row}]" for row in range(rows)]
     types = [_UNUSED] * rows
     for token, row in core["vocab"].items():
-        tokens[row], types[row] = token, _kind(token, core, pieces)
+        tokens[row], types[row] = token, _classify_token(token, core, pieces)
     for added in described["added_tokens"]:
         plain = types[added["id"]] in (_BYTE, _UNKNOWN)
         tokens[added["id"]] = added["content"]
@@ -101,29 +101,29 @@ def vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
     first = tokenizer("a")["input_ids"]
     return Vocabulary(
         kind="llama" if pieces else "gpt2",
-        pre=_pieces(described) if pieces else _pre_tokenizer(described),
+        pre=_match_sentencepiece_rules(described) if pieces else _match_pre_tokenizer(described),
         tokens=tokens,
         types=types,
-        scores=_scores(tokens, types, merges) if pieces else None,
+        scores=_compute_token_scores(tokens, types, merges) if pieces else None,
         merges=None if pieces else merges,
-        ids=_special(tokenizer, model),
-        add_space_prefix=pieces and tokenizer.tokenize("a")[0].startswith(_SPACE),
+        ids=_collect_special_ids(tokenizer, model),
+        add_space_prefix=pieces and tokenizer.tokenize("a")[0].startswith(_SPACE_MARK),
         add_bos=tokenizer.bos_token_id is not None and first[0] == tokenizer.bos_token_id,
         add_eos=tokenizer.eos_token_id is not None and first[-1] == tokenizer.eos_token_id,
-        chat_template=_chat_template(tokenizer),
+        chat_template=_get_chat_template(tokenizer),
     )
 
 
-def has_pieces(tokenizer: Any) -> bool:
+def is_sentencepiece_bpe(tokenizer: Any) -> bool:
     """Whether it is BPE over characters with byte fallback, as SentencePiece trains it."""
-    return bool(_described(tokenizer)["model"].get("byte_fallback"))
+    return bool(_parse_tokenizer_json(tokenizer)["model"].get("byte_fallback"))
 
 
-def _described(tokenizer: Any) -> dict[str, Any]:
+def _parse_tokenizer_json(tokenizer: Any) -> dict[str, Any]:
     return dict(json.loads(tokenizer.backend_tokenizer.to_str()))
 
 
-def write(writer: Any, vocabulary: Vocabulary) -> None:
+def write_vocabulary(writer: Any, vocabulary: Vocabulary) -> None:
     """Add the metadata to a `gguf.GGUFWriter`."""
     writer.add_tokenizer_model(vocabulary.kind)
     writer.add_tokenizer_pre(vocabulary.pre)
@@ -143,7 +143,7 @@ def write(writer: Any, vocabulary: Vocabulary) -> None:
         writer.add_chat_template(vocabulary.chat_template)
 
 
-def _kind(token: str, core: dict[str, Any], pieces: bool) -> int:
+def _classify_token(token: str, core: dict[str, Any], pieces: bool) -> int:
     if pieces and token == core.get("unk_token"):
         return _UNKNOWN
     if pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
@@ -151,7 +151,7 @@ def _kind(token: str, core: dict[str, Any], pieces: bool) -> int:
     return _NORMAL
 
 
-def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
+def _compute_token_scores(tokens: list[str], types: list[int], merges: list[str]) -> list[float]:
     """Minus the rank of the first merge that makes a token; tokens that none makes come last, where order is free."""
     ranks: dict[str, int] = {}
     for merge in merges:
@@ -162,14 +162,14 @@ def _scores(tokens: list[str], types: list[int], merges: list[str]) -> list[floa
     ]
 
 
-def _pieces(described: dict[str, Any]) -> str:
+def _match_sentencepiece_rules(described: dict[str, Any]) -> str:
     """Check that spaces become part of pieces and nothing else is done to a text; there is one such name.
 
     Raises:
         DoesNotFit: something else is done.
     """
-    normalizers = {step["type"] for step in _steps(described["normalizer"], "normalizers")}
-    splits = {step["type"] for step in _steps(described["pre_tokenizer"], "pretokenizers")}
+    normalizers = {step["type"] for step in _flatten_steps(described["normalizer"], "normalizers")}
+    splits = {step["type"] for step in _flatten_steps(described["pre_tokenizer"], "pretokenizers")}
     if others := sorted((normalizers - {"Prepend", "Replace"}) | (splits - {"Metaspace"})):
         raise DoesNotFit(
             f"format 'gguf': expected a tokenizer that makes pieces with their spaces, got {', '.join(others)} in it; "
@@ -178,13 +178,13 @@ def _pieces(described: dict[str, Any]) -> str:
     return "default"
 
 
-def _pre_tokenizer(described: dict[str, Any]) -> str:
+def _match_pre_tokenizer(described: dict[str, Any]) -> str:
     """Name of the splitting rules in llama.cpp.
 
     Raises:
         DoesNotFit: the rules are not in the table.
     """
-    steps = _steps(described["pre_tokenizer"], "pretokenizers")
+    steps = _flatten_steps(described["pre_tokenizer"], "pretokenizers")
     splits = []
     for step in steps:
         match step["type"]:
@@ -196,9 +196,9 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
                 splits.append(step["pattern"]["Regex"])
             case other:
                 splits.append(f"unknown {other}")
-    normalizers = [step["type"] for step in _steps(described["normalizer"], "normalizers")]
+    normalizers = [step["type"] for step in _flatten_steps(described["normalizer"], "normalizers")]
     merged = bool(described["model"].get("ignore_merges"))
-    rules = _Rules(tuple(splits), "+".join(normalizers) or None, merged)
+    rules = _SplittingRules(tuple(splits), "+".join(normalizers) or None, merged)
     if not steps or steps[-1]["type"] != "ByteLevel" or rules not in PRE_TOKENIZERS:
         raise DoesNotFit(
             f"format 'gguf': expected a tokenizer that splits text as {', '.join(PRE_TOKENIZERS.values())} or "
@@ -208,14 +208,14 @@ def _pre_tokenizer(described: dict[str, Any]) -> str:
     return PRE_TOKENIZERS[rules]
 
 
-def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+def _flatten_steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     """A step, or the steps of a sequence, as a list."""
     if step is None:
         return []
     return list(step[inner]) if step["type"] == "Sequence" else [step]
 
 
-def _special(tokenizer: Any, model: Any) -> dict[str, int]:
+def _collect_special_ids(tokenizer: Any, model: Any) -> dict[str, int]:
     """Special token ids by llama.cpp's names; "eot" is a second token that ends generation."""
     found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     config = getattr(model, "generation_config", None)
@@ -226,6 +226,6 @@ def _special(tokenizer: Any, model: Any) -> dict[str, int]:
     return {name: int(number) for name, number in found.items() if number is not None}
 
 
-def _chat_template(tokenizer: Any) -> str | None:
+def _get_chat_template(tokenizer: Any) -> str | None:
     template = getattr(tokenizer, "chat_template", None)
     return template.get("default") if isinstance(template, dict) else template

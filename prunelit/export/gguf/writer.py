@@ -9,19 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from prunelit.export.formats import Format, Job
+from prunelit.export.formats import Format, ExportJob
 from prunelit.export.gguf import proof
 from prunelit.export.gguf import tokenizer as gguf_tokenizer
-from prunelit.export.gguf.layout import BLOCK, GRAPHS, LARGEST_HALF, Entry, Sizes, entries, graph_of, sizes
-from prunelit.export.llama_layers import context_length
+from prunelit.export.gguf.layout import Q8_BLOCK_SIZE, GRAPHS, FLOAT16_MAX, TensorEntry, LayerSizes, list_tensor_entries, choose_graph, compute_layer_sizes
+from prunelit.export.llama_layers import compute_context_limit
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
-from prunelit.runtime.progress import track
+from prunelit.runtime.progress import track_progress
 
-KINDS = ("f16", "bf16", "f32", "q8_0")
+WEIGHT_TYPES = ("f16", "bf16", "f32", "q8_0")
 
 
-def write(job: Job) -> dict[str, Any]:
+def write_gguf(job: ExportJob) -> dict[str, Any]:
     """Write a model and its tokenizer to the file `job.place`.
 
     `job.kind` is the type of the matrices; vectors are float32. With "q8_0", FFNs are padded with zeros to a multiple
@@ -33,24 +33,24 @@ def write(job: Job) -> dict[str, Any]:
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for it, or a weight is beyond float16.
     """
-    check(job.model, job.tokenizer)
-    graph, left = write_file(job.model, job.tokenizer, job.place, job.kind)
+    check_gguf(job.model, job.tokenizer)
+    graph, left = write_gguf_file(job.model, job.tokenizer, job.place, job.kind)
     size = job.place.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
     if left:
-        note += f"; {left} matrices are float16, their rows are no multiple of {BLOCK}"
+        note += f"; {left} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
     return {"note": note, "architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": left}
 
 
-def check(model: Any, tokenizer: Any) -> None:
-    """As `write`, without writing, but for the size of weights."""
+def check_gguf(model: Any, tokenizer: Any) -> None:
+    """As `write_gguf`, without writing, but for the size of weights."""
     if tokenizer is None:
         raise DoesNotFit("format 'gguf': expected a model with a tokenizer, got none; the file holds both")
-    graph_of(Decoder(model))
-    gguf_tokenizer.vocabulary(tokenizer, model)
+    choose_graph(Decoder(model))
+    gguf_tokenizer.read_vocabulary(tokenizer, model)
 
 
-def write_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, int]:
+def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, int]:
     """Write a model and its tokenizer.
 
     Returns:
@@ -59,30 +59,30 @@ def write_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, 
     import gguf
 
     decoder = Decoder(model)
-    graph = graph_of(decoder)
-    vocabulary = gguf_tokenizer.vocabulary(tokenizer, model)
-    layers = sizes(decoder, kind)
-    tensors = list(entries(decoder, GRAPHS[graph], layers))
-    wanted = _quantisations(tensors, kind)
+    graph = choose_graph(decoder)
+    vocabulary = gguf_tokenizer.read_vocabulary(tokenizer, model)
+    layers = compute_layer_sizes(decoder, kind)
+    tensors = list(list_tensor_entries(decoder, GRAPHS[graph], layers))
+    wanted = _choose_tensor_types(tensors, kind)
     with closing(gguf.GGUFWriter(file, graph)) as writer:
-        _metadata(writer, decoder, graph, layers, kind)
-        gguf_tokenizer.write(writer, vocabulary)
+        _write_metadata(writer, decoder, graph, layers, kind)
+        gguf_tokenizer.write_vocabulary(writer, vocabulary)
         for entry in tensors:
             quantisation = wanted[entry.name]
-            shape, dtype = _stored(entry.shape, quantisation)
+            shape, dtype = _get_stored_layout(entry.shape, quantisation)
             size = math.prod(shape) * dtype.itemsize
             writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=quantisation)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for entry in track(tensors, "writing gguf", unit="tensor"):
+        for entry in track_progress(tensors, "writing gguf", unit="tensor"):
             values = entry.values().float().cpu().contiguous().numpy()
-            _check_half(entry.name, values, wanted[entry.name])
+            _check_float16_range(entry.name, values, wanted[entry.name])
             writer.write_tensor_data(gguf.quants.quantize(values, wanted[entry.name]))
     return graph, sum(found.name == "F16" for found in wanted.values()) if kind == "q8_0" else 0
 
 
-def _metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Sizes], kind: str) -> None:
+def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[LayerSizes], kind: str) -> None:
     """Sizes and constants that the graph reads."""
     import gguf
 
@@ -91,7 +91,7 @@ def _metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Sizes], ki
     per_layer = GRAPHS[graph].per_layer
     writer.add_type("model")
     writer.add_name(decoder.shape.name)
-    writer.add_context_length(context_length(decoder))
+    writer.add_context_length(compute_context_limit(decoder))
     writer.add_embedding_length(int(config.hidden_size))
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(channels if per_layer else channels[0])
@@ -109,7 +109,7 @@ def _metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Sizes], ki
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _quantisations(tensors: list[Entry], kind: str) -> dict[str, Any]:
+def _choose_tensor_types(tensors: list[TensorEntry], kind: str) -> dict[str, Any]:
     """GGML type of each tensor."""
     import gguf
 
@@ -119,12 +119,12 @@ def _quantisations(tensors: list[Entry], kind: str) -> dict[str, Any]:
     def one(shape: tuple[int, ...]) -> Any:
         if len(shape) == 1:
             return types.F32
-        return types.F16 if kind == "q8_0" and shape[-1] % BLOCK else matrix
+        return types.F16 if kind == "q8_0" and shape[-1] % Q8_BLOCK_SIZE else matrix
 
     return {entry.name: one(entry.shape) for entry in tensors}
 
 
-def _stored(shape: tuple[int, ...], quantisation: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def _get_stored_layout(shape: tuple[int, ...], quantisation: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
     """Shape and dtype of the array that is written: bytes for the block types."""
     import gguf
 
@@ -135,25 +135,25 @@ def _stored(shape: tuple[int, ...], quantisation: Any) -> tuple[tuple[int, ...],
     return tuple(gguf.quant_shape_to_byte_shape(shape, quantisation)), np.dtype(np.uint8)
 
 
-def _check_half(name: str, values: "np.ndarray[Any, Any]", quantisation: Any) -> None:
+def _check_float16_range(name: str, values: "np.ndarray[Any, Any]", quantisation: Any) -> None:
     """Raise where float16 can not hold the values.
 
     Raises:
         DoesNotFit: with the tensor's name.
     """
-    if quantisation.name == "F16" and (largest := float(np.abs(values).max(initial=0.0))) > LARGEST_HALF:
+    if quantisation.name == "F16" and (largest := float(np.abs(values).max(initial=0.0))) > FLOAT16_MAX:
         raise DoesNotFit(
-            f"format 'gguf': {name}: expected weights up to {LARGEST_HALF:g} for f16, got {largest:.3g}; "
+            f"format 'gguf': {name}: expected weights up to {FLOAT16_MAX:g} for f16, got {largest:.3g}; "
             "pass --type bf16"
         )
 
 
-def _ready() -> None:
+def _check_gguf_installed() -> None:
     if importlib.util.find_spec("gguf") is None:
         raise PrunelitError("format 'gguf': expected the package gguf, got none; pip install 'prunelit[gguf]'")
 
 
-def _provable() -> None:
+def _check_xllamacpp_installed() -> None:
     if importlib.util.find_spec("xllamacpp") is None:
         raise NotProved(
             "format 'gguf': not proved: llama.cpp is not installed; pip install 'prunelit[llamacpp]', "
@@ -161,7 +161,7 @@ def _provable() -> None:
         )
 
 
-_LOADS = """\
+_LOAD_SNIPPET = """\
 import xllamacpp
 
 parameters = xllamacpp.CommonParams()
@@ -169,5 +169,5 @@ parameters.model.path = "PATH"
 server = xllamacpp.Server(parameters)  # or: llama-server -m PATH"""
 
 FORMAT = Format(
-    "gguf", _LOADS, write, partial(proof.prove, write_file), ".gguf", KINDS, "gguf", _ready, _provable, check
+    "gguf", _LOAD_SNIPPET, write_gguf, partial(proof.prove_gguf, write_gguf_file), ".gguf", WEIGHT_TYPES, "gguf", _check_gguf_installed, _check_xllamacpp_installed, check_gguf
 )

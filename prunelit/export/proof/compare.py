@@ -19,19 +19,19 @@ from torch import Tensor, nn
 from prunelit.calibration import metrics
 from prunelit.data import loading, offloaded
 from prunelit.export import layer_files
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.export.proof import new_process, reload
-from prunelit.runtime.versions import versions
+from prunelit.runtime.versions import collect_versions
 
 _log = logging.getLogger("prunelit")
-PROOF = "proof.json"
-SUMS = 1e-3
+PROOF_FILE = "proof.json"
+ROUNDING_TOLERANCE = 1e-3
 """Largest difference of logits of the same weights, as a share of the largest logit: sums in another order."""
 _NEW_TOKENS = 8
 
 
-def prove(
-    job: Job,
+def prove_folder(
+    job: ExportJob,
     remote_code: bool = False,
     same_shapes: bool = True,
     placed: bool = False,
@@ -53,15 +53,15 @@ def prove(
     stored = next(job.model.parameters()).dtype
     computed = stored if same_shapes else torch.float32
     if offloaded.is_streamed(job.model):
-        expected, found = layer_files.read_back(job.model, job.place)
+        expected, found = layer_files.read_back_layers(job.model, job.place)
         verdict: dict[str, Any] = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
     elif job.fresh_process:
-        expected, found, verdict = _elsewhere(job, remote_code, computed, placed)
+        expected, found, verdict = _compute_logits_elsewhere(job, remote_code, computed, placed)
     else:
-        expected, found = _here(job, computed)
+        expected, found = _compute_logits_here(job, computed)
         verdict = {"loader": "prunelit.load in the process that wrote it"}
     # Equal weights: what is left is the order of sums. NaN logits can not be compared.
-    numbers = compared(expected, found, SUMS if tolerance is None else tolerance)
+    numbers = compare_logits(expected, found, ROUNDING_TOLERANCE if tolerance is None else tolerance)
     difference, limit = numbers["largest_difference"], numbers["limit"]
     why = verdict.pop("why", None)
     if not difference <= limit:
@@ -79,27 +79,27 @@ def prove(
         "compared_in": str(computed).removeprefix("torch."),
         "device": str(next(job.model.parameters()).device),
         **numbers,
-        "versions": versions(),
+        "versions": collect_versions(),
     }
 
 
-def compared(expected: Tensor, found: Tensor, tolerance: float = SUMS) -> dict[str, Any]:
+def compare_logits(expected: Tensor, found: Tensor, tolerance: float = ROUNDING_TOLERANCE) -> dict[str, Any]:
     """`measure.difference` of logits [N, S, V], and the largest one allowed: a share of the largest logit."""
-    numbers = metrics.difference(expected, found)
+    numbers = metrics.measure_logit_difference(expected, found)
     return numbers | {"limit": tolerance * numbers["largest_logit"]}
 
 
-def _here(job: Job, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _compute_logits_here(job: ExportJob, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits of the model and of the folder, loaded in this process."""
-    ids = metrics.fixed_tokens(job.model, room=_NEW_TOKENS)
+    ids = metrics.make_fixed_tokens(job.model, room=_NEW_TOKENS)
     again = loading.load(job.place, dtype).to(ids.device)
-    return _logits(job.model, ids, dtype, dict(again.named_buffers())), metrics.logits(again, ids)
+    return _compute_logits_as_reloaded(job.model, ids, dtype, dict(again.named_buffers())), metrics.compute_logits(again, ids)
 
 
-def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype, placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _compute_logits_elsewhere(job: ExportJob, remote_code: bool, dtype: torch.dtype, placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits of the model and of the folder, loaded in a new process, and what is known of its generation."""
-    ids = metrics.fixed_tokens(job.model, room=_NEW_TOKENS)
-    answer = in_new_process(
+    ids = metrics.make_fixed_tokens(job.model, room=_NEW_TOKENS)
+    answer = run_reload_script(
         {
             "folder": str(job.place),
             "remote_code": remote_code,
@@ -111,30 +111,30 @@ def _elsewhere(job: Job, remote_code: bool, dtype: torch.dtype, placed: bool) ->
             "threads": torch.get_num_threads(),
         }
     )
-    expected = _logits(job.model, ids, dtype, answer["buffers"])
+    expected = _compute_logits_as_reloaded(job.model, ids, dtype, answer["buffers"])
     how = f'device_map="{ids.device}", ' if placed else ""
     loader = f"AutoModelForCausalLM.from_pretrained(..., {how}trust_remote_code={remote_code}) in a new process"
-    return expected, answer["logits"], {"loader": loader} | _of_cache(answer, expected, dtype)
+    return expected, answer["logits"], {"loader": loader} | _judge_cache_difference(answer, expected, dtype)
 
 
-def in_new_process(question: dict[str, Any]) -> dict[str, Any]:
-    """`reload.answer`, from a process that knows transformers only.
+def run_reload_script(question: dict[str, Any]) -> dict[str, Any]:
+    """`reload.reload_and_run`, from a process that knows transformers only.
 
     Raises:
         NotProved: the folder can not be loaded or run; says what that process said last.
     """
     _log.info("written; loading it again in a new process")
-    answer = new_process.ask(
+    answer = new_process.run_proof_script(
         reload.__file__, question, Path(question["folder"]), "output: what was written can not be loaded again"
     )
     return dict(torch.load(io.BytesIO(answer), weights_only=True))
 
 
-def _of_cache(answer: Mapping[str, Any], expected: Tensor, dtype: torch.dtype) -> dict[str, Any]:
+def _judge_cache_difference(answer: Mapping[str, Any], expected: Tensor, dtype: torch.dtype) -> dict[str, Any]:
     """The part of the verdict that is about generation with the KV cache."""
     difference = answer["cache_difference"]
     # One token at a time takes other kernels, whose sums differ by rounding.
-    limit = max(SUMS, 32 * torch.finfo(dtype).eps) * expected.abs().max().item()
+    limit = max(ROUNDING_TOLERANCE, 32 * torch.finfo(dtype).eps) * expected.abs().max().item()
     found = {
         "cache_difference": difference,
         "cache_limit": limit,
@@ -149,13 +149,13 @@ def _of_cache(answer: Mapping[str, Any], expected: Tensor, dtype: torch.dtype) -
     }
 
 
-def _logits(model: Any, ids: Tensor, dtype: torch.dtype, reloaded: Mapping[str, Tensor]) -> Tensor:
-    with _computing_in(model, dtype), _as_reloaded(model, reloaded):
-        return metrics.logits(model, ids)
+def _compute_logits_as_reloaded(model: Any, ids: Tensor, dtype: torch.dtype, reloaded: Mapping[str, Tensor]) -> Tensor:
+    with _cast_parameters(model, dtype), _use_reloaded_buffers(model, reloaded):
+        return metrics.compute_logits(model, ids)
 
 
 @contextmanager
-def _computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+def _cast_parameters(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     """Inside, the parameters are of a dtype that holds their values as they are."""
     own = [(parameter, parameter.dtype) for parameter in model.parameters() if parameter.dtype != dtype]
     for parameter, _ in own:
@@ -168,7 +168,7 @@ def _computing_in(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
 
 @contextmanager
-def _as_reloaded(model: nn.Module, reloaded: Mapping[str, Tensor]) -> Iterator[None]:
+def _use_reloaded_buffers(model: nn.Module, reloaded: Mapping[str, Tensor]) -> Iterator[None]:
     """Inside, tables that are computed, not saved (rotary frequencies), have the precision that they are loaded with.
 
     They were rounded along if the live model was cast; nothing else about them is taken from the folder.

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunelit.model.modes import evaluating
+from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
 
 
 @contextmanager
-def as_float32(model: nn.Module) -> Iterator[Any]:
+def use_float32_model(model: nn.Module) -> Iterator[Any]:
     """The model in float32 and eval mode; a copy where it is in another dtype."""
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
         restore_rope(model)
-    with evaluating(model):
+    with use_eval_mode(model):
         yield model
 
 

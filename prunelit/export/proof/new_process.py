@@ -12,7 +12,7 @@ from typing import Any
 from prunelit.runtime.errors import NotProved
 
 
-def ask(script: str, question: Mapping[str, Any], folder: Path, failure: str, telling: str = "") -> bytes:
+def run_proof_script(script: str, question: Mapping[str, Any], folder: Path, failure: str, telling: str = "") -> bytes:
     """Run `python -P script ASKED ANSWER`.
 
     Nothing is looked up on a hub, and copies of remote code go with the process.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def answers(model: Any, ids: Tensor, new_tokens: int) -> dict[str, Any]:
+def run_reloaded_model(model: Any, ids: Tensor, new_tokens: int) -> dict[str, Any]:
     """What a model makes of token ids [B, S]: logits, and greedy tokens with the KV cache and without.
 
     Returns:
@@ -50,7 +50,7 @@ def answers(model: Any, ids: Tensor, new_tokens: int) -> dict[str, Any]:
     }
 
 
-def answer(question: dict[str, Any]) -> dict[str, Any]:
+def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
     """Load a folder and run it.
 
     Args:
@@ -58,7 +58,7 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
             "new_tokens"}.
 
     Returns:
-        `answers`.
+        `run_reloaded_model`.
 
     Raises:
         ValueError: there are no weights for some parameters, and transformers made some up.
@@ -77,11 +77,11 @@ def answer(question: dict[str, Any]) -> dict[str, Any]:
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"no weights for {len(missing)} parameters ({missing[0]}, ...)")
     ids = torch.tensor(question["tokens"], device=question["device"])
-    return answers(model.to(question["device"]), ids, question["new_tokens"])
+    return run_reloaded_model(model.to(question["device"]), ids, question["new_tokens"])
 
 
 if __name__ == "__main__":
     sys.modules["prunelit"] = None  # type: ignore[assignment]  # importing it fails, even where it is installed
     asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(asked["threads"])
-    torch.save(answer(asked), sys.argv[2])
+    torch.save(reload_and_run(asked), sys.argv[2])

@@ -9,10 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from prunelit.report.figures import kept, quality, scores, search, stages, training
-from prunelit.report.figures.style import context, png, svg
+from prunelit.report.figures.style import apply_style, encode_png, encode_svg
 from prunelit.report.record import Record
 
-__all__ = ["PICTURES", "Picture", "figure_of", "png", "svg"]
+__all__ = ["PICTURES", "Picture", "draw_picture", "encode_png", "encode_svg"]
 
 
 class Picture(NamedTuple):
@@ -27,42 +27,42 @@ PICTURES = {
     "kept": Picture(
         "What is kept",
         "A row is a layer, a cell a KV group or query head; the bar is the share of its FFN channels that stays.",
-        kept.draw,
+        kept.draw_kept_units,
     ),
     "scores": Picture(
         "What the scores said",
         "A row is a layer: how many of its units have which score, which of them go, and the line between.",
-        scores.draw,
+        scores.draw_scores,
     ),
     "search": Picture(
         "The search",
         "Perplexity after each block that was removed, in order; below, every evaluation that led there.",
-        search.draw,
+        search.draw_search,
     ),
     "quality": Picture(
         "Quality against size",
         "Perplexity against parameters: dense, after the cut, after recovery; lower and further left is better.",
-        quality.draw,
+        quality.draw_quality,
     ),
     "training": Picture(
         "Recovery",
         "Training loss, and validation perplexity on its way from the cut model's to the dense model's (dashed).",
-        training.draw,
+        training.draw_training,
     ),
     "speed": Picture(
         "Training speed",
         "Tokens per second of one process, over the steps.",
-        training.draw_speed,
+        training.draw_training_speed,
     ),
     "stages": Picture(
         "What it cost",
         "Seconds of every stage, and the peak memory of the process (or GPU) up to its end.",
-        stages.draw,
+        stages.draw_stages,
     ),
 }
 
 
-def figure_of(name: str, record: Record) -> Any:
+def draw_picture(name: str, record: Record) -> Any:
     """The figure of one of `PICTURES`; None where the record has nothing of the kind."""
-    with context():
+    with apply_style():
         return PICTURES[name].draw(record)

@@ -3,53 +3,53 @@
 from typing import Any
 
 from prunelit.core.plan import PruningPlan
-from prunelit.report.figures.style import BLOCK, FAINT, KEPT, REMOVED, bare, figure, legend, whole_numbers
+from prunelit.report.figures.style import BLOCK, FAINT, KEPT, REMOVED, clear_background, create_figure, add_legend, use_whole_number_ticks
 from prunelit.report.record import Record
 
 
-def draw(record: Record) -> Any:
+def draw_kept_units(record: Record) -> Any:
     """One row a layer, layer 0 on top; a column a unit, and for the FFN a bar of the share that stays."""
-    return None if record.plan is None else of_plan(record.plan)
+    return None if record.plan is None else draw_plan_map(record.plan)
 
 
-def of_plan(plan: PruningPlan) -> Any:
+def draw_plan_map(plan: PruningPlan) -> Any:
     """The map of a plan alone."""
     shapes = plan.model.layers
     groups, heads = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "query_heads"))
     grids: list[tuple[str, list[list[int]]]] = []
     if groups and groups != heads:
-        grids.append(("KV groups", _grid(plan, "kv_groups", groups)))
+        grids.append(("KV groups", _build_unit_grid(plan, "kv_groups", groups)))
     if heads:
-        grids.append(("query heads", _grid(plan, "query_heads", heads)))
-    made = figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
+        grids.append(("query heads", _build_unit_grid(plan, "query_heads", heads)))
+    made = create_figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
     widths = [max(0.35, min(1.0, len(grid[0]) / 16)) for _, grid in grids] + [1.0]
     panels = made.subplots(1, len(grids) + 1, sharey=True, squeeze=False, width_ratios=widths)[0]
     for panel, (name, grid) in zip(panels, grids, strict=False):
-        _draw_grid(bare(panel), name, grid)
-    _draw_ffn(bare(panels[-1]), plan)
+        _draw_unit_grid(clear_background(panel), name, grid)
+    _draw_ffn_shares(clear_background(panels[-1]), plan)
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
-    whole_numbers(panels[0].yaxis)
-    gone = any((k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pairs(plan))
-    legend(made, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * gone])
+    use_whole_number_ticks(panels[0].yaxis)
+    gone = any((k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pair_layers(plan))
+    add_legend(made, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * gone])
     return made
 
 
-def _pairs(plan: PruningPlan) -> list[Any]:
+def _pair_layers(plan: PruningPlan) -> list[Any]:
     return list(zip(plan.layers, plan.model.layers, strict=True))
 
 
-def _grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]]:
+def _build_unit_grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]]:
     """0 no such unit, 1 kept, 2 removed, 3 removed with its block."""
     rows = []
-    for kept, shape in _pairs(plan):
+    for kept, shape in _pair_layers(plan):
         stays, gone = set(getattr(kept, kind)), 3 if kept.attention_removed else 2
         have = getattr(shape, kind)
         rows.append([1 if unit in stays else gone if unit < have else 0 for unit in range(width)])
     return rows
 
 
-def _draw_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
+def _draw_unit_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(["none", KEPT, REMOVED, BLOCK])
@@ -60,14 +60,14 @@ def _draw_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
         panel.grid(which="minor", color="white", linewidth=0.6, alpha=1.0)
         panel.tick_params(which="minor", length=0)
     panel.set_xlabel(name)
-    whole_numbers(panel.xaxis, 4)
+    use_whole_number_ticks(panel.xaxis, 4)
     for spine in panel.spines.values():
         spine.set_visible(False)
 
 
-def _draw_ffn(panel: Any, plan: PruningPlan) -> None:
+def _draw_ffn_shares(panel: Any, plan: PruningPlan) -> None:
     """Share of the channels that stays, of the dense layer's."""
-    for layer, (kept, shape) in enumerate(_pairs(plan)):
+    for layer, (kept, shape) in enumerate(_pair_layers(plan)):
         if not shape.ffn_channels:
             continue
         share = 100 * len(kept.ffn_channels) / shape.ffn_channels

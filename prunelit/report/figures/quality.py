@@ -4,11 +4,11 @@ import math
 from itertools import pairwise
 from typing import Any
 
-from prunelit.report.figures.style import FAINT, STATES, bare, figure, log_numbers
+from prunelit.report.figures.style import FAINT, STATES, clear_background, create_figure, format_log_axis
 from prunelit.report.record import Record
 
 
-def draw(record: Record) -> Any:
+def draw_quality(record: Record) -> Any:
     """A point for each state that was measured, an arrow from one to the next."""
     points = {
         name: (row["parameters"] / 1e6, row["perplexity"])
@@ -17,8 +17,8 @@ def draw(record: Record) -> Any:
     }
     if len(points) < 2:
         return None
-    made = figure(2.5)
-    panel = bare(made.subplots())
+    made = create_figure(2.5)
+    panel = clear_background(made.subplots())
     places = list(points.values())
     for start, end in pairwise(places):
         panel.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": FAINT, "shrinkA": 5, "shrinkB": 5})
@@ -34,7 +34,7 @@ def draw(record: Record) -> Any:
         )
     panel.margins(0.12, 0.28)
     panel.set_yscale("log")
-    log_numbers(panel.yaxis)
+    format_log_axis(panel.yaxis)
     unit, scale = ("billions", 1e3) if max(x for x, _ in places) >= 1e3 else ("millions", 1.0)
     panel.xaxis.set_major_formatter(lambda value, place: f"{value / scale:,.4g}")
     panel.set_xlabel(f"parameters ({unit})")

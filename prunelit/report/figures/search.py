@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from prunelit.report.figures.style import FAINT, KEPT, REMOVED, bare, figure, log_numbers, whole_numbers
+from prunelit.report.figures.style import FAINT, KEPT, REMOVED, clear_background, create_figure, format_log_axis, use_whole_number_ticks
 from prunelit.report.record import Record
 
 _MOST_NAMES = 24
@@ -11,17 +11,17 @@ _MOST_POINTS = 1000
 _ROOM = 3.0  # times the highest perplexity chosen: what is drawn of those tried
 
 
-def draw(record: Record) -> Any:
+def draw_search(record: Record) -> Any:
     """Above: perplexity against blocks removed, in order. Below: each evaluation as it happened."""
-    decided = [step for step in record.decided if _drawable(step["perplexity"])]
-    tried = [(number + 1, e["perplexity"]) for number, e in enumerate(record.search) if _drawable(e["perplexity"])]
+    decided = [step for step in record.decided if _is_drawable(step["perplexity"])]
+    tried = [(number + 1, e["perplexity"]) for number, e in enumerate(record.search) if _is_drawable(e["perplexity"])]
     if not decided:
         return None
-    made = figure(3.9 if tried else 2.3)
+    made = create_figure(3.9 if tried else 2.3)
     panels = made.subplots(2 if tried else 1, 1, squeeze=False)[:, 0]
-    _steps(bare(panels[0]), decided)
+    _draw_decisions(clear_background(panels[0]), decided)
     if tried:
-        panel = bare(panels[1])
+        panel = clear_background(panels[1])
         top = _ROOM * max(step["perplexity"] for step in decided)
         for marker, some, label in (
             ("o", [point for point in tried if point[1] <= top], "tried"),
@@ -40,20 +40,20 @@ def draw(record: Record) -> Any:
         line = [(step.get("after", 0), step["perplexity"]) for step in decided]
         panel.plot(*zip(*line, strict=True), drawstyle="steps-post", color=REMOVED, linewidth=1.6, label="chosen")
         panel.set_yscale("log")
-        log_numbers(panel.yaxis)
+        format_log_axis(panel.yaxis)
         panel.set_xlabel("evaluation")
         panel.set_ylabel("perplexity")
         panel.grid(axis="y")
         panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=1.2, ncols=3)
-        whole_numbers(panel.xaxis)
+        use_whole_number_ticks(panel.xaxis)
     return made
 
 
-def _steps(panel: Any, decided: list[dict[str, Any]]) -> None:
+def _draw_decisions(panel: Any, decided: list[dict[str, Any]]) -> None:
     counts, values = [len(s["order"]) for s in decided], [s["perplexity"] for s in decided]
     panel.plot(counts, values, color=KEPT, marker="o", markersize=3.5, linewidth=1.6)
     panel.set_yscale("log")
-    log_numbers(panel.yaxis)
+    format_log_axis(panel.yaxis)
     panel.grid(axis="y")
     panel.set_ylabel("perplexity")
     last = max(decided, key=lambda step: len(step["order"]))["order"]
@@ -61,9 +61,9 @@ def _steps(panel: Any, decided: list[dict[str, Any]]) -> None:
         panel.set_xticks(range(len(last) + 1), ["dense", *last], rotation=90)
         panel.set_xlabel("blocks removed in order (A attention, M FFN, layer)")
     else:
-        whole_numbers(panel.xaxis)
+        use_whole_number_ticks(panel.xaxis)
         panel.set_xlabel("blocks removed")
 
 
-def _drawable(perplexity: float | None) -> bool:
+def _is_drawable(perplexity: float | None) -> bool:
     return perplexity is not None and math.isfinite(perplexity)

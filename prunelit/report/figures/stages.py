@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from prunelit.report.figures.style import KEPT, bare, figure
+from prunelit.report.figures.style import KEPT, clear_background, create_figure
 from prunelit.report.record import Record
-from prunelit.runtime.format_numbers import duration
+from prunelit.runtime.format_numbers import format_duration
 
 
-def draw(record: Record) -> Any:
+def draw_stages(record: Record) -> Any:
     """One bar a stage in the order they ended; beside it seconds, and the peak memory up to then."""
     stages: dict[str, dict[str, Any]] = {}
     for stage in record.stages:  # a stage that ran twice is one bar
@@ -16,12 +16,12 @@ def draw(record: Record) -> Any:
         known["memory_mib"] = stage.get("memory_mib") or known["memory_mib"]
     if not stages:
         return None
-    made = figure(0.55 + 0.22 * len(stages))
-    panel = bare(made.subplots())
+    made = create_figure(0.55 + 0.22 * len(stages))
+    panel = clear_background(made.subplots())
     names = [name.replace("_", " ") for name in stages]
     seconds = [stage["seconds"] for stage in stages.values()]
     bars = panel.barh(names, seconds, color=KEPT, height=0.7)
-    panel.bar_label(bars, [_said(stage) for stage in stages.values()], padding=3, fontsize=8.5)
+    panel.bar_label(bars, [_label_stage(stage) for stage in stages.values()], padding=3, fontsize=8.5)
     panel.invert_yaxis()
     panel.set_xlim(0, max(seconds) * 1.75 or 1)
     panel.set_xlabel("seconds; peak memory so far")
@@ -30,7 +30,7 @@ def draw(record: Record) -> Any:
     return made
 
 
-def _said(stage: dict[str, Any]) -> str:
+def _label_stage(stage: dict[str, Any]) -> str:
     memory = stage["memory_mib"].get("cuda") or stage["memory_mib"].get("process")
-    seconds = duration(stage["seconds"])
+    seconds = format_duration(stage["seconds"])
     return seconds if memory is None else f"{seconds}, {memory / 1024:.2f} GiB"

@@ -43,14 +43,14 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def context() -> Any:
+def apply_style() -> Any:
     """The style, for the making of a figure and for its writing."""
     from matplotlib import rc_context
 
     return rc_context(_STYLE)  # type: ignore[arg-type]
 
 
-def figure(height: float, width: float = WIDTH) -> Any:
+def create_figure(height: float, width: float = WIDTH) -> Any:
     """An empty figure, `height` and `width` in inches, with no background of its own."""
     from matplotlib.figure import Figure
 
@@ -59,39 +59,39 @@ def figure(height: float, width: float = WIDTH) -> Any:
     return made
 
 
-def bare(panel: Any) -> Any:
+def clear_background(panel: Any) -> Any:
     """A panel without background and with a grid behind what is drawn."""
     panel.patch.set_alpha(0.0)
     panel.set_axisbelow(True)
     return panel
 
 
-def log_numbers(axis: Any) -> None:
+def format_log_axis(axis: Any) -> None:
     """A logarithmic axis whose ticks are numbers, and few of them."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
     near = low > 0 and high / low < 4
     axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_major_formatter(lambda value, place: short(value))
+    axis.set_major_formatter(lambda value, place: format_tick(value))
     axis.set_minor_locator(NullLocator())
 
 
-def short(value: float) -> str:
+def format_tick(value: float) -> str:
     """A tick's number: 0.05, 2,500, 4e5, 1.2e-6."""
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
     return re.sub(r"e([+-])0*", lambda found: "e" + found[1].replace("+", ""), f"{value:.3g}")
 
 
-def whole_numbers(axis: Any, most: int = 7) -> None:
+def use_whole_number_ticks(axis: Any, most: int = 7) -> None:
     """Few ticks, at whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def legend(made: Any, entries: Sequence[tuple[str, str]]) -> None:
+def add_legend(made: Any, entries: Sequence[tuple[str, str]]) -> None:
     """Coloured squares with names, above the panels."""
     from matplotlib.patches import Patch
 
@@ -106,18 +106,18 @@ def legend(made: Any, entries: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def png(made: Any, dots_per_inch: int = 160) -> bytes:
+def encode_png(made: Any, dots_per_inch: int = 160) -> bytes:
     """A figure as a PNG file on white."""
     buffer = io.BytesIO()
-    with context():
+    with apply_style():
         made.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def svg(made: Any) -> str:
+def encode_svg(made: Any) -> str:
     """A figure as an SVG document without background; equal figures give equal text."""
     buffer = io.StringIO()
-    with context():
+    with apply_style():
         made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     # A tenth of a point is enough, and half the size.
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(?<=\d\.\d)\d+", "", path[0]), buffer.getvalue())

@@ -3,73 +3,73 @@
 import math
 from typing import Any
 
-from prunelit.report.figures.style import DENSE, KEPT, PRUNED, RECOVERED, bare, figure, log_numbers, whole_numbers
+from prunelit.report.figures.style import DENSE, KEPT, PRUNED, RECOVERED, clear_background, create_figure, format_log_axis, use_whole_number_ticks
 from prunelit.report.record import Record
 
 _MOST_DOTS = 60
 _LOSSES = ("train_loss", "train_loss_step", "loss", "loss_step")
 
 
-def draw(record: Record) -> Any:
+def draw_training(record: Record) -> Any:
     """Above: training loss. Below: validation perplexity from the cut model's on, and the dense model's as a line."""
-    loss = next((found for name in _LOSSES if (found := _curve(record, name))), [])
-    perplexity = _curve(record, "val_perplexity") or [
-        (step, math.exp(min(value, 50.0))) for step, value in _curve(record, "val_loss")
+    loss = next((found for name in _LOSSES if (found := _read_curve(record, name))), [])
+    perplexity = _read_curve(record, "val_perplexity") or [
+        (step, math.exp(min(value, 50.0))) for step, value in _read_curve(record, "val_loss")
     ]
     panels_wanted = [bool(loss), bool(perplexity)]
     if not any(panels_wanted):
         return None
-    made = figure(0.5 + 1.7 * sum(panels_wanted))
+    made = create_figure(0.5 + 1.7 * sum(panels_wanted))
     panels = list(made.subplots(sum(panels_wanted), 1, squeeze=False, sharex=True)[:, 0])
     if loss:
-        panel = bare(panels[0])
+        panel = clear_background(panels[0])
         panel.plot(*zip(*loss, strict=True), color=KEPT, linewidth=1.4)
         panel.set_ylabel("training loss")
     if perplexity:
-        _perplexity(bare(panels[-1]), perplexity, record)
+        _draw_perplexity(clear_background(panels[-1]), perplexity, record)
     for panel in panels:
         panel.grid(axis="y")
     panels[-1].set_xlabel("optimiser step")
-    whole_numbers(panels[-1].xaxis)
+    use_whole_number_ticks(panels[-1].xaxis)
     return made
 
 
-def draw_speed(record: Record) -> Any:
+def draw_training_speed(record: Record) -> Any:
     """Tokens per second of one process, between two entries of the log."""
-    points = _curve(record, "tokens_per_second")
+    points = _read_curve(record, "tokens_per_second")
     if not points:
         return None
-    made = figure(1.9)
-    panel = bare(made.subplots())
-    panel.plot(*zip(*points, strict=True), color=KEPT, linewidth=1.4, marker=_marker(points), markersize=3)
+    made = create_figure(1.9)
+    panel = clear_background(made.subplots())
+    panel.plot(*zip(*points, strict=True), color=KEPT, linewidth=1.4, marker=_choose_marker(points), markersize=3)
     panel.set_ylim(0, 1.15 * max(speed for _, speed in points))
     panel.set_ylabel("tokens per second")
     panel.set_xlabel("optimiser step")
     panel.grid(axis="y")
-    whole_numbers(panel.xaxis)
+    use_whole_number_ticks(panel.xaxis)
     return made
 
 
-def _perplexity(panel: Any, points: list[tuple[int, float]], record: Record) -> None:
+def _draw_perplexity(panel: Any, points: list[tuple[int, float]], record: Record) -> None:
     pruned, dense = (record.measured.get(name, {}).get("perplexity") for name in ("pruned", "dense"))
     if pruned and math.isfinite(pruned):
         points = [(0, pruned), *points]
         panel.plot([0], [pruned], "o", color=PRUNED, markersize=6, label="pruned")
-    style = {"color": RECOVERED, "marker": _marker(points), "markersize": 3, "linewidth": 1.6}
+    style = {"color": RECOVERED, "marker": _choose_marker(points), "markersize": 3, "linewidth": 1.6}
     panel.plot(*zip(*points, strict=True), label="recovery", **style)
     if dense and math.isfinite(dense):
         panel.axhline(dense, color=DENSE, linestyle="--", linewidth=1.2, label="dense")
     panel.set_yscale("log")
-    log_numbers(panel.yaxis)
+    format_log_axis(panel.yaxis)
     panel.set_ylabel("perplexity")
     panel.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2, handlelength=1.4, ncols=3)
 
 
-def _marker(points: list[tuple[int, float]]) -> str:
+def _choose_marker(points: list[tuple[int, float]]) -> str:
     """A dot each, while they stand apart."""
     return "o" if len(points) <= _MOST_DOTS else ""
 
 
-def _curve(record: Record, name: str) -> list[tuple[int, float]]:
+def _read_curve(record: Record, name: str) -> list[tuple[int, float]]:
     found = [(entry["step"], entry[name]) for entry in record.training if name in entry]
     return [point for point in found if math.isfinite(point[1])]

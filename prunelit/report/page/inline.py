@@ -9,21 +9,21 @@ from html import escape
 
 from markupsafe import Markup
 
-from prunelit.report.figures.style import FAINT, INK, svg
-from prunelit.report.page.parts import Shown
+from prunelit.report.figures.style import FAINT, INK, encode_svg
+from prunelit.report.page.parts import PagePicture
 
 COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", "#ffffff": "var(--card)"}
 """Colours of a picture that the page puts its own for; the others stand out on light and on dark."""
 
 
-def element(shown: Shown) -> Markup:
+def embed_picture(shown: PagePicture) -> Markup:
     """<svg> with a title and a description, which programs that read aloud read."""
-    document, name = svg(shown.figure), shown.name
+    document, name = encode_svg(shown.figure), shown.name
     drawn = document[document.index("<svg") : document.rindex("</svg>")]
     head, _, content = drawn.partition(">")
     box = re.search(r'viewBox="([\d. -]+)"', head)
     content = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", content, flags=re.DOTALL)
-    content = re.sub(r"<[^>]+>", lambda tag: _tag(tag[0], name), content)
+    content = re.sub(r"<[^>]+>", lambda tag: _rewrite_svg_tag(tag[0], name), content)
     labels = f"{name}-title {name}-said"
     said = (
         f'<title id="{name}-title">{escape(shown.title)}</title><desc id="{name}-said">{escape(shown.summary)}</desc>'
@@ -32,7 +32,7 @@ def element(shown: Shown) -> Markup:
     return Markup(f'<svg role="img" aria-labelledby="{labels}" viewBox="{size}">{said}{content}</svg>')
 
 
-def _tag(tag: str, name: str) -> str:
+def _rewrite_svg_tag(tag: str, name: str) -> str:
     """Ids of this picture only, links without a namespace, colours of the page."""
     tag = re.sub(r'\bid="', f'id="{name}-', tag)
     tag = re.sub(r'\bxlink:href="', 'href="', tag)

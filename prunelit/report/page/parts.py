@@ -1,4 +1,4 @@
-"""What a page is made of; plain data, no markup. `html.render` and `markdown` write it."""
+"""What a page is made of; plain data, no markup. `html.render_html` and `render_markdown` write it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class Completions(NamedTuple):
     texts: Mapping[str, Sequence[str]]
 
 
-class Shown(NamedTuple):
+class PagePicture(NamedTuple):
     """A picture.
 
     Attributes:
@@ -72,7 +72,7 @@ class Shown(NamedTuple):
     figure: Any
 
 
-Part = str | Table | Notes | Code | Completions | Shown
+Part = str | Table | Notes | Code | Completions | PagePicture
 """A text is a paragraph."""
 
 
@@ -102,32 +102,32 @@ class Page(NamedTuple):
     sections: Sequence[Section]
 
 
-def markdown(title: str, sections: Sequence[Section]) -> str:
+def render_markdown(title: str, sections: Sequence[Section]) -> str:
     """The parts as Markdown, pictures left out."""
     found = [f"# {title}"]
     for section in sections:
         found += [f"## {section.title}"] * bool(section.title)
-        found += [said for part in section.parts if (said := _markdown_of(part))]
+        found += [said for part in section.parts if (said := _render_markdown_part(part))]
     return "\n\n".join(found) + "\n"
 
 
-def _markdown_of(part: Part) -> str:
+def _render_markdown_part(part: Part) -> str:
     if isinstance(part, Table):
-        return markdown_table(part)
+        return render_markdown_table(part)
     if isinstance(part, Notes):
         return "\n".join(f"- {line}" for line in part.lines)
     if isinstance(part, Code):
-        return _block(part.text)
+        return _indent_block(part.text)
     if isinstance(part, Completions):
         said: list[str] = []
         for place, prompt in enumerate(part.prompts):
-            said.append(f"Prompt:\n\n{_block(prompt)}")
-            said += [f"{name}:\n\n{_block(texts[place])}" for name, texts in part.texts.items()]
+            said.append(f"Prompt:\n\n{_indent_block(prompt)}")
+            said += [f"{name}:\n\n{_indent_block(texts[place])}" for name, texts in part.texts.items()]
         return "\n\n".join(said)
     return part if isinstance(part, str) else ""
 
 
-def markdown_table(table: Table) -> str:
+def render_markdown_table(table: Table) -> str:
     """A Markdown table; what stands out is bold."""
     rows = [
         [f"**{cell}**" if (number, place) in table.best else cell for place, cell in enumerate(row)]
@@ -139,6 +139,6 @@ def markdown_table(table: Table) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in said)
 
 
-def _block(content: str) -> str:
+def _indent_block(content: str) -> str:
     """An indented block, in which nothing is Markdown."""
     return "\n".join(f"    {line}" for line in content.splitlines() or [""])

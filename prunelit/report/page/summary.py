@@ -5,17 +5,17 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
-from prunelit.core.plan_json import spans
+from prunelit.core.plan_json import format_index_ranges
 from prunelit.report.record import Record
-from prunelit.runtime.format_numbers import duration, number
+from prunelit.runtime.format_numbers import format_duration, format_perplexity
 
 
-def summary_of(name: str, record: Record) -> str:
+def summarize_picture(name: str, record: Record) -> str:
     """The sentence to one of `pictures.PICTURES` that has something to show."""
     return _SUMMARIES[name](record)
 
 
-def _kept(record: Record) -> str:
+def _summarize_kept_units(record: Record) -> str:
     plan = record.plan
     assert plan is not None
     said = []
@@ -27,12 +27,12 @@ def _kept(record: Record) -> str:
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
     attention = [n for n, (kept, shape) in enumerate(pairs) if kept.attention_removed and shape.kv_groups]
     ffn = [n for n, (kept, shape) in enumerate(pairs) if kept.mlp_removed and shape.ffn_channels]
-    gone = [f"{what} of layers {spans(of)}" for what, of in (("attention", attention), ("FFN", ffn)) if of]
+    gone = [f"{what} of layers {format_index_ranges(of)}" for what, of in (("attention", attention), ("FFN", ffn)) if of]
     whole = f"; no longer there: {', '.join(gone)}" if gone else ""
     return f"{', '.join(said)} stay in {len(plan.layers)} layers{whole}."
 
 
-def _scores(record: Record) -> str:
+def _summarize_scores(record: Record) -> str:
     names = {"heads": "query heads", "channels": "FFN channels"}
     said = []
     for kind, layers in record.scores.items():
@@ -46,48 +46,48 @@ def _scores(record: Record) -> str:
     return f"{'; '.join(said)}."
 
 
-def _search(record: Record) -> str:
+def _summarize_search(record: Record) -> str:
     first, last = record.decided[0], record.decided[-1]
     blocks = len(last["order"])
     tried = f" after {len(record.search):,} evaluations" if record.search else ""
     return (
-        f"{blocks} block{'s' * (blocks != 1)} removed{tried}; perplexity {number(first['perplexity'])} to "
-        f"{number(last['perplexity'])} on the calibration text."
+        f"{blocks} block{'s' * (blocks != 1)} removed{tried}; perplexity {format_perplexity(first['perplexity'])} to "
+        f"{format_perplexity(last['perplexity'])} on the calibration text."
     )
 
 
-def _quality(record: Record) -> str:
-    said = [f"{name} {number(row['perplexity'])}" for name, row in record.measured.items() if row.get("perplexity")]
+def _summarize_quality(record: Record) -> str:
+    said = [f"{name} {format_perplexity(row['perplexity'])}" for name, row in record.measured.items() if row.get("perplexity")]
     return f"Perplexity: {', '.join(said)}."
 
 
-def _training(record: Record) -> str:
+def _summarize_training(record: Record) -> str:
     said = []
     for names, what in ((("train_loss", "train_loss_step", "loss", "loss_step"), "loss"), (("val_perplexity",), "")):
-        found = _values(record, names)
+        found = _read_training_curve(record, names)
         if found:
             what = what or "validation perplexity"
-            said.append(f"{what} {number(found[0][1])} at step {found[0][0]}, {number(found[-1][1])} at {found[-1][0]}")
+            said.append(f"{what} {format_perplexity(found[0][1])} at step {found[0][0]}, {format_perplexity(found[-1][1])} at {found[-1][0]}")
     return f"{'; '.join(said)}.".capitalize() if said else "Validation over the steps of training."
 
 
-def _speed(record: Record) -> str:
-    speeds = [value for _, value in _values(record, ("tokens_per_second",))]
+def _summarize_speed(record: Record) -> str:
+    speeds = [value for _, value in _read_training_curve(record, ("tokens_per_second",))]
     return f"Median {median(speeds):,.0f} tokens per second, {min(speeds):,.0f} to {max(speeds):,.0f}."
 
 
-def _stages(record: Record) -> str:
+def _summarize_stages(record: Record) -> str:
     seconds: dict[str, float] = {}
     for stage in record.stages:
         seconds[stage["name"]] = seconds.get(stage["name"], 0.0) + stage["seconds"]
     longest = max(seconds, key=lambda name: seconds[name])
     said = (
-        f"{duration(sum(seconds.values()))} in all; longest: {longest.replace('_', ' ')}, {duration(seconds[longest])}"
+        f"{format_duration(sum(seconds.values()))} in all; longest: {longest.replace('_', ' ')}, {format_duration(seconds[longest])}"
     )
-    return f"{said}{_peak(record.stages)}."
+    return f"{said}{_describe_peak_memory(record.stages)}."
 
 
-def _peak(stages: Iterable[dict[str, Any]]) -> str:
+def _describe_peak_memory(stages: Iterable[dict[str, Any]]) -> str:
     found = [memory for stage in stages if (memory := stage.get("memory_mib"))]
     place = "cuda" if any("cuda" in memory for memory in found) else "process"
     most = max((memory.get(place, 0.0) for memory in found), default=0.0)
@@ -95,7 +95,7 @@ def _peak(stages: Iterable[dict[str, Any]]) -> str:
     return f"; peak {where} {most / 1024:.2f} GiB" if most else ""
 
 
-def _values(record: Record, names: Iterable[str]) -> list[tuple[int, float]]:
+def _read_training_curve(record: Record, names: Iterable[str]) -> list[tuple[int, float]]:
     for name in names:
         found = [(e["step"], e[name]) for e in record.training if name in e and math.isfinite(e[name])]
         if found:
@@ -104,11 +104,11 @@ def _values(record: Record, names: Iterable[str]) -> list[tuple[int, float]]:
 
 
 _SUMMARIES: dict[str, Callable[[Record], str]] = {
-    "kept": _kept,
-    "scores": _scores,
-    "search": _search,
-    "quality": _quality,
-    "training": _training,
-    "speed": _speed,
-    "stages": _stages,
+    "kept": _summarize_kept_units,
+    "scores": _summarize_scores,
+    "search": _summarize_search,
+    "quality": _summarize_quality,
+    "training": _summarize_training,
+    "speed": _summarize_speed,
+    "stages": _summarize_stages,
 }

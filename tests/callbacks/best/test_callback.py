@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from prunelit.calibration.partial_forward import Stream
+from prunelit.calibration.partial_forward import PartialForward
 from prunelit.callbacks import Best
 from prunelit.callbacks.best import generated_text
-from prunelit.callbacks.best.denoise import signal
-from prunelit.callbacks.best.distill import dense_streams
-from prunelit.callbacks.best.fisher import fisher
+from prunelit.callbacks.best.denoise import estimate_signal
+from prunelit.callbacks.best.distill import record_dense_streams
+from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption
 from tests.tiny import VOCABULARY, tiny
@@ -22,7 +22,7 @@ def batches(rows=16, length=24, seed=5):
 @torch.no_grad()
 def distance(model, dense, text):
     """Relative squared distance of what leaves the last layer."""
-    found, wanted = (torch.cat(dense_streams(Decoder(m), text)) for m in (model, dense))
+    found, wanted = (torch.cat(record_dense_streams(Decoder(m), text)) for m in (model, dense))
     return float((found - wanted).square().sum() / wanted.square().sum())
 
 
@@ -59,14 +59,14 @@ def test_of_what_distillation_changes_is_kept_what_stands_out():
     trained = {"epochs": 2, "learning_rate": 1e-2}
     came, full = pruned().state_dict(), pruned(**trained, denoise=False).state_dict()
     for name, value in pruned(**trained).state_dict().items():
-        kept = signal(full[name] - came[name]) if value.ndim == 2 else full[name] - came[name]
+        kept = estimate_signal(full[name] - came[name]) if value.ndim == 2 else full[name] - came[name]
         torch.testing.assert_close(value, came[name] + kept, rtol=0, atol=1e-5, msg=name)
 
 
 def test_the_score_is_the_fisher_information_per_parameter():
     decoder, text = Decoder(tiny("llama")), batches()
     found = Best(ratio=0.3, align=1).score(decoder, text)
-    for layer, scores, wanted in zip(decoder, found, fisher(decoder, text), strict=True):
+    for layer, scores, wanted in zip(decoder, found, score_fisher(decoder, text), strict=True):
         hidden, dim = 72, layer.shape.head_dim
         torch.testing.assert_close(scores.channels * 3 * hidden, wanted.channels)
         groups = wanted.heads.view(layer.shape.kv_groups, -1).sum(1) / ((2 * layer.shape.group_size + 2) * dim * hidden)
@@ -85,15 +85,15 @@ def test_a_replayed_plan_is_repaired_like_the_first_time():
 
 def test_streams_of_the_dense_model_end_in_its_logits():
     model, text = tiny("gemma2"), batches(4)
-    (hidden,) = dense_streams(Decoder(model), text)
-    assert torch.equal(Stream(Decoder(model)).run(text[0], hidden, 3), model(**text[0]).logits)
+    (hidden,) = record_dense_streams(Decoder(model), text)
+    assert torch.equal(PartialForward(Decoder(model)).run(text[0], hidden, 3), model(**text[0]).logits)
 
 
 def test_the_model_writes_as_much_as_it_was_given_without_padding(monkeypatch):
     asked = []
-    write = generated_text.write
+    write = generated_text.generate_text
     monkeypatch.setattr(
-        generated_text, "write", lambda model, tokens, *rest: asked.append(tokens) or write(model, 24, *rest)
+        generated_text, "generate_text", lambda model, tokens, *rest: asked.append(tokens) or write(model, 24, *rest)
     )
     mask = torch.ones(4, 24, dtype=torch.long)
     mask[:, 6:] = 0

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from prunelit.callbacks.best.denoise import signal
-from prunelit.callbacks.best.distill import dense_streams, distill
+from prunelit.callbacks.best.denoise import estimate_signal
+from prunelit.callbacks.best.distill import record_dense_streams, distill_layers
 from prunelit.model.decoder import Decoder
 from prunelit.model.surgery import apply
 from tests.tiny import cut, tiny, tokens
@@ -30,10 +30,10 @@ def batches():
 @pytest.mark.parametrize("kind", ["channel", "mixed"])
 def test_the_cut_model_comes_closer_to_the_dense_one(family, kind):
     dense, model, text = tiny(family), tiny(family), batches()
-    targets = dense_streams(Decoder(model), text)
+    targets = record_dense_streams(Decoder(model), text)
     apply(model, cut(model, kind))
     before = [divergence(model, dense, batch) for batch in text]
-    curve = distill(Decoder(model), text, targets, epochs=12, learning_rate=3e-4)
+    curve = distill_layers(Decoder(model), text, targets, epochs=12, learning_rate=3e-4)
     assert len(curve) == 12
     assert curve[-1] < curve[0]
     assert sum(divergence(model, dense, batch) for batch in text) < 0.8 * sum(before)
@@ -41,20 +41,20 @@ def test_the_cut_model_comes_closer_to_the_dense_one(family, kind):
 
 def test_the_first_divergence_is_that_of_the_model_as_it_came():
     dense, model, text = tiny("llama"), tiny("llama"), batches()[1:]
-    targets = dense_streams(Decoder(model), text)
+    targets = record_dense_streams(Decoder(model), text)
     apply(model, cut(model, "channel"))
     wanted = divergence(model, dense, text[0])
-    (found,) = distill(Decoder(model), text, targets, learning_rate=0.0)
+    (found,) = distill_layers(Decoder(model), text, targets, learning_rate=0.0)
     assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_only_the_layers_move_and_all_else_is_as_it_was():
     model, text = tiny("llama").train(), batches()
-    targets = dense_streams(Decoder(model), text)
+    targets = record_dense_streams(Decoder(model), text)
     apply(model, cut(model, "channel"))
     model.model.norm.weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    distill(Decoder(model), text, targets, learning_rate=1e-3)
+    distill_layers(Decoder(model), text, targets, learning_rate=1e-3)
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert moved == {name for name in before if ".layers." in name}
     assert model.training
@@ -65,9 +65,9 @@ def test_only_the_layers_move_and_all_else_is_as_it_was():
 def test_half_precision_weights_take_steps_smaller_than_their_rounding():
     text = batches()
     model = tiny("llama").bfloat16()
-    targets = dense_streams(Decoder(model), text)
+    targets = record_dense_streams(Decoder(model), text)
     apply(model, cut(model, "channel"))
-    curve = distill(Decoder(model), text, targets, epochs=20, learning_rate=1e-4)
+    curve = distill_layers(Decoder(model), text, targets, epochs=20, learning_rate=1e-4)
     assert curve[-1] < curve[0]
     assert all(p.dtype is torch.bfloat16 for p in model.parameters())
 
@@ -78,10 +78,10 @@ def test_what_stands_out_of_the_change_is_kept(dtype):
 
     def trained(denoise):
         model = tiny("llama").to(dtype)
-        targets = dense_streams(Decoder(model), text)
+        targets = record_dense_streams(Decoder(model), text)
         apply(model, cut(model, "channel"))
         came = copy.deepcopy(model.state_dict())
-        curve = distill(Decoder(model), text, targets, epochs=2, learning_rate=1e-2, denoise=denoise)
+        curve = distill_layers(Decoder(model), text, targets, epochs=2, learning_rate=1e-2, denoise=denoise)
         return came, model.state_dict(), curve
 
     came, full, curve = trained(False)
@@ -91,7 +91,7 @@ def test_what_stands_out_of_the_change_is_kept(dtype):
     near, furthest = 1e-6 if dtype is torch.float32 else 2e-3, 0.0
     for name, start in came.items():
         if full[name].ndim == 2:
-            expected = start.float() + signal(full[name].float() - start.float())
+            expected = start.float() + estimate_signal(full[name].float() - start.float())
             furthest = max(furthest, float((expected - full[name].float()).abs().max()))
         else:
             expected = full[name].float()
@@ -102,5 +102,5 @@ def test_what_stands_out_of_the_change_is_kept(dtype):
 def test_no_passes_no_change():
     model = tiny("llama")
     before = copy.deepcopy(model.state_dict())
-    assert distill(Decoder(model), [], [], epochs=0) == []
+    assert distill_layers(Decoder(model), [], [], epochs=0) == []
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

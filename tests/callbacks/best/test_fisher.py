@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunelit.callbacks.best.fisher import fisher
+from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.model.decoder import Decoder
 from tests.tiny import tiny, tokens
 
@@ -29,7 +29,7 @@ def test_scores_are_squared_derivatives_of_the_loss_by_switches(family):
     model = tiny(family)
     decoder, ids, mask = Decoder(model), tokens(3, 8), torch.ones(3, 8, dtype=torch.long)
     mask[2, 6:] = 0
-    found = fisher(decoder, [{"input_ids": ids[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}])
+    found = score_fisher(decoder, [{"input_ids": ids[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}])
     texts = [ids[0], ids[1], ids[2, :6]]
     for layer, scores in zip(decoder, found, strict=True):
         for kind, score in (("heads", scores.heads), ("channels", scores.channels)):
@@ -41,7 +41,7 @@ def test_the_model_is_left_as_it_was_and_a_callers_no_grad_does_not_matter():
     model = tiny("llama").train()
     model.lm_head.weight.requires_grad_(False)
     with torch.no_grad():
-        fisher(Decoder(model), [{"input_ids": tokens()}])
+        score_fisher(Decoder(model), [{"input_ids": tokens()}])
     assert model.training
     assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["lm_head.weight"]
     assert all(p.grad is None for p in model.parameters())
@@ -59,7 +59,7 @@ def test_no_graph_outlives_its_sequence():
     )
     gc.disable()
     try:
-        fisher(Decoder(model), [{"input_ids": tokens(4, 8)}])
+        score_fisher(Decoder(model), [{"input_ids": tokens(4, 8)}])
     finally:
         gc.enable()
         handle.remove()

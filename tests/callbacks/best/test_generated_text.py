@@ -13,14 +13,14 @@ from tests.tiny import tiny
 def test_sequences_are_sampled_from_the_model_and_repeat_with_the_seed():
     model = tiny("llama").train()
     state, other = torch.get_rng_state(), random.getstate()
-    first = generated_text.write(model, tokens=70 * 16, length=16, seed=3)
+    first = generated_text.generate_text(model, tokens=70 * 16, length=16, seed=3)
     assert [list(batch["input_ids"].shape) for batch in first] == [[64, 16], [6, 16]]
     assert torch.equal(torch.get_rng_state(), state)
     assert random.getstate() == other
     assert model.training
-    again = generated_text.write(model, 70 * 16, 16, seed=3)
+    again = generated_text.generate_text(model, 70 * 16, 16, seed=3)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(generated_text.write(model, 64 * 16, 16, seed=4)[0]["input_ids"], first[0]["input_ids"])
+    assert not torch.equal(generated_text.generate_text(model, 64 * 16, 16, seed=4)[0]["input_ids"], first[0]["input_ids"])
     ids = torch.cat([batch["input_ids"] for batch in first])
     assert int(ids.min()) >= 3, "padding, start or end of text"
     assert len(ids[:, 0].unique()) > 20
@@ -30,7 +30,7 @@ def test_sequences_are_sampled_from_the_model_and_repeat_with_the_seed():
 def test_the_model_finds_its_own_text_likely():
     model = tiny("llama")
     model.lm_head.weight.mul_(8)  # a random model hardly prefers anything
-    ids = generated_text.write(model, 64 * 24, 24)[0]["input_ids"]
+    ids = generated_text.generate_text(model, 64 * 24, 24)[0]["input_ids"]
 
     def nll(rows):
         return torch.nn.functional.cross_entropy(
@@ -46,14 +46,14 @@ def test_the_model_finds_its_own_text_likely():
 )
 def test_habits_of_a_chat_model_are_not_its_distribution(habit):
     model = tiny("llama")
-    plain = generated_text.write(model, 64 * 16, 16, seed=3)[0]["input_ids"]
+    plain = generated_text.generate_text(model, 64 * 16, 16, seed=3)[0]["input_ids"]
     model.generation_config = mine = GenerationConfig(**habit)
-    assert torch.equal(generated_text.write(model, 64 * 16, 16, seed=3)[0]["input_ids"], plain)
+    assert torch.equal(generated_text.generate_text(model, 64 * 16, 16, seed=3)[0]["input_ids"], plain)
     assert model.generation_config is mine
 
 
 def test_no_end_of_a_turn_is_written():
     model = tiny("llama")
     model.generation_config = GenerationConfig(eos_token_id=[2, 7, 9, 999])
-    ids = generated_text.write(model, 64 * 16, 16)[0]["input_ids"]
+    ids = generated_text.generate_text(model, 64 * 16, 16)[0]["input_ids"]
     assert not torch.isin(ids, torch.tensor([2, 7, 9])).any()

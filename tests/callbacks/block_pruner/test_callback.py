@@ -86,15 +86,15 @@ def test_the_plan_holds_the_order_and_the_work_and_json_keeps_them(search):
     assert plan.options["count"] == 3 and plan.options["ratio"] is None and plan.options["search"] == search
     again = PruningPlan.from_json(plan.to_json())
     assert again == plan and again.calibration["search"] == record
-    assert metrics.size(model)["parameters"] == plan.predicted["parameters"]
+    assert metrics.measure_model_size(model)["parameters"] == plan.predicted["parameters"]
 
 
 @pytest.mark.parametrize("budget", ["parameters", "macs", "kv_bytes"])
 def test_a_ratio_counts_what_the_budget_says(budget):
     model = tiny("llama")
-    dense = metrics.size(model)
+    dense = metrics.measure_model_size(model)
     BlockPruner(ratio=0.3, budget=budget).prune(model, batches_for(model))
-    cut = metrics.size(model)
+    cut = metrics.measure_model_size(model)
     if budget == "parameters":
         assert 1 - cut["block_parameters"] / dense["block_parameters"] >= 0.3
     elif budget == "macs":
@@ -110,7 +110,7 @@ def test_a_small_ratio_takes_one_block_and_a_large_one_is_refused():
     model = tiny("llama")
     with pytest.raises(InfeasibleBudget, match=r"ratio 0.99: expected at most 0.8"):
         BlockPruner(ratio=0.99).prune(model, batches_for(model))
-    assert metrics.size(model) == metrics.size(tiny("llama"))
+    assert metrics.measure_model_size(model) == metrics.measure_model_size(tiny("llama"))
 
 
 def test_protected_layers_keep_their_blocks_and_one_kind_may_be_all_that_goes():

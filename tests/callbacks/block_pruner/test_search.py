@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.journal import JOURNAL, Value
-from prunelit.callbacks.block_pruner.search import remove_blocks
+from prunelit.callbacks.block_pruner.journal import JOURNAL_FORMAT, SetLoss
+from prunelit.callbacks.block_pruner.search import search_blocks
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, Goal, blocks_of, cost, may_go, without
+from prunelit.planning.block_sets import Block, RemovalGoal, list_blocks, sum_block_costs, can_remove_blocks, plan_without_blocks
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration, NonFinite, OutputNotWritable
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny, tokens
 
@@ -132,11 +132,11 @@ def test_a_model_that_lost_blocks_is_searched_on_what_is_left(family, kind):
     surgery.apply(model, cut(model, kind))
     batches = batches_for(model)
     shape = Decoder(model).shape
-    candidates = blocks_of(shape)
+    candidates = list_blocks(shape)
     assert len(candidates) == sum((layer.kv_groups > 0) + (layer.ffn_channels > 0) for layer in shape.layers) < 6
     evaluator = BlockEvaluator(Decoder(model), batches)
     for block in candidates:
-        if may_go(shape, {block}):
+        if can_remove_blocks(shape, {block}):
             found = math.log(evaluator.perplexity([block]))
             assert found == pytest.approx(nll_after_surgery(model, {block}, batches), rel=1e-5)
 
@@ -185,7 +185,7 @@ def test_a_failing_evaluation_leaves_the_blocks_in_their_places():
 def test_less_memory_for_streams_changes_no_bit(family):
     model = tiny(family, **({"n_layer": 5} if family == "gpt2" else {}))
     batches = batches_for(model)
-    candidates = [frozenset({block}) | blocks("A1") for block in blocks_of(Decoder(model).shape)]
+    candidates = [frozenset({block}) | blocks("A1") for block in list_blocks(Decoder(model).shape)]
     found, spacings = [], []
     for cache in (2.0, 2.5 * 42 * 72 * 4 / 2**30, 1e-9, 0.0):
         evaluator = BlockEvaluator(Decoder(model), batches, cache_gib=cache)
@@ -218,7 +218,7 @@ def test_layer_runs_are_what_really_ran():
         layer.attention.register_forward_hook(lambda *_: ran.append(1))
     evaluator = BlockEvaluator(Decoder(model), batches)
     ran.clear()  # of the probe for tuples
-    record = remove_blocks(evaluator, Goal(count=3), "mlp", "greedy").record
+    record = search_blocks(evaluator, RemovalGoal(count=3), "mlp", "greedy").record
     assert record["layer_runs"] == pytest.approx(len(ran) / 3, abs=0.01)
     assert record["layer_runs_full"] == 5 * (1 + 5 + 4 + 3) and record["evaluations_full"] == 1 + 5 + 4 + 3
 
@@ -260,7 +260,7 @@ def trained():
 def test_the_removal_order_is_that_of_brute_force(family, method):
     model = tiny(family)
     batches = batches_for(model)
-    found = remove_blocks(BlockEvaluator(Decoder(model), batches), Goal(count=3), method=method)
+    found = search_blocks(BlockEvaluator(Decoder(model), batches), RemovalGoal(count=3), method=method)
     assert names(found.removed) == found.record["order"] == brute_force(model, batches, 3)
     for step in range(4):
         expected = nll_after_surgery(model, found.removed[:step], batches)
@@ -272,7 +272,7 @@ def test_the_removal_order_is_that_of_brute_force(family, method):
 def test_one_kind_of_block(kind):
     model = tiny("llama")
     batches = batches_for(model)
-    found = remove_blocks(BlockEvaluator(Decoder(model), batches), Goal(count=2), kind)
+    found = search_blocks(BlockEvaluator(Decoder(model), batches), RemovalGoal(count=2), kind)
     assert names(found.removed) == brute_force(model, batches, 2, (kind,))
 
 
@@ -280,7 +280,7 @@ def test_one_kind_of_block(kind):
 def test_lazy_removes_in_the_order_of_the_full_search_on_a_trained_model(trained):
     model, batches = trained
     full, lazy = (
-        remove_blocks(BlockEvaluator(Decoder(model), batches), Goal(count=5), method=method)
+        search_blocks(BlockEvaluator(Decoder(model), batches), RemovalGoal(count=5), method=method)
         for method in ("greedy", "lazy")
     )
     assert lazy.removed == full.removed and lazy.nll == full.nll
@@ -295,7 +295,7 @@ def test_lazy_removes_in_the_order_of_the_full_search_on_random_models(family):
     model = tiny(family, **{layers: 6})
     batches = batches_for(model, 1)
     full, lazy = (
-        remove_blocks(BlockEvaluator(Decoder(model), batches), Goal(count=4), method=method)
+        search_blocks(BlockEvaluator(Decoder(model), batches), RemovalGoal(count=4), method=method)
         for method in ("greedy", "lazy")
     )
     assert lazy.removed == full.removed and lazy.nll == full.nll
@@ -305,7 +305,7 @@ def test_greedy_stops_evaluations_that_can_not_win_and_misses_nothing(trained):
     model, batches = trained
     batches = [{"input_ids": row} for row in batches[0]["input_ids"][:6].split(1)]
     evaluator = BlockEvaluator(Decoder(model), batches)
-    found = remove_blocks(evaluator, Goal(count=3), method="greedy")
+    found = search_blocks(evaluator, RemovalGoal(count=3), method="greedy")
     stopped = {removed: value for removed, value in evaluator.values_known.items() if not value.exact}
     assert stopped
     for removed, bound in stopped.items():
@@ -313,7 +313,7 @@ def test_greedy_stops_evaluations_that_can_not_win_and_misses_nothing(trained):
     patient = BlockEvaluator(Decoder(model), batches)
     for step in range(3):
         base = frozenset(found.removed[:step])
-        sets = [base | {block} for block in blocks_of(Decoder(model).shape) if block not in base]
+        sets = [base | {block} for block in list_blocks(Decoder(model).shape) if block not in base]
         values = patient.values(sets, base)
         best = min(range(len(sets)), key=lambda place: values[place].nll)
         assert sets[best] == frozenset(found.removed[: step + 1]) and values[best].nll == found.nll[step + 1]
@@ -329,7 +329,7 @@ def test_of_equal_candidates_the_first_goes(method):
             layer.output.weight.zero_()
             layer.down.weight.zero_()
     evaluator = BlockEvaluator(Decoder(model), batches_for(model))
-    found = remove_blocks(evaluator, Goal(count=4), method=method, beam_width=1)
+    found = search_blocks(evaluator, RemovalGoal(count=4), method=method, beam_width=1)
     assert names(found.removed) == ["A0", "A1", "M0", "M1"] and len(set(found.nll)) == 1
 
 
@@ -351,7 +351,7 @@ class Landscape(BlockEvaluator):
     def _run(self, removed, base, limit):
         if self.runs:
             super()._run(removed, base, math.inf)
-        return Value(self.value(removed))
+        return SetLoss(self.value(removed))
 
 
 def landscape(seed, layers, interaction, noise=0.0):
@@ -380,7 +380,7 @@ def greedy_on(value, layers, count):
 @given(st.integers(0, 10**6), st.sampled_from([0.0, 0.01, 0.1, 1.0]), st.integers(1, 9))
 def test_lazy_is_exact_where_no_removal_makes_up_for_another(seed, interaction, count):
     value = landscape(seed, 5, interaction)
-    found = remove_blocks(Landscape(value, 5), Goal(count=count))
+    found = search_blocks(Landscape(value, 5), RemovalGoal(count=count))
     assert found.removed == greedy_on(value, 5, count)
     # Skipped ones are above the best of their step, by values that only rose since.
     assert found.nll[-1] == pytest.approx(value(frozenset(found.removed)))
@@ -390,14 +390,14 @@ def test_the_margin_follows_what_removals_make_up_for():
     same = 0
     for seed in range(30):
         value = landscape(seed, 6, 0.02, noise=0.05)
-        same += remove_blocks(Landscape(value, 6), Goal(count=6)).removed == greedy_on(value, 6, 6)
+        same += search_blocks(Landscape(value, 6), RemovalGoal(count=6)).removed == greedy_on(value, 6, 6)
     assert same >= 28
 
 
 def test_thirty_layers_and_four_blocks_take_a_fourth_of_the_layer_runs():
     value = landscape(0, 30, 0.01)
     evaluator = Landscape(value, 30, runs=True)
-    found = remove_blocks(evaluator, Goal(count=4))
+    found = search_blocks(evaluator, RemovalGoal(count=4))
     assert found.removed == greedy_on(value, 30, 4)
     record = found.record
     assert record["evaluations_full"] == 1 + 60 + 59 + 58 + 57 and record["recalled"] == 0
@@ -413,7 +413,7 @@ def test_no_set_is_evaluated_twice():
             asked.append(removed)
             return value(removed)
 
-        remove_blocks(Landscape(note, 5), Goal(count=4), method=method)
+        search_blocks(Landscape(note, 5), RemovalGoal(count=4), method=method)
         assert len(asked) == len(set(asked))
 
 
@@ -421,10 +421,10 @@ def test_a_wide_beam_finds_the_best_set_and_a_beam_of_one_is_the_greedy_search()
     better = 0
     for seed in range(6):
         value = landscape(seed, 4, 0.3)
-        greedy = remove_blocks(Landscape(value, 4), Goal(count=3))
-        narrow = remove_blocks(Landscape(value, 4), Goal(count=3), method="beam", beam_width=1)
+        greedy = search_blocks(Landscape(value, 4), RemovalGoal(count=3))
+        narrow = search_blocks(Landscape(value, 4), RemovalGoal(count=3), method="beam", beam_width=1)
         assert (narrow.removed, narrow.nll) == (greedy.removed, greedy.nll)
-        wide = remove_blocks(Landscape(value, 4), Goal(count=3), method="beam", beam_width=40)
+        wide = search_blocks(Landscape(value, 4), RemovalGoal(count=3), method="beam", beam_width=40)
         everything = [Block(i, kind) for kind in ("attention", "mlp") for i in range(4)]
         best = min(itertools.combinations(everything, 3), key=lambda three: value(frozenset(three)))
         assert set(wide.removed) == set(best)
@@ -437,10 +437,10 @@ def test_swap_ends_where_no_exchange_helps():
     better = 0
     for seed in range(8):
         value = landscape(seed, 5, 0.3)
-        greedy, swap = (remove_blocks(Landscape(value, 5), Goal(count=4), method=method) for method in ("lazy", "swap"))
+        greedy, swap = (search_blocks(Landscape(value, 5), RemovalGoal(count=4), method=method) for method in ("lazy", "swap"))
         removed = set(swap.removed)
         for out in removed:
-            for block in blocks_of(decoder_of(5).shape):
+            for block in list_blocks(decoder_of(5).shape):
                 assert block in removed or value(frozenset(removed - {out} | {block})) >= swap.nll[-1]
         assert swap.nll[-1] <= greedy.nll[-1] and len(removed) == 4
         better += swap.nll[-1] < greedy.nll[-1]
@@ -453,20 +453,20 @@ def test_swap_ends_where_no_exchange_helps():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_costs_are_those_of_the_plan(family):
     shape = Decoder(tiny(family)).shape
-    everything = blocks_of(shape)
+    everything = list_blocks(shape)
     assert names(everything) == ["A0", "A1", "A2", "M0", "M1", "M2"]
-    dense = PruningPlan("test", shape, tuple(without(shape, ()))).predicted
+    dense = PruningPlan("test", shape, tuple(plan_without_blocks(shape, ()))).predicted
     chance = random.Random(0)
     for size in (1, 2, 3, 4, 5):
         removed = set(chance.sample(everything, size))
-        if not may_go(shape, removed):
+        if not can_remove_blocks(shape, removed):
             assert {"A0", "A1", "A2"} <= set(names(removed))
             continue
-        left = PruningPlan("test", shape, tuple(without(shape, removed))).predicted
-        assert cost(shape, removed) == dense["parameters"] - left["parameters"]
-        assert cost(shape, removed, "macs") == dense["macs_per_token"] - left["macs_per_token"]
+        left = PruningPlan("test", shape, tuple(plan_without_blocks(shape, removed))).predicted
+        assert sum_block_costs(shape, removed) == dense["parameters"] - left["parameters"]
+        assert sum_block_costs(shape, removed, "macs") == dense["macs_per_token"] - left["macs_per_token"]
         kv = dense["kv_bytes_per_token"] - left["kv_bytes_per_token"]
-        assert cost(shape, removed, "kv_bytes") * shape.bytes_per_element == kv
+        assert sum_block_costs(shape, removed, "kv_bytes") * shape.bytes_per_element == kv
 
 
 @pytest.mark.parametrize("budget", ["parameters", "macs", "kv_bytes"])
@@ -476,18 +476,18 @@ def test_a_ratio_is_met_and_nothing_can_be_given_back(ratio, method, budget):
     for seed in range(3):
         evaluator = Landscape(landscape(seed, 5, 0.05), 5)
         shape = evaluator.decoder.shape
-        found = remove_blocks(evaluator, Goal(ratio=ratio, budget=budget), method=method)
-        whole = cost(shape, blocks_of(shape), budget)
-        assert cost(shape, found.removed, budget) >= ratio * whole
+        found = search_blocks(evaluator, RemovalGoal(ratio=ratio, budget=budget), method=method)
+        whole = sum_block_costs(shape, list_blocks(shape), budget)
+        assert sum_block_costs(shape, found.removed, budget) >= ratio * whole
         for block in found.removed:
-            assert cost(shape, set(found.removed) - {block}, budget) < ratio * whole
+            assert sum_block_costs(shape, set(found.removed) - {block}, budget) < ratio * whole
 
 
 def test_given_back_is_the_block_whose_return_helps_most():
     """Two attentions and an FFN are more than the ratio needs; the FFN was the last to go, an attention comes back."""
     loss = {"A0": 0.2, "A1": 0.1, "A2": 5, "M0": 0.3, "M1": 5, "M2": 5}
     evaluator = Landscape(lambda removed: 3 + sum(loss[str(block)] for block in removed), 3)
-    found = remove_blocks(evaluator, Goal(ratio=0.3))
+    found = search_blocks(evaluator, RemovalGoal(ratio=0.3))
     assert names(found.removed) == ["A1", "M0"]
     assert found.record["perplexity"] == pytest.approx([math.exp(3 + x) for x in (0, 0.1, 0.3, 0.6, 0.4)])
 
@@ -501,53 +501,53 @@ def test_after_an_exchange_for_a_larger_block_what_is_spare_comes_back():
         found = sorted(names(removed))
         return 3 + pair.get(tuple(found), sum(single.get(name, 5) for name in found))
 
-    found = remove_blocks(Landscape(value, 3), Goal(ratio=0.19), method="swap")
+    found = search_blocks(Landscape(value, 3), RemovalGoal(ratio=0.19), method="swap")
     assert names(found.removed) == ["M0"]
 
 
 def test_the_last_attention_stays():
     evaluator = Landscape(lambda removed: 3.0, 3)
-    assert names(remove_blocks(evaluator, Goal(count=5)).removed) == ["A0", "A1", "M0", "M1", "M2"]
-    assert names(remove_blocks(evaluator, Goal(count=2), "attention").removed) == ["A0", "A1"]
+    assert names(search_blocks(evaluator, RemovalGoal(count=5)).removed) == ["A0", "A1", "M0", "M1", "M2"]
+    assert names(search_blocks(evaluator, RemovalGoal(count=2), "attention").removed) == ["A0", "A1"]
     with pytest.raises(InfeasibleBudget, match=r"count 3: expected at most 2"):
-        remove_blocks(evaluator, Goal(count=3), "attention")
+        search_blocks(evaluator, RemovalGoal(count=3), "attention")
     assert evaluator.decoder.shape.layers[0].kv_groups  # nothing is cut by a search
 
 
 @pytest.mark.parametrize(
     ("goal", "kinds", "protect"),
     [
-        (Goal(count=6), "mix", ()),
-        (Goal(count=4), "mlp", ()),
-        (Goal(count=3), "mix", (0, -1)),
-        (Goal(ratio=0.999), "mix", ()),
-        (Goal(ratio=0.7), "mlp", ()),
-        (Goal(ratio=0.5), "mix", (0, 2)),
-        (Goal(ratio=0.01, budget="kv_bytes"), "mlp", ()),
-        (Goal(count=1), "mix", (0, 1, 2)),
+        (RemovalGoal(count=6), "mix", ()),
+        (RemovalGoal(count=4), "mlp", ()),
+        (RemovalGoal(count=3), "mix", (0, -1)),
+        (RemovalGoal(ratio=0.999), "mix", ()),
+        (RemovalGoal(ratio=0.7), "mlp", ()),
+        (RemovalGoal(ratio=0.5), "mix", (0, 2)),
+        (RemovalGoal(ratio=0.01, budget="kv_bytes"), "mlp", ()),
+        (RemovalGoal(count=1), "mix", (0, 1, 2)),
     ],
 )
 def test_what_can_not_be_met_is_refused_before_anything_runs(goal, kinds, protect):
     evaluator = Landscape(lambda removed: 3.0, 3)
     with pytest.raises(InfeasibleBudget, match="expected at most"):
-        remove_blocks(evaluator, goal, kinds, protect=protect)
+        search_blocks(evaluator, goal, kinds, protect=protect)
     assert evaluator.evaluations == 0
 
 
 def test_a_model_of_one_layer_keeps_its_attention():
     model = tiny("llama", num_hidden_layers=1)
     evaluator = BlockEvaluator(Decoder(model), batches_for(model))
-    assert names(remove_blocks(evaluator, Goal(count=1)).removed) == ["M0"]
+    assert names(search_blocks(evaluator, RemovalGoal(count=1)).removed) == ["M0"]
     with pytest.raises(InfeasibleBudget):
-        remove_blocks(evaluator, Goal(count=2))
+        search_blocks(evaluator, RemovalGoal(count=2))
 
 
 def test_protected_layers_are_left_alone():
     evaluator = Landscape(landscape(0, 5, 0.1), 5)
-    found = remove_blocks(evaluator, Goal(count=6), protect=(0, -1))
+    found = search_blocks(evaluator, RemovalGoal(count=6), protect=(0, -1))
     assert {block.layer for block in found.removed} == {1, 2, 3}
     with pytest.raises(BadOption, match=r"protect: expected layer numbers in \[-5, 5\), got 5"):
-        remove_blocks(evaluator, Goal(count=1), protect=(5,))
+        search_blocks(evaluator, RemovalGoal(count=1), protect=(5,))
 
 
 @pytest.mark.parametrize(
@@ -566,21 +566,21 @@ def test_protected_layers_are_left_alone():
 )
 def test_a_goal_that_makes_no_sense_is_refused(options, named):
     with pytest.raises(BadOption, match=f"^{named}: expected"):
-        Goal(**options)
+        RemovalGoal(**options)
 
 
 def test_values_that_are_no_numbers_stop_the_search():
     with pytest.raises(NonFinite, match="whole model"):
-        remove_blocks(Landscape(lambda removed: math.inf, 3), Goal(count=1))
+        search_blocks(Landscape(lambda removed: math.inf, 3), RemovalGoal(count=1))
     with pytest.raises(NonFinite, match="without"):
-        remove_blocks(Landscape(lambda removed: math.inf if removed else 3.0, 3), Goal(count=1))
+        search_blocks(Landscape(lambda removed: math.inf if removed else 3.0, 3), RemovalGoal(count=1))
     odd = Landscape(lambda removed: math.inf if blocks("A0") <= removed else 3.0 + len(removed), 3)
-    assert "A0" not in names(remove_blocks(odd, Goal(count=3)).removed)
+    assert "A0" not in names(search_blocks(odd, RemovalGoal(count=3)).removed)
     model = tiny("llama")
     with torch.no_grad():
         model.lm_head.weight.fill_(math.inf)
     with pytest.raises(NonFinite, match="whole model"):
-        remove_blocks(BlockEvaluator(Decoder(model), batches_for(model)), Goal(count=1))
+        search_blocks(BlockEvaluator(Decoder(model), batches_for(model)), RemovalGoal(count=1))
 
 
 # The journal ---------------------------------------------------------------------------------------------------------
@@ -594,8 +594,8 @@ def lines_of(path):
 def test_a_stopped_search_goes_on_where_it_was(method, tmp_path):
     model = tiny("llama")
     batches = batches_for(model)
-    options = {"goal": Goal(count=3), "method": method, "beam_width": 2}
-    straight = remove_blocks(BlockEvaluator(Decoder(model), batches), **options)
+    options = {"goal": RemovalGoal(count=3), "method": method, "beam_width": 2}
+    straight = search_blocks(BlockEvaluator(Decoder(model), batches), **options)
     total = straight.record["evaluations"]
     for stop in (1, 4, 9, total - 1):
         path = tmp_path / f"{stop}.jsonl"
@@ -609,24 +609,24 @@ def test_a_stopped_search_goes_on_where_it_was(method, tmp_path):
 
         evaluator._run = fail
         with pytest.raises(KeyboardInterrupt):
-            remove_blocks(evaluator, **options)
+            search_blocks(evaluator, **options)
         assert len(lines_of(path)) == 1 + stop
         with path.open("a") as file:
             file.write('{"removed": ["A1"], "candidate": ["M')  # a line that the kill tore
-        again = remove_blocks(BlockEvaluator(Decoder(model), batches, str(path)), **options)
+        again = search_blocks(BlockEvaluator(Decoder(model), batches, str(path)), **options)
         assert (again.removed, again.nll) == (straight.removed, straight.nll)
         assert again.record["evaluations"] == total - stop
         assert len(lines_of(path)) == 1 + total
-        assert remove_blocks(BlockEvaluator(Decoder(model), batches, str(path)), **options).record["evaluations"] == 0
+        assert search_blocks(BlockEvaluator(Decoder(model), batches, str(path)), **options).record["evaluations"] == 0
 
 
 def test_a_line_holds_what_was_removed_the_candidate_and_its_value(tmp_path):
     model = tiny("llama")
     batches = batches_for(model)
     path = tmp_path / "made" / "search.jsonl"
-    found = remove_blocks(BlockEvaluator(Decoder(model), batches, str(path)), Goal(count=2), method="greedy")
+    found = search_blocks(BlockEvaluator(Decoder(model), batches, str(path)), RemovalGoal(count=2), method="greedy")
     header, dense, *rest = lines_of(path)
-    assert header["format"] == JOURNAL and dense["removed"] == dense["candidate"] == []
+    assert header["format"] == JOURNAL_FORMAT and dense["removed"] == dense["candidate"] == []
     assert [line["candidate"] for line in rest[:6]] == [["A0"], ["A1"], ["A2"], ["M0"], ["M1"], ["M2"]]
     second = rest[6:]
     assert len(second) == 5 and all(line["removed"] == names(found.removed[:1]) for line in second)
@@ -639,8 +639,8 @@ def test_a_longer_search_goes_on_from_the_journal_of_a_shorter_one(tmp_path):
     model = tiny("llama")
     batches = batches_for(model)
     path = str(tmp_path / "search.jsonl")
-    first = remove_blocks(BlockEvaluator(Decoder(model), batches, path), Goal(count=2))
-    longer = remove_blocks(BlockEvaluator(Decoder(model), batches, path), Goal(count=4), method="greedy")
+    first = search_blocks(BlockEvaluator(Decoder(model), batches, path), RemovalGoal(count=2))
+    longer = search_blocks(BlockEvaluator(Decoder(model), batches, path), RemovalGoal(count=4), method="greedy")
     assert longer.removed[:2] == first.removed
     assert longer.record["recalled"] >= first.record["evaluations"]
 
@@ -714,7 +714,7 @@ def killed(path):
         return run(*args)
 
     evaluator._run = die
-    remove_blocks(evaluator, Goal(count=3))
+    search_blocks(evaluator, RemovalGoal(count=3))
 
 
 @pytest.mark.slow
@@ -725,8 +725,8 @@ def test_killed_with_signal_nine_and_resumed(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL and len(lines_of(path)) == 1 + 8
     model = tiny("llama")
-    again = remove_blocks(BlockEvaluator(Decoder(model), batches_for(model), str(path)), Goal(count=3))
-    straight = remove_blocks(BlockEvaluator(Decoder(model), batches_for(model)), Goal(count=3))
+    again = search_blocks(BlockEvaluator(Decoder(model), batches_for(model), str(path)), RemovalGoal(count=3))
+    straight = search_blocks(BlockEvaluator(Decoder(model), batches_for(model)), RemovalGoal(count=3))
     assert (again.removed, again.nll) == (straight.removed, straight.nll)
     assert again.record["evaluations"] == straight.record["evaluations"] - 8
 
@@ -734,7 +734,7 @@ def test_killed_with_signal_nine_and_resumed(tmp_path):
 # Several ranks -------------------------------------------------------------------------------------------------------
 
 TASKS = [
-    {"method": method, "goal": goal} for method in ("lazy", "greedy", "swap") for goal in (Goal(3 / 10), Goal(None, 3))
+    {"method": method, "goal": goal} for method in ("lazy", "greedy", "swap") for goal in (RemovalGoal(3 / 10), RemovalGoal(None, 3))
 ]
 
 
@@ -743,7 +743,7 @@ def rank_searches(rank, folder):
     model, found = tiny("llama"), []
     for number, task in enumerate(TASKS):
         evaluator = BlockEvaluator(Decoder(model), batches_for(model), f"{folder}/{number}.jsonl")
-        result = remove_blocks(evaluator, **task)
+        result = search_blocks(evaluator, **task)
         found.append((result.removed, result.nll, result.record["evaluations"]))
     try:
         BlockEvaluator(Decoder(model), batches_for(model, 1), f"{folder}/0.jsonl")
@@ -760,6 +760,6 @@ def test_two_ranks_share_the_candidates_and_agree_with_one(tmp_path):
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in (0, 1))
     assert first == second and "another model or text" in first.pop()
     for number, (task, found) in enumerate(zip(TASKS, first, strict=True)):
-        alone = remove_blocks(BlockEvaluator(Decoder(model), batches_for(model)), **task)
+        alone = search_blocks(BlockEvaluator(Decoder(model), batches_for(model)), **task)
         assert found == (alone.removed, alone.nll, alone.record["evaluations"])
         assert len(lines_of(tmp_path / f"{number}.jsonl")) == 1 + found[2]

@@ -7,16 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunelit.calibration.paired_streams import Lockstep
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.callbacks.greedy_output import attention_similarity
 from prunelit.callbacks.greedy_output.attention_similarity import (
     Cell,
     Divergence,
-    between_groups,
-    candidates,
+    compute_group_divergence,
+    find_candidates,
     choose_heads,
-    redundant,
-    similar,
+    select_redundant_units,
+    rank_similar_units,
 )
 from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
@@ -62,7 +62,7 @@ def by_hand(model, batches, layer):
 def test_divergence_equals_loops_over_rows_and_pairs(family):
     batches = [{name: value[-2:, :9] for name, value in batch.items()} for batch in text()[1:]]
     batches[1]["attention_mask"][1, 6:] = 0
-    found = attention_similarity.of_model(Decoder(tiny(family)), batches)[1]
+    found = attention_similarity.measure_head_divergence(Decoder(tiny(family)), batches)[1]
     torch.testing.assert_close(found, by_hand(family, batches, 1), rtol=1e-4, atol=1e-6)
 
 
@@ -70,7 +70,7 @@ def test_divergence_equals_loops_over_rows_and_pairs(family):
 def test_every_family_shows_its_probabilities(family):
     model = tiny(family)
     kind = model.config._attn_implementation
-    found = attention_similarity.of_model(Decoder(model), text())
+    found = attention_similarity.measure_head_divergence(Decoder(model), text())
     for matrix, layer in zip(found, Decoder(model), strict=True):
         assert matrix.shape == (layer.shape.query_heads,) * 2
         assert torch.equal(matrix, matrix.T) and not matrix.diagonal().any()
@@ -91,48 +91,48 @@ def test_opposite_heads_reach_log_2_and_equal_heads_0():
 
 def test_block_sizes_do_not_show(monkeypatch):
     model, batches = tiny("llama"), text()
-    whole = attention_similarity.of_model(Decoder(model), batches)
+    whole = attention_similarity.measure_head_divergence(Decoder(model), batches)
     monkeypatch.setattr(attention_similarity, "_ELEMENTS_AT_ONCE", 200)
     monkeypatch.setattr(attention_similarity, "_SCORES_AT_ONCE", 1)
-    for one, other in zip(whole, attention_similarity.of_model(Decoder(model), batches), strict=True):
+    for one, other in zip(whole, attention_similarity.measure_head_divergence(Decoder(model), batches), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
 
 
 def test_many_windows_are_thinned_out_evenly(monkeypatch):
-    monkeypatch.setattr(attention_similarity, "ROWS", 120)
+    monkeypatch.setattr(attention_similarity, "QUERY_ROWS", 120)
     batches = text()
-    found = [(number, rows) for number, rows, _ in attention_similarity._parts(batches, 9)]
+    found = [(number, rows) for number, rows, _ in attention_similarity._sample_windows(batches, 9)]
     assert found == [(0, [0, 3]), (1, [0, 3]), (2, [0, 3])]  # 18 windows, 318 tokens: every third
-    assert [batch["input_ids"].shape for *_, batch in attention_similarity._parts(batches, 9)] == [
+    assert [batch["input_ids"].shape for *_, batch in attention_similarity._sample_windows(batches, 9)] == [
         (2, 16),
         (2, 21),
         (2, 16),
     ]
-    assert all(matrix is not None for matrix in attention_similarity.of_model(Decoder(tiny("llama")), batches))
+    assert all(matrix is not None for matrix in attention_similarity.measure_head_divergence(Decoder(tiny("llama")), batches))
 
 
 def test_half_precision_probabilities_are_normalised():
     model = tiny("llama")
-    exact = attention_similarity.of_model(Decoder(model), text())
-    for one, other in zip(exact, attention_similarity.of_model(Decoder(model.bfloat16()), text()), strict=True):
+    exact = attention_similarity.measure_head_divergence(Decoder(model), text())
+    for one, other in zip(exact, attention_similarity.measure_head_divergence(Decoder(model.bfloat16()), text()), strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gemma2"])
 def test_one_layer_on_the_carried_stream_equals_the_whole_model(family):
     model, batches = tiny(family), text()
-    whole = attention_similarity.of_model(Decoder(model), batches)
-    lock = Lockstep(Decoder(model), batches)
+    whole = attention_similarity.measure_head_divergence(Decoder(model), batches)
+    lock = PairedStreams(Decoder(model), batches)
     for index in range(3):
         lock.enter(index, ())
-        torch.testing.assert_close(attention_similarity.of_layer(lock, batches), whole[index], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(attention_similarity.measure_layer_divergence(lock, batches), whole[index], rtol=1e-4, atol=1e-7)
         lock.leave()
 
 
 def test_a_layer_without_attention_has_none():
     model = tiny("llama")
     surgery.apply(model, cut(model, "attention"))
-    found = attention_similarity.of_model(Decoder(model), text())
+    found = attention_similarity.measure_head_divergence(Decoder(model), text())
     assert [matrix is None for matrix in found] == [True, False, True]
 
 
@@ -141,14 +141,14 @@ def test_hidden_probabilities_are_said_once_and_the_setting_comes_back():
     for layer in Decoder(model):
         layer.attention.register_forward_hook(lambda m, args, output: (output[0], None))
     with pytest.warns(UserWarning, match="does not return probabilities") as caught:
-        assert attention_similarity.of_model(Decoder(model), text()) == [None, None, None]
+        assert attention_similarity.measure_head_divergence(Decoder(model), text()) == [None, None, None]
     assert len(caught) == 1 and model.config._attn_implementation == "sdpa"
 
 
 def test_a_failure_restores_the_attention():
     model = tiny("llama")
     with pytest.raises(IndexError):
-        attention_similarity.of_model(Decoder(model), [{"input_ids": torch.full((1, 4), 9999)}])
+        attention_similarity.measure_head_divergence(Decoder(model), [{"input_ids": torch.full((1, 4), 9999)}])
     assert model.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -158,17 +158,17 @@ def test_a_failure_restores_the_attention():
 
 def test_groups_are_as_far_apart_as_the_worse_matched_of_them():
     # Group 0 = heads 0, 1; group 1 = heads 2, 3. From 0: head 0 to 2 (0.1), head 1 to 3 (0.15). From 1: the same pairs.
-    assert between_groups(torch.tensor(FOUR), 2)[0, 1].item() == pytest.approx(0.125)
+    assert compute_group_divergence(torch.tensor(FOUR), 2)[0, 1].item() == pytest.approx(0.125)
     lopsided = torch.tensor(FOUR)
     lopsided[1, 3] = lopsided[3, 1] = 0.45  # from group 1, head 3 is now closest to head 1 at 0.45
-    assert between_groups(lopsided, 2).tolist() == [[0, pytest.approx(0.275)], [pytest.approx(0.275), 0]]
+    assert compute_group_divergence(lopsided, 2).tolist() == [[0, pytest.approx(0.275)], [pytest.approx(0.275), 0]]
     one_way = torch.tensor(FOUR)
     one_way[0, 3] = one_way[3, 0] = 0.02  # heads 2 and 3 both find head 0: (0.1 + 0.02) / 2; 0 finds 3, 1 finds 3
-    assert between_groups(one_way, 2)[0, 1].item() == pytest.approx(max((0.02 + 0.15) / 2, (0.1 + 0.02) / 2))
+    assert compute_group_divergence(one_way, 2)[0, 1].item() == pytest.approx(max((0.02 + 0.15) / 2, (0.1 + 0.02) / 2))
 
 
 def test_groups_of_one_head_are_the_heads():
-    assert torch.equal(between_groups(torch.tensor(FOUR), 1), torch.tensor(FOUR))
+    assert torch.equal(compute_group_divergence(torch.tensor(FOUR), 1), torch.tensor(FOUR))
 
 
 # Algorithm 2 ---------------------------------------------------------------------------------------------------------
@@ -185,12 +185,12 @@ def test_groups_of_one_head_are_the_heads():
     ],
 )
 def test_algorithm_2_on_four_heads(tau, expected):
-    assert list(candidates(FOUR, tau)) == expected
+    assert list(find_candidates(FOUR, tau)) == expected
 
 
 def test_of_two_identical_heads_exactly_one_is_a_candidate():
     same = [[0.0, 0.5, 0.0], [0.5, 0.0, 0.5], [0.0, 0.5, 0.0]]
-    assert candidates(same, 1e-6) == {0: 0.0}
+    assert find_candidates(same, 1e-6) == {0: 0.0}
 
 
 @given(st.integers(1, 7), st.floats(0, 0.8), st.integers(0, 999))
@@ -202,7 +202,7 @@ def test_algorithm_2_is_the_scan_that_the_paper_prints(size, tau, seed):
         for j in range(size):
             if matrix[i][j] < tau and i != j and i not in expected and j not in expected:
                 expected.append(i)
-    assert list(candidates(matrix, tau)) == expected
+    assert list(find_candidates(matrix, tau)) == expected
 
 
 @given(st.integers(1, 7), st.floats(0, 0.8), st.integers(0, 999))
@@ -210,7 +210,7 @@ def test_what_stays_is_far_apart_and_what_goes_was_close_to_something(size, tau,
     values = torch.rand(size, size, generator=torch.Generator().manual_seed(seed))
     matrix = torch.triu(values, 1)
     matrix = (matrix + matrix.T).tolist()
-    gone = candidates(matrix, tau)
+    gone = find_candidates(matrix, tau)
     stays = [unit for unit in range(size) if unit not in gone]
     assert stays
     assert all(matrix[i][j] >= tau for i in stays for j in stays if i != j)
@@ -235,24 +235,24 @@ MOMENTS = [4.0, 1.0, 3.0, 2.0]
     ],
 )
 def test_redundant_units_of_one_cell(count, limit, expected):
-    found = redundant([Cell(FOUR, MOMENTS, 3)], count, limit)
+    found = select_redundant_units([Cell(FOUR, MOMENTS, 3)], count, limit)
     assert sorted(unit for _, unit in found) == expected and len(found) == count
 
 
 def test_a_jump_in_the_number_of_candidates_is_resolved_by_the_smallest_divergence():
     # 0.2 makes both 0 (close to 1) and 2 (close to 3) candidates at once; 2 is closer.
     matrix = [[0, 0.20, 0.6, 0.6], [0.20, 0, 0.6, 0.6], [0.6, 0.6, 0, 0.19], [0.6, 0.6, 0.19, 0]]
-    assert redundant([Cell(matrix, MOMENTS, 3)], 1, math.inf) == [(0, 2)]
+    assert select_redundant_units([Cell(matrix, MOMENTS, 3)], 1, math.inf) == [(0, 2)]
     tied = [[0, 0.2, 0.6, 0.6], [0.2, 0, 0.6, 0.6], [0.6, 0.6, 0, 0.2], [0.6, 0.6, 0.2, 0]]
-    assert redundant([Cell(tied, MOMENTS, 3)], 1, math.inf) == [(0, 0)]
+    assert select_redundant_units([Cell(tied, MOMENTS, 3)], 1, math.inf) == [(0, 0)]
 
 
 def test_one_threshold_over_cells_takes_more_from_the_more_redundant():
     close = [[value / 10 for value in row] for row in FOUR]
-    found = redundant([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 4, math.inf)
+    found = select_redundant_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 4, math.inf)
     assert sorted(found) == [(0, 0), (1, 0), (1, 1), (1, 2)]
-    assert sorted(redundant([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 1)], 3, math.inf)) == [(0, 0), (0, 1), (1, 0)]
-    assert similar([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 0.05) == [(1, 0), (1, 1), (1, 2)]
+    assert sorted(select_redundant_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 1)], 3, math.inf)) == [(0, 0), (0, 1), (1, 0)]
+    assert rank_similar_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 0.05) == [(1, 0), (1, 1), (1, 2)]
 
 
 @given(
@@ -269,7 +269,7 @@ def test_exactly_as_many_go_as_asked_for_and_no_cell_is_emptied(sizes, seed, lim
         most = data.draw(st.integers(0, size - 1))
         cells.append(Cell((values + values.T).tolist(), torch.rand(size, generator=generator).tolist(), most))
     count = data.draw(st.integers(0, sum(cell.most for cell in cells)))
-    found = redundant(cells, count, limit)
+    found = select_redundant_units(cells, count, limit)
     assert len(found) == len(set(found)) == count
     for number, cell in enumerate(cells):
         assert sum(of == number for of, _ in found) <= cell.most

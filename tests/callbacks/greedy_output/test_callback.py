@@ -11,7 +11,7 @@ from prunelit.callbacks.greedy_output import attention_similarity
 from prunelit.callbacks.greedy_output.callback import GreedyOutput
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.core.plan import PruningPlan
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.runtime.errors import BadOption
 from tests.observed import rows_at
 from tests.repair.test_reconstruct import add, output_error, ridge_by_lstsq, text
@@ -46,7 +46,7 @@ def test_second_moments_alone_cut_what_adds_least(family):
         shares = {}
         for block, linear in (("heads", layer.output), ("channels", layer.down)):
             x = rows_at(dense, linear, batches, "input")
-            columns = weight_out_in(linear).detach().double()
+            columns = get_weight_out_in(linear).detach().double()
             shares[block] = torch.stack(
                 [(x[:, j, None] * columns[:, j]).square().sum(1).mean() for j in range(x.shape[1])]
             )
@@ -76,7 +76,7 @@ def test_above_the_largest_tau_second_moments_decide():
     with torch.no_grad():
         for layer in Decoder(dense):
             layer.qkv[0].weight *= 400
-    apart = attention_similarity.of_model(Decoder(dense), batches)
+    apart = attention_similarity.measure_head_divergence(Decoder(dense), batches)
     assert all(float(found[~torch.eye(9, dtype=torch.bool)].min()) > 0.2 for found in apart)
     plans = {
         name: pruned(copy.deepcopy(dense), criterion_heads=name) for name in ("both", "similarity", "second_moment")
@@ -92,12 +92,12 @@ def test_globally_one_threshold_says_which_heads_go(family):
         set(range(shape.kv_groups)) - set(kept.kv_groups)
         for shape, kept in zip(plan.model.layers, plan.layers, strict=True)
     ]
-    divergences = attention_similarity.of_model(Decoder(dense), batches)
+    divergences = attention_similarity.measure_head_divergence(Decoder(dense), batches)
     size = plan.model.layers[0].group_size
-    matrices = [attention_similarity.between_groups(matrix, size).tolist() for matrix in divergences]
+    matrices = [attention_similarity.compute_group_divergence(matrix, size).tolist() for matrix in divergences]
     values = sorted({value for matrix in matrices for row in matrix for value in row if value})
     taus = [value * (1 + 1e-9) for value in values]
-    explained = [[set(attention_similarity.candidates(matrix, tau)) for matrix in matrices] == gone for tau in taus]
+    explained = [[set(attention_similarity.find_candidates(matrix, tau)) for matrix in matrices] == gone for tau in taus]
     assert any(explained) and sum(map(len, gone)) > 0
     assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.4
     # The number of heads is that of the ratio, whichever go.
@@ -108,11 +108,11 @@ def test_globally_one_threshold_says_which_heads_go(family):
 def test_an_explicit_threshold_says_how_many_heads_go_and_channels_make_up_the_rest():
     dense, batches = tiny("llama-mha"), text()
     alike(dense, 4, 7)
-    matrices = [matrix.tolist() for matrix in attention_similarity.of_model(Decoder(dense), batches)]
+    matrices = [matrix.tolist() for matrix in attention_similarity.measure_head_divergence(Decoder(dense), batches)]
     for tau, ratio in ((1e-5, 0.1), (1e-5, 0.5), (1.0, 0.6)):
         plan = pruned(copy.deepcopy(dense), ratio=ratio, scope="global", tau=tau)
         gone = [set(range(9)) - set(layer.kv_groups) for layer in plan.layers]
-        assert gone == [set(attention_similarity.candidates(matrix, tau)) for matrix in matrices]
+        assert gone == [set(attention_similarity.find_candidates(matrix, tau)) for matrix in matrices]
         assert gone == [{4}] * 3 if tau < 1 else [set(range(8))] * 3
         assert ratio <= plan.predicted["ratio_of_block_parameters"] < ratio + 0.02
     # Channels can not go all the way, nor may heads: what is similar goes first, as far as the ratio asks.
@@ -219,7 +219,7 @@ def two_steps_slowly(model, widths, batches, ridge, refit_kept):
             y, x = rows_at(dense, before, batches), rows_at(masked, after, batches, "input")  # level 2
             biased = after.bias is not None
             add(after, ridge_by_lstsq(x, y - rows_at(masked, after, batches), ridge, biased))
-            weight = weight_out_in(after).detach()
+            weight = get_weight_out_in(after).detach()
             score = weight.double().square().sum(0) * x.square().mean(0)
             if block == "attention":
                 size = old.shape.group_size * old.head_dim
@@ -262,7 +262,7 @@ def test_refitting_what_stays_brings_the_model_closer(family):
     for options in ({}, {"repair": "two_step"}, {"repair": "two_step", "refit_kept": True}):
         model = copy.deepcopy(dense)
         plan = pruned(model, **options)
-        found = metrics.size(model)
+        found = metrics.measure_model_size(model)
         assert found == {key: plan.predicted[key] for key in found}
         errors.append(output_error(model, dense, batches))
     assert errors[2] < errors[1] and errors[2] < errors[0]
@@ -281,7 +281,7 @@ def test_with_a_dense_prefix_nothing_is_fitted(family):
         assert torch.equal(before.weight, after.weight)
     rows = torch.tensor(plan.layers[0].ffn_channels)
     assert len(rows) < 96
-    assert torch.equal(weight_out_in(old.down)[:, rows], weight_out_in(new.down))
+    assert torch.equal(get_weight_out_in(old.down)[:, rows], get_weight_out_in(new.down))
     changed = zip(Decoder(dense).layers[1].qkv, Decoder(model).layers[1].qkv, strict=True)
     assert not any(torch.equal(before.weight, after.weight) for before, after in changed)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from prunelit.callbacks.greedy_output import second_moment
-from prunelit.model.decoder import Decoder, weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from tests.observed import rows_at
 from tests.repair.test_reconstruct import text
 from tests.tiny import FAMILIES, tiny
@@ -14,7 +14,7 @@ from tests.tiny import FAMILIES, tiny
 def inputs_of(model, linear, batches):
     """Second moment of a linear's input, with the constant input 1 where it has a bias, and the weights."""
     x = rows_at(model, linear, batches, "input")
-    weight = weight_out_in(linear).detach().double()
+    weight = get_weight_out_in(linear).detach().double()
     if linear.bias is not None:
         x = torch.cat([x, torch.ones(len(x), 1).double()], 1)
         weight = torch.cat([weight, linear.bias.detach().double()[:, None]], 1)
@@ -46,7 +46,7 @@ def test_head_scores_equal_equation_3_on_the_attention_mixed_input(family, padde
             score += output[:, head * dim + j].square().sum() * (row @ sigma @ row)
         expected.append(float(score))
     for moment in ("empirical", "paper"):
-        found = second_moment.of_model(Decoder(model), batches, moment)[1].heads
+        found = second_moment.score_second_moments(Decoder(model), batches, moment)[1].heads
         torch.testing.assert_close(found, torch.tensor(expected).double(), rtol=1e-4, atol=0)
 
 
@@ -57,7 +57,7 @@ def test_channel_and_code_scores_equal_their_matrix_forms(family):
     model, batches = tiny(family), text()
     layer = Decoder(model).layers[1]
     shape, names = layer.shape, layer.architecture
-    down = weight_out_in(layer.down).detach().double()
+    down = get_weight_out_in(layer.down).detach().double()
     f = rows_at(model, layer.down, batches, "input")
     first = []
     for linear in layer.ffn_in:
@@ -67,7 +67,7 @@ def test_channel_and_code_scores_equal_their_matrix_forms(family):
     gate, up = (first[: shape.ffn_channels], first[-shape.ffn_channels :]) if gated else (None, first)
     sigma, weight = inputs_of(model, layer.qkv[-1], batches)
     size, dim, groups = shape.group_size, shape.head_dim, shape.kv_groups
-    o = weight_out_in(layer.output).detach().double()
+    o = get_weight_out_in(layer.output).detach().double()
     expected = {"empirical": [], "paper": [], "code": []}
     for j in range(shape.ffn_channels):
         norm = down[:, j].norm()
@@ -90,7 +90,7 @@ def test_channel_and_code_scores_equal_their_matrix_forms(family):
         rows = weight[start : start + dim]
         heads.append(sum(o[:, head * dim + j].norm() * (rows[j] @ sigma @ rows[j]) for j in range(dim)))
     for moment, channels in expected.items():
-        found = second_moment.of_model(Decoder(model), batches, moment)[1]
+        found = second_moment.score_second_moments(Decoder(model), batches, moment)[1]
         torch.testing.assert_close(found.channels, torch.stack(channels).double(), rtol=1e-4, atol=1e-12)
         if moment == "code":
             torch.testing.assert_close(found.heads, torch.stack(heads), rtol=1e-4, atol=0)
@@ -100,7 +100,7 @@ def test_channel_and_code_scores_equal_their_matrix_forms(family):
 def test_every_family_has_finite_scores_in_every_form(family):
     model = tiny(family).bfloat16()
     for moment in ("empirical", "paper", "code"):
-        for score, layer in zip(second_moment.of_model(Decoder(model), text(), moment), Decoder(model), strict=True):
+        for score, layer in zip(second_moment.score_second_moments(Decoder(model), text(), moment), Decoder(model), strict=True):
             assert score.heads.shape == (layer.shape.query_heads,) and (score.heads > 0).all()
             assert score.channels.shape == (layer.shape.ffn_channels,) and torch.isfinite(score.channels).all()
             assert score.heads.dtype == score.channels.dtype == torch.float64
@@ -110,4 +110,4 @@ def test_zero_columns_score_zero():
     model = tiny("llama")
     layer = Decoder(model).layers[0]
     nn.init.zeros_(layer.down.weight[:, 5:6])
-    assert second_moment.of_model(Decoder(model), text(), "empirical")[0].channels.argmin() == 5
+    assert second_moment.score_second_moments(Decoder(model), text(), "empirical")[0].channels.argmin() == 5

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunelit.callbacks.saap.callback import SAAP, fuse, volatility
-from prunelit.callbacks.saap.stability import trade
+from prunelit.callbacks.saap.callback import SAAP, fuse_importances, compute_volatility
+from prunelit.callbacks.saap.stability import trade_scores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
@@ -42,7 +42,7 @@ def test_learned_noises_converge_to_the_closed_form():
     torch.testing.assert_close(
         torch.stack([first, second]), torch.stack([vector.mean(), element.mean()]), rtol=1e-4, atol=0
     )
-    for layer, found in fuse(grains).items():
+    for layer, found in fuse_importances(grains).items():
         learned = grains[layer][0] / (2 * first) + grains[layer][1] / (2 * second)
         torch.testing.assert_close(found, learned, rtol=1e-4, atol=0)
 
@@ -53,17 +53,17 @@ def test_rescaling_an_importance_does_not_change_what_is_fused(first, second, se
     scaled = {
         layer: x * torch.tensor([first, second], dtype=torch.float64)[:, None, None] for layer, x in grains.items()
     }
-    for layer, found in fuse(scaled).items():
-        torch.testing.assert_close(found, fuse(grains)[layer], rtol=1e-9, atol=0)
+    for layer, found in fuse_importances(scaled).items():
+        torch.testing.assert_close(found, fuse_importances(grains)[layer], rtol=1e-9, atol=0)
     factor = math.sqrt(first * second)
-    for layer, found in fuse(scaled, "geometric").items():  # all by the same factor, so in the same order
-        torch.testing.assert_close(found, factor * fuse(grains, "geometric")[layer], rtol=1e-9, atol=0)
+    for layer, found in fuse_importances(scaled, "geometric").items():  # all by the same factor, so in the same order
+        torch.testing.assert_close(found, factor * fuse_importances(grains, "geometric")[layer], rtol=1e-9, atol=0)
 
 
 def test_geometric_fusion_is_the_order_of_noises_of_each_unit():
     """At s1^2 = Iv and s2^2 = Ie, the minimum for a unit by itself, the loss is 1 + log(Iv Ie) / 2."""
     grains = grains_of(samples=1)
-    for layer, found in fuse(grains, "geometric").items():
+    for layer, found in fuse_importances(grains, "geometric").items():
         loss = 1 + grains[layer].log().sum(0) / 2
         assert found.argsort().tolist() == loss.argsort().tolist()
 
@@ -71,8 +71,8 @@ def test_geometric_fusion_is_the_order_of_noises_of_each_unit():
 def test_units_without_importance_stay_at_nothing():
     grains = {0: torch.zeros(2, 3, 4, dtype=torch.float64)}
     for fusion in ("uncertainty", "geometric"):
-        assert (fuse(grains, fusion)[0] == 0).all()
-    assert (volatility(torch.zeros(3, 4, dtype=torch.float64)) == 0).all() and fuse({}) == {}
+        assert (fuse_importances(grains, fusion)[0] == 0).all()
+    assert (compute_volatility(torch.zeros(3, 4, dtype=torch.float64)) == 0).all() and fuse_importances({}) == {}
 
 
 # Stability -----------------------------------------------------------------------------------------------------------
@@ -82,16 +82,16 @@ def test_volatility_is_the_coefficient_of_variation():
     samples = torch.tensor([[1.0, 5.0, 2.0], [3.0, 5.0, 20.0]], dtype=torch.float64)
     deviation = [math.sqrt(((a - (a + b) / 2) ** 2 + (b - (a + b) / 2) ** 2) / 1) for a, b in ((1, 3), (5, 5), (2, 20))]
     expected = [d / m for d, m in zip(deviation, (2, 5, 11), strict=True)]
-    assert volatility(samples).tolist() == pytest.approx(expected)
-    torch.testing.assert_close(volatility(samples * 1e-9), volatility(samples))
-    assert volatility(samples[:1]).tolist() == [0, 0, 0]  # one sample says nothing about stability
+    assert compute_volatility(samples).tolist() == pytest.approx(expected)
+    torch.testing.assert_close(compute_volatility(samples * 1e-9), compute_volatility(samples))
+    assert compute_volatility(samples[:1]).tolist() == [0, 0, 0]  # one sample says nothing about stability
 
 
 def test_candidates_trade_and_the_rest_keep_their_scores():
     key = ("channels", 0)
     scores = {key: torch.tensor([5.0, 1.0, 4.0, 2.0, 3.0, 9.0])}
     asi = {key: torch.tensor([9.0, 0.1, 0.2, 0.5, 0.9, 0.3])}
-    trade(scores, asi, {key: range(6)}, 3)  # candidates: 1, 3, 4, by ASI 4, 3, 1
+    trade_scores(scores, asi, {key: range(6)}, 3)  # candidates: 1, 3, 4, by ASI 4, 3, 1
     assert scores[key].tolist() == [5.0, 3.0, 4.0, 2.0, 1.0, 9.0]
 
 
@@ -99,10 +99,10 @@ def test_candidates_come_from_all_layers_but_not_from_outside_the_pools():
     a, b = ("channels", 0), ("channels", 2)
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 2.5, 11.0])}
     asi = {a: torch.tensor([0.0, 0.1, 9.0]), b: torch.tensor([0.0, 0.5, 0.0])}
-    trade(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # 1 and 2 of layer 0, 2.5 of layer 2; not the volatile third
+    trade_scores(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # 1 and 2 of layer 0, 2.5 of layer 2; not the volatile third
     assert scores[a].tolist() == [2.5, 2.0, 3.0] and scores[b].tolist() == [10.0, 1.0, 11.0]
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 5.0, 11.0])}
-    trade(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # unit 0 of layer 0 gets more than the third had
+    trade_scores(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # unit 0 of layer 0 gets more than the third had
     assert scores[a].tolist() == [5.0, 2.0, 8.0] and scores[b].tolist() == [10.0, 1.0, 11.0]
 
 
@@ -113,7 +113,7 @@ def test_a_trade_moves_scores_and_invents_none(seed, count):
     before = {key: torch.rand(6, generator=generator) for key in keys}
     asi = {key: torch.rand(6, generator=generator) for key in keys}
     after = {key: value.clone() for key, value in before.items()}
-    trade(after, asi, dict.fromkeys(keys, range(6)), count)
+    trade_scores(after, asi, dict.fromkeys(keys, range(6)), count)
     old, new = torch.cat(list(before.values())), torch.cat(list(after.values()))
     assert sorted(old.tolist()) == sorted(new.tolist())
     lowest = old.argsort()[:count]

@@ -15,11 +15,11 @@ from transformers import AutoConfig, AutoTokenizer
 from prunelit.calibration import metrics
 from prunelit.export import save, write_model
 from prunelit.export.deci import reader, writer
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.export.proof import new_process
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.planning.serving import deci_widths
+from prunelit.planning.serving import compute_deci_widths
 from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.export.alike import compensate, logits, plan_with
 from tests.export.gguf.test_writer import LINEAR, LLAMA3, YARN
@@ -34,9 +34,9 @@ def model_of(family: str, kind: str | None = None, **config: Any) -> Any:
 
 
 def assert_reads_back(model: Any, folder: Path) -> dict[str, Any]:
-    facts = writer.write(Job(model, folder))
+    facts = writer.write_deci(ExportJob(model, folder))
     with torch.no_grad():
-        found = reader.logits(folder, tokens() % model.config.vocab_size)
+        found = reader.compute_deci_logits(folder, tokens() % model.config.vocab_size)
     torch.testing.assert_close(found, logits(model), rtol=0, atol=2e-6)
     return facts
 
@@ -84,7 +84,7 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [4, 2, 4]
     assert [block.attention.no_op for block in config.block_configs] == [False] * 3
     assert [block.ffn.no_op for block in config.block_configs] == [False, False, True]
-    widths = [reader.width(block.ffn.ffn_mult, 256) for block in config.block_configs[:2]]
+    widths = [reader.compute_ffn_width(block.ffn.ffn_mult, 256) for block in config.block_configs[:2]]
     assert widths == [256, 768]
     whole = sum(x.numel() for x in load_file(tmp_path / "model.safetensors").values())
     assert facts["size"]["parameters"] == whole == facts["zeros"] + sum(x.numel() for x in model.parameters())
@@ -94,17 +94,17 @@ def test_what_the_config_says(tmp_path: Path) -> None:
 
 def test_sizes_are_counted_as_elsewhere(tmp_path: Path) -> None:
     model = tiny("mistral", intermediate_size=256)
-    assert assert_reads_back(model, tmp_path)["size"] == metrics.size(model)
+    assert assert_reads_back(model, tmp_path)["size"] == metrics.measure_model_size(model)
 
 
 @given(st.integers(1, 64), st.integers(1, 200))
 def test_multipliers_give_the_width(hidden: int, steps: int) -> None:
-    assert reader.width(writer.ffn_mult(256 * steps, 128 * hidden), 128 * hidden) == 256 * steps
+    assert reader.compute_ffn_width(writer.compute_ffn_multiplier(256 * steps, 128 * hidden), 128 * hidden) == 256 * steps
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 600)), min_size=1, max_size=6))
 def test_one_number_of_query_heads_has_room_for_all(layers: list[tuple[int, int, int]]) -> None:
-    sizes = deci_widths([(groups * size, groups, channels) for groups, size, channels in layers])
+    sizes = compute_deci_widths([(groups * size, groups, channels) for groups, size, channels in layers])
     (heads,) = {found for found, _, _ in sizes}
     assert heads <= max(groups for groups, _, _ in layers) * max(size for _, size, _ in layers)
     for (groups, size, channels), (_, found, width) in zip(layers, sizes, strict=True):
@@ -147,7 +147,7 @@ def here(path: str, question: dict[str, Any], *more: str) -> bytes:
     answer = io.BytesIO()
     try:
         with torch.no_grad():
-            torch.save(reader.logits(Path(question["folder"]), torch.tensor(question["tokens"])), answer)
+            torch.save(reader.compute_deci_logits(Path(question["folder"]), torch.tensor(question["tokens"])), answer)
     except SystemExit as error:
         raise NotProved(str(error)) from error
     return answer.getvalue()
@@ -173,7 +173,7 @@ def test_a_wrong_folder_is_not_kept(
         save_file(found, place / "model.safetensors", {"format": "pt"})
 
     monkeypatch.setattr(writer, "save_torch_state_dict", damaged)
-    monkeypatch.setattr(new_process, "ask", here)
+    monkeypatch.setattr(new_process, "run_proof_script", here)
     with pytest.raises(NotProved, match=why):
         save(model_of("llama", "mixed"), tmp_path / "m", format="deci")
     assert not list(tmp_path.iterdir())

@@ -10,10 +10,10 @@ from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import GenerationConfig, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from prunelit.export import save, write_model
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import tokenizer as gguf_tokenizer
 from prunelit.export.gguf import writer
-from prunelit.export.gguf.proof import MARKED_TEXTS, SPACE_FIRST
+from prunelit.export.gguf.proof import COMBINING_MARK_TEXTS, LEADING_SPACE_TEXT
 from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.export.tokenizers_of import KINDS, TEMPLATE, VOCABULARY, tokenizer
 from tests.tiny import tiny, tiny_tokenizer
@@ -24,7 +24,7 @@ def model(**config: Any) -> Any:
 
 
 def metadata(tokens: Any, place: Path, of: Any = None) -> dict[str, Any]:
-    writer.write(Job(of or model(), place, tokens, kind="f32"))
+    writer.write_gguf(ExportJob(of or model(), place, tokens, kind="f32"))
     fields = gguf.GGUFReader(place).fields
     prefix = "tokenizer."
     return {name.removeprefix(prefix): x.contents() for name, x in fields.items() if name.startswith(prefix)}
@@ -41,7 +41,7 @@ def changed(**parts: Any) -> Any:
 )
 def test_llama_cpp_reads_the_same_tokens(kind: str, add_bos: bool, tmp_path: Path) -> None:
     made = write_model(model(), tmp_path / "m.gguf", tokenizer(kind, add_bos), format="gguf")
-    assert set(made.proof["texts_misread"]) <= set(MARKED_TEXTS)
+    assert set(made.proof["texts_misread"]) <= set(COMBINING_MARK_TEXTS)
     assert made.proof["texts"] == 10 and made.proof["exact"]["same_text"]
 
 
@@ -54,8 +54,8 @@ def test_classes_of_transformers(kind: str, known: Any, template: str | None, tm
     tokens = known(vocab=core["vocab"], merges=[tuple(pair) for pair in core["merges"]])
     tokens.chat_template = template
     made = write_model(model(vocab_size=VOCABULARY + 4), tmp_path / "m.gguf", tokens, format="gguf")
-    pieces = {"<s>[INST] What is 2 + 2? [/INST]", SPACE_FIRST} if kind == "sentencepiece" else set()
-    assert set(made.proof["texts_misread"]) <= {*MARKED_TEXTS, *pieces}
+    pieces = {"<s>[INST] What is 2 + 2? [/INST]", LEADING_SPACE_TEXT} if kind == "sentencepiece" else set()
+    assert set(made.proof["texts_misread"]) <= {*COMBINING_MARK_TEXTS, *pieces}
 
 
 def test_what_is_written(tmp_path: Path) -> None:

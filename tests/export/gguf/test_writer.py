@@ -11,12 +11,12 @@ import torch
 
 from prunelit.data import loading
 from prunelit.export import save, write_model
-from prunelit.export.formats import Job
+from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import layout, writer
-from prunelit.export.gguf.proof import MEAN_LIMITS
+from prunelit.export.gguf.proof import MEAN_LOGPROB_LIMITS
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.planning.serving import LLAMA_LAYERS
+from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.cli.test_fit import call, refused
 from tests.export.alike import compensate, plan_with
@@ -45,7 +45,7 @@ def build(family: str, kind: str | None = None, **config: Any) -> Any:
 
 def written(model: Any, place: Path, kind: str = "f32") -> gguf.GGUFReader:
     """The file of a model, not proved."""
-    writer.write(Job(model, place, tokenizer(), kind=kind))
+    writer.write_gguf(ExportJob(model, place, tokenizer(), kind=kind))
     return gguf.GGUFReader(place)
 
 
@@ -126,7 +126,7 @@ def test_types(kind: str, matrix: str, tmp_path: Path) -> None:
 
 
 def test_rows_that_make_no_blocks_stay_float16(tmp_path: Path) -> None:
-    facts = writer.write(Job(build("llama"), tmp_path / "m.gguf", tokenizer(), kind="q8_0"))
+    facts = writer.write_gguf(ExportJob(build("llama"), tmp_path / "m.gguf", tokenizer(), kind="q8_0"))
     # H = 72 is no multiple of 32; but 96 channels are
     assert facts["matrices_left_f16"] == 2 + 3 * 6 and "18" not in facts["note"] and "20 matrices" in facts["note"]
 
@@ -171,7 +171,7 @@ def test_llama_cpp_writes_the_same_text(family: str, kind: str | None, graph: st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", sorted(LLAMA_LAYERS))
+@pytest.mark.parametrize("family", sorted(LLAMA_LIKE_FAMILIES))
 def test_families_whose_layers_are_those_of_llama(family: str, tmp_path: Path) -> None:
     longer = {"cwm": {"max_position_embeddings": 131072}}.get(family, {})
     for kind in (None, "mixed"):
@@ -200,7 +200,7 @@ def test_a_type_costs_what_is_allowed(kind: str, tmp_path: Path) -> None:
     surgery.apply(model, cut(model, "mixed"))
     made = write_model(model, tmp_path / "m.gguf", tokenizer(), format="gguf", kind=kind)
     assert made.proof["exact"]["largest_difference"] < 1e-5
-    assert 1e-6 < made.proof["as_it_is"]["mean_difference"] < MEAN_LIMITS[kind] / 5
+    assert 1e-6 < made.proof["as_it_is"]["mean_difference"] < MEAN_LOGPROB_LIMITS[kind] / 5
 
 
 def test_a_model_in_bfloat16(tmp_path: Path) -> None:
@@ -234,7 +234,7 @@ def test_a_wrong_file_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_a_file_that_llama_cpp_can_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(layout._NAMES, "o", "attn_out")
+    monkeypatch.setitem(layout._TENSOR_NAMES, "o", "attn_out")
     with pytest.raises(NotProved, match=r"llama.cpp can not run the file: .*attn_output.*nothing was"):
         save(build("llama"), tmp_path / "m.gguf", tokenizer(), format="gguf")
     assert not list(tmp_path.iterdir())

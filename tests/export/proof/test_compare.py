@@ -32,8 +32,8 @@ def cut_for(format: str) -> Any:
 def damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> None:
     """What is written comes out otherwise."""
 
-    def write(shell: Any, job: formats.Job, weights: Any = None) -> None:
-        model_files.write_as(shell, job, weights)
+    def write(shell: Any, job: formats.ExportJob, weights: Any = None) -> None:
+        model_files.write_model_as(shell, job, weights)
         damage(job.place)
 
     for module in (uniform, hetero, padded):
@@ -146,9 +146,9 @@ def test_a_wrong_cache_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def answer(question: dict[str, Any]) -> dict[str, Any]:
         model = tiny("llama")
         model.model.layers[1].self_attn.layer_idx = 0  # two layers write to one place of the cache
-        return reload.answers(model, torch.tensor(question["tokens"]), question["new_tokens"])
+        return reload.run_reloaded_model(model, torch.tensor(question["tokens"]), question["new_tokens"])
 
-    monkeypatch.setattr(compare, "in_new_process", answer)
+    monkeypatch.setattr(compare, "run_reload_script", answer)
     with pytest.raises(NotProved, match="generation with the KV cache differs"):
         save(tiny("llama"), tmp_path / "m", fresh_process=True)
     assert not list(tmp_path.iterdir())
@@ -167,14 +167,14 @@ def test_texts_are_compared_up_to_where_they_part() -> None:
         return made
 
     model.generate = tie
-    found = reload.answers(model, tokens(), 4)
+    found = reload.run_reloaded_model(model, tokens(), 4)
     assert found["cached"] != found["uncached"] and found["cache_difference"] < 1e-5
 
 
 def test_short_models_are_asked_about_short_texts() -> None:
     model = tiny("gpt2", n_positions=16)
-    assert metrics.fixed_tokens(model).shape == (2, 8)
-    assert metrics.fixed_tokens(tiny("llama")).shape == (2, 32)
+    assert metrics.make_fixed_tokens(model).shape == (2, 8)
+    assert metrics.make_fixed_tokens(tiny("llama")).shape == (2, 32)
 
 
 @pytest.mark.slow
