@@ -24,7 +24,7 @@ from prunelit.callbacks.block_pruner.search import search_blocks
 from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, RemovalGoal, list_blocks, can_remove_blocks
+from prunelit.planning.block_sets import Block, RemovalGoal, can_remove_blocks, list_blocks
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.text_files import write_json
 from prunelit.runtime.versions import collect_versions
@@ -47,7 +47,7 @@ def main() -> None:
     options = parser.parse_args()
 
     method = method_class("block_pruner")(count=options.count, windows=options.windows, seqlen=options.seqlen)
-    batches = method.batches_from(options.text, loading.load_tokenizer(options.model))
+    batches = method.make_batches(options.text, loading.load_tokenizer(options.model))
     decoder = Decoder(loading.load(options.model, "float32").to(options.device))
     full, *others = [
         measured(options, decoder, batches, search) for search in ("plain", *dict.fromkeys(options.search))
@@ -93,11 +93,11 @@ def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search
 def plain(evaluator: BlockEvaluator, count: int, blocks: Any) -> tuple[list[Block], float]:
     """The paper's search: attention blocks by layer, then FFNs; the lowest perplexity, the first of equals."""
     shape, order = evaluator.decoder.shape, list[Block]()
-    nll = evaluator.values([frozenset()])[0].nll
+    nll = evaluator.evaluate_sets([frozenset()])[0].nll
     for _ in range(count):
         candidates = [block for block in list_blocks(shape, blocks) if block not in order]
         sets = {block: frozenset({*order, block}) for block in candidates if can_remove_blocks(shape, {*order, block})}
-        values = dict(zip(sets, evaluator.values(list(sets.values())), strict=True))
+        values = dict(zip(sets, evaluator.evaluate_sets(list(sets.evaluate_sets())), strict=True))
         best = min(values, key=lambda block: values[block].nll)
         order.append(best)
         nll = values[best].nll

@@ -74,7 +74,7 @@ def new(options: argparse.Namespace) -> Any:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, Any, Any]:
     method = new(options)
-    batches = method.batches_from(BUILTIN_TEXT, loading.load_tokenizer(options.model))
+    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     return loading.load(options.model, "float32"), method, batches
 
 

@@ -70,7 +70,7 @@ def main() -> None:
 
 def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
     method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
-    batches = method.batches_from(BUILTIN_TEXT, loading.load_tokenizer(options.model))
+    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     model = loading.load(options.model, "float32")
     return model, method.plan(Decoder(model), ()), batches
 

@@ -71,7 +71,10 @@ def train(data: Path, steps: int, folder: Path) -> None:
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096
     )
     windows = torch.cat(
-        [text.cut_into_windows(torch.tensor(tokenizer(part, verbose=False)["input_ids"]), SEQLEN, "training") for part in words]
+        [
+            text.cut_into_windows(torch.tensor(tokenizer(part, verbose=False)["input_ids"]), SEQLEN, "training")
+            for part in words
+        ]
     )
     module = Training(len(tokenizer), steps)
     loader = DataLoader(list(windows), batch_size=BATCH, shuffle=True, drop_last=True)  # type: ignore[arg-type]

@@ -89,7 +89,9 @@ def _run_command(arguments: list[str]) -> int:
 
         return dispatch.run_command(command, rest)
     else:
-        raise PrunelitError(f"command {command!r}: expected one of {', '.join(COMMANDS)}{suggest_name(command, COMMANDS)}")
+        raise PrunelitError(
+            f"command {command!r}: expected one of {', '.join(COMMANDS)}{suggest_name(command, COMMANDS)}"
+        )
     return 0
 
 

@@ -405,5 +405,5 @@ def test_a_foreign_job_is_cut_in_python(
     monkeypatch.delitem(sys.modules, "job", raising=False)
     names: dict[str, Any] = {}
     exec(code.replace("max_steps=100", "max_steps=2"), names)
-    assert names["cut"].plan_made.predicted["parameters"] < 1_115_264
-    assert str(names["cut"].plan_made.predicted["parameters"]) in capsys.readouterr().out
+    assert names["cut"].applied_plan.predicted["parameters"] < 1_115_264
+    assert str(names["cut"].applied_plan.predicted["parameters"]) in capsys.readouterr().out

@@ -12,7 +12,7 @@ TOKENS_PER_BATCH = 2048
 
 Batch = Mapping[str, Tensor]
 """`input_ids` [B, S] and, where there is padding, `attention_mask` [B, S]."""
-BATCHES_HINT = "make them with method.batches_from(text, tokenizer)"
+BATCHES_HINT = "make them with method.make_batches(text, tokenizer)"
 """What to do where batches lack or are none."""
 
 

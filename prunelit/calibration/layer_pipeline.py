@@ -41,18 +41,18 @@ def list_layer_linears(layer: Layer) -> list[nn.Module]:
 class OffloadedPartialForward(PartialForward):
     """`PartialForward` for a model of which one layer at a time can run, from the first to the last."""
 
-    def _probe(self) -> list[bool]:
+    def _detect_tuple_outputs(self) -> list[bool]:
         return [False] * len(self.decoder.layers)
 
-    def enter(self, layer: Layer, batch: Batch, hidden: Tensor | None) -> Tensor:
+    def run_layer(self, layer: Layer, batch: Batch, hidden: Tensor | None) -> Tensor:
         """The residual stream after a layer whose weights are in memory, [B, S, H]."""
 
         def learn(module: nn.Module, args: Any, output: Any) -> None:
-            self._tuples[layer.index] = isinstance(output, tuple)
+            self._returns_tuple[layer.index] = isinstance(output, tuple)
 
         handle = layer.module.register_forward_hook(learn, prepend=True)
         try:
-            return self.run(batch, hidden, layer.index, layer.index + 1)
+            return self.run_layers(batch, hidden, layer.index, layer.index + 1)
         finally:
             handle.remove()
 
@@ -68,7 +68,7 @@ class SequentialPipeline:
     def __init__(self, budget: int | None, scratch: str | os.PathLike[str] | None):
         self.budget, self.scratch = budget, scratch
 
-    def check(self, decoder: Decoder, tokens: int = 0) -> int:
+    def check_budget(self, decoder: Decoder, tokens: int = 0) -> int:
         """Bytes that the budget leaves beside what is needed at once, with one batch of `tokens`.
 
         Raises:
@@ -86,7 +86,7 @@ class SequentialPipeline:
 
     def __call__(self, decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[ForwardStep, None, None]:
         sizes = [batch["input_ids"].numel() for batch in batches]
-        left = self.check(decoder, max(sizes, default=0))
+        left = self.check_budget(decoder, max(sizes, default=0))
         element = next(decoder.model.parameters()).element_size()
         spans = OffloadedPartialForward(decoder)
         with tempfile.TemporaryDirectory(prefix=".prunelit-streams.", dir=self.scratch) as folder:
@@ -95,7 +95,7 @@ class SequentialPipeline:
 
             def run(layer: Layer, place: int, batch: Batch) -> None:
                 hidden = carried.take(place, decoder.device) if layer.index else None
-                carried.put(place, spans.enter(layer, batch, hidden))
+                carried.put(place, spans.run_layer(layer, batch, hidden))
 
             for layer in track_progress(decoder.layers, what, unit="layer"):
                 with load_lazy_weights(layer.module):
@@ -133,7 +133,10 @@ def estimate_layer_memory(decoder: Decoder, tokens: int = 0) -> tuple[int, int]:
         elements = sum(weight.numel() for weight in weights)
         stored = sum(weight.numel() * weight.element_size() for weight in weights)
         size = weights[0].element_size() if weights else 4
-        most = max(most, stored + 4 * elements + tokens * estimate_activation_bytes(layer.shape, decoder.config.hidden_size, size))
+        most = max(
+            most,
+            stored + 4 * elements + tokens * estimate_activation_bytes(layer.shape, decoder.config.hidden_size, size),
+        )
     return fixed, most
 
 
@@ -152,5 +155,5 @@ def compute_logits_by_layer(model: nn.Module, ids: Tensor) -> Tensor:
     with use_eval_mode(model):
         for layer in decoder:
             with load_lazy_weights(layer.module):
-                hidden = spans.enter(layer, batch, hidden)
-        return spans.run(batch, hidden, len(decoder.layers))
+                hidden = spans.run_layer(layer, batch, hidden)
+        return spans.run_layers(batch, hidden, len(decoder.layers))

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import BATCHES_HINT, Batch, get_padding_mask, count_real_tokens
+from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
@@ -44,7 +44,11 @@ batch through every layer once. The third argument is the name on the progress b
 
 @torch.no_grad()
 def observe(
-    decoder: Decoder, batches: Sequence[Batch], points: Sequence[ActivationPoint], observer: Observer, what: str = "calibrating"
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    points: Sequence[ActivationPoint],
+    observer: Observer,
+    what: str = "calibrating",
 ) -> int:
     """Run every batch once and hand each layer's activations to `observer`, layer by layer, then free them.
 
@@ -126,7 +130,9 @@ def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Ge
     yield decoder.layers, ((batch, partial(run, batch)) for batch in track_progress(batches, what))
 
 
-def _attach_hooks(layer: Layer, point: ActivationPoint, before: Callable[..., None], after: Callable[..., None]) -> list[Any]:
+def _attach_hooks(
+    layer: Layer, point: ActivationPoint, before: Callable[..., None], after: Callable[..., None]
+) -> list[Any]:
     """Register the hook of one point, if the layer has it."""
     names = layer.architecture
     inputs: dict[str, nn.Module | None] = {"layer_input": layer.module}
@@ -180,5 +186,7 @@ class Sums:
         for index, sums in enumerate(self._sums):
             shapes = {name: shape for rank in everywhere for name, shape in rank[index].items()}
             zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in sorted(shapes)}
-            means.append({name: sum_over_ranks(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()})
+            means.append(
+                {name: sum_over_ranks(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()}
+            )
         return means

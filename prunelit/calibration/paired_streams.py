@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import BATCHES_HINT, Batch, get_padding_mask, count_real_tokens
+from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.calibration.observe import ActivationPoint
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.model.decoder import Decoder, Layer
@@ -50,58 +50,63 @@ class PairedStreams:
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], start: int = 0):
         if not batches:
             raise NoCalibration(f"repair: expected at least one calibration batch, got none; {BATCHES_HINT}")
-        self.decoder, self.stream = decoder, PartialForward(decoder)
-        self.own = take_rank_share(list(enumerate(batches)))
-        self.heads: list[Tensor] = []
-        self._masks = [_flatten_mask(batch, decoder.device) for _, batch in self.own]
-        tokens = sum(count_real_tokens(batch) for _, batch in self.own)
+        self.decoder, self.partial_forward = decoder, PartialForward(decoder)
+        self.own_batches = take_rank_share(list(enumerate(batches)))
+        self.held_heads: list[Tensor] = []
+        self._masks = [_flatten_mask(batch, decoder.device) for _, batch in self.own_batches]
+        tokens = sum(count_real_tokens(batch) for _, batch in self.own_batches)
         self.tokens = int(sum_over_ranks(torch.tensor(tokens, device=decoder.device)))
         if not self.tokens:
             raise NoCalibration("repair: expected calibration tokens, got only padding")
         self._targets: dict[str, list[Tensor]] = {}
         with torch.no_grad(), use_eval_mode(decoder.model):
-            self.cut = [self.stream.run(batch, None, 0, start) if start else None for _, batch in self.own]
-        self._dense = list(self.cut)
-        self.layer = self._layer(start)
+            self.cut_streams = [
+                self.partial_forward.run_layers(batch, None, 0, start) if start else None
+                for _, batch in self.own_batches
+            ]
+        self._dense_streams = list(self.cut_streams)
+        self.layer = self._get_layer(start)
 
-    def _layer(self, index: int) -> Layer:
+    def _get_layer(self, index: int) -> Layer:
         architecture = self.decoder.architecture
         return Layer(index, find(self.decoder.model, architecture.layers)[index], architecture)
 
-    def look(self) -> Layer:
+    def refresh_layer(self) -> Layer:
         """See the layer as it is now, after it was cut or replaced."""
-        self.layer = self._layer(self.layer.index)
+        self.layer = self._get_layer(self.layer.index)
         return self.layer
 
     @torch.no_grad()
-    def enter(self, index: int, points: Sequence[ActivationPoint]) -> None:
+    def enter_layer(self, index: int, points: Sequence[ActivationPoint]) -> None:
         """Run layer `index`, still dense, on the dense stream, and keep what `points` show as targets.
 
         Args:
             index: the layer after the one left last.
             points: that the layer has.
         """
-        self.layer, self.heads = self._layer(index), []
+        self.layer, self.held_heads = self._get_layer(index), []
         kept = [point for point in points if point != "layer_output"]
         self._targets = {point: [] for point in kept}
-        for place, hidden in enumerate(self._dense):
-            found = self._run(place, hidden, (*kept, "layer_output"))
-            self._dense[place] = found["layer_output"]
+        for place, hidden in enumerate(self._dense_streams):
+            found = self._run_layer(place, hidden, (*kept, "layer_output"))
+            self._dense_streams[place] = found["layer_output"]
             for point in kept:
-                self._targets[point].append(self._rows(place, found[point]))
+                self._targets[point].append(self._select_rows(place, found[point]))
 
-    def target(self, point: ActivationPoint, place: int) -> Tensor:
+    def get_target(self, point: ActivationPoint, place: int) -> Tensor:
         """What the dense model has at a point, [T, width], for the batch `own[place]`."""
         if point == "layer_output":
-            return self._rows(place, cast(Tensor, self._dense[place]))
+            return self._select_rows(place, cast(Tensor, self._dense_streams[place]))
         return self._targets[point][place]
 
-    def forget(self, point: ActivationPoint) -> None:
+    def free_target(self, point: ActivationPoint) -> None:
         """Free the targets of a point."""
         self._targets.pop(point, None)
 
     @torch.no_grad()
-    def visit(self, points: Sequence[ActivationPoint], hold_heads: bool = False) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    def run_cut_stream(
+        self, points: Sequence[ActivationPoint], hold_heads: bool = False
+    ) -> Iterator[tuple[int, dict[str, Tensor]]]:
         """Run the layer as it is now on the cut stream, as far as the points need.
 
         Args:
@@ -112,29 +117,31 @@ class PairedStreams:
             The place of a batch in `own`, and {point: [T, width]}.
         """
         if hold_heads:
-            self.heads = []
+            self.held_heads = []
         held: list[Tensor] = []
-        for place, hidden in enumerate(self.cut):
-            found = self._run(place, hidden, tuple(dict.fromkeys(points)), self.heads[place] if self.heads else None)
+        for place, hidden in enumerate(self.cut_streams):
+            found = self._run_layer(
+                place, hidden, tuple(dict.fromkeys(points)), self.held_heads[place] if self.held_heads else None
+            )
             if hold_heads:
                 held.append(found["heads"])
-            yield place, {point: self._rows(place, x) for point, x in found.items()}
+            yield place, {point: self._select_rows(place, x) for point, x in found.items()}
         if hold_heads:
-            self.heads = held
+            self.held_heads = held
 
     @torch.no_grad()
-    def leave(self) -> None:
+    def leave_layer(self) -> None:
         """Advance the cut stream over the layer as it is now."""
-        for place, hidden in enumerate(self.cut):
-            heads = self.heads[place] if self.heads else None
-            self.cut[place] = self._run(place, hidden, ("layer_output",), heads)["layer_output"]
-        self.heads, self._targets = [], {}
+        for place, hidden in enumerate(self.cut_streams):
+            heads = self.held_heads[place] if self.held_heads else None
+            self.cut_streams[place] = self._run_layer(place, hidden, ("layer_output",), heads)["layer_output"]
+        self.held_heads, self._targets = [], {}
 
-    def _rows(self, place: int, x: Tensor) -> Tensor:
+    def _select_rows(self, place: int, x: Tensor) -> Tensor:
         rows, mask = x.reshape(-1, x.shape[-1]), self._masks[place]
         return rows if mask is None else rows[mask]
 
-    def _run(
+    def _run_layer(
         self, place: int, hidden: Tensor | None, points: Sequence[ActivationPoint], heads: Tensor | None = None
     ) -> dict[str, Tensor]:
         """One batch through the layer: {point: [B, S, width]}. Without "layer_output" it stops at the last point."""
@@ -148,9 +155,13 @@ class PairedStreams:
                 raise _AllPointsSeen
 
         index = self.layer.index
-        with use_eval_mode(self.decoder.model), _watch_points(self.layer, inner, keep), _replace_attention(self.layer, heads):
+        with (
+            use_eval_mode(self.decoder.model),
+            _watch_points(self.layer, inner, keep),
+            _replace_attention(self.layer, heads),
+        ):
             try:
-                out = self.stream.run(self.own[place][1], hidden, index, index + 1)
+                out = self.partial_forward.run_layers(self.own_batches[place][1], hidden, index, index + 1)
             except _AllPointsSeen:
                 return found
         return found | {"layer_output": out}
@@ -163,7 +174,9 @@ def _flatten_mask(batch: Batch, device: torch.device) -> Tensor | None:
 
 
 @contextmanager
-def _watch_points(layer: Layer, points: Sequence[ActivationPoint], keep: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch_points(
+    layer: Layer, points: Sequence[ActivationPoint], keep: Callable[[str, Tensor], None]
+) -> Iterator[None]:
     """Call `keep` with what enters or leaves the modules at the points."""
     handles: list[Any] = []
     try:

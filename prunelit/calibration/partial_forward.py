@@ -32,9 +32,9 @@ class PartialForward:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self._tuples = self._probe()
+        self._returns_tuple = self._detect_tuple_outputs()
 
-    def run(self, batch: Batch, hidden: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def run_layers(self, batch: Batch, hidden: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The residual stream after layers `start` ... `stop - 1`, or the logits after all layers from `start` on.
 
         Gradients flow as in any forward pass: callers without need of them run under `torch.no_grad`.
@@ -68,7 +68,7 @@ class PartialForward:
         extra = {} if mask is None else {"attention_mask": mask.to(device)}
         runs = self.decoder.model if stop is None else self.decoder.backbone
         try:
-            with self._passing(layers, skipped):
+            with self._bypass_layers(layers, skipped):
                 output = runs(input_ids=batch["input_ids"].to(device), use_cache=False, **extra)
             return cast(Tensor, output.logits)
         except _SpanEnd:
@@ -82,11 +82,11 @@ class PartialForward:
         return cast(nn.ModuleList, find(self.decoder.model, self.decoder.architecture.layers))
 
     @contextmanager
-    def _passing(self, layers: nn.ModuleList, skipped: dict[int, Callable[..., Tensor]]) -> Iterator[None]:
+    def _bypass_layers(self, layers: nn.ModuleList, skipped: dict[int, Callable[..., Tensor]]) -> Iterator[None]:
         """Give the skipped layers another forward for a while; hooks on them see only what passes."""
         before = {index: layers[index].__dict__.get("forward") for index in skipped}
         for index, forward in skipped.items():
-            layers[index].forward = _wrap_in_tuple(forward) if self._tuples[index] else forward
+            layers[index].forward = _wrap_in_tuple(forward) if self._returns_tuple[index] else forward
         try:
             yield
         finally:
@@ -97,7 +97,7 @@ class PartialForward:
                     layers[index].forward = own
 
     @torch.no_grad()
-    def _probe(self) -> list[bool]:
+    def _detect_tuple_outputs(self) -> list[bool]:
         """Whether each layer returns a tuple, from a pass over two tokens."""
         found: list[bool] = []
         handles = [

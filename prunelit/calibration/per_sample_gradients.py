@@ -130,7 +130,9 @@ def _multiply_by_gradient(parameter: nn.Parameter, scale: float) -> Tensor:
 
 
 @contextmanager
-def _collect_gradients(model: nn.Module, wanted: Sequence[LinearSlices], ready: Callable[[LinearSlices, Tensor], None]) -> Iterator[None]:
+def _collect_gradients(
+    model: nn.Module, wanted: Sequence[LinearSlices], ready: Callable[[LinearSlices, Tensor], None]
+) -> Iterator[None]:
     """Gradients of the wanted slices only, handed to `ready` one parameter at a time; everything as before after."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     handles: list[Any] = []

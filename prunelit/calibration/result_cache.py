@@ -34,7 +34,9 @@ class ResultCache:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
 
-    def recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], CachedResult]) -> tuple[CachedResult, float]:
+    def get_or_compute(
+        self, name: str, key: Mapping[str, Any], compute: Callable[[], CachedResult]
+    ) -> tuple[CachedResult, float]:
         """What `compute` returned when it was called with this key, if it ever was; else it is called and kept.
 
         Args:
@@ -64,14 +66,14 @@ class ResultCache:
 
     # Weights: too large for one broadcast --------------------------------------------------------------------------
 
-    def has(self, name: str) -> bool:
+    def has_file(self, name: str) -> bool:
         """Whether a whole file of this name is here; the same answer on every rank."""
         box = [get_rank() == 0 and find_file_damage(self.folder / name) is None]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def keep_changes(self, name: str, model: nn.Module, dense: Mapping[str, str], seconds: float) -> None:
+    def save_changed_weights(self, name: str, model: nn.Module, dense: Mapping[str, str], seconds: float) -> None:
         """Write the tensors of a model that are not those of the dense one; every rank calls it.
 
         Args:
@@ -92,7 +94,7 @@ class ResultCache:
             dist.barrier()
 
     @torch.no_grad()
-    def put_back(self, name: str, model: nn.Module) -> float:
+    def load_changed_weights(self, name: str, model: nn.Module) -> float:
         """Load what `keep_changes` wrote into a model that was cut by the same plan; the seconds that were saved.
 
         A linear that was given a bias is given it again. Every rank calls it; rank zero reads.

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.per_sample_gradients import visit_sample_gradients, split_into_samples
+from prunelit.calibration.per_sample_gradients import split_into_samples, visit_sample_gradients
 from prunelit.core.scores import LayerScores, Unit
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.unit_indices import UnitKind, LinearSlices, collect_layer_slices
+from prunelit.model.unit_indices import LinearSlices, UnitKind, collect_layer_slices
 from prunelit.runtime.distributed import sum_over_ranks
 from prunelit.runtime.errors import NonFinite
 
@@ -141,7 +141,11 @@ def _sum_terms(
 ) -> dict[nn.Module, tuple[Tensor, ...]]:
     """What a form averages, summed over this rank's samples: {linear: tensors [slices, E] or [slices, 1]}."""
     keep = TAYLOR_FORMS[form].keep
-    sums = {of.linear: keep(of.arrange_by_slice(*map(_make_zeros_like, of.parameters))) for layer in span for of in collect_layer_slices(layer)}
+    sums = {
+        of.linear: keep(of.arrange_by_slice(*map(_make_zeros_like, of.parameters)))
+        for layer in span
+        for of in collect_layer_slices(layer)
+    }
 
     def visit(sample: int, of: LinearSlices, p: Tensor) -> None:
         for total, part in zip(sums[of.linear], keep(p), strict=True):

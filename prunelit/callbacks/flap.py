@@ -65,7 +65,7 @@ class FLAP(PruningCallback):
         if metric not in get_args(Metric):
             raise BadOption(f"metric: expected one of {', '.join(get_args(Metric))}, got {metric!r}")
         self.metric = metric
-        self._means: tuple[Decoder, list[dict[str, Tensor]]] | None = None  # from scoring, for the biases
+        self._scored_means: tuple[Decoder, list[dict[str, Tensor]]] | None = None  # from scoring, for the biases
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         sums = Sums(len(decoder.layers))
@@ -81,23 +81,30 @@ class FLAP(PruningCallback):
 
         tokens = observe(decoder, batches, ("heads", "channels"), accumulate)
         means = sums.means(tokens, decoder.device)
-        self._means = decoder, [{name.removesuffix(".sum"): mean for name, mean in each.items()} for each in means]
+        self._scored_means = (
+            decoder,
+            [{name.removesuffix(".sum"): mean for name, mean in each.items()} for each in means],
+        )
         return [
             LayerScores(
-                self._heads(layer, self._metric(layer.output, mean, "heads") ** 2) if layer.has_attention else None,
-                self._comparable(self._metric(layer.down, mean, "channels")) if layer.has_mlp else None,
+                self._score_heads(layer, self._compute_metric(layer.output, mean, "heads") ** 2)
+                if layer.has_attention
+                else None,
+                self._standardise_channels(self._compute_metric(layer.down, mean, "channels"))
+                if layer.has_mlp
+                else None,
             )
             for layer, mean in zip(decoder, means, strict=True)
         ]
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        scored, self._means = self._means, None
+        scored, self._scored_means = self._scored_means, None
         if self.repair == "bias" and scored is not None and scored[0] is decoder:  # a replayed plan was not scored here
             bias.apply_bias_compensation(decoder.model, plan, batches, scored[1])
         else:
             super().cut(decoder, plan, batches)
 
-    def _metric(self, linear: nn.Module, mean: Mapping[str, Tensor], point: str) -> Tensor:
+    def _compute_metric(self, linear: nn.Module, mean: Mapping[str, Tensor], point: str) -> Tensor:
         """The metric of every input of an output projection, float64 [C]."""
         weight = get_weight_out_in(linear).detach().float()
         if self.metric == "WIFN":
@@ -105,10 +112,10 @@ class FLAP(PruningCallback):
         variance = (mean[f"{point}.squares"] - mean[f"{point}.sum"].square()).clamp(min=0)
         return variance * weight.square().sum(0) if self.metric == "WIFV" else variance
 
-    def _heads(self, layer: Layer, channels: Tensor) -> Tensor:
-        return self._comparable(channels).view(layer.shape.query_heads, layer.shape.head_dim).mean(1)
+    def _score_heads(self, layer: Layer, channels: Tensor) -> Tensor:
+        return self._standardise_channels(channels).view(layer.shape.query_heads, layer.shape.head_dim).mean(1)
 
-    def _comparable(self, channels: Tensor) -> Tensor:
+    def _standardise_channels(self, channels: Tensor) -> Tensor:
         """Mean 0 and deviation 1, unless the scope compares the layers' means."""
         if self.scope == "layer_mean":
             return channels

@@ -24,7 +24,15 @@ from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 
-_OBSERVED_POINTS: tuple[ActivationPoint, ...] = ("heads", "attention_output", "residual", "up", "gate", "channels", "mlp_output")
+_OBSERVED_POINTS: tuple[ActivationPoint, ...] = (
+    "heads",
+    "attention_output",
+    "residual",
+    "up",
+    "gate",
+    "channels",
+    "mlp_output",
+)
 
 
 class LLMBIP(PruningCallback):
@@ -39,7 +47,7 @@ class LLMBIP(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
-    score_reads = ("form", "propagate_ffn")
+    score_options = ("form", "propagate_ffn")
 
     def __init__(
         self,
@@ -58,29 +66,33 @@ class LLMBIP(PruningCallback):
         bounds = [_Bound(layer, decoder.config, self.propagate_ffn) for layer in decoder]
 
         def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
-            for name, value in bounds[layer.index].statistics(x, exact=self.form == "exact").items():
+            for name, value in bounds[layer.index].compute_statistics(x, exact=self.form == "exact").items():
                 sums.add(layer, name, value)
 
         tokens = observe(decoder, batches, _OBSERVED_POINTS, accumulate)
-        return [bound.scores(mean) for bound, mean in zip(bounds, sums.means(tokens, decoder.device), strict=True)]
+        return [
+            bound.compute_scores(mean) for bound, mean in zip(bounds, sums.means(tokens, decoder.device), strict=True)
+        ]
 
 
 class _Bound:
     """The bound of one layer: what to accumulate per token, and the scores that follow from the means."""
 
     def __init__(self, layer: Layer, config: Any, propagate_ffn: bool):
-        self.layer, self.names = layer, layer.architecture
-        self.scale = float(getattr(config, self.names.residual_scale)) if self.names.residual_scale else 1.0
+        self.layer, self.architecture = layer, layer.architecture
+        self.scale = (
+            float(getattr(config, self.architecture.residual_scale)) if self.architecture.residual_scale else 1.0
+        )
         # In a parallel block the FFN does not see what attention changes.
-        self.through_ffn = propagate_ffn and layer.has_attention and layer.has_mlp and not self.names.parallel
-        self.gated = self.through_ffn and self.names.gate is not None
+        self.through_ffn = propagate_ffn and layer.has_attention and layer.has_mlp and not self.architecture.parallel
+        self.gated = self.through_ffn and self.architecture.gate is not None
         self.slope = estimate_lipschitz(layer.activation) if self.through_ffn else 0.0
 
-    def _columns(self, linear: nn.Module, post_norm: str) -> Tensor:
+    def _measure_columns(self, linear: nn.Module, post_norm: str) -> Tensor:
         """|weight| of an output projection as it reaches the residual stream, [H, inputs]."""
         return get_weight_out_in(linear).detach().abs().float() * self.scale * self.layer.get_gain(post_norm)[:, None]
 
-    def statistics(self, x: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
+    def compute_statistics(self, x: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Sums over the tokens of one batch, float32; x: {point: [T, width]}."""
         found, layer = {}, self.layer
         if layer.has_mlp:
@@ -98,31 +110,31 @@ class _Bound:
                     found["normed"] = before @ magnitude
                 else:
                     inner = [x[point].abs().float() * after[:, None] for point in ("up", "gate") if self.gated]
-                    weight = self._ffn_weight(after[:, None], *inner) * before[:, None]  # [T, H]
-                    output = self._columns(layer.output, "attention_post_norm")
+                    weight = self._weigh_ffn(after[:, None], *inner) * before[:, None]  # [T, H]
+                    output = self._measure_columns(layer.output, "attention_post_norm")
                     found["through"] = (magnitude * (weight @ output)).sum(0)
         return found
 
-    def scores(self, mean: Mapping[str, Tensor]) -> LayerScores:
+    def compute_scores(self, mean: Mapping[str, Tensor]) -> LayerScores:
         """Scores from means over tokens: BIP-H summed over each head's channels, and BIP-F."""
         heads = channels = None
         layer = self.layer
         if layer.has_mlp:
-            channels = mean["channels"] * self._columns(layer.down, "mlp_post_norm").sum(0)
+            channels = mean["channels"] * self._measure_columns(layer.down, "mlp_post_norm").sum(0)
         if layer.has_attention:
-            output = self._columns(layer.output, "attention_post_norm")  # [H, C]
+            output = self._measure_columns(layer.output, "attention_post_norm")  # [H, C]
             score = mean["direct"] * output.sum(0)
             if "through" in mean:
                 score = score + mean["through"]
             elif "normed" in mean:
                 inner = [mean[point].float() for point in ("up", "gate") if point in mean]
-                score = score + mean["normed"] * (self._ffn_weight(mean["after"].float(), *inner) @ output)
+                score = score + mean["normed"] * (self._weigh_ffn(mean["after"].float(), *inner) @ output)
             heads = score.view(layer.shape.query_heads, layer.shape.head_dim).sum(1)
         return LayerScores(heads, channels)
 
-    def _ffn_weight(self, after: Tensor, up: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+    def _weigh_ffn(self, after: Tensor, up: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """w: how much a unit change of each normed residual channel can move the block output, [..., H]."""
-        down = self._columns(self.layer.down, "mlp_post_norm").sum(0)  # [F]
+        down = self._measure_columns(self.layer.down, "mlp_post_norm").sum(0)  # [F]
         weights = [get_weight_out_in(linear).detach().abs().float() for linear in self.layer.ffn_in]  # [F, H] each
         if up is None or gate is None:
             weight = self.slope * after * (down @ weights[0])

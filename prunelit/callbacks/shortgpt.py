@@ -21,7 +21,14 @@ from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.planning.block_sets import IGNORED_OPTIONS, Block, RemovalGoal, list_blocks, can_remove_blocks, plan_without_blocks
+from prunelit.planning.block_sets import (
+    IGNORED_OPTIONS,
+    Block,
+    RemovalGoal,
+    can_remove_blocks,
+    list_blocks,
+    plan_without_blocks,
+)
 from prunelit.pruning.callback import PruningCallback
 
 
@@ -36,8 +43,8 @@ class ShortGPT(PruningCallback):
             layers.
     """
 
-    score_reads = ()
-    not_read = IGNORED_OPTIONS
+    score_options = ()
+    ignored_options = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(self, ratio: float | None = None, count: int | None = None, **kwargs: Any):
@@ -45,7 +52,7 @@ class ShortGPT(PruningCallback):
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
         self.ratio, self.count = ratio, count  # type: ignore[assignment]
 
-    def influence(self, decoder: Decoder, batches: Sequence[Batch]) -> list[float]:
+    def measure_influence(self, decoder: Decoder, batches: Sequence[Batch]) -> list[float]:
         """1 - mean cosine between the residual stream entering and leaving each layer."""
         sums = Sums(len(decoder.layers))
 
@@ -59,7 +66,7 @@ class ShortGPT(PruningCallback):
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         shape = decoder.shape
         free = list_blocks(shape, protect=self.protect)
-        influence = self.recall("influence", decoder, batches, lambda: self.influence(decoder, batches))
+        influence = self.compute_cached("influence", decoder, batches, lambda: self.measure_influence(decoder, batches))
 
         def blocks(layers: Sequence[int]) -> list[Block]:
             return [block for block in free if block.layer in layers]
@@ -72,10 +79,14 @@ class ShortGPT(PruningCallback):
             if not met(removed) and can_remove_blocks(shape, blocks([*removed, layer])):
                 removed.append(layer)
         if not met(removed):
-            most = len(removed) if self.count else f"{self.goal.compute_share(shape, blocks(removed)):.4f} of the {self.budget}"
+            most = (
+                len(removed)
+                if self.count
+                else f"{self.goal.compute_share(shape, blocks(removed)):.4f} of the {self.budget}"
+            )
             raise self.goal.make_infeasible_error(str(most))
         for layer in reversed(removed):  # layers may differ in size: keep what the budget does not need
             if met([other for other in removed if other != layer]):
                 removed.remove(layer)
         self._calibration_record = {**self._calibration_record, "block_influence": influence}
-        return self.make_plan(shape, plan_without_blocks(shape, blocks(removed)))
+        return self.build_plan(shape, plan_without_blocks(shape, blocks(removed)))

@@ -44,7 +44,7 @@ class Taylor(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
-    score_reads = ("form", "unit", "checkpointing", "layers_at_once")
+    score_options = ("form", "unit", "checkpointing", "layers_at_once")
 
     def __init__(
         self,

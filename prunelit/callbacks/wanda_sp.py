@@ -45,7 +45,7 @@ class WandaSp(PruningCallback):
         kwargs: see `PruningCallback`.
     """
 
-    score_reads = ()
+    score_options = ()
 
     def __init__(self, ratio: float, sequential: bool = False, **kwargs: Any):
         super().__init__(ratio, **kwargs)
@@ -64,14 +64,18 @@ class WandaSp(PruningCallback):
         return [_score_layer(layer, x) for layer, x in zip(decoder, sums.means(tokens, decoder.device), strict=True)]
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        return self._plan_in_sequence(decoder, batches) if self.sequential else super().plan(decoder, batches)
+        return self._plan_sequentially(decoder, batches) if self.sequential else super().plan(decoder, batches)
 
     @torch.no_grad()
-    def _plan_in_sequence(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+    def _plan_sequentially(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """Layer by layer: score it, choose what it keeps, and let the text pass it without the rest."""
-        select, shape, stream = self.selector(decoder), decoder.shape, PartialForward(decoder)
+        select, shape, stream = self.make_selector(decoder), decoder.shape, PartialForward(decoder)
         mine = take_rank_share(batches)
-        tokens = int(sum_over_ranks(torch.tensor(sum(int(_mask_real_tokens(batch).sum()) for batch in mine), device=decoder.device)))
+        tokens = int(
+            sum_over_ranks(
+                torch.tensor(sum(int(_mask_real_tokens(batch).sum()) for batch in mine), device=decoder.device)
+            )
+        )
         if not tokens:
             raise NoCalibration("calibration: expected at least one batch with tokens, got none")
         streams: list[Tensor | None] = [None] * len(mine)
@@ -87,16 +91,18 @@ class WandaSp(PruningCallback):
                     for point, linear in _list_output_projections(layer):
                         watching.callback(linear.register_forward_pre_hook(partial(_store_input, seen, point)).remove)
                     for batch, hidden in zip(mine, streams, strict=True):
-                        stream.run(batch, hidden, *span)
+                        stream.run_layers(batch, hidden, *span)
                         real = _mask_real_tokens(batch).flatten().to(decoder.device)
                         for point, x in seen.items():
                             sums.add(layer, point, _sum_squares(x.reshape(-1, x.shape[-1])[real]))
                 scores[layer.index] = _score_layer(layer, sums.means(tokens, decoder.device)[layer.index])
                 kept.append(select(scores)[layer.index])
                 for _, linear, gone in list_lost_inputs(layer, kept[-1]):
-                    cuts.callback(linear.register_forward_pre_hook(partial(_zero_inputs, gone.to(decoder.device))).remove)
-                streams = [stream.run(batch, hidden, *span) for batch, hidden in zip(mine, streams, strict=True)]
-        return self.make_plan(shape, kept)
+                    cuts.callback(
+                        linear.register_forward_pre_hook(partial(_zero_inputs, gone.to(decoder.device))).remove
+                    )
+                streams = [stream.run_layers(batch, hidden, *span) for batch, hidden in zip(mine, streams, strict=True)]
+        return self.build_plan(shape, kept)
 
 
 def _sum_squares(rows: Tensor) -> Tensor:

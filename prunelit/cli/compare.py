@@ -4,7 +4,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from prunelit.cli.console import print_result
-from prunelit.cli.options import parse_command_line, build_parser
+from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.compare.config import Calibration, Latency
 from prunelit.compare.run import compare_methods
 

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from prunelit.pruning.registry import list_broken_files, methods
-from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name, suggest_file
+from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_file, suggest_name
 from prunelit.runtime.parser_messages import condense_message
 
 _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
@@ -124,7 +124,11 @@ def _find_wrong_class(where: str, entry: Any) -> Iterator[str]:
         yield f"{where}: {path!r} can not be imported: {error.value}"
         return
     if kind is None:
-        unread = "".join(f"; {said}" for said in list_broken_files().values()) if path.startswith("prunelit.callbacks.") else ""
+        unread = (
+            "".join(f"; {said}" for said in list_broken_files().values())
+            if path.startswith("prunelit.callbacks.")
+            else ""
+        )
         yield f"{where}: no class {path!r} can be imported{unread or suggest_name(path, found)}"
     accepted = {
         name

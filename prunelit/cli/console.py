@@ -51,7 +51,9 @@ def condense_errors(command: str) -> Iterator[None]:
     except PrunelitError:
         raise
     except Exception as error:  # what is not known here goes on as it is
-        found = (_unwrap_parser_error(command, error) if isinstance(error, ValueError) else None) or _translate_error(command, error)
+        found = (_unwrap_parser_error(command, error) if isinstance(error, ValueError) else None) or _translate_error(
+            command, error
+        )
         if found is None:
             raise
         raise found from error

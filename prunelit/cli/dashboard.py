@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prunelit.cli.console import print_result
-from prunelit.cli.options import parse_command_line, build_parser
+from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.monitoring import workspace
 from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.runtime.errors import BadOption

@@ -11,10 +11,10 @@ from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
 from prunelit.cli.console import print_result
-from prunelit.cli.options import parse_command_line, build_parser
+from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.data import sources as model_source
 from prunelit.data import text
-from prunelit.data.loading import load_tokenizer, choose_device
+from prunelit.data.loading import choose_device, load_tokenizer
 from prunelit.data.option_types import Dtype, Sources, wrap_in_list
 from prunelit.evaluation import run as whole
 from prunelit.evaluation.markdown import render_evaluation_markdown
@@ -56,12 +56,12 @@ def evaluate_perplexity(
         {"perplexity", "nll", "tokens", "protocol", "model", size, "seconds", "versions"}.
     """
     subject = EvaluatedModel(model, adapter, dtype, device)
-    subject.check()
+    subject.check_source()
     for source in sources:
         text.check_text_source(source)
     model_source.check_sequence_length(model, seqlen)
     ids = text.draw_windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
-    network = subject.load()
+    network = subject.load_model()
     start = time.perf_counter()
     with move_to_device(network, choose_device(device)):
         found = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
@@ -98,7 +98,9 @@ def run(command: str, arguments: list[str]) -> int:
     of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}
     if not any(given[name] for name in _MORE):
         chosen = {name: given[name] for name in ("model", "dtype", "device", "adapter")}
-        result = evaluate_perplexity(sources=wrap_in_list(of_text.pop("text") or text.BUILTIN_TEXT), **of_text, **chosen)
+        result = evaluate_perplexity(
+            sources=wrap_in_list(of_text.pop("text") or text.BUILTIN_TEXT), **of_text, **chosen
+        )
         said = json.dumps(result, indent=2)
     else:
         if of_text["text"]:

@@ -7,7 +7,7 @@ from typing import Any
 from prunelit import export as writers
 from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
-from prunelit.cli.options import parse_command_line, build_parser
+from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype

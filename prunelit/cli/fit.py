@@ -25,7 +25,7 @@ from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime import progress
 from prunelit.runtime.atomic_files import replace_file
-from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, suggest_name, suggest_file
+from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, suggest_file, suggest_name
 from prunelit.runtime.torch_files import check_torch_file
 
 
@@ -94,14 +94,14 @@ class PrunelitCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """`--plan` goes to the callback that cuts, of which there is one."""
         config = self.config[self.subcommand] if self.subcommand else self.config
-        self._choose_looks(config)
+        self._set_progress_defaults(config)
         cutting = [entry for entry in config.trainer.callbacks or () if _is_pruning_callback(entry.class_path)]
         check_single_pruner([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
         if config.plan:
             cutting[0].init_args.plan_file = config.plan
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
-    def _choose_looks(self, config: Any) -> None:
+    def _set_progress_defaults(self, config: Any) -> None:
         """One style of bars, and no table of modules, unless another one is asked for."""
         kinds = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
         asked = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)]

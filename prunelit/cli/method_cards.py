@@ -69,7 +69,10 @@ def answer_methods_command(arguments: list[str]) -> str:
 def render_method_table() -> str:
     """One line a method: what it needs, its paper, what it does; and one for each file that can not be read."""
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
-    rows += [(method.name, determine_needs(method), find_paper(method), _summarize_method(method)) for method in methods().values()]
+    rows += [
+        (method.name, determine_needs(method), find_paper(method), _summarize_method(method))
+        for method in methods().values()
+    ]
     lines = [_wrap_line(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
     lines += [_wrap_line(f"{name:14} {'broken':9} ", said) for name, said in list_broken_files().items()]
     legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]

@@ -94,9 +94,9 @@ def add_method_options(parser: ArgumentParser, arguments: list[str], default: st
         parser.add_argument("--ratio", type=float | None, default=None)
         skipped.add("ratio")
     added = {"ratio", *parser.add_class_arguments(kind, None, skip=skipped, sub_configs=False)}
-    unread = {*kind.not_read}
+    unread = {*kind.ignored_options}
     if plan:
-        unread |= added - {*_READ_BY_A_REPLAY, *kind.cut_reads}
+        unread |= added - {*_READ_BY_A_REPLAY, *kind.cut_options}
         _check_options_are_read(unread, arguments)
     for action in parser._actions:
         if action.dest in unread or action.dest == "plan_file":  # its name in YAML and Python; here it is --plan

@@ -18,12 +18,12 @@ import yaml
 
 from prunelit import export
 from prunelit.cli.console import print_result
-from prunelit.cli.options import add_method_options, build_method, parse_command_line, build_parser, peek_option
+from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line, peek_option
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.data import loading, offloaded, text
 from prunelit.data import sources as model_source
-from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
@@ -73,7 +73,7 @@ def make_model_plan(
     Returns:
         The plan, and the time that it saves if asked for.
     """
-    replayed: PruningPlan | None = method.replayed
+    replayed: PruningPlan | None = method.given_plan
     if model is not None:
         model_source.check_prunable_source(model)
     if replayed is not None and not measured:
@@ -91,10 +91,14 @@ def make_model_plan(
         model_source.check_sequence_length(model, method.seqlen)
         for source in sources:
             text.check_text_source(source)
-        batches = method.batches_from(list(sources), loading.load_tokenizer(model))
-    network = offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib) if stream else load_on_device(model, dtype, device)
+        batches = method.make_batches(list(sources), loading.load_tokenizer(model))
+    network = (
+        offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib)
+        if stream
+        else load_on_device(model, dtype, device)
+    )
     with nullcontext() if stream else move_to_device(network, choose_device(device)):
-        plan = method.decide(network, batches) if replayed is None else replayed
+        plan = method.plan_model(network, batches) if replayed is None else replayed
         return plan, _measure_latency(network, method, plan) if measured else None
 
 
@@ -106,14 +110,14 @@ def make_job_plan(job: FitJob, measured: bool) -> PlanResult:
     """
     method, source = find_pruner(job.trainer, "plan"), str(job.module.hparams["model"])
     assert method is not None
-    if method.replayed is not None and not measured:
-        _check_plan_config(method.replayed, source)
-        return method.replayed, None
-    if method.reads_text and method.replayed is None:
+    if method.given_plan is not None and not measured:
+        _check_plan_config(method.given_plan, source)
+        return method.given_plan, None
+    if method.reads_text and method.given_plan is None:
         job.trainer.datamodule, job.data.trainer = job.data, job.trainer
         job.data.prepare_data()
         job.data.setup("fit")
-    plan = method.decide_for(job.trainer, job.module) if method.replayed is None else method.replayed
+    plan = method.plan_job(job.trainer, job.module) if method.given_plan is None else method.given_plan
     if not measured:
         return plan, None
     network = find_model(job.module)
@@ -126,10 +130,14 @@ def _measure_latency(network: Any, method: Any, plan: PruningPlan) -> MeasuredLa
     decoder = Decoder(network)
     surgery.check_plan_fits(decoder, plan)
     unit: Unit = "query_head" if plan.options.get("unit") == "query_head" else "kv_group"
-    table = latency.measure_latency_table(decoder, unit, plan.options.get("align") or method.align)  # a replay has none of its own
+    table = latency.measure_latency_table(
+        decoder, unit, plan.options.get("align") or method.align
+    )  # a replay has none of its own
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
     dense = sum(table.estimate_seconds(shape, *LayerPlan.dense(shape).widths) for _, shape in pairs)
-    return MeasuredLatency(dense, sum(table.estimate_seconds(shape, *kept.widths) for kept, shape in pairs), table.record)
+    return MeasuredLatency(
+        dense, sum(table.estimate_seconds(shape, *kept.widths) for kept, shape in pairs), table.record
+    )
 
 
 def _check_plan_config(plan: PruningPlan, source: str) -> None:
@@ -174,14 +182,18 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
         parser.add_argument("--out", type=str | None, default=None, help="write the plan to this file")
         parser.add_argument("--latency", type=bool, default=False, help="measure small shapes of the model as well")
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the file of --out")
-        parser.add_function_arguments(make_model_plan, None, skip={"model", "method", "sources", "measured"}, sub_configs=False)
+        parser.add_function_arguments(
+            make_model_plan, None, skip={"model", "method", "sources", "measured"}, sub_configs=False
+        )
         options = parse_command_line(parser, arguments)
         out = options.out
         _check_output_file(out, options.overwrite)
         same = ("dtype", "device", "stream", "memory_gib")
         method = build_method(kind, options, (*same, "model", "out", "latency", "overwrite"))
         named = {name: options[name] for name in same}
-        plan, time_saved = make_model_plan(options.model, wrap_in_list(options.text), method, measured=options.latency, **named)
+        plan, time_saved = make_model_plan(
+            options.model, wrap_in_list(options.text), method, measured=options.latency, **named
+        )
     print_result(render_plan_card(plan, time_saved))
     if out:
         write_text(Path(out), plan.to_json())

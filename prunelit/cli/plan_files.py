@@ -21,7 +21,9 @@ def run_plan_files(arguments: list[str]) -> int:
     """
     word, paths = arguments[0], arguments[1:]
     if word not in WORDS:
-        raise PrunelitError(f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{suggest_name(word, WORDS)}")
+        raise PrunelitError(
+            f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{suggest_name(word, WORDS)}"
+        )
     wanted = 1 if word == "show" else 2
     if len(paths) != wanted or any(path.startswith("-") for path in paths):
         files = "one plan file" if wanted == 1 else "two plan files"

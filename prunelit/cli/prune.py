@@ -14,12 +14,12 @@ import yaml
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
-from prunelit.cli.options import add_method_options, build_method, parse_command_line, build_parser
+from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading as models
 from prunelit.data import offloaded, text
 from prunelit.data import sources as model_source
-from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.export import load_commands
 from prunelit.model import copies, surgery
@@ -79,14 +79,20 @@ def prune_model(
         model_source.check_sequence_length(model, method.seqlen)
     start = time.perf_counter()
     tokenizer = models.load_tokenizer(model)
-    batches = method.batches_from(list(sources), tokenizer) if method.needs_text() else []
-    record = Record(facts={"hardware": describe_hardware(choose_device(device)), "seed": method.seed, "versions": collect_versions()})
+    batches = method.make_batches(list(sources), tokenizer) if method.needs_text() else []
+    record = Record(
+        facts={
+            "hardware": describe_hardware(choose_device(device)),
+            "seed": method.seed,
+            "versions": collect_versions(),
+        }
+    )
     method.listeners.append(record)
     seconds: dict[str, float] = {}
 
     def took(stage: str, since: float) -> None:
         seconds[stage] = time.perf_counter() - since
-        record.hear("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": get_peak_memory_mib()})
+        record.on_event("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": get_peak_memory_mib()})
 
     took("text", start)
     start = time.perf_counter()
@@ -120,7 +126,7 @@ def prune_model(
     }
     write_json(Path(out) / "report.json", report)
     for name in ("dense", "pruned"):
-        record.hear("measured", {"name": name, "row": report[name]})
+        record.on_event("measured", {"name": name, "row": report[name]})
     given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
     record.facts |= {
         "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
@@ -148,11 +154,13 @@ def run(command: str, arguments: list[str]) -> int:
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
     method = build_method(kind, options, same)
     if options.plan and not options.method and method.repair == "none":
-        _warn_missing_repair(method.replayed)
+        _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
-    print_result(f"{metrics.format_text_table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all")
+    print_result(
+        f"{metrics.format_text_table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all"
+    )
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
     return 0
 

@@ -30,7 +30,7 @@ from prunelit.calibration.result_cache import ResultCache
 from prunelit.compare.config import Calibration, Cell, Latency
 from prunelit.data import text
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import use_eval_mode, move_to_device
+from prunelit.model.modes import move_to_device, use_eval_mode
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime import timing
 from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
@@ -58,7 +58,7 @@ class CellRunner:
 
     dense: nn.Module
     windows: Mapping[str, Tensor]
-    drawn: Mapping[int, Tensor]
+    calibration_windows: Mapping[int, Tensor]
     calibration: Calibration
     folder: Path
     device: torch.device
@@ -77,32 +77,32 @@ class CellRunner:
 
     # What is on disk ---------------------------------------------------------------------------------------------
 
-    def key(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+    def compute_key(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
         """Everything that determines a cell's result."""
         # The fingerprint says the first three; a journal only saves time.
         elsewhere = ("calibration", "windows", "seqlen", "plan_file", "journal")
         key = self._common | {
             "method": cell.row.method,
             "options": {name: value for name, value in method.options.items() if name not in elsewhere},
-            "calibration": _fingerprint_windows(self.drawn[cell.seed]) if method.needs_text() else None,
+            "calibration": _fingerprint_windows(self.calibration_windows[cell.seed]) if method.needs_text() else None,
             "texts": {name: _fingerprint_windows(ids) for name, ids in self.windows.items()},
             "latency": asdict(self.latency) if self.latency else None,
         }
         return dict(json.loads(json.dumps(key, default=str)))  # tuples become lists, as they are read back
 
-    def find(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+    def load_result(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
         """What is known of a cell; its "status" is "finished", "failed" or "missing"."""
-        key = self.key(cell, method)
-        found = _read_cell(self._path(cell, key), key)
-        if found["status"] == "finished" and self.plans and not self._path(cell, key, "plans").is_file():
+        key = self.compute_key(cell, method)
+        found = _read_cell(self._build_path(cell, key), key)
+        if found["status"] == "finished" and self.plans and not self._build_path(cell, key, "plans").is_file():
             return {"status": "missing"}
         return found
 
-    def _path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
+    def _build_path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
         stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
         return self.folder / kind / f"{stem}-{_digest_key(key)}.json"
 
-    def _journal(self, cell: Cell, key: Mapping[str, Any]) -> Path:
+    def _build_journal_path(self, cell: Cell, key: Mapping[str, Any]) -> Path:
         """One for all ratios of a row: a longer search goes on from a shorter one."""
         which = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
         return self.folder / "kept" / f"{cell.row.method}-{compute_digest(json.dumps(which))}.jsonl"
@@ -123,7 +123,7 @@ class CellRunner:
             found[name] = known["found"]
         return {"texts": found, "size": metrics.measure_model_size(self.dense)}
 
-    def run(self, cell: Cell) -> dict[str, Any]:
+    def run_cell(self, cell: Cell) -> dict[str, Any]:
         """Prune, measure and write one cell; a failure is written down as one.
 
         What a method computed that its other ratios can use, scores or the journal of a search, stays in kept/.
@@ -134,15 +134,15 @@ class CellRunner:
         Raises:
             OutputNotWritable: the disk refused.
         """
-        method = cell.row.build(cell.ratio, cell.seed, self.calibration)
-        key = self.key(cell, method)
+        method = cell.row.build_method(cell.ratio, cell.seed, self.calibration)
+        key = self.compute_key(cell, method)
         result: dict[str, Any]
         try:
             if "journal" in cell.row.accepts and "journal" not in cell.row.options:
-                journal = self._journal(cell, key)
+                journal = self._build_journal_path(cell, key)
                 _save_or_raise(lambda path: path.parent.mkdir(exist_ok=True), journal)
-                method = cell.row.build(cell.ratio, cell.seed, self.calibration, journal=str(journal))
-            method.kept = None if self.again else ResultCache(self.folder / "kept")
+                method = cell.row.build_method(cell.ratio, cell.seed, self.calibration, journal=str(journal))
+            method.cache = None if self.again else ResultCache(self.folder / "kept")
             result = self._prune_and_measure(cell, method, key)
         except PrunelitError as error:
             result = {"failed": str(error)}
@@ -156,14 +156,14 @@ class CellRunner:
         gc.collect()  # the copy, which the traceback of an error would have held until now
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        _write_cell(self._path(cell, key), {"key": key, **result, "versions": self._versions})
-        return self.find(cell, method)
+        _write_cell(self._build_path(cell, key), {"key": key, **result, "versions": self._versions})
+        return self.load_result(cell, method)
 
     def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
         record: dict[str, Any] = {}
         batches = []
         if method.needs_text():
-            ids = self.drawn[cell.seed]
+            ids = self.calibration_windows[cell.seed]
             batches = split_into_batches(ids)
             record = {
                 "source": [self.calibration.text] if isinstance(self.calibration.text, str) else self.calibration.text,
@@ -184,7 +184,10 @@ class CellRunner:
         options = {name: value for name, value in plan.options.items() if name != "journal"}
         plan = replace(plan, options=options, calibration=record | dict(plan.calibration))
         start = time.perf_counter()
-        texts = {name: _measure_perplexity(network, ids, f"perplexity on {name}, {cell}") for name, ids in self.windows.items()}
+        texts = {
+            name: _measure_perplexity(network, ids, f"perplexity on {name}, {cell}")
+            for name, ids in self.windows.items()
+        }
         seconds["measure"] = time.perf_counter() - start
         shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
         found = {
@@ -199,7 +202,7 @@ class CellRunner:
                 dense, cut = measure_prefill_seconds((self.dense, network), self.latency.tokens, self.latency.repeats)
             found["latency"] = {"dense_seconds": dense, "seconds": cut, "speedup": dense / cut}
         if self.plans:
-            _save_or_raise(plan.save, self._path(cell, key, "plans"))
+            _save_or_raise(plan.save, self._build_path(cell, key, "plans"))
         return found
 
 

@@ -73,7 +73,7 @@ class MethodRow:
     options: Mapping[str, Any]
     accepts: Collection[str]
 
-    def build(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> "PruningCallback":
+    def build_method(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> "PruningCallback":
         """The method of one cell.
 
         Raises:
@@ -157,7 +157,7 @@ def _parse_row_options(
             raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_SET_BY_TABLE[name]}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None, skip=set(_SET_BY_TABLE), sub_configs=False)
-    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.not_read}
+    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.ignored_options}
     for name in own:
         if name not in accepted:
             raise BadOption(

@@ -6,7 +6,17 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from prunelit.report.figures.style import DENSE, INK, WIDTH, clear_background, apply_style, create_figure, format_log_axis, encode_png, encode_svg
+from prunelit.report.figures.style import (
+    DENSE,
+    INK,
+    WIDTH,
+    apply_style,
+    clear_background,
+    create_figure,
+    encode_png,
+    encode_svg,
+    format_log_axis,
+)
 from prunelit.runtime.format_numbers import exponentiate_nll
 
 _MARKERS = "osD^v<>PX*hp"

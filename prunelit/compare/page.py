@@ -5,9 +5,9 @@ import math
 import yaml
 
 from prunelit.compare import figures
-from prunelit.compare.tables import ComparisonReport, find_best_rows, build_comparison_sections
+from prunelit.compare.tables import ComparisonReport, build_comparison_sections, find_best_rows
 from prunelit.report.page import html
-from prunelit.report.page.parts import Code, Fact, Page, Section, PagePicture
+from prunelit.report.page.parts import Code, Fact, Page, PagePicture, Section
 from prunelit.runtime.format_numbers import format_percent
 
 _CONFIG = ("source", "rows", "ratios", "seeds", "calibration", "texts", "options", "latency")

@@ -26,11 +26,19 @@ from torch import Tensor
 from prunelit.calibration import metrics
 from prunelit.compare import figures, page, tables, wandb
 from prunelit.compare.cell import CellRunner
-from prunelit.compare.config import Calibration, Cell, Latency, MethodRow, select_rows, parse_method_rows, check_distinct_values
+from prunelit.compare.config import (
+    Calibration,
+    Cell,
+    Latency,
+    MethodRow,
+    check_distinct_values,
+    parse_method_rows,
+    select_rows,
+)
 from prunelit.data import loading, text
 from prunelit.data import sources as model_source
 from prunelit.data.eval_texts import EvaluationText, resolve_text_sources
-from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
@@ -39,7 +47,7 @@ from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
-from prunelit.runtime.format_numbers import format_perplexity, exponentiate_nll
+from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.progress import track_progress
 from prunelit.runtime.text_files import write_json, write_text
 from prunelit.runtime.versions import collect_versions
@@ -96,9 +104,9 @@ def compare_methods(
     ratios, seeds = check_distinct_values("ratios", ratios), check_distinct_values("seeds", seeds)
     running = select_rows(table, wrap_in_list(only or []))
     calibration = calibration or Calibration()
-    measured = {str(name): EvaluationText.of(str(name), given) for name, given in texts.items()}
+    measured = {str(name): EvaluationText.from_option(str(name), given) for name, given in texts.items()}
     cells = [Cell(row, ratio, seed) for row in table for seed in seeds for ratio in ratios]
-    built = [cell.row.build(cell.ratio, cell.seed, calibration) for cell in cells]
+    built = [cell.row.build_method(cell.ratio, cell.seed, calibration) for cell in cells]
     if not texts:
         raise BadOption("texts: expected at least one text to measure on, {name: {text, seqlen, windows}}, got none")
     opened = {name: resolve_text_sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()}
@@ -159,14 +167,14 @@ def _run_missing_cells(
 ) -> None:
     """Run what is not finished; after every cell compare.json and compare.md say what is known."""
     mine = [pair for pair in cells if pair[0].row in running]
-    todo = [pair for pair in mine if again or trials.find(*pair)["status"] != "finished"]
+    todo = [pair for pair in mine if again or trials.load_result(*pair)["status"] != "finished"]
     _log.info("%d cells: %d finished earlier, %d to run", len(mine), len(mine) - len(todo), len(todo))
-    _log_other_versions([trials.find(*pair) for pair in mine if pair not in todo])
+    _log_other_versions([trials.load_result(*pair) for pair in mine if pair not in todo])
     _write_comparison(trials, cells, report)
     done = 0
     try:
         for cell, _ in track_progress(todo, "cells", unit="cell"):
-            found = trials.run(cell)
+            found = trials.run_cell(cell)
             done += 1
             _log.info("%s: %s", cell, _describe_result(found, report))
             _write_comparison(trials, cells, report)
@@ -187,7 +195,8 @@ def _make_report_head(
     """The part of compare.json that is known before a cell is run. Sources stand as they were written."""
     dtype = str(next(trials.dense.parameters()).dtype).removeprefix("torch.")
     protocol = {
-        name: metrics.describe_protocol(wrap_in_list(texts[name].text), ids, dtype) | {"fingerprint": text.fingerprint_token_ids(ids)}
+        name: metrics.describe_protocol(wrap_in_list(texts[name].text), ids, dtype)
+        | {"fingerprint": text.fingerprint_token_ids(ids)}
         for name, ids in trials.windows.items()
     }
     started = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
@@ -202,7 +211,9 @@ def _make_report_head(
             "text": wrap_in_list(calibration.text),
             "windows": calibration.windows,
             "seqlen": calibration.seqlen,
-            "fingerprints": {str(seed): text.fingerprint_token_ids(ids) for seed, ids in trials.drawn.items()},
+            "fingerprints": {
+                str(seed): text.fingerprint_token_ids(ids) for seed, ids in trials.calibration_windows.items()
+            },
         },
         "texts": protocol,
         "latency": asdict(trials.latency) if trials.latency else None,
@@ -211,11 +222,13 @@ def _make_report_head(
     }
 
 
-def _write_comparison(trials: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]) -> None:
+def _write_comparison(
+    trials: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]
+) -> None:
     """Fill in what the folder knows of every cell; another process may be at work on other rows of the same table."""
     report["cells"] = []
     for cell, method in cells:
-        found = trials.find(cell, method)
+        found = trials.load_result(cell, method)
         where = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
         entry = where | {name: value for name, value in found.items() if name not in ("key", "traceback")}
         if found["status"] == "finished":

@@ -9,7 +9,7 @@ from typing import Any
 
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Notes, Section, Table
-from prunelit.runtime.format_numbers import format_perplexity, format_percent, exponentiate_nll
+from prunelit.runtime.format_numbers import exponentiate_nll, format_percent, format_perplexity
 
 ComparisonReport = Mapping[str, Any]
 """The content of compare.json, see `prunelit.compare.run`."""
@@ -60,7 +60,11 @@ def build_comparison_sections(report: ComparisonReport) -> list[Section]:
         build_ratio_table(report, all_texts),
         f"Mean over {' / '.join(texts)} of ln(perplexity / dense perplexity), in nats, smaller is better; the best of "
         "each column in bold.",
-        build_ratio_table(report, _format_log_ratios(dense), best=lambda cells: _compute_mean(compute_mean_log_ratio(cell, dense) for cell in cells)),
+        build_ratio_table(
+            report,
+            _format_log_ratios(dense),
+            best=lambda cells: _compute_mean(compute_mean_log_ratio(cell, dense) for cell in cells),
+        ),
         "Seconds to score, plan, cut and repair.",
         build_ratio_table(report, seconds),
     ]

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from prunelit.compare.tables import ComparisonReport, compute_mean_log_ratio, format_percent, exponentiate_nll
+from prunelit.compare.tables import ComparisonReport, compute_mean_log_ratio, exponentiate_nll, format_percent
 from prunelit.monitoring.loggers import WANDB_QUIET
 from prunelit.runtime.errors import BadOption
 

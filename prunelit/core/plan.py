@@ -193,7 +193,9 @@ class PruningPlan:
         for name in ("dense_layers", "layers"):
             if not isinstance(data[name], list):
                 raise BadPlan(f"plan: {name}: expected a list of layers, got {data[name]!r:.60}")
-        shapes = [_build_dataclass(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])]
+        shapes = [
+            _build_dataclass(LayerShape, f"plan: dense layer {i}", each) for i, each in enumerate(data["dense_layers"])
+        ]
         model = _build_dataclass(ModelShape, "plan: model", data["model"], layers=tuple(shapes))
         if len(data["layers"]) != len(shapes):
             raise BadPlan(f"plan: layers: expected {len(shapes)}, one per dense layer, got {len(data['layers'])}")
@@ -233,7 +235,9 @@ def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
 
 
 def _encode_block(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
-    return {name: plan_json.format_index_ranges(indices) for name, indices in kept.items()} | ({_ADDED_BIAS_KEY: True} if bias else {})
+    return {name: plan_json.format_index_ranges(indices) for name, indices in kept.items()} | (
+        {_ADDED_BIAS_KEY: True} if bias else {}
+    )
 
 
 def _build_dataclass(kind: Any, where: str, data: Any, **more: Any) -> Any:

@@ -46,7 +46,9 @@ def _reject_constant(name: str) -> None:
     raise BadPlan(f"plan: expected numbers, got {name}")
 
 
-def check_object_names(where: str, data: Any, names: Collection[str], optional: Collection[str] = ()) -> Mapping[str, Any]:
+def check_object_names(
+    where: str, data: Any, names: Collection[str], optional: Collection[str] = ()
+) -> Mapping[str, Any]:
     """`data`, once it is an object with all of `names`, and nothing else but `optional`.
 
     Raises:

@@ -28,7 +28,7 @@ class EvaluationText:
     windows: int | None = None
 
     @classmethod
-    def of(cls, name: str, given: Any) -> Self:
+    def from_option(cls, name: str, given: Any) -> Self:
         """From what stands in a file under `texts`: {text, seqlen, windows}, or a source alone.
 
         Raises:
@@ -69,5 +69,7 @@ def resolve_text_sources(name: str, given: str | Sequence[str], folder: str | No
             raise SourceNotFound(f"{name}: {error}{hint if file_like else ''}") from error
         found.append(source)
     if not found:
-        raise BadOption(f"{name}: expected at least one text source, got none; the built-in one is {text.BUILTIN_TEXT!r}")
+        raise BadOption(
+            f"{name}: expected at least one text source, got none; the built-in one is {text.BUILTIN_TEXT!r}"
+        )
     return found

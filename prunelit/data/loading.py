@@ -11,7 +11,7 @@ import torch
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture
 from prunelit.data import loading
 from prunelit.data.option_types import Dtype
-from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error, resolve_model_source, shorten_source
+from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
 from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import PerLayerConfig, PerLayerModel
 from prunelit.model.quiet import silence_transformers

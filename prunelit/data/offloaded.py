@@ -108,7 +108,7 @@ def load_offloaded(
         try:
             files = SafetensorsFolder(folder)
             model = _build_skeleton(folder, files, dtype, device)
-            walk.check(Decoder(model))
+            walk.check_budget(Decoder(model))
             _fill_weights(model, files, device, known or {})
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
@@ -154,7 +154,9 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
                 "files are quantised or belong to another config"
             )
         if id(meta) in on_disk:
-            value: Tensor = LazyWeight.from_reader(name, partial(files.map_tensor, found), meta.shape, meta.dtype, device)
+            value: Tensor = LazyWeight.from_reader(
+                name, partial(files.map_tensor, found), meta.shape, meta.dtype, device
+            )
         elif name in known and torch.equal(known[name], view.to(device, meta.dtype)):
             value = known[name]
         else:

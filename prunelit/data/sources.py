@@ -69,7 +69,9 @@ def check_model_source(source: str) -> None:
         if not (path / "config.json").is_file():
             file = next(path.glob("*.gguf"), None)
             instead = f"; pass {str(file)!r}" if file else ""
-            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{instead}")
+            raise SourceNotFound(
+                f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{instead}"
+            )
         if "block_configs" in read_model_config(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
@@ -207,7 +209,11 @@ def _convert_gguf(path: Path) -> Path:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    with show_stage(f"converting {path.name}"), replace_folder(home, keep_existing=True) as staging, silence_transformers():
+    with (
+        show_stage(f"converting {path.name}"),
+        replace_folder(home, keep_existing=True) as staging,
+        silence_transformers(),
+    ):
         try:
             where: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(

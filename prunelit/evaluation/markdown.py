@@ -7,7 +7,7 @@ from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Completions, Notes, Part, Section, Table
-from prunelit.runtime.format_numbers import format_perplexity, exponentiate_nll
+from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 
 EvaluationReport = Mapping[str, Any]
 """The content of evaluate.json, see `prunelit.evaluation.run`."""
@@ -18,7 +18,9 @@ _MIB = 2**20
 
 def render_evaluation_markdown(report: EvaluationReport) -> str:
     """The whole evaluate.md."""
-    return parts.render_markdown(f"Evaluation of {_format_model_name(report['model'])}", build_evaluation_sections(report))
+    return parts.render_markdown(
+        f"Evaluation of {_format_model_name(report['model'])}", build_evaluation_sections(report)
+    )
 
 
 def build_evaluation_sections(report: EvaluationReport) -> list[Section]:
@@ -63,7 +65,9 @@ def _list_size_parts(report: EvaluationReport) -> list[Part]:
 
 
 def _list_perplexity_parts(report: EvaluationReport) -> list[Part]:
-    return [part for group in perplexities.group_by_protocol(report["perplexity"]) for part in build_perplexity_table(group)]
+    return [
+        part for group in perplexities.group_by_protocol(report["perplexity"]) for part in build_perplexity_table(group)
+    ]
 
 
 def build_perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
@@ -80,7 +84,10 @@ def build_perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]
     overlap = "without overlap" if stride == length else f"a new one every {stride}, only new tokens count"
     first = next(iter(texts.values()))
     lines = [["", *texts]]
-    lines += [[who, *(format_perplexity(exponentiate_nll(entry[who])) for entry in texts.values())] for who in _list_models(first)]
+    lines += [
+        [who, *(format_perplexity(exponentiate_nll(entry[who])) for entry in texts.values())]
+        for who in _list_models(first)
+    ]
     if "log_ratio" in first:
         ratios = [entry["log_ratio"] for entry in texts.values()]
         lines.append(["ln(model / against)", *(f"{ratio:.3f}" for ratio in ratios)])

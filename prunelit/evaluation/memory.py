@@ -57,7 +57,7 @@ def _measure_peak_in_process(subject: EvaluatedModel, wanted: Speed, threads: in
     torch.set_num_threads(threads)
     target = choose_device(subject.device)
     before = _read_resident_bytes("VmRSS")
-    network = subject.load()
+    network = subject.load_model()
     with move_to_device(network, target):
         if target.type == "cuda":
             torch.cuda.reset_peak_memory_stats(target)
@@ -70,8 +70,8 @@ def _measure_peak_in_process(subject: EvaluatedModel, wanted: Speed, threads: in
 
 def _prefill_and_decode(network: Any, wanted: Speed) -> None:
     runner = ModelTimer(network, wanted)
-    runner.read(wanted.prompt)
-    runner.generate(runner.context)
+    runner.prefill(wanted.prompt)
+    runner.decode(runner.context)
 
 
 def _reset_peak_memory() -> bool:

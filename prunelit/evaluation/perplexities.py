@@ -34,9 +34,9 @@ class Text(EvaluationText):
     file: str | None = None
 
     def __post_init__(self) -> None:
-        text.check_stride(self.stride, self.seqlen, self.said(None))
+        text.check_stride(self.stride, self.seqlen, self.list_sources(None))
 
-    def said(self, data: str | None) -> list[str]:
+    def list_sources(self, data: str | None) -> list[str]:
         """The sources that are read, as they were written; `data` is the folder of files, if there is one."""
         given = self.file if data and self.file else self.text
         return [given] if isinstance(given, str) else list(given)

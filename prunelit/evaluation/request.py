@@ -50,8 +50,11 @@ def prepare_text_request(texts: Mapping[str, Any], data: str | None) -> dict[str
     Raises:
         BadOption: an unknown option or a value outside its range; SourceNotFound: no such file.
     """
-    measured = {str(name): Text.of(str(name), given) for name, given in texts.items()}
-    opened = {name: resolve_text_sources(f"texts.{name}", wanted.said(data), data) for name, wanted in measured.items()}
+    measured = {str(name): Text.from_option(str(name), given) for name, given in texts.items()}
+    opened = {
+        name: resolve_text_sources(f"texts.{name}", wanted.list_sources(data), data)
+        for name, wanted in measured.items()
+    }
     return {"texts": measured, "data": data, "opened": opened}
 
 

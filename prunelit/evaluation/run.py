@@ -96,7 +96,7 @@ def evaluate_model(
     if against is not None:
         subjects["against"] = EvaluatedModel(against, None, dtype, device)
     for subject in subjects.values():
-        subject.check()
+        subject.check_source()
     with ExitStack() as closing:
         if out is not None:
             check_folder(out)
@@ -111,7 +111,7 @@ def evaluate_model(
         )
         if not (wanted.texts or wanted.definitions or wanted.speed or wanted.samples):
             raise BadOption("evaluate: expected something to measure, got none of texts, tasks, speed, samples")
-        report = Evaluation(subjects, wanted, ResultCache(folder / "kept") if out else None).run()
+        report = Evaluation(subjects, wanted, ResultCache(folder / "kept") if out else None).measure_all()
         if wanted.definitions:
             report["zero_shot"]["protocol"]["rows"] = tasks_folder or "hub"
         if out is not None:
@@ -135,27 +135,27 @@ class Evaluation:
         for name, given in wanted.texts.items():
             for subject in subjects.values():
                 sources.check_sequence_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
-        _check_same_dtype({found for subject in subjects.values() if (found := subject.expected_dtype())})
+        _check_same_dtype({found for subject in subjects.values() if (found := subject.predict_dtype())})
         self.device = choose_device(next(iter(subjects.values())).device)
         self.tokenizers = {who: loading.load_tokenizer(subject.source) for who, subject in subjects.items()}
         if wanted.samples:
             for tokenizer in self.tokenizers.values():
-                wanted.samples.check(tokenizer)
-        self.windows = {name: self._windows(name, given) for name, given in wanted.texts.items()}
+                wanted.samples.check_chat_template(tokenizer)
+        self.windows = {name: self._draw_windows(name, given) for name, given in wanted.texts.items()}
         self._keys: dict[str, dict[str, Any]] = {}
 
-    def run(self) -> dict[str, Any]:
+    def measure_all(self) -> dict[str, Any]:
         """Measure everything; the content of evaluate.json."""
         found: dict[str, dict[str, Any]] = {}
         networks: dict[str, Any] = {}
         for who, subject in self.subjects.items():
-            network = subject.load()
-            self._keys[who] = self._key_of(who, network)
+            network = subject.load_model()
+            self._keys[who] = self._build_model_key(who, network)
             _check_same_dtype({key["dtype"] for key in self._keys.values()})
             if self.wanted.speed:
-                self.wanted.speed.check(network)
+                self.wanted.speed.check_positions(network)
             with move_to_device(network, self.device):
-                found[who] = self._alone(who, network)
+                found[who] = self._measure_one_model(who, network)
             if self.wanted.speed:  # both must be there at once
                 networks[who] = network
         started = sys.argv[1:] if sys.argv[1:2] == ["evaluate"] else ["evaluate"]
@@ -163,11 +163,11 @@ class Evaluation:
         for who, subject in self.subjects.items():
             report[who] = {"source": subject.source, "adapter": subject.adapter, **found[who]["size"]}
         if self.wanted.texts:
-            report["perplexity"] = self._perplexity(found)
+            report["perplexity"] = self._report_perplexity(found)
         if self.wanted.definitions:
-            report["zero_shot"] = self._zero_shot(found)
+            report["zero_shot"] = self._report_zero_shot(found)
         if self.wanted.speed:
-            report["speed"] = self._speed(self.wanted.speed, networks)
+            report["speed"] = self._report_speed(self.wanted.speed, networks)
         if self.wanted.samples:
             written = {who: found[who]["samples"] for who in found}
             report["samples"] = asdict(self.wanted.samples) | written
@@ -175,7 +175,7 @@ class Evaluation:
 
     # One model -------------------------------------------------------------------------------------------------------
 
-    def _windows(self, name: str, given: Text) -> Tensor:
+    def _draw_windows(self, name: str, given: Text) -> Tensor:
         found = [
             text.draw_windows(self.wanted.opened[name], tokenizer, given.seqlen, given.windows, stride=given.stride)
             for tokenizer in self.tokenizers.values()
@@ -183,7 +183,7 @@ class Evaluation:
         perplexities.check_same_tokens(name, found[0], found[-1])
         return found[0]
 
-    def _key_of(self, who: str, network: Any) -> dict[str, Any]:
+    def _build_model_key(self, who: str, network: Any) -> dict[str, Any]:
         """What determines every result of a model."""
         return {
             "format": _FORMAT,
@@ -193,46 +193,50 @@ class Evaluation:
             "device": self.device.type,
         }
 
-    def _recall(self, name: str, key: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
+    def _recall_or_compute(self, name: str, key: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
         if self.kept is None:
             return compute()
-        found, saved = self.kept.recall(name, key, compute)
+        found, saved = self.kept.get_or_compute(name, key, compute)
         if saved:
             _log.info("%s: finished earlier", name)
         return found
 
-    def _alone(self, who: str, network: Any) -> dict[str, Any]:
+    def _measure_one_model(self, who: str, network: Any) -> dict[str, Any]:
         found: dict[str, Any] = {"size": metrics.measure_model_size(network)}
-        found["texts"] = {name: self._one_text(who, name, network) for name in self.wanted.texts}
+        found["texts"] = {name: self._measure_text(who, name, network) for name in self.wanted.texts}
         engine: list[zero_shot.ZeroShotEvaluator] = []  # made when the first task is not kept
 
-        def run(name: str) -> dict[str, Any]:
+        def measure_task(name: str) -> dict[str, Any]:
             if not engine:
                 engine.append(zero_shot.ZeroShotEvaluator(network, self.tokenizers[who], self.wanted.batch_size))
-            found = engine[0].run(name, self.wanted.definitions[name], self.wanted.limit)
+            found = engine[0].run_task(name, self.wanted.definitions[name], self.wanted.limit)
             _log.info(
                 "%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v is not None)
             )
             return found
 
         found["tasks"] = {
-            name: self._recall(f"task-{name}-{who}", self._task_key(who, name), partial(run, name))
+            name: self._recall_or_compute(
+                f"task-{name}-{who}", self._build_task_key(who, name), partial(measure_task, name)
+            )
             for name in self.wanted.definitions
         }
         if given := self.wanted.samples:
             key = self._keys[who] | {"samples": asdict(given)}
-            found["samples"] = self._recall(
+            found["samples"] = self._recall_or_compute(
                 f"samples-{who}", key, lambda: samples.generate_completions(network, self.tokenizers[who], given)
             )
         return found
 
-    def _one_text(self, who: str, name: str, network: Any) -> dict[str, Any]:
+    def _measure_text(self, who: str, name: str, network: Any) -> dict[str, Any]:
         ids, stride = self.windows[name], self.wanted.texts[name].stride
         key = self._keys[who] | {"text": text.fingerprint_token_ids(ids), "seqlen": ids.shape[1], "stride": stride}
         what = f"perplexity on {name}, {who}"
-        return self._recall(f"text-{who}", key, lambda: perplexities.measure_text_perplexity(network, ids, stride, what))
+        return self._recall_or_compute(
+            f"text-{who}", key, lambda: perplexities.measure_text_perplexity(network, ids, stride, what)
+        )
 
-    def _task_key(self, who: str, name: str) -> dict[str, Any]:
+    def _build_task_key(self, who: str, name: str) -> dict[str, Any]:
         path = self.wanted.files.get(name)
         return self._keys[who] | {
             "task": name,
@@ -244,18 +248,22 @@ class Evaluation:
 
     # Both ------------------------------------------------------------------------------------------------------------
 
-    def _perplexity(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_perplexity(self, found: Mapping[str, Any]) -> dict[str, Any]:
         entries: dict[str, Any] = {}
         for name, given in self.wanted.texts.items():
             ids, dtype = self.windows[name], self._keys["model"]["dtype"]
-            entry = {"protocol": perplexities.describe_text_protocol(given.said(self.wanted.data), ids, dtype, given.stride)}
+            entry = {
+                "protocol": perplexities.describe_text_protocol(
+                    given.list_sources(self.wanted.data), ids, dtype, given.stride
+                )
+            }
             entry |= {who: found[who]["texts"][name] for who in found}
             if "against" in entry:
                 entry["log_ratio"] = entry["model"]["nll"] - entry["against"]["nll"]
             entries[name] = entry
         return entries
 
-    def _zero_shot(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_zero_shot(self, found: Mapping[str, Any]) -> dict[str, Any]:
         entries = {}
         for name in self.wanted.definitions:
             both: dict[str, Any] = {who: found[who]["tasks"][name] for who in found}
@@ -270,9 +278,13 @@ class Evaluation:
             "dtype": self._keys["model"]["dtype"],
             "interval": zero_shot.paired.INTERVAL,
         }
-        return {"protocol": protocol, "tasks": entries, "averages": zero_shot.average_over_tasks(list(entries.values()))}
+        return {
+            "protocol": protocol,
+            "tasks": entries,
+            "averages": zero_shot.average_over_tasks(list(entries.values())),
+        }
 
-    def _speed(self, wanted: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_speed(self, wanted: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
         key = {"models": self._keys, "speed": asdict(wanted), "hardware": describe_hardware(self.device)}
 
         def compute() -> dict[str, Any]:
@@ -283,7 +295,7 @@ class Evaluation:
                 taken = speed.measure_speed(networks, wanted)
             return {"memory": peaks, "models": taken}
 
-        found = self._recall("speed", key, compute)
+        found = self._recall_or_compute("speed", key, compute)
         result: dict[str, Any] = {
             "protocol": asdict(wanted) | {"context": wanted.tokens_in_cache, "dtype": self._keys["model"]["dtype"]},
             **{who: found["models"][who] | found["memory"][who] for who in found["models"]},

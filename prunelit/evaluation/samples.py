@@ -41,7 +41,7 @@ class Samples:
         if self.new_tokens < 1:
             raise BadOption(f"sample_tokens: expected at least 1, got {self.new_tokens}")
 
-    def check(self, tokenizer: Any) -> None:
+    def check_chat_template(self, tokenizer: Any) -> None:
         """Check that a tokenizer can do it.
 
         Raises:
@@ -58,7 +58,7 @@ def generate_completions(network: nn.Module, tokenizer: Any, wanted: Samples) ->
     Raises:
         BadOption: a chat is asked for, and the tokenizer has no template; a prompt leaves no position to write at.
     """
-    wanted.check(tokenizer)
+    wanted.check_chat_template(tokenizer)
     model: Any = network
     device = next(network.parameters()).device
     greedy = {

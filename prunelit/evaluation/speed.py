@@ -60,7 +60,7 @@ class Speed:
         """When decode begins."""
         return self.prompt if self.context is None else self.context
 
-    def check(self, network: Any) -> None:
+    def check_positions(self, network: Any) -> None:
         """Check that a model has places for so many tokens.
 
         Raises:
@@ -81,7 +81,7 @@ class ModelTimer:
     """
 
     def __init__(self, network: nn.Module, wanted: Speed):
-        wanted.check(network)
+        wanted.check_positions(network)
         self.network = cast(Any, network)
         self.wanted = wanted
         self.device = next(network.parameters()).device
@@ -91,17 +91,17 @@ class ModelTimer:
         self.ids = torch.randint(vocabulary, (wanted.batch, length), generator=generator).to(self.device)
         named = inspect.signature(self.network.forward).parameters
         self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in named else {}  # as `generate` has it
-        self.context = self.read(wanted.tokens_in_cache)[1]
+        self.context = self.prefill(wanted.tokens_in_cache)[1]
 
     @torch.no_grad()
-    def read(self, tokens: int) -> tuple[Tensor, Any]:
+    def prefill(self, tokens: int) -> tuple[Tensor, Any]:
         """The next token [B, 1] after the first so many of the text, and the cache."""
         with use_eval_mode(self.network):
             out = self.network(input_ids=self.ids[:, :tokens], use_cache=True, **self.last_only)
         return out.logits[:, -1:].argmax(-1), out.past_key_values
 
     @torch.no_grad()
-    def generate(self, cache: Any) -> None:
+    def decode(self, cache: Any) -> None:
         """Further tokens after a cache, which grows."""
         token = self.ids[:, :1]
         with use_eval_mode(self.network):
@@ -110,13 +110,13 @@ class ModelTimer:
                 token = out.logits[:, -1:].argmax(-1)
         token.tolist()  # the last token is there
 
-    def seconds(self) -> tuple[float, float]:
+    def measure_seconds(self) -> tuple[float, float]:
         """Seconds until the first token of a prompt, and seconds of all new tokens after the context."""
-        first = timing.measure_seconds(lambda: self.read(self.wanted.prompt)[0].tolist(), self.device)
+        first = timing.measure_seconds(lambda: self.prefill(self.wanted.prompt)[0].tolist(), self.device)
         cache = copy.deepcopy(self.context)
-        return first, timing.measure_seconds(lambda: self.generate(cache), self.device)
+        return first, timing.measure_seconds(lambda: self.decode(cache), self.device)
 
-    def kv_bytes(self) -> int:
+    def count_kv_bytes(self) -> int:
         """Bytes of the cache's tensors after the context."""
         tensors = [getattr(layer, name, None) for layer in self.context.layers for name in ("keys", "values")]
         return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
@@ -138,7 +138,9 @@ def measure_speed(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str,
     """
     with show_stage("reading the context"):
         runners = {name: ModelTimer(network, wanted) for name, network in networks.items()}
-    taken = timing.run_in_rounds([runner.seconds for runner in runners.values()], wanted.repeats, "measuring speed")
+    taken = timing.run_in_rounds(
+        [runner.measure_seconds for runner in runners.values()], wanted.repeats, "measuring speed"
+    )
     found = {}
     for (name, runner), rounds in zip(runners.items(), taken, strict=True):
         prefill, decode = ([pair[place] for pair in rounds] for place in (0, 1))
@@ -150,7 +152,7 @@ def measure_speed(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str,
             "time_to_first_token_seconds": first,
             "prefill_tokens_per_second": wanted.batch * wanted.prompt / first,
             "decode_tokens_per_second": wanted.batch / step,
-            "kv_bytes": runner.kv_bytes(),
+            "kv_bytes": runner.count_kv_bytes(),
             "kv_bytes_predicted": size["kv_bytes_per_token"] * wanted.tokens_in_cache * wanted.batch,
             "weight_bytes": sum(p.numel() * p.element_size() for p in runner.network.parameters()),
             **_count_work(runner, size, wanted),

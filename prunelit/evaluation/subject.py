@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunelit.data import sources
-from prunelit.data.loading import load_on_device, choose_device
+from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
@@ -27,7 +27,7 @@ class EvaluatedModel:
     dtype: Dtype = "auto"
     device: str = "auto"
 
-    def check(self) -> None:
+    def check_source(self) -> None:
         """Check what can be checked before anything is loaded.
 
         Raises:
@@ -39,7 +39,7 @@ class EvaluatedModel:
         if self.adapter is not None:
             adapter_files.check_adapter(self.adapter, self.source)
 
-    def expected_dtype(self) -> str | None:
+    def predict_dtype(self) -> str | None:
         """The dtype that the model will have, from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
@@ -49,7 +49,7 @@ class EvaluatedModel:
             "float32" if found == "float16" and choose_device(self.device).type == "cpu" else found or None
         )  # as `load_on_device` has it
 
-    def load(self) -> Any:
+    def load_model(self) -> Any:
         """The model on the CPU, its adapter in its weights, all of them finite.
 
         Raises:

@@ -44,8 +44,8 @@ class Task:
 class TaskField:
     """What a field of a row must hold: said to the user, and checked with the whole row at hand."""
 
-    said: str
-    holds: Callable[[Any, TaskRow], bool]
+    description: str
+    accepts: Callable[[Any, TaskRow], bool]
 
 
 def _is_text(value: Any, row: TaskRow) -> bool:
@@ -135,7 +135,9 @@ def select_tasks(names: Sequence[str]) -> list[str]:
     """
     for name in names:
         if name != "all" and name not in TASKS:
-            raise BadOption(f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{suggest_name(name, TASKS)}")
+            raise BadOption(
+                f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{suggest_name(name, TASKS)}"
+            )
     found = list(TASKS) if "all" in names else list(names)
     if len(set(found)) < len(found):
         raise BadOption(f"tasks: expected each once, got {found}")
@@ -195,9 +197,11 @@ def _check_task_rows(name: str, path: Path) -> None:
                     raise SourceNotFound(f"{where}: expected a JSON object, got {row!r:.60}")
                 for field, wanted in TASKS[name].fields.items():
                     if field not in row:
-                        raise SourceNotFound(f"{where}: expected a field {field!r} ({wanted.said}), got {sorted(row)}")
-                    if not wanted.holds(row[field], row):
-                        raise SourceNotFound(f"{where}: {field}: expected {wanted.said}, got {row[field]!r:.60}")
+                        raise SourceNotFound(
+                            f"{where}: expected a field {field!r} ({wanted.description}), got {sorted(row)}"
+                        )
+                    if not wanted.accepts(row[field], row):
+                        raise SourceNotFound(f"{where}: {field}: expected {wanted.description}, got {row[field]!r:.60}")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise SourceNotFound(f"task file {str(path)!r}: can not be read: {type(error).__name__}: {error}") from error
     if not number:

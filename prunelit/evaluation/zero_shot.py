@@ -45,7 +45,7 @@ class ZeroShotEvaluator:
 
             self._model = Model(pretrained=network, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
 
-    def run(self, name: str, definition: str, limit: int | None) -> dict[str, Any]:
+    def run_task(self, name: str, definition: str, limit: int | None) -> dict[str, Any]:
         """One task.
 
         Args:
@@ -95,7 +95,9 @@ def get_harness_version() -> str:
 
 def compute_metric_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """{metric: paired difference} of two results of `ZeroShotEvaluator.run` on the same items."""
-    return {kind: paired.compute_paired_difference(mine["right"][kind], theirs["right"][kind]) for kind in mine["right"]}
+    return {
+        kind: paired.compute_paired_difference(mine["right"][kind], theirs["right"][kind]) for kind in mine["right"]
+    }
 
 
 def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

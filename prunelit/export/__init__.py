@@ -16,6 +16,6 @@ verdict beside it; otherwise it is a file in a folder that has plan, card and ve
 """
 
 from prunelit.export.overwrite import check_output
-from prunelit.export.write import ExportResult, check_format_fits, check_export_request, save, write_model
+from prunelit.export.write import ExportResult, check_export_request, check_format_fits, save, write_model
 
 __all__ = ["ExportResult", "check_format_fits", "check_output", "check_export_request", "save", "write_model"]

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from prunelit.core.plan import PruningPlan
-from prunelit.export.formats import Format, ExportJob, ExportResult
+from prunelit.export.formats import ExportJob, ExportResult, Format
 
 CARD_FILE = "README.md"
 _SIZE_LABELS = {
@@ -40,7 +40,7 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         _render_title(name, job.plan),
-        f"## Load\n\n```python\n{chosen.loads}\n```" + (f"\n\n{_format_sentence(note)}" if note else ""),
+        f"## Load\n\n```python\n{chosen.load_snippet}\n```" + (f"\n\n{_format_sentence(note)}" if note else ""),
         _render_sizes(written, job.plan),
         _render_method(job.plan),
         _render_quality(report),
@@ -95,7 +95,12 @@ def _render_sizes(written: ExportResult, plan: PruningPlan | None) -> str:
         [
             *("## What is left", "", "| | dense | here | saved |", "|---|---|---|---|", *rows, ""),
             "Kept by the plan, of the dense model's layers (-: the whole block was removed):",
-            *("", "| layers | query heads | KV groups | FFN channels |", "|---|---|---|---|", *_render_layer_rows(plan)),
+            *(
+                "",
+                "| layers | query heads | KV groups | FFN channels |",
+                "|---|---|---|---|",
+                *_render_layer_rows(plan),
+            ),
         ]
     )
 

@@ -30,7 +30,7 @@ class ExportJob:
     """
 
     model: Any
-    place: Path
+    path: Path
     tokenizer: Any = None
     plan: PruningPlan | None = None
     kind: str = ""
@@ -87,16 +87,16 @@ class Format:
     """
 
     name: str
-    loads: str
+    load_snippet: str
     write: Callable[[ExportJob], Mapping[str, Any]]
     prove: Callable[[ExportJob], dict[str, Any]]
     suffix: str = ""
     kinds: tuple[str, ...] = ()
     library: str = "transformers"
-    ready: Callable[[], None] = _require_nothing
-    provable: Callable[[], None] = _require_nothing
+    check_installed: Callable[[], None] = _require_nothing
+    check_proof_installed: Callable[[], None] = _require_nothing
     check: Callable[[Any, Any], None] = _accept_any_model
-    streams: bool = False
+    accepts_streamed: bool = False
 
 
 def load_export_format(name: str) -> Format:

@@ -14,10 +14,10 @@ from torch import nn
 
 from prunelit.core.architectures import PRUNED
 from prunelit.data.loading import make_per_layer_class
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
-from prunelit.export.uniform import build_on_meta, build_if_shapes_match, find_stock_class
+from prunelit.export.uniform import build_if_shapes_match, build_on_meta, find_stock_class
 from prunelit.model import per_layer
 from prunelit.model.decoder import Decoder
 from prunelit.model.per_layer import ADDED_BIASES, find
@@ -126,7 +126,7 @@ def write_hetero(job: ExportJob) -> dict[str, Any]:
         DoesNotFit: see `build_per_layer_model`.
     """
     write_model_as(build_per_layer_model(job.model), job)
-    add_modelling_file(job.model, job.place)
+    add_modelling_file(job.model, job.path)
     return {}
 
 
@@ -142,4 +142,11 @@ model = AutoModelForCausalLM.from_pretrained("PATH", trust_remote_code=True)
 # or, without code from the folder: model = prunelit.load("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("hetero", _LOAD_SNIPPET, write_hetero, partial(prove_folder, remote_code=True), check=check_hetero, streams=True)
+FORMAT = Format(
+    "hetero",
+    _LOAD_SNIPPET,
+    write_hetero,
+    partial(prove_folder, remote_code=True),
+    check=check_hetero,
+    accepts_streamed=True,
+)

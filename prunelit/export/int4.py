@@ -12,14 +12,14 @@ from torch import Tensor
 from prunelit.calibration import metrics
 from prunelit.core.architectures import get_architecture
 from prunelit.export import hetero, uniform
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.proof import compare
 from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import find
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization import int4_folder, views
 from prunelit.quantization.int4 import Int4Linear
-from prunelit.quantization.linears import list_decoder_linears, get_quantization
+from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.runtime.errors import BadQuantisation, DoesNotFit
 
 _FLOAT32_TOLERANCE = 1e-4  # relative; sums over added channels are rounded in another order
@@ -55,9 +55,9 @@ def write_int4(job: ExportJob) -> dict[str, Any]:
     }
     shell.generation_config = model.generation_config
     with silence_transformers():
-        shell.save_pretrained(job.place, state_dict=weights, max_shard_size=job.max_shard_size)
+        shell.save_pretrained(job.path, state_dict=weights, max_shard_size=job.max_shard_size)
     if stock is None:
-        hetero.add_modelling_file(wide, job.place)
+        hetero.add_modelling_file(wide, job.path)
     note = f"INT4 in groups of {size}, {facts['bytes_per_weight']:.3g} bytes for each weight of the layers' linears"
     if facts["added_channels"]:
         note += f"; up to {facts['added_channels']} FFN channels of zeros were added to fill the groups of a layer"
@@ -105,7 +105,7 @@ def prove_int4(job: ExportJob) -> dict[str, Any]:
     In float32 the limit is 1e-4 of the largest logit. In half precision scales and zeros are rounded once more.
     """
     dtype = next(p.dtype for p in job.model.parameters() if p.is_floating_point())
-    config = read_model_config(job.place)
+    config = read_model_config(job.path)
     tolerance = _FLOAT32_TOLERANCE if dtype == torch.float32 else _HALF_PRECISION_ULPS * torch.finfo(dtype).eps
     return compare.prove_folder(job, "auto_map" in config, placed=True, tolerance=tolerance)
 

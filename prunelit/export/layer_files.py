@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelit.calibration import metrics
-from prunelit.calibration.layer_pipeline import list_layer_linears, compute_logits_by_layer
+from prunelit.calibration.layer_pipeline import compute_logits_by_layer, list_layer_linears
 from prunelit.data import offloaded
 from prunelit.model.decoder import Decoder
 from prunelit.model.lazy_weight import LazyWeight

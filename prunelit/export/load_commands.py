@@ -20,7 +20,7 @@ def list_load_commands(name: str, path: Path, plan: PruningPlan | None) -> list[
         plan: by which the model was cut.
     """
     quoted, word = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
-    found = [(f"As its format, {name}, is loaded", load_export_format(name).loads.replace("PATH", quoted))]
+    found = [(f"As its format, {name}, is loaded", load_export_format(name).load_snippet.replace("PATH", quoted))]
     if name in _BY_PRUNELIT:
         found.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{quoted}")'))
     served = {row.target: row for row in list_serving_options(plan)} if plan else {}

@@ -22,7 +22,7 @@ def write_model_as(shell: Any, job: ExportJob, weights: dict[str, Tensor] | None
     model = job.model
     with silence_transformers():
         if offloaded.is_streamed(model):
-            layer_files.write_layer_files(shell, model, job.place)
+            layer_files.write_layer_files(shell, model, job.path)
             return
         if weights is None:
             weights, like = model.state_dict(), next(model.parameters())
@@ -31,4 +31,4 @@ def write_model_as(shell: Any, job: ExportJob, weights: dict[str, Tensor] | None
         shell.load_state_dict(weights, strict=True, assign=True)
         shell.tie_weights()
         shell.generation_config = copy.deepcopy(model.generation_config)
-        shell.save_pretrained(job.place, max_shard_size=job.max_shard_size)
+        shell.save_pretrained(job.path, max_shard_size=job.max_shard_size)

@@ -69,7 +69,10 @@ def is_prunelit_output(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     names = {path.name for path in folder.iterdir()}
-    if any(beside <= names for beside in _OLDER_OUTPUT_FILES) and _read_json_object(folder / "plan.json").get("format") == PLAN_FORMAT:
+    if (
+        any(beside <= names for beside in _OLDER_OUTPUT_FILES)
+        and _read_json_object(folder / "plan.json").get("format") == PLAN_FORMAT
+    ):
         return True
     # The adapters of an older run that cut nothing, beside the model that they were merged into.
     return _ADAPTER_CONFIG in names and folder.name == "adapter" and is_prunelit_output(folder.parent / "model")

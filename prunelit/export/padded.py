@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration import metrics
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
 from prunelit.export.uniform import LOAD_SNIPPET, LayerWidths, build_on_meta, propose_stock_configs
@@ -95,7 +95,7 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
         wide = Decoder(shell)
     except DeclarationMismatch:  # a class that takes some of its widths from elsewhere, as Helium does
         return None
-    if {LayerWidths.of(layer.shape) for layer in wide} != {widths} or len(wide.layers) != len(decoder.layers):
+    if {LayerWidths.from_shape(layer.shape) for layer in wide} != {widths} or len(wide.layers) != len(decoder.layers):
         return None
     own, room = decoder.model.state_dict(), {name: x.shape for name, x in shell.state_dict().items()}
     like = next(decoder.model.parameters())

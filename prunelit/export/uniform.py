@@ -10,7 +10,7 @@ from torch import nn
 
 from prunelit.core.architectures import PRUNED
 from prunelit.core.plan import LayerShape
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
 from prunelit.model.decoder import Decoder
@@ -32,7 +32,7 @@ def build_stock_model(model: nn.Module) -> Any:
     Returns:
         The model on the meta device, or None where no stock class fits.
     """
-    widths = {LayerWidths.of(layer.shape) for layer in Decoder(model)}
+    widths = {LayerWidths.from_shape(layer.shape) for layer in Decoder(model)}
     if len(widths) != 1:
         return None
     only = widths.pop()
@@ -54,7 +54,7 @@ class LayerWidths(NamedTuple):
     ffn_channels: int
 
     @classmethod
-    def of(cls, shape: LayerShape) -> Self:
+    def from_shape(cls, shape: LayerShape) -> Self:
         """Those of a layer."""
         return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
@@ -166,7 +166,7 @@ def _explain_misfit(model: nn.Module) -> str:
     """Why no stock class holds a model."""
     first, *others = [layer.shape for layer in Decoder(model)]
     for index, shape in enumerate(others, 1):
-        if LayerWidths.of(shape) != LayerWidths.of(first):
+        if LayerWidths.from_shape(shape) != LayerWidths.from_shape(first):
             return f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in layer {index}"
     return f"expected a stock class with the model's parameters, got none with {_describe_shape(first)} and its biases"
 
@@ -181,4 +181,4 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")"""
 
-FORMAT = Format("uniform", LOAD_SNIPPET, write_uniform, prove_folder, check=check_uniform, streams=True)
+FORMAT = Format("uniform", LOAD_SNIPPET, write_uniform, prove_folder, check=check_uniform, accepts_streamed=True)

@@ -16,7 +16,7 @@ from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.data import offloaded
 from prunelit.export.card import CARD_FILE, render_model_card
-from prunelit.export.formats import AUTO_FORMATS, Format, ExportJob, ExportResult, load_export_format
+from prunelit.export.formats import AUTO_FORMATS, ExportJob, ExportResult, Format, load_export_format
 from prunelit.export.overwrite import check_output
 from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.quantization.linears import get_quantization
@@ -52,9 +52,9 @@ def check_export_request(
         raise BadOption(f"type {kind!r}: expected {expected} with format {format!r}")
     if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
         raise BadOption(f"max_shard_size: expected a size as '5GB' or '500MB', got {max_shard_size!r}")
-    chosen.ready()
+    chosen.check_installed()
     if not unproved:
-        chosen.provable()
+        chosen.check_proof_installed()
     _check_accepts_streamed(chosen, stream)
     check_output(target, overwrite, _is_single_file(chosen, Path(target)), reads)
 
@@ -76,7 +76,7 @@ def check_format_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
 
 
 def _check_accepts_streamed(chosen: Format, stream: bool) -> None:
-    if stream and not chosen.streams:
+    if stream and not chosen.accepts_streamed:
         raise DoesNotFit(
             f"format {chosen.name!r}: expected a model in memory, got one that is streamed from disk; leave the format "
             "out, then `python -m prunelit export` the saved folder"
@@ -158,7 +158,9 @@ def write_model(
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
         chosen = load_export_format(name)
-        job = ExportJob(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process)
+        job = ExportJob(
+            model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process
+        )
         try:
             with replace_folder(path, _is_single_file(chosen, path)) as folder:
                 return _write_and_prove(chosen, job, folder, report or {}, unproved)
@@ -178,7 +180,9 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
 
 
-def _write_and_prove(chosen: Format, job: ExportJob, folder: Path, report: Mapping[str, Any], unproved: bool) -> ExportResult:
+def _write_and_prove(
+    chosen: Format, job: ExportJob, folder: Path, report: Mapping[str, Any], unproved: bool
+) -> ExportResult:
     """Write a format into a folder and prove it.
 
     Args:
@@ -191,9 +195,9 @@ def _write_and_prove(chosen: Format, job: ExportJob, folder: Path, report: Mappi
     Raises:
         NotProved: it is not the same model.
     """
-    target, file = job.place, _is_single_file(chosen, job.place)
+    target, file = job.path, _is_single_file(chosen, job.path)
     place = folder / (target.name if file else f"model{chosen.suffix}") if chosen.suffix else folder
-    job = replace(job, place=place)
+    job = replace(job, path=place)
     with show_stage(f"writing {chosen.name}"):
         facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
@@ -206,7 +210,9 @@ def _write_and_prove(chosen: Format, job: ExportJob, folder: Path, report: Mappi
     if job.plan is not None:
         element = next(job.model.parameters()).element_size()
         dense = metrics.compute_dense_size(replace(job.plan.model, bytes_per_element=element))
-    written = ExportResult(chosen.name, target, proof, facts.get("size") or metrics.measure_model_size(job.model), dense, facts)
+    written = ExportResult(
+        chosen.name, target, proof, facts.get("size") or metrics.measure_model_size(job.model), dense, facts
+    )
     name = f"{target.stem}.{PROOF_FILE}" if file else PROOF_FILE
     (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     if not file:

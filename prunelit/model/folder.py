@@ -79,7 +79,10 @@ class SafetensorsFolder:
 
     def map_tensor(self, name: str) -> Tensor:
         """A tensor, not yet read."""
-        with self._wrap_read_errors(self.file_by_tensor[name]), safe_open(self.folder / self.file_by_tensor[name], framework="pt") as file:
+        with (
+            self._wrap_read_errors(self.file_by_tensor[name]),
+            safe_open(self.folder / self.file_by_tensor[name], framework="pt") as file,
+        ):
             return cast(Tensor, file.get_tensor(name))
 
     @contextmanager

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder, Layer, is_conv1d
 from prunelit.model.per_layer import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
-from prunelit.model.unit_indices import index_ffn_rows, index_qkv_blocks, expand_head_rows
+from prunelit.model.unit_indices import expand_head_rows, index_ffn_rows, index_qkv_blocks
 from prunelit.runtime.errors import BadPlan
 
 
@@ -118,7 +118,9 @@ def mask_pruned_units(model: nn.Module, plan: PruningPlan) -> None:
             columns = expand_head_rows(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
             _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
         if layer.has_mlp:
-            _zero_pruned_columns(layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm"))
+            _zero_pruned_columns(
+                layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm")
+            )
 
 
 def _zero_pruned_columns(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:

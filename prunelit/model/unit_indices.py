@@ -85,7 +85,9 @@ def collect_layer_slices(layer: Layer) -> list[LinearSlices]:
             owners = {kind: expand_head_rows(blocks, shape.head_dim) for kind, blocks in of.items()}
             found.append(_build_linear_slices(layer, linear, owners))
         query = torch.arange(shape.query_heads)[:, None]
-        found.append(_build_linear_slices(layer, layer.output, {"query": expand_head_rows(query, shape.head_dim)}, columns=True))
+        found.append(
+            _build_linear_slices(layer, layer.output, {"query": expand_head_rows(query, shape.head_dim)}, columns=True)
+        )
     if layer.has_mlp:
         for linear in layer.ffn_in:
             found.append(_build_linear_slices(layer, linear, {"channel": index_ffn_rows(layer)}))
@@ -94,6 +96,8 @@ def collect_layer_slices(layer: Layer) -> list[LinearSlices]:
     return found
 
 
-def _build_linear_slices(layer: Layer, linear: nn.Module, owners: dict[UnitKind, Tensor], columns: bool = False) -> LinearSlices:
+def _build_linear_slices(
+    layer: Layer, linear: nn.Module, owners: dict[UnitKind, Tensor], columns: bool = False
+) -> LinearSlices:
     device = cast(Tensor, linear.weight).device
     return LinearSlices(layer.index, linear, columns, {kind: owned.to(device) for kind, owned in owners.items()})

@@ -147,10 +147,16 @@ def configure_checkpoints(trainer: Trainer) -> None:
 def find_newest_checkpoint(trainer: Trainer) -> Path | None:
     """The newest checkpoint that training can go on from, of all in the folders where this Trainer writes; says what it
     leaves out, and why. None where there is none."""
-    folders = dict.fromkeys([*(Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath), _get_checkpoint_folder(trainer)])
+    folders = dict.fromkeys(
+        [*(Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath), _get_checkpoint_folder(trainer)]
+    )
     files = [path for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        wrong = find_file_damage(path / _SHARDED_END) if path.is_dir() else find_file_damage(path) or _describe_missing_state(path)
+        wrong = (
+            find_file_damage(path / _SHARDED_END)
+            if path.is_dir()
+            else find_file_damage(path) or _describe_missing_state(path)
+        )
         if wrong is None:
             return path
         _inform(f"checkpoint {path} is {wrong}: taking the one before it")

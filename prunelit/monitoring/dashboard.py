@@ -30,7 +30,7 @@ from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
 from prunelit.monitoring import loggers
 from prunelit.monitoring.recorder import Recorder
-from prunelit.pruning.job import find_model, find_tokenizer, find_resume_path, read_callback_states
+from prunelit.pruning.job import find_model, find_resume_path, find_tokenizer, read_callback_states
 from prunelit.report.figures import PICTURES, draw_picture, encode_png
 from prunelit.report.record import STATES, Record
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
@@ -99,44 +99,44 @@ class Dashboard(Recorder):
             loggers.define_axes(trainer.loggers, AXES)
             loggers.guard_hyperparameters(trainer.loggers)
             if resumed := find_resume_path(trainer):
-                self._go_on(read_callback_states(resumed).get(self.state_key, {}))
-        self._complete(trainer, trainer.lightning_module, "dense")
+                self._resume_record(read_callback_states(resumed).get(self.state_key, {}))
+        self._write_completions(trainer, trainer.lightning_module, "dense")
 
-    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         known = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
-        super().hear(event, facts)
+        super().on_event(event, facts)
         trainer = self._trainer
         if trainer is None or not trainer.is_global_zero or known:
             return
         if event == "evaluation":
-            self._point({"search/perplexity": facts["perplexity"]}, len(self.record.search))
+            self._log_point({"search/perplexity": facts["perplexity"]}, len(self.record.search))
         elif event == "removed":
-            self._point({"search/chosen_perplexity": facts["perplexity"]}, len(facts["order"]))
+            self._log_point({"search/chosen_perplexity": facts["perplexity"]}, len(facts["order"]))
         elif event == "planned":
-            self._planned(trainer, facts["plan"])
+            self._log_plan(trainer, facts["plan"])
         elif event == "measured":
             values = {f"quality/{facts['name']}_{n}": facts["row"].get(n) for n in ("perplexity", "parameters")}
-            self._number({name: value for name, value in values.items() if value is not None}, also_summary=True)
+            self._log_numbers({name: value for name, value in values.items() if value is not None}, also_summary=True)
         elif event == "stage":
             seconds, memory = facts["seconds"], facts.get("memory_mib") or {}
             peak = memory.get("cuda", memory.get("process", 0.0))
             loggers.log_summary(self._loggers, {f"stage/{facts['name']}_seconds": round(seconds, 3)})
-            self._point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
+            self._log_point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
         elif event == "step":
-            self._step(facts["values"], facts["step"])
+            self._log_step(facts["values"], facts["step"])
         if event in ("removed", "stage"):  # a search takes long, and may be killed
             for logger in self._loggers:
                 logger.save()
 
-    def _planned(self, trainer: Trainer, plan: PruningPlan) -> None:
+    def _log_plan(self, trainer: Trainer, plan: PruningPlan) -> None:
         if plan.digest == self._plan:  # the run is resumed by it
             return
         self._plan, predicted = plan.digest, plan.predicted
         values = {
             f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
         } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
-        self._number(values, also_summary=True)
-        self._pictures("kept", "scores", "search")
+        self._log_numbers(values, also_summary=True)
+        self._log_pictures("kept", "scores", "search")
         rows = [
             [index, *kept.widths, *(getattr(shape, name) for name in ("query_heads", "kv_groups", "ffn_channels"))]
             for index, (kept, shape) in enumerate(zip(plan.layers, plan.model.layers, strict=True))
@@ -151,14 +151,14 @@ class Dashboard(Recorder):
             facts = {"of": of, "method": plan.method, "digest": plan.digest, **predicted}
             loggers.log_artifact(self._loggers, "plan", "plan", facts, {"plan.json": _remove_paths(plan).to_json()})
 
-    def _step(self, values: Mapping[str, float], step: int) -> None:
+    def _log_step(self, values: Mapping[str, float], step: int) -> None:
         found = {}
         if "tokens_per_second" in values:
             found["train/tokens_per_second"] = values["tokens_per_second"]
         dense = self.record.measured.get("dense", {}).get("perplexity")
         if dense and "val_perplexity" in values:
             found["quality/val_over_dense"] = values["val_perplexity"] / dense
-        self._number(found, max(0, step - 1))  # Lightning counts the steps that it logs from 0
+        self._log_numbers(found, max(0, step - 1))  # Lightning counts the steps that it logs from 0
 
     # What Lightning calls ----------------------------------------------------------------------------------------
 
@@ -174,7 +174,7 @@ class Dashboard(Recorder):
         sent = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._plan}
         return {"record": self.record.to_json(), **sent}
 
-    def _go_on(self, state: Mapping[str, Any]) -> None:
+    def _resume_record(self, state: Mapping[str, Any]) -> None:
         """Log nothing twice where the loggers go on with the same runs; a state of another version is passed over."""
         if state.get("loggers") != loggers.list_logger_runs(self._loggers):
             return
@@ -186,14 +186,14 @@ class Dashboard(Recorder):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.record.plan is not None:
-            self._complete(trainer, pl_module, "pruned")
+            self._write_completions(trainer, pl_module, "pruned")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Completions, the last pictures, and the model that was saved."""
-        self._complete(trainer, pl_module, "recovered")
+        self._write_completions(trainer, pl_module, "recovered")
         if not trainer.is_global_zero:
             return
-        self._pictures("quality", "training", "speed", "stages")
+        self._log_pictures("quality", "training", "speed", "stages")
         folder = Path(trainer.default_root_dir) / "model"
         if self.artifacts == "model" and self.record.plan is not None and (folder / "config.json").is_file():
             facts = {"plan": self.record.plan.digest, **self.record.measured.get("recovered", {})}
@@ -204,19 +204,19 @@ class Dashboard(Recorder):
     def _loggers(self) -> list[Logger]:
         return [] if self._trainer is None else self._trainer.loggers
 
-    def _point(self, values: Mapping[str, float], place: int) -> None:
+    def _log_point(self, values: Mapping[str, float], place: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if finite:
             loggers.log_points(self._loggers, finite, AXES[next(iter(finite))], place)
 
-    def _number(self, values: Mapping[str, float], step: int | None = None, also_summary: bool = False) -> None:
+    def _log_numbers(self, values: Mapping[str, float], step: int | None = None, also_summary: bool = False) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
         if finite and self._trainer is not None:
             loggers.log_numbers(self._loggers, finite, self._trainer.global_step if step is None else step)
             if also_summary:
                 loggers.log_summary(self._loggers, finite)
 
-    def _pictures(self, *names: str) -> None:
+    def _log_pictures(self, *names: str) -> None:
         """Each once in a run, where there is something to see."""
         for name in names:
             if self._trainer is None or not self._loggers or name in self._shown:
@@ -226,7 +226,7 @@ class Dashboard(Recorder):
                 step = self._trainer.global_step
                 loggers.log_picture(self._loggers, IMAGES[name], encode_png(made), PICTURES[name].caption, step)
 
-    def _complete(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
+    def _write_completions(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
         """Let the model write, if asked to; a table once the last state is known."""
         if self._samples is None or not trainer.loggers or sharding.is_sharded_strategy(trainer.strategy):
             return
@@ -238,7 +238,7 @@ class Dashboard(Recorder):
         except NoModel:
             return
         texts = samples.generate_completions(model, tokenizer, self._samples)
-        self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
+        self.record.on_event("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
         if name == "recovered":
             states = [state for state in STATES if any(state in row for row in self.record.completions)]
             rows = [[row["prompt"], *(row.get(state, "") for state in states)] for row in self.record.completions]

@@ -27,10 +27,10 @@ class Recorder(Callback):
         self._before: dict[str, float] = {}
         self._of_validation: set[str] = set()
 
-    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         """See `prunelit.report.record`."""
         if get_rank() == 0:
-            self.record.hear(event, facts)
+            self.record.on_event(event, facts)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._tokens, self._since = 0, time.perf_counter()
@@ -48,14 +48,16 @@ class Recorder(Callback):
         every = max(1, getattr(trainer, "log_every_n_steps", 50))
         if trainer.global_step % every and not last:
             return
-        values = {name: value for name, value in _read_logged_metrics(trainer).items() if name not in self._of_validation}
+        values = {
+            name: value for name, value in _read_logged_metrics(trainer).items() if name not in self._of_validation
+        }
         if trainer.optimizers:
             values["learning_rate"] = float(trainer.optimizers[0].param_groups[0]["lr"])
         now = time.perf_counter()
         if self._tokens:
             values["tokens_per_second"] = self._tokens / max(1e-9, now - self._since)
         self._tokens, self._since = 0, now
-        self.hear("step", {"step": trainer.global_step, "values": values})
+        self.on_event("step", {"step": trainer.global_step, "values": values})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._paused, self._before = time.perf_counter(), _read_logged_metrics(trainer)
@@ -63,9 +65,11 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._since += time.perf_counter() - self._paused  # no training in between
         if trainer.is_global_zero and not trainer.sanity_checking:
-            values = _read_logged_metrics(trainer)  # what was not there, or changed: Lightning repeats it at every step from now on
+            values = _read_logged_metrics(
+                trainer
+            )  # what was not there, or changed: Lightning repeats it at every step from now on
             self._of_validation |= {name for name, value in values.items() if self._before.get(name) != value}
-            self.hear("step", {"step": trainer.global_step, "values": values})
+            self.on_event("step", {"step": trainer.global_step, "values": values})
 
 
 def _read_logged_metrics(trainer: Trainer) -> dict[str, float]:

@@ -33,11 +33,11 @@ from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import (
     check_same_job,
-    find_model,
-    fingerprint_job,
-    collect_listeners,
-    find_resume_path,
     check_same_on_ranks,
+    collect_listeners,
+    find_model,
+    find_resume_path,
+    fingerprint_job,
     read_callback_states,
 )
 from prunelit.quantization import int4_folder, linears, quantize, views
@@ -110,7 +110,7 @@ class RunReport(Recorder, EventSource):
                 f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "
                 "`python -m prunelit export --format int4` rounds the saved model"
             )
-        with self._timed("load_model"):
+        with self._time_stage("load_model"):
             model = find_model(pl_module)
         data = getattr(trainer, "datamodule", None)
         self._identity = fingerprint_job(model, trainer, pl_module)
@@ -120,15 +120,15 @@ class RunReport(Recorder, EventSource):
         if isinstance(data, TextDataModule):
             parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
             check_same_on_ranks("data", fingerprint_batches(parts))
-        self.report = {"protocol": self._protocol(model, data), "fingerprints": self._identity}
-        self.report |= self._earlier(resumed is not None)
+        self.report = {"protocol": self._describe_protocol(model, data), "fingerprints": self._identity}
+        self.report |= self._load_earlier_measurements(resumed is not None)
         for name in self.report.keys() & {"dense", "pruned"}:
-            self.tell("measured", name=name, row=self.report[name])
+            self.emit("measured", name=name, row=self.report[name])
         self.record.title = Decoder(model).shape.name
         with move_to_device(model, trainer.strategy.root_device):
-            self._measure("dense", model, metrics.measure_model_size(model))
-            self._complete("dense", model, trainer)
-        self._write(trainer)
+            self._measure_state("dense", model, metrics.measure_model_size(model))
+            self._write_completions("dense", model, trainer)
+        self._write_report(trainer)
 
     def _check_folders(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Before anything is measured: what is refused at the end costs a whole run."""
@@ -147,7 +147,7 @@ class RunReport(Recorder, EventSource):
         Raises:
             DoesNotFit: the format can not hold it, so nothing is trained.
         """
-        plan = self._plan(trainer)
+        plan = self._get_plan(trainer)
         size = {name: self.report["dense"][name] for name in _SIZES}
         if plan is not None:  # adapters are on by now and are merged away in the end: they do not count
             size = {name: int(plan.predicted[name]) for name in _SIZES}
@@ -156,28 +156,32 @@ class RunReport(Recorder, EventSource):
         adapted: Any = pl_module.model
         if self.format != "auto" and not sharding.is_sharded_strategy(trainer.strategy):  # sharded, it has other shapes
             base = views.view_without_adapters(adapted)  # only int4 is written without making linears plain
-            export.check_format_fits(base if self.format == "int4" else views.view_as_plain_linears(base), _get_tokenizer(trainer), self.format)
+            export.check_format_fits(
+                base if self.format == "int4" else views.view_as_plain_linears(base),
+                _get_tokenizer(trainer),
+                self.format,
+            )
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
-            self._measure("pruned", adapted, size)
-            self._complete("pruned", adapted, trainer)
+            self._measure_state("pruned", adapted, size)
+            self._write_completions("pruned", adapted, trainer)
         self.report["memory"] = quantize.measure_base_memory(adapted)
         _say_memory(self.report["memory"])
-        self._write(trainer)
+        self._write_report(trainer)
         self._started = time.perf_counter()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
-        self.tell("stage", name="train", seconds=self.seconds["train"], memory_mib=get_peak_memory_mib())
+        self.emit("stage", name="train", seconds=self.seconds["train"], memory_mib=get_peak_memory_mib())
         recovered: Any = pl_module
         if sharding.is_sharded_strategy(trainer.strategy):  # gathered, it would be measured on the CPU
-            self._measure("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
-        tokenizer, plan = _get_tokenizer(trainer), self._plan(trainer)
-        merged = self._merged(trainer, recovered, tokenizer, plan)
-        self._measure("recovered", merged, metrics.measure_model_size(merged))
-        self._complete("recovered", merged, trainer)
+            self._measure_state("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
+        tokenizer, plan = _get_tokenizer(trainer), self._get_plan(trainer)
+        merged = self._merge_adapters(trainer, recovered, tokenizer, plan)
+        self._measure_state("recovered", merged, metrics.measure_model_size(merged))
+        self._write_completions("recovered", merged, trainer)
         if trainer.is_global_zero:
-            with self._timed("save"):
+            with self._time_stage("save"):
                 written = export.write_model(
                     *(merged, self._folder / "model", tokenizer, plan, self.format),
                     overwrite=True,
@@ -187,14 +191,14 @@ class RunReport(Recorder, EventSource):
             self.report |= {"format": written.format, "trained_steps": trainer.global_step}
             self.record.facts["load"] = load_commands.list_load_commands(written.format, written.path, plan)
         trainer.strategy.barrier()
-        self._write(trainer)
+        self._write_report(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
             made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
             files = "report.html report.json plan.json config.yaml"
             sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {made} {files}\n")
 
-    def _merged(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
+    def _merge_adapters(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
         """The model with its adapters merged; before that they are saved as they are."""
         adapted = recovered.model
         if not linears.has_adapters(adapted):
@@ -204,19 +208,21 @@ class RunReport(Recorder, EventSource):
         before = metrics.compute_logits(adapted, ids)
         recovered.whole_model()  # all ranks
         if trainer.is_global_zero:
-            with self._timed("save_adapter"):
+            with self._time_stage("save_adapter"):
                 written = merge.save_adapter(recovered, self._folder, tokenizer, plan, self.save_base, self.report)
             if written:
                 self.report["base_format"] = written
         merged = recovered.merged_model()
-        self.report["merge"] = {"base": base} | metrics.measure_logit_difference(before, metrics.compute_logits(merged, ids), ids)
+        self.report["merge"] = {"base": base} | metrics.measure_logit_difference(
+            before, metrics.compute_logits(merged, ids), ids
+        )
         _say(merge.describe_merge(base, self.report["merge"]))
-        if base == "int4" and not self._four_bit(merged):
+        if base == "int4" and not self._is_saved_as_int4(merged):
             merged = quantize.dequantize_model(merged)
             self.report["base"] = "int4: the saved weights are the rounded ones, in full precision"
         return merged
 
-    def _four_bit(self, merged: Any) -> bool:
+    def _is_saved_as_int4(self, merged: Any) -> bool:
         """Whether an int4 model is saved as such."""
         if self.format not in ("auto", "int4"):
             return False
@@ -239,37 +245,39 @@ class RunReport(Recorder, EventSource):
         """
         check_same_job(state_dict, self._identity)
 
-    def _measure(self, name: str, model: Any, size: dict[str, int]) -> None:
+    def _measure_state(self, name: str, model: Any, size: dict[str, int]) -> None:
         if name in self.report:
             return
-        with self._timed(f"evaluate_{name}"):
+        with self._time_stage(f"evaluate_{name}"):
             row: dict[str, Any] = {"perplexity": None}
             if self._windows is not None:
                 found = metrics.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
                 row["perplexity"] = found["perplexity"]
                 self.report["protocol"]["tokens"] = found["tokens"]
             self.report[name] = row | size
-            self.tell("measured", name=name, row=self.report[name])
+            self.emit("measured", name=name, row=self.report[name])
 
-    def _complete(self, name: str, model: Any, trainer: Trainer) -> None:
+    def _write_completions(self, name: str, model: Any, trainer: Trainer) -> None:
         """Write completions for the page. They stay in this folder: they are not told to other listeners."""
         tokenizer = _get_tokenizer(trainer)
         if self._samples is None or tokenizer is None or sharding.is_sharded_strategy(trainer.strategy):
             return
         known = {row["prompt"] for row in self.record.completions if name in row}
         if trainer.is_global_zero and not known.issuperset(self._samples.prompts):
-            with self._timed("write_samples"):
+            with self._time_stage("write_samples"):
                 texts = samples.generate_completions(model, tokenizer, self._samples)
-            self.record.hear("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
+            self.record.on_event("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
 
-    def _protocol(self, model: Any, data: Any) -> dict[str, Any]:
+    def _describe_protocol(self, model: Any, data: Any) -> dict[str, Any]:
         if self._windows is None:
             return {}
         sources = data.validation_sources or data.train_sources
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        return metrics.describe_protocol(sources, self._windows, dtype) | {"fingerprint": text.fingerprint_token_ids(self._windows)}
+        return metrics.describe_protocol(sources, self._windows, dtype) | {
+            "fingerprint": text.fingerprint_token_ids(self._windows)
+        }
 
-    def _earlier(self, resumed: bool) -> dict[str, Any]:
+    def _load_earlier_measurements(self, resumed: bool) -> dict[str, Any]:
         """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
         only where that run is resumed."""
         try:
@@ -282,10 +290,10 @@ class RunReport(Recorder, EventSource):
         if any(found.get(name) != value for name, value in mine.items()):
             return {}
         if resumed:
-            self._go_on()
+            self._resume_record()
         return {name: found[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in found}
 
-    def _go_on(self) -> None:
+    def _resume_record(self) -> None:
         """Take over the record of the run that is resumed; a damaged one is begun anew."""
         try:
             earlier = Record.from_json((self._folder / "record.json").read_text(encoding="utf-8"))
@@ -297,20 +305,20 @@ class RunReport(Recorder, EventSource):
         earlier.facts |= self.record.facts
         self.record = earlier
 
-    def _plan(self, trainer: Trainer) -> Any:
+    def _get_plan(self, trainer: Trainer) -> Any:
         pruner = find_pruner(trainer)
-        return pruner.plan_made if pruner else None
+        return pruner.applied_plan if pruner else None
 
     @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
+    def _time_stage(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         with progress.show_stage(stage.replace("_", " ")):
             yield
         taken = time.perf_counter() - start
         self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
-        self.tell("stage", name=stage, seconds=taken, memory_mib=get_peak_memory_mib())
+        self.emit("stage", name=stage, seconds=taken, memory_mib=get_peak_memory_mib())
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write_report(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
         pruner = find_pruner(trainer)

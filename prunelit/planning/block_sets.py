@@ -122,11 +122,15 @@ class RemovalGoal:
 
     def compute_share(self, shape: ModelShape, removed: Collection[Block]) -> float:
         """Of the decoder layers' budget that goes with these blocks."""
-        return sum_block_costs(shape, removed, self.budget) / max(1, sum_block_costs(shape, list_blocks(shape), self.budget))
+        return sum_block_costs(shape, removed, self.budget) / max(
+            1, sum_block_costs(shape, list_blocks(shape), self.budget)
+        )
 
     def is_met(self, shape: ModelShape, removed: Collection[Block], units: int) -> bool:
         """Whether enough is gone: these blocks, which count as `units`."""
-        return units >= self.count if self.count is not None else self.compute_share(shape, removed) >= (self.ratio or 0.0)
+        return (
+            units >= self.count if self.count is not None else self.compute_share(shape, removed) >= (self.ratio or 0.0)
+        )
 
     def check_feasible(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
         """Raise unless the goal can be met.

@@ -29,7 +29,9 @@ _COST_FUNCTIONS: dict[str, Cost] = {
     "kv_bytes": lambda shape, heads, groups, channels: shape.kv_elements_at(groups),
 }
 _KINDS = ("attention", "ffn")
-_SHARE_PER_DEVIATION = 0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
+_SHARE_PER_DEVIATION = (
+    0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
+)
 
 
 def select_units(
@@ -102,13 +104,15 @@ def select_units(
     ladders: list[RemovalSequence] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
         if index not in whole:
-            ladders += build_removal_sequences(index, shape, score, price, unit, align, min_kept, compared, compared and standardise)
+            ladders += build_removal_sequences(
+                index, shape, score, price, unit, align, min_kept, compared, compared and standardise
+            )
     found, members = ladders, [[number] for number in range(len(ladders))]
     if uniform_heads:
         ladders, members = _tie_heads(shapes, found)
     dense = sum(price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
     target = ratio * dense
-    most = sum(ladder.saves()[-1] for ladder in ladders)
+    most = sum(ladder.accumulate_savings()[-1] for ladder in ladders)
     if most < target or not dense:
         least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
         if uniform_heads:
@@ -172,7 +176,9 @@ def check_budget_options(
             raise BadOption(f"protect: expected layer numbers in [{-(layers or 0)}, {layers}), got {layer!r}")
 
 
-def _tie_heads(shapes: Sequence[LayerShape], ladders: list[RemovalSequence]) -> tuple[list[RemovalSequence], list[list[int]]]:
+def _tie_heads(
+    shapes: Sequence[LayerShape], ladders: list[RemovalSequence]
+) -> tuple[list[RemovalSequence], list[list[int]]]:
     """The ladders with those of heads as one, or none where a layer with heads has no ladder; and what each stands for.
 
     The second list holds, for every ladder of the first, the numbers of the ladders that it moves.
@@ -190,7 +196,7 @@ _StepQueue = list[tuple[int, int]]  # (ladder, position of the step in it), firs
 
 def _take_uniformly(ladders: list[RemovalSequence], ratio: float, target: float) -> list[int]:
     """Steps taken per ladder: the same number in every layer."""
-    saves = [ladder.saves() for ladder in ladders]
+    saves = [ladder.accumulate_savings() for ladder in ladders]
     longest = {kind: max((len(each.steps) for each in ladders if each.kind == kind), default=0) for kind in _KINDS}
     share = [sum(step.removed_after <= int(ratio * ladder.unit_count) for step in ladder.steps) for ladder in ladders]
 
@@ -246,7 +252,9 @@ def _order_by_layer_mean(ladders: list[RemovalSequence], ratio: float) -> _StepQ
         for (number, ladder), deviation in zip(chosen, z.tolist(), strict=True):
             share = ratio - _SHARE_PER_DEVIATION * ratio * deviation
             for position, step in enumerate(ladder.steps):
-                shift.append(((step.removed_before + step.removed_after) / 2 / ladder.unit_count - share, number, position))
+                shift.append(
+                    ((step.removed_before + step.removed_after) / 2 / ladder.unit_count - share, number, position)
+                )
     return _sort_step_queue(shift)
 
 
@@ -270,7 +278,9 @@ def _take_in_order(ladders: list[RemovalSequence], queue: _StepQueue, target: fl
     return taken
 
 
-def _build_layer_plans(shapes: Sequence[LayerShape], ladders: list[RemovalSequence], taken: list[int], unit: Unit) -> tuple[LayerPlan, ...]:
+def _build_layer_plans(
+    shapes: Sequence[LayerShape], ladders: list[RemovalSequence], taken: list[int], unit: Unit
+) -> tuple[LayerPlan, ...]:
     cut: dict[tuple[int, str], set[int]] = {}
     for ladder, count in zip(ladders, taken, strict=True):
         cut[ladder.layer, ladder.kind] = {item for step in ladder.steps[:count] for item in step.units}

@@ -47,7 +47,7 @@ class RemovalSequence:
         """All that may go, those of lowest score first."""
         return tuple(unit for step in self.steps for unit in step.units)
 
-    def saves(self) -> list[float]:
+    def accumulate_savings(self) -> list[float]:
         """Saved after 0, 1, ... steps."""
         return list(accumulate((step.saving for step in self.steps), initial=0))
 
@@ -143,7 +143,10 @@ def tie_sequences(ladders: Sequence[RemovalSequence]) -> RemovalSequence:
     Args:
         ladders: of one kind, in different layers; a rung that is no step in all of them is none here.
     """
-    gains = [dict(zip([0, *(step.removed_after for step in each.steps)], each.saves(), strict=True)) for each in ladders]
+    gains = [
+        dict(zip([0, *(step.removed_after for step in each.steps)], each.accumulate_savings(), strict=True))
+        for each in ladders
+    ]
     steps: list[RemovalStep] = []
     for before, after in pairwise(sorted(set.intersection(*map(set, gains)))):
         cost = math.fsum(gain[after] - gain[before] for gain in gains)
@@ -151,7 +154,9 @@ def tie_sequences(ladders: Sequence[RemovalSequence]) -> RemovalSequence:
         weights = [step.removed_after - step.removed_before for step in inside]
         mean = math.fsum(step.score * weight for step, weight in zip(inside, weights, strict=True)) / sum(weights)
         steps.append(RemovalStep(max(mean, steps[-1].score if steps else -math.inf), cost, (), before, after))
-    mean, size = (math.fsum(getattr(each, name) for each in ladders) / len(ladders) for name in ("mean", "size"))
+    mean, size = (
+        math.fsum(getattr(each, name) for each in ladders) / len(ladders) for name in ("mean_score", "mean_magnitude")
+    )
     return RemovalSequence(-1, ladders[0].kind, min(each.unit_count for each in ladders), mean, size, tuple(steps))
 
 

@@ -24,14 +24,14 @@ from prunelit.planning.stock_shapes import (
     Answer,
     PrunedShape,
     Verdict,
-    suggest_keeping_heads,
     allows_added_biases,
-    format_plural_count,
-    refuse_unequal_layers,
-    refuse_added_biases,
     compute_padded_widths,
     format_first_items,
+    format_plural_count,
     judge_stock_class,
+    refuse_added_biases,
+    refuse_unequal_layers,
+    suggest_keeping_heads,
 )
 
 GROUP_SIZES = (16, 32, 64, 128)
@@ -44,7 +44,9 @@ _NOT_IN_VLLM = frozenset(
 )
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
 # What DeciLM and llama.cpp's llama and deci compute.
-LLAMA_LIKE_FAMILIES = frozenset({"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"})
+LLAMA_LIKE_FAMILIES = frozenset(
+    {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
+)
 _CODES_PER_WORD = 8  # 4-bit numbers in a word: the smallest group that is written
 DECI_FFN_MULTIPLE = 256  # of DeciLM's FFN widths
 _TENSORRT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -133,7 +135,7 @@ def _judge_vllm(cut: PrunedShape) -> Verdict:
         return own
     if cut.family in _NOT_IN_VLLM:
         return Verdict("?", f"no class of its own for {cut.family} in the copy read")
-    if cut.heads_are_those_of_the_config or cut.family in _VLLM_READS_HEAD_SIZE:
+    if cut.has_config_head_size or cut.family in _VLLM_READS_HEAD_SIZE:
         return Verdict("yes", "its own class")
     if cut.family in _VLLM_DERIVES_HEAD_SIZE:
         return Verdict("no", f"its {cut.family} takes head size = hidden size / heads", suggest_keeping_heads(cut))
@@ -153,7 +155,9 @@ def _judge_vllm_deci(cut: PrunedShape) -> Verdict:
     if not filled:
         return Verdict("yes", "every width per layer as it is")
     left = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, cut.layers, strict=True))
-    return Verdict("yes", f"filled up with zeros: {_describe_savings(cut, 1 - left / model.block_parameters)}", ", ".join(filled))
+    return Verdict(
+        "yes", f"filled up with zeros: {_describe_savings(cut, 1 - left / model.block_parameters)}", ", ".join(filled)
+    )
 
 
 def compute_deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
@@ -193,7 +197,7 @@ def _judge_llama_cpp(cut: PrunedShape) -> Verdict:
         return refuse_unequal_layers(cut)
     if cut.family == "qwen3" and cut.biases:
         return Verdict("no", "its qwen3 graph has no biases", "repair: none")
-    own = cut.family == "qwen3" or (cut.family == "qwen2" and cut.heads_are_those_of_the_config and not cut.biases)
+    own = cut.family == "qwen3" or (cut.family == "qwen2" and cut.has_config_head_size and not cut.biases)
     return Verdict("yes", f"as {cut.family if own else 'llama'}")
 
 
@@ -213,7 +217,7 @@ def _judge_tensorrt(cut: PrunedShape) -> Verdict:
     own = judge_stock_class(cut)
     if own.answer != "yes":
         return own
-    if cut.family not in _TENSORRT_FAMILIES or not cut.heads_are_those_of_the_config:
+    if cut.family not in _TENSORRT_FAMILIES or not cut.has_config_head_size:
         return Verdict("?", f"whether it takes {cut.family} with these heads was not looked up")
     return Verdict("yes", "its own class")
 
@@ -230,5 +234,7 @@ def _judge_int4(cut: PrunedShape, size: int) -> Verdict:
     said = "" if written == size else f"in groups of {written} ({what}: {width} inputs); "
     odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % written]
     if odd:
-        return Verdict("yes", f"{said}channels of zeros are added in {format_plural_count(len(odd), 'layer')}", f"align: {written}")
+        return Verdict(
+            "yes", f"{said}channels of zeros are added in {format_plural_count(len(odd), 'layer')}", f"align: {written}"
+        )
     return Verdict("yes", f"{said}every width is a multiple")

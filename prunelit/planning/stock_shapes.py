@@ -104,7 +104,7 @@ class PrunedShape:
         return any(shape.channel_cost > shape.ffn_matrices * hidden for _, _, shape in self.layers)
 
     @property
-    def heads_are_those_of_the_config(self) -> bool:
+    def has_config_head_size(self) -> bool:
         """The head size is what a config without one would say: hidden size / heads."""
         return all(len(kept.query_heads) * s.head_dim == self.plan.model.hidden_size for _, kept, s in self.attentions)
 
@@ -174,7 +174,9 @@ def refuse_added_biases(cut: PrunedShape) -> Verdict:
 def refuse_unequal_layers(cut: PrunedShape) -> Verdict:
     """Why layers are not alike, and the option that would make them so."""
     if cut.half_layers:
-        return Verdict("no", f"blocks went without their layer: {format_first_items(cut.half_layers)}", "a method that cuts widths")
+        return Verdict(
+            "no", f"blocks went without their layer: {format_first_items(cut.half_layers)}", "a method that cuts widths"
+        )
     heads = {kept.widths[:2] for _, kept, _ in cut.layers}
     kinds = [("heads", len(heads) > 1), ("FFN widths", len(cut.channels) > 1)]
     what = " and ".join(name for name, differ in kinds if differ) or "head sizes"

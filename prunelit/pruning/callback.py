@@ -24,15 +24,15 @@ from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.data import loading, text
 from prunelit.model.modes import move_to_device
 from prunelit.pruning.job import (
-    check_single_pruner,
     check_same_job,
+    check_same_on_ranks,
+    check_single_pruner,
+    collect_listeners,
+    find_cache_folder,
     find_model,
+    find_resume_path,
     find_tokenizer,
     fingerprint_job,
-    find_cache_folder,
-    collect_listeners,
-    find_resume_path,
-    check_same_on_ranks,
     read_callback_states,
     share_batches,
     take_batches,
@@ -57,8 +57,8 @@ class PruningCallback(PruningMethod, Callback):
     Arguments: see `PruningMethod`.
     """
 
-    _identity: dict[str, str | None] | None = None
-    _cut_weights: str | None = None
+    _job_fingerprints: dict[str, str | None] | None = None
+    _pruned_fingerprint: str | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Cut once, before anything is built on the model's shapes.
@@ -80,64 +80,64 @@ class PruningCallback(PruningMethod, Callback):
         marks = get_applied_plans(model)
         key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
         if key in marks:  # fit was called again over the same live model
-            self.plan_made = marks[key]
+            self.applied_plan = marks[key]
             return
         self.listeners = collect_listeners(trainer)
-        self._keep_beside(trainer)
-        self.repaired = self._cut_weights = None
-        self._identity = fingerprint_job(model, trainer, pl_module)
-        replay, saved = self.replayed, dict[str, Any]()
+        self._use_job_cache(trainer)
+        self.repaired = self._pruned_fingerprint = None
+        self._job_fingerprints = fingerprint_job(model, trainer, pl_module)
+        replay, saved = self.given_plan, dict[str, Any]()
         if resumed := find_resume_path(trainer):
-            replay, saved = self._resume(resumed)
+            replay, saved = self._load_resumed_plan(resumed)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
-            repaired = saved.get("repaired") if replay and self.kept_cut else None
+            repaired = saved.get("repaired") if replay and self.run_cache else None
             batches: list[Batch] = []
-            if self.needs_text(replay) and not (self.kept_cut and repaired and self.kept_cut.has(repaired)):
-                with self.stage("text"):
-                    batches = self._find_batches(trainer, pl_module, model)
-            marks[key] = self._prune(model, batches, replay, repaired)
-            if self.repairs:
-                self._cut_weights = fingerprint_weights(model)
-                if saved.get("cut_weights") not in (None, self._cut_weights):
+            if self.needs_text(replay) and not (self.run_cache and repaired and self.run_cache.has_file(repaired)):
+                with self.time_stage("text"):
+                    batches = self._find_calibration(trainer, pl_module, model)
+            marks[key] = self._prune_decoder(model, batches, replay, repaired)
+            if self.uses_repair:
+                self._pruned_fingerprint = fingerprint_weights(model)
+                if saved.get("cut_weights") not in (None, self._pruned_fingerprint):
                     warnings.warn(
                         "checkpoint: it was trained on other repaired weights than those made now: the kept ones are "
                         "gone, and text, machine or version differ",
                         stacklevel=2,
                     )
 
-    def decide_for(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
+    def plan_job(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
         """The plan by which `setup` would cut this job's model; nothing is cut. The run finds what was scored.
 
         The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
         """
         model = find_model(pl_module)
-        self._keep_beside(trainer)
+        self._use_job_cache(trainer)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
-            scores = self.reads_text and self.replayed is None
-            return self.decide(model, self._find_batches(trainer, pl_module, model) if scores else [])
+            scores = self.reads_text and self.given_plan is None
+            return self.plan_model(model, self._find_calibration(trainer, pl_module, model) if scores else [])
 
-    def _keep_beside(self, trainer: Trainer) -> None:
-        mine = self.kept is None or self.kept is self.kept_cut
+    def _use_job_cache(self, trainer: Trainer) -> None:
+        mine = self.cache is None or self.cache is self.run_cache
         folder = find_cache_folder(trainer)
-        self.kept_cut = ResultCache(folder) if folder else None
-        self.kept = self.kept_cut if mine else self.kept
+        self.run_cache = ResultCache(folder) if folder else None
+        self.cache = self.run_cache if mine else self.cache
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
-        if self.plan_made is None or not trainer.is_global_zero:
+        if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if folder := getattr(checkpoint, "dirpath", None):
-                self.plan_made.save(Path(folder) / self._sidecar)
+                self.applied_plan.save(Path(folder) / self._plan_file_name)
 
     def state_dict(self) -> dict[str, Any]:
         """The plan, as JSON text; fingerprints of the dense model and the tokenizer, and of repaired weights."""
         return {
-            "plan": self.plan_made.to_json() if self.plan_made else None,
+            "plan": self.applied_plan.to_json() if self.applied_plan else None,
             "repaired": self.repaired,
-            "cut_weights": self._cut_weights,
-        } | (self._identity or {})
+            "cut_weights": self._pruned_fingerprint,
+        } | (self._job_fingerprints or {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Check that the checkpoint's plan is the one the model was cut with.
@@ -145,20 +145,20 @@ class PruningCallback(PruningMethod, Callback):
         Raises:
             BadPlan: it is another one.
         """
-        check_same_job(state_dict, self._identity)
-        if state_dict.get("plan") and self.plan_made is not None:
+        check_same_job(state_dict, self._job_fingerprints)
+        if state_dict.get("plan") and self.applied_plan is not None:
             saved = PruningPlan.from_json(state_dict["plan"])
-            if saved.digest != self.plan_made.digest:
+            if saved.digest != self.applied_plan.digest:
                 raise BadPlan(
                     f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
-                    f"{self.plan_made.digest} ({self.plan_made.method}); resume with the configuration of that run"
+                    f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of that run"
                 )
 
     @property
-    def _sidecar(self) -> str:
+    def _plan_file_name(self) -> str:
         return f"plan.{self.name}.json"
 
-    def _resume(self, checkpoint: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+    def _load_resumed_plan(self, checkpoint: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
         """The plan a checkpoint was made with, in the file or beside it (a sharded one is a folder), and our state.
 
         Raises:
@@ -167,10 +167,10 @@ class PruningCallback(PruningMethod, Callback):
         """
         states = read_callback_states(checkpoint)
         saved: dict[str, Any] = states.get(self.state_key, {})
-        check_same_job(saved, self._identity)
+        check_same_job(saved, self._job_fingerprints)
         plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
         if plan is None:
-            beside = [folder / self._sidecar for folder in (checkpoint, checkpoint.parent)]
+            beside = [folder / self._plan_file_name for folder in (checkpoint, checkpoint.parent)]
             plan = next((PruningPlan.load(path) for path in beside if path.is_file()), None) if not states else None
         if plan is None:
             others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
@@ -181,16 +181,16 @@ class PruningCallback(PruningMethod, Callback):
                 )
             _log_on_rank_zero(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
             return None, saved
-        self._check_asked(plan, checkpoint)
+        self._check_resumed_options(plan, checkpoint)
         return plan, saved
 
-    def _check_asked(self, plan: PruningPlan, checkpoint: Path) -> None:
+    def _check_resumed_options(self, plan: PruningPlan, checkpoint: Path) -> None:
         """A run that goes on with a plan must ask for that plan."""
-        if self.replayed is not None:
-            if _list_remaining_units(self.replayed) != _list_remaining_units(plan):
+        if self.given_plan is not None:
+            if _list_remaining_units(self.given_plan) != _list_remaining_units(plan):
                 raise BadPlan(
                     f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
-                    f"{self.replayed.digest}; resume with the configuration of that run"
+                    f"{self.given_plan.digest}; resume with the configuration of that run"
                 )
             return
         asked = json.loads(json.dumps(self.options, default=str))
@@ -202,13 +202,13 @@ class PruningCallback(PruningMethod, Callback):
                     f"{asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
-    def _find_batches(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
+    def _find_calibration(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
         data = getattr(trainer, "datamodule", None)
         if self.calibration:
             tokenizer = find_tokenizer(trainer, pl_module)
             if tokenizer is None:
                 tokenizer = loading.load_tokenizer(str(cast(Any, model).config._name_or_path))
-            batches = self.batches_from(self.calibration, tokenizer)
+            batches = self.make_batches(self.calibration, tokenizer)
             check_same_on_ranks("calibration text", fingerprint_batches(batches))
             return batches
         if callable(getattr(data, "calibration_dataloader", None)):

@@ -104,8 +104,8 @@ def find_cache_folder(trainer: Trainer) -> Path | None:
 
 
 def collect_listeners(trainer: Trainer) -> list[EventListener]:
-    """The callbacks of a job that are told what happens: those with a method `hear`; `attach` of them is called."""
-    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "hear", None))]  # type: ignore[attr-defined]
+    """The callbacks of a job that are told what happens: those with a method `on_event`; `attach` of them is called."""
+    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "on_event", None))]  # type: ignore[attr-defined]
     for callback in found:
         if callable(attach := getattr(callback, "attach", None)):
             attach(trainer)

@@ -15,14 +15,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, split_into_batches, check_calibration_batches, count_real_tokens
+from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
 from prunelit.calibration.fingerprints import (
     compute_digest,
+    fingerprint_batches,
     fingerprint_model,
     fingerprint_package,
     fingerprint_source,
     hash_tensors,
-    fingerprint_batches,
 )
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
@@ -80,16 +80,16 @@ class PruningMethod(EventSource):
     """Whether scope "global" gives each layer's scores mean 0 and deviation 1 first."""
     joint: ClassVar[bool] = True
     """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
-    score_reads: ClassVar[tuple[str, ...] | None] = None
+    score_options: ClassVar[tuple[str, ...] | None] = None
     """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
     any option may."""
     before_cut: Callable[[Decoder, PruningPlan], None] | None = None
     """Called with the dense model when it is known what goes; what it raises, as where a format can not hold what would
     be left, ends the work before the cut and its repair."""
-    not_read: ClassVar[tuple[str, ...]] = ()
+    ignored_options: ClassVar[tuple[str, ...]] = ()
     """Options above that mean nothing to the method: others than their defaults are refused, `--help` leaves them out,
     and a comparison's common ones pass it by."""
-    cut_reads: ClassVar[tuple[str, ...]] = ()
+    cut_options: ClassVar[tuple[str, ...]] = ()
     """Options of the method's own that its `cut` reads, so that they may be given beside a plan."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
     """What `repair` may be; a method that adds one carries it out in `cut`."""
@@ -123,11 +123,11 @@ class PruningMethod(EventSource):
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
         for source in [calibration] if isinstance(calibration, str) else calibration or []:
             text.check_text_source(source)
-        self.replayed = PruningPlan.load(plan_file) if plan_file else None
+        self.given_plan = PruningPlan.load(plan_file) if plan_file else None
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
         self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
         defaults = inspect.signature(PruningMethod.__init__).parameters
-        for name in self.not_read:
+        for name in self.ignored_options:
             if (value := getattr(self, name)) != (default := defaults[name].default):
                 raise BadOption(
                     f"{name}: expected {default!r}, got {value!r}; {self.name} does not read it, leave it out"
@@ -135,14 +135,14 @@ class PruningMethod(EventSource):
         self.repair = repair
         self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
         self.plan_file = plan_file
-        self.plan_made: PruningPlan | None = None
+        self.applied_plan: PruningPlan | None = None
         self.seconds: dict[str, float] = {}
-        self.kept: ResultCache | None = None
+        self.cache: ResultCache | None = None
         """Where scores are kept."""
-        self.kept_cut: ResultCache | None = None
+        self.run_cache: ResultCache | None = None
         """Where the finished plan and repaired weights are kept: what a run that was killed goes on from."""
-        self.repaired: str | None = None
-        """Name of the file of repaired weights in `kept_cut`."""
+        self.repaired_file: str | None = None
+        """Name of the file of repaired weights in `run_cache`."""
         self._calibration_record: dict[str, Any] = {}
 
     # What a method overrides -------------------------------------------------------------------------------------
@@ -153,18 +153,20 @@ class PruningMethod(EventSource):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """What stays. Default: `score`, then `prunelit.planning.budget.select_units` under the budget."""
-        return self.make_plan(decoder.shape, self.selector(decoder)(self.scored(decoder, batches)))
+        return self.build_plan(decoder.shape, self.make_selector(decoder)(self.load_or_score(decoder, batches)))
 
-    def scored(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def load_or_score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         """`score`, or what is kept of it from an earlier run."""
 
         def pairs() -> list[tuple[Tensor | None, Tensor | None]]:
             return [(layer.heads, layer.channels) for layer in self.score(decoder, batches)]
 
-        return [LayerScores(*pair) for pair in self.recall("scores", decoder, batches, pairs)]
+        return [LayerScores(*pair) for pair in self.compute_cached("scores", decoder, batches, pairs)]
 
-    def recall(self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], CachedResult]) -> CachedResult:
-        """`compute`, or what is kept of it in `self.kept` from an earlier run with the same model, text and options.
+    def compute_cached(
+        self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], CachedResult]
+    ) -> CachedResult:
+        """`compute`, or what is kept of it in `self.cache` from an earlier run with the same model, text and options.
 
         Args:
             what: name of the result.
@@ -172,16 +174,16 @@ class PruningMethod(EventSource):
             batches: what it is computed on.
             compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
         """
-        if self.kept is None or not self.reads_text:
+        if self.cache is None or not self.reads_text:
             return compute()
-        key = self._key(decoder, batches, self.score_reads)
+        key = self._build_cache_key(decoder, batches, self.score_options)
         if key is None:
             return compute()
-        found, saved = self.kept.recall(f"{self.name}-{what}", key, compute)
+        found, saved = self.cache.get_or_compute(f"{self.name}-{what}", key, compute)
         self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
         return found
 
-    def _key(
+    def _build_cache_key(
         self, decoder: Decoder, batches: Sequence[Batch], reads: Sequence[str] | None = None
     ) -> dict[str, Any] | None:
         """Everything that decides what this method computes; None where that is not known."""
@@ -196,11 +198,11 @@ class PruningMethod(EventSource):
             "text": fingerprint_batches(batches),
             "device": decoder.device.type,
         }
-        if self.kept_cut is not None:  # a run's folder outlives versions of prunelit
+        if self.run_cache is not None:  # a run's folder outlives versions of prunelit
             key["package"] = fingerprint_package()
         return key
 
-    def selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
+    def make_selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
         """`prunelit.planning.budget.select_units` with this callback's options: scores -> kept units. A latency is measured here, once.
 
         Raises:
@@ -222,7 +224,7 @@ class PruningMethod(EventSource):
             align=self.align,
             protect=self.protect,
             budget=self.budget,
-            min_kept=self.least_share(decoder),
+            min_kept=self.get_min_kept(decoder),
             uniform_heads=self.uniform_heads,
             standardise=self.standardise,
             joint=self.joint,
@@ -236,14 +238,16 @@ class PruningMethod(EventSource):
             kept = select(scores, **options)
             if first and self.listeners:  # a method that selects again brings an order in the form of scores
                 first = False
-                self.tell(
-                    "scores", heads=_list_scores(s.heads for s in scores), channels=_list_scores(s.channels for s in scores)
+                self.emit(
+                    "scores",
+                    heads=_list_scores(s.heads for s in scores),
+                    channels=_list_scores(s.channels for s in scores),
                 )
             return kept
 
         return told
 
-    def least_share(self, decoder: Decoder) -> float:
+    def get_min_kept(self, decoder: Decoder) -> float:
         """`min_kept`; a method may derive it from the model."""
         return self.min_kept
 
@@ -256,18 +260,18 @@ class PruningMethod(EventSource):
         else:
             reconstruct.apply_least_squares(decoder.model, plan, batches, self.repair)
 
-    def make_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
+    def build_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
         """A plan of this method, with its options, seed and calibration on record."""
         return PruningPlan(self.name, shape, tuple(kept), self.options, self.seed, self._calibration_record)
 
     @property
-    def repairs(self) -> bool:
+    def uses_repair(self) -> bool:
         """Whether `cut` reads text."""
         return self.repair != "none"
 
     def needs_text(self, replay: PruningPlan | None = None) -> bool:
         """Whether `prune` reads calibration text: to score, unless a plan is replayed, or to repair."""
-        return self.repairs or (self.reads_text and (replay or self.replayed) is None)
+        return self.uses_repair or (self.reads_text and (replay or self.given_plan) is None)
 
     # The same steps without a Trainer ----------------------------------------------------------------------------
 
@@ -293,26 +297,26 @@ class PruningMethod(EventSource):
 
         Args:
             model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
-            batches: calibration batches, see `batches_from`; every rank passes the same list.
+            batches: calibration batches, see `make_batches`; every rank passes the same list.
             replay: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
             BadOption, NoCalibration: not such a model, not such batches, or none; nothing was cut then.
             NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
         """
-        return self._prune(model, batches, replay, None)
+        return self._prune_decoder(model, batches, replay, None)
 
-    def _prune(
+    def _prune_decoder(
         self, model: nn.Module, batches: Sequence[Batch], replay: PruningPlan | None, repaired: str | None
     ) -> PruningPlan:
-        """`prune`; `repaired` names a file in `kept_cut` of weights that were repaired after a cut by `replay`."""
+        """`prune`; `repaired` names a file in `run_cache` of weights that were repaired after a cut by `replay`."""
         decoder = Decoder(model)
-        plan = self._decided(decoder, batches, replay)
+        plan = self._make_checked_plan(decoder, batches, replay)
         if self.before_cut is not None:
             self.before_cut(decoder, plan)
-        with self.stage("cut"):
-            self._cut_once(decoder, plan, batches, repaired)
-        self.plan_made = plan
+        with self.time_stage("cut"):
+            self._cut_or_restore(decoder, plan, batches, repaired)
+        self.applied_plan = plan
         predicted = plan.predicted
         _log_on_rank_zero(
             f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
@@ -320,7 +324,9 @@ class PruningMethod(EventSource):
         )
         return plan
 
-    def decide(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
+    def plan_model(
+        self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None
+    ) -> PruningPlan:
         """The plan that `prune` with the same arguments cuts by; nothing is cut.
 
         Args:
@@ -333,62 +339,68 @@ class PruningMethod(EventSource):
                 `prune`.
         """
         decoder = Decoder(model)
-        plan = self._decided(decoder, batches, replay)
+        plan = self._make_checked_plan(decoder, batches, replay)
         surgery.check_plan_fits(decoder, plan)
         return plan
 
-    def _decided(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
-        check_calibration_batches(batches, needed=self.reads_text and (replay or self.replayed) is None)
-        with self.stage("score_and_plan"):
+    def _make_checked_plan(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
+        check_calibration_batches(batches, needed=self.reads_text and (replay or self.given_plan) is None)
+        with self.time_stage("score_and_plan"):
             if batches and self.needs_text(replay):
-                context_length.check_context_length(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
+                context_length.check_context_length(
+                    decoder.config, max(batch["input_ids"].shape[1] for batch in batches)
+                )
             decoder.check_finite()
-            plan = replay or self.replayed
+            plan = replay or self.given_plan
             if plan is None:
                 self._calibration_record = {**self._calibration_record, "tokens": sum(map(count_real_tokens, batches))}
-                plan = self._planned(decoder, batches)
+                plan = self._load_or_plan(decoder, batches)
             plan = bias.declare_biases(decoder, plan, self.repair == "bias")
             _check_ranks_agree(plan)
-        self.tell("planned", plan=plan)
+        self.emit("planned", plan=plan)
         return plan
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def time_stage(self, name: str) -> Iterator[None]:
         """Time a stage of the work into `seconds`, and tell it."""
         start = time.perf_counter()
         with progress.show_stage(name.replace("_", " ")):
             yield
         self.seconds[name] = time.perf_counter() - start
-        self.tell("stage", name=name, seconds=self.seconds[name], memory_mib=get_peak_memory_mib())
+        self.emit("stage", name=name, seconds=self.seconds[name], memory_mib=get_peak_memory_mib())
 
-    def _planned(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+    def _load_or_plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         """`plan`, or the finished plan of an earlier run with the same options."""
-        key = self._key(decoder, batches) if self.kept_cut is not None and self.reads_text else None
-        if self.kept_cut is None or key is None:
+        key = self._build_cache_key(decoder, batches) if self.run_cache is not None and self.reads_text else None
+        if self.run_cache is None or key is None:
             return self.plan(decoder, batches)
-        found, saved = self.kept_cut.recall(f"{self.name}-plan", key, lambda: self.plan(decoder, batches).to_json())
+        found, saved = self.run_cache.get_or_compute(
+            f"{self.name}-plan", key, lambda: self.plan(decoder, batches).to_json()
+        )
         self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
         return PruningPlan.from_json(found)
 
-    def _cut_once(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch], repaired: str | None) -> None:
+    def _cut_or_restore(
+        self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch], repaired: str | None
+    ) -> None:
         """`cut`; where that repairs, what an earlier run has made of the weights is put back instead."""
-        key = self._key(decoder, batches) if self.kept_cut is not None and self.repairs else None
-        if self.kept_cut is None or key is None:
+        key = self._build_cache_key(decoder, batches) if self.run_cache is not None and self.uses_repair else None
+        if self.run_cache is None or key is None:
             self.cut(decoder, plan, batches)
             return
         said = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
-        self.repaired = repaired or f"{self.name}-repaired-{compute_digest(said)}.pt"
-        if self.kept_cut.has(self.repaired):
+        self.repaired_file = repaired or f"{self.name}-repaired-{compute_digest(said)}.pt"
+        if self.run_cache.has_file(self.repaired_file):
             surgery.apply(decoder.model, plan)
-            saved = self.kept_cut.put_back(self.repaired, decoder.model)
+            saved = self.run_cache.load_changed_weights(self.repaired_file, decoder.model)
             self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
             return
         before = hash_tensors(decoder.model) if get_rank() == 0 else {}
         start = time.perf_counter()
         self.cut(decoder, plan, batches)
-        self.kept_cut.keep_changes(self.repaired, decoder.model, before, time.perf_counter() - start)
+        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, before, time.perf_counter() - start)
 
-    def batches_from(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
+    def make_batches(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
         """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
         ids = text.draw_windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
         self._calibration_record = {

@@ -180,7 +180,7 @@ class Int4Linear(nn.Module):
         linear.packed, linear.scale, linear.zero, linear.bias = packed, scale, zero, bias
         return linear
 
-    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantize_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight W~ [O, I]."""
         return _unpack_weight(self.packed, self.scale, self.zero, self.in_features, dtype)
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelit.core.architectures import get_architecture
-from prunelit.model.folder import SafetensorsFolder, read_model_config, build_meta_model
+from prunelit.model.folder import SafetensorsFolder, build_meta_model, read_model_config
 from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import Int4Linear
 from prunelit.quantization.linears import DecoderLinear, list_decoder_linears
@@ -134,11 +134,15 @@ def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
         if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in beside):
             codes, scale, zero = (files.map_tensor(key) for key in (weight, *beside))
             if codes.shape != (module.out_features, module.in_features // CODES_PER_WORD):
-                raise _make_shape_error(folder, weight, f"[{module.out_features}, {module.in_features // CODES_PER_WORD}]", codes)
+                raise _make_shape_error(
+                    folder, weight, f"[{module.out_features}, {module.in_features // CODES_PER_WORD}]", codes
+                )
             groups = module.in_features // config["quantization_config"]["group_size"]
             if not scale.shape == zero.shape == (module.out_features, groups):
                 wanted = f"scales and qbiases [{module.out_features}, {groups}]"
-                raise _make_shape_error(folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero)
+                raise _make_shape_error(
+                    folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero
+                )
             packed = codes.clone().view(torch.uint8)
             parts = (packed, scale.float().clone(), zero.float().clone())
             replace_module(model, name, Int4Linear.from_parts(*parts, module.in_features, module.bias))

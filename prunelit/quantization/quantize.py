@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.core.architectures import get_architecture
-from prunelit.model.decoder import is_conv1d, get_weight_out_in
+from prunelit.model.decoder import get_weight_out_in, is_conv1d
 from prunelit.model.per_layer import find, replace_module, set_linear
 from prunelit.quantization.int4 import Int4Linear, check_group_size, compute_error_bound
-from prunelit.quantization.linears import list_decoder_linears, has_adapters, is_nf4, get_quantization, get_linear_widths
+from prunelit.quantization.linears import (
+    get_linear_widths,
+    get_quantization,
+    has_adapters,
+    is_nf4,
+    list_decoder_linears,
+)
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from prunelit.runtime.progress import track_progress
 
@@ -34,7 +40,7 @@ class Misfit(NamedTuple):
 
     name: str
     in_features: int
-    wanted: int
+    multiple: int
     align: int | None
 
 
@@ -98,7 +104,7 @@ def check_base_shapes(model: Any, base: Base, group_size: int = 32) -> None:
         first = found[0]
         remedy = f"cut with align: {first.align}, or " if first.align else ""
         raise BadQuantisation(
-            f"{first.name}: nf4 on a CPU: expected inputs in multiples of {first.wanted}, got {first.in_features} "
+            f"{first.name}: nf4 on a CPU: expected inputs in multiples of {first.multiple}, got {first.in_features} "
             f"({len(found)} such linears); {remedy}use base int4 or none"
         )
 
@@ -148,7 +154,11 @@ def quantize_model(
         else:
             new = _make_nf4_linear(weight, old.bias, compute_dtype or weight.dtype, double_quant)
         bound = compute_error_bound(group_size) if base == "int4" else _NF4_ERROR_BOUND
-        records.append(QuantizedLinear(name, len(weight), weight.shape[1], _measure_relative_error(weight, _dequantize_weight(new))))
+        records.append(
+            QuantizedLinear(
+                name, len(weight), weight.shape[1], _measure_relative_error(weight, _dequantize_weight(new))
+            )
+        )
         _check_relative_error(records[-1], base, bound)
         setattr(new, CONV1D_MARK, is_conv1d(old))
         replace_module(model, name, new)
@@ -253,7 +263,7 @@ def _make_nf4_linear(weight: Tensor, bias: nn.Parameter | None, compute_dtype: t
 def _dequantize_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [O, I] that a quantised linear stands for."""
     if isinstance(module, Int4Linear):
-        return module.dequantised(dtype or torch.float32)
+        return module.dequantize_weight(dtype or torch.float32)
     state = module.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise BadQuantisation("dequantised: nf4 weights were packed by an evaluation outside prunelit; load them again")

@@ -8,7 +8,7 @@ from torch import nn
 from prunelit.model.copies import copy_sharing_tensors
 from prunelit.model.decoder import Decoder, is_conv1d
 from prunelit.model.per_layer import replace_module, set_counters, set_linear
-from prunelit.quantization.linears import list_decoder_linears, has_adapters, get_quantization, get_linear_widths
+from prunelit.quantization.linears import get_linear_widths, get_quantization, has_adapters, list_decoder_linears
 from prunelit.quantization.quantize import CONV1D_MARK
 
 

@@ -26,8 +26,8 @@ from prunelit.model.decoder import is_conv1d
 from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.int4_folder import CODES_PER_WORD, read_int4_config, pad_row_blocks
-from prunelit.quantization.linears import list_decoder_linears, get_quantization, get_linear_widths, unwrap_peft_model
+from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
+from prunelit.quantization.linears import get_linear_widths, get_quantization, list_decoder_linears, unwrap_peft_model
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.recovery.lora import build_peft_config
 from prunelit.runtime.errors import BadAdapter
@@ -123,7 +123,12 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
     """
     path = Path(folder).expanduser()
     settings = _read_adapter_settings(path)
-    _check_shapes_match(folder, _read_adapter_shapes(path), {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)}, "the model")
+    _check_shapes_match(
+        folder,
+        _read_adapter_shapes(path),
+        {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)},
+        "the model",
+    )
     if get_quantization(model) == "int4":
         return _merge_into_zeros(model, path, settings)
     from peft import PeftModel

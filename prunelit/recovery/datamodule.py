@@ -81,7 +81,9 @@ class TextDataModule(LightningDataModule):
         tokenizer = loading.load_tokenizer(self.source)
         calibration, validation, train = self.counts
         parts = [
-            _shuffle_windows(text.cut_into_windows(text.tokenise_source(source, tokenizer), self.seqlen, source), self.seed + number)
+            _shuffle_windows(
+                text.cut_into_windows(text.tokenise_source(source, tokenizer), self.seqlen, source), self.seed + number
+            )
             for number, source in enumerate(self.train_sources)
         ]
         self.calibration, parts = _take_windows_evenly(parts, calibration)
@@ -93,7 +95,7 @@ class TextDataModule(LightningDataModule):
         seen = _fingerprint_windows(self.validation)
         self.calibration = _drop_known_windows(self.calibration, seen)
         self.train = _drop_known_windows(torch.cat(parts), seen | _fingerprint_windows(self.calibration))[:train]
-        self.rows = self._mixed(tokenizer)
+        self.rows = self._mix_instructions(tokenizer)
         if not len(self.rows["input_ids"]) or not len(self.validation):
             raise NotEnoughText(
                 f"data: expected more than {calibration} calibration and {validation} validation windows of "
@@ -104,11 +106,13 @@ class TextDataModule(LightningDataModule):
         if stage == "fit":
             self.train_dataloader()  # raises now, not after the cut
 
-    def _mixed(self, tokenizer: Any) -> dict[str, Tensor]:
+    def _mix_instructions(self, tokenizer: Any) -> dict[str, Tensor]:
         """What is trained on: windows of text, and examples."""
         if not self.instruction_sources:
             return {"input_ids": self.train}
-        found = [instruction_data.read_instructions(source, tokenizer, self.seqlen) for source in self.instruction_sources]
+        found = [
+            instruction_data.read_instructions(source, tokenizer, self.seqlen) for source in self.instruction_sources
+        ]
         examples = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
         order = torch.randperm(len(examples["labels"]), generator=torch.Generator().manual_seed(self.seed))
         windows = {"input_ids": self.train, "labels": self.train, "attention_mask": torch.ones_like(self.train)}
@@ -116,17 +120,17 @@ class TextDataModule(LightningDataModule):
 
     def train_dataloader(self) -> "WindowLoader":
         """Shuffled anew each epoch; resumes at the batch where a checkpoint was saved."""
-        return WindowLoader(self.rows, self.batch_size, self.seed, *self._place())
+        return WindowLoader(self.rows, self.batch_size, self.seed, *self._get_rank_and_world())
 
     def val_dataloader(self) -> "WindowLoader":
         """In order."""
-        return WindowLoader({"input_ids": self.validation}, self.batch_size, None, *self._place())
+        return WindowLoader({"input_ids": self.validation}, self.batch_size, None, *self._get_rank_and_world())
 
     def calibration_dataloader(self) -> list[dict[str, Tensor]]:
         """What pruning callbacks score on; all of it on every rank."""
         return [{"input_ids": part} for part in self.calibration.split(self.batch_size)]
 
-    def _place(self) -> tuple[int, int]:
+    def _get_rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
@@ -174,9 +178,9 @@ class WindowLoader:
         while self.batch < len(self):
             index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
             self.batch += 1
-            yield _trim_padding(self._taken(index))
+            yield _trim_padding(self._select_rows(index))
 
-    def _taken(self, index: Tensor) -> dict[str, Tensor]:
+    def _select_rows(self, index: Tensor) -> dict[str, Tensor]:
         """Rows by number; -1 is a row of which nothing is predicted."""
         batch = {name: values[index] for name, values in self.rows.items()}
         if bool((index < 0).any()):

@@ -17,7 +17,13 @@ from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder, is_conv1d
 from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.linears import DecoderLinear, list_decoder_linears, has_adapters, get_quantization, get_linear_widths
+from prunelit.quantization.linears import (
+    DecoderLinear,
+    get_linear_widths,
+    get_quantization,
+    has_adapters,
+    list_decoder_linears,
+)
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from prunelit.runtime.progress import show_stage
 
@@ -233,7 +239,9 @@ def merge_into_full_precision(full_base: Any, adapted: Any) -> nn.Module:
         raise BadQuantisation(
             "merge_into: adapted: expected a PEFT model, got none; merge int4 with prunelit.recovery.lora.merge_adapters"
         )
-    mine, theirs = ({x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)} for model in (full_base, adapted))
+    mine, theirs = (
+        {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)} for model in (full_base, adapted)
+    )
     for name in sorted(mine.keys() | theirs.keys()):
         if mine.get(name) != theirs.get(name):
             raise BadQuantisation(
@@ -262,7 +270,9 @@ def _list_linear_ranks(linears: Sequence[DecoderLinear], rank: int, ranks: Ranks
     return [of_layer[linear.layer].get(linear.kind, rank) for linear in linears]
 
 
-def _build_rank_patterns(linears: Sequence[DecoderLinear], chosen: Sequence[int], rank: int, layers: str) -> dict[str, int]:
+def _build_rank_patterns(
+    linears: Sequence[DecoderLinear], chosen: Sequence[int], rank: int, layers: str
+) -> dict[str, int]:
     """PEFT's `rank_pattern`, regular expressions of module names: one per block and rank that is not the default.
 
     PEFT tries every pattern on every linear, so a pattern per linear would take minutes on a large model.

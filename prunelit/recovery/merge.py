@@ -10,14 +10,18 @@ from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.quantization import int4_folder, quantize, views
-from prunelit.quantization.linears import has_adapters, get_quantization
+from prunelit.quantization.linears import get_quantization, has_adapters
 from prunelit.recovery import adapter_files
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadQuantisation
 from prunelit.runtime.text_files import write_json
 
 _ROWS, _LENGTH = 2, 128
-_ADAPTER_VERDICT = {"format": "adapter", "passed": None, "why": "not proved alone: report.json says what merging them changed"}
+_ADAPTER_VERDICT = {
+    "format": "adapter",
+    "passed": None,
+    "why": "not proved alone: report.json says what merging them changed",
+}
 _MERGE_TARGETS = {
     "none": "into the weights",
     "int4": "into the zeros of the INT4 groups",

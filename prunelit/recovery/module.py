@@ -22,7 +22,13 @@ from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.quantization import quantize, views
 from prunelit.recovery import lora
-from prunelit.recovery.losses import compute_cross_entropy, compute_kl_divergence, compute_hidden_distance, select_model_inputs, derive_labels
+from prunelit.recovery.losses import (
+    compute_cross_entropy,
+    compute_hidden_distance,
+    compute_kl_divergence,
+    derive_labels,
+    select_model_inputs,
+)
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.strategies import sharding
 
@@ -123,11 +129,11 @@ class RecoveryModule(LightningModule):
             False  # a checkpoint holds trainable weights only; on_load_checkpoint checks that all came
         )
         self.model: Any = None
-        self._dense: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
+        self._teacher: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
         self._configured = False
-        self._skeleton: list[Any] = []  # of a sharded model, without memory; in a list as well
-        self._full: list[Any] = []  # the cut model before nf4, its weights on disk
-        self._pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
+        self._meta_model: list[Any] = []  # of a sharded model, without memory; in a list as well
+        self._full_precision_model: list[Any] = []  # the cut model before nf4, its weights on disk
+        self._hidden_state_pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
 
@@ -154,23 +160,25 @@ class RecoveryModule(LightningModule):
             return
         self._configured, options = True, self.hparams
         if options["loss"] == "distill":
-            self._load_dense()
+            self._load_teacher()
         sharding.mark_decoder_layers(self.model)
         if options["base"] == "nf4":
-            self._full = [copies.copy_to_disk(self.model, sources.get_cache_folder() / "scratch")]
+            self._full_precision_model = [copies.copy_to_disk(self.model, sources.get_cache_folder() / "scratch")]
         quantize.quantize_model(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
             self.model = lora.add_lora(
-                self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"], self._ranks()
+                self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"], self._choose_ranks()
             )
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
         if sharding.is_sharded_strategy(self.trainer.strategy):
-            self._skeleton = [sharding.prepare_for_sharding(self.model, loading.DTYPES[options["dtype"]], self.device_mesh)]
+            self._meta_model = [
+                sharding.prepare_for_sharding(self.model, loading.DTYPES[options["dtype"]], self.device_mesh)
+            ]
 
-    def _ranks(self) -> lora.RanksByBlock | None:
+    def _choose_ranks(self) -> lora.RanksByBlock | None:
         options = self.hparams
         plans = list(get_applied_plans(self.model).values())
         if options["rank_rule"] == "by_cut" and plans:
@@ -178,7 +186,7 @@ class RecoveryModule(LightningModule):
             return lora.allocate_ranks_by_cut(plans[-1], options["lora_rank"], size)
         return {"ffn": options["ffn_lora_rank"]} if options["ffn_lora_rank"] else None
 
-    def _load_dense(self) -> None:
+    def _load_teacher(self) -> None:
         """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
         dense = loading.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
         if self.hparams["lora_rank"] and not sharding.is_sharded_strategy(self.trainer.strategy):
@@ -192,8 +200,8 @@ class RecoveryModule(LightningModule):
         for plan in get_applied_plans(self.model).values():
             kept = [kept[index] for index, layer in enumerate(plan.layers) if not layer.removed]
         # hidden_states[i] leaves layer i - 1, but the last one the final norm.
-        self._pairs = [*((j + 1, layer + 1) for j, layer in enumerate(kept[:-1])), (-1, -1)]
-        self._dense = [dense]
+        self._hidden_state_pairs = [*((j + 1, layer + 1) for j, layer in enumerate(kept[:-1])), (-1, -1)]
+        self._teacher = [dense]
 
     def configure_optimizers(self) -> Any:
         """The optimiser of what is trainable; linear warm-up, then cosine to zero, per step."""
@@ -212,18 +220,24 @@ class RecoveryModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
         """The loss of a batch; padding does not count."""
-        loss = self._cross_entropy(batch) if self.hparams["loss"] == "cross_entropy" else self._distance(batch)
+        loss = (
+            self._compute_cross_entropy(batch)
+            if self.hparams["loss"] == "cross_entropy"
+            else self._compute_distillation_loss(batch)
+        )
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
-    def _cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return compute_cross_entropy(self.model(**select_model_inputs(batch), use_cache=False).logits, derive_labels(batch))
+    def _compute_cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return compute_cross_entropy(
+            self.model(**select_model_inputs(batch), use_cache=False).logits, derive_labels(batch)
+        )
 
-    def _distance(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def _compute_distillation_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """From the dense model: divergence, hidden states, and a share of cross-entropy."""
         options, labels = self.hparams, derive_labels(batch)
         share, hidden = options["label_share"], options["hidden_weight"] > 0
-        dense = self._dense[0].to(self.device)
+        dense = self._teacher[0].to(self.device)
         wanted = {"use_cache": False, "output_hidden_states": hidden}
         with torch.no_grad():
             teacher = dense(**select_model_inputs(batch), **wanted)
@@ -233,7 +247,8 @@ class RecoveryModule(LightningModule):
             loss = loss + share * compute_cross_entropy(student.logits, labels)
         if hidden:
             mine, theirs = zip(
-                *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._pairs), strict=True
+                *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._hidden_state_pairs),
+                strict=True,
             )
             loss = loss + options["hidden_weight"] * compute_hidden_distance(mine, theirs, labels)
         return loss
@@ -244,24 +259,28 @@ class RecoveryModule(LightningModule):
         self.val_perplexity.update(logits, derive_labels(batch)[:, 1:])
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
-    def whole_model(self) -> Any:
+    def gather_model(self) -> Any:
         """The model with its adapters, all of it on this process; all ranks call."""
-        if self._skeleton:
-            self.model = sharding.gather_full_weights(self.trainer.strategy.model, self._skeleton.pop())
+        if self._meta_model:
+            self.model = sharding.gather_full_weights(self.trainer.strategy.model, self._meta_model.pop())
         return self.model
 
-    def cut_model(self) -> Any:
+    def get_pruned_model(self) -> Any:
         """The model below the adapters, sharing their base's tensors; for nf4 the cut weights in full precision."""
-        return self._full[0] if self._full else views.view_without_adapters(self.whole_model())
+        return (
+            self._full_precision_model[0]
+            if self._full_precision_model
+            else views.view_without_adapters(self.gather_model())
+        )
 
-    def merged_model(self) -> Any:
+    def merge_model(self) -> Any:
         """The transformers model with the adapters merged in; all ranks call.
 
         Without loss, and still 4-bit, on int4; out of nf4 into the cut weights in full precision.
         """
-        self.whole_model()
-        if self._full:
-            self.model = lora.merge_into_full_precision(self._full.pop(), self.model).to(self.device)
+        self.gather_model()
+        if self._full_precision_model:
+            self.model = lora.merge_into_full_precision(self._full_precision_model.pop(), self.model).to(self.device)
         self.model = lora.merge_adapters(self.model)
         return self.model
 

@@ -108,7 +108,11 @@ def list_lost_inputs(layer: Layer, kept: LayerPlan) -> Iterator[tuple[Activation
     """Output projections that stay but lose inputs: the point they read, the linear, and which inputs go [C]."""
     shape = layer.shape
     if layer.has_attention and 0 < len(kept.query_heads) < shape.query_heads:
-        yield "heads", layer.output, _mask_removed(kept.query_heads, shape.query_heads).repeat_interleave(shape.head_dim)
+        yield (
+            "heads",
+            layer.output,
+            _mask_removed(kept.query_heads, shape.query_heads).repeat_interleave(shape.head_dim),
+        )
     if layer.has_mlp and 0 < len(kept.ffn_channels) < shape.ffn_channels:
         yield "channels", layer.down, _mask_removed(kept.ffn_channels, shape.ffn_channels)
 

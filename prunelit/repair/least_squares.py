@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.model.decoder import get_weight_out_in
-from prunelit.runtime.distributed import sum_over_ranks, get_rank
+from prunelit.runtime.distributed import get_rank, sum_over_ranks
 
 _MAX_ATTEMPTS = 8  # the ridge grows tenfold while the matrix has no Cholesky factor
 _SMALLEST_RIDGE = 1e-8  # from which a ridge of 0 grows
@@ -73,7 +73,7 @@ class NormalEquations:
         self._summed = False
 
     @torch.no_grad()
-    def add(self, x: Tensor, error: Tensor, wanted: Tensor | None = None, weights: Tensor | None = None) -> None:
+    def add_batch(self, x: Tensor, error: Tensor, wanted: Tensor | None = None, weights: Tensor | None = None) -> None:
         """Add the rows of one batch.
 
         Args:
@@ -102,7 +102,7 @@ class NormalEquations:
         self.squares[1] += wanted.square().sum(dtype=torch.float64)
         self.squares[2] += count.sum(dtype=torch.float64)
 
-    def all_sum(self) -> None:
+    def sum_over_ranks(self) -> None:
         """Sum over ranks, once; every rank calls it (`solve` does)."""
         if not self._summed:
             for sums in (self.gram, self.cross, self.squares):
@@ -115,11 +115,11 @@ class NormalEquations:
         The ridge grows tenfold as long as there is no Cholesky factor to be trusted, in float32 or in float64. Sums
         that are not finite, or a correction that does not lower the error, give zeros.
         """
-        self.all_sum()
+        self.sum_over_ranks()
         solution = torch.zeros_like(self.cross, dtype=torch.float32)
         numbers = torch.tensor([ridge, self.squares[0]], dtype=torch.float64, device=self.gram.device)
         if get_rank() == 0:
-            found = self._solved(ridge)
+            found = self._solve_locally(ridge)
             if found is not None:
                 # LAPACK's columns come first in memory; what is sent to other ranks has rows first.
                 solution, numbers = found[0].contiguous(), numbers.new_tensor(found[1:])
@@ -132,7 +132,7 @@ class NormalEquations:
         bias = solution[-1] if self.bias else None
         return Fit(weight, bias, took, *(_compute_relative_error(error, wanted) for error in (before, after)))
 
-    def _solved(self, ridge: float) -> tuple[Tensor, float, float] | None:
+    def _solve_locally(self, ridge: float) -> tuple[Tensor, float, float] | None:
         """(D^T float32 [N, K], ridge, squared error after), or None where the weights are better left alone."""
         error, _, rows = self.squares.tolist()
         mean = float(self.gram.diagonal()[: self.inputs].mean())
@@ -169,33 +169,35 @@ class NormalEquations:
                 return solution.float(), now, max(0.0, float(after))
         return None
 
-    def corrected(self, fit: Fit) -> "NormalEquations":
+    def derive_after_fit(self, fit: Fit) -> "NormalEquations":
         """The equations once `fit` is part of the weights."""
-        self.all_sum()
+        self.sum_over_ranks()
         change = fit.weight.double().T
         if self.bias:
             change = torch.cat([change, cast(Tensor, fit.bias).double()[None]])
         moved = self.gram @ change
         error = self.squares[0] - 2 * (change * self.cross).sum() + (change * moved).sum()
-        return self._like(self.inputs, self.gram, self.cross - moved, error)
+        return self._derive(self.inputs, self.gram, self.cross - moved, error)
 
-    def keeping(self, columns: Tensor, weight: Tensor) -> "NormalEquations":
+    def derive_after_cut(self, columns: Tensor, weight: Tensor) -> "NormalEquations":
         """The equations once the linear has lost its other inputs; no data is needed.
 
         Args:
             columns: indices of the inputs that stay.
             weight: [K, C] of the linear before it loses them.
         """
-        self.all_sum()
+        self.sum_over_ranks()
         stays = torch.zeros(len(self.gram), dtype=torch.bool, device=self.gram.device)
         stays[columns.to(stays.device)] = True
         stays[self.inputs :] = True  # the bias
         lost = weight.double().T[~stays[: self.inputs]]  # their part of the outputs is error now
         gone = self.gram[~stays]
         error = self.squares[0] + 2 * (lost * self.cross[~stays]).sum() + (lost * (gone[:, ~stays] @ lost)).sum()
-        return self._like(len(columns), self.gram[stays][:, stays], self.cross[stays] + gone[:, stays].T @ lost, error)
+        return self._derive(
+            len(columns), self.gram[stays][:, stays], self.cross[stays] + gone[:, stays].T @ lost, error
+        )
 
-    def _like(self, inputs: int, gram: Tensor, cross: Tensor, error: Tensor) -> "NormalEquations":
+    def _derive(self, inputs: int, gram: Tensor, cross: Tensor, error: Tensor) -> "NormalEquations":
         found = copy.copy(self)
         found.inputs, found.gram, found.cross = inputs, gram, cross
         found.squares = torch.stack([error.clamp_min(0), *self.squares[1:]])

@@ -77,15 +77,15 @@ def apply_least_squares(
         for index in track_progress(range(start, len(decoder.layers)), "repairing", unit="layer"):
             dense, kept = decoder.layers[index], plan.layers[index]
             ends = _choose_target_points(dense, kept, target)
-            lock.enter(index, tuple(ends.values()))
+            lock.enter_layer(index, tuple(ends.values()))
             surgery.prune_layer(dense, kept, decoder.config)
-            lock.look()
+            lock.refresh_layer()
             for block, end in ends.items():
                 fit = accumulate_equations(lock, block, end, hold_heads=block == "attention").solve(ridge)
                 fit.add_to(get_output_projection(lock.layer, block)[0])
                 records.append(record_layer_fit(index, block, fit))
             if index + 1 < len(decoder.layers):
-                lock.leave()
+                lock.leave_layer()
     surgery.finish_pruning(decoder, plan)
     return records
 
@@ -128,9 +128,9 @@ def accumulate_equations(
     name = lock.layer.architecture.residual_scale
     scale = float(getattr(lock.decoder.config, name)) if name and end != output else 1.0
     points, watch = also or ((), None)
-    for place, x in lock.visit((inputs, output, end, *points), **options):
-        error = (widen_to_float32(lock.target(end, place)) - x[end]) / scale
-        found.add(x[inputs], error, x[output] + error)
+    for place, x in lock.run_cut_stream((inputs, output, end, *points), **options):
+        error = (widen_to_float32(lock.get_target(end, place)) - x[end]) / scale
+        found.add_batch(x[inputs], error, x[output] + error)
         if watch is not None:
             watch(x)
     return found

@@ -30,7 +30,12 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
         f"removed {predicted['ratio_of_block_parameters']:.2%} of block parameters, "
         f"{predicted['ratio_of_all_parameters']:.2%} of all"
     )
-    parts = [head, render_plan_totals({"dense": make_dense_plan(plan), "planned": plan}), removed, _describe_time(plan, measured)]
+    parts = [
+        head,
+        render_plan_totals({"dense": make_dense_plan(plan), "planned": plan}),
+        removed,
+        _describe_time(plan, measured),
+    ]
     return "\n\n".join([*parts, render_layer_table(plan), render_serving_table(plan)])
 
 
@@ -96,13 +101,17 @@ def render_serving_table(plan: PruningPlan) -> str:
     return "\n".join([_align_columns(rows), "", *list_serving_notes(plan)])
 
 
-def render_plan_difference(first: PruningPlan, second: PruningPlan, found: Sequence[PlanDifference], names: tuple[str, str]) -> str:
+def render_plan_difference(
+    first: PruningPlan, second: PruningPlan, found: Sequence[PlanDifference], names: tuple[str, str]
+) -> str:
     """Totals of both plans and a line for every difference; `found` is not empty."""
     rows = [["layer", "units", "kept", f"only in {names[0]}", f"only in {names[1]}"]]
     rows += [[str(each.layer), each.kind.replace("_", " "), *_describe_difference(each)] for each in found]
     layers = len({each.layer for each in found})
     count = f"{layers} of {len(first.layers)} layers differ"
-    return "\n\n".join([render_plan_totals(dict(zip(names, (first, second), strict=True))), _align_columns(rows), count])
+    return "\n\n".join(
+        [render_plan_totals(dict(zip(names, (first, second), strict=True))), _align_columns(rows), count]
+    )
 
 
 def _describe_difference(each: PlanDifference) -> Iterator[str]:

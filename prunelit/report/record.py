@@ -1,7 +1,7 @@
 """Record: what happened in a run, as plain data. Pictures, report.html and loggers are drawn from it and nothing else.
 
-Whoever does the work tells its listeners (`Teller.tell`); a `Record` is such a listener, and any Lightning callback
-with a method `hear` is one of every pruning callback of its Trainer. The events and their facts:
+Whoever does the work tells its listeners (`EventSource.emit`); a `Record` is such a listener, and any Lightning callback
+with a method `on_event` is one of every pruning callback of its Trainer. The events and their facts:
 
     stage       name, seconds, memory_mib       a stage has ended; peak memory of the process (or GPU) so far
     scores      heads, channels                 one list per layer, None where there is nothing to cut: larger stays
@@ -57,7 +57,7 @@ class Histogram:
         return _compute_bin_edges(self.low, self.high, len(self.kept), self.log)
 
     @classmethod
-    def of(cls, scores: Sequence[float], stays: Sequence[bool]) -> "Histogram":
+    def from_scores(cls, scores: Sequence[float], stays: Sequence[bool]) -> "Histogram":
         """Of finite scores; `stays` says which units a plan keeps."""
         low, high = _find_score_range(sorted(scores))
         log = low > 0 and high / low >= _FAR
@@ -110,12 +110,12 @@ class Record:
     def __post_init__(self) -> None:
         self._raw: Mapping[str, Sequence[Sequence[float] | None]] = {}
 
-    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         """Keep what an event says; events that this version does not know are passed over."""
         if event == "scores":
             self._raw = {kind: facts[kind] for kind in SCORE_KINDS}
         elif event == "planned":
-            self._planned(facts["plan"])
+            self._add_plan(facts["plan"])
         elif event in ("evaluation", "removed", "stage"):
             {"evaluation": self.search, "removed": self.decided, "stage": self.stages}[event].append(dict(facts))
             if event == "removed":
@@ -128,15 +128,15 @@ class Record:
             else:
                 self.training.append({"step": facts["step"], **facts["values"]})
         elif event == "completions":
-            self._completed(facts["prompts"], facts["name"], facts["texts"])
+            self._add_completions(facts["prompts"], facts["name"], facts["texts"])
 
-    def _planned(self, plan: PruningPlan) -> None:
+    def _add_plan(self, plan: PruningPlan) -> None:
         self.plan = plan
         if self._raw:
             self.scores = {kind: _build_histograms(self._raw[kind], plan.layers, kind) for kind in SCORE_KINDS}
             self._raw = {}  # tens of thousands of numbers
 
-    def _completed(self, prompts: Sequence[str], name: str, texts: Sequence[str]) -> None:
+    def _add_completions(self, prompts: Sequence[str], name: str, texts: Sequence[str]) -> None:
         known = {row["prompt"]: row for row in self.completions}
         for prompt, text in zip(prompts, texts, strict=True):
             if prompt not in known:
@@ -194,5 +194,5 @@ def _build_histograms(
     found: list[Histogram | None] = []
     for values, kept in zip(scores, layers, strict=True):
         stays = set(kept.query_heads if kind == "heads" else kept.ffn_channels)
-        found.append(Histogram.of(values, [unit in stays for unit in range(len(values))]) if values else None)
+        found.append(Histogram.from_scores(values, [unit in stays for unit in range(len(values))]) if values else None)
     return found

@@ -14,11 +14,11 @@ from prunelit.core.plan import PruningPlan
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.figures import PICTURES, draw_picture
 from prunelit.report.page import html
-from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, PagePicture, Table
+from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.plan_card import list_layer_rows
 from prunelit.report.record import STATES, Record
-from prunelit.runtime.format_numbers import format_duration, format_perplexity, format_percent, format_count
+from prunelit.runtime.format_numbers import format_count, format_duration, format_percent, format_perplexity
 from prunelit.runtime.text_files import write_text
 
 _ROWS = {
@@ -52,7 +52,12 @@ def render_run_page(record: Record) -> str:
         Section("How it was made", list(_list_provenance_parts(record))),
         Section("Config", [Code(record.facts["config"])] if record.facts.get("config") else [], folded=True),
     )
-    page = Page(_make_title(record), _make_lead(record), list(_list_facts(record)), [section for section in wanted if section.parts])
+    page = Page(
+        _make_title(record),
+        _make_lead(record),
+        list(_list_facts(record)),
+        [section for section in wanted if section.parts],
+    )
     return html.render_html(page)
 
 
@@ -172,14 +177,18 @@ def _list_provenance_parts(record: Record) -> Iterator[Part]:
         said.append(f"seed {facts['seed']}")
     if memory := facts.get("memory"):
         share = memory["trainable_parameters"] / memory["parameters"]
-        said.append(f"trained {memory['trainable_parameters']:,.0f} parameters, {format_percent(round(share, 4))} of them all")
+        said.append(
+            f"trained {memory['trainable_parameters']:,.0f} parameters, {format_percent(round(share, 4))} of them all"
+        )
     if machine := facts.get("hardware"):
         said.append(f"{machine['device']}, {machine['threads']} threads")
     if versions := facts.get("versions"):
         said.append(", ".join(f"{name} {version}" for name, version in versions.items()))
     yield Notes(said)
     if record.stages:
-        rows = [[s["name"].replace("_", " "), format_duration(s["seconds"]), _format_peak_memory(s)] for s in record.stages]
+        rows = [
+            [s["name"].replace("_", " "), format_duration(s["seconds"]), _format_peak_memory(s)] for s in record.stages
+        ]
         yield Table(["stage", "time", "peak memory so far"], rows)
 
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 class EventListener(Protocol):
     """Told what happens."""
 
-    def hear(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         """One event; see the module."""
 
 
@@ -17,7 +17,7 @@ class EventSource:
     def __init__(self) -> None:
         self.listeners: list[EventListener] = []
 
-    def tell(self, event: str, **facts: Any) -> None:
+    def emit(self, event: str, **facts: Any) -> None:
         """Pass an event on."""
         for listener in self.listeners:
-            listener.hear(event, facts)
+            listener.on_event(event, facts)

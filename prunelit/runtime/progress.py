@@ -56,7 +56,10 @@ def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: in
         with suppress(TypeError):  # a generator
             total = len(items)  # type: ignore[arg-type]
     start, done = time.perf_counter(), 0
-    with tqdm(total=total, desc=what, unit=unit, disable=not is_progress_shown(), **_BAR_OPTIONS) as bar, _redraw_every_second(_ProgressBar(bar)):
+    with (
+        tqdm(total=total, desc=what, unit=unit, disable=not is_progress_shown(), **_BAR_OPTIONS) as bar,
+        _redraw_every_second(_ProgressBar(bar)),
+    ):
         for item in items:
             yield item
             bar.update()

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from prunelit.calibration.metrics import perplexity, describe_protocol, measure_model_size, format_text_table
+from prunelit.calibration.metrics import describe_protocol, format_text_table, measure_model_size, perplexity
 from prunelit.model import surgery
 from prunelit.model.modes import use_eval_mode
 from prunelit.runtime.errors import NotEnoughText
@@ -65,7 +65,9 @@ def test_size_of_a_small_gpt2():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_size_counts_the_models_own_parameters(family):
     model = tiny(family)
-    assert measure_model_size(model)["parameters"] == sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    assert measure_model_size(model)["parameters"] == sum(
+        p.numel() for p in {id(p): p for p in model.parameters()}.values()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from prunelit.calibration.batches import take_sequences
 from prunelit.calibration.observe import Sums, observe
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import use_eval_mode, move_to_device
+from prunelit.model.modes import move_to_device, use_eval_mode
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
 
@@ -174,7 +174,8 @@ def test_points_of_every_family_fit_together(family):
             torch.testing.assert_close(layer.output(x["heads"]), x["attention_output"])
             torch.testing.assert_close(layer.down(x["channels"]), x["mlp_output"])
             torch.testing.assert_close(
-                layer.get_norm("mlp_norm")(x["residual"]) if layer.get_norm("mlp_norm") else x["mlp_input"], x["mlp_input"]
+                layer.get_norm("mlp_norm")(x["residual"]) if layer.get_norm("mlp_norm") else x["mlp_input"],
+                x["mlp_input"],
             )
         if layer.index + 1 < len(decoder.layers):
             assert torch.equal(x["layer_output"], found[layer.index + 1, "layer_input"])

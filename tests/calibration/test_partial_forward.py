@@ -28,11 +28,11 @@ def test_layer_by_layer_is_the_forward_pass(family):
     wanted = model(**batch).logits
     stream, hidden = PartialForward(Decoder(model)), None
     for index in range(3):
-        hidden = stream.run(batch, hidden, index, index + 1)
-    same(stream.run(batch, hidden, 3), wanted)
+        hidden = stream.run_layers(batch, hidden, index, index + 1)
+    same(stream.run_layers(batch, hidden, 3), wanted)
     for start in (1, 2):
-        middle = stream.run(batch, None, 0, start)
-        same(stream.run(batch, middle, start), wanted)
+        middle = stream.run_layers(batch, None, 0, start)
+        same(stream.run_layers(batch, middle, start), wanted)
     assert not any("forward" in module.__dict__ for module in model.modules())
     same(model(**batch).logits, wanted)
 
@@ -43,15 +43,15 @@ def test_a_model_with_removed_blocks_streams_too():
     apply(model, cut(model, "mixed"))
     batch = masked_batch()
     stream = PartialForward(Decoder(model))
-    hidden = stream.run(batch, None, 0, 2)
-    assert torch.equal(stream.run(batch, hidden, 2), model(**batch).logits)
+    hidden = stream.run_layers(batch, None, 0, 2)
+    assert torch.equal(stream.run_layers(batch, hidden, 2), model(**batch).logits)
 
 
 def test_gradients_flow_through_a_span():
     model = tiny("llama")
     stream = PartialForward(Decoder(model))
-    hidden = stream.run({"input_ids": tokens()}, None, 0, 1).detach()
-    stream.run({"input_ids": tokens()}, hidden, 1, 3).square().sum().backward()
+    hidden = stream.run_layers({"input_ids": tokens()}, None, 0, 1).detach()
+    stream.run_layers({"input_ids": tokens()}, hidden, 1, 3).square().sum().backward()
     touched = {name.split(".")[2] for name, p in model.named_parameters() if p.grad is not None}
     assert touched == {"1", "2"}
 
@@ -60,9 +60,9 @@ def test_gradients_flow_through_a_span():
 def test_nothing_stays_behind_when_a_layer_fails():
     model = tiny("llama")
     stream = PartialForward(Decoder(model))
-    hidden = stream.run({"input_ids": tokens()}, None, 0, 1)
+    hidden = stream.run_layers({"input_ids": tokens()}, None, 0, 1)
     with pytest.raises(RuntimeError):
-        stream.run({"input_ids": tokens()}, hidden[..., :-1], 1, 2)
+        stream.run_layers({"input_ids": tokens()}, hidden[..., :-1], 1, 2)
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -70,4 +70,4 @@ def test_nothing_stays_behind_when_a_layer_fails():
 @pytest.mark.parametrize(("hidden", "start", "stop"), [(None, 1, 2), (torch.zeros(2, 10, 72), 0, 1), (None, 0, 0)])
 def test_a_span_that_makes_no_sense_is_refused(hidden, start, stop):
     with pytest.raises(ValueError, match="expected"):
-        PartialForward(Decoder(tiny("llama"))).run({"input_ids": tokens()}, hidden, start, stop)
+        PartialForward(Decoder(tiny("llama"))).run_layers({"input_ids": tokens()}, hidden, start, stop)

@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.per_sample_gradients import visit_sample_gradients, split_into_samples
-from prunelit.calibration.taylor import TAYLOR_FORMS, score_mean_loss, score_each_sample
+from prunelit.calibration.per_sample_gradients import split_into_samples, visit_sample_gradients
+from prunelit.calibration.taylor import TAYLOR_FORMS, score_each_sample, score_mean_loss
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.unit_indices import collect_layer_slices
@@ -99,7 +99,9 @@ def test_a_hole_in_the_mask_is_neither_context_nor_target():
     for other in (4, 50):
         row = ids.clone()
         row[3:5] = other
-        found.append(score_each_sample(Decoder(model), [{"input_ids": row[None], "attention_mask": mask[None]}], ("mixed",)))
+        found.append(
+            score_each_sample(Decoder(model), [{"input_ids": row[None], "attention_mask": mask[None]}], ("mixed",))
+        )
     assert_same(found[0]["channels"][0], found[1]["channels"][0])
     assert (found[0]["channels"][0] > 0).any()
 
@@ -304,7 +306,10 @@ def rank_importances(rank, folder, runs):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     decoder = Decoder(tiny("llama"))
-    found = [[score_each_sample(decoder, run, ("vector",)), *(score_mean_loss(decoder, run, form) for form in TAYLOR_FORMS)] for run in runs]
+    found = [
+        [score_each_sample(decoder, run, ("vector",)), *(score_mean_loss(decoder, run, form) for form in TAYLOR_FORMS)]
+        for run in runs
+    ]
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.fingerprints import fingerprint_model, fingerprint_batches, fingerprint_tokenizer
+from prunelit.calibration.fingerprints import fingerprint_batches, fingerprint_model, fingerprint_tokenizer
 from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.scores import LayerScores
@@ -26,7 +26,7 @@ from tests.observed import batches_for
 from tests.tiny import tiny, tiny_tokenizer
 
 READING = [name for name in methods() if method_class(name).reads_text]
-SHARED = [name for name in READING if method_class(name).score_reads is not None]
+SHARED = [name for name in READING if method_class(name).score_options is not None]
 
 
 class Watching:
@@ -51,8 +51,8 @@ def test_scores_read_no_option_that_their_key_lacks(name):
     decoder, batches = Decoder(model), batches_for(model)
     method.__dict__.update(watched=set(kind(ratio=0.3).options), read=set())
     method.score(decoder, batches)
-    assert method.__dict__["read"] <= set(kind.score_reads)
-    assert set(kind.score_reads) <= set(kind(ratio=0.3).options)
+    assert method.__dict__["read"] <= set(kind.score_options)
+    assert set(kind.score_options) <= set(kind(ratio=0.3).options)
 
 
 @pytest.mark.parametrize("name", READING)
@@ -63,7 +63,7 @@ def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
         fresh[ratio] = method_class(name)(ratio=ratio, align=8).prune(model, batches_for(model))
     for ratio in (0.2, 0.4, 0.2):
         model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
-        method.kept = ResultCache(tmp_path)
+        method.cache = ResultCache(tmp_path)
         assert method.prune(model, batches_for(model)).digest == fresh[ratio].digest
     repeated = method.seconds.get("recalled", 0.0)
     assert repeated > 0 or name == "block_pruner"  # which has its journal
@@ -73,7 +73,7 @@ def test_plans_at_other_ratios_are_the_same_from_what_is_kept(name, tmp_path):
 def test_what_another_ratio_computed_is_found(name, tmp_path):
     for ratio in (0.2, 0.4):
         model, method = tiny("llama"), method_class(name)(ratio=ratio, align=8)
-        method.kept = ResultCache(tmp_path)
+        method.cache = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
     assert method.seconds["recalled"] > 0
 
@@ -85,23 +85,23 @@ def test_scores_are_computed_once_for_all_ratios(tmp_path, monkeypatch):
     monkeypatch.setattr(kind, "score", lambda *args: calls.append(1) or real(*args))
     for ratio in (0.2, 0.3, 0.4):
         model, method = tiny("llama"), kind(ratio=ratio, align=8)
-        method.kept = ResultCache(tmp_path)
+        method.cache = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
     assert len(calls) == 1
     for changed in ({"form": "exact"}, {"propagate_ffn": False}):
         method = kind(ratio=0.3, align=8, **changed)
-        method.kept = ResultCache(tmp_path)
+        method.cache = ResultCache(tmp_path)
         method.prune(tiny("llama"), batches_for(tiny("llama")))
     other = tiny("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.down_proj.weight.mul_(1.0001)
     method = kind(ratio=0.3, align=8)
-    method.kept = ResultCache(tmp_path)
+    method.cache = ResultCache(tmp_path)
     method.prune(other, batches_for(other))
     batches = batches_for(other)
     batches[0]["input_ids"] = batches[0]["input_ids"].flip(1)
     method = kind(ratio=0.3, align=8)
-    method.kept = ResultCache(tmp_path)
+    method.cache = ResultCache(tmp_path)
     method.prune(tiny("llama"), batches)
     assert len(calls) == 5
 
@@ -121,7 +121,7 @@ def test_a_method_that_says_nothing_shares_nothing_between_ratios(tmp_path):
     for kept in (None, ResultCache(tmp_path)):
         for ratio in (0.2, 0.3):
             model, method = tiny("llama"), Foreign(ratio=ratio, align=8)
-            method.kept = kept
+            method.cache = kept
             plans.append(method.prune(model, batches_for(model)).layers)
     assert plans[:2] == plans[2:]
 
@@ -131,27 +131,27 @@ CONTENT = [(torch.arange(6.0).view(2, 3), None), (torch.zeros(0), torch.ones(2, 
 
 def test_a_result_comes_back_as_it_was(tmp_path):
     kept = ResultCache(tmp_path / "new" / "folder")
-    first, saved = kept.recall("scores", {"a": 1}, lambda: CONTENT)
+    first, saved = kept.get_or_compute("scores", {"a": 1}, lambda: CONTENT)
     assert first is CONTENT and saved == 0
-    again, saved = kept.recall("scores", {"a": 1}, lambda: pytest.fail("computed again"))
+    again, saved = kept.get_or_compute("scores", {"a": 1}, lambda: pytest.fail("computed again"))
     assert saved > 0 and torch.equal(again[0][0], CONTENT[0][0]) and again[0][1] is None
     assert again[1][1].dtype is torch.float64
-    assert kept.recall("scores", {"a": 2}, lambda: "other")[0] == "other"
+    assert kept.get_or_compute("scores", {"a": 2}, lambda: "other")[0] == "other"
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other key"])
 def test_a_damaged_file_is_computed_anew(damage, tmp_path):
     kept = ResultCache(tmp_path)
-    kept.recall("scores", {"a": 1}, lambda: CONTENT)
+    kept.get_or_compute("scores", {"a": 1}, lambda: CONTENT)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     if damage == "other key":
-        ResultCache(tmp_path / "b").recall("scores", {"a": 2}, lambda: "theirs")
+        ResultCache(tmp_path / "b").get_or_compute("scores", {"a": 2}, lambda: "theirs")
         os.replace(next((tmp_path / "b").iterdir()), path)
     else:
         path.write_bytes({"cut": whole[: len(whole) // 2], "empty": b"", "text": b"hello " * 100}[damage])
-    assert kept.recall("scores", {"a": 1}, lambda: "anew") == ("anew", 0.0)
-    assert kept.recall("scores", {"a": 1}, lambda: pytest.fail("computed again"))[0] == "anew"
+    assert kept.get_or_compute("scores", {"a": 1}, lambda: "anew") == ("anew", 0.0)
+    assert kept.get_or_compute("scores", {"a": 1}, lambda: pytest.fail("computed again"))[0] == "anew"
 
 
 def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
@@ -167,19 +167,19 @@ def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
     child.wait()
     child.stdout.close()
     assert [path.name[0] for path in tmp_path.iterdir()] == ["."]
-    assert ResultCache(tmp_path).recall("scores", {"a": 1}, lambda: "anew")[0] == "anew"
+    assert ResultCache(tmp_path).get_or_compute("scores", {"a": 1}, lambda: "anew")[0] == "anew"
 
 
 def test_a_folder_that_can_not_be_written_is_said_so(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputNotWritable, match="can not be written"):
-        ResultCache(tmp_path / "file" / "folder").recall("scores", {}, lambda: 1)
+        ResultCache(tmp_path / "file" / "folder").get_or_compute("scores", {}, lambda: 1)
 
 
 def test_seconds_that_were_saved_are_those_that_it_took(tmp_path):
     kept = ResultCache(tmp_path)
-    kept.recall("slow", {}, lambda: time.sleep(0.2))
-    assert 0.2 <= kept.recall("slow", {}, lambda: None)[1] < 2
+    kept.get_or_compute("slow", {}, lambda: time.sleep(0.2))
+    assert 0.2 <= kept.get_or_compute("slow", {}, lambda: None)[1] < 2
 
 
 def test_fingerprints_tell_models_and_texts_apart():
@@ -207,7 +207,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
     cut = []
     for again in (False, True):
         model, method = tiny(family).train(), kind(ratio=0.3, align=8, **REPAIRS[name])
-        method.kept = method.kept_cut = ResultCache(tmp_path)
+        method.cache = method.run_cache = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
         cut.append((model, method))
         if not again:
@@ -217,7 +217,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
                 monkeypatch.undo()
                 monkeypatch.setattr(kind, "cut", lambda *args: pytest.fail("repaired again"))
     (first, before), (second, after) = cut
-    assert before.plan_made == after.plan_made and before.repaired == after.repaired
+    assert before.applied_plan == after.applied_plan and before.repaired == after.repaired
     assert second.config.to_dict() == first.config.to_dict()
     found = second.state_dict()
     assert found.keys() == first.state_dict().keys()
@@ -229,7 +229,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
 
 def test_only_what_the_repair_changed_is_written(tmp_path):
     model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares", protect=[0])
-    method.kept_cut = ResultCache(tmp_path)
+    method.run_cache = ResultCache(tmp_path)
     method.prune(model, batches_for(model))
     tensors = torch.load(tmp_path / method.repaired)["tensors"]
     assert tensors and all(".layers.1." in name or ".layers.2." in name for name in tensors)
@@ -240,7 +240,7 @@ def test_damaged_repaired_weights_are_made_anew(damage, tmp_path):
     prints = []
     for _ in range(2):
         model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares")
-        method.kept_cut = ResultCache(tmp_path)
+        method.run_cache = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
         prints.append(fingerprint_model(model))
         path = tmp_path / method.repaired
@@ -250,19 +250,19 @@ def test_damaged_repaired_weights_are_made_anew(damage, tmp_path):
 
 def test_a_flipped_bit_in_scores_is_seen(tmp_path):
     kept = ResultCache(tmp_path)
-    kept.recall("scores", {}, lambda: torch.zeros(1000))
+    kept.get_or_compute("scores", {}, lambda: torch.zeros(1000))
     (path,) = tmp_path.iterdir()
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    assert torch.equal(kept.recall("scores", {}, lambda: torch.ones(3))[0], torch.ones(3))
+    assert torch.equal(kept.get_or_compute("scores", {}, lambda: torch.ones(3))[0], torch.ones(3))
 
 
 def test_weights_of_another_model_are_not_put_back(tmp_path):
     kept, model = ResultCache(tmp_path), tiny("llama")
-    kept.keep_changes("x.pt", model, {}, 1.0)
+    kept.save_changed_weights("x.pt", model, {}, 1.0)
     with pytest.raises(BadPlan, match=r"x\.pt.*remove the file"):
-        kept.put_back("x.pt", tiny("llama", intermediate_size=64))
+        kept.load_changed_weights("x.pt", tiny("llama", intermediate_size=64))
 
 
 def test_a_tokenizer_is_known_by_its_words():
@@ -288,7 +288,7 @@ def rank(number, port, folder):
     prints = []
     for _ in range(2):
         model, method = tiny("llama"), method_class("flap")(ratio=0.3, align=8)
-        method.kept = method.kept_cut = ResultCache(f"{folder}/{number}")  # folders that only rank zero's is read of
+        method.cache = method.run_cache = ResultCache(f"{folder}/{number}")  # folders that only rank zero's is read of
         method.prune(model, batches_for(model))
         prints.append(fingerprint_model(model))
         method.cut = None

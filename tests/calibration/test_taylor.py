@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunelit.calibration.taylor import TAYLOR_FORMS, score_mean_loss, score_each_sample
+from prunelit.calibration.taylor import TAYLOR_FORMS, score_each_sample, score_mean_loss
 from prunelit.model.decoder import Decoder
 from tests.calibration.test_per_sample_gradients import assert_same, batches_for, loss_of, rows_of
 from tests.tiny import tiny
@@ -153,10 +153,14 @@ def test_heads_that_can_not_be_cut_are_left_out():
 def test_query_heads_share_what_their_group_owns_or_do_without():
     model = tiny("llama").double()
     batches, decoder = batches_for(model), Decoder(model)
-    with_group, alone = (score_mean_loss(decoder, batches, "first", unit)[1].heads for unit in ("kv_group", "query_head"))
+    with_group, alone = (
+        score_mean_loss(decoder, batches, "first", unit)[1].heads for unit in ("kv_group", "query_head")
+    )
     share = (with_group - alone).view(3, 3)
     assert (share > 0).all()
     torch.testing.assert_close(share, share[:, :1].expand(3, 3), rtol=1e-9, atol=0)
-    whole, heads = (score_each_sample(decoder, batches, ("first",), unit)["heads"][1] for unit in ("kv_group", "query_head"))
+    whole, heads = (
+        score_each_sample(decoder, batches, ("first",), unit)["heads"][1] for unit in ("kv_group", "query_head")
+    )
     assert whole.shape == (1, 5, 3) and heads.shape == (1, 5, 9)
     assert (whole > heads.view(1, 5, 3, 3).sum(-1)).all()

@@ -38,7 +38,7 @@ def repairs_of(name):
 
 def pruned(name, model, **options):
     kind = method_class(name)
-    options = {option: value for option, value in options.items() if option not in kind.not_read}
+    options = {option: value for option, value in options.items() if option not in kind.ignored_options}
     return kind(**{"ratio": 0.3, "align": 8, **options}).prune(model, batches_for(model))
 
 
@@ -130,7 +130,7 @@ def test_what_is_decided_without_a_cut_is_what_is_cut(name, repair):
     batches = batches_for(model)
     before = {path: value.clone() for path, value in model.state_dict().items()}
     hooks = hooks_of(model)
-    plan = method(**options).decide(model, batches)
+    plan = method(**options).plan_model(model, batches)
     assert model.state_dict().keys() == before.keys() and hooks_of(model) == hooks
     assert all(torch.equal(value, before[path]) for path, value in model.state_dict().items())
     assert plan == method(**options).prune(model, batches)

@@ -180,7 +180,11 @@ def test_the_budget_is_kept_with_the_biases_counted(ratio):
     model = tiny("llama")
     dense = metrics.measure_model_size(model)["block_parameters"]
     plan = FLAP(ratio, align=1).prune(model, batches_for(model))
-    assert metrics.measure_model_size(model)["block_parameters"] == plan.predicted["block_parameters"] <= (1 - ratio) * dense
+    assert (
+        metrics.measure_model_size(model)["block_parameters"]
+        == plan.predicted["block_parameters"]
+        <= (1 - ratio) * dense
+    )
     assert any(kept.mlp_bias for kept in plan.layers)
     assert plan.options["repair"] == "bias" and plan.options["scope"] == "global" and plan.options["metric"] == "WIFV"
 
@@ -235,7 +239,11 @@ def test_replayed_without_the_repair_it_adds_no_biases():
     plan = FLAP(0.3, align=8).prune(model, batches_for(model))
     replayed = Magnitude(0.3).prune(again, replay=plan)
     assert not any(kept.attention_bias or kept.mlp_bias for kept in replayed.layers)
-    assert metrics.measure_model_size(again)["parameters"] == replayed.predicted["parameters"] < plan.predicted["parameters"]
+    assert (
+        metrics.measure_model_size(again)["parameters"]
+        == replayed.predicted["parameters"]
+        < plan.predicted["parameters"]
+    )
 
 
 def test_an_unknown_metric_is_refused_before_anything_runs():

@@ -151,7 +151,10 @@ def channel_scores_token_by_token(model, ids, form):
         return weights[0].chunk(2) if gated and len(weights) == 1 else (weights[0], weights[-1])
 
     h, attention = rows_at(model, layer.output, batches, "input"), rows_at(model, layer.output, batches)
-    y, n = rows_at(model, layer.get_norm("mlp_norm"), batches, "input"), rows_at(model, layer.get_norm("mlp_norm"), batches)
+    y, n = (
+        rows_at(model, layer.get_norm("mlp_norm"), batches, "input"),
+        rows_at(model, layer.get_norm("mlp_norm"), batches),
+    )
     ffn = rows_at(model, layer.down, batches)
     gate, up = wide(layer.ffn_in)
     out = (get_weight_out_in(layer.output).detach().double().T.abs() * scale * gain("attention_post_norm")).T

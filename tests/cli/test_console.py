@@ -102,7 +102,10 @@ def test_from_the_shell_verbose_is_no_argument_of_lightning(
 def test_kinds_in_words(tmp_path: Path) -> None:
     listed = "Parser key \"p\": Expected a <class 'collections.abc.Sequence'>. Got value: 0"
     assert condense_message(listed) == "p: expected a list, as [0], got 0"
-    assert condense_message("Parser key \"n\": Expected a <class 'int'>. Got value: x") == "n: expected a whole number, got 'x'"
+    assert (
+        condense_message("Parser key \"n\": Expected a <class 'int'>. Got value: x")
+        == "n: expected a whole number, got 'x'"
+    )
     missing = "Parser key \"model\": Expected a <class 'str'>. Got value: None"
     assert condense_message(missing) == "model: expected text, got nothing; pass --model"
     several = "Parser key \"t\":\n  Subtypes: [dict[str, typing.Any], <class 'NoneType'>]\n  Given value: [1]"

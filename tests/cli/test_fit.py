@@ -369,6 +369,8 @@ def test_two_callbacks_that_cut_are_refused(
 def test_one_style_of_bars_unless_another_is_asked_for(source: str, options: list[str], wanted: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prunelit"])
-        trainer = fit.build_fit_job(["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options])[0]
+        trainer = fit.build_fit_job(
+            ["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options]
+        )[0]
     assert type(trainer.progress_bar_callback).__name__ == wanted
     assert wanted != "Bar" or trainer.progress_bar_callback.is_disabled  # nobody looks

@@ -59,7 +59,9 @@ def test_what_a_method_needs_is_what_it_does(name: str, monkeypatch: pytest.Monk
 
 
 def test_the_table_has_a_line_for_every_method() -> None:
-    lines = {line.split()[0]: line for line in answer_methods_command([]).splitlines() if line and line.split()[0] in METHODS}
+    lines = {
+        line.split()[0]: line for line in answer_methods_command([]).splitlines() if line and line.split()[0] in METHODS
+    }
     assert tuple(lines) == METHODS
     assert max(map(len, answer_methods_command([]).splitlines())) <= 120
     papers = "2406.10594 2312.11983 2407.19126 2412.06419 2412.15127 2403.03853 2305.11627 2312.11983"
@@ -96,7 +98,13 @@ def test_help_and_card_offer_the_repairs_that_a_method_has(
 
 
 def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    words = answer_methods_command(["flap"]).replace("\\\n", " ").split("python -m prunelit fit ")[1].splitlines()[0].split()
+    words = (
+        answer_methods_command(["flap"])
+        .replace("\\\n", " ")
+        .split("python -m prunelit fit ")[1]
+        .splitlines()[0]
+        .split()
+    )
     shown = yaml.safe_load(call(capsys, "fit", *words, "--print_config"))
     checkpoints, entry = shown["trainer"]["callbacks"]
     assert (entry["class_path"], entry["init_args"]["ratio"]) == ("prunelit.callbacks.FLAP", 0.2)
@@ -112,7 +120,9 @@ def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -
 def test_as_data() -> None:
     found = json.loads(answer_methods_command(["--json"]))
     assert [entry["name"] for entry in found] == list(METHODS)
-    assert json.loads(answer_methods_command(["flap", "--json"])) == next(entry for entry in found if entry["name"] == "flap")
+    assert json.loads(answer_methods_command(["flap", "--json"])) == next(
+        entry for entry in found if entry["name"] == "flap"
+    )
 
 
 def test_help_says_how(capsys: pytest.CaptureFixture[str]) -> None:

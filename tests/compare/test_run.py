@@ -33,7 +33,7 @@ from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound
-from prunelit.runtime.format_numbers import format_perplexity, exponentiate_nll
+from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -301,7 +301,9 @@ def test_two_seeds_share_windows_between_methods_and_not_between_seeds(
     assert len(of_seed[0]) == len(of_seed[1]) == 1
     assert of_seed[0] != of_seed[1]
     found = report(tmp_path)
-    pair = [exponentiate_nll(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)]
+    pair = [
+        exponentiate_nll(c["texts"]["words"]) for c in found["cells"] if (c["label"], c["ratio"]) == ("random", 0.3)
+    ]
     assert len(set(pair)) == 2
     assert f"{sum(pair) / 2:.1f} ± {abs(pair[0] - pair[1]) / 2:.1f} / " in out
 
@@ -683,7 +685,9 @@ def test_options_reach_the_methods_that_take_them() -> None:
 
 
 def test_a_common_repair_passes_by_the_methods_that_have_it_not() -> None:
-    found = parse_method_rows(["llm_bip", "shortgpt", "best", {"method": "flap", "options": {"repair": "none"}}], {"repair": "bias"})
+    found = parse_method_rows(
+        ["llm_bip", "shortgpt", "best", {"method": "flap", "options": {"repair": "none"}}], {"repair": "bias"}
+    )
     assert [dict(row.options) for row in found] == [{"repair": "bias"}, {}, {}, {"repair": "none"}]
 
 
@@ -762,7 +766,9 @@ def test_pictures(tmp_path: Path) -> None:
         cell["latency"] = {"speedup": 1.5}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
-        written = figures.write_comparison_figures(handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder)
+        written = figures.write_comparison_figures(
+            handmade(cells=cells, latency={"tokens": 8, "repeats": 1}), tmp_path / folder
+        )
         names = {f"perplexity_vs_{axis}.{ending}" for axis in ("parameters", "latency") for ending in ("png", "svg")}
         assert {path.name for path in written} == names == {path.name for path in (tmp_path / folder).iterdir()}
     for path in sorted((tmp_path / "a").iterdir()):

@@ -97,7 +97,7 @@ def calibration() -> list[dict[str, Tensor]]:
 def carried_out(case: Case) -> tuple[Any, prunelit.PruningPlan]:
     """The model of a case after the cut and its repair, and the plan of the cut."""
     kind, model = method_class(case.method), tiny(case.family)
-    options = {name: value for name, value in (OPTIONS | case.options).items() if name not in kind.not_read}
+    options = {name: value for name, value in (OPTIONS | case.options).items() if name not in kind.ignored_options}
     torch.manual_seed(0)
     plan = kind(**options).prune(model, calibration())
     return model, plan

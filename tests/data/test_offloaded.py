@@ -137,7 +137,8 @@ def test_what_was_cut_and_sharded_can_be_streamed_again(tmp_path: Path) -> None:
     save(model, tmp_path / "cut", format="hetero")
     again = offloaded.load_offloaded(tmp_path / "cut")
     assert torch.equal(
-        layer_pipeline.compute_logits_by_layer(again, tokens()), loading.load(tmp_path / "cut")(input_ids=tokens()).logits
+        layer_pipeline.compute_logits_by_layer(again, tokens()),
+        loading.load(tmp_path / "cut")(input_ids=tokens()).logits,
     )
     save(again, tmp_path / "dense", format="hetero")  # a file for every layer
     assert len(list((tmp_path / "dense").glob("*.safetensors"))) == 4

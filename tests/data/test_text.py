@@ -195,7 +195,11 @@ def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(tmp_path, caplog)
 
 def test_fingerprint_tells_texts_apart():
     ids = torch.arange(12).view(3, 4)
-    assert text.fingerprint_token_ids(ids) == text.fingerprint_token_ids(ids.clone()) != text.fingerprint_token_ids(ids + 1)
+    assert (
+        text.fingerprint_token_ids(ids)
+        == text.fingerprint_token_ids(ids.clone())
+        != text.fingerprint_token_ids(ids + 1)
+    )
 
 
 # Errors --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from prunelit.evaluation import perplexities
-from prunelit.evaluation.markdown import render_evaluation_markdown, build_perplexity_table
+from prunelit.evaluation.markdown import build_perplexity_table, render_evaluation_markdown
 from prunelit.report.page.parts import Notes, Table
 from prunelit.runtime.errors import BadOption
 from tests.tiny import tokens
@@ -14,7 +14,9 @@ from tests.tiny import tokens
 def text(length: int, *nll: float) -> dict[str, Any]:
     found = {who: {"nll": value, "tokens": 30} for who, value in zip(("model", "against"), nll, strict=False)}
     ratio = {"log_ratio": nll[0] - nll[1]} if len(nll) > 1 else {}
-    return {"protocol": perplexities.describe_text_protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
+    return (
+        {"protocol": perplexities.describe_text_protocol(["a.txt"], tokens(3, length), "float32", None)} | found | ratio
+    )
 
 
 def test_perplexities_of_one_protocol() -> None:

@@ -56,9 +56,9 @@ def test_strides_out_of_range(given: dict[str, Any]) -> None:
 
 def test_a_file_stands_in_for_a_hub_id_where_there_is_a_folder() -> None:
     text = Text("owner/name", file="name.parquet")
-    assert text.said(None) == ["owner/name"]
-    assert text.said("folder") == ["name.parquet"]
-    assert Text(["a", "b"]).said("folder") == ["a", "b"]
+    assert text.list_sources(None) == ["owner/name"]
+    assert text.list_sources("folder") == ["name.parquet"]
+    assert Text(["a", "b"]).list_sources("folder") == ["a", "b"]
 
 
 def test_other_tokens_do_not_compare() -> None:

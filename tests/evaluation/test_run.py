@@ -108,7 +108,12 @@ def test_an_evaluation_that_was_killed_goes_on(
         patch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
         straight = evaluate_model(smaller, dense, **everything(data))
         monkeypatch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
-        parts = ((perplexities, "perplexity"), (zero_shot.ZeroShotEvaluator, "run"), (samples, "write"), (speed, "measured"))
+        parts = (
+            (perplexities, "perplexity"),
+            (zero_shot.ZeroShotEvaluator, "run"),
+            (samples, "write"),
+            (speed, "measured"),
+        )
         for stop in (1, 4, 7, 12):  # after so many parts in all
             for module, name in parts:
                 counted(module, name, stop)

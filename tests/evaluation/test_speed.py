@@ -62,7 +62,9 @@ def test_ratios_are_of_one_round_and_spread_over_them() -> None:
     ("median", "promised", "slow"), [(1.0, 1.01, False), (1.0, 1.2, True), (1.09, 1.2, True), (1.11, 1.2, False)]
 )
 def test_less_than_half_of_the_promise_is_said(median: float, promised: float, slow: bool) -> None:
-    assert ("removed but not faster" in speed.describe_speed_ratio("decode", median, median, median, promised, "MACs")) == slow
+    assert (
+        "removed but not faster" in speed.describe_speed_ratio("decode", median, median, median, promised, "MACs")
+    ) == slow
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma2"])
@@ -102,12 +104,12 @@ def test_the_promise_by_hand(tied: bool) -> None:
 def test_decode_with_the_cache_writes_what_a_model_without_one_would(family: str) -> None:
     model = tiny(family)
     runner = ModelTimer(model, Speed(prompt=6, new_tokens=3, repeats=1))
-    token, _ = runner.read(6)
+    token, _ = runner.prefill(6)
     with torch.no_grad():
         expected = model(input_ids=runner.ids, use_cache=False).logits[:, -1:].argmax(-1)
     assert token.equal(expected)
     before = runner.context.get_seq_length()
-    runner.seconds()
+    runner.measure_seconds()
     assert runner.context.get_seq_length() == before == 6  # a round works on a copy
 
 

@@ -23,7 +23,7 @@ def definitions(tmp_path: Path) -> dict[str, str]:
 
 def run(source: str, definitions: dict[str, str], limit: int | None = None, batch_size: int = 4) -> dict[str, Any]:
     engine = zero_shot.ZeroShotEvaluator(loading.load(source), loading.load_tokenizer(source), batch_size)
-    return {name: engine.run(name, definition, limit) for name, definition in definitions.items()}
+    return {name: engine.run_task(name, definition, limit) for name, definition in definitions.items()}
 
 
 @pytest.mark.parametrize(("which", "limit"), [("dense", None), ("smaller", 7)])

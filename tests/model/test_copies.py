@@ -11,7 +11,7 @@ from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import quantize, views
 from prunelit.quantization.int4 import Int4Linear
-from prunelit.quantization.linears import list_decoder_linears, has_adapters, get_quantization, get_linear_widths
+from prunelit.quantization.linears import get_linear_widths, get_quantization, has_adapters, list_decoder_linears
 from prunelit.recovery import lora
 from tests.tiny import cut, keep, tiny, tokens
 
@@ -68,7 +68,9 @@ def test_below_adapters_is_the_base_and_the_adapted_model_stays(family: str, bas
     below = views.view_without_adapters(adapted)
     assert torch.equal(logits(below), dense) and not has_adapters(below)
     assert has_adapters(adapted) and torch.equal(logits(adapted), wanted) and not torch.equal(wanted, dense)
-    assert [get_linear_widths(x.module) for x in list_decoder_linears(below)] == [get_linear_widths(x.module) for x in list_decoder_linears(adapted)]
+    assert [get_linear_widths(x.module) for x in list_decoder_linears(below)] == [
+        get_linear_widths(x.module) for x in list_decoder_linears(adapted)
+    ]
     pairs = zip(list_decoder_linears(below), list_decoder_linears(adapted), strict=True)
     for mine, theirs in pairs:
         name = "packed" if base == "int4" else "weight"

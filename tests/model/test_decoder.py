@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, is_conv1d, get_weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in, is_conv1d
 from prunelit.runtime.errors import DeclarationMismatch, NonFinite
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny
 

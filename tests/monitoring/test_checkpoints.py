@@ -65,7 +65,9 @@ def fit(source: str, words: str, folder: Path, *callbacks: Any, resume: Any = No
         **options,
     )
     checkpoints.configure_checkpoints(trainer)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoints.find_newest_checkpoint(trainer) if resume == "last" else resume)
+    trainer.fit(
+        module, datamodule=data, ckpt_path=checkpoints.find_newest_checkpoint(trainer) if resume == "last" else resume
+    )
     return module.model.state_dict()
 
 

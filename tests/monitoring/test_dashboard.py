@@ -193,7 +193,7 @@ def test_csv_and_tensorboard_get_numbers_pictures_and_tables(tmp_path: Path, fir
     with (logged / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [row["prune/removed_share"] for row in rows if row.get("prune/removed_share")] == [
-        str(pruner.plan_made.predicted["ratio_of_block_parameters"])
+        str(pruner.applied_plan.predicted["ratio_of_block_parameters"])
     ]
     assert len([row for row in rows if row.get("train/tokens_per_second")]) == 2
     drawn = {path.name for path in (logged / "pictures").iterdir()}
@@ -201,7 +201,7 @@ def test_csv_and_tensorboard_get_numbers_pictures_and_tables(tmp_path: Path, fir
         "quality_speed.png"
     }
     with (logged / "tables" / "prune_layers.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == len(pruner.plan_made.layers)
+        assert len(list(csv.DictReader(file))) == len(pruner.applied_plan.layers)
     events = EventAccumulator(loggers[1].log_dir, size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     assert {"prune/removed_share", "train/tokens_per_second", "stage/seconds"} <= set(tags["scalars"])
@@ -297,7 +297,7 @@ def test_a_search_is_on_disk_while_it_goes_on(tmp_path: Path) -> None:
     logger, seen = CSVLogger(tmp_path, "csv"), list[str]()
 
     class Watch(Callback):
-        def hear(self, event: str, facts: Any) -> None:
+        def on_event(self, event: str, facts: Any) -> None:
             if event == "removed":
                 seen.append((Path(logger.log_dir) / "metrics.csv").read_text())
 

@@ -517,7 +517,9 @@ def test_min_kept_is_reached_and_not_passed() -> None:
     assert len(plan.kv_groups) == 6 and len(plan.ffn_channels) == 56
     with pytest.raises(InfeasibleBudget, match=r"0\.55 of the units and one kv_group and 8 channels"):
         select_units((shape,), [scores_of(shape)], 0.5, align=8, min_kept=0.55)
-    (plan,) = select_units((layer_shape(2, 10, 0),), [LayerScores(torch.rand(20))], 0.3, unit="query_head", min_kept=0.55)
+    (plan,) = select_units(
+        (layer_shape(2, 10, 0),), [LayerScores(torch.rand(20))], 0.3, unit="query_head", min_kept=0.55
+    )
     assert len(plan.query_heads) == 12
 
 
@@ -577,7 +579,9 @@ def test_one_kind_carries_what_the_other_can_not() -> None:
     assert all(len(plan.ffn_channels) == 8 for plan in plans)
     assert sum(len(plan.kv_groups) for plan in plans) == 5  # 11 * 120 of 2 * 1219 parameters are half
     tied = (layer_shape(8, 1, 80, prunable=False),) * 2
-    plans = select_units(tied, [scores_of(shape) for shape in tied], 0.5, "global", align=8, standardise=False, joint=False)
+    plans = select_units(
+        tied, [scores_of(shape) for shape in tied], 0.5, "global", align=8, standardise=False, joint=False
+    )
     assert all(len(plan.kv_groups) == 8 for plan in plans)
 
 

@@ -89,7 +89,9 @@ def test_between_points_it_is_linear_and_at_points_it_is_exact() -> None:
     """Squares: 8, 24, 48, 72 and 96 channels are measured with four points and an alignment of 8."""
     decoder = Decoder(tiny("llama"))
     (shape,) = {layer.shape for layer in decoder}
-    table = measure_latency_table(decoder, align=8, points=4, timer=Fake(lambda s: float(s.query_heads + s.ffn_channels**2)))
+    table = measure_latency_table(
+        decoder, align=8, points=4, timer=Fake(lambda s: float(s.query_heads + s.ffn_channels**2))
+    )
     assert [width for width, _ in table.record["tables"][0]["channels_seconds"]] == [0, 8, 24, 48, 72, 96]
     for width in (8, 24, 48, 72, 96):
         assert table.estimate_seconds(shape, 0, 0, width) == pytest.approx(width**2)
@@ -156,7 +158,9 @@ def test_the_record_is_plain_data() -> None:
         "dtype": "bfloat16",
         "unit": "kv_group",
     }
-    assert measure_latency_table(Decoder(model), tokens=512, timer=Fake()).record["tokens"] == 64 - 9 - 1  # it has 64 positions
+    assert (
+        measure_latency_table(Decoder(model), tokens=512, timer=Fake()).record["tokens"] == 64 - 9 - 1
+    )  # it has 64 positions
 
 
 @pytest.mark.parametrize("option", [{"tokens": 0}, {"points": 0}, {"repeats": 0}, {"mode": "train"}], ids=str)
@@ -253,7 +257,9 @@ def test_a_flat_machine_has_nothing_to_save(monkeypatch: pytest.MonkeyPatch) -> 
 
 def rank_table(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    table = measure_latency_table(Decoder(tiny("llama")), align=8, timer=Fake(lambda shape: machine(shape) * (1 + rank)))
+    table = measure_latency_table(
+        Decoder(tiny("llama")), align=8, timer=Fake(lambda shape: machine(shape) * (1 + rank))
+    )
     torch.save(table.record, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -201,7 +201,11 @@ def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
     assert compute_padded_widths(narrow) == (9, 3, 64)
     left = 2 * SHAPE.parameters_at(9, 3, 64)
     assert f"saves {1 - left / LLAMA.block_parameters:.1%}" in row(narrow, "transformers, padded").why
-    assert compute_padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (9, 3, 96)  # its head size is 72 / heads
+    assert compute_padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (
+        9,
+        3,
+        96,
+    )  # its head size is 72 / heads
 
 
 def test_notes_on_widths_and_gpus() -> None:

@@ -56,11 +56,11 @@ def test_the_job_trains_a_smaller_model(tmp_path: Path) -> None:
     dense = sum(p.numel() for p in module.network.parameters())
     run = trainer(tmp_path, callback)
     run.fit(module, datamodule=ForeignData())
-    assert callback.plan_made is not None
-    assert sum(p.numel() for p in module.network.parameters()) == callback.plan_made.predicted["parameters"] < dense
+    assert callback.applied_plan is not None
+    assert sum(p.numel() for p in module.network.parameters()) == callback.applied_plan.predicted["parameters"] < dense
     in_optimizer = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
     assert in_optimizer == {id(p) for p in module.network.parameters()}
-    record = callback.plan_made.calibration
+    record = callback.applied_plan.calibration
     assert record["source"] == ["train dataloader"]
     assert record["windows"] == 8
     assert record["tokens"] < 8 * 16, "padding was counted"
@@ -69,7 +69,7 @@ def test_the_job_trains_a_smaller_model(tmp_path: Path) -> None:
 def test_a_loader_passed_to_fit_is_enough(tmp_path: Path) -> None:
     module, callback = ForeignModule(), bip()
     trainer(tmp_path, callback).fit(module, train_dataloaders=DataLoader(sequences(), batch_size=4))
-    assert callback.plan_made is not None
+    assert callback.applied_plan is not None
 
 
 def test_setup_leaves_the_random_state_alone(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_a_fresh_dense_model_resumes_into_the_cut_shapes(tmp_path: Path, scope: 
     again.score = None  # type: ignore[method-assign,assignment]  # scoring again would fail
     run = trainer(tmp_path, again, steps=6)
     run.fit(module, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
-    assert again.plan_made == first.plan_made
+    assert again.applied_plan == first.applied_plan
     assert run.global_step == 6
 
 
@@ -128,8 +128,8 @@ def test_a_run_by_a_plan_file_goes_on_by_it_and_by_no_other(tmp_path: Path) -> N
     for name, scope in (("mine", "layer"), ("other", "global")):
         made = bip(scope=scope)
         trainer(tmp_path / name, made, steps=0).fit(ForeignModule(), datamodule=ForeignData())
-        assert made.plan_made is not None
-        made.plan_made.save(tmp_path / f"{name}.json")
+        assert made.applied_plan is not None
+        made.applied_plan.save(tmp_path / f"{name}.json")
     checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
     for name, resume in (("mine", None), ("mine", "last.ckpt"), ("other", "last.ckpt")):
         callback = bip(plan_file=str(tmp_path / f"{name}.json"), repair="bias")  # biases that no file declares
@@ -207,13 +207,13 @@ def test_a_fine_tuned_copy_of_the_model_is_another_model(tmp_path: Path) -> None
 def test_a_plan_is_replayed_without_scoring(tmp_path: Path) -> None:
     first = bip()
     trainer(tmp_path, first).fit(ForeignModule(), datamodule=ForeignData())
-    assert first.plan_made is not None
-    first.plan_made.save(tmp_path / "plan.json")
+    assert first.applied_plan is not None
+    first.applied_plan.save(tmp_path / "plan.json")
     again = bip(plan_file=str(tmp_path / "plan.json"))
     again.score = None  # type: ignore[method-assign,assignment]
     trainer(tmp_path, again).fit(ForeignModule(), datamodule=ForeignData())
-    assert again.plan_made is not None
-    assert again.plan_made.layers == first.plan_made.layers
+    assert again.applied_plan is not None
+    assert again.applied_plan.layers == first.applied_plan.layers
 
 
 def test_resuming_with_another_plan_is_refused(tmp_path: Path) -> None:
@@ -246,9 +246,9 @@ def test_a_datamodules_calibration_loader_comes_first(tmp_path: Path) -> None:
 
     callback = bip()
     trainer(tmp_path, callback).fit(ForeignModule(), datamodule=WithCalibration())
-    assert callback.plan_made is not None
-    assert callback.plan_made.calibration["source"] == ["calibration_dataloader()"]
-    assert callback.plan_made.calibration["windows"] == 6
+    assert callback.applied_plan is not None
+    assert callback.applied_plan.calibration["source"] == ["calibration_dataloader()"]
+    assert callback.applied_plan.calibration["windows"] == 6
 
 
 def test_spawned_processes_are_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`prune` and `decide` from Python: what is no model, no text or no list is one clear line, and nothing is cut."""
+"""`prune` and `plan_model` from Python: what is no model, no text or no list is one clear line, and nothing is cut."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ BATCHES = [{"input_ids": tokens(2, 8)}]
 @pytest.mark.parametrize(
     ("batches", "got"),
     [
-        ("builtin:python-docs", "got 'builtin:python-docs'; make them with method.batches_from"),
+        ("builtin:python-docs", "got 'builtin:python-docs'; make them with method.make_batches"),
         ([tokens(2, 8)], "got a Tensor in the list; "),
         (tokens(2, 8), "got a Tensor; "),
         ([{"ids": tokens(2, 8)}], "got a dict in the list; "),
@@ -56,7 +56,7 @@ def test_what_is_no_model_to_cut(model: Callable[[], Any], error: type[PrunelitE
 
 
 def test_no_batches_say_how_they_are_made() -> None:
-    wanted = r"got none; make them with method.batches_from\(text, tokenizer\)"
+    wanted = r"got none; make them with method.make_batches\(text, tokenizer\)"
     for method in (LLMBIP(0.2, align=8), Magnitude(0.2, align=8, repair="bias")):
         with pytest.raises(NoCalibration, match=wanted):
             method.prune(tiny("llama"))

@@ -15,7 +15,7 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
-from prunelit.quantization.linears import list_decoder_linears, get_quantization
+from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 from tests.tiny import cut, keep, tiny, tokens
 

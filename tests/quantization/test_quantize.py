@@ -11,13 +11,13 @@ from prunelit.model import surgery
 from prunelit.model.decoder import get_weight_out_in
 from prunelit.quantization import quantize as quantize_module
 from prunelit.quantization.int4 import Int4Linear
-from prunelit.quantization.linears import list_decoder_linears, get_quantization
+from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.quantization.quantize import (
-    measure_base_memory,
     check_base_options,
     check_base_shapes,
     dequantize_model,
     find_misfits,
+    measure_base_memory,
     quantize_model,
 )
 from prunelit.recovery.lora import add_lora
@@ -163,7 +163,13 @@ def test_guard_catches_wrong_nf4_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 @needs_bitsandbytes
 def test_guard_catches_widths_where_bitsandbytes_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = torch.randn(64, 96)
-    if distance(quantize_module._dequantize_weight(quantize_module._make_nf4_linear(weight, None, torch.float32, True)), weight) < 0.15:
+    if (
+        distance(
+            quantize_module._dequantize_weight(quantize_module._make_nf4_linear(weight, None, torch.float32, True)),
+            weight,
+        )
+        < 0.15
+    ):
         pytest.skip("bitsandbytes is right on this CPU")
     monkeypatch.setattr(quantize_module, "check_base_shapes", lambda *_: None)
     with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj: nf4: .* at 96 inputs and 64 outputs"):

@@ -15,9 +15,16 @@ from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.quantization.int4 import GroupLora, Int4Linear
-from prunelit.quantization.linears import list_decoder_linears, get_quantization
+from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.quantization.quantize import quantize_model
-from prunelit.recovery.lora import add_lora, check_ranks, merge_into_full_precision, merge_adapters, group_parameters, allocate_ranks_by_cut
+from prunelit.recovery.lora import (
+    add_lora,
+    allocate_ranks_by_cut,
+    check_ranks,
+    group_parameters,
+    merge_adapters,
+    merge_into_full_precision,
+)
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from tests.tiny import cut, keep, tiny, tokens
 
@@ -175,7 +182,8 @@ def test_rank_by_cut_fits_the_cut_model_and_its_budget(family: str, kind: str, b
     adapted = add_lora(model, 8, 16, 0.0, ranks)
     assert adapter_ranks(adapted) == {(i, kind): rank for i, of in enumerate(ranks) for kind, rank in of.items()}
     largest = max(
-        sum(p.numel() for p in linear.module.parameters() if p.requires_grad) for linear in list_decoder_linears(adapted)
+        sum(p.numel() for p in linear.module.parameters() if p.requires_grad)
+        for linear in list_decoder_linears(adapted)
     )
     assert even - largest < adapter_parameters(adapted) <= even
     if kind == "channel":  # FFN 40, 48, 56 of 96, attention whole

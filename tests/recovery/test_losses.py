@@ -4,7 +4,12 @@ import pytest
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from prunelit.recovery.losses import compute_cross_entropy, compute_kl_divergence, compute_hidden_distance, derive_labels
+from prunelit.recovery.losses import (
+    compute_cross_entropy,
+    compute_hidden_distance,
+    compute_kl_divergence,
+    derive_labels,
+)
 from tests.tiny import tiny, tokens
 
 

@@ -85,7 +85,7 @@ def test_a_checkpoint_holds_plan_and_adapters_only(source: str, tmp_path: Path) 
     saved = torch.load(tmp_path / "ckpt/step=3.ckpt", weights_only=False)
     assert all(".lora_" in name for name in saved["state_dict"])
     state = next(value for name, value in saved["callbacks"].items() if "LLMBIP" in name)
-    assert PruningPlan.from_json(state["plan"]) == pruner.plan_made
+    assert PruningPlan.from_json(state["plan"]) == pruner.applied_plan
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     assert set(saved["state_dict"]) == trained
 
@@ -323,7 +323,9 @@ def test_the_saved_int4_model_is_the_measured_one(wide: str, tmp_path: Path) -> 
     for model in (by_transformers(tmp_path / "model"), loading.load(tmp_path / "model", four_bit=True)):
         again = metrics.perplexity(model, data.validation)["perplexity"]
         assert again == pytest.approx(report["recovered"]["perplexity"], rel=1e-5)
-        assert metrics.measure_model_size(model) == {name: report["recovered"][name] for name in metrics.measure_model_size(model)}
+        assert metrics.measure_model_size(model) == {
+            name: report["recovered"][name] for name in metrics.measure_model_size(model)
+        }
 
 
 def test_another_format_holds_rounded_weights(wide: str, tmp_path: Path) -> None:

@@ -37,7 +37,12 @@ class Made:
                 if "lora_B" in name:
                     torch.nn.init.normal_(parameter, std=0.3)
             (folder / f"{base}-adapter").mkdir()
-            adapter_files.write_adapter(adapted, folder / f"{base}-adapter", "base", views.view_as_plain_linears(views.view_without_adapters(adapted)))
+            adapter_files.write_adapter(
+                adapted,
+                folder / f"{base}-adapter",
+                "base",
+                views.view_as_plain_linears(views.view_without_adapters(adapted)),
+            )
             self.wanted[f"{base}-adapter"] = logits(merge_adapters(adapted))
 
     def __getitem__(self, name: str) -> str:

@@ -68,7 +68,7 @@ def test_a_solution_is_that_of_a_stacked_least_squares_problem(bias, ridge):
     error = torch.randn(200, 5)
     equations = NormalEquations(12, 5, bias)
     for rows in (slice(0, 3), slice(3, 150), slice(150, 200)):
-        equations.add(x[rows], error[rows], 2 * error[rows])
+        equations.add_batch(x[rows], error[rows], 2 * error[rows])
     fit = equations.solve(ridge)
     weight, offset = ridge_by_lstsq(x.double(), error.double(), ridge, bias)
     torch.testing.assert_close(fit.weight.double(), weight, rtol=1e-3, atol=1e-5)
@@ -85,8 +85,8 @@ def test_a_row_of_weight_n_counts_as_often_as_n_rows(bias):
     torch.manual_seed(0)
     x, error, times = torch.randn(20, 4) + 1, torch.randn(20, 2), torch.randint(0, 4, (20,))
     weighted, repeated = NormalEquations(4, 2, bias), NormalEquations(4, 2, bias)
-    weighted.add(x, error, weights=times)
-    repeated.add(x.repeat_interleave(times, 0), error.repeat_interleave(times, 0))
+    weighted.add_batch(x, error, weights=times)
+    repeated.add_batch(x.repeat_interleave(times, 0), error.repeat_interleave(times, 0))
     for name in ("gram", "cross", "squares"):
         torch.testing.assert_close(getattr(weighted, name), getattr(repeated, name), rtol=1e-5, atol=1e-4)
 
@@ -104,7 +104,7 @@ def test_damaged_weights_come_back_when_the_inputs_have_full_rank(family):
         if linear.bias is not None:
             linear.bias.add_(torch.randn_like(linear.bias))
     equations = NormalEquations(wanted.shape[1], wanted.shape[0], linear.bias is not None)
-    equations.add(x, y - linear(x).detach(), y)
+    equations.add_batch(x, y - linear(x).detach(), y)
     with torch.no_grad():
         equations.solve(1e-9).add_to(linear)
     torch.testing.assert_close(get_weight_out_in(linear).detach(), wanted, rtol=0, atol=1e-5)
@@ -125,7 +125,7 @@ def test_the_error_never_grows_even_with_fewer_rows_than_inputs(rows, inputs, ri
     x = scale * torch.randn(rows, inputs, generator=generator)
     error = torch.randn(rows, 3, generator=generator)
     equations = NormalEquations(inputs, 3, bias)
-    equations.add(x, error)
+    equations.add_batch(x, error)
     fit = equations.solve(ridge)
     left = error.double() - x.double() @ fit.weight.T.double() - (fit.bias.double() if bias else 0)
     assert left.square().sum() <= error.double().square().sum() * (1 + 1e-6)
@@ -136,7 +136,7 @@ def test_the_error_never_grows_even_with_fewer_rows_than_inputs(rows, inputs, ri
 def test_the_ridge_grows_until_there_is_a_factor():
     x = torch.ones(50, 4)  # rank 1
     equations = NormalEquations(4, 2)
-    equations.add(x, torch.ones(50, 2))
+    equations.add_batch(x, torch.ones(50, 2))
     fit = equations.solve(0.0)
     assert 0 < fit.ridge < 1e-2 and fit.after < 1e-3
     torch.testing.assert_close(fit.weight, torch.full((2, 4), 0.25), rtol=1e-2, atol=0)
@@ -162,7 +162,7 @@ def test_sums_that_are_not_finite_change_nothing(value):
     x, error = torch.randn(9, 4), torch.randn(9, 2)
     x[3, 1] = value
     equations = NormalEquations(4, 2, bias=True)
-    equations.add(x, error)
+    equations.add_batch(x, error)
     with pytest.warns(UserWarning, match="NaN or infinity"):
         fit = equations.solve(1e-2)
     assert not fit.weight.any() and not fit.bias.any()
@@ -171,7 +171,7 @@ def test_sums_that_are_not_finite_change_nothing(value):
 def test_no_error_and_no_input_change_nothing():
     for x, error in ((torch.randn(9, 4), torch.zeros(9, 2)), (torch.zeros(9, 4), torch.randn(9, 2))):
         equations = NormalEquations(4, 2)
-        equations.add(x, error)
+        equations.add_batch(x, error)
         assert not equations.solve(1e-4).weight.any()
 
 
@@ -181,13 +181,13 @@ def test_equations_follow_a_correction_and_a_cut_without_data(bias):
     x, weight, offset, y = torch.randn(80, 6) + 1, torch.randn(3, 6), torch.randn(3), torch.randn(80, 3)
     offset = offset if bias else torch.zeros(3)
     equations = NormalEquations(6, 3, bias)
-    equations.add(x, y - x @ weight.T - offset, y)
+    equations.add_batch(x, y - x @ weight.T - offset, y)
     fit = equations.solve(1e-3)
     weight, offset = weight + fit.weight, offset + fit.bias if bias else offset
     columns = torch.tensor([0, 2, 5])
-    found = equations.corrected(fit).keeping(columns, weight)
+    found = equations.derive_after_fit(fit).derive_after_cut(columns, weight)
     fresh = NormalEquations(3, 3, bias)
-    fresh.add(x[:, columns], y - x[:, columns] @ weight[:, columns].T - offset, y)
+    fresh.add_batch(x[:, columns], y - x[:, columns] @ weight[:, columns].T - offset, y)
     for name in ("gram", "cross", "squares"):
         torch.testing.assert_close(getattr(found, name), getattr(fresh, name), rtol=1e-4, atol=1e-2)
     torch.testing.assert_close(found.solve(1e-3).weight, fresh.solve(1e-3).weight, rtol=1e-3, atol=1e-4)

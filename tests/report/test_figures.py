@@ -28,10 +28,10 @@ def full() -> Record:
     record = told("block_pruner", count=2)
     record.scores = told("flap", ratio=0.3, align=8).scores
     for name, perplexity, parameters in (("dense", 22.9, 2000), ("pruned", 37.5, 1500), ("recovered", 27.5, 1500)):
-        record.hear("measured", {"name": name, "row": {"perplexity": perplexity, "parameters": parameters}})
+        record.on_event("measured", {"name": name, "row": {"perplexity": perplexity, "parameters": parameters}})
     for step in (1, 2, 3):
         values = {"train_loss": 3 - step / 2, "tokens_per_second": 100 + step, "val_perplexity": 30 - step}
-        record.hear("step", {"step": step, "values": values})
+        record.on_event("step", {"step": step, "values": values})
     return record
 
 
@@ -92,7 +92,7 @@ def test_long_runs_leave_small_files() -> None:
 def test_nothing_to_draw_is_no_picture() -> None:
     assert all(draw_picture(name, Record()) is None for name in PICTURES)
     odd = Record(decided=[{"order": [], "perplexity": float("inf"), "after": 1}], training=[{"step": 1, "x": 1.0}])
-    odd.hear("measured", {"name": "dense", "row": {"perplexity": None, "parameters": 5}})
+    odd.on_event("measured", {"name": "dense", "row": {"perplexity": None, "parameters": 5}})
     assert all(draw_picture(name, odd) is None for name in PICTURES)
 
 

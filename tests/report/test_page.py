@@ -9,7 +9,7 @@ from hypothesis import strategies as some
 
 from prunelit.report.figures import PICTURES, draw_picture
 from prunelit.report.page import html, parts
-from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, Part, Section, PagePicture, Table
+from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.record import Record
 from prunelit.report.run_page import render_run_page
@@ -93,7 +93,7 @@ def test_foreign_text_is_text(text: str) -> None:
 
 def test_markup_in_a_config_or_a_title_is_shown() -> None:
     record = Record(title=NASTY[0], facts={"config": NASTY[1], "load": [(NASTY[0], NASTY[2])]})
-    record.hear("completions", {"prompts": [NASTY[0]], "name": "dense", "texts": [NASTY[1]]})
+    record.on_event("completions", {"prompts": [NASTY[0]], "name": "dense", "texts": [NASTY[1]]})
     read = Read(render_run_page(record))
     assert not {"script", "img"} & set(read.tags)
     assert all(text in read.text for text in NASTY[:3])
@@ -141,7 +141,9 @@ def test_summaries_have_the_numbers_of_the_record(full: Record) -> None:
         == "Loss 2.50 at step 1, 1.50 at 3; validation perplexity 29.0 at step 1, 27.0 at 3."
     )
     last = full.decided[-1]
-    assert summarize_picture("search", full).startswith(f"{len(last['order'])} blocks removed after {len(full.search)} ")
+    assert summarize_picture("search", full).startswith(
+        f"{len(last['order'])} blocks removed after {len(full.search)} "
+    )
     said = summarize_picture("kept", Record(plan=plan_of(3, 6, 3)))
     assert said == (
         "4 of 9 KV groups, 8 of 18 query heads, 96 of 192 FFN channels stay in 3 layers; no longer there: attention of "

@@ -71,7 +71,7 @@ def pages(full: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     nasty = Record.from_json(full.to_json())
     texts = [text.replace("\ud800", "") for text in NASTY]
     for name in ("dense", "pruned", "recovered"):
-        nasty.hear("completions", {"prompts": texts, "name": name, "texts": texts[::-1]})
+        nasty.on_event("completions", {"prompts": texts, "name": name, "texts": texts[::-1]})
     nasty.facts = {"config": "\n".join(texts), "load": [(texts[0], texts[5])], "versions": {"torch": texts[5]}}
     content = {"run": render_run_page(nasty), "comparison": compare_page.render_comparison_page(handmade())}
     for name, page in content.items():

@@ -21,7 +21,7 @@ def told(method: str, **options: object) -> Record:
     model = tiny("llama")
     ids = draw_windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
     pruner.prune(model, split_into_batches(ids))
-    assert record.plan == pruner.plan_made
+    assert record.plan == pruner.applied_plan
     return record
 
 
@@ -58,11 +58,11 @@ def test_a_search_is_told_as_it_happens() -> None:
 def test_json_holds_all_of_it(method: str) -> None:
     record = told(method, ratio=0.3)
     for step, values in ((1, {"train_loss": 2.0}), (2, {"train_loss": 1.5}), (2, {"val_perplexity": 9.0})):
-        record.hear("step", {"step": step, "values": values})
-    record.hear("measured", {"name": "dense", "row": {"perplexity": 3.0}})
-    record.hear("completions", {"prompts": ["a", "b"], "name": "dense", "texts": ["x", "y"]})
-    record.hear("completions", {"prompts": ["b"], "name": "pruned", "texts": ["z"]})
-    record.hear("of a later version", {"anything": 1})
+        record.on_event("step", {"step": step, "values": values})
+    record.on_event("measured", {"name": "dense", "row": {"perplexity": 3.0}})
+    record.on_event("completions", {"prompts": ["a", "b"], "name": "dense", "texts": ["x", "y"]})
+    record.on_event("completions", {"prompts": ["b"], "name": "pruned", "texts": ["z"]})
+    record.on_event("of a later version", {"anything": 1})
     assert record.training[1] == {"step": 2, "train_loss": 1.5, "val_perplexity": 9.0}
     assert record.completions == [{"prompt": "a", "dense": "x"}, {"prompt": "b", "dense": "y", "pruned": "z"}]
     again = Record.from_json(record.to_json())
@@ -78,7 +78,7 @@ def test_something_else_is_refused() -> None:
 @given(some.lists(some.tuples(some.floats(-1e6, 1e6), some.booleans()), min_size=1, max_size=60))
 def test_every_unit_is_in_one_bin(units: list[tuple[float, bool]]) -> None:
     scores, stays = zip(*units, strict=True)
-    found = Histogram.of(scores, stays)
+    found = Histogram.from_scores(scores, stays)
     assert (sum(found.kept), sum(found.removed)) == (sum(stays), len(stays) - sum(stays))
     assert found.low >= min(scores) and found.edges == sorted(found.edges)
     if found.cut is not None:
@@ -102,7 +102,7 @@ def test_callbacks_of_a_job_are_told_whatever_their_order(first: bool) -> None:
     )
     trainer.fit(ForeignModule(), datamodule=ForeignData())
     record = recorder.record
-    assert record.plan == pruner.plan_made and any(record.scores["channels"])
+    assert record.plan == pruner.applied_plan and any(record.scores["channels"])
     assert [stage["name"] for stage in record.stages] == ["text", "score_and_plan", "cut"]
     assert [entry["step"] for entry in record.training] == [2, 4, 5]
     assert all(

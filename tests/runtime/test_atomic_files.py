@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from prunelit.export import check_output, check_export_request, formats, save, write, write_model
+from prunelit.export import check_export_request, check_output, formats, save, write, write_model
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from tests.tiny import tiny, tiny_tokenizer
@@ -159,7 +159,7 @@ def one(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     verdict: dict[str, Any] = {"passed": True, "why": None, "loader": "a reader"}
 
     def writing(job: formats.ExportJob) -> dict[str, Any]:
-        job.place.write_text(f"{job.kind} of {job.model.config.model_type}")
+        job.path.write_text(f"{job.kind} of {job.model.config.model_type}")
         return {"note": "one file"}
 
     format = formats.Format("one", "read('PATH')", writing, lambda job: verdict, ".one", ("f16", "q8"), "one")
@@ -218,7 +218,7 @@ def test_auto_goes_on_only_where_a_format_does_not_fit(tmp_path: Path, monkeypat
     tried = []
 
     def refusing(job: formats.ExportJob) -> dict[str, Any]:
-        tried.append(job.place.is_dir())
+        tried.append(job.path.is_dir())
         raise DoesNotFit("format: no")
 
     refuses = formats.Format("no", "", refusing, lambda job: {})

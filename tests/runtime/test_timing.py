@@ -30,4 +30,6 @@ def test_rounds_go_forwards_and_backwards_and_the_first_does_not_count() -> None
 def test_seconds_on_a_gpu_wait_for_its_work() -> None:
     device = torch.device("cuda")
     x = torch.ones(4096, 4096, device=device)
-    assert timing.measure_seconds(lambda: [x @ x for _ in range(50)], device) > timing.measure_seconds(lambda: None, device)
+    assert timing.measure_seconds(lambda: [x @ x for _ in range(50)], device) > timing.measure_seconds(
+        lambda: None, device
+    )

@@ -51,9 +51,9 @@ class Best(PruningCallback):
     """
 
     standardise = False
-    score_reads = ("unit", "own_text", "seed")
+    score_options = ("unit", "own_text", "seed")
     repair_choices = ("none",)  # it has its own
-    cut_reads = ("own_text", "ridge", "epochs", "learning_rate", "denoise")
+    cut_options = ("own_text", "ridge", "epochs", "learning_rate", "denoise")
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class Best(PruningCallback):
             found.append(LayerScores(heads, channels))
         return found
 
-    def least_share(self, decoder: Decoder) -> float:
+    def get_min_kept(self, decoder: Decoder) -> float:
         if self.min_kept is not None:
             return self.min_kept
         shapes = decoder.shape.layers
@@ -107,7 +107,7 @@ class Best(PruningCallback):
         length = min(_MAX_TEXT_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
         text = list(batches)
         if tokens:
-            text += self.recall(
+            text += self.compute_cached(
                 "text", decoder, batches, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
             )
         own = take_rank_share(text)

@@ -33,7 +33,9 @@ def record_dense_streams(decoder: Decoder, batches: Sequence[Batch]) -> list[Ten
     """What leaves the last layer of the dense model, [B, S, H] for every batch, in host memory."""
     stream, last = PartialForward(decoder), len(decoder.layers)
     with use_eval_mode(decoder.model):
-        return [stream.run(batch, None, 0, last).cpu() for batch in track_progress(list(batches), "dense targets")]
+        return [
+            stream.run_layers(batch, None, 0, last).cpu() for batch in track_progress(list(batches), "dense targets")
+        ]
 
 
 @torch.inference_mode(False)
@@ -116,7 +118,7 @@ def _take_step(
     """One optimiser step; (sum of divergences, tokens) over all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=stream.decoder.device)
     for batch, target in rows:
-        hidden = stream.run(batch, None, 0, len(stream.decoder.layers))
+        hidden = stream.run_layers(batch, None, 0, len(stream.decoder.layers))
         divergence, gradient, tokens = _compute_divergence(stream, batch, hidden, target)
         hidden.backward(gradient)  # type: ignore[no-untyped-call]
         sums += torch.tensor([divergence, tokens], dtype=torch.float64, device=sums.device)
@@ -136,19 +138,23 @@ def _take_step(
 @torch.no_grad()
 def _denoise_changes(trained: Sequence[nn.Parameter], masters: Sequence[Tensor], came: Sequence[Tensor]) -> None:
     """Norms and biases stay as trained: of few numbers one can not tell what is noise."""
-    for parameter, master, start in track_progress(list(zip(trained, masters, came, strict=True)), "denoising", unit="weight"):
+    for parameter, master, start in track_progress(
+        list(zip(trained, masters, came, strict=True)), "denoising", unit="weight"
+    ):
         if parameter.ndim == 2:
             before = start.float()
             parameter.copy_(before + estimate_signal(master - before))
 
 
-def _compute_divergence(stream: PartialForward, batch: Batch, hidden: Tensor, target: Tensor) -> tuple[float, Tensor, int]:
+def _compute_divergence(
+    stream: PartialForward, batch: Batch, hidden: Tensor, target: Tensor
+) -> tuple[float, Tensor, int]:
     """Summed KL(dense || cut) of one sequence, its gradient at `hidden` [1, S, H], and the tokens that count."""
     last = len(stream.decoder.layers)
     leaf = hidden.detach().requires_grad_()
     with torch.no_grad():
-        dense = stream.run(batch, target.to(leaf), last)[0].float().log_softmax(-1)
-    cut = stream.run(batch, leaf, last)[0].float().log_softmax(-1)
+        dense = stream.run_layers(batch, target.to(leaf), last)[0].float().log_softmax(-1)
+    cut = stream.run_layers(batch, leaf, last)[0].float().log_softmax(-1)
     mask = batch.get("attention_mask")
     if mask is not None:
         real = mask[0].bool().to(cut.device)

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from prunelit.calibration.batches import Batch, take_sequences
-from prunelit.calibration.fingerprints import compute_digest, fingerprint_model, fingerprint_batches
+from prunelit.calibration.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
 from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import IGNORED_OPTIONS, RemovalGoal, BlockChoice, plan_without_blocks
+from prunelit.planning.block_sets import IGNORED_OPTIONS, BlockChoice, RemovalGoal, plan_without_blocks
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime.errors import BadOption
 
@@ -42,7 +42,7 @@ class BlockPruner(PruningCallback):
             blocks.
     """
 
-    not_read = IGNORED_OPTIONS
+    ignored_options = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
 
     def __init__(
@@ -60,7 +60,10 @@ class BlockPruner(PruningCallback):
         self.goal = RemovalGoal.from_options(ratio, count, kwargs)
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
         self.ratio = ratio  # type: ignore[assignment]
-        for name, value, allowed in (("blocks", blocks, get_args(BlockChoice)), ("search", search, get_args(SearchMethod))):
+        for name, value, allowed in (
+            ("blocks", blocks, get_args(BlockChoice)),
+            ("search", search, get_args(SearchMethod)),
+        ):
             if value not in allowed:
                 raise BadOption(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
         for name, number in (("beam_width", beam_width), ("search_windows", search_windows)):
@@ -73,12 +76,12 @@ class BlockPruner(PruningCallback):
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
         journal, few = self.journal, take_sequences(batches, self.search_windows)
-        if journal is None and self.kept is not None:
+        if journal is None and self.cache is not None:
             which = compute_digest(fingerprint_model(decoder.model) + fingerprint_batches(few))
-            journal = str(self.kept.folder / f"block_pruner-{which}.jsonl")
+            journal = str(self.cache.folder / f"block_pruner-{which}.jsonl")
         evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
-        evaluator.told = self.tell
+        evaluator.emit = self.emit
         found = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}
-        return self.make_plan(decoder.shape, plan_without_blocks(decoder.shape, found.removed))
+        return self.build_plan(decoder.shape, plan_without_blocks(decoder.shape, found.removed))

@@ -45,17 +45,17 @@ class Journal:
         box: list[Any] = [None]
         if get_rank() == 0:
             try:
-                box = [(self._read(), self.seconds)]
+                box = [(self._read_values(), self.seconds)]
             except (BadOption, OutputNotWritable) as error:
                 box = [error]
         if dist.is_initialized():
             dist.broadcast_object_list(box, src=0)
         if isinstance(box[0], Exception):
             raise box[0]
-        self.found: dict[BlockSet, SetLoss] = box[0][0]
+        self.values: dict[BlockSet, SetLoss] = box[0][0]
         self.seconds = box[0][1]
 
-    def _read(self) -> dict[BlockSet, SetLoss]:
+    def _read_values(self) -> dict[BlockSet, SetLoss]:
         """The finished evaluations; what a kill has left half written is dropped, in the file too."""
         found: dict[BlockSet, SetLoss] = {}
         try:
@@ -86,7 +86,7 @@ class Journal:
             raise OutputNotWritable(f"journal {str(self.path)!r}: {error.strerror or error}") from error
         return found
 
-    def write(self, removed: BlockSet, base: BlockSet, value: SetLoss, seconds: float = 0.0) -> None:
+    def write_value(self, removed: BlockSet, base: BlockSet, value: SetLoss, seconds: float = 0.0) -> None:
         """Add one evaluation; it is in the file when this returns.
 
         Raises:

@@ -22,7 +22,7 @@ from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
 from prunelit.callbacks.block_pruner.journal import SetLoss
 from prunelit.core.plan import ModelShape
-from prunelit.planning.block_sets import Block, BlockSet, RemovalGoal, BlockChoice, list_blocks, can_remove_blocks
+from prunelit.planning.block_sets import Block, BlockChoice, BlockSet, RemovalGoal, can_remove_blocks, list_blocks
 from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import NonFinite
 from prunelit.runtime.progress import track_progress
@@ -86,17 +86,17 @@ def search_blocks(
     all_attention = set(list_blocks(shape, "attention"))
     goal.check_feasible(shape, candidates, len(candidates) - (bool(candidates) and all_attention <= set(candidates)))
     run = _Search(evaluator, shape, goal, candidates, exact=method == "greedy")
-    dense = evaluator.values([frozenset()])[0].nll
+    dense = evaluator.evaluate_sets([frozenset()])[0].nll
     if not math.isfinite(dense):
         raise NonFinite(f"perplexity: expected a finite number for the whole model, got {dense}; check the dtype")
-    state = run.beam(_SearchState(dense, (), (dense,)), beam_width if method == "beam" else 1)
-    state = run.give_back(state)
+    state = run.search_beam(_SearchState(dense, (), (dense,)), beam_width if method == "beam" else 1)
+    state = run.return_spare_blocks(state)
     while method == "swap":
-        swapped = run.swap(state)
-        state = run.give_back(swapped)
+        swapped = run.swap_blocks(state)
+        state = run.return_spare_blocks(swapped)
         if state == swapped:  # else a larger block came in and another was spare
             break
-    return run.found(state)
+    return run.build_result(state)
 
 
 class _SearchState(NamedTuple):
@@ -117,18 +117,18 @@ class _Search:
     ):
         self.evaluator, self.shape, self.goal, self.candidates, self.exact = evaluator, shape, goal, candidates, exact
         # Of this search only, not of the journal, so that a resumed search takes the same way.
-        self.seen: dict[BlockSet, SetLoss] = {}
-        self.holding: dict[Block, list[BlockSet]] = {block: [] for block in candidates}
-        self.fall = 0.0
+        self.values_by_set: dict[BlockSet, SetLoss] = {}
+        self.sets_by_block: dict[Block, list[BlockSet]] = {block: [] for block in candidates}
+        self.largest_fall = 0.0
         self.plain_evaluations = 1  # of the dense model
-        self.plain_layer_runs = evaluator.layers_left(frozenset())
-        self.asked = 1
-        self.before = evaluator.evaluations, evaluator.layer_runs
+        self.plain_layer_runs = evaluator.count_layers(frozenset())
+        self.requested_count = 1
+        self.counts_at_start = evaluator.evaluations, evaluator.layer_runs
 
-    def beam(self, start: _SearchState, width: int) -> _SearchState:
+    def search_beam(self, start: _SearchState, width: int) -> _SearchState:
         """Remove blocks until the goal is met, going on with the best `width` sets; the best that meets it."""
         states, done = [start], []
-        self._tell(start)
+        self._emit_removed(start)
         while states:
             found: dict[BlockSet, _SearchState] = {}
             for state in states:
@@ -139,14 +139,16 @@ class _Search:
                 }
                 limit = sorted(other.nll for other in found.values())[width - 1] if len(found) >= width else math.inf
                 fresh = {blocks: block for blocks, block in moves.items() if blocks not in found}
-                for nll, block in self.best(state.removed, fresh, width, limit, self._how_far(state)):
+                for nll, block in self.find_best_moves(
+                    state.removed, fresh, width, limit, self._describe_progress(state)
+                ):
                     order = (*state.order, block)
                     found[frozenset(order)] = _SearchState(nll, order, (*state.path, nll))
             states = sorted(found.values(), key=lambda state: state.nll)[:width]  # stable: the first of equals
             if states:
-                self._tell(states[0])
-            done += [state for state in states if self._met(state.removed)]
-            states = [state for state in states if not self._met(state.removed)]
+                self._emit_removed(states[0])
+            done += [state for state in states if self._meets_goal(state.removed)]
+            states = [state for state in states if not self._meets_goal(state.removed)]
             if not states and not done:  # the search kept the one attention that costs most
                 raise self.goal.make_infeasible_error(
                     f"{self.goal.compute_share(self.shape, state.removed):.4f} of the {self.goal.budget}"
@@ -158,30 +160,32 @@ class _Search:
             )
         return best
 
-    def give_back(self, state: _SearchState) -> _SearchState:
+    def return_spare_blocks(self, state: _SearchState) -> _SearchState:
         """Without the blocks that the ratio does not need; a count needs all."""
-        while spare := [block for block in state.order if self._met(state.removed - {block})]:
+        while spare := [block for block in state.order if self._meets_goal(state.removed - {block})]:
             moves = {state.removed - {block}: block for block in spare}
             what = "giving back what the ratio does not need"
-            nll, block = self.best(state.removed, moves, 1, math.inf, what)[0]
+            nll, block = self.find_best_moves(state.removed, moves, 1, math.inf, what)[0]
             state = state._replace(nll=nll, order=tuple(b for b in state.order if b != block), path=(*state.path, nll))
         return state
 
-    def swap(self, state: _SearchState) -> _SearchState:
+    def swap_blocks(self, state: _SearchState) -> _SearchState:
         """Exchange a removed block for a kept one while that lowers perplexity."""
         better: _SearchState | None = state
         while better is not None:
             state, better = better, None
             returned = {state.removed - {block}: block for block in state.order}
             what = f"swapping, perplexity {convert_nll_to_perplexity(state.nll):.2f}"
-            for _, back in self.best(state.removed, returned, len(returned), math.inf, what):
+            for _, back in self.find_best_moves(state.removed, returned, len(returned), math.inf, what):
                 base = state.removed - {back}
                 moves = {
                     base | {block}: block
                     for block in self.candidates
-                    if block not in state.removed and can_remove_blocks(self.shape, base | {block}) and self._met(base | {block})
+                    if block not in state.removed
+                    and can_remove_blocks(self.shape, base | {block})
+                    and self._meets_goal(base | {block})
                 }
-                for nll, block in self.best(base, moves, 1, state.nll, what):
+                for nll, block in self.find_best_moves(base, moves, 1, state.nll, what):
                     if nll < state.nll:
                         order = (*(b for b in state.order if b != back), block)
                         better = _SearchState(nll, order, (*state.path, nll))
@@ -189,7 +193,7 @@ class _Search:
                     break
         return state
 
-    def best(
+    def find_best_moves(
         self, base: BlockSet, moves: Mapping[BlockSet, Block], width: int, limit: float, what: str
     ) -> list[tuple[float, Block]]:
         """The `width` lowest values among the sets of `moves`, the first of equals first, with their blocks.
@@ -197,40 +201,43 @@ class _Search:
         A candidate that can not get among them, or not below `limit`, may be missing.
         """
         places = {blocks: place for place, blocks in enumerate(moves)}
-        bounds = {blocks: self._bound(blocks, block) for blocks, block in moves.items()}
+        bounds = {blocks: self._find_bound(blocks, block) for blocks, block in moves.items()}
         queue = sorted(moves, key=lambda blocks: bounds[blocks])
         self.plain_evaluations += len(queue)
-        self.plain_layer_runs += sum(self.evaluator.layers_left(blocks) for blocks in queue)
+        self.plain_layer_runs += sum(self.evaluator.count_layers(blocks) for blocks in queue)
         found: list[tuple[float, int]] = []
-        with self._bar(len(queue), what):
+        with self._show_progress(len(queue), what):
             for first in range(0, len(queue), CANDIDATES_PER_ROUND):
                 some = queue[first : first + CANDIDATES_PER_ROUND]
                 least = min(limit, found[width - 1][0] if len(found) >= width else math.inf)
                 if not self.exact:
-                    some = [blocks for blocks in some if bounds[blocks] <= least + MARGIN + 2 * self.fall]
-                values = self.evaluator.values(some, base, least if self.exact else math.inf)
-                self.asked += len(some)
+                    some = [blocks for blocks in some if bounds[blocks] <= least + MARGIN + 2 * self.largest_fall]
+                values = self.evaluator.evaluate_sets(some, base, least if self.exact else math.inf)
+                self.requested_count += len(some)
                 for blocks, value in zip(some, values, strict=True):
-                    self._see(blocks, value, bounds[blocks])
+                    self._store_value(blocks, value, bounds[blocks])
                     if value.exact:
                         found.append((value.nll, places[blocks]))
                 found.sort()
         blocks_at = list(moves.values())
         return [(nll, blocks_at[place]) for nll, place in found[:width]]
 
-    def _tell(self, state: _SearchState) -> None:
+    def _emit_removed(self, state: _SearchState) -> None:
         order = [str(block) for block in state.order]
-        self.evaluator.told("removed", order=order, perplexity=convert_nll_to_perplexity(state.nll))
+        self.evaluator.emit("removed", order=order, perplexity=convert_nll_to_perplexity(state.nll))
 
-    def found(self, state: _SearchState) -> SearchResult:
+    def build_result(self, state: _SearchState) -> SearchResult:
         """The result, with its record; said once in the log."""
         evaluator = self.evaluator
-        evaluated, runs = evaluator.evaluations - self.before[0], evaluator.layer_runs - self.before[1]
+        evaluated, runs = (
+            evaluator.evaluations - self.counts_at_start[0],
+            evaluator.layer_runs - self.counts_at_start[1],
+        )
         record: dict[str, Any] = {
             "order": [str(block) for block in state.order],
             "perplexity": [convert_nll_to_perplexity(nll) for nll in state.path],
             "evaluations": evaluated,
-            "recalled": self.asked - evaluated,
+            "recalled": self.requested_count - evaluated,
             "evaluations_full": self.plain_evaluations,
             "layer_runs": runs,
             "layer_runs_full": self.plain_layer_runs,
@@ -243,36 +250,36 @@ class _Search:
             )
         return SearchResult(list(state.order), list(state.path), record)
 
-    def _bound(self, blocks: BlockSet, block: Block) -> float:
+    def _find_bound(self, blocks: BlockSet, block: Block) -> float:
         """The value of the largest set seen within `blocks` that holds `block`."""
-        within = [(len(other), self.seen[other].nll) for other in self.holding[block] if other <= blocks]
+        within = [(len(other), self.values_by_set[other].nll) for other in self.sets_by_block[block] if other <= blocks]
         return max(within)[1] if within else -math.inf
 
-    def _see(self, blocks: BlockSet, value: SetLoss, bound: float) -> None:
-        if blocks not in self.seen:
+    def _store_value(self, blocks: BlockSet, value: SetLoss, bound: float) -> None:
+        if blocks not in self.values_by_set:
             for block in blocks:
-                self.holding[block].append(blocks)
-        self.seen[blocks] = value
+                self.sets_by_block[block].append(blocks)
+        self.values_by_set[blocks] = value
         if value.exact and math.isfinite(bound):
-            self.fall = max(self.fall, bound - value.nll)
+            self.largest_fall = max(self.largest_fall, bound - value.nll)
 
     @contextmanager
-    def _bar(self, candidates: int, what: str) -> Iterator[None]:
+    def _show_progress(self, candidates: int, what: str) -> Iterator[None]:
         """A progress bar that moves with every batch."""
         world = dist.get_world_size() if dist.is_initialized() else 1
         batches = math.ceil(candidates / world) * len(self.evaluator.batches)
         bar = cast("Generator[int]", track_progress(range(batches), what))
-        self.evaluator.tick = lambda: next(bar, None)
+        self.evaluator.on_batch = lambda: next(bar, None)
         try:
             yield
         finally:
-            self.evaluator.tick = lambda: None
+            self.evaluator.on_batch = lambda: None
             bar.close()
 
-    def _met(self, removed: BlockSet) -> bool:
+    def _meets_goal(self, removed: BlockSet) -> bool:
         return self.goal.is_met(self.shape, removed, len(removed))
 
-    def _how_far(self, state: _SearchState) -> str:
+    def _describe_progress(self, state: _SearchState) -> str:
         done = (
             f"{self.goal.compute_share(self.shape, state.removed):.1%} of {self.goal.ratio:.1%}"
             if self.goal.ratio

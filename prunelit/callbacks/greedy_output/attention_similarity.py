@@ -55,7 +55,7 @@ class Divergence:
         self.rows = 0
 
     @torch.no_grad()
-    def add(self, probabilities: Tensor, mask: Tensor | None = None) -> None:
+    def add_rows(self, probabilities: Tensor, mask: Tensor | None = None) -> None:
         """Add query rows.
 
         Args:
@@ -77,7 +77,7 @@ class Divergence:
                 self.total[head, others] += found.sum(0, dtype=torch.float64)
         self.rows += len(rows)
 
-    def mean(self) -> Tensor | None:
+    def compute_mean(self) -> Tensor | None:
         """[Q, Q] over all ranks, symmetric, 0 on the diagonal; None if no rank saw a row. Every rank calls it."""
         rows = int(sum_over_ranks(torch.tensor(self.rows, device=self.total.device)))
         mean = sum_over_ranks(self.total.clone()).clamp_min(0) / max(1, rows)
@@ -110,12 +110,15 @@ def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[
     most = max((layer.shape.query_heads for layer in decoder), default=1)
     found = [Divergence(layer.shape.query_heads, decoder.device) for layer in decoder]
     mask: list[Tensor | None] = [None]
-    with use_eval_mode(decoder.model), _watch_probabilities(decoder, decoder.layers, partial(_add_probabilities, found, mask)):
+    with (
+        use_eval_mode(decoder.model),
+        _watch_probabilities(decoder, decoder.layers, partial(_add_probabilities, found, mask)),
+    ):
         for number, _, part in _sample_windows(batches, most):
             if number % world == rank:
                 mask[0] = part.get("attention_mask")
                 decoder.backbone(use_cache=False, **{name: value.to(decoder.device) for name, value in part.items()})
-    means = [divergence.mean() for divergence in found]
+    means = [divergence.compute_mean() for divergence in found]
     if all(mean is None for mean in means) and any(layer.has_attention for layer in decoder) and not rank:
         warnings.warn(
             f"{type(decoder.model).__name__}: its attention does not return probabilities; heads are chosen by their "
@@ -136,14 +139,19 @@ def measure_layer_divergence(lock: PairedStreams, batches: Sequence[Batch]) -> T
     layer, decoder = lock.layer, lock.decoder
     found = Divergence(layer.shape.query_heads, decoder.device)
     mask: list[Tensor | None] = [None]
-    places = {number: place for place, (number, _) in enumerate(lock.own)}
-    with use_eval_mode(decoder.model), _watch_probabilities(decoder, [layer], partial(_add_probabilities, {layer.index: found}, mask)):
+    places = {number: place for place, (number, _) in enumerate(lock.own_batches)}
+    with (
+        use_eval_mode(decoder.model),
+        _watch_probabilities(decoder, [layer], partial(_add_probabilities, {layer.index: found}, mask)),
+    ):
         for number, rows, part in _sample_windows(batches, layer.shape.query_heads):
             if number in places:
-                hidden = lock.cut[places[number]]
+                hidden = lock.cut_streams[places[number]]
                 mask[0] = part.get("attention_mask")
-                lock.stream.run(part, None if hidden is None else hidden[rows], layer.index, layer.index + 1)
-    return found.mean()
+                lock.partial_forward.run_layers(
+                    part, None if hidden is None else hidden[rows], layer.index, layer.index + 1
+                )
+    return found.compute_mean()
 
 
 def _add_probabilities(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Tensor) -> None:
@@ -167,7 +175,9 @@ def _sample_windows(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int,
 
 
 @contextmanager
-def _watch_probabilities(decoder: Decoder, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]) -> Iterator[None]:
+def _watch_probabilities(
+    decoder: Decoder, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]
+) -> Iterator[None]:
     """Eager attention for a while, and `see` called with each layer's probabilities [B, Q, S, keys]."""
     config, handles = decoder.config, []
     before = config._attn_implementation
@@ -280,7 +290,9 @@ def choose_heads(
     limit = limit if divergence is not None else 0.0
     between = torch.zeros(groups * size, groups * size) if divergence is None else divergence
     if (gone := groups - len(kept.kv_groups)) > 0:
-        cell = Cell(compute_group_divergence(between, size).tolist(), moments.view(groups, size).sum(1).tolist(), groups - 1)
+        cell = Cell(
+            compute_group_divergence(between, size).tolist(), moments.view(groups, size).sum(1).tolist(), groups - 1
+        )
         lost = {group for _, group in select_redundant_units([cell], gone, limit)}
         stay = tuple(group for group in range(groups) if group not in lost)
         heads = tuple(head for head in range(shape.query_heads) if head // size in stay)
@@ -289,7 +301,9 @@ def choose_heads(
     for start in range(0, shape.query_heads, size):
         of = slice(start, start + size)
         cell = Cell(between[of, of].tolist(), moments[of].tolist(), size - 1)
-        lost |= {start + head for _, head in select_redundant_units([cell], size - len(kept.query_heads) // groups, limit)}
+        lost |= {
+            start + head for _, head in select_redundant_units([cell], size - len(kept.query_heads) // groups, limit)
+        }
     return replace(kept, query_heads=tuple(head for head in range(shape.query_heads) if head not in lost))
 
 
@@ -335,5 +349,7 @@ def rank_groups_globally(
         values += _GROUP_OFFSET
     for order, (number, group) in enumerate(gone):
         groups[number][group] = order - _GROUP_OFFSET
-    channels = [None if s.channels is None else removal_steps.standardize_scores(s.channels.double().cpu()) for s in scores]
+    channels = [
+        None if s.channels is None else removal_steps.standardize_scores(s.channels.double().cpu()) for s in scores
+    ]
     return [LayerScores(*pair) for pair in zip(heads, channels, strict=True)]

@@ -57,9 +57,9 @@ class GreedyOutput(PruningCallback):
     """
 
     joint = False
-    score_reads = ("moment",)
+    score_options = ("moment",)
     repair_choices = ("none", "bias", "least_squares", "two_step")
-    cut_reads = ("refit_kept",)
+    cut_options = ("refit_kept",)
 
     def __init__(
         self,
@@ -78,31 +78,31 @@ class GreedyOutput(PruningCallback):
                 raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
         if tau is not None and (isinstance(tau, bool) or not tau > 0):
             raise BadOption(f"tau: expected a positive number of nats or null, got {tau!r}")
-        self._together = self.scope == "global" and self.unit == "kv_group" and not self.uniform_heads
-        if tau is not None and not (self._together and criterion_heads != "second_moment"):
+        self._ranks_globally = self.scope == "global" and self.unit == "kv_group" and not self.uniform_heads
+        if tau is not None and not (self._ranks_globally and criterion_heads != "second_moment"):
             raise BadOption(
                 "tau: one threshold makes layers differ; expected with it scope 'global', unit 'kv_group', no "
                 f"uniform_heads and a criterion_heads with similarity, got {self.scope!r}, {self.unit!r}, "
                 f"{self.uniform_heads!r}, {criterion_heads!r}"
             )
         self.criterion_heads, self.tau, self.moment, self.refit_kept = criterion_heads, tau, moment, refit_kept
-        self._made: tuple[str, list[nn.Module | None]] | None = None
+        self._reconstructed: tuple[str, list[nn.Module | None]] | None = None
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
         return second_moment.score_second_moments(decoder, batches, self.moment)
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        scores, limit = self.scored(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
-        select: Callable[..., tuple[LayerPlan, ...]] = self.selector(decoder)
+        scores, limit = self.load_or_score(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
+        select: Callable[..., tuple[LayerPlan, ...]] = self.make_selector(decoder)
         kept, shapes = select(scores), [layer.shape for layer in decoder]
         fewer = [len(each.query_heads) < shape.query_heads for each, shape in zip(kept, shapes, strict=True)]
         divergences: list[Tensor | None] = [None] * len(shapes)
         if limit and (self.tau is not None or any(fewer)):
-            divergences = self.recall(
+            divergences = self.compute_cached(
                 "divergences", decoder, batches, lambda: attention_similarity.measure_head_divergence(decoder, batches)
             )
         if any(found is not None for found in divergences):
-            if self._together:
+            if self._ranks_globally:
                 whole = {layer % len(shapes) for layer in self.protect}
                 ordered = attention_similarity.rank_groups_globally(
                     shapes, scores, divergences, kept, whole, self.min_kept, limit, self.tau
@@ -117,8 +117,8 @@ class GreedyOutput(PruningCallback):
         if self.repair == "two_step":
             fresh = _PrefixChooser(batches, len(shapes), self.moment, limit)
             kept, modules = two_step.reconstruct_two_step(decoder, kept, batches, fresh, refit_kept=self.refit_kept)
-        plan = self.make_plan(decoder.shape, kept)
-        self._made = (plan.digest, modules) if self.repair == "two_step" else None
+        plan = self.build_plan(decoder.shape, kept)
+        self._reconstructed = (plan.digest, modules) if self.repair == "two_step" else None
         return plan
 
     def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
@@ -126,7 +126,7 @@ class GreedyOutput(PruningCallback):
             super().cut(decoder, plan, batches)
             return
         surgery.check_plan_fits(decoder, plan)
-        made, self._made = self._made, None
+        made, self._reconstructed = self._reconstructed, None
         if made is None or made[0] != plan.digest:  # a replayed plan
             made = "", two_step.reconstruct_two_step(decoder, plan.layers, batches, refit_kept=self.refit_kept)[1]
         two_step.install_layers(decoder, plan, made[1])
@@ -148,7 +148,9 @@ class _PrefixChooser:
     def choose(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
         layer, sums = lock.layer, self.sums
         self.sums = Sums(self.layers)
-        scores = second_moment.compute_moment_scores(layer, sums.means(lock.tokens, lock.decoder.device)[layer.index], self.moment)
+        scores = second_moment.compute_moment_scores(
+            layer, sums.means(lock.tokens, lock.decoder.device)[layer.index], self.moment
+        )
         if block == "attention":
             divergence = attention_similarity.measure_layer_divergence(lock, self.batches) if self.limit else None
             return attention_similarity.choose_heads(kept, layer.shape, scores, divergence, self.limit)

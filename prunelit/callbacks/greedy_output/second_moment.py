@@ -52,7 +52,9 @@ def accumulate_squares(sums: Sums, layer: Layer, x: Mapping[str, Tensor]) -> Non
     """Add the squares over a batch of heads and channels, or of the linears at the inputs; x: {point: [T, width]}."""
     for point, value in x.items():
         linears = {"attention_input": layer.qkv[-1:], "mlp_input": layer.ffn_in}[point] if "input" in point else ()
-        values = [nn.functional.linear(value.float(), *_get_float_weights(linear)) for linear in linears] or [value.float()]
+        values = [nn.functional.linear(value.float(), *_get_float_weights(linear)) for linear in linears] or [
+            value.float()
+        ]
         sums.add(layer, point, torch.cat([each.square().sum(0) for each in values]))
 
 

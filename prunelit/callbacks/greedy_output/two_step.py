@@ -17,7 +17,13 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.model.per_layer import find
 from prunelit.repair.least_squares import NormalEquations, widen_to_float32
-from prunelit.repair.reconstruct import BlockName, accumulate_equations, find_first_changed, get_output_projection, record_layer_fit
+from prunelit.repair.reconstruct import (
+    BlockName,
+    accumulate_equations,
+    find_first_changed,
+    get_output_projection,
+    record_layer_fit,
+)
 from prunelit.runtime.progress import track_progress
 
 _ATTENTION_INPUT: ActivationPoint = "attention_input"
@@ -27,13 +33,13 @@ _MLP_INPUT: ActivationPoint = "mlp_input"
 class UnitChooser(Protocol):
     """Which units go, decided module by module from what the reconstructed prefix shows."""
 
-    def points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
+    def list_points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
         """What `observe` reads in a block."""
 
-    def observe(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
+    def accumulate(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
         """Accumulate over the activations of one batch of this rank."""
 
-    def choose(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
+    def choose_units(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
         """As many units of the block as `kept` has, newly chosen; the other block as it is."""
 
 
@@ -72,14 +78,14 @@ def reconstruct_two_step(
     lock = PairedStreams(decoder, batches, start)
     for index in track_progress(range(start, len(plans)), "reconstructing", unit="layer"):
         dense = layers[index]
-        lock.enter(index, _list_targets(decoder.layers[index]))
+        lock.enter_layer(index, _list_targets(decoder.layers[index]))
         # The config is shared by all layers: the copy is to see it change.
         layers[index] = module = copy.deepcopy(dense, {id(decoder.config): decoder.config})
         try:
-            lock.look()
+            lock.refresh_layer()
             plans[index] = _rebuild_layer(lock, plans[index], chooser, ridge, refit_kept)
             if index + 1 < len(plans):
-                lock.leave()
+                lock.leave_layer()
         finally:
             layers[index] = dense
         modules[index] = module.cpu()
@@ -100,7 +106,9 @@ def _list_targets(layer: Layer) -> tuple[ActivationPoint, ...]:
     return attention + (("mlp_input", "mlp_output") if layer.has_mlp else ())
 
 
-def _rebuild_layer(lock: PairedStreams, kept: LayerPlan, chooser: UnitChooser | None, ridge: float, refit_kept: bool) -> LayerPlan:
+def _rebuild_layer(
+    lock: PairedStreams, kept: LayerPlan, chooser: UnitChooser | None, ridge: float, refit_kept: bool
+) -> LayerPlan:
     """Fit and cut both blocks of the layer at hand, one after the other; what it keeps."""
     for block in get_args(BlockName):
         layer = lock.layer
@@ -112,7 +120,7 @@ def _rebuild_layer(lock: PairedStreams, kept: LayerPlan, chooser: UnitChooser | 
             _fit_inputs(lock, block, ridge)
             system = _fit_output(lock, block, ridge, chooser, refit_kept)
             if chooser is not None and stays < whole:
-                kept = chooser.choose(lock, block, kept)
+                kept = chooser.choose_units(lock, block, kept)
         if stays == whole:
             continue
         columns = torch.tensor(_get_units(kept, block), dtype=torch.long, device=lock.decoder.device)
@@ -121,16 +129,16 @@ def _rebuild_layer(lock: PairedStreams, kept: LayerPlan, chooser: UnitChooser | 
                 columns[:, None] * layer.shape.head_dim + torch.arange(layer.shape.head_dim).to(columns)
             ).flatten()
         if system is not None:
-            system = system.keeping(columns, get_weight_out_in(get_output_projection(layer, block)[0]))
+            system = system.derive_after_cut(columns, get_weight_out_in(get_output_projection(layer, block)[0]))
         now = LayerPlan.dense(layer.shape)
         if block == "attention":
             now = replace(now, query_heads=kept.query_heads, kv_groups=kept.kv_groups)
         else:
             now = replace(now, ffn_channels=kept.ffn_channels)
         surgery.prune_layer(layer, now, lock.decoder.config)
-        lock.look()
+        lock.refresh_layer()
         if block == "attention":
-            lock.heads = [heads[..., columns] for heads in lock.heads]
+            lock.held_heads = [heads[..., columns] for heads in lock.held_heads]
         if system is not None:
             fit = system.solve(ridge)
             fit.add_to(get_output_projection(lock.layer, block)[0])
@@ -148,9 +156,11 @@ def _fit_inputs(lock: PairedStreams, block: BlockName, ridge: float) -> None:
     linears, point = (layer.qkv, _ATTENTION_INPUT) if block == "attention" else (layer.ffn_in, _MLP_INPUT)
     width, bias = get_weight_out_in(linears[0]).shape[1], all(linear.bias is not None for linear in linears)
     system = NormalEquations(width, width, bias, lock.decoder.device)
-    for place, x in lock.visit((point,)):
-        system.add(x[point], widen_to_float32(lock.target(point, place)) - x[point], lock.target(point, place))
-    lock.forget(point)
+    for place, x in lock.run_cut_stream((point,)):
+        system.add_batch(
+            x[point], widen_to_float32(lock.get_target(point, place)) - x[point], lock.get_target(point, place)
+        )
+    lock.free_target(point)
     fit = system.solve(ridge)
     for linear in linears:
         weight = widen_to_float32(get_weight_out_in(linear))
@@ -167,10 +177,10 @@ def _fit_output(
     linear, _, output = get_output_projection(layer, block)
     also = None
     if chooser is not None:
-        also = chooser.points(block), partial(chooser.observe, layer, block)
+        also = chooser.list_points(block), partial(chooser.accumulate, layer, block)
     system = accumulate_equations(lock, block, output, also, hold_heads=block == "attention")
-    lock.forget(output)
+    lock.free_target(output)
     fit = system.solve(ridge)
     fit.add_to(linear)
     record_layer_fit(layer.index, block, fit)
-    return system.corrected(fit) if refit else None
+    return system.derive_after_fit(fit) if refit else None

@@ -56,7 +56,7 @@ class SAAP(PruningCallback):
 
     standardise = False
     joint = False
-    score_reads = ("fusion", "second_order", "unit", "checkpointing")
+    score_options = ("fusion", "second_order", "unit", "checkpointing")
 
     def __init__(
         self,
@@ -80,16 +80,18 @@ class SAAP(PruningCallback):
         self.second_order, self.checkpointing = second_order, checkpointing
 
     def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        select, shape = self.selector(decoder), decoder.shape
-        mean, asi = self.recall("statistics", decoder, batches, lambda: self._statistics(decoder, batches))
+        select, shape = self.make_selector(decoder), decoder.shape
+        mean, asi = self.compute_cached(
+            "statistics", decoder, batches, lambda: self._measure_statistics(decoder, batches)
+        )
         if self.asi == "literal" or (self.asi == "candidate" and self.kappa > 1):
-            self._search(mean, asi, select(_build_layer_scores(mean, shape.layers, self.unit)), shape.layers)
-        return self.make_plan(shape, select(_build_layer_scores(mean, shape.layers, self.unit)))
+            self._trade_scores(mean, asi, select(_build_layer_scores(mean, shape.layers, self.unit)), shape.layers)
+        return self.build_plan(shape, select(_build_layer_scores(mean, shape.layers, self.unit)))
 
     def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return _build_layer_scores(self._statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
+        return _build_layer_scores(self._measure_statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
 
-    def _statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[UnitValues, UnitValues]:
+    def _measure_statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[UnitValues, UnitValues]:
         forms: tuple[taylor.TaylorForm, ...] = ("vector", "mixed" if self.second_order else "first")
         mean: UnitValues = {}
         asi: UnitValues = {}
@@ -98,11 +100,13 @@ class SAAP(PruningCallback):
                 mean[kind, layer], asi[kind, layer] = samples.mean(0).cpu(), compute_volatility(samples).cpu()
         return mean, asi
 
-    def _search(self, mean: UnitValues, asi: UnitValues, kept: Sequence[LayerPlan], shapes: Sequence[LayerShape]) -> None:
+    def _trade_scores(
+        self, mean: UnitValues, asi: UnitValues, kept: Sequence[LayerPlan], shapes: Sequence[LayerShape]
+    ) -> None:
         """Let the candidates trade their scores; as many are cut as without the search."""
         protected = {layer % len(kept) for layer in self.protect}
         every: dict[UnitKey, Sequence[int]] = {key: range(len(values)) for key, values in mean.items()}
-        pools = self._may_go(mean, shapes) if self.asi == "candidate" else every
+        pools = self._find_removable(mean, shapes) if self.asi == "candidate" else every
         for kind, place in (("heads", 1 if self.unit == "kv_group" else 0), ("channels", 2)):  # in LayerPlan.widths
             keys = [key for key in mean if key[0] == kind and key[1] not in protected]
             for together in [keys] if self.scope == "global" else [[key] for key in keys]:
@@ -111,12 +115,14 @@ class SAAP(PruningCallback):
                     count = round(self.kappa * (count - sum(kept[layer].widths[place] for _, layer in together)))
                 trade_scores(mean, asi, {key: pools[key] for key in together}, count)
 
-    def _may_go(self, mean: UnitValues, shapes: Sequence[LayerShape]) -> dict[UnitKey, Sequence[int]]:
+    def _find_removable(self, mean: UnitValues, shapes: Sequence[LayerShape]) -> dict[UnitKey, Sequence[int]]:
         """The least important units of each layer, without those that have to stay."""
         found: dict[UnitKey, Sequence[int]] = dict.fromkeys(mean, ())
         for layer, (shape, scores) in enumerate(zip(shapes, _build_layer_scores(mean, shapes, self.unit), strict=True)):
             cost, limits = LayerShape.parameters_at, (self.unit, self.align, self.min_kept)
-            for ladder in build_removal_sequences(layer, shape, scores, cost, *limits, compared=False, standardise=False):
+            for ladder in build_removal_sequences(
+                layer, shape, scores, cost, *limits, compared=False, standardise=False
+            ):
                 found["heads" if ladder.kind == "attention" else "channels", layer] = ladder.units
         return found
 

@@ -45,10 +45,14 @@ def compute_deci_logits(folder: Path, ids: Tensor) -> Tensor:
             raise SystemExit("error: layer 0 of a DeciLM can not be without attention")
         if not block.attention.no_op:
             normed = _apply_rms_norm(x, mine.pop("input_layernorm.weight"), config)
-            x = x + _apply_attention(normed, _take_weights(mine, "self_attn."), block.attention.n_heads_in_group, config, turns)
+            x = x + _apply_attention(
+                normed, _take_weights(mine, "self_attn."), block.attention.n_heads_in_group, config, turns
+            )
         if not block.ffn.no_op:
             normed = _apply_rms_norm(x, mine.pop("post_attention_layernorm.weight"), config)
-            x = x + _apply_ffn(normed, _take_weights(mine, "mlp."), compute_ffn_width(block.ffn.ffn_mult, config.hidden_size), config)
+            x = x + _apply_ffn(
+                normed, _take_weights(mine, "mlp."), compute_ffn_width(block.ffn.ffn_mult, config.hidden_size), config
+            )
         _check_all_used(mine)
     x = _apply_rms_norm(x, weights.pop("model.norm.weight"), config)
     head = table if config.tie_word_embeddings else weights.pop("lm_head.weight")
@@ -93,7 +97,9 @@ def _apply_attention(x: Tensor, weights: Weights, in_group: int, config: Any, tu
     q = _apply_linear(x, weights, "q_proj", heads * dim, input_bias).unflatten(-1, (heads, dim)).transpose(1, 2)
     k = _apply_linear(x, weights, "k_proj", groups * dim, input_bias).unflatten(-1, (groups, dim)).transpose(1, 2)
     v = _apply_linear(x, weights, "v_proj", groups * dim, input_bias).unflatten(-1, (groups, dim)).transpose(1, 2)
-    made = functional.scaled_dot_product_attention(_apply_rope(q, turns), _apply_rope(k, turns), v, is_causal=True, enable_gqa=True)
+    made = functional.scaled_dot_product_attention(
+        _apply_rope(q, turns), _apply_rope(k, turns), v, is_causal=True, enable_gqa=True
+    )
     result = _apply_linear(made.transpose(1, 2).flatten(2), weights, "o_proj", config.hidden_size, output_bias)
     _check_all_used(weights)
     return result

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from prunelit.calibration import metrics
 from prunelit.export.deci import reader
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.llama_layers import (
     check_llama_layers,
+    collect_projections,
     compute_context_limit,
+    compute_rope_factors,
     get_head_dim,
     has_tied_embeddings,
-    collect_projections,
-    compute_rope_factors,
 )
 from prunelit.export.proof import new_process
 from prunelit.export.proof.compare import compare_logits
@@ -93,11 +93,11 @@ def write_deci(job: ExportJob) -> dict[str, Any]:
     decoder = Decoder(job.model)
     layers, biased = _list_layer_sizes(decoder), _find_biased_roles(decoder)
     weights = _build_deci_weights(decoder, layers, biased)
-    save_torch_state_dict(weights, job.place, max_shard_size=job.max_shard_size, metadata={"format": "pt"})
+    save_torch_state_dict(weights, job.path, max_shard_size=job.max_shard_size, metadata={"format": "pt"})
     config = json.dumps(_build_deci_config(decoder, layers, biased), indent=2) + "\n"
-    (job.place / "config.json").write_text(config, encoding="utf-8")
-    (job.place / f"{_CONFIG_MODULE}.py").write_text(_CONFIG_SOURCE, encoding="utf-8")
-    copy.deepcopy(job.model.generation_config).save_pretrained(job.place)
+    (job.path / "config.json").write_text(config, encoding="utf-8")
+    (job.path / f"{_CONFIG_MODULE}.py").write_text(_CONFIG_SOURCE, encoding="utf-8")
+    copy.deepcopy(job.model.generation_config).save_pretrained(job.path)
     size = _count_written_size(decoder, layers, weights)
     zeros = size["parameters"] - sum(parameter.numel() for parameter in job.model.parameters())
     heads = max(layer.query_heads for layer in layers)
@@ -127,13 +127,19 @@ def _count_written_size(decoder: Decoder, layers: list[_LayerSizes], weights: di
         "parameters": sum(x.numel() for x in weights.values()),
         "block_parameters": sum(x.numel() for x in blocks.values()),
         "macs_per_token": matrices + table.numel(),
-        "kv_bytes_per_token": 2 * get_head_dim(decoder) * sum(layer.kv_groups for layer in layers) * table.element_size(),
+        "kv_bytes_per_token": 2
+        * get_head_dim(decoder)
+        * sum(layer.kv_groups for layer in layers)
+        * table.element_size(),
     }
 
 
 def _list_layer_sizes(decoder: Decoder) -> list[_LayerSizes]:
     shapes = (layer.shape for layer in decoder)
-    return [_LayerSizes(*size) for size in compute_deci_widths([(s.query_heads, s.kv_groups, s.ffn_channels) for s in shapes])]
+    return [
+        _LayerSizes(*size)
+        for size in compute_deci_widths([(s.query_heads, s.kv_groups, s.ffn_channels) for s in shapes])
+    ]
 
 
 def _find_biased_roles(decoder: Decoder) -> set[str]:
@@ -212,11 +218,16 @@ def _build_deci_weights(decoder: Decoder, layers: list[_LayerSizes], biased: set
         found["lm_head.weight"] = model.get_output_embeddings().weight.detach()
     for layer, size in zip(decoder, layers, strict=True):
         prefix = f"model.layers.{layer.index}."
-        found |= {f"{prefix}{name}": x.contiguous() for name, x in _build_layer_weights(layer, size, biased, dim, table).items()}
+        found |= {
+            f"{prefix}{name}": x.contiguous()
+            for name, x in _build_layer_weights(layer, size, biased, dim, table).items()
+        }
     return found
 
 
-def _build_layer_weights(layer: Layer, size: _LayerSizes, biased: set[str], dim: int, like: Tensor) -> dict[str, Tensor]:
+def _build_layer_weights(
+    layer: Layer, size: _LayerSizes, biased: set[str], dim: int, like: Tensor
+) -> dict[str, Tensor]:
     """Tensors of one layer in the given sizes, by their names below the layer."""
     shape, linears, found = layer.shape, collect_projections(layer), {}
     queries = (shape.kv_groups, shape.group_size, dim), (size.kv_groups, size.group_size, dim)
@@ -263,9 +274,9 @@ def prove_deci(job: ExportJob) -> dict[str, Any]:
         NotProved: it can not be read so.
     """
     ids = metrics.make_fixed_tokens(job.model)
-    question = {"folder": str(job.place), "tokens": ids.tolist(), "threads": torch.get_num_threads()}
+    question = {"folder": str(job.path), "tokens": ids.tolist(), "threads": torch.get_num_threads()}
     answer = new_process.run_proof_script(
-        reader.__file__, question, job.place, "format 'deci': the folder can not be read as a DeciLM"
+        reader.__file__, question, job.path, "format 'deci': the folder can not be read as a DeciLM"
     )
     with use_float32_model(job.model) as model:
         expected = metrics.compute_logits(model, ids)

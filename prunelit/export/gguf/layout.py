@@ -21,11 +21,11 @@ from torch import Tensor
 
 from prunelit.export.llama_layers import (
     check_llama_layers,
-    get_model_family,
-    get_head_dim,
-    has_tied_embeddings,
     collect_projections,
     compute_rope_factors,
+    get_head_dim,
+    get_model_family,
+    has_tied_embeddings,
 )
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.per_layer import find
@@ -50,12 +50,12 @@ class LlamaCppGraph(NamedTuple):
         square: Q * D must be H.
     """
 
-    neighbours: bool
+    rotates_neighbours: bool
     biases: frozenset[str]
     rope_factors: bool = False
     per_layer: bool = False
     qk_norm: bool = False
-    square: bool = False
+    square_attention: bool = False
 
 
 _TENSOR_NAMES = {
@@ -68,10 +68,10 @@ _TENSOR_NAMES = {
     "down": "ffn_down",
 }
 GRAPHS = {
-    "llama": LlamaCppGraph(neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True),
-    "deci": LlamaCppGraph(neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True, per_layer=True),
-    "qwen2": LlamaCppGraph(neighbours=False, biases=frozenset("qkv"), square=True),
-    "qwen3": LlamaCppGraph(neighbours=False, biases=frozenset(), qk_norm=True),
+    "llama": LlamaCppGraph(rotates_neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True),
+    "deci": LlamaCppGraph(rotates_neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True, per_layer=True),
+    "qwen2": LlamaCppGraph(rotates_neighbours=False, biases=frozenset("qkv"), square_attention=True),
+    "qwen3": LlamaCppGraph(rotates_neighbours=False, biases=frozenset(), qk_norm=True),
 }
 GRAPHS_OF_FAMILY = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
     "qwen2": ("qwen2", "llama", "deci"),
@@ -108,11 +108,13 @@ def choose_graph(decoder: Decoder) -> str:
     widths = {(s.query_heads, s.kv_groups, s.ffn_channels) for s in (layer.shape for layer in decoder)}
     uniform = len(widths) == 1 and 0 not in next(iter(widths))
     square = {heads * get_head_dim(decoder) for heads, _, _ in widths} == {int(decoder.config.hidden_size)}
-    biased = {role for layer in decoder for role, linear in collect_projections(layer).items() if linear.bias is not None}
+    biased = {
+        role for layer in decoder for role, linear in collect_projections(layer).items() if linear.bias is not None
+    }
     scaled = compute_rope_factors(decoder, "gguf") is not None
     for name in GRAPHS_OF_FAMILY[family]:
         graph = GRAPHS[name]
-        shaped = graph.per_layer or (uniform and (square or not graph.square))
+        shaped = graph.per_layer or (uniform and (square or not graph.square_attention))
         if shaped and biased <= graph.biases and (graph.rope_factors or not scaled):
             return name
     if not uniform:
@@ -147,7 +149,9 @@ def list_tensor_entries(decoder: Decoder, graph: LlamaCppGraph, layers: list[Lay
         yield TensorEntry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for layer, found in zip(decoder, layers, strict=True):
         yield from _list_layer_entries(layer, graph, found, hidden)
-    yield _make_norm_entry("output_norm.weight", find(model, decoder.architecture.layers.rpartition(".")[0] + ".norm"), hidden)
+    yield _make_norm_entry(
+        "output_norm.weight", find(model, decoder.architecture.layers.rpartition(".")[0] + ".norm"), hidden
+    )
     if not has_tied_embeddings(model):
         yield TensorEntry("output.weight", tuple(head.shape), lambda: head)
 
@@ -164,7 +168,7 @@ def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, h
     linears = collect_projections(layer)
     for role, shape in shapes.items():
         linear, name = linears.get(role), f"{block}{_TENSOR_NAMES[role]}"
-        heads = {"q": sizes.query_heads, "k": sizes.kv_groups}.get(role, 0) if graph.neighbours else 0
+        heads = {"q": sizes.query_heads, "k": sizes.kv_groups}.get(role, 0) if graph.rotates_neighbours else 0
         yield TensorEntry(f"{name}.weight", shape, partial(_arrange_rows, find(linear, "weight"), shape, heads))
         if find(linear, "bias") is not None:
             yield TensorEntry(f"{name}.bias", shape[:1], partial(_arrange_rows, find(linear, "bias"), shape[:1], heads))

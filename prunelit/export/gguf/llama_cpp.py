@@ -87,7 +87,10 @@ def run_gguf_file(asked: dict[str, Any], file: str, exact: bool) -> dict[str, An
     """All that is asked of one file."""
     context = max(map(len, asked["prompts"])) + asked["new_tokens"] + 8
     server = start_llama_server(file, exact, context, asked["threads"])
-    runs = [generate_greedily(server, prompt, asked["new_tokens"], asked["top"], asked["readable"]) for prompt in asked["prompts"]]
+    runs = [
+        generate_greedily(server, prompt, asked["new_tokens"], asked["top"], asked["readable"])
+        for prompt in asked["prompts"]
+    ]
     times = [time for _, found in runs for time in found]
     return {
         "steps": [steps for steps, _ in runs],

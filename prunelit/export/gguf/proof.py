@@ -75,14 +75,18 @@ def prove_gguf(write_file: Callable[[Any, Any, Path, str], object], job: ExportJ
     texts = [*TEXTS, LEADING_SPACE_TEXT, *chat, *COMBINING_MARK_TEXTS]
     # llama.cpp puts a space before a text of pieces, whatever it begins with, and behind special tokens. So do
     # SentencePiece and old tokenizers; those of transformers 5 do not.
-    excused = (*COMBINING_MARK_TEXTS, LEADING_SPACE_TEXT, *chat) if tokenizer.is_sentencepiece_bpe(job.tokenizer) else COMBINING_MARK_TEXTS
-    with tempfile.TemporaryDirectory(prefix=".exact-", dir=job.place.parent) as beside:
-        twin = job.place
+    excused = (
+        (*COMBINING_MARK_TEXTS, LEADING_SPACE_TEXT, *chat)
+        if tokenizer.is_sentencepiece_bpe(job.tokenizer)
+        else COMBINING_MARK_TEXTS
+    )
+    with tempfile.TemporaryDirectory(prefix=".exact-", dir=job.path.parent) as beside:
+        twin = job.path
         if job.kind != "f32":
             twin = Path(beside, "f32.gguf")
             write_file(job.model, job.tokenizer, twin, "f32")
         question = {
-            "runs": [{"file": str(twin), "exact": True}, {"file": str(job.place), "exact": False}],
+            "runs": [{"file": str(twin), "exact": True}, {"file": str(job.path), "exact": False}],
             "prompts": prompts,
             "new_tokens": new_tokens,
             "top": _TOP_LOGPROBS,
@@ -91,7 +95,7 @@ def prove_gguf(write_file: Callable[[Any, Any, Path, str], object], job: ExportJ
             "threads": torch.get_num_threads(),
         }
         answer = new_process.run_proof_script(
-            llama_cpp.__file__, question, job.place.parent, "format 'gguf': llama.cpp can not run the file", "error"
+            llama_cpp.__file__, question, job.path.parent, "format 'gguf': llama.cpp can not run the file", "error"
         )
     exact, served = json.loads(answer)
     with use_float32_model(job.model) as model, _track_largest_input(model) as largest:

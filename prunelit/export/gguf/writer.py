@@ -9,10 +9,19 @@ from typing import Any
 
 import numpy as np
 
-from prunelit.export.formats import Format, ExportJob
+from prunelit.export.formats import ExportJob, Format
 from prunelit.export.gguf import proof
 from prunelit.export.gguf import tokenizer as gguf_tokenizer
-from prunelit.export.gguf.layout import Q8_BLOCK_SIZE, GRAPHS, FLOAT16_MAX, TensorEntry, LayerSizes, list_tensor_entries, choose_graph, compute_layer_sizes
+from prunelit.export.gguf.layout import (
+    FLOAT16_MAX,
+    GRAPHS,
+    Q8_BLOCK_SIZE,
+    LayerSizes,
+    TensorEntry,
+    choose_graph,
+    compute_layer_sizes,
+    list_tensor_entries,
+)
 from prunelit.export.llama_layers import compute_context_limit
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
@@ -34,8 +43,8 @@ def write_gguf(job: ExportJob) -> dict[str, Any]:
         DoesNotFit: llama.cpp has no graph or tokenizer for it, or a weight is beyond float16.
     """
     check_gguf(job.model, job.tokenizer)
-    graph, left = write_gguf_file(job.model, job.tokenizer, job.place, job.kind)
-    size = job.place.stat().st_size
+    graph, left = write_gguf_file(job.model, job.tokenizer, job.path, job.kind)
+    size = job.path.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
     if left:
         note += f"; {left} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
@@ -169,5 +178,14 @@ parameters.model.path = "PATH"
 server = xllamacpp.Server(parameters)  # or: llama-server -m PATH"""
 
 FORMAT = Format(
-    "gguf", _LOAD_SNIPPET, write_gguf, partial(proof.prove_gguf, write_gguf_file), ".gguf", WEIGHT_TYPES, "gguf", _check_gguf_installed, _check_xllamacpp_installed, check_gguf
+    "gguf",
+    _LOAD_SNIPPET,
+    write_gguf,
+    partial(proof.prove_gguf, write_gguf_file),
+    ".gguf",
+    WEIGHT_TYPES,
+    "gguf",
+    _check_gguf_installed,
+    _check_xllamacpp_installed,
+    check_gguf,
 )

@@ -53,7 +53,7 @@ def prove_folder(
     stored = next(job.model.parameters()).dtype
     computed = stored if same_shapes else torch.float32
     if offloaded.is_streamed(job.model):
-        expected, found = layer_files.read_back_layers(job.model, job.place)
+        expected, found = layer_files.read_back_layers(job.model, job.path)
         verdict: dict[str, Any] = {"loader": "prunelit, layer by layer in this process; every tensor compared"}
     elif job.fresh_process:
         expected, found, verdict = _compute_logits_elsewhere(job, remote_code, computed, placed)
@@ -92,16 +92,20 @@ def compare_logits(expected: Tensor, found: Tensor, tolerance: float = ROUNDING_
 def _compute_logits_here(job: ExportJob, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Logits of the model and of the folder, loaded in this process."""
     ids = metrics.make_fixed_tokens(job.model, room=_NEW_TOKENS)
-    again = loading.load(job.place, dtype).to(ids.device)
-    return _compute_logits_as_reloaded(job.model, ids, dtype, dict(again.named_buffers())), metrics.compute_logits(again, ids)
+    again = loading.load(job.path, dtype).to(ids.device)
+    return _compute_logits_as_reloaded(job.model, ids, dtype, dict(again.named_buffers())), metrics.compute_logits(
+        again, ids
+    )
 
 
-def _compute_logits_elsewhere(job: ExportJob, remote_code: bool, dtype: torch.dtype, placed: bool) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _compute_logits_elsewhere(
+    job: ExportJob, remote_code: bool, dtype: torch.dtype, placed: bool
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits of the model and of the folder, loaded in a new process, and what is known of its generation."""
     ids = metrics.make_fixed_tokens(job.model, room=_NEW_TOKENS)
     answer = run_reload_script(
         {
-            "folder": str(job.place),
+            "folder": str(job.path),
             "remote_code": remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(ids.device),

@@ -3,7 +3,16 @@
 from typing import Any
 
 from prunelit.core.plan import PruningPlan
-from prunelit.report.figures.style import BLOCK, FAINT, KEPT, REMOVED, clear_background, create_figure, add_legend, use_whole_number_ticks
+from prunelit.report.figures.style import (
+    BLOCK,
+    FAINT,
+    KEPT,
+    REMOVED,
+    add_legend,
+    clear_background,
+    create_figure,
+    use_whole_number_ticks,
+)
 from prunelit.report.record import Record
 
 
@@ -30,7 +39,9 @@ def draw_plan_map(plan: PruningPlan) -> Any:
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     use_whole_number_ticks(panels[0].yaxis)
-    gone = any((k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pair_layers(plan))
+    gone = any(
+        (k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pair_layers(plan)
+    )
     add_legend(made, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * gone])
     return made
 

@@ -2,7 +2,17 @@
 
 from typing import Any
 
-from prunelit.report.figures.style import INK, KEPT, REMOVED, clear_background, create_figure, add_legend, format_log_axis, format_tick, use_whole_number_ticks
+from prunelit.report.figures.style import (
+    INK,
+    KEPT,
+    REMOVED,
+    add_legend,
+    clear_background,
+    create_figure,
+    format_log_axis,
+    format_tick,
+    use_whole_number_ticks,
+)
 from prunelit.report.record import Histogram, Record
 
 _NAMES = {"heads": "score of a query head", "channels": "score of an FFN channel"}

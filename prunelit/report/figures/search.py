@@ -3,7 +3,15 @@
 import math
 from typing import Any
 
-from prunelit.report.figures.style import FAINT, KEPT, REMOVED, clear_background, create_figure, format_log_axis, use_whole_number_ticks
+from prunelit.report.figures.style import (
+    FAINT,
+    KEPT,
+    REMOVED,
+    clear_background,
+    create_figure,
+    format_log_axis,
+    use_whole_number_ticks,
+)
 from prunelit.report.record import Record
 
 _MOST_NAMES = 24

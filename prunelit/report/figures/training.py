@@ -3,7 +3,16 @@
 import math
 from typing import Any
 
-from prunelit.report.figures.style import DENSE, KEPT, PRUNED, RECOVERED, clear_background, create_figure, format_log_axis, use_whole_number_ticks
+from prunelit.report.figures.style import (
+    DENSE,
+    KEPT,
+    PRUNED,
+    RECOVERED,
+    clear_background,
+    create_figure,
+    format_log_axis,
+    use_whole_number_ticks,
+)
 from prunelit.report.record import Record
 
 _MOST_DOTS = 60

@@ -19,7 +19,10 @@ _LONG_WORD = re.compile(rf"\S{{{_WORD}}}(?=\S)")
 
 def render_html(page: Page) -> str:
     """The whole file."""
-    return _NOT_TEXT.sub("\N{REPLACEMENT CHARACTER}", _load_template().render(page=page, kind=_get_part_kind, element=inline.embed_picture))
+    return _NOT_TEXT.sub(
+        "\N{REPLACEMENT CHARACTER}",
+        _load_template().render(page=page, kind=_get_part_kind, element=inline.embed_picture),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -52,5 +55,12 @@ def _insert_word_breaks(text: str) -> Markup:
 
 def _get_part_kind(part: Any) -> str:
     """The name of a part's kind, which the template chooses by."""
-    kinds = {Table: "table", Notes: "notes", Code: "code", Completions: "completions", PagePicture: "picture", str: "text"}
+    kinds = {
+        Table: "table",
+        Notes: "notes",
+        Code: "code",
+        Completions: "completions",
+        PagePicture: "picture",
+        str: "text",
+    }
     return kinds[type(part)]

@@ -27,7 +27,9 @@ def _summarize_kept_units(record: Record) -> str:
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
     attention = [n for n, (kept, shape) in enumerate(pairs) if kept.attention_removed and shape.kv_groups]
     ffn = [n for n, (kept, shape) in enumerate(pairs) if kept.mlp_removed and shape.ffn_channels]
-    gone = [f"{what} of layers {format_index_ranges(of)}" for what, of in (("attention", attention), ("FFN", ffn)) if of]
+    gone = [
+        f"{what} of layers {format_index_ranges(of)}" for what, of in (("attention", attention), ("FFN", ffn)) if of
+    ]
     whole = f"; no longer there: {', '.join(gone)}" if gone else ""
     return f"{', '.join(said)} stay in {len(plan.layers)} layers{whole}."
 
@@ -57,7 +59,11 @@ def _summarize_search(record: Record) -> str:
 
 
 def _summarize_quality(record: Record) -> str:
-    said = [f"{name} {format_perplexity(row['perplexity'])}" for name, row in record.measured.items() if row.get("perplexity")]
+    said = [
+        f"{name} {format_perplexity(row['perplexity'])}"
+        for name, row in record.measured.items()
+        if row.get("perplexity")
+    ]
     return f"Perplexity: {', '.join(said)}."
 
 
@@ -67,7 +73,9 @@ def _summarize_training(record: Record) -> str:
         found = _read_training_curve(record, names)
         if found:
             what = what or "validation perplexity"
-            said.append(f"{what} {format_perplexity(found[0][1])} at step {found[0][0]}, {format_perplexity(found[-1][1])} at {found[-1][0]}")
+            said.append(
+                f"{what} {format_perplexity(found[0][1])} at step {found[0][0]}, {format_perplexity(found[-1][1])} at {found[-1][0]}"
+            )
     return f"{'; '.join(said)}.".capitalize() if said else "Validation over the steps of training."
 
 
@@ -81,9 +89,7 @@ def _summarize_stages(record: Record) -> str:
     for stage in record.stages:
         seconds[stage["name"]] = seconds.get(stage["name"], 0.0) + stage["seconds"]
     longest = max(seconds, key=lambda name: seconds[name])
-    said = (
-        f"{format_duration(sum(seconds.values()))} in all; longest: {longest.replace('_', ' ')}, {format_duration(seconds[longest])}"
-    )
+    said = f"{format_duration(sum(seconds.values()))} in all; longest: {longest.replace('_', ' ')}, {format_duration(seconds[longest])}"
     return f"{said}{_describe_peak_memory(record.stages)}."
 
 

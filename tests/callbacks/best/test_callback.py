@@ -39,9 +39,9 @@ def test_the_refit_pays_on_text_it_has_not_seen():
 
 def test_the_least_share_follows_the_ratio():
     decoder = Decoder(tiny("llama"))
-    assert 0.4 < Best(ratio=0.2).least_share(decoder) < 0.5  # not all can be cut, so the rest bears more
-    assert Best(ratio=0.5, protect=[0, 1]).least_share(decoder) == 0
-    assert Best(ratio=0.5, min_kept=0.1).least_share(decoder) == 0.1
+    assert 0.4 < Best(ratio=0.2).get_min_kept(decoder) < 0.5  # not all can be cut, so the rest bears more
+    assert Best(ratio=0.5, protect=[0, 1]).get_min_kept(decoder) == 0
+    assert Best(ratio=0.5, min_kept=0.1).get_min_kept(decoder) == 0.1
 
 
 def test_distillation_brings_the_logits_closer():
@@ -86,7 +86,7 @@ def test_a_replayed_plan_is_repaired_like_the_first_time():
 def test_streams_of_the_dense_model_end_in_its_logits():
     model, text = tiny("gemma2"), batches(4)
     (hidden,) = record_dense_streams(Decoder(model), text)
-    assert torch.equal(PartialForward(Decoder(model)).run(text[0], hidden, 3), model(**text[0]).logits)
+    assert torch.equal(PartialForward(Decoder(model)).run_layers(text[0], hidden, 3), model(**text[0]).logits)
 
 
 def test_the_model_writes_as_much_as_it_was_given_without_padding(monkeypatch):

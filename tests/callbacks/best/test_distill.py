@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prunelit.callbacks.best.denoise import estimate_signal
-from prunelit.callbacks.best.distill import record_dense_streams, distill_layers
+from prunelit.callbacks.best.distill import distill_layers, record_dense_streams
 from prunelit.model.decoder import Decoder
 from prunelit.model.surgery import apply
 from tests.tiny import cut, tiny, tokens

@@ -20,7 +20,9 @@ def test_sequences_are_sampled_from_the_model_and_repeat_with_the_seed():
     assert model.training
     again = generated_text.generate_text(model, 70 * 16, 16, seed=3)
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, again, strict=True))
-    assert not torch.equal(generated_text.generate_text(model, 64 * 16, 16, seed=4)[0]["input_ids"], first[0]["input_ids"])
+    assert not torch.equal(
+        generated_text.generate_text(model, 64 * 16, 16, seed=4)[0]["input_ids"], first[0]["input_ids"]
+    )
     ids = torch.cat([batch["input_ids"] for batch in first])
     assert int(ids.min()) >= 3, "padding, start or end of text"
     assert len(ids[:, 0].unique()) > 20

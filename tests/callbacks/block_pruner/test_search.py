@@ -22,7 +22,14 @@ from prunelit.callbacks.block_pruner.search import search_blocks
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, RemovalGoal, list_blocks, sum_block_costs, can_remove_blocks, plan_without_blocks
+from prunelit.planning.block_sets import (
+    Block,
+    RemovalGoal,
+    can_remove_blocks,
+    list_blocks,
+    plan_without_blocks,
+    sum_block_costs,
+)
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration, NonFinite, OutputNotWritable
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny, tokens
 
@@ -113,15 +120,15 @@ def test_perplexity_of_a_masked_model_is_that_of_the_cut_one(family):
     batches = batches_for(model)
     before = model(**batches[0]).logits
     evaluator = BlockEvaluator(Decoder(model), batches)
-    dense = evaluator.perplexity()
+    dense = evaluator.measure_perplexity()
     assert dense == pytest.approx(math.exp(mean_nll(model, batches)), rel=1e-5)
     sets = [blocks(*some) for some in SETS]
-    found = evaluator.values(sets, base=frozenset())
+    found = evaluator.evaluate_sets(sets, base=frozenset())
     for removed, value in zip(sets, found, strict=True):
         assert value.exact
         assert value.nll == pytest.approx(nll_after_surgery(model, removed, batches), rel=1e-5)
-    evaluator.values_known.clear()  # the kept streams are not spoilt by what ran on them
-    assert evaluator.values(sets, base=frozenset()) == found
+    evaluator.known_values.clear()  # the kept streams are not spoilt by what ran on them
+    assert evaluator.evaluate_sets(sets, base=frozenset()) == found
     assert torch.equal(model(**batches[0]).logits, before)
 
 
@@ -137,14 +144,14 @@ def test_a_model_that_lost_blocks_is_searched_on_what_is_left(family, kind):
     evaluator = BlockEvaluator(Decoder(model), batches)
     for block in candidates:
         if can_remove_blocks(shape, {block}):
-            found = math.log(evaluator.perplexity([block]))
+            found = math.log(evaluator.measure_perplexity([block]))
             assert found == pytest.approx(nll_after_surgery(model, {block}, batches), rel=1e-5)
 
 
 def test_bfloat16_losses_are_summed_in_float32_or_better():
     model = tiny("llama").bfloat16()
     batches = batches_for(model, count=4, rows=4)
-    found = BlockEvaluator(Decoder(model), batches).values([blocks("A1")])[0].nll
+    found = BlockEvaluator(Decoder(model), batches).evaluate_sets([blocks("A1")])[0].nll
     assert found == pytest.approx(nll_after_surgery(model, blocks("A1"), batches), rel=1e-5)
 
 
@@ -154,8 +161,8 @@ def test_sequences_count_alike_whatever_their_length():
     mask[1, 3:] = 0
     evaluator = BlockEvaluator(Decoder(model), [{"input_ids": ids, "attention_mask": mask}])
     each = [mean_nll(model, [{"input_ids": ids[:1]}]), mean_nll(model, [{"input_ids": ids[1:, :3]}])]
-    assert evaluator.values([frozenset()])[0].nll == pytest.approx(sum(each) / 2, rel=1e-5)
-    assert evaluator.sequences == 2
+    assert evaluator.evaluate_sets([frozenset()])[0].nll == pytest.approx(sum(each) / 2, rel=1e-5)
+    assert evaluator.sequence_count == 2
 
 
 @pytest.mark.parametrize("length", [1, 8])
@@ -172,9 +179,9 @@ def test_a_failing_evaluation_leaves_the_blocks_in_their_places():
     batches = batches_for(model)
     modules = dict(model.named_modules())
     evaluator = BlockEvaluator(Decoder(model), batches)
-    evaluator.tick = lambda: 1 / 0
+    evaluator.on_batch = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        evaluator.perplexity(blocks("A1", "M2"))
+        evaluator.measure_perplexity(blocks("A1", "M2"))
     assert dict(model.named_modules()) == modules
 
 
@@ -189,9 +196,11 @@ def test_less_memory_for_streams_changes_no_bit(family):
     found, spacings = [], []
     for cache in (2.0, 2.5 * 42 * 72 * 4 / 2**30, 1e-9, 0.0):
         evaluator = BlockEvaluator(Decoder(model), batches, cache_gib=cache)
-        found.append(evaluator.values(candidates, base=blocks("A1")))
+        found.append(evaluator.evaluate_sets(candidates, base=blocks("A1")))
         spacings.append(evaluator.spacing)
-        held = sum(stream.numel() * stream.element_size() for _, part in evaluator._streams.values() for stream in part)
+        held = sum(
+            stream.numel() * stream.element_size() for _, part in evaluator._cached_streams.values() for stream in part
+        )
         assert held <= cache * 2**30
     assert all(values == found[0] for values in found)
     layers = len(Decoder(model).layers)
@@ -204,7 +213,7 @@ def test_another_base_renews_only_the_streams_it_changes():
     runs = []
     for base, last in (((), "M5"), (("M4",), "M5"), (("M4", "A1"), "A5"), (("A1", "M3"), "A2")):
         before = evaluator.layer_runs
-        evaluator.values([blocks(*base, last)], base=blocks(*base))
+        evaluator.evaluate_sets([blocks(*base, last)], base=blocks(*base))
         runs.append(evaluator.layer_runs - before)
     # 5 layers below layer 5 and layer 5; layer 4 and 5; layers 1 to 4 and 5; nothing below layer 2, and 2 to 5
     assert runs == [6, 2, 5, 4]
@@ -228,8 +237,8 @@ def test_a_layer_without_blocks_is_no_layer_run():
     evaluator = BlockEvaluator(Decoder(model), batches_for(model), cache_gib=0)
     for removed, expected in ((("A1",), 3), (("A1", "M1"), 2), (("A1", "M1", "M2", "A2"), 1)):
         before = evaluator.layer_runs
-        evaluator.perplexity(blocks(*removed))
-        assert evaluator.layer_runs - before == expected == evaluator.layers_left(blocks(*removed))
+        evaluator.measure_perplexity(blocks(*removed))
+        assert evaluator.layer_runs - before == expected == evaluator.count_layers(blocks(*removed))
 
 
 # The searches on real models -----------------------------------------------------------------------------------------
@@ -306,7 +315,7 @@ def test_greedy_stops_evaluations_that_can_not_win_and_misses_nothing(trained):
     batches = [{"input_ids": row} for row in batches[0]["input_ids"][:6].split(1)]
     evaluator = BlockEvaluator(Decoder(model), batches)
     found = search_blocks(evaluator, RemovalGoal(count=3), method="greedy")
-    stopped = {removed: value for removed, value in evaluator.values_known.items() if not value.exact}
+    stopped = {removed: value for removed, value in evaluator.known_values.items() if not value.exact}
     assert stopped
     for removed, bound in stopped.items():
         assert found.nll[len(removed)] < bound.nll < nll_after_surgery(model, removed, batches)
@@ -314,7 +323,7 @@ def test_greedy_stops_evaluations_that_can_not_win_and_misses_nothing(trained):
     for step in range(3):
         base = frozenset(found.removed[:step])
         sets = [base | {block} for block in list_blocks(Decoder(model).shape) if block not in base]
-        values = patient.values(sets, base)
+        values = patient.evaluate_sets(sets, base)
         best = min(range(len(sets)), key=lambda place: values[place].nll)
         assert sets[best] == frozenset(found.removed[: step + 1]) and values[best].nll == found.nll[step + 1]
     assert evaluator.layer_runs < patient.layer_runs
@@ -437,7 +446,9 @@ def test_swap_ends_where_no_exchange_helps():
     better = 0
     for seed in range(8):
         value = landscape(seed, 5, 0.3)
-        greedy, swap = (search_blocks(Landscape(value, 5), RemovalGoal(count=4), method=method) for method in ("lazy", "swap"))
+        greedy, swap = (
+            search_blocks(Landscape(value, 5), RemovalGoal(count=4), method=method) for method in ("lazy", "swap")
+        )
         removed = set(swap.removed)
         for out in removed:
             for block in list_blocks(decoder_of(5).shape):
@@ -600,14 +611,14 @@ def test_a_stopped_search_goes_on_where_it_was(method, tmp_path):
     for stop in (1, 4, 9, total - 1):
         path = tmp_path / f"{stop}.jsonl"
         evaluator = BlockEvaluator(Decoder(model), batches, str(path))
-        run = evaluator._run
+        run = evaluator._evaluate
 
         def fail(*args, evaluator=evaluator, run=run, stop=stop):
             if evaluator.evaluations == stop:
                 raise KeyboardInterrupt
             return run(*args)
 
-        evaluator._run = fail
+        evaluator._evaluate = fail
         with pytest.raises(KeyboardInterrupt):
             search_blocks(evaluator, **options)
         assert len(lines_of(path)) == 1 + stop
@@ -649,7 +660,7 @@ def test_a_journal_of_another_model_text_or_dtype_is_refused_and_left_alone(tmp_
     model = tiny("llama")
     batches = batches_for(model)
     path = tmp_path / "search.jsonl"
-    BlockEvaluator(Decoder(model), batches, str(path)).perplexity()
+    BlockEvaluator(Decoder(model), batches, str(path)).measure_perplexity()
     content = path.read_bytes()
     tuned = tiny("llama")
     with torch.no_grad():  # the same signs
@@ -683,7 +694,7 @@ def test_a_header_that_was_torn_is_written_again(kept, tmp_path):
     BlockEvaluator(Decoder(model), batches_for(model), str(path))
     header = path.read_text()
     path.write_text(header[:kept])
-    BlockEvaluator(Decoder(model), batches_for(model), str(path)).perplexity()
+    BlockEvaluator(Decoder(model), batches_for(model), str(path)).measure_perplexity()
     assert path.read_text().startswith(header) and len(lines_of(path)) == 2
 
 
@@ -691,11 +702,11 @@ def test_a_header_that_was_torn_is_written_again(kept, tmp_path):
 def test_lines_from_the_first_unreadable_one_on_are_evaluated_again(bad, tmp_path):
     model, path = tiny("llama"), tmp_path / "search.jsonl"
     evaluator = BlockEvaluator(Decoder(model), batches_for(model), str(path))
-    evaluator.values([blocks("A0"), blocks("A1"), blocks("A2")])
+    evaluator.evaluate_sets([blocks("A0"), blocks("A1"), blocks("A2")])
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], bad, *lines[2:]]) + "\n")
     again = BlockEvaluator(Decoder(model), batches_for(model), str(path))
-    assert list(again.values_known) == [blocks("A0")] and path.read_text().splitlines() == lines[:2]
+    assert list(again.known_values) == [blocks("A0")] and path.read_text().splitlines() == lines[:2]
 
 
 def test_a_journal_that_can_not_be_written_is_said_so(tmp_path):
@@ -706,14 +717,14 @@ def test_a_journal_that_can_not_be_written_is_said_so(tmp_path):
 def killed(path):
     model = tiny("llama")
     evaluator = BlockEvaluator(Decoder(model), batches_for(model), path)
-    run = evaluator._run
+    run = evaluator._evaluate
 
     def die(*args):
         if evaluator.evaluations == 8:
             os.kill(os.getpid(), signal.SIGKILL)
         return run(*args)
 
-    evaluator._run = die
+    evaluator._evaluate = die
     search_blocks(evaluator, RemovalGoal(count=3))
 
 
@@ -734,7 +745,9 @@ def test_killed_with_signal_nine_and_resumed(tmp_path):
 # Several ranks -------------------------------------------------------------------------------------------------------
 
 TASKS = [
-    {"method": method, "goal": goal} for method in ("lazy", "greedy", "swap") for goal in (RemovalGoal(3 / 10), RemovalGoal(None, 3))
+    {"method": method, "goal": goal}
+    for method in ("lazy", "greedy", "swap")
+    for goal in (RemovalGoal(3 / 10), RemovalGoal(None, 3))
 ]
 
 

@@ -12,11 +12,11 @@ from prunelit.callbacks.greedy_output import attention_similarity
 from prunelit.callbacks.greedy_output.attention_similarity import (
     Cell,
     Divergence,
+    choose_heads,
     compute_group_divergence,
     find_candidates,
-    choose_heads,
-    select_redundant_units,
     rank_similar_units,
+    select_redundant_units,
 )
 from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
@@ -84,9 +84,9 @@ def test_opposite_heads_reach_log_2_and_equal_heads_0():
     p = torch.zeros(1, 3, 2, 4)
     p[:, 0, :, 0] = p[:, 1, :, 3] = p[:, 2, :, 0] = 1
     divergence = Divergence(3)
-    divergence.add(p)
+    divergence.add_rows(p)
     expected = torch.tensor([[0.0, 1, 0], [1, 0, 1], [0, 1, 0]]).double() * math.log(2)
-    torch.testing.assert_close(divergence.mean(), expected, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(divergence.compute_mean(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_block_sizes_do_not_show(monkeypatch):
@@ -108,13 +108,17 @@ def test_many_windows_are_thinned_out_evenly(monkeypatch):
         (2, 21),
         (2, 16),
     ]
-    assert all(matrix is not None for matrix in attention_similarity.measure_head_divergence(Decoder(tiny("llama")), batches))
+    assert all(
+        matrix is not None for matrix in attention_similarity.measure_head_divergence(Decoder(tiny("llama")), batches)
+    )
 
 
 def test_half_precision_probabilities_are_normalised():
     model = tiny("llama")
     exact = attention_similarity.measure_head_divergence(Decoder(model), text())
-    for one, other in zip(exact, attention_similarity.measure_head_divergence(Decoder(model.bfloat16()), text()), strict=True):
+    for one, other in zip(
+        exact, attention_similarity.measure_head_divergence(Decoder(model.bfloat16()), text()), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
 
 
@@ -124,9 +128,11 @@ def test_one_layer_on_the_carried_stream_equals_the_whole_model(family):
     whole = attention_similarity.measure_head_divergence(Decoder(model), batches)
     lock = PairedStreams(Decoder(model), batches)
     for index in range(3):
-        lock.enter(index, ())
-        torch.testing.assert_close(attention_similarity.measure_layer_divergence(lock, batches), whole[index], rtol=1e-4, atol=1e-7)
-        lock.leave()
+        lock.enter_layer(index, ())
+        torch.testing.assert_close(
+            attention_similarity.measure_layer_divergence(lock, batches), whole[index], rtol=1e-4, atol=1e-7
+        )
+        lock.leave_layer()
 
 
 def test_a_layer_without_attention_has_none():
@@ -251,7 +257,11 @@ def test_one_threshold_over_cells_takes_more_from_the_more_redundant():
     close = [[value / 10 for value in row] for row in FOUR]
     found = select_redundant_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 4, math.inf)
     assert sorted(found) == [(0, 0), (1, 0), (1, 1), (1, 2)]
-    assert sorted(select_redundant_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 1)], 3, math.inf)) == [(0, 0), (0, 1), (1, 0)]
+    assert sorted(select_redundant_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 1)], 3, math.inf)) == [
+        (0, 0),
+        (0, 1),
+        (1, 0),
+    ]
     assert rank_similar_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 0.05) == [(1, 0), (1, 1), (1, 2)]
 
 

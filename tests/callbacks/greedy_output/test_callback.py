@@ -97,7 +97,9 @@ def test_globally_one_threshold_says_which_heads_go(family):
     matrices = [attention_similarity.compute_group_divergence(matrix, size).tolist() for matrix in divergences]
     values = sorted({value for matrix in matrices for row in matrix for value in row if value})
     taus = [value * (1 + 1e-9) for value in values]
-    explained = [[set(attention_similarity.find_candidates(matrix, tau)) for matrix in matrices] == gone for tau in taus]
+    explained = [
+        [set(attention_similarity.find_candidates(matrix, tau)) for matrix in matrices] == gone for tau in taus
+    ]
     assert any(explained) and sum(map(len, gone)) > 0
     assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.4
     # The number of heads is that of the ratio, whichever go.

@@ -100,7 +100,9 @@ def test_channel_and_code_scores_equal_their_matrix_forms(family):
 def test_every_family_has_finite_scores_in_every_form(family):
     model = tiny(family).bfloat16()
     for moment in ("empirical", "paper", "code"):
-        for score, layer in zip(second_moment.score_second_moments(Decoder(model), text(), moment), Decoder(model), strict=True):
+        for score, layer in zip(
+            second_moment.score_second_moments(Decoder(model), text(), moment), Decoder(model), strict=True
+        ):
             assert score.heads.shape == (layer.shape.query_heads,) and (score.heads > 0).all()
             assert score.channels.shape == (layer.shape.ffn_channels,) and torch.isfinite(score.channels).all()
             assert score.heads.dtype == score.channels.dtype == torch.float64

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prunelit.callbacks.saap.callback import SAAP, fuse_importances, compute_volatility
+from prunelit.callbacks.saap.callback import SAAP, compute_volatility, fuse_importances
 from prunelit.callbacks.saap.stability import trade_scores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
@@ -99,7 +99,9 @@ def test_candidates_come_from_all_layers_but_not_from_outside_the_pools():
     a, b = ("channels", 0), ("channels", 2)
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 2.5, 11.0])}
     asi = {a: torch.tensor([0.0, 0.1, 9.0]), b: torch.tensor([0.0, 0.5, 0.0])}
-    trade_scores(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # 1 and 2 of layer 0, 2.5 of layer 2; not the volatile third
+    trade_scores(
+        scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3
+    )  # 1 and 2 of layer 0, 2.5 of layer 2; not the volatile third
     assert scores[a].tolist() == [2.5, 2.0, 3.0] and scores[b].tolist() == [10.0, 1.0, 11.0]
     scores = {a: torch.tensor([1.0, 2.0, 3.0]), b: torch.tensor([10.0, 5.0, 11.0])}
     trade_scores(scores, asi, {a: [0, 1], b: [1, 0, 2]}, 3)  # unit 0 of layer 0 gets more than the third had

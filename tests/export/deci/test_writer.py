@@ -99,7 +99,9 @@ def test_sizes_are_counted_as_elsewhere(tmp_path: Path) -> None:
 
 @given(st.integers(1, 64), st.integers(1, 200))
 def test_multipliers_give_the_width(hidden: int, steps: int) -> None:
-    assert reader.compute_ffn_width(writer.compute_ffn_multiplier(256 * steps, 128 * hidden), 128 * hidden) == 256 * steps
+    assert (
+        reader.compute_ffn_width(writer.compute_ffn_multiplier(256 * steps, 128 * hidden), 128 * hidden) == 256 * steps
+    )
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 600)), min_size=1, max_size=6))

@@ -34,7 +34,7 @@ def damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> 
 
     def write(shell: Any, job: formats.ExportJob, weights: Any = None) -> None:
         model_files.write_model_as(shell, job, weights)
-        damage(job.place)
+        damage(job.path)
 
     for module in (uniform, hetero, padded):
         monkeypatch.setattr(module, "write_as", write)
