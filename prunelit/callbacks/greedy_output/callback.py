@@ -139,13 +139,13 @@ class _PrefixChooser:
         self.batches, self.layers, self.moment, self.limit = batches, layers, moment, limit
         self.sums = Sums(layers)
 
-    def points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
+    def list_points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
         return second_moment.MOMENT_POINTS[self.moment][block]
 
-    def observe(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
-        second_moment.accumulate_squares(self.sums, layer, {point: x[point] for point in self.points(block)})
+    def accumulate(self, layer: Layer, block: BlockName, x: Mapping[str, Tensor]) -> None:
+        second_moment.accumulate_squares(self.sums, layer, {point: x[point] for point in self.list_points(block)})
 
-    def choose(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
+    def choose_units(self, lock: PairedStreams, block: BlockName, kept: LayerPlan) -> LayerPlan:
         layer, sums = lock.layer, self.sums
         self.sums = Sums(self.layers)
         scores = second_moment.compute_moment_scores(
