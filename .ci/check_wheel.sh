@@ -84,7 +84,7 @@ trainer:
     - class_path: prunelit.callbacks.LLMBIP
       init_args: {ratio: 0.2, align: 8}
 EOF
-timeout 300 prunelit fit --config fit.yaml > "$work/fit.log" 2>&1 || { tail -n 30 "$work/fit.log" >&2; exit 1; }
+timeout 600 prunelit fit --config fit.yaml > "$work/fit.log" 2>&1 || { tail -n 30 "$work/fit.log" >&2; exit 1; }
 for name in model/model.safetensors model/proof.json plan.json report.json report.html config.yaml; do
     test -s "run/$name" || { echo "check_wheel: fit left no run/$name" >&2; exit 1; }
 done
