@@ -9,8 +9,8 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/quickstart
 	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
 
-# COVERAGE is one to two points below what was measured: CONTRIBUTING.md.
-COVERAGE := 00
+# The floor, in percent of lines. The fast tests alone reach 97.0; the whole suite holds them.
+COVERAGE := 96
 test: $(VENV)/ready ## the whole test suite, and its coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
