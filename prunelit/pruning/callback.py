@@ -113,10 +113,10 @@ class PruningCallback(PruningMethod, Callback):
             return self.plan_model(model, self._find_calibration(trainer, pl_module, model) if scores else [])
 
     def _use_job_cache(self, trainer: Trainer) -> None:
-        mine = self.cache is None or self.cache is self.run_cache
+        is_own = self.cache is None or self.cache is self.run_cache
         folder = find_cache_folder(trainer)
         self.run_cache = ResultCache(folder) if folder else None
-        self.cache = self.run_cache if mine else self.cache
+        self.cache = self.run_cache if is_own else self.cache
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
@@ -189,11 +189,11 @@ class PruningCallback(PruningMethod, Callback):
                 )
             return
         asked = json.loads(json.dumps(self.options, default=str))
-        made = json.loads(json.dumps(dict(plan.options), default=str))
-        for name in sorted(asked.keys() & made.keys() - set(_FREE_OPTIONS)):
-            if asked[name] != made[name]:
+        recorded = json.loads(json.dumps(dict(plan.options), default=str))
+        for name in sorted(asked.keys() & recorded.keys() - set(_FREE_OPTIONS)):
+            if asked[name] != recorded[name]:
                 raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan was made with {name} {made[name]!r}, this run asks for "
+                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks for "
                     f"{asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
@@ -232,9 +232,9 @@ def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallba
     Raises:
         BadOption: see `check_single_pruner`.
     """
-    found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
-    check_single_pruner([type(callback).__name__ for callback in found], wanted_by)
-    return found[0] if found else None
+    pruners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+    check_single_pruner([type(callback).__name__ for callback in pruners], wanted_by)
+    return pruners[0] if pruners else None
 
 
 def _list_remaining_units(plan: PruningPlan) -> list[Any]:

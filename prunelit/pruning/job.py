@@ -84,8 +84,8 @@ def find_resume_path(trainer: Trainer) -> Path | None:
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            found = frame.f_locals.get("ckpt_path")
-            return Path(found) if found else None
+            path = frame.f_locals.get("ckpt_path")
+            return Path(path) if path else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
@@ -118,11 +118,11 @@ def find_cache_folder(trainer: Trainer) -> Path | None:
 
 def collect_listeners(trainer: Trainer) -> list[EventListener]:
     """The callbacks of a job that are told what happens: those with a method `on_event`; `attach` of them is called."""
-    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "on_event", None))]  # type: ignore[attr-defined]
-    for callback in found:
+    listeners = [callback for callback in trainer.callbacks if callable(getattr(callback, "on_event", None))]  # type: ignore[attr-defined]
+    for callback in listeners:
         if callable(attach := getattr(callback, "attach", None)):
             attach(trainer)
-    return found
+    return listeners
 
 
 def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
@@ -137,17 +137,17 @@ def fingerprint_job(model: nn.Module, trainer: Trainer, pl_module: LightningModu
     return {"model": fingerprint_weights(model), "tokenizer": tokenizer}
 
 
-def check_same_job(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
+def check_same_job(saved: Mapping[str, Any], current: Mapping[str, str | None] | None) -> None:
     """Check what a checkpoint says of model and tokenizer against this job's; what one of them does not say may differ.
 
     Raises:
         BadPlan: another one.
     """
     what = {"model": "model (or the same in another dtype)", "tokenizer": "tokenizer"}
-    for name, found in (mine or {}).items():
-        if saved.get(name) and found and saved[name] != found:
+    for name, value in (current or {}).items():
+        if saved.get(name) and value and saved[name] != value:
             raise BadPlan(
-                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {found}; "
+                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {value}; "
                 "resume with the configuration of that run"
             )
 
@@ -167,16 +167,16 @@ def check_same_on_ranks(what: str, value: str) -> None:
 
 def take_batches(loader: Any, sequences: int) -> list[Batch]:
     """The first batches that hold input_ids, up to a number of sequences."""
-    taken: list[Batch] = []
+    batches: list[Batch] = []
     for batch in loader if loader is not None else ():
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             break
-        room = sequences - sum(len(b["input_ids"]) for b in taken)
+        room = sequences - sum(len(b["input_ids"]) for b in batches)
         if room <= 0:
             break
         names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
-        taken.append({name: batch[name][:room].detach().cpu() for name in names})
-    return taken
+        batches.append({name: batch[name][:room].detach().cpu() for name in names})
+    return batches
 
 
 def share_batches(batches: list[Batch]) -> list[Batch]:

@@ -371,8 +371,8 @@ class PruningMethod(EventSource):
         digests_before = hash_tensors(decoder.model) if get_rank() == 0 else {}
         start = time.perf_counter()
         self.cut(context, plan)
-        taken = time.perf_counter() - start
-        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, digests_before, taken)
+        seconds = time.perf_counter() - start
+        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, digests_before, seconds)
 
     def _build_cache_key(self, context: PruningContext, options: Sequence[str] | None = None) -> dict[str, Any] | None:
         """Everything that decides a result of this method; None where its source code cannot be read.

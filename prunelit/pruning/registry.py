@@ -35,7 +35,7 @@ class Method(NamedTuple):
 @cache
 def _read_files() -> tuple[dict[str, Method], dict[str, str]]:
     """The methods by name, and what is wrong with the files that are no Python."""
-    found, wrong = {}, {}
+    method_by_name, fault_by_name = {}, {}
     files = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
     files |= {path.parent.name: path for path in FOLDER.glob("*/callback.py")}
     for name, path in sorted(files.items()):
@@ -43,14 +43,14 @@ def _read_files() -> tuple[dict[str, Method], dict[str, str]]:
             with tokenize.open(path) as file:  # in the encoding that it declares, as Python reads it
                 tree = ast.parse(file.read(), filename=str(path))
         except (SyntaxError, ValueError) as error:  # one that is being written stops none of the others
-            line, said = getattr(error, "lineno", None), getattr(error, "msg", str(error))
+            line, reason = getattr(error, "lineno", None), getattr(error, "msg", str(error))
             at = f", line {line}" if line else ""
-            wrong[name] = f"prunelit/callbacks/{path.relative_to(FOLDER)}{at}: expected Python, got: {said}"
+            fault_by_name[name] = f"prunelit/callbacks/{path.relative_to(FOLDER)}{at}: expected Python, got: {reason}"
             continue
         classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
         if classes:
-            found[name] = Method(name, classes[-1], ast.get_docstring(tree) or "", path)
-    return found, wrong
+            method_by_name[name] = Method(name, classes[-1], ast.get_docstring(tree) or "", path)
+    return method_by_name, fault_by_name
 
 
 def methods() -> dict[str, Method]:
