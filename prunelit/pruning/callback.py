@@ -48,9 +48,9 @@ _FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options 
 class PruningCallback(PruningMethod, Callback):
     """Base of all methods: cuts the model of a job, and stores in its checkpoints what a resumed run needs.
 
-    Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`, so
-    a killed run does not compute them again. Without a `default_root_dir` of its own (it would be the working directory)
-    a job caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the weights
+    Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`,
+    so a killed run does not compute them again. A job without a `default_root_dir` of its own (it would be the working
+    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the weights
     of the changed decoder layers, about the size of the cut model.
 
     Arguments: see `PruningMethod`.
@@ -149,7 +149,8 @@ class PruningCallback(PruningMethod, Callback):
             if saved.digest != self.applied_plan.digest:
                 raise BadPlan(
                     f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
-                    f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of that run"
+                    f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of "
+                    "that run"
                 )
 
     @property
@@ -196,8 +197,8 @@ class PruningCallback(PruningMethod, Callback):
         for name in sorted(asked.keys() & recorded.keys() - set(_FREE_OPTIONS)):
             if asked[name] != recorded[name]:
                 raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks for "
-                    f"{asked[name]!r}; resume with the configuration of that run, or start another one"
+                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks "
+                    f"for {asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
     def _find_calibration(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:

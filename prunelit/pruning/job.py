@@ -77,8 +77,8 @@ def check_own_processes(trainer: Trainer) -> None:
     """
     if getattr(trainer.strategy, "_start_method", "popen") != "popen":
         raise BadOption(
-            "trainer.strategy: expected processes of their own, as 'ddp' has, got 'ddp_spawn' or a fork, which would cut "
-            "a copy of the model and lose it; use strategy='ddp'"
+            "trainer.strategy: expected processes of their own, as 'ddp' has, got 'ddp_spawn' or a fork, which would "
+            "cut a copy of the model and lose it; use strategy='ddp'"
         )
 
 

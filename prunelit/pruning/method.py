@@ -62,7 +62,8 @@ class PruningMethod(EventSource):
         protect: layers that are not cut; negative numbers count from the end.
         min_kept: least share of each layer's KV groups and of its channels that remains, in [0, 1).
         uniform_heads: every layer loses the same number of KV groups or query heads, whatever the scope (none where a
-            layer is protected); FFN widths may differ. For runtimes with one head count, see `prunelit.planning.serving`.
+            layer is protected); FFN widths may differ. For runtimes with one head count, see
+            `prunelit.planning.serving`.
         repair: how the calibration text alone improves the cut model: "none"; "bias" adds the mean output of the
             removed units to the output biases; "least_squares" refits the output projections, layer by layer (see
             `prunelit.repair.reconstruct`).
@@ -90,8 +91,8 @@ class PruningMethod(EventSource):
     """Options that decide the scores, besides model and text: cached scores serve every run with equal values of them.
     None: any option may decide."""
     before_cut: Callable[[Decoder, PruningPlan], None] | None = None
-    """Called with the dense model and the plan before the cut. An error that it raises ends the work there, for instance
-    where an export format cannot hold the result."""
+    """Called with the dense model and the plan before the cut. An error that it raises ends the work there, for
+    instance where an export format cannot hold the result."""
     ignored_options: ClassVar[tuple[str, ...]] = ()
     """Options of this base class that mean nothing to the method. Values other than the defaults are refused, `--help`
     does not list them, and common options of a comparison skip the method."""
