@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture
-from prunelit.data import loading
 from prunelit.data.option_types import Dtype
 from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
 from prunelit.model.folder import read_model_config
@@ -191,7 +190,7 @@ def load_on_device(source: str, dtype: Dtype, device: str) -> Any:
         BadOption, SourceNotFound: as for `load` and `choose_device`.
     """
     target_device = choose_device(device)
-    model = loading.load(source, dtype)
+    model = load(source, dtype)
     # CPUs compute float16 about twenty times slower than float32.
     if dtype == "auto" and target_device.type == "cpu" and next(model.parameters()).dtype == torch.float16:
         model = model.float()
