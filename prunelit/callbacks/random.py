@@ -21,7 +21,7 @@ class Random(PruningCallback):
         ...     num_attention_heads=2, num_key_value_heads=2)
         >>> model = transformers.LlamaForCausalLM(config)
         >>> Random(ratio=0.4, align=8, seed=1).plan_model(model).layers[0].query_heads
-        (1,)
+        (0,)
     """
 
     reads_text = False

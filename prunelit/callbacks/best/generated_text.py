@@ -42,7 +42,8 @@ def generate_text(model: nn.Module, tokens: int, length: int = 128, seed: int = 
         >>> import transformers
         >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...     num_attention_heads=2, num_key_value_heads=1)
-        >>> [batch["input_ids"].shape for batch in generate_text(transformers.LlamaForCausalLM(config), 20, length=8)]
+        >>> model = transformers.LlamaForCausalLM(config)
+        >>> [batch["input_ids"].shape for batch in generate_text(model, 20, length=8)]
         [torch.Size([3, 8])]
     """
     rows = -(-tokens // length)
