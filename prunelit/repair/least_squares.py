@@ -4,10 +4,11 @@ A linear with weight W that reads X and misses its targets by E gets the correct
 
     ||X D^T - E||^2 + ridge * mean(diag(X^T X)) * ||D||^2        D^T = (X^T X + ...)^-1 X^T E
 
-The ridge pulls towards the present weights, not towards zero: directions that the text does not cover stay as they were.
+The ridge pulls towards the present weights, not towards zero: directions that the text does not cover stay as they
+were.
 
-Legend: T tokens without padding, C inputs and K outputs of a linear, N = C, or C + 1 for a linear with a bias, which has
-a constant input of 1.
+Legend: T tokens without padding, C inputs and K outputs of a linear, N = C, or C + 1 for a linear with a bias, which
+has a constant input of 1.
 """
 
 import copy
@@ -156,24 +157,23 @@ class NormalEquations:
             the error.
         """
         error, _, rows = self.squares.tolist()
-        mean_square = float(self.gram.diagonal()[: self.inputs].mean())
+        mean_diagonal = float(self.gram.diagonal()[: self.inputs].mean())
         if not all(map(torch.isfinite, (self.squares.sum(), self.gram.sum(), self.cross.sum()))):
             warnings.warn(
                 "repair: activations of the cut model hold NaN or infinity; the weights they meet stay unrepaired",
                 stacklevel=2,
             )
             return None
-        if not error or mean_square <= 0:
+        if not error or mean_diagonal <= 0:
             return None
         ridge_diagonal = torch.ones_like(self.gram[0])  # [N]
         if self.bias:
-            ridge_diagonal[-1] = (
-                rows / mean_square
-            )  # the mean square of the constant input is 1: the bias is pulled as gently as the weights
+            # The sum of squares of the constant input is `rows`: so the ridge pulls the bias as gently as the weights.
+            ridge_diagonal[-1] = rows / mean_diagonal
         for attempt in range(_MAX_ATTEMPTS):
             current_ridge = max(ridge, _SMALLEST_RIDGE) * 10**attempt if attempt else ridge
             for dtype in (torch.float32, torch.float64):
-                matrix, right_side = (self.gram / mean_square).to(dtype), (self.cross / mean_square).to(dtype)
+                matrix, right_side = (self.gram / mean_diagonal).to(dtype), (self.cross / mean_diagonal).to(dtype)
                 matrix.diagonal().add_(current_ridge * ridge_diagonal)
                 factor, failed = torch.linalg.cholesky_ex(matrix)
                 # Share of a column's square that the columns before it do not explain: rounding hides a smaller share.
@@ -186,7 +186,9 @@ class NormalEquations:
                     continue
                 solution, product = solution.double(), product.double()
                 gram_product = product - current_ridge * ridge_diagonal[:, None] * solution  # X^T X D^T
-                error_after = error - 2 * (solution * self.cross).sum() + mean_square * (solution * gram_product).sum()
+                error_after = (
+                    error - 2 * (solution * self.cross).sum() + mean_diagonal * (solution * gram_product).sum()
+                )
                 if not error_after < error:
                     return None
                 return solution.float(), current_ridge, max(0.0, float(error_after))

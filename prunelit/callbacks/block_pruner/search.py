@@ -134,7 +134,7 @@ class _Search:
         self.counts_at_start = evaluator.evaluations, evaluator.layer_runs
 
     def search_beam(self, start: _SearchState, width: int) -> _SearchState:
-        """Remove blocks until the goal is met, continuing with the best `width` sets; return the best one that meets it."""
+        """Remove blocks until the goal is met, with the best `width` sets; return the best one that meets it."""
         states, finished = [start], []
         self._emit_removed(start)
         while states:
