@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.model.decoder import Decoder, Layer
@@ -114,7 +115,7 @@ def observe(
     steps: StepGenerator = getattr(decoder.model, STEPS_ATTRIBUTE, _run_all_layers)
     with use_eval_mode(decoder.model), closing(steps(decoder, take_rank_share(batches), what)) as layer_steps:
         for layers, runs in layer_steps:
-            handles: list[Any] = []
+            handles: list[RemovableHandle] = []
             try:
                 for layer in layers:
                     for point in points:
@@ -147,7 +148,7 @@ def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Ge
 
 def _attach_hooks(
     layer: Layer, point: ActivationPoint, store_input: Callable[..., None], store_output: Callable[..., None]
-) -> list[Any]:
+) -> list[RemovableHandle]:
     """Register the hook of one point; no hook where the layer does not have the point."""
     names = layer.architecture
     inputs: dict[str, nn.Module | None] = {"layer_input": layer.module}
@@ -217,9 +218,9 @@ class Sums:
             {name: mean} of every layer, float64.
         """
         own_shapes = [{name: list(value.shape) for name, value in sums.items()} for sums in self._sums]
-        shapes_by_rank: list[Any] = [own_shapes]
+        shapes_by_rank = [own_shapes]
         if dist.is_initialized():
-            shapes_by_rank = [None] * dist.get_world_size()
+            shapes_by_rank = [own_shapes] * dist.get_world_size()
             dist.all_gather_object(shapes_by_rank, own_shapes)
         # A rank without batches has no sums, but every rank has to take part in every all-reduce.
         means = []

@@ -99,10 +99,10 @@ class FLAP(PruningCallback):
 
     def cut(self, context: PruningContext, plan: PruningPlan) -> None:
         decoder, batches = context.decoder, context.batches
-        scored, self._scored_means = self._scored_means, None
+        scored_means, self._scored_means = self._scored_means, None
         # A plan that is given, or comes from the cache, was not scored here.
-        if self.repair == "bias" and scored is not None and scored[0] is decoder:
-            bias.apply_bias_compensation(decoder.model, plan, batches, scored[1])
+        if self.repair == "bias" and scored_means is not None and scored_means[0] is decoder:
+            bias.apply_bias_compensation(decoder.model, plan, batches, scored_means[1])
         else:
             super().cut(context, plan)
 

@@ -52,8 +52,8 @@ def apply_bias_compensation(
         >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
         ...     num_attention_heads=2, num_key_value_heads=2)
         >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
-        >>> kept = (LayerPlan((0, 1), (0, 1), tuple(range(16)), mlp_bias=True),)
-        >>> plan = PruningPlan("by hand", decoder.shape, kept)
+        >>> layers = (LayerPlan((0, 1), (0, 1), tuple(range(16)), mlp_bias=True),)
+        >>> plan = PruningPlan("by hand", decoder.shape, layers)
         >>> apply_bias_compensation(decoder, plan, [{"input_ids": torch.arange(20).view(2, 10)}])
         >>> decoder.model.model.layers[0].mlp.down_proj.bias.shape
         torch.Size([16])

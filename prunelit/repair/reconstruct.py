@@ -144,7 +144,7 @@ def accumulate_equations(
     block: BlockName,
     target_point: ActivationPoint,
     visitor: ActivationVisitor | None = None,
-    **options: Any,
+    hold_heads: bool = False,
 ) -> NormalEquations:
     """Accumulate the normal equations of a block's output projection in one pass over the cut stream.
 
@@ -154,7 +154,7 @@ def accumulate_equations(
         target_point: where the dense activations are the target: at the projection's own output, or in the residual
             stream.
         visitor: also receives the activations of this pass.
-        options: options of `PairedStreams.run_cut_stream`.
+        hold_heads: see `PairedStreams.run_cut_stream`.
     """
     linear, inputs, output = get_output_projection(streams.layer, block)
     outputs, width = get_weight_out_in(linear).shape
@@ -165,7 +165,7 @@ def accumulate_equations(
     if scale_name and target_point != output:
         scale = float(getattr(streams.decoder.config, scale_name))
     points, visit = visitor or ((), None)
-    for place, x in streams.run_cut_stream((inputs, output, target_point, *points), **options):
+    for place, x in streams.run_cut_stream((inputs, output, target_point, *points), hold_heads):
         error = (widen_to_float32(streams.get_target(target_point, place)) - x[target_point]) / scale
         equations.add_batch(x[inputs], error, x[output] + error)
         if visit is not None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums
@@ -57,7 +58,9 @@ def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores
     """
     sums, samples = Sums(len(decoder.layers)), split_into_samples(batches)
     tokens = sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in samples)
-    handles: list[Any] = [decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)]
+    handles: list[RemovableHandle] = [
+        decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)
+    ]
     for layer in decoder:
         for is_present, name in ((layer.has_attention, "output"), (layer.has_mlp, "down")):
             if is_present:
@@ -81,7 +84,7 @@ def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores
     return [LayerScores(mean.get("output"), mean.get("down")) for mean in sums.means(tokens, decoder.device)]
 
 
-def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
     """Add the squared products of the input of a linear with its gradient, once the backward pass reaches it."""
     # Detached: a hook that holds the graph, which holds the hook, would keep both alive.
     value: Tensor = args[0].detach()
@@ -95,7 +98,9 @@ def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: t
     args[0].register_hook(add_squares)
 
 
-def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _start_graph(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Make the stream entering the first layer require a gradient.
 
     No weight requires one, so autograd would record nothing otherwise.

@@ -52,9 +52,9 @@ def generate_text(model: nn.Module, tokens: int, length: int = 128, seed: int = 
     with use_eval_mode(model):
         for chunk, size in track_progress(take_rank_share(list(enumerate(sizes))), "sampling text"):
             own_chunks[chunk] = _sample_tokens(model, size, length, seed + chunk)
-    chunks_by_rank: list[Any] = [own_chunks]
+    chunks_by_rank = [own_chunks]
     if dist.is_initialized():
-        chunks_by_rank = [None] * dist.get_world_size()
+        chunks_by_rank = [own_chunks] * dist.get_world_size()
         dist.all_gather_object(chunks_by_rank, own_chunks)
     ids_by_chunk = {chunk: ids for chunks in chunks_by_rank for chunk, ids in chunks.items()}
     return [{"input_ids": ids_by_chunk[chunk]} for chunk in range(len(sizes))]

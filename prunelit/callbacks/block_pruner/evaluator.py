@@ -9,7 +9,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -131,7 +130,7 @@ class BlockEvaluator:
                     self._store_value(removed, base, values[removed], now - start)
                     start = now
         if world > 1:
-            values_by_rank: list[Any] = [None] * world
+            values_by_rank = [values] * world
             dist.all_gather_object(values_by_rank, values)
             mean_seconds = (time.perf_counter() - start) / max(1, len(unknown_sets))
             for removed in unknown_sets:

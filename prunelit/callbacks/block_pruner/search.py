@@ -178,7 +178,7 @@ class _Search:
         """Return the blocks that the ratio does not need; a count needs all of them."""
         while spare := [block for block in state.order if self._meets_goal(state.removed - {block})]:
             moves = {state.removed - {block}: block for block in spare}
-            label = "giving back what the ratio does not need"
+            label = "returning blocks that the ratio does not need"
             nll, block = self.find_best_moves(state.removed, moves, 1, math.inf, label)[0]
             state = state._replace(
                 nll=nll, order=tuple(b for b in state.order if b != block), nll_path=(*state.nll_path, nll)
