@@ -46,7 +46,7 @@ class BlockEvaluator:
 
     Attributes:
         evaluations: number of evaluations so far.
-        recalled_seconds: seconds that the requested evaluations took which the journal had already.
+        recalled_seconds: seconds that evaluations took which were requested here and which the journal had already.
         on_batch: called after every batch of an evaluation, for a progress bar.
         emit: called with the name of an event and its facts, after every evaluation and, by the search, after every
             removed block; see `prunelit.report.record`.

@@ -145,25 +145,21 @@ class _Search:
                     for block in self.candidates
                     if block not in state.removed and can_remove_blocks(self.shape, state.removed | {block})
                 }
-                limit = (
-                    sorted(other.nll for other in next_states.values())[width - 1]
-                    if len(next_states) >= width
-                    else math.inf
-                )
+                losses = sorted(other.nll for other in next_states.values())
+                limit = losses[width - 1] if len(losses) >= width else math.inf
                 new_moves = {blocks: block for blocks, block in moves.items() if blocks not in next_states}
-                for nll, block in self.find_best_moves(
-                    state.removed, new_moves, width, limit, self._describe_progress(state)
-                ):
+                label = self._describe_progress(state)
+                for nll, block in self.find_best_moves(state.removed, new_moves, width, limit, label):
                     order = (*state.order, block)
                     next_states[frozenset(order)] = _SearchState(nll, order, (*state.nll_path, nll))
-            states = sorted(next_states.values(), key=lambda state: state.nll)[
-                :width
-            ]  # a stable sort: the first of equal sets
+            # A stable sort: of equal sets the first one stays.
+            states = sorted(next_states.values(), key=lambda state: state.nll)[:width]
             if states:
                 self._emit_removed(states[0])
             finished += [state for state in states if self._meets_goal(state.removed)]
             states = [state for state in states if not self._meets_goal(state.removed)]
-            if not states and not finished:  # the search has kept the attention block that is worth most
+            # The search may have left the one attention block that has to stay as the largest of all.
+            if not states and not finished:
                 raise self.goal.make_infeasible_error(
                     f"{self.goal.compute_share(self.shape, state.removed):.4f} of the {self.goal.budget}"
                 )
@@ -180,9 +176,8 @@ class _Search:
             moves = {state.removed - {block}: block for block in spare}
             label = "returning blocks that the ratio does not need"
             nll, block = self.find_best_moves(state.removed, moves, 1, math.inf, label)[0]
-            state = state._replace(
-                nll=nll, order=tuple(b for b in state.order if b != block), nll_path=(*state.nll_path, nll)
-            )
+            order = tuple(other for other in state.order if other != block)
+            state = _SearchState(nll, order, (*state.nll_path, nll))
         return state
 
     def swap_blocks(self, state: _SearchState) -> _SearchState:
