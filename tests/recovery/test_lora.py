@@ -327,7 +327,7 @@ def test_merge_into_wants_the_same_cut_in_full_precision() -> None:
     narrow = tuple(replace(LayerPlan.dense(layer), ffn_channels=tuple(range(64))) for layer in shape.layers)
     other = copy.deepcopy(full)
     surgery.apply(other, PruningPlan("test", shape, narrow))
-    with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); cut full_base"):
+    with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); prune full_base"):
         merge_into_full_precision(other, adapted)
     with pytest.raises(BadQuantisation, match="full_base: expected a plain model"):
         merge_into_full_precision(adapted, adapted)

@@ -37,7 +37,7 @@ def damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> 
         damage(job.path)
 
     for module in (uniform, hetero, padded):
-        monkeypatch.setattr(module, "write_as", write)
+        monkeypatch.setattr(module, "write_model_as", write)
 
 
 def another_head(place: Path) -> None:
