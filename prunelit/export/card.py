@@ -58,7 +58,7 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
 def _build_front_matter(source: str, chosen: Format) -> dict[str, Any]:
     """Build the hub's front matter.
 
-    The base model is named if it is one of the hub. Where it is a local folder, its own card gives license and language.
+    The base model is named if it is one of the hub. If it is a local folder, its card gives license and language.
     """
     head: dict[str, Any] = {"library_name": chosen.library, "pipeline_tag": "text-generation"}
     source_card = _read_text_or_empty(Path(source, CARD_FILE)) if source else ""

@@ -51,7 +51,7 @@ def write_padded(job: ExportJob) -> dict[str, Any]:
         facts |= {"saved_of_dense": saved / dense, "kept_of_saving": kept_of_saving}
         smaller = f"still {saved / dense:.1%} smaller" if saved > 0 else "not smaller"
         note += (
-            f"; {smaller} than the dense model, where the cut one is {saved_by_pruning / dense:.1%} smaller: "
+            f"; {smaller} than the dense model, where the pruned one is {saved_by_pruning / dense:.1%} smaller: "
             f"{min(1, 1 - kept_of_saving):.0%} of the saving is given up"
         )
     return facts | {"note": note}

@@ -165,7 +165,15 @@ def allocate_ranks_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> 
         BadOption: a rank below 1.
         UnknownArchitecture: no declaration for the plan's model.
 
-    Example: see `RecoveryModule` with rank_rule="by_cut".
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from prunelit.core.plan import LayerPlan
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))).shape
+        >>> dense = LayerPlan.dense(model.layers[0])
+        >>> halved = LayerPlan(dense.query_heads, dense.kv_groups, ffn_channels=tuple(range(16)))
+        >>> allocate_ranks_by_cut(PruningPlan("example", model, (dense, halved)), rank=8)
+        [{'attention': 7, 'ffn': 7}, {'attention': 7, 'ffn': 11}]
     """
     check_ranks({"attention": rank})
     architecture = get_architecture(SimpleNamespace(model_type=plan.model.model_type))
