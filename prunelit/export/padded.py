@@ -69,7 +69,7 @@ def _build_padded_shell(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     decoder = Decoder(model)
     all_widths = list(_propose_layer_widths(decoder))
     for widths in all_widths:
-        for build, config, _ in propose_stock_configs(model, widths):
+        for build, config, _ in propose_stock_configs(decoder, widths):
             # Pruning marks layers without attention as "reuse", so that the cache skips them. Here none lacks it.
             if getattr(config, "kv_sharing_modes", None) is not None:
                 config.kv_sharing_modes = None
