@@ -222,8 +222,8 @@ def test_real_widths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("_neighbours", lambda x, heads: x),
-        ("rope_factors", lambda decoder, format: torch.full((4,), 1.01)),
+        ("_interleave_rotary_rows", lambda x, heads: x),
+        ("compute_rope_factors", lambda decoder, format: torch.full((4,), 1.01)),
     ],
 )
 def test_a_wrong_file_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, wrong: Any) -> None:
