@@ -762,8 +762,8 @@ def test_latency_and_plans(capsys: pytest.CaptureFixture[str], source: str, data
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cells = handmade()["cells"]
-    for cell in cells:
-        cell["latency"] = {"speedup": 1.5}
+    for content in cells:
+        content["latency"] = {"speedup": 1.5}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         written = figures.write_comparison_figures(

@@ -1,8 +1,11 @@
-"""Pictures of a run: `Record` -> matplotlib figure. Loggers and pages show them; a new one is a file and a line here.
+"""Figures of a run: each takes a `Record` and returns a matplotlib figure. Loggers and HTML pages show them.
 
-for name, picture in PICTURES.items():
-    if (made := figure_of(name, record)) is not None:
-        Path(f"{name}.png").write_bytes(png(made))
+A new figure needs a module of its own and one entry in `PICTURES`.
+
+    for name in PICTURES:
+        figure = draw_picture(name, record)
+        if figure is not None:
+            Path(f"{name}.png").write_bytes(encode_png(figure))
 """
 
 from collections.abc import Callable
@@ -16,7 +19,17 @@ __all__ = ["PICTURES", "Picture", "draw_picture", "encode_png", "encode_svg"]
 
 
 class Picture(NamedTuple):
-    """A picture, what it shows, and how it is read."""
+    """A kind of figure with its title and caption.
+
+    Attributes:
+        title: heading.
+        caption: how to read the figure.
+        draw: builds the figure from a record; returns None where the record holds nothing to draw.
+
+    Example:
+        >>> PICTURES["speed"].title
+        'Training speed'
+    """
 
     title: str
     caption: str
@@ -63,6 +76,18 @@ PICTURES = {
 
 
 def draw_picture(name: str, record: Record) -> Any:
-    """The figure of one of `PICTURES`; None where the record has nothing of the kind."""
+    """Draw one of `PICTURES` in the common style.
+
+    Args:
+        name: a key of `PICTURES`.
+        record: what happened in the run.
+
+    Returns:
+        The figure; None where the record holds nothing to draw.
+
+    Example:
+        >>> draw_picture("search", Record()) is None
+        True
+    """
     with apply_style():
         return PICTURES[name].draw(record)
