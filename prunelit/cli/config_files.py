@@ -61,9 +61,8 @@ def read_config_file(path: str) -> Mapping[str, Any]:
         >>> read_config_file("{seed: 1}")
         {}
     """
-    if (
-        "\n" in path or path.lstrip().startswith("{") or Path(path).is_fifo()
-    ):  # a pipe can be read only once, by the parser
+    # A pipe can be read only once, and the parser has to read it.
+    if "\n" in path or path.lstrip().startswith("{") or Path(path).is_fifo():
         return {}
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -104,9 +103,8 @@ def find_misspelling(arguments: list[str], known: Collection[str]) -> str | None
     leaves = {name for name in known if not any(other.startswith(f"{name}.") for other in known)}
     for argument in arguments:
         name = argument.removeprefix("--").partition("=")[0].rstrip("+")
-        is_inside_class = any(
-            name.startswith(f"{leaf}.") for leaf in leaves
-        )  # options of a class are checked with the class
+        # Options of a class are checked with the class.
+        is_inside_class = any(name.startswith(f"{leaf}.") for leaf in leaves)
         if argument.startswith("--") and name not in all_names and not is_inside_class:
             return f"--{name}: expected an option of this command{suggest_name(name, all_names)}"
     for option, value in itertools.pairwise(word for argument in arguments for word in argument.split("=", 1)):

@@ -157,9 +157,8 @@ def build_fit_job(arguments: list[str]) -> plan.FitJob:
     Example: see `prunelit.cli.plan.run`.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="LightningCLI's args parameter"
-        )  # it warns that sys.argv, which is `plan`'s, is not used
+        # Lightning warns that it does not use sys.argv, which here is the command line of `plan`.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         cli = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
@@ -219,7 +218,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     parser_options = {"exit_on_error": False, "epilog": HELP_EPILOG}
     _check_resume_checkpoint(peek_option("ckpt_path", arguments))
-    if sys.argv[1:] == [command, *arguments]:  # Lightning starts further ranks with sys.argv
+    if sys.argv[1:] == [command, *arguments]:
         sys.argv[2:] = _expand_model_option(arguments)
     arguments = _expand_model_option(arguments)
     words = [command, *arguments]
@@ -227,9 +226,8 @@ def run(command: str, arguments: list[str]) -> int:
         PrunelitCLI(
             RecoveryModule,
             TextDataModule,
-            args=None
-            if sys.argv[1:] == words
-            else words,  # None lets Lightning read sys.argv, so that further ranks get the same command line
+            # None lets Lightning read sys.argv, with which it also starts further ranks.
+            args=None if sys.argv[1:] == words else words,
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs/fit", "callbacks": [checkpoints.SaveOnSigterm()]},
             save_config_callback=SaveRunConfig,

@@ -102,9 +102,8 @@ def add_method_options(parser: ArgumentParser, arguments: list[str], default: st
     Example: see `prunelit.cli.prune.run`.
     """
     with show_stage("starting"):
-        from prunelit.pruning.callback import (
-            PruningCallback,
-        )  # imports Lightning, which takes seconds and which `export` does not need
+        # Imports Lightning, which takes seconds and which `export` does not need.
+        from prunelit.pruning.callback import PruningCallback
 
     plan, name = peek_option("plan", arguments), peek_option("method", arguments)
     cls = PruningCallback if plan and not name else method_class(name or default)
@@ -150,8 +149,8 @@ def _check_options_are_read(unread: Collection[str], arguments: list[str]) -> No
     option_names = dict.fromkeys(word[2:].partition("=")[0].rstrip("+") for word in arguments if word.startswith("--"))
     if ignored := [name for name in option_names if name in unread]:
         raise BadOption(
-            f"plan: expected no options beside it that choose what goes, got {', '.join(ignored)}; the plan says what "
-            "goes: leave them out, or leave out --plan to score anew"
+            f"plan: expected no options that choose the removed units, got {', '.join(ignored)}; the plan names these "
+            "units: leave the options out, or leave out --plan to score again"
         )
 
 

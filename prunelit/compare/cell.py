@@ -90,9 +90,8 @@ class CellRunner:
             "texts": {name: _fingerprint_windows(windows) for name, windows in self.windows.items()},
             "latency": asdict(self.latency) if self.latency else None,
         }
-        return dict(
-            json.loads(json.dumps(key, default=str))
-        )  # tuples become lists, as in the file that it is compared with
+        # Through JSON, so that tuples become lists as in the file with which the key is compared.
+        return dict(json.loads(json.dumps(key, default=str)))
 
     def load_result(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
         """Load what is known of a cell; its "status" is "finished", "failed" or "missing"."""

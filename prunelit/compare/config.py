@@ -197,9 +197,7 @@ def _parse_row_options(
                 f"{suggest_name(name, accepted)}"
             )
     shared = {name: value for name, value in common.items() if name in accepted}
-    if (
-        shared.get("repair") not in kind.repair_choices
-    ):  # a repair for all rows may be one that this method does not have
+    if shared.get("repair") not in kind.repair_choices:  # a repair for all rows may not suit this method
         shared.pop("repair", None)
     merged = shared | dict(row_options)
     typed = parse_options(parser, merged, f"method {label!r}: options")

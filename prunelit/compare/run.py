@@ -148,10 +148,8 @@ def compare_methods(
     with ExitStack() as stack:
         wandb_run = wandb.open_wandb_run(wandb_project, folder.name, folder, stack) if wandb_project else None
         dense = load_on_device(model, dtype, device)
-        for (
-            name,
-            tokens,
-        ) in lengths.items():  # only a loaded model tells its context length where the source is no local folder
+        # Where the source is not a local folder, only the loaded model tells its context length.
+        for name, tokens in lengths.items():
             context_length.check_position_table(dense.config, tokens, name)
         Decoder(dense).check_finite()
         runner = CellRunner(

@@ -103,7 +103,7 @@ class ModelTimer:
         vocabulary = int(self.network.config.vocab_size)
         self.token_ids = torch.randint(vocabulary, (speed.batch, length), generator=generator).to(self.device)
         parameters = inspect.signature(self.network.forward).parameters
-        self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as `generate` has it
+        self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as in `generate`
         self.context = self.prefill(speed.tokens_in_cache)[1]
 
     @torch.no_grad()
@@ -163,11 +163,11 @@ def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, 
     """
     with show_stage("reading the context"):
         timers = {name: ModelTimer(network, speed) for name, network in networks.items()}
-    seconds_by_round = timing.run_in_rounds(
+    seconds_by_model = timing.run_in_rounds(
         [timer.measure_seconds for timer in timers.values()], speed.repeats, "measuring speed"
     )
     results = {}
-    for (name, timer), rounds in zip(timers.items(), seconds_by_round, strict=True):
+    for (name, timer), rounds in zip(timers.items(), seconds_by_model, strict=True):
         prefill, decode = ([pair[column] for pair in rounds] for column in (0, 1))
         first_token_seconds, step_seconds = statistics.median(prefill), statistics.median(decode) / speed.new_tokens
         size = metrics.measure_model_size(timer.network)

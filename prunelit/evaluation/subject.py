@@ -50,9 +50,9 @@ class EvaluatedModel:
             return self.dtype
         config = read_model_config(sources.resolve_model_source(self.source))
         own_dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
-        return (
-            "float32" if own_dtype == "float16" and choose_device(self.device).type == "cpu" else own_dtype or None
-        )  # as `load_on_device` has it
+        if own_dtype == "float16" and choose_device(self.device).type == "cpu":
+            return "float32"  # the same rule as in `load_on_device`
+        return own_dtype or None
 
     def load_model(self) -> Any:
         """Load the model on the CPU and merge its adapter; all weights are finite.

@@ -264,10 +264,10 @@ def log_artifact(
                     if isinstance(source, Path):
                         new_artifact.add_file(str(source), file)
                     else:
-                        (Path(scratch) / file).write_text(source, encoding="utf-8")
-                        new_artifact.add_file(
-                            str(Path(scratch) / file), file, policy="mutable"
-                        )  # "mutable" makes W&B copy the file, which is deleted below
+                        copy = Path(scratch) / file
+                        copy.write_text(source, encoding="utf-8")
+                        # "mutable" makes W&B copy the file, which is deleted with the folder.
+                        new_artifact.add_file(str(copy), file, policy="mutable")
                 logger.experiment.log_artifact(new_artifact)
 
 

@@ -55,9 +55,8 @@ def build_panels(section: str) -> list[Any]:
     if section == "structure":
         panels += [wr.ScalarChart(title=name, metric=wr.SummaryMetric(name)) for name in METRICS[section]]
         return [*panels, wr.MediaBrowser(title="layers and completions", media_keys=["prune/layers", "samples"])]
-    curves = (
-        METRICS[section][-1:] if section == "quality" else METRICS[section]
-    )  # the other numbers are in the bars above
+    # The bars above show the other numbers of the quality.
+    curves = METRICS[section][-1:] if section == "quality" else METRICS[section]
     for name in (*_JOB_METRICS.get(section, ()), *curves):
         log_scale = "perplexity" in name or None
         panels.append(wr.LinePlot(title=name, x=AXES.get(name, "trainer/global_step"), y=[name], log_y=log_scale))

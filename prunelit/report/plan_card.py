@@ -63,7 +63,12 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
 def make_dense_plan(plan: PruningPlan) -> PruningPlan:
     """Make the plan that keeps every unit of the same model.
 
-    Example: see `render_plan_totals`.
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> shape = LayerShape(2, 2, 4, 8, 3, 32, 32, 24, 128, 192)
+        >>> model = ModelShape("llama", "tiny", 8, 1000, 0, 4, "0" * 16, (shape,))
+        >>> make_dense_plan(PruningPlan("flap", model, (LayerPlan((0,), (0,), (0,)),))).layers[0].widths
+        (2, 2, 8)
     """
     return replace(plan, layers=tuple(map(LayerPlan.dense, plan.model.layers)))
 
@@ -82,7 +87,7 @@ def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
     values = [plan.predicted for plan in plans.values()]
     rows = [["", *plans, "ratio"]]
     for name in _TOTALS:
-        first_total, second_total = (int(each[name]) for each in values)
+        first_total, second_total = (int(predicted[name]) for predicted in values)
         ratio = f"{second_total / first_total:.3f}" if first_total else "-"
         rows.append([name.replace("_", " "), f"{first_total:,}", f"{second_total:,}", ratio])
     return _align_columns(rows, right=(1, 2, 3))
@@ -194,10 +199,13 @@ def _describe_difference(difference: PlanDifference) -> Iterator[str]:
 
 def _align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
     """Align columns under a head line; columns whose index is in `right` are flush right."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def format_row(row: Sequence[str]) -> str:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        cells = (
+            cell.rjust(width) if column_index in right else cell.ljust(width)
+            for column_index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join(cells).rstrip()
 
     return "\n".join([format_row(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(format_row, rows[1:])])

@@ -1,9 +1,11 @@
-"""report.html of a pruning run, drawn from its `Record` alone, so it can be drawn again later.
+"""report.html of a pruning run, drawn from its `Record` alone.
 
-from prunelit.report.record import Record
-from prunelit.report.run_page import render_run_page
-record = Record.from_json(Path("runs/quickstart/record.json").read_text())
-Path("again.html").write_text(render_run_page(record))
+The page can be drawn again from record.json:
+
+    from prunelit.report.record import Record
+    from prunelit.report.run_page import render_run_page
+    record = Record.from_json(Path("runs/quickstart/record.json").read_text())
+    Path("again.html").write_text(render_run_page(record))
 """
 
 from collections.abc import Iterator, Mapping
@@ -121,12 +123,10 @@ def _list_facts(record: Record) -> Iterator[Fact]:
         ):
             if first_row.get(name) and last_row.get(name) is not None:
                 unit = " B" if name.startswith("kv") else ""
-                dense_value, value_now = (
-                    f"{format_count(first_row[name])}{unit}",
-                    f"{format_count(last_row[name])}{unit}",
-                )
-                note = f"dense {dense_value}; {1 - last_row[name] / first_row[name]:.1%} less"
-                yield Fact(title, value_now, note if last_row[name] != first_row[name] else "as the dense model")
+                before, after = first_row[name], last_row[name]
+                note = f"dense {format_count(before)}{unit}; {1 - after / before:.1%} less"
+                value = f"{format_count(after)}{unit}"
+                yield Fact(title, value, note if after != before else "as the dense model")
 
 
 def _format_perplexity(value: float | None) -> str:
@@ -189,25 +189,25 @@ def _list_serving_parts(plan: PruningPlan | None) -> Iterator[Part]:
 
 def _list_provenance_parts(record: Record) -> Iterator[Part]:
     facts, plan = record.facts, record.plan
-    notes_lines = []
+    lines = []
     if plan is not None:
         options = ", ".join(f"{name} {value}" for name, value in plan.options.items() if value not in (None, []))
-        notes_lines.append(f"{plan.method}: {options}")
+        lines.append(f"{plan.method}: {options}")
         if sources := plan.calibration.get("source"):
             tokens = plan.calibration.get("tokens")
-            notes_lines.append(f"scored on {', '.join(sources)}" + (f", {tokens:,} tokens" if tokens else ""))
+            lines.append(f"scored on {', '.join(sources)}" + (f", {tokens:,} tokens" if tokens else ""))
     if "seed" in facts:
-        notes_lines.append(f"seed {facts['seed']}")
+        lines.append(f"seed {facts['seed']}")
     if memory := facts.get("memory"):
         share = memory["trainable_parameters"] / memory["parameters"]
-        notes_lines.append(
+        lines.append(
             f"trained {memory['trainable_parameters']:,.0f} parameters, {format_percent(round(share, 4))} of them all"
         )
     if machine := facts.get("hardware"):
-        notes_lines.append(f"{machine['device']}, {machine['threads']} threads")
+        lines.append(f"{machine['device']}, {machine['threads']} threads")
     if versions := facts.get("versions"):
-        notes_lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    yield Notes(notes_lines)
+        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield Notes(lines)
     if record.stages:
         rows = [
             [stage["name"].replace("_", " "), format_duration(stage["seconds"]), _format_peak_memory(stage)]

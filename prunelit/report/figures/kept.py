@@ -1,8 +1,8 @@
 """Units that remain after pruning: a map of layers x KV groups, query heads and FFN channels."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from prunelit.core.plan import PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.report.figures.style import (
     BLOCK,
     FAINT,
@@ -15,8 +15,12 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw_kept_units(record: Record) -> Any:
+
+def draw_kept_units(record: Record) -> "Figure | None":
     """Draw the map of the record's plan, see `draw_plan_map`.
 
     Returns:
@@ -29,7 +33,7 @@ def draw_kept_units(record: Record) -> Any:
     return None if record.plan is None else draw_plan_map(record.plan)
 
 
-def draw_plan_map(plan: PruningPlan) -> Any:
+def draw_plan_map(plan: PruningPlan) -> "Figure":
     """Draw the units that a plan keeps.
 
     Each row is a layer, layer 0 on top. Each column is a unit; for the FFN a bar shows the share of channels that
@@ -60,13 +64,14 @@ def draw_plan_map(plan: PruningPlan) -> Any:
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     use_whole_number_ticks(panels[0].yaxis)
     has_removed_block = any(
-        (k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pair_layers(plan)
+        (kept.attention_removed and shape.kv_groups) or (kept.mlp_removed and shape.ffn_channels)
+        for kept, shape in _pair_layers(plan)
     )
     add_legend(figure, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * has_removed_block])
     return figure
 
 
-def _pair_layers(plan: PruningPlan) -> list[Any]:
+def _pair_layers(plan: PruningPlan) -> list[tuple[LayerPlan, LayerShape]]:
     return list(zip(plan.layers, plan.model.layers, strict=True))
 
 
@@ -80,7 +85,7 @@ def _build_unit_grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]
     return rows
 
 
-def _draw_unit_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
+def _draw_unit_grid(panel: "Axes", name: str, grid: list[list[int]]) -> None:
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(["none", KEPT, REMOVED, BLOCK])
@@ -96,7 +101,7 @@ def _draw_unit_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
         spine.set_visible(False)
 
 
-def _draw_ffn_shares(panel: Any, plan: PruningPlan) -> None:
+def _draw_ffn_shares(panel: "Axes", plan: PruningPlan) -> None:
     """Draw the share of each dense layer's FFN channels that remain."""
     for layer, (kept, shape) in enumerate(_pair_layers(plan)):
         if not shape.ffn_channels:

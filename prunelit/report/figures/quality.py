@@ -2,13 +2,16 @@
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import FAINT, STATES, clear_background, create_figure, format_log_axis
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_quality(record: Record) -> Any:
+
+def draw_quality(record: Record) -> "Figure | None":
     """Draw one point for each measured state, with an arrow from each to the next.
 
     Args:
@@ -48,7 +51,7 @@ def draw_quality(record: Record) -> Any:
     panel.set_yscale("log")
     format_log_axis(panel.yaxis)
     unit, scale = ("billions", 1e3) if max(x for x, _ in places) >= 1e3 else ("millions", 1.0)
-    panel.xaxis.set_major_formatter(lambda value, place: f"{value / scale:,.4g}")
+    panel.xaxis.set_major_formatter(lambda value, position: f"{value / scale:,.4g}")
     panel.set_xlabel(f"parameters ({unit})")
     panel.set_ylabel("perplexity")
     panel.grid(axis="y")

@@ -1,6 +1,6 @@
 """Histograms of every layer's scores: units that remain, units that are removed, and the threshold."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import (
     INK,
@@ -15,10 +15,14 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Histogram, Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _NAMES = {"heads": "score of a query head", "channels": "score of an FFN channel"}
 
 
-def draw_scores(record: Record) -> Any:
+def draw_scores(record: Record) -> "Figure | None":
     """Draw one panel for each kind of unit and one row for each layer.
 
     All layers share the score axis, which is logarithmic where all scores are positive and far apart.
@@ -45,11 +49,11 @@ def draw_scores(record: Record) -> Any:
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(layers - 0.4, -1.1)
     use_whole_number_ticks(panels[0].yaxis)
-    add_legend(figure, [("stays", KEPT), ("goes", REMOVED), ("cut", INK)])
+    add_legend(figure, [("kept", KEPT), ("removed", REMOVED), ("threshold", INK)])
     return figure
 
 
-def _draw_histograms(panel: Any, layers: list[Histogram | None], label: str) -> None:
+def _draw_histograms(panel: "Axes", layers: list[Histogram | None], label: str) -> None:
     """Draw the counts upwards from each layer's base line; the largest bin of a layer is one row high."""
     log = all(histogram.low > 0 for histogram in layers if histogram is not None) and any(
         histogram.log for histogram in layers if histogram is not None
@@ -80,7 +84,7 @@ def _draw_histograms(panel: Any, layers: list[Histogram | None], label: str) -> 
         if not is_complete:
             label += "\n(the middle 98%)"
         panel.xaxis.set_major_locator(MaxNLocator(3))
-        panel.xaxis.set_major_formatter(lambda value, place: format_tick(value))
+        panel.xaxis.set_major_formatter(lambda value, position: format_tick(value))
     panel.set_xlabel(label)
 
 
@@ -105,14 +109,14 @@ def _find_axis_range(layers: list[Histogram]) -> tuple[float, float, bool]:
         if one_percent <= cumulative <= 99 * one_percent:
             inner_edges.append(edge)
     cuts = [histogram.cut for histogram in layers if histogram.cut is not None]
-    bulk = [*inner_edges, *cuts]
-    if not inner_edges or high - low < 2 * (max(bulk) - min(bulk)):
+    shown = [*inner_edges, *cuts]
+    if not inner_edges or high - low < 2 * (max(shown) - min(shown)):
         return low, high, True
-    margin = 0.05 * (max(bulk) - min(bulk))
-    return max(low, min(bulk) - margin), min(high, max(bulk) + margin), False
+    margin = 0.05 * (max(shown) - min(shown))
+    return max(low, min(shown) - margin), min(high, max(shown) + margin), False
 
 
-def _stack_bars(panel: Any, base: list[float], heights: list[float], edges: list[float], colour: str) -> list[float]:
+def _stack_bars(panel: "Axes", base: list[float], heights: list[float], edges: list[float], colour: str) -> list[float]:
     """Draw bars on top of a baseline.
 
     Args:
@@ -125,11 +129,11 @@ def _stack_bars(panel: Any, base: list[float], heights: list[float], edges: list
     Returns:
         The new baseline.
     """
-    tops = [low - height for low, height in zip(base, heights, strict=True)]
-    filled_bins = [place for place, height in enumerate(heights) if height]
+    tops = [bottom - height for bottom, height in zip(base, heights, strict=True)]
+    filled_bins = [index for index, height in enumerate(heights) if height]
     if filled_bins:
-        span = slice(filled_bins[0], filled_bins[-1] + 1)
+        filled = slice(filled_bins[0], filled_bins[-1] + 1)
         panel.stairs(
-            tops[span], edges[filled_bins[0] : filled_bins[-1] + 2], baseline=base[span], fill=True, color=colour
+            tops[filled], edges[filled_bins[0] : filled_bins[-1] + 2], baseline=base[filled], fill=True, color=colour
         )
     return tops

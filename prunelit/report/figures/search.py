@@ -1,7 +1,7 @@
 """A block search: perplexity after each removed block, and every evaluation of the search."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunelit.report.figures.style import (
     FAINT,
@@ -14,12 +14,16 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _MOST_NAMES = 24
 _MOST_POINTS = 1000
-_ROOM = 3.0  # times the highest perplexity chosen: what is drawn of those tried
+_HIGHEST_SHOWN = 3.0  # times the highest chosen perplexity; worse evaluations are drawn as triangles there
 
 
-def draw_search(record: Record) -> Any:
+def draw_search(record: Record) -> "Figure | None":
     """Draw perplexity against the removed blocks (top) and every evaluation in the order of time (bottom).
 
     Args:
@@ -33,21 +37,25 @@ def draw_search(record: Record) -> Any:
         True
     """
     decided = [step for step in record.decided if _is_drawable(step["perplexity"])]
-    tried = [(number + 1, e["perplexity"]) for number, e in enumerate(record.search) if _is_drawable(e["perplexity"])]
+    evaluations = [
+        (index + 1, evaluation["perplexity"])
+        for index, evaluation in enumerate(record.search)
+        if _is_drawable(evaluation["perplexity"])
+    ]
     if not decided:
         return None
-    figure = create_figure(3.9 if tried else 2.3)
-    panels = figure.subplots(2 if tried else 1, 1, squeeze=False)[:, 0]
+    figure = create_figure(3.9 if evaluations else 2.3)
+    panels = figure.subplots(2 if evaluations else 1, 1, squeeze=False)[:, 0]
     _draw_decisions(clear_background(panels[0]), decided)
-    if tried:
+    if evaluations:
         panel = clear_background(panels[1])
-        highest_shown = _ROOM * max(step["perplexity"] for step in decided)
+        highest_shown = _HIGHEST_SHOWN * max(step["perplexity"] for step in decided)
         for marker, points, label in (
-            ("o", [point for point in tried if point[1] <= highest_shown], "tried"),
-            ("^", [(number, highest_shown) for number, value in tried if value > highest_shown], "tried, beyond"),
+            ("o", [point for point in evaluations if point[1] <= highest_shown], "tried"),
+            ("^", [(index, highest_shown) for index, value in evaluations if value > highest_shown], "tried, beyond"),
         ):
             if points:
-                # Thousands of points are one image: all of them are there, and the file stays small.
+                # Thousands of points would make a large SVG, so they become one embedded image.
                 style = {
                     "rasterized": len(points) > _MOST_POINTS,
                     "linestyle": "none",
@@ -68,8 +76,8 @@ def draw_search(record: Record) -> Any:
     return figure
 
 
-def _draw_decisions(panel: Any, decided: list[dict[str, Any]]) -> None:
-    counts, values = [len(s["order"]) for s in decided], [s["perplexity"] for s in decided]
+def _draw_decisions(panel: "Axes", decided: list[dict[str, Any]]) -> None:
+    counts, values = [len(step["order"]) for step in decided], [step["perplexity"] for step in decided]
     panel.plot(counts, values, color=KEPT, marker="o", markersize=3.5, linewidth=1.6)
     panel.set_yscale("log")
     format_log_axis(panel.yaxis)

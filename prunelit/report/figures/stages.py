@@ -1,13 +1,16 @@
 """Cost of a run: seconds and peak memory of every stage."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunelit.report.figures.style import KEPT, clear_background, create_figure
 from prunelit.report.record import Record
 from prunelit.runtime.format_numbers import format_duration
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_stages(record: Record) -> Any:
+
+def draw_stages(record: Record) -> "Figure | None":
     """Draw one bar for each stage in the order in which the stages ended, with its seconds and the peak memory so far.
 
     Args:

@@ -8,7 +8,14 @@ A figure is as wide as a phone's screen; a wide page shows figures side by side.
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 INK, FAINT = "#20252b", "#8b929b"
 KEPT, REMOVED, BLOCK = "#3a86c8", "#e08a2e", "#b5446e"
@@ -43,7 +50,7 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def apply_style() -> Any:
+def apply_style() -> "AbstractContextManager[None]":
     """Return a context manager that applies the style; use it both to build and to write a figure.
 
     Example:
@@ -55,7 +62,7 @@ def apply_style() -> Any:
     return rc_context(_STYLE)  # type: ignore[arg-type]
 
 
-def create_figure(height: float, width: float = WIDTH) -> Any:
+def create_figure(height: float, width: float = WIDTH) -> "Figure":
     """Create an empty figure with a transparent background.
 
     Args:
@@ -73,7 +80,7 @@ def create_figure(height: float, width: float = WIDTH) -> Any:
     return figure
 
 
-def clear_background(panel: Any) -> Any:
+def clear_background(panel: "Axes") -> "Axes":
     """Make a panel transparent and put its grid behind the data.
 
     Example:
@@ -86,7 +93,7 @@ def clear_background(panel: Any) -> Any:
     return panel
 
 
-def format_log_axis(axis: Any) -> None:
+def format_log_axis(axis: "Axis") -> None:
     """Put a few plainly written numbers at the ticks of a logarithmic axis. Call it after the data are drawn.
 
     Args:
@@ -115,7 +122,7 @@ def format_tick(value: float) -> str:
     return re.sub(r"e([+-])0*", lambda exponent: "e" + exponent[1].replace("+", ""), f"{value:.3g}")
 
 
-def use_whole_number_ticks(axis: Any, most: int = 7) -> None:
+def use_whole_number_ticks(axis: "Axis", most: int = 7) -> None:
     """Put at most `most` ticks on an axis, at whole numbers only.
 
     Example:
@@ -131,7 +138,7 @@ def use_whole_number_ticks(axis: Any, most: int = 7) -> None:
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def add_legend(figure: Any, entries: Sequence[tuple[str, str]]) -> None:
+def add_legend(figure: "Figure", entries: Sequence[tuple[str, str]]) -> None:
     """Add a legend of coloured squares above the panels.
 
     Args:
@@ -157,7 +164,7 @@ def add_legend(figure: Any, entries: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def encode_png(figure: Any, dots_per_inch: int = 160) -> bytes:
+def encode_png(figure: "Figure", dots_per_inch: int = 160) -> bytes:
     """Write a figure as a PNG file with a white background.
 
     Args:
@@ -177,7 +184,7 @@ def encode_png(figure: Any, dots_per_inch: int = 160) -> bytes:
     return buffer.getvalue()
 
 
-def encode_svg(figure: Any) -> str:
+def encode_svg(figure: "Figure") -> str:
     """Write a figure as an SVG document without background. Equal figures give equal text.
 
     Example:

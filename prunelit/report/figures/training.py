@@ -1,7 +1,7 @@
 """Recovery: loss, perplexity and speed over the training steps."""
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import (
     DENSE,
@@ -15,11 +15,15 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _MOST_DOTS = 60
 _LOSSES = ("train_loss", "train_loss_step", "loss", "loss_step")
 
 
-def draw_training(record: Record) -> Any:
+def draw_training(record: Record) -> "Figure | None":
     """Draw training loss (top) and validation perplexity (bottom) over the steps.
 
     The perplexity curve starts at the pruned model; the dense model's perplexity is a dashed line.
@@ -56,7 +60,7 @@ def draw_training(record: Record) -> Any:
     return figure
 
 
-def draw_training_speed(record: Record) -> Any:
+def draw_training_speed(record: Record) -> "Figure | None":
     """Draw tokens per second of one process, averaged between two log entries.
 
     Returns:
@@ -81,7 +85,7 @@ def draw_training_speed(record: Record) -> Any:
     return figure
 
 
-def _draw_perplexity(panel: Any, points: list[tuple[int, float]], record: Record) -> None:
+def _draw_perplexity(panel: "Axes", points: list[tuple[int, float]], record: Record) -> None:
     pruned, dense = (record.measured.get(name, {}).get("perplexity") for name in ("pruned", "dense"))
     if pruned and math.isfinite(pruned):
         points = [(0, pruned), *points]

@@ -48,8 +48,8 @@ def _summarize_kept_units(record: Record) -> str:
         for unit_name, indices in (("attention", attention_layers), ("FFN", ffn_layers))
         if indices
     ]
-    removal_note = f"; no longer there: {', '.join(removed_blocks)}" if removed_blocks else ""
-    return f"{', '.join(counts)} stay in {len(plan.layers)} layers{removal_note}."
+    removal_note = f"; removed: {', '.join(removed_blocks)}" if removed_blocks else ""
+    return f"{', '.join(counts)} remain in {len(plan.layers)} layers{removal_note}."
 
 
 def _summarize_scores(record: Record) -> str:
@@ -66,7 +66,7 @@ def _summarize_scores(record: Record) -> str:
             shares = [removed_count / unit_count for removed_count, unit_count in counts]
             low, high = (f"{share:.0%}" for share in (min(shares), max(shares)))
             share_note = f", {low} of each layer" if low == high else f", {low} to {high} of a layer"
-            clauses.append(f"{removed:,} of {total:,} {names[kind]} go{share_note if removed else ''}")
+            clauses.append(f"{removed:,} of {total:,} {names[kind]} removed{share_note if removed else ''}")
     return f"{'; '.join(clauses)}."
 
 
