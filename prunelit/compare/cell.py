@@ -235,7 +235,8 @@ def measure_prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
         >>> model = LlamaForCausalLM(config)
         >>> len(measure_prefill_seconds([model, model], tokens=4, repeats=1))
         2

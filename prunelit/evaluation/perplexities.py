@@ -69,7 +69,8 @@ def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | N
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
         >>> result = measure_text_perplexity(LlamaForCausalLM(config), torch.arange(16).view(2, 8), None, "numbers")
         >>> result["tokens"]
         14

@@ -155,7 +155,8 @@ def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, 
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> config = LlamaConfig(16, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
         >>> speed = Speed(prompt=4, new_tokens=2, repeats=1)
         >>> timings = measure_speed({"model": LlamaForCausalLM(config)}, speed)
         >>> timings["model"]["kv_bytes"] == timings["model"]["kv_bytes_predicted"]
