@@ -86,8 +86,8 @@ class Dashboard(Recorder):
         self.prompts, self.prompt_tokens, self.artifacts = list(prompts), prompt_tokens, artifacts
         self._samples = Samples(tuple(prompts), new_tokens=prompt_tokens) if prompts else None
         self._trainer: Trainer | None = None
-        self._shown: set[str] = set()
-        self._plan = ""  # digest of the plan logged last
+        self._logged_pictures: set[str] = set()
+        self._logged_digest = ""  # digest of the plan logged last
         loggers.set_quiet_wandb_defaults()  # W&B reads the environment when its run starts, before any hook
 
     # Events of the run -------------------------------------------------------------------------------------------
@@ -97,7 +97,7 @@ class Dashboard(Recorder):
         if self._trainer is trainer:
             return
         if self._trainer is not None:  # a new job begins with an empty record
-            self.record, self._shown, self._plan = Record(kind="job"), set(), ""
+            self.record, self._logged_pictures, self._logged_digest = Record(kind="job"), set(), ""
         self._trainer = trainer
         if trainer.is_global_zero and trainer.loggers:
             loggers.define_axes(trainer.loggers, AXES)
@@ -134,9 +134,9 @@ class Dashboard(Recorder):
                 logger.save()
 
     def _log_plan(self, trainer: Trainer, plan: PruningPlan) -> None:
-        if plan.digest == self._plan:  # a resumed run has logged it already
+        if plan.digest == self._logged_digest:  # a resumed run has logged it already
             return
-        self._plan, predicted = plan.digest, plan.predicted
+        self._logged_digest, predicted = plan.digest, plan.predicted
         values = {
             f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
         } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
@@ -175,8 +175,8 @@ class Dashboard(Recorder):
         """Return the record, and the runs of the loggers to which it was sent."""
         if not self._loggers:
             return {}
-        shown = [name for name in ("kept", "scores", "search") if name in self._shown]
-        log_state = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._plan}
+        shown = [name for name in ("kept", "scores", "search") if name in self._logged_pictures]
+        log_state = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._logged_digest}
         return {"record": self.record.to_json(), **log_state}
 
     def _resume_record(self, state: Mapping[str, Any]) -> None:
@@ -187,7 +187,7 @@ class Dashboard(Recorder):
             self.record = Record.from_json(state["record"])
         except (ValueError, KeyError, TypeError, BadPlan):
             return
-        self._shown, self._plan = set(state["shown"]), state["plan"]
+        self._logged_pictures, self._logged_digest = set(state["shown"]), state["plan"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.record.plan is not None:
@@ -224,10 +224,10 @@ class Dashboard(Recorder):
     def _log_pictures(self, *names: str) -> None:
         """Log each figure once in a run, where there is something to draw."""
         for name in names:
-            if self._trainer is None or not self._loggers or name in self._shown:
+            if self._trainer is None or not self._loggers or name in self._logged_pictures:
                 continue
             if (figure := draw_picture(name, self.record)) is not None:
-                self._shown.add(name)
+                self._logged_pictures.add(name)
                 step = self._trainer.global_step
                 loggers.log_picture(self._loggers, IMAGES[name], encode_png(figure), PICTURES[name].caption, step)
 
