@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 
+from prunelit.pruning.context import PruningContext
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
@@ -72,7 +73,7 @@ def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
     method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
     batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     model = loading.load(options.model, "float32")
-    return model, method.plan(Decoder(model), ()), batches
+    return model, method.plan(PruningContext(Decoder(model), ())), batches
 
 
 def memory_of(options: argparse.Namespace) -> float:

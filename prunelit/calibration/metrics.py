@@ -20,13 +20,14 @@ _IGNORED_LABEL = -100  # the label that torch's cross entropy leaves out
 _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 
 
-def measure_model_size(model: nn.Module) -> dict[str, int]:
+def measure_model_size(model: nn.Module | Decoder) -> dict[str, int]:
     """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
 
     A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
     products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
     """
-    return compute_dense_size(Decoder(views.view_as_plain_linears(model)).shape)
+    decoder = model if isinstance(model, Decoder) else Decoder(views.view_as_plain_linears(model))
+    return compute_dense_size(decoder.shape)
 
 
 def compute_dense_size(shape: ModelShape) -> dict[str, int]:

@@ -20,19 +20,19 @@ first batch); the budget is met from above, at least one KV group and `align` ch
 Legend: T tokens, H hidden, C inputs of an output projection.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.planning import budget
 from prunelit.pruning.callback import PruningCallback, Repair
+from prunelit.pruning.context import PruningContext
 from prunelit.repair import bias
 from prunelit.runtime.errors import BadOption
 
@@ -67,7 +67,8 @@ class FLAP(PruningCallback):
         self.metric = metric
         self._scored_means: tuple[Decoder, list[dict[str, Tensor]]] | None = None  # from scoring, for the biases
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        decoder, batches = context.decoder, context.batches
         sums = Sums(len(decoder.layers))
 
         def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
@@ -97,12 +98,13 @@ class FLAP(PruningCallback):
             for layer, mean in zip(decoder, means, strict=True)
         ]
 
-    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+    def cut(self, context: PruningContext, plan: PruningPlan) -> None:
+        decoder, batches = context.decoder, context.batches
         scored, self._scored_means = self._scored_means, None
         if self.repair == "bias" and scored is not None and scored[0] is decoder:  # a replayed plan was not scored here
             bias.apply_bias_compensation(decoder.model, plan, batches, scored[1])
         else:
-            super().cut(decoder, plan, batches)
+            super().cut(context, plan)
 
     def _compute_metric(self, linear: nn.Module, mean: Mapping[str, Tensor], point: str) -> Tensor:
         """The metric of every input of an output projection, float64 [C]."""

@@ -11,17 +11,17 @@ Legend: T tokens, H hidden, C = Q * D attention-output channels, F FFN channels.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import ActivationPoint, Sums, observe
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.model.decoder import Layer, get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 
 _OBSERVED_POINTS: tuple[ActivationPoint, ...] = (
@@ -61,7 +61,8 @@ class LLMBIP(PruningCallback):
             raise BadOption(f"form: expected mean_field or exact, got {form!r}")
         self.form, self.propagate_ffn = form, propagate_ffn
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        decoder, batches = context.decoder, context.batches
         sums = Sums(len(decoder.layers))
         bounds = [_Bound(layer, decoder.config, self.propagate_ffn) for layer in decoder]
 

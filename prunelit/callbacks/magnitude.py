@@ -6,12 +6,10 @@ projections; a head is the sum of its columns. No text is read.
     callbacks/magnitude.yaml    attaches it to any LightningCLI job with a second --config
 """
 
-from collections.abc import Sequence
-
-from prunelit.calibration.batches import Batch
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.model.decoder import get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 
 
 class Magnitude(PruningCallback):
@@ -19,9 +17,9 @@ class Magnitude(PruningCallback):
 
     reads_text = False
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         found = []
-        for layer in decoder:
+        for layer in context.decoder:
             heads = channels = None
             if layer.has_attention:
                 columns = get_weight_out_in(layer.output).detach().float().norm(dim=0)  # [Q * D]

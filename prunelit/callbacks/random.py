@@ -5,14 +5,11 @@ Source: the random baseline of the pruning papers. The same seed gives the same 
     callbacks/random.yaml       attaches it to any LightningCLI job with a second --config
 """
 
-from collections.abc import Sequence
-
 import torch
 
-from prunelit.calibration.batches import Batch
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 
 
 class Random(PruningCallback):
@@ -20,12 +17,12 @@ class Random(PruningCallback):
 
     reads_text = False
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         generator = torch.Generator().manual_seed(self.seed)
         return [
             LayerScores(
                 torch.rand(layer.shape.query_heads, generator=generator),
                 torch.rand(layer.shape.ffn_channels, generator=generator),
             )
-            for layer in decoder
+            for layer in context.decoder
         ]

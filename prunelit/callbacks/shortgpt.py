@@ -17,10 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums, observe
 from prunelit.core.plan import PruningPlan
-from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.decoder import Layer
 from prunelit.planning.block_sets import (
     IGNORED_OPTIONS,
     Block,
@@ -30,6 +29,7 @@ from prunelit.planning.block_sets import (
     plan_without_blocks,
 )
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 
 
 class ShortGPT(PruningCallback):
@@ -52,8 +52,9 @@ class ShortGPT(PruningCallback):
         super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
         self.ratio, self.count = ratio, count  # type: ignore[assignment]
 
-    def measure_influence(self, decoder: Decoder, batches: Sequence[Batch]) -> list[float]:
+    def measure_influence(self, context: PruningContext) -> list[float]:
         """1 - mean cosine between the residual stream entering and leaving each layer."""
+        decoder, batches = context.decoder, context.batches
         sums = Sums(len(decoder.layers))
 
         def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
@@ -63,10 +64,11 @@ class ShortGPT(PruningCallback):
         tokens = observe(decoder, batches, ("layer_input", "layer_output"), accumulate)
         return [1 - float(mean["cosine"]) for mean in sums.means(tokens, decoder.device)]
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+    def plan(self, context: PruningContext) -> PruningPlan:
+        decoder = context.decoder
         shape = decoder.shape
         free = list_blocks(shape, protect=self.protect)
-        influence = self.compute_cached("influence", decoder, batches, lambda: self.measure_influence(decoder, batches))
+        influence = self.compute_cached("influence", context, lambda: self.measure_influence(context))
 
         def blocks(layers: Sequence[int]) -> list[Block]:
             return [block for block in free if block.layer in layers]
@@ -89,4 +91,4 @@ class ShortGPT(PruningCallback):
             if met([other for other in removed if other != layer]):
                 removed.remove(layer)
         self._calibration_record = {**self._calibration_record, "block_influence": influence}
-        return self.build_plan(shape, plan_without_blocks(shape, blocks(removed)))
+        return self.build_plan(context, plan_without_blocks(shape, blocks(removed)))

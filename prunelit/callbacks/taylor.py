@@ -19,14 +19,12 @@ attention reads it from group h / (Q / G)); a row's bias is one of its elements;
     Python                      Trainer(callbacks=[Taylor(ratio=0.2)])
 """
 
-from collections.abc import Sequence
 from typing import Any, get_args
 
 from prunelit.calibration import taylor
-from prunelit.calibration.batches import Batch
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 
 
@@ -61,5 +59,7 @@ class Taylor(PruningCallback):
             raise BadOption(f"layers_at_once: expected a positive number of layers or null, got {layers_at_once!r}")
         self.form, self.layers_at_once, self.checkpointing = form, layers_at_once, checkpointing
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return taylor.score_mean_loss(decoder, batches, self.form, self.unit, self.checkpointing, self.layers_at_once)
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        return taylor.score_mean_loss(
+            context.decoder, context.batches, self.form, self.unit, self.checkpointing, self.layers_at_once
+        )

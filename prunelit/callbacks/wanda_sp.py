@@ -14,7 +14,7 @@ has passed the layers cut before it; that is `sequential: true`, about two passe
 Legend: B batch, S sequence, T tokens, H hidden, C inputs of an output projection.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -27,9 +27,10 @@ from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.model.decoder import Layer, get_weight_out_in
 from prunelit.model.modes import use_eval_mode
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.repair.bias import list_lost_inputs
 from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import BadOption, NoCalibration
@@ -53,7 +54,8 @@ class WandaSp(PruningCallback):
             raise BadOption(f"sequential: expected scope 'layer' with it, got {self.scope!r}")
         self.sequential = sequential
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        decoder, batches = context.decoder, context.batches
         sums = Sums(len(decoder.layers))
 
         def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
@@ -63,13 +65,14 @@ class WandaSp(PruningCallback):
         tokens = observe(decoder, batches, ("heads", "channels"), accumulate)
         return [_score_layer(layer, x) for layer, x in zip(decoder, sums.means(tokens, decoder.device), strict=True)]
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        return self._plan_sequentially(decoder, batches) if self.sequential else super().plan(decoder, batches)
+    def plan(self, context: PruningContext) -> PruningPlan:
+        return self._plan_sequentially(context) if self.sequential else super().plan(context)
 
     @torch.no_grad()
-    def _plan_sequentially(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+    def _plan_sequentially(self, context: PruningContext) -> PruningPlan:
         """Layer by layer: score it, choose what it keeps, and let the text pass it without the rest."""
-        select, shape, stream = self.make_selector(decoder), decoder.shape, PartialForward(decoder)
+        decoder, batches = context.decoder, context.batches
+        select, shape, stream = self.make_selector(context), decoder.shape, PartialForward(decoder)
         mine = take_rank_share(batches)
         tokens = int(
             sum_over_ranks(
@@ -102,7 +105,7 @@ class WandaSp(PruningCallback):
                         linear.register_forward_pre_hook(partial(_zero_inputs, gone.to(decoder.device))).remove
                     )
                 streams = [stream.run_layers(batch, hidden, *span) for batch, hidden in zip(mine, streams, strict=True)]
-        return self.build_plan(shape, kept)
+        return self.build_plan(context, kept)
 
 
 def _sum_squares(rows: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def read_config_file(path: str) -> Mapping[str, Any]:
         raise SourceNotFound(f"config {path!r}: expected a YAML file, got one that is no text") from error
     except OSError as error:
         hint = suggest_file(path) if isinstance(error, FileNotFoundError) else ""
-        raise SourceNotFound(f"config {path!r}: can not be read: {error.strerror}{hint}") from error
+        raise SourceNotFound(f"config {path!r}: cannot be read: {error.strerror}{hint}") from error
     if not isinstance(content, Mapping):
         got = "an empty file" if content is None else f"{content!r:.60}"
         raise BadOption(f"config {path!r}: expected options, `name: value`, got {got}")
@@ -154,7 +154,7 @@ def _find_wrong_class(option: str, entry: Any) -> Iterator[str]:
     except pydoc.ErrorDuringImport as error:
         if not isinstance(error.value, SyntaxError):
             raise  # a bug in the user's module: its traceback says more
-        yield f"{option}: {path!r} can not be imported: {error.value}"
+        yield f"{option}: {path!r} cannot be imported: {error.value}"
         return
     if cls is None:
         unread_files = (

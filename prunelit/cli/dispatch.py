@@ -43,4 +43,4 @@ def run_command(command: str, arguments: list[str]) -> int:
 
 def _build_fit_job(arguments: list[str]) -> Any:
     """Build the job of a `fit` command line."""
-    return importlib.import_module("prunelit.cli.fit").job(arguments)
+    return importlib.import_module("prunelit.cli.fit").build_fit_job(arguments)

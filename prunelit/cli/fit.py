@@ -20,7 +20,7 @@ from prunelit.data import sources
 from prunelit.monitoring import checkpoints
 from prunelit.monitoring.run_report import RunReport
 from prunelit.pruning.callback import PruningCallback
-from prunelit.pruning.job import check_single_pruner, is_local_path
+from prunelit.pruning.job import check_own_processes, check_single_pruner, is_local_path
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime import progress
@@ -133,11 +133,7 @@ class PrunelitCLI(LightningCLI):
         Raises:
             BadOption: the strategy spawns processes.
         """
-        if getattr(self.trainer.strategy, "_start_method", "popen") != "popen":
-            raise BadOption(
-                "trainer.strategy: expected processes of their own, as 'ddp' has, got "
-                f"{self.config.fit.trainer.strategy!r}, which would cut a copy of the model and lose it"
-            )
+        check_own_processes(self.trainer)
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunReport))  # type: ignore[attr-defined]
         checkpoints.configure_checkpoints(self.trainer)
         if self.config_init.fit.get("ckpt_path") == "last":
@@ -237,7 +233,7 @@ def run(command: str, arguments: list[str]) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise OutputNotWritable(
-            f"output {str(error.filename or 'of this run')!r}: can not be written: {error.strerror}; make room, then "
+            f"output {str(error.filename or 'of this run')!r}: cannot be written: {error.strerror}; make room, then "
             "--ckpt_path last goes on from the newest checkpoint"
         ) from error
     return 0

@@ -22,9 +22,9 @@ from prunelit.cli.options import add_method_options, build_method, build_parser,
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.data import loading, offloaded, text
-from prunelit.data import sources as model_source
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
+from prunelit.data.sources import check_prunable_source, check_sequence_length
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
@@ -73,22 +73,22 @@ def make_model_plan(
     Returns:
         The plan, and the time that it saves if asked for.
     """
-    replayed: PruningPlan | None = method.given_plan
+    given_plan: PruningPlan | None = method.given_plan
     if model is not None:
-        model_source.check_prunable_source(model)
-    if replayed is not None and not measured:
+        check_prunable_source(model)
+    if given_plan is not None and not measured:
         if model is not None:
-            _check_plan_config(replayed, model)
-        return replayed, None
+            _check_plan_config(given_plan, model)
+        return given_plan, None
     if model is None:
         raise BadOption("model: expected a model source, got none; a plan alone is read with `plan show FILE`")
     offloaded.check_streaming_options(model, stream, memory_gib)
     if stream and measured:
         raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
-    reads = method.reads_text and replayed is None
+    reads = method.reads_text and given_plan is None
     batches = []
     if reads:
-        model_source.check_sequence_length(model, method.seqlen)
+        check_sequence_length(model, method.seqlen)
         for source in sources:
             text.check_text_source(source)
         batches = method.make_batches(list(sources), loading.load_tokenizer(model))
@@ -98,7 +98,7 @@ def make_model_plan(
         else load_on_device(model, dtype, device)
     )
     with nullcontext() if stream else move_to_device(network, choose_device(device)):
-        plan = method.plan_model(network, batches) if replayed is None else replayed
+        plan = method.plan_model(network, batches) if given_plan is None else given_plan
         return plan, _measure_latency(network, method, plan) if measured else None
 
 

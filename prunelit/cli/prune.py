@@ -1,7 +1,6 @@
 """`python -m prunelit prune`: cut a model and save it, no training."""
 
 import logging
-import time
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,11 +15,10 @@ from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
 from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line
 from prunelit.core.plan import PruningPlan
-from prunelit.data import loading as models
-from prunelit.data import offloaded, text
-from prunelit.data import sources as model_source
+from prunelit.data import loading, offloaded, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
+from prunelit.data.sources import check_prunable_source, check_sequence_length
 from prunelit.export import load_commands
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
@@ -65,7 +63,7 @@ def prune_model(
     Returns:
         The content of report.json.
     """
-    model_source.check_prunable_source(model)
+    check_prunable_source(model)
     offloaded.check_streaming_options(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_text_source(source)
@@ -76,50 +74,41 @@ def prune_model(
     if Path(out).suffix == ".gguf":
         raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
     if method.needs_text():
-        model_source.check_sequence_length(model, method.seqlen)
-    start = time.perf_counter()
-    tokenizer = models.load_tokenizer(model)
-    batches = method.make_batches(list(sources), tokenizer) if method.needs_text() else []
+        check_sequence_length(model, method.seqlen)
+    target_device = choose_device(device)
     record = Record(
-        facts={
-            "hardware": describe_hardware(choose_device(device)),
-            "seed": method.seed,
-            "versions": collect_versions(),
-        }
+        facts={"hardware": describe_hardware(target_device), "seed": method.seed, "versions": collect_versions()}
     )
     method.listeners.append(record)
-    seconds: dict[str, float] = {}
-
-    def took(stage: str, since: float) -> None:
-        seconds[stage] = time.perf_counter() - since
-        record.on_event("stage", {"name": stage, "seconds": seconds[stage], "memory_mib": get_peak_memory_mib()})
-
-    took("text", start)
-    start = time.perf_counter()
-    if stream:
-        network = offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib, scratch=Path(out).parent)
-    else:
-        network = load_on_device(model, dtype, device)
-    took("load_model", start)
+    with method.time_stage("text"):
+        tokenizer = loading.load_tokenizer(model)
+        batches = method.make_batches(list(sources), tokenizer) if method.needs_text() else []
+    with method.time_stage("load_model"):
+        if stream:
+            network = offloaded.load_offloaded(model, dtype, target_device, memory_gib, scratch=Path(out).parent)
+        else:
+            network = load_on_device(model, dtype, device)
     method.before_cut = partial(_check_format, tokenizer, format) if format != "auto" and not stream else None
-    with nullcontext() if stream else move_to_device(network, choose_device(device)):
-        dense = metrics.measure_model_size(network)
-        plan = method.prune(network, batches)
-        seconds |= method.seconds
-        start = time.perf_counter()
-        written = export.write_model(
-            *(network, out, tokenizer, plan, format, overwrite), max_shard_size=max_shard_size, fresh_process=True
-        )
-        took("save", start)
+    with nullcontext() if stream else move_to_device(network, target_device):
+        dense_decoder = Decoder(network)
+        dense_size = metrics.measure_model_size(dense_decoder)
+        plan = method.prune(dense_decoder, batches)
+        pruned_decoder = Decoder(network)
+        with method.time_stage("save"):
+            written = export.write_model(
+                *(pruned_decoder, out, tokenizer, plan, format, overwrite),
+                max_shard_size=max_shard_size,
+                fresh_process=True,
+            )
     ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
     report = {
         "method": plan.method,
         "options": plan.options,
-        "dense": dense,
-        "pruned": metrics.measure_model_size(network) | ratios,
+        "dense": dense_size,
+        "pruned": metrics.measure_model_size(pruned_decoder) | ratios,
         "calibration": plan.calibration,
         "format": written.format,
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "seconds": {name: round(value, 2) for name, value in method.seconds.items()},
         "peak_memory_mib": get_peak_memory_mib(),
         "versions": collect_versions(),
         "seed": plan.seed,

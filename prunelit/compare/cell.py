@@ -294,7 +294,7 @@ def _save_or_raise(save: Any, path: Path) -> None:
     try:
         save(path)
     except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+        raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {error.strerror or error}") from error
 
 
 def _synchronize_device(device: torch.device) -> None:

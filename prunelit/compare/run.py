@@ -279,4 +279,4 @@ def _make_folders(*folders: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputNotWritable(f"output {str(folder)!r}: can not be made: {error.strerror or error}") from error
+            raise OutputNotWritable(f"output {str(folder)!r}: cannot be made: {error.strerror or error}") from error

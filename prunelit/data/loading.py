@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture
-from prunelit.data import loading
 from prunelit.data.option_types import Dtype
 from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
 from prunelit.model.folder import read_model_config
@@ -139,7 +138,7 @@ def choose_device(name: str) -> torch.device:
 def load_on_device(source: str, dtype: Dtype, device: str) -> Any:
     """Load a model; float16, which a CPU computes about twenty times slower, becomes float32 there."""
     target = choose_device(device)
-    network = loading.load(source, dtype)
+    network = load(source, dtype)
     if dtype == "auto" and target.type == "cpu" and next(network.parameters()).dtype == torch.float16:
         network = network.float()
     return network

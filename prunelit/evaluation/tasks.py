@@ -237,7 +237,7 @@ def _check_task_rows(name: str, path: Path) -> None:
                             f"{where}: {field}: expected {expected.description}, got {row[field]!r:.60}"
                         )
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SourceNotFound(f"task file {str(path)!r}: can not be read: {type(error).__name__}: {error}") from error
+        raise SourceNotFound(f"task file {str(path)!r}: cannot be read: {type(error).__name__}: {error}") from error
     if not line_number:
         raise SourceNotFound(f"task file {str(path)!r}: expected rows, got an empty file")
 

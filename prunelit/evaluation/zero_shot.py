@@ -71,7 +71,7 @@ class ZeroShotEvaluator:
                 with show_stage(f"reading {name}"):
                     loaded = TaskManager(include_defaults=False).load([definition])
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise SourceNotFound(f"task {name!r}: its rows can not be read: {describe_error(error)}") from error
+                raise SourceNotFound(f"task {name!r}: its rows cannot be read: {describe_error(error)}") from error
             for task in loaded["tasks"].values():  # as `simple_evaluate` has it
                 task.set_config(key="num_fewshot", value=0)
             results: Any = evaluate(self._model, loaded, limit=limit, log_samples=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption, suggest_name
 
 # One module of this package each; imported when it is used.
@@ -36,6 +37,13 @@ class ExportJob:
     kind: str = ""
     max_shard_size: str = "5GB"
     fresh_process: bool = False
+    decoders: list[Decoder] = field(default_factory=list, repr=False)
+
+    def get_decoder(self) -> Decoder:
+        """The decoder of the model; it is built once for all that read it, also in copies of the job."""
+        if not self.decoders:
+            self.decoders.append(Decoder(self.model))
+        return self.decoders[0]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def _build_padded_shell(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     tried = []
     for widths in _propose_layer_widths(decoder):
         tried.append(widths)
-        for build, config, _ in propose_stock_configs(model, widths):
+        for build, config, _ in propose_stock_configs(decoder, widths):
             if getattr(config, "kv_sharing_modes", None) is not None:  # every layer has an attention again
                 config.kv_sharing_modes = None
             shell = build_on_meta(build, config)

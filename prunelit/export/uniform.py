@@ -13,7 +13,7 @@ from prunelit.core.plan import LayerShape
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
-from prunelit.model.decoder import Decoder
+from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.model.per_layer import ADDED_BIASES
 from prunelit.runtime.errors import DoesNotFit
 
@@ -26,20 +26,21 @@ def find_stock_class(kind: type) -> Any:
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
-def build_stock_model(model: nn.Module) -> Any:
+def build_stock_model(model: nn.Module | Decoder) -> Any:
     """A stock class built with the cut widths on the meta device, whose parameter shapes equal the model's.
 
     Returns:
         The model on the meta device, or None where no stock class fits.
     """
-    widths = {LayerWidths.from_shape(layer.shape) for layer in Decoder(model)}
+    decoder = as_decoder(model)
+    widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
     if len(widths) != 1:
         return None
     only = widths.pop()
     if not only.query_heads or not only.ffn_channels:
         return None
-    for build, config, spare_biases in propose_stock_configs(model, only):
-        shell = build_if_shapes_match(build, config, model, spare_biases)
+    for build, config, spare_biases in propose_stock_configs(decoder, only):
+        shell = build_if_shapes_match(build, config, decoder.model, spare_biases)
         if shell is not None:
             return shell
     return None
@@ -59,7 +60,7 @@ class LayerWidths(NamedTuple):
         return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
 
-def propose_stock_configs(model: nn.Module, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
+def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
     """Stock classes that may hold a model of these widths: class, config, and whether it may have biases to spare.
 
     The model's own class comes first. A Llama whose heads no longer divide the hidden size is a Mistral: the same
@@ -68,8 +69,7 @@ def propose_stock_configs(model: nn.Module, widths: LayerWidths) -> Iterator[tup
     """
     import transformers
 
-    decoder = Decoder(model)
-    names = decoder.architecture
+    model, names = decoder.model, decoder.architecture
     settings: dict[str, int] = {
         names.config_heads: widths.query_heads,
         names.config_kv_heads: widths.kv_groups,
@@ -144,11 +144,11 @@ def write_uniform(job: ExportJob) -> dict[str, Any]:
     Raises:
         DoesNotFit: no stock class holds it; says why.
     """
-    write_model_as(_require_stock_model(job.model), job)
+    write_model_as(_require_stock_model(job.get_decoder()), job)
     return {}
 
 
-def _require_stock_model(model: nn.Module) -> Any:
+def _require_stock_model(model: nn.Module | Decoder) -> Any:
     shell = build_stock_model(model)
     if shell is None:
         raise DoesNotFit(
@@ -162,9 +162,9 @@ def check_uniform(model: nn.Module, tokenizer: Any) -> None:
     _require_stock_model(model)
 
 
-def _explain_misfit(model: nn.Module) -> str:
+def _explain_misfit(model: nn.Module | Decoder) -> str:
     """Why no stock class holds a model."""
-    first, *others = [layer.shape for layer in Decoder(model)]
+    first, *others = [layer.shape for layer in as_decoder(model)]
     for index, shape in enumerate(others, 1):
         if LayerWidths.from_shape(shape) != LayerWidths.from_shape(first):
             return f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in layer {index}"

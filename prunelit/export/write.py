@@ -19,6 +19,7 @@ from prunelit.export.card import CARD_FILE, render_model_card
 from prunelit.export.formats import AUTO_FORMATS, ExportJob, ExportResult, Format, load_export_format
 from prunelit.export.overwrite import check_output
 from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.model.decoder import Decoder
 from prunelit.quantization.linears import get_quantization
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
@@ -108,7 +109,7 @@ def save(
 
 
 def write_model(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     target: str | os.PathLike[str],
     tokenizer: Any = None,
     plan: PruningPlan | None = None,
@@ -126,7 +127,7 @@ def write_model(
     "padded", and "hetero" with `trust_remote_code=True`.
 
     Args:
-        model: what `surgery.apply` left; no adapters; plain, or int4.
+        model: what `surgery.apply` left, or its `Decoder`; no adapters; plain, or int4.
         target: a folder; or a file, where the format is one and `target` has its suffix.
         tokenizer: saved beside the model if given.
         plan: saved as plan.json if given.
@@ -146,6 +147,8 @@ def write_model(
         DoesNotFit: the format can not hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
+    decoders = [model] if isinstance(model, Decoder) else []
+    model = model.model if isinstance(model, Decoder) else model
     check_export_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
     tried = AUTO_FORMATS if format == "auto" else (format,)
     if base := get_quantization(model):
@@ -159,7 +162,8 @@ def write_model(
     for name in tried:
         chosen = load_export_format(name)
         job = ExportJob(
-            model, path, tokenizer, plan, kind or next(iter(chosen.kinds), ""), max_shard_size, fresh_process
+            *(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), "")),
+            *(max_shard_size, fresh_process, decoders),
         )
         try:
             with replace_folder(path, _is_single_file(chosen, path)) as folder:
@@ -171,6 +175,10 @@ def write_model(
             reason = getattr(error, "strerror", None) or error
             raise OutputNotWritable(f"output {str(path)!r}: can not be written: {reason}") from error
     raise AssertionError(tried)
+
+
+def _measure_size(job: ExportJob) -> dict[str, int]:
+    return metrics.measure_model_size(job.model if get_quantization(job.model) else job.get_decoder())
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
@@ -210,9 +218,7 @@ def _write_and_prove(
     if job.plan is not None:
         element = next(job.model.parameters()).element_size()
         dense = metrics.compute_dense_size(replace(job.plan.model, bytes_per_element=element))
-    written = ExportResult(
-        chosen.name, target, proof, facts.get("size") or metrics.measure_model_size(job.model), dense, facts
-    )
+    written = ExportResult(chosen.name, target, proof, facts.get("size") or _measure_size(job), dense, facts)
     name = f"{target.stem}.{PROOF_FILE}" if file else PROOF_FILE
     (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
     if not file:

@@ -265,3 +265,8 @@ def _count_parameters(*modules: nn.Module | None) -> int:
     """Parameters of the given modules, shared ones counted once."""
     seen = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
     return sum(seen.values())
+
+
+def as_decoder(model: "nn.Module | Decoder") -> Decoder:
+    """The decoder of a model, or the decoder itself: building one walks and checks the whole model."""
+    return model if isinstance(model, Decoder) else Decoder(model)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,14 +24,25 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / "config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(_read_text_once(path, *_get_version(path))) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise SourceNotFound(f"model {str(folder)!r}: can not be loaded: config.json: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {found!r:.40}"
+            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {content!r:.40}"
         )
-    return found
+    return content
+
+
+def _get_version(path: Path) -> tuple[int, int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+@lru_cache(maxsize=64)
+def _read_text_once(path: Path, *version: int) -> str:
+    """The text of a file that one command asks for many times; another version of the file is read again."""
+    return path.read_text(encoding="utf-8")
 
 
 @torch.no_grad()

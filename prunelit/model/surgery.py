@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.model.decoder import Decoder, Layer, is_conv1d
+from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
 from prunelit.model.per_layer import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
 from prunelit.model.unit_indices import expand_head_rows, index_ffn_rows, index_qkv_blocks
 from prunelit.runtime.errors import BadPlan
@@ -50,7 +50,7 @@ def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
 
 
 @torch.no_grad()
-def apply(model: nn.Module, plan: PruningPlan) -> None:
+def apply(model: nn.Module | Decoder, plan: PruningPlan) -> None:
     """Cut `model` in place as `plan` says; dtype, device, mode and `requires_grad` stay.
 
     Kept weights are copied, so the memory of what is cut is freed layer by layer. The config's widths follow where all
@@ -59,7 +59,7 @@ def apply(model: nn.Module, plan: PruningPlan) -> None:
     Raises:
         BadPlan: the plan was made for another model; nothing has been changed then.
     """
-    decoder = Decoder(model)
+    decoder = as_decoder(model)
     check_plan_fits(decoder, plan)
     apply_checked_plan(decoder, plan)
 
@@ -109,9 +109,9 @@ def _write_config_widths(decoder: Decoder, kept: LayerPlan) -> None:
 
 
 @torch.no_grad()
-def mask_pruned_units(model: nn.Module, plan: PruningPlan) -> None:
+def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
     """Zero what `plan` would cut instead of cutting it: the same outputs, dense shapes. For tests and comparisons."""
-    decoder = Decoder(model)
+    decoder = as_decoder(model)
     check_plan_fits(decoder, plan)
     for layer, kept in zip(decoder, plan.layers, strict=True):
         if layer.has_attention:

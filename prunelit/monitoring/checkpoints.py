@@ -5,7 +5,6 @@
 `python -m prunelit fit` does this by itself. Sharded checkpoints (folders) are written by their strategy, not here.
 """
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from prunelit.pruning.job import is_local_path
+from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.torch_files import check_torch_file, find_file_damage, write_torch_file
 from prunelit.strategies.sharding import is_sharded_strategy
 
-_log = logging.getLogger("prunelit")
 _SHARDED_END = "meta.pt"  # the last file that Lightning writes into a sharded checkpoint
 _SIGTERM_EXIT = 143  # 128 + 15, a shell's exit code of a process that SIGTERM ended
 
@@ -129,7 +127,7 @@ class SaveOnSigterm(Callback):
         if writer is not None and writer.save_last:
             writer.last_model_path = str(path)
         trainer.save_checkpoint(path)
-        _inform(f"SIGTERM: saved step {trainer.global_step} in {path}; --ckpt_path last goes on from it")
+        log_on_rank_zero(f"SIGTERM: saved step {trainer.global_step} in {path}; --ckpt_path last goes on from it")
 
 
 def _average_over_ranks(gradient: Tensor) -> Tensor:
@@ -181,8 +179,8 @@ def find_newest_checkpoint(trainer: Trainer) -> Path | None:
         )
         if problem is None:
             return path
-        _inform(f"checkpoint {path} is {problem}: taking the one before it")
-    _inform(f"no checkpoint in {', '.join(map(str, folders))}: starting from the beginning")
+        log_on_rank_zero(f"checkpoint {path} is {problem}: taking the one before it")
+    log_on_rank_zero(f"no checkpoint in {', '.join(map(str, folders))}: starting from the beginning")
     return None
 
 
@@ -201,8 +199,3 @@ def _list_model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:
 
 def _get_checkpoint_folder(trainer: Trainer) -> Path:
     return Path(trainer.default_root_dir) / "checkpoints"
-
-
-@rank_zero_only
-def _inform(message: str) -> None:
-    _log.info(message)

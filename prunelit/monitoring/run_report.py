@@ -12,13 +12,11 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from prunelit import export
 from prunelit.calibration import metrics
@@ -40,17 +38,18 @@ from prunelit.pruning.job import (
     fingerprint_job,
     read_callback_states,
 )
-from prunelit.quantization import int4_folder, linears, quantize, views
-from prunelit.recovery import merge
+from prunelit.recovery import finish
 from prunelit.recovery.datamodule import TextDataModule
+from prunelit.recovery.module import RecoveryModule
 from prunelit.report import run_page
 from prunelit.report.record import Record
-from prunelit.runtime import progress
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
-from prunelit.runtime.errors import BadOption, BadPlan, BadQuantisation
+from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
+from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.text_files import write_json
+from prunelit.runtime.timing import time_stage
 from prunelit.runtime.versions import collect_versions
 from prunelit.strategies import sharding
 
@@ -153,19 +152,15 @@ class RunReport(Recorder, EventSource):
             size = {name: int(plan.predicted[name]) for name in _SIZES}
             if trainer.is_global_zero:
                 plan.save(self._folder / "plan.json")
-        adapted: Any = pl_module.model
-        if self.format != "auto" and not sharding.is_sharded_strategy(trainer.strategy):  # sharded, it has other shapes
-            base = views.view_without_adapters(adapted)  # only int4 is written without making linears plain
-            export.check_format_fits(
-                base if self.format == "int4" else views.view_as_plain_linears(base),
-                _get_tokenizer(trainer),
-                self.format,
-            )
+        module = cast(RecoveryModule, pl_module)
+        adapted = module.model
+        if not sharding.is_sharded_strategy(trainer.strategy):  # sharded, it has other shapes
+            finish.check_run_format_fits(module, _get_tokenizer(trainer), self.format)
         with adapted.disable_adapter() if hasattr(adapted, "disable_adapter") else nullcontext():
             self._measure_state("pruned", adapted, size)
             self._write_completions("pruned", adapted, trainer)
-        self.report["memory"] = quantize.measure_base_memory(adapted)
-        _say_memory(self.report["memory"])
+        self.report["memory"] = module.measure_base_memory()
+        _log_memory(self.report["memory"])
         self._write_report(trainer)
         self._started = time.perf_counter()
 
@@ -173,23 +168,20 @@ class RunReport(Recorder, EventSource):
         """Merge the adapters, measure, save, show the table."""
         self.seconds["train"] = time.perf_counter() - self._started
         self.emit("stage", name="train", seconds=self.seconds["train"], memory_mib=get_peak_memory_mib())
-        recovered: Any = pl_module
+        module = cast(RecoveryModule, pl_module)
         if sharding.is_sharded_strategy(trainer.strategy):  # gathered, it would be measured on the CPU
-            self._measure_state("recovered", recovered.model, {name: self.report["pruned"][name] for name in _SIZES})
-        tokenizer, plan = _get_tokenizer(trainer), self._get_plan(trainer)
-        merged = self._merge_adapters(trainer, recovered, tokenizer, plan)
+            self._measure_state("recovered", module.model, {name: self.report["pruned"][name] for name in _SIZES})
+        run = finish.RunFolder(
+            self._folder, _get_tokenizer(trainer), self._get_plan(trainer), self.format, self.save_base
+        )
+        merged = finish.merge_and_save_adapters(module, run, self._windows, self.report, self._time_stage)
         self._measure_state("recovered", merged, metrics.measure_model_size(merged))
         self._write_completions("recovered", merged, trainer)
         if trainer.is_global_zero:
             with self._time_stage("save"):
-                written = export.write_model(
-                    *(merged, self._folder / "model", tokenizer, plan, self.format),
-                    overwrite=True,
-                    fresh_process=True,
-                    report=self.report,
-                )
+                written = finish.save_recovered_model(merged, run, self.report)
             self.report |= {"format": written.format, "trained_steps": trainer.global_step}
-            self.record.facts["load"] = load_commands.list_load_commands(written.format, written.path, plan)
+            self.record.facts["load"] = load_commands.list_load_commands(written.format, written.path, run.plan)
         trainer.strategy.barrier()
         self._write_report(trainer)
         if trainer.is_global_zero:
@@ -197,41 +189,6 @@ class RunReport(Recorder, EventSource):
             made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
             files = "report.html report.json plan.json config.yaml"
             sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {made} {files}\n")
-
-    def _merge_adapters(self, trainer: Trainer, recovered: Any, tokenizer: Any, plan: Any) -> Any:
-        """The model with its adapters merged; before that they are saved as they are."""
-        adapted = recovered.model
-        if not linears.has_adapters(adapted):
-            return recovered.merged_model()
-        base = linears.get_quantization(adapted) or "none"
-        ids = merge.choose_probe_tokens(self._windows, adapted)
-        before = metrics.compute_logits(adapted, ids)
-        recovered.whole_model()  # all ranks
-        if trainer.is_global_zero:
-            with self._time_stage("save_adapter"):
-                written = merge.save_adapter(recovered, self._folder, tokenizer, plan, self.save_base, self.report)
-            if written:
-                self.report["base_format"] = written
-        merged = recovered.merged_model()
-        self.report["merge"] = {"base": base} | metrics.measure_logit_difference(
-            before, metrics.compute_logits(merged, ids), ids
-        )
-        _say(merge.describe_merge(base, self.report["merge"]))
-        if base == "int4" and not self._is_saved_as_int4(merged):
-            merged = quantize.dequantize_model(merged)
-            self.report["base"] = "int4: the saved weights are the rounded ones, in full precision"
-        return merged
-
-    def _is_saved_as_int4(self, merged: Any) -> bool:
-        """Whether an int4 model is saved as such."""
-        if self.format not in ("auto", "int4"):
-            return False
-        try:
-            int4_folder.find_common_group_size(merged)
-        except BadQuantisation as error:
-            _say(f"saved in full precision: {error}")
-            return False
-        return True
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprints of the dense model and the tokenizer."""
@@ -309,14 +266,8 @@ class RunReport(Recorder, EventSource):
         pruner = find_pruner(trainer)
         return pruner.applied_plan if pruner else None
 
-    @contextmanager
-    def _time_stage(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        with progress.show_stage(stage.replace("_", " ")):
-            yield
-        taken = time.perf_counter() - start
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + taken
-        self.emit("stage", name=stage, seconds=taken, memory_mib=get_peak_memory_mib())
+    def _time_stage(self, name: str) -> AbstractContextManager[None]:
+        return time_stage(name, self.seconds, self.emit)
 
     def _write_report(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
@@ -343,15 +294,9 @@ def _get_tokenizer(trainer: Trainer) -> Any:
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 
-@rank_zero_only
-def _say(line: str) -> None:
-    _log.info(line)
-
-
-@rank_zero_only
-def _say_memory(memory: dict[str, float]) -> None:
+def _log_memory(memory: dict[str, float]) -> None:
     trained = memory["trainable_parameters"]
-    _log.info(
+    log_on_rank_zero(
         f"training {int(trained):,} of {int(memory['parameters']):,} parameters "
         f"({trained / memory['parameters']:.2%}); the base takes {memory['bytes_per_base_parameter']:.2f} bytes each"
     )

@@ -5,7 +5,6 @@ the strategy's wrapping and the optimiser, so nothing is ever built on shapes th
 """
 
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +12,6 @@ from typing import Any, cast
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
@@ -24,6 +22,7 @@ from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.data import loading, text
 from prunelit.model.modes import move_to_device
 from prunelit.pruning.job import (
+    check_own_processes,
     check_same_job,
     check_same_on_ranks,
     check_single_pruner,
@@ -38,11 +37,11 @@ from prunelit.pruning.job import (
     take_batches,
 )
 from prunelit.pruning.method import PruningMethod, Repair
-from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
+from prunelit.runtime.errors import BadPlan, NoCalibration
+from prunelit.runtime.messages import log_on_rank_zero
 
 __all__ = ["PruningCallback", "Repair"]
 
-_log = logging.getLogger("prunelit")
 _FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
 
 
@@ -71,11 +70,7 @@ class PruningCallback(PruningMethod, Callback):
         if stage != "fit":
             return
         find_pruner(trainer)
-        if getattr(trainer.strategy, "_start_method", "popen") != "popen":
-            raise BadOption(
-                "strategy: a spawned process would cut a copy and lose it; expected 'ddp', got 'ddp_spawn' or a fork; "
-                "use strategy='ddp'"
-            )
+        check_own_processes(trainer)
         model = find_model(pl_module)
         marks = get_applied_plans(model)
         key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
@@ -84,19 +79,19 @@ class PruningCallback(PruningMethod, Callback):
             return
         self.listeners = collect_listeners(trainer)
         self._use_job_cache(trainer)
-        self.repaired = self._pruned_fingerprint = None
+        self.repaired_file = self._pruned_fingerprint = None
         self._job_fingerprints = fingerprint_job(model, trainer, pl_module)
-        replay, saved = self.given_plan, dict[str, Any]()
-        if resumed := find_resume_path(trainer):
-            replay, saved = self._load_resumed_plan(resumed)
+        given_plan, saved = self.given_plan, dict[str, Any]()
+        if checkpoint := find_resume_path(trainer):
+            given_plan, saved = self._load_resumed_plan(checkpoint)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
-            repaired = saved.get("repaired") if replay and self.run_cache else None
+            repaired = saved.get("repaired") if given_plan and self.run_cache else None
             batches: list[Batch] = []
-            if self.needs_text(replay) and not (self.run_cache and repaired and self.run_cache.has_file(repaired)):
+            if self.needs_text(given_plan) and not (self.run_cache and repaired and self.run_cache.has_file(repaired)):
                 with self.time_stage("text"):
                     batches = self._find_calibration(trainer, pl_module, model)
-            marks[key] = self._prune_decoder(model, batches, replay, repaired)
+            marks[key] = self._prune(self._make_context(model, batches), given_plan, repaired)
             if self.uses_repair:
                 self._pruned_fingerprint = fingerprint_weights(model)
                 if saved.get("cut_weights") not in (None, self._pruned_fingerprint):
@@ -135,7 +130,7 @@ class PruningCallback(PruningMethod, Callback):
         """The plan, as JSON text; fingerprints of the dense model and the tokenizer, and of repaired weights."""
         return {
             "plan": self.applied_plan.to_json() if self.applied_plan else None,
-            "repaired": self.repaired,
+            "repaired": self.repaired_file,
             "cut_weights": self._pruned_fingerprint,
         } | (self._job_fingerprints or {})
 
@@ -179,7 +174,7 @@ class PruningCallback(PruningMethod, Callback):
                     f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
                     f"{type(self).__name__}; resume with the configuration of that run"
                 )
-            _log_on_rank_zero(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
+            log_on_rank_zero(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
             return None, saved
         self._check_resumed_options(plan, checkpoint)
         return plan, saved
@@ -245,8 +240,3 @@ def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallba
 def _list_remaining_units(plan: PruningPlan) -> list[Any]:
     """What is kept; biases are declared when a plan is carried out."""
     return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]
-
-
-@rank_zero_only
-def _log_on_rank_zero(message: str) -> None:
-    _log.info(message)

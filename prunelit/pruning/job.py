@@ -60,6 +60,19 @@ def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) ->
         )
 
 
+def check_own_processes(trainer: Trainer) -> None:
+    """Refuse strategies of spawned or forked processes.
+
+    Raises:
+        BadOption: such a process would cut a copy of the model and lose it.
+    """
+    if getattr(trainer.strategy, "_start_method", "popen") != "popen":
+        raise BadOption(
+            "trainer.strategy: expected processes of their own, as 'ddp' has, got 'ddp_spawn' or a fork, which would cut "
+            "a copy of the model and lose it; use strategy='ddp'"
+        )
+
+
 def find_resume_path(trainer: Trainer) -> Path | None:
     """The checkpoint that `trainer.fit` is about to restore.
 

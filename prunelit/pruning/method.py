@@ -5,11 +5,9 @@ Lightning is not known here; when a job's model is cut is in `prunelit.pruning.c
 
 import inspect
 import json
-import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, get_args
 
 import torch.distributed as dist
@@ -25,22 +23,22 @@ from prunelit.calibration.fingerprints import (
     hash_tensors,
 )
 from prunelit.calibration.result_cache import CachedResult, ResultCache
-from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
-from prunelit.core.scores import LayerScores
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.core.scores import Cost, LayerScores
 from prunelit.data import text
-from prunelit.model import context_length, surgery
-from prunelit.model.decoder import Decoder
-from prunelit.planning import budget as rank
+from prunelit.model import surgery
+from prunelit.model.context_length import check_context_length
+from prunelit.model.decoder import Decoder, as_decoder
+from prunelit.planning import budget as budget_rules
 from prunelit.planning import latency
 from prunelit.pruning import registry
+from prunelit.pruning.context import PruningContext
 from prunelit.repair import bias, reconstruct
-from prunelit.runtime import progress
 from prunelit.runtime.distributed import get_rank
-from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
-
-_log = logging.getLogger("prunelit")
+from prunelit.runtime.messages import log_on_rank_zero
+from prunelit.runtime.timing import time_stage
 
 Repair = Literal["none", "bias", "least_squares"]
 
@@ -97,9 +95,9 @@ class PruningMethod(EventSource):
     def __init__(
         self,
         ratio: float,
-        budget: rank.Budget = "parameters",
-        scope: rank.Scope = "layer",
-        unit: rank.Unit = "kv_group",
+        budget: budget_rules.Budget = "parameters",
+        scope: budget_rules.Scope = "layer",
+        unit: budget_rules.Unit = "kv_group",
         align: int = 64,
         protect: Sequence[int] = (),
         min_kept: float = 0.0,
@@ -112,7 +110,7 @@ class PruningMethod(EventSource):
         plan_file: str | None = None,
     ):
         super().__init__()
-        rank.check_budget_options(
+        budget_rules.check_budget_options(
             *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
         )
         if repair not in self.repair_choices:
@@ -147,131 +145,113 @@ class PruningMethod(EventSource):
 
     # What a method overrides -------------------------------------------------------------------------------------
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        """Importance of every unit, one `LayerScores` per layer, larger = keep. See `prunelit.calibration.observe.observe`."""
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        """Score every unit, one `LayerScores` per layer, larger = stays; see `prunelit.calibration.observe`."""
         raise NotImplementedError(f"{type(self).__name__} overrides neither score() nor plan()")
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        """What stays. Default: `score`, then `prunelit.planning.budget.select_units` under the budget."""
-        return self.build_plan(decoder.shape, self.make_selector(decoder)(self.load_or_score(decoder, batches)))
+    def plan(self, context: PruningContext) -> PruningPlan:
+        """Plan what remains. Default: `score`, then `prunelit.planning.budget.select_units` under the budget."""
+        return self.build_plan(context, self.make_selector(context)(self.load_or_score(context)))
 
-    def load_or_score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        """`score`, or what is kept of it from an earlier run."""
+    def cut(self, context: PruningContext, plan: PruningPlan) -> None:
+        """Carry the plan out in place. Default: `prunelit.model.surgery`, with the repair that was asked for."""
+        if self.repair == "none":
+            surgery.apply(context.decoder, plan)
+        elif self.repair == "bias":
+            bias.apply_bias_compensation(context.decoder, plan, context.batches)
+        else:
+            reconstruct.apply_least_squares(context.decoder, plan, context.batches, self.repair)
 
-        def pairs() -> list[tuple[Tensor | None, Tensor | None]]:
-            return [(layer.heads, layer.channels) for layer in self.score(decoder, batches)]
+    def get_min_kept(self, decoder: Decoder) -> float:
+        """Least share of a layer's units that stays; a method may derive it from the model."""
+        return self.min_kept
 
-        return [LayerScores(*pair) for pair in self.compute_cached("scores", decoder, batches, pairs)]
+    # What a method may call --------------------------------------------------------------------------------------
 
-    def compute_cached(
-        self, what: str, decoder: Decoder, batches: Sequence[Batch], compute: Callable[[], CachedResult]
-    ) -> CachedResult:
-        """`compute`, or what is kept of it in `self.cache` from an earlier run with the same model, text and options.
+    def load_or_score(self, context: PruningContext) -> list[LayerScores]:
+        """Call `score`, or take its result of an earlier run from the cache."""
+
+        def score_as_pairs() -> list[tuple[Tensor | None, Tensor | None]]:
+            return [(layer.heads, layer.channels) for layer in self.score(context)]
+
+        return [LayerScores(*pair) for pair in self.compute_cached("scores", context, score_as_pairs)]
+
+    def compute_cached(self, name: str, context: PruningContext, compute: Callable[[], CachedResult]) -> CachedResult:
+        """Call `compute`, or take its result from the cache where model, text and options are those of an earlier run.
 
         Args:
-            what: name of the result.
-            decoder: the dense model.
-            batches: what it is computed on.
-            compute: gives tensors and numbers, in plain containers; all ranks call it, or none.
+            name: of the result.
+            context: what it is computed from.
+            compute: returns tensors and numbers in plain containers; all ranks call it, or none.
         """
         if self.cache is None or not self.reads_text:
             return compute()
-        key = self._build_cache_key(decoder, batches, self.score_options)
+        key = self._build_cache_key(context, self.score_options)
         if key is None:
             return compute()
-        found, saved = self.cache.get_or_compute(f"{self.name}-{what}", key, compute)
-        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
-        return found
+        result, seconds_saved = self.cache.get_or_compute(f"{self.name}-{name}", key, compute)
+        self._add_recalled(seconds_saved)
+        return result
 
-    def _build_cache_key(
-        self, decoder: Decoder, batches: Sequence[Batch], reads: Sequence[str] | None = None
-    ) -> dict[str, Any] | None:
-        """Everything that decides what this method computes; None where that is not known."""
-        code = fingerprint_source(type(self))
-        if code is None:
-            return None
-        key = {
-            "method": f"{type(self).__module__}.{type(self).__qualname__}",
-            "code": code,
-            "options": {n: v for n, v in self.options.items() if reads is None or n in reads},
-            "model": fingerprint_model(decoder.model),
-            "text": fingerprint_batches(batches),
-            "device": decoder.device.type,
-        }
-        if self.run_cache is not None:  # a run's folder outlives versions of prunelit
-            key["package"] = fingerprint_package()
-        return key
+    def make_selector(self, context: PruningContext) -> Callable[..., tuple[LayerPlan, ...]]:
+        """Make the function from scores to remaining units: `select_units` with this method's options.
 
-    def make_selector(self, decoder: Decoder) -> Callable[[Sequence[LayerScores]], tuple[LayerPlan, ...]]:
-        """`prunelit.planning.budget.select_units` with this callback's options: scores -> kept units. A latency is measured here, once.
+        With budget "latency" the layers are measured here, once, however often the function is called.
 
         Raises:
-            InfeasibleBudget, NonFinite: when it is called.
+            InfeasibleBudget, NonFinite: when the function is called.
         """
-        cost: rank.Cost | None = None
+        decoder = context.decoder
+        cost: Cost | None = None
         if self.budget == "latency":
             table = latency.measure_latency_table(decoder, self.unit, self.align)
             self._calibration_record = {**self._calibration_record, "latency": table.record}
             cost = table.estimate_seconds
         elif self.budget == "parameters" and self.repair == "bias":
             cost = bias.make_bias_cost(decoder)
-        select = partial(
-            rank.select_units,
-            decoder.shape.layers,
-            ratio=self.ratio,
-            scope=self.scope,
-            unit=self.unit,
-            align=self.align,
-            protect=self.protect,
-            budget=self.budget,
-            min_kept=self.get_min_kept(decoder),
-            uniform_heads=self.uniform_heads,
-            standardise=self.standardise,
-            joint=self.joint,
-            cost=cost,
-        )
+        options = {
+            "ratio": self.ratio,
+            "scope": self.scope,
+            "unit": self.unit,
+            "align": self.align,
+            "protect": self.protect,
+            "budget": self.budget,
+            "min_kept": self.get_min_kept(decoder),
+            "uniform_heads": self.uniform_heads,
+            "standardise": self.standardise,
+            "joint": self.joint,
+            "cost": cost,
+        }
+        # A method that selects again passes an order in the form of scores: only the first ones are importances.
+        scores_emitted = False
 
-        first = True
-
-        def told(scores: Sequence[LayerScores], **options: Any) -> tuple[LayerPlan, ...]:
-            nonlocal first
-            kept = select(scores, **options)
-            if first and self.listeners:  # a method that selects again brings an order in the form of scores
-                first = False
-                self.emit(
+        def select(scores: Sequence[LayerScores], **changes: Any) -> tuple[LayerPlan, ...]:
+            nonlocal scores_emitted
+            layers = budget_rules.select_units(decoder.shape.layers, scores, **(options | changes))
+            if not scores_emitted and context.listeners:
+                scores_emitted = True
+                context.emit(
                     "scores",
-                    heads=_list_scores(s.heads for s in scores),
-                    channels=_list_scores(s.channels for s in scores),
+                    heads=_list_scores(each.heads for each in scores),
+                    channels=_list_scores(each.channels for each in scores),
                 )
-            return kept
+            return layers
 
-        return told
+        return select
 
-    def get_min_kept(self, decoder: Decoder) -> float:
-        """`min_kept`; a method may derive it from the model."""
-        return self.min_kept
-
-    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
-        """Carry the plan out in place. Default: `prunelit.model.surgery.apply`, with the `repair` asked for."""
-        if self.repair == "none":
-            surgery.apply(decoder.model, plan)
-        elif self.repair == "bias":
-            bias.apply_bias_compensation(decoder.model, plan, batches)
-        else:
-            reconstruct.apply_least_squares(decoder.model, plan, batches, self.repair)
-
-    def build_plan(self, shape: ModelShape, kept: Sequence[LayerPlan]) -> PruningPlan:
-        """A plan of this method, with its options, seed and calibration on record."""
-        return PruningPlan(self.name, shape, tuple(kept), self.options, self.seed, self._calibration_record)
+    def build_plan(self, context: PruningContext, layers: Sequence[LayerPlan]) -> PruningPlan:
+        """Make the plan of remaining units, with this method's options, seed and calibration on record."""
+        record = self._calibration_record
+        return PruningPlan(self.name, context.decoder.shape, tuple(layers), self.options, self.seed, record)
 
     @property
     def uses_repair(self) -> bool:
         """Whether `cut` reads text."""
         return self.repair != "none"
 
-    def needs_text(self, replay: PruningPlan | None = None) -> bool:
-        """Whether `prune` reads calibration text: to score, unless a plan is replayed, or to repair."""
-        return self.uses_repair or (self.reads_text and (replay or self.given_plan) is None)
+    def needs_text(self, given_plan: PruningPlan | None = None) -> bool:
+        """Whether `prune` reads calibration text: to score, unless there is a plan already, or to repair."""
+        return self.uses_repair or (self.reads_text and (given_plan or self.given_plan) is None)
 
     # The same steps without a Trainer ----------------------------------------------------------------------------
 
@@ -292,113 +272,136 @@ class PruningMethod(EventSource):
         )
         return {name: getattr(self, name) for name in dict.fromkeys(names)}
 
-    def prune(self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None) -> PruningPlan:
+    def prune(
+        self, model: nn.Module | Decoder, batches: Sequence[Batch] = (), given_plan: PruningPlan | None = None
+    ) -> PruningPlan:
         """Score, plan and cut a transformers causal LM in place.
 
         Args:
-            model: dense model; its mode, dtype, device and `requires_grad` stay as they are.
-            batches: calibration batches, see `make_batches`; every rank passes the same list.
-            replay: cut by this plan instead of scoring; default: that of `plan_file`.
+            model: dense model, or its `Decoder`; its mode, dtype, device and `requires_grad` stay as they are.
+            batches: calibration set, see `make_batches`; every rank passes the same list.
+            given_plan: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
             BadOption, NoCalibration: not such a model, not such batches, or none; nothing was cut then.
             NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: nothing was cut then.
-        """
-        return self._prune_decoder(model, batches, replay, None)
 
-    def _prune_decoder(
-        self, model: nn.Module, batches: Sequence[Batch], replay: PruningPlan | None, repaired: str | None
-    ) -> PruningPlan:
-        """`prune`; `repaired` names a file in `run_cache` of weights that were repaired after a cut by `replay`."""
-        decoder = Decoder(model)
-        plan = self._make_checked_plan(decoder, batches, replay)
-        if self.before_cut is not None:
-            self.before_cut(decoder, plan)
-        with self.time_stage("cut"):
-            self._cut_or_restore(decoder, plan, batches, repaired)
-        self.applied_plan = plan
-        predicted = plan.predicted
-        _log_on_rank_zero(
-            f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
-            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
-        )
-        return plan
+        Example:
+            See `prunelit.callbacks.LLMBIP`; docs/tutorials/first.md runs it on a real model.
+        """
+        return self._prune(self._make_context(model, batches), given_plan, None)
 
     def plan_model(
-        self, model: nn.Module, batches: Sequence[Batch] = (), replay: PruningPlan | None = None
+        self, model: nn.Module | Decoder, batches: Sequence[Batch] = (), given_plan: PruningPlan | None = None
     ) -> PruningPlan:
-        """The plan that `prune` with the same arguments cuts by; nothing is cut.
+        """Make the plan by which `prune` with the same arguments cuts; nothing is cut.
 
         Args:
-            model: dense model, left as it is.
-            batches: calibration batches; none where the scores read no text, see `reads_text`.
-            replay: a plan to take instead of scoring; default: that of `plan_file`.
+            model: dense model, or its `Decoder`; it stays as it is.
+            batches: calibration set; none where the scores read no text, see `reads_text`.
+            given_plan: a plan to take instead of scoring; default: that of `plan_file`.
 
         Raises:
             BadOption, NoCalibration, NonFinite, InfeasibleBudget, BadPlan, UnknownArchitecture, DeclarationMismatch: as
                 `prune`.
         """
-        decoder = Decoder(model)
-        plan = self._make_checked_plan(decoder, batches, replay)
-        surgery.check_plan_fits(decoder, plan)
+        context = self._make_context(model, batches)
+        plan = self._load_or_plan(context, given_plan)
+        surgery.check_plan_fits(context.decoder, plan)
         return plan
 
-    def _make_checked_plan(self, decoder: Decoder, batches: Sequence[Batch], replay: PruningPlan | None) -> PruningPlan:
-        check_calibration_batches(batches, needed=self.reads_text and (replay or self.given_plan) is None)
+    def _make_context(self, model: nn.Module | Decoder, batches: Sequence[Batch]) -> PruningContext:
+        return PruningContext(as_decoder(model), batches, self.options, self.listeners)
+
+    def _prune(self, context: PruningContext, given_plan: PruningPlan | None, repaired_file: str | None) -> PruningPlan:
+        """`prune`; `repaired_file` in `run_cache` holds weights that were repaired after a cut by `given_plan`."""
+        plan = self._load_or_plan(context, given_plan)
+        if self.before_cut is not None:
+            self.before_cut(context.decoder, plan)
+        with self.time_stage("cut"):
+            self._cut_or_restore(context, plan, repaired_file)
+        self.applied_plan = plan
+        predicted = plan.predicted
+        log_on_rank_zero(
+            f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
+            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
+        )
+        return plan
+
+    def _load_or_plan(self, context: PruningContext, given_plan: PruningPlan | None) -> PruningPlan:
+        """The plan to cut by: the given one, that of an earlier run with the same options, or a new one."""
+        given_plan = given_plan or self.given_plan
+        decoder, batches = context.decoder, context.batches
+        check_calibration_batches(batches, needed=self.reads_text and given_plan is None)
         with self.time_stage("score_and_plan"):
-            if batches and self.needs_text(replay):
-                context_length.check_context_length(
-                    decoder.config, max(batch["input_ids"].shape[1] for batch in batches)
-                )
+            if batches and self.needs_text(given_plan):
+                check_context_length(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()
-            plan = replay or self.given_plan
-            if plan is None:
-                self._calibration_record = {**self._calibration_record, "tokens": sum(map(count_real_tokens, batches))}
-                plan = self._load_or_plan(decoder, batches)
+            if given_plan is None:
+                record = {"tokens": sum(map(count_real_tokens, batches))}
+                self._calibration_record = {**self._calibration_record, **record}
+                key = self._build_cache_key(context) if self.run_cache is not None and self.reads_text else None
+                if self.run_cache is None or key is None:
+                    plan = self.plan(context)
+                else:
+                    name = f"{self.name}-plan"
+                    text, seconds_saved = self.run_cache.get_or_compute(name, key, lambda: self.plan(context).to_json())
+                    self._add_recalled(seconds_saved)
+                    plan = PruningPlan.from_json(text)
+            else:
+                plan = given_plan
             plan = bias.declare_biases(decoder, plan, self.repair == "bias")
             _check_ranks_agree(plan)
         self.emit("planned", plan=plan)
         return plan
 
-    @contextmanager
-    def time_stage(self, name: str) -> Iterator[None]:
-        """Time a stage of the work into `seconds`, and tell it."""
-        start = time.perf_counter()
-        with progress.show_stage(name.replace("_", " ")):
-            yield
-        self.seconds[name] = time.perf_counter() - start
-        self.emit("stage", name=name, seconds=self.seconds[name], memory_mib=get_peak_memory_mib())
-
-    def _load_or_plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        """`plan`, or the finished plan of an earlier run with the same options."""
-        key = self._build_cache_key(decoder, batches) if self.run_cache is not None and self.reads_text else None
+    def _cut_or_restore(self, context: PruningContext, plan: PruningPlan, repaired_file: str | None) -> None:
+        """Call `cut`; where an earlier run has repaired the weights, put those back instead."""
+        decoder = context.decoder
+        key = self._build_cache_key(context) if self.run_cache is not None and self.uses_repair else None
         if self.run_cache is None or key is None:
-            return self.plan(decoder, batches)
-        found, saved = self.run_cache.get_or_compute(
-            f"{self.name}-plan", key, lambda: self.plan(decoder, batches).to_json()
-        )
-        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
-        return PruningPlan.from_json(found)
-
-    def _cut_or_restore(
-        self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch], repaired: str | None
-    ) -> None:
-        """`cut`; where that repairs, what an earlier run has made of the weights is put back instead."""
-        key = self._build_cache_key(decoder, batches) if self.run_cache is not None and self.uses_repair else None
-        if self.run_cache is None or key is None:
-            self.cut(decoder, plan, batches)
+            self.cut(context, plan)
             return
-        said = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
-        self.repaired_file = repaired or f"{self.name}-repaired-{compute_digest(said)}.pt"
+        whole_key = json.dumps(key | {"plan": plan.digest}, sort_keys=True, default=str)
+        self.repaired_file = repaired_file or f"{self.name}-repaired-{compute_digest(whole_key)}.pt"
         if self.run_cache.has_file(self.repaired_file):
-            surgery.apply(decoder.model, plan)
-            saved = self.run_cache.load_changed_weights(self.repaired_file, decoder.model)
-            self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + saved
+            surgery.apply(decoder, plan)
+            self._add_recalled(self.run_cache.load_changed_weights(self.repaired_file, decoder.model))
             return
-        before = hash_tensors(decoder.model) if get_rank() == 0 else {}
+        digests_before = hash_tensors(decoder.model) if get_rank() == 0 else {}
         start = time.perf_counter()
-        self.cut(decoder, plan, batches)
-        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, before, time.perf_counter() - start)
+        self.cut(context, plan)
+        taken = time.perf_counter() - start
+        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, digests_before, taken)
+
+    def _build_cache_key(self, context: PruningContext, options: Sequence[str] | None = None) -> dict[str, Any] | None:
+        """Everything that decides a result of this method; None where its source code cannot be read.
+
+        Args:
+            context: model and text.
+            options: names of the options that decide the result; None: all of them.
+        """
+        code = fingerprint_source(type(self))
+        if code is None:
+            return None
+        key = {
+            "method": f"{type(self).__module__}.{type(self).__qualname__}",
+            "code": code,
+            "options": {n: value for n, value in context.options.items() if options is None or n in options},
+            "model": fingerprint_model(context.decoder.model),
+            "text": fingerprint_batches(context.batches),
+            "device": context.decoder.device.type,
+        }
+        if self.run_cache is not None:  # a run's folder outlives versions of prunelit
+            key["package"] = fingerprint_package()
+        return key
+
+    def _add_recalled(self, seconds_saved: float) -> None:
+        self.seconds["recalled"] = self.seconds.get("recalled", 0.0) + seconds_saved
+
+    def time_stage(self, name: str) -> AbstractContextManager[None]:
+        """Time a stage of the work into `seconds`, and emit it."""
+        return time_stage(name, self.seconds, self.emit)
 
     def make_batches(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
         """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
@@ -429,6 +432,34 @@ def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
 
 
-def _log_on_rank_zero(message: str) -> None:
-    if get_rank() == 0:
-        _log.info(message)
+def plan(
+    model: nn.Module | Decoder,
+    method: str | type[PruningMethod] | PruningMethod = "llm_bip",
+    batches: Sequence[Batch] = (),
+    **options: Any,
+) -> PruningPlan:
+    """Plan a cut without carrying it out: what `prunelit.apply(model, plan)` would remove.
+
+    Args:
+        model: dense transformers causal LM, or its `Decoder`; it stays as it is.
+        method: name of a method (`python -m prunelit methods`), its class, or an instance.
+        batches: calibration set, `[{"input_ids": token ids [B, S]}, ...]`; none for methods that read no text.
+        options: of the method, `ratio` at least; not with an instance.
+
+    Raises:
+        BadOption: no such method, or options beside an instance; PrunelitError: as `PruningMethod.plan_model`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+        >>> plan(model, "magnitude", ratio=0.5, align=8).layers[0].widths
+        (2, 1, 8)
+    """
+    if isinstance(method, PruningMethod):
+        if options:
+            raise BadOption(f"method: expected no options beside an instance, got {', '.join(options)}")
+        return method.plan_model(model, batches)
+    kind = registry.method_class(method) if isinstance(method, str) else method
+    instance: PruningMethod = kind(**options)
+    return instance.plan_model(model, batches)

@@ -184,6 +184,11 @@ class Int4Linear(nn.Module):
         """The weight W~ [O, I]."""
         return _unpack_weight(self.packed, self.scale, self.zero, self.in_features, dtype)
 
+    @torch.no_grad()
+    def add_to_zeros(self, update: Tensor) -> None:
+        """Add to the zero of every group [O, G]: all weights of a group change by the same amount, without rounding."""
+        self.zero += update.to(self.zero.device)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O] in the dtype of x, or autocast's."""
         kind = x.device.type
@@ -254,7 +259,7 @@ class GroupLora(nn.Module):
         No unpacked weight is made, codes and scales stay, and outputs stay up to float32 rounding.
         """
         update = self.lora_B.float() @ self.lora_A.float()
-        self.base_layer.zero += self.scaling / self.base_layer.group_size * update
+        self.base_layer.add_to_zeros(self.scaling / self.base_layer.group_size * update)
         self.lora_B.zero_()
         return self.base_layer
 

@@ -159,8 +159,7 @@ def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
                 f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
                 f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
             )
-        update = b @ grouped[..., 0]
-        module.zero += (_get_adapter_scaling(settings, linear.name) * update).to(module.zero.device)
+        module.add_to_zeros(_get_adapter_scaling(settings, linear.name) * (b @ grouped[..., 0]))
     return model
 
 

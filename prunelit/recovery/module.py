@@ -284,6 +284,10 @@ class RecoveryModule(LightningModule):
         self.model = lora.merge_adapters(self.model)
         return self.model
 
+    def measure_base_memory(self) -> dict[str, float]:
+        """What the model costs in memory and how much of it is trained, see `quantize.measure_base_memory`."""
+        return quantize.measure_base_memory(self.model)
+
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -22,12 +22,12 @@ from prunelit.calibration.observe import ActivationPoint, Sums, observe
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import Cost
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.model.decoder import Decoder, Layer, as_decoder, get_weight_out_in
 
 
 @torch.no_grad()
 def apply_bias_compensation(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     plan: PruningPlan,
     batches: Sequence[Batch],
     means: Sequence[Mapping[str, Tensor]] | None = None,
@@ -47,7 +47,7 @@ def apply_bias_compensation(
         NoCalibration: no batches, or nothing but padding.
         NonFinite: activations hold NaN or infinity.
     """
-    decoder = Decoder(model)
+    decoder = as_decoder(model)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # surgery.apply says it again
         surgery.check_plan_fits(decoder, plan)
@@ -57,7 +57,7 @@ def apply_bias_compensation(
         for layer, kept, mean in zip(decoder, plan.layers, means, strict=True)
         for point, linear, gone in list_lost_inputs(layer, kept)
     ]
-    surgery.apply(model, plan)
+    surgery.apply(decoder, plan)
     for linear, addition in additions:  # the cut keeps these modules and replaces their weights
         _add_to_bias(linear, addition)
 

@@ -18,7 +18,7 @@ from prunelit.calibration.observe import ActivationPoint
 from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
+from prunelit.model.decoder import Decoder, Layer, as_decoder, get_weight_out_in
 from prunelit.repair.least_squares import Fit, NormalEquations, widen_to_float32
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import track_progress
@@ -32,7 +32,7 @@ ActivationVisitor = tuple[Sequence[ActivationPoint], Callable[[Mapping[str, Tens
 
 @torch.no_grad()
 def apply_least_squares(
-    model: nn.Module,
+    model: nn.Module | Decoder,
     plan: PruningPlan,
     batches: Sequence[Batch],
     how: str = "least_squares",
@@ -69,7 +69,7 @@ def apply_least_squares(
     if target not in get_args(FitTarget):
         raise BadOption(f"target: expected one of {', '.join(get_args(FitTarget))}, got {target!r}")
     check_ridge(ridge)
-    decoder = Decoder(model)
+    decoder = as_decoder(model)
     surgery.check_plan_fits(decoder, plan)
     start, records = find_first_changed(plan.layers, decoder), []
     if start < len(decoder.layers):

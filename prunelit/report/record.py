@@ -17,6 +17,7 @@ Listeners are called on every rank, in the order of the events. They must not co
 """
 
 import json
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class Histogram:
         Example: see `Histogram`.
         """
         low, high = _find_score_range(sorted(scores))
-        log = low > 0 and high / low >= _WIDE_RANGE
+        log = low > 0 and _WIDE_RANGE <= high / low < math.inf
         if high == low:
             high = low + max(1.0, abs(low))
         histogram = cls(low, high, [0] * _BINS, [0] * _BINS, log=log)

@@ -1,14 +1,39 @@
-"""Seconds of a call, finished on its device; and calls in turn, so that what else a machine does slows all alike."""
+"""Time: stages of a run, calls that finish on their device, and calls in turns so that other load slows all alike."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 
-from prunelit.runtime.progress import track_progress
+from prunelit.runtime.environment import get_peak_memory_mib
+from prunelit.runtime.progress import show_stage, track_progress
 
 Result = TypeVar("Result")
+
+
+@contextmanager
+def time_stage(name: str, seconds: dict[str, float], emit: Callable[..., object]) -> Iterator[None]:
+    """Show a stage of a run while it lasts, add its seconds to `seconds[name]`, and emit the event "stage".
+
+    Args:
+        name: of the stage, with underscores: "load_model".
+        seconds: seconds of every stage so far; a stage that is entered again adds up.
+        emit: called as `emit("stage", name=..., seconds=..., memory_mib=...)`, see `EventSource.emit`.
+
+    Example:
+        >>> seconds = {}
+        >>> with time_stage("load_model", seconds, lambda event, **facts: print(event, facts["name"])):
+        ...     pass
+        stage load_model
+    """
+    start = time.perf_counter()
+    with show_stage(name.replace("_", " ")):
+        yield
+    taken = time.perf_counter() - start
+    seconds[name] = seconds.get(name, 0.0) + taken
+    emit("stage", name=name, seconds=taken, memory_mib=get_peak_memory_mib())
 
 
 def measure_seconds(run: Callable[[], Any], device: torch.device) -> float:

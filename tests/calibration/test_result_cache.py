@@ -19,6 +19,7 @@ from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.pruning.job import check_same_on_ranks
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption, BadPlan, OutputNotWritable
@@ -50,7 +51,7 @@ def test_scores_read_no_option_that_their_key_lacks(name):
     model = tiny("llama")
     decoder, batches = Decoder(model), batches_for(model)
     method.__dict__.update(watched=set(kind(ratio=0.3).options), read=set())
-    method.score(decoder, batches)
+    method.score(PruningContext(decoder, batches))
     assert method.__dict__["read"] <= set(kind.score_options)
     assert set(kind.score_options) <= set(kind(ratio=0.3).options)
 
@@ -109,10 +110,12 @@ def test_scores_are_computed_once_for_all_ratios(tmp_path, monkeypatch):
 class Foreign(PruningCallback):
     """A method of somebody else's, whose scores may depend on anything."""
 
-    def score(self, decoder, batches):
-        sums = Sums(len(decoder.layers))
-        tokens = observe(decoder, batches, ("channels",), lambda layer, x: sums.add(layer, "c", x["channels"].sum(0)))
-        means = sums.means(tokens, decoder.device)
+    def score(self, context):
+        sums = Sums(len(context.decoder.layers))
+        tokens = observe(
+            context.decoder, context.batches, ("channels",), lambda layer, x: sums.add(layer, "c", x["channels"].sum(0))
+        )
+        means = sums.means(tokens, context.decoder.device)
         return [LayerScores(channels=mean["c"] * (1 if self.ratio < 0.25 else -1)) for mean in means]
 
 

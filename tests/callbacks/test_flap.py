@@ -10,6 +10,7 @@ from prunelit.callbacks.flap import FLAP
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
@@ -56,7 +57,9 @@ def test_scores_equal_a_token_by_token_implementation(family, metric):
     model = tiny(family)
     batches = batches_for(model)
     expected = reference(metric, model, batches)
-    for found, (heads, channels) in zip(FLAP(0.3, metric=metric).score(Decoder(model), batches), expected, strict=True):
+    for found, (heads, channels) in zip(
+        FLAP(0.3, metric=metric).score(PruningContext(Decoder(model), batches)), expected, strict=True
+    ):
         torch.testing.assert_close(found.heads.double(), heads, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(found.channels.double(), channels, rtol=1e-3, atol=1e-4)
 
@@ -119,7 +122,7 @@ def test_layer_means_are_of_the_metrics_themselves():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(3)
     batches = batches_for(model)
-    raw = FLAP(0.3, scope="layer_mean").score(Decoder(model), batches)
+    raw = FLAP(0.3, scope="layer_mean").score(PruningContext(Decoder(model), batches))
     inputs = rows_at(model, Decoder(model).layers[1].down, batches, "input")
     expected = metric_of("WIFV", Decoder(model).layers[1].down, inputs)
     torch.testing.assert_close(raw[1].channels.double(), expected, rtol=1e-3, atol=1e-12)
@@ -136,7 +139,7 @@ def test_means_far_from_zero_do_not_swallow_the_variance():
     batches = [{"input_ids": tokens(4, 16)[:, start : start + 4]} for start in (0, 4, 8)]
     with torch.no_grad():  # channels that are large and nearly constant
         model.transformer.h[0].mlp.c_fc.bias.add_(1000.0)
-    scores = FLAP(0.3, metric="IFV", scope="layer_mean").score(Decoder(model), batches)[0].channels
+    scores = FLAP(0.3, metric="IFV", scope="layer_mean").score(PruningContext(Decoder(model), batches))[0].channels
     inputs = rows_at(model, Decoder(model).layers[0].down, batches, "input")
     expected = inputs.var(0, correction=0)
     assert (inputs.mean(0) ** 2 / expected).min() > 1e5
@@ -145,7 +148,10 @@ def test_means_far_from_zero_do_not_swallow_the_variance():
 
 def test_the_batch_split_does_not_matter():
     model, ids = tiny("llama"), tokens(8, 12)
-    runs = [FLAP(0.3).score(Decoder(model), [{"input_ids": part} for part in ids.split(size)]) for size in (8, 3)]
+    runs = [
+        FLAP(0.3).score(PruningContext(Decoder(model), [{"input_ids": part} for part in ids.split(size)]))
+        for size in (8, 3)
+    ]
     for one, other in zip(*runs, strict=True):
         torch.testing.assert_close(one.heads, other.heads, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(one.channels, other.channels, rtol=1e-4, atol=1e-6)
@@ -156,7 +162,7 @@ def test_channels_that_are_all_alike_score_zero():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
         model.model.layers[1].self_attn.o_proj.weight.zero_()
-    scores = FLAP(0.3).score(Decoder(model), batches_for(model))[1]
+    scores = FLAP(0.3).score(PruningContext(Decoder(model), batches_for(model)))[1]
     assert not scores.heads.any() and not scores.channels.any()
     assert FLAP(0.3, align=8).prune(model, batches_for(model)).predicted["ratio_of_block_parameters"] >= 0.3
 
@@ -165,7 +171,7 @@ def test_channels_that_are_all_alike_score_zero():
 def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
-    scores = FLAP(0.15).score(Decoder(model), batches_for(model))
+    scores = FLAP(0.15).score(PruningContext(Decoder(model), batches_for(model)))
     assert [getattr(score, lost) is None for score in scores] == [True, False, True]
     assert all(getattr(score, left) is not None for score in scores)
     plan = FLAP(0.15, align=8).prune(model, batches_for(model))
@@ -228,16 +234,16 @@ def test_a_replayed_plan_gives_the_same_model(tmp_path):
         torch.testing.assert_close(states[1][name], value, rtol=1e-5, atol=1e-8)
     # The means of another model's scoring are not taken for this one's.
     other, expected = tiny("llama", rms_norm_eps=0.5), tiny("llama", rms_norm_eps=0.5)
-    method.score(Decoder(tiny("llama")), batches)
-    method.prune(other, batches, replay=plan)
-    FLAP(0.3).prune(expected, batches, replay=plan)
+    method.score(PruningContext(Decoder(tiny("llama")), batches))
+    method.prune(other, batches, given_plan=plan)
+    FLAP(0.3).prune(expected, batches, given_plan=plan)
     assert all(torch.equal(other.state_dict()[name], value) for name, value in expected.state_dict().items())
 
 
 def test_replayed_without_the_repair_it_adds_no_biases():
     model, again = tiny("llama"), tiny("llama")
     plan = FLAP(0.3, align=8).prune(model, batches_for(model))
-    replayed = Magnitude(0.3).prune(again, replay=plan)
+    replayed = Magnitude(0.3).prune(again, given_plan=plan)
     assert not any(kept.attention_bias or kept.mlp_bias for kept in replayed.layers)
     assert (
         metrics.measure_model_size(again)["parameters"]

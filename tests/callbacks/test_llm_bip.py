@@ -8,6 +8,7 @@ from prunelit.callbacks.llm_bip import LLMBIP, estimate_lipschitz
 from prunelit.core.architectures import ARCHITECTURES
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 from tests.observed import rows_at
 from tests.tiny import FAMILIES, cut, tiny
@@ -33,7 +34,7 @@ def batches_for(model, count=2, rows=2, length=9, padded=False, seed=1):
 
 
 def scored(model, batches, **options):
-    return LLMBIP(0.3, **options).score(Decoder(model), batches)
+    return LLMBIP(0.3, **options).score(PruningContext(Decoder(model), batches))
 
 
 def l1(change):

@@ -6,6 +6,7 @@ import torch
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from tests.tiny import cut, tiny
 
 # family: list of layers, output projection of attention, last linear of the FFN; True where weights are [in, out]
@@ -18,7 +19,7 @@ PLACES = {
 
 
 def scored(model):
-    return Magnitude(0.3).score(Decoder(model), [])
+    return Magnitude(0.3).score(PruningContext(Decoder(model), []))
 
 
 @pytest.mark.parametrize("family", PLACES)

@@ -4,6 +4,7 @@ import torch
 
 from prunelit.callbacks.random import Random
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from tests.tiny import tiny
 
 
@@ -24,7 +25,9 @@ def test_another_seed_another_plan():
 def test_scores_are_the_draws_of_a_generator_with_that_seed():
     model = tiny("gpt2")
     generator = torch.Generator().manual_seed(7)
-    for score, shape in zip(Random(0.3, seed=7).score(Decoder(model), []), Decoder(model).shape.layers, strict=True):
+    for score, shape in zip(
+        Random(0.3, seed=7).score(PruningContext(Decoder(model), [])), Decoder(model).shape.layers, strict=True
+    ):
         assert torch.equal(score.heads, torch.rand(shape.query_heads, generator=generator))
         assert torch.equal(score.channels, torch.rand(shape.ffn_channels, generator=generator))
 

@@ -6,6 +6,7 @@ import torch
 from prunelit.callbacks.taylor import Taylor
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 from tests.tiny import cut, tiny
 
@@ -50,7 +51,9 @@ def llm_pruner(model, layer, name):
 @pytest.mark.parametrize("form", FORMS)
 def test_scores_are_those_of_llm_pruner(form):
     model = tiny("llama")
-    scores = Taylor(0.3, form=form).score(Decoder(model), [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    scores = Taylor(0.3, form=form).score(
+        PruningContext(Decoder(model), [{"input_ids": IDS[:1]}, {"input_ids": IDS[1:]}])
+    )
     for layer in (0, 2):
         groups, channels = llm_pruner(model, layer, FORMS[form])
         # Gradients in float32 against an order of sums of another kind.
@@ -60,7 +63,10 @@ def test_scores_are_those_of_llm_pruner(form):
 
 def test_forms_differ():
     model = tiny("llama")
-    scores = {form: Taylor(0.3, form=form).score(Decoder(model), [{"input_ids": IDS}])[1].channels for form in FORMS}
+    scores = {
+        form: Taylor(0.3, form=form).score(PruningContext(Decoder(model), [{"input_ids": IDS}]))[1].channels
+        for form in FORMS
+    }
     orders = {tuple(scores[form].argsort().tolist()) for form in ("vector", "first", "second")}
     assert len(orders) == 3
     assert not torch.equal(scores["first"], scores["mixed"])  # a random model is flat: the second order is small
@@ -122,7 +128,7 @@ def test_extreme_ratios(ratio):
 def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left):
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
-    scores = Taylor(0.3).score(Decoder(model), [{"input_ids": IDS}])
+    scores = Taylor(0.3).score(PruningContext(Decoder(model), [{"input_ids": IDS}]))
     assert [getattr(score, lost) is None for score in scores] == [True, False, True]
     assert all(getattr(score, left) is not None for score in scores)
 

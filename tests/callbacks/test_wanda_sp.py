@@ -9,6 +9,7 @@ from prunelit.callbacks.wanda_sp import WandaSp
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration
 from tests.observed import batches_for, rows_at
 from tests.tiny import cut, tiny, tokens
@@ -30,7 +31,7 @@ def channel_scores(linear, inputs):
 def test_scores_equal_a_token_by_token_implementation(family):
     model = tiny(family)
     batches = batches_for(model)
-    scores = WandaSp(0.3).score(Decoder(model), batches)
+    scores = WandaSp(0.3).score(PruningContext(Decoder(model), batches))
     layer = Decoder(model).layers[1]
     heads, channels = rows_at(model, layer.output, batches, "input"), rows_at(model, layer.down, batches, "input")
     assert len(heads) == len(channels) == 37  # three of forty tokens are padding
@@ -46,7 +47,9 @@ def test_the_batch_split_does_not_matter():
     model = tiny("llama")
     ids = tokens(8, 12)
     together, split = ([{"input_ids": part} for part in ids.split(size)] for size in (8, 3))
-    for one, other in zip(*(WandaSp(0.3).score(Decoder(model), each) for each in (together, split)), strict=True):
+    for one, other in zip(
+        *(WandaSp(0.3).score(PruningContext(Decoder(model), each)) for each in (together, split)), strict=True
+    ):
         torch.testing.assert_close(one.heads, other.heads, rtol=1e-5, atol=0)
         torch.testing.assert_close(one.channels, other.channels, rtol=1e-5, atol=0)
 
@@ -54,7 +57,7 @@ def test_the_batch_split_does_not_matter():
 def test_bfloat16_squares_are_summed_in_float32_or_better():
     model = tiny("llama").bfloat16()
     batches = [{"input_ids": tokens(4, 32)}] * 8
-    scores = WandaSp(0.3).score(Decoder(model), batches)[0]
+    scores = WandaSp(0.3).score(PruningContext(Decoder(model), batches))[0]
     layer = Decoder(model).layers[0]
     inputs = rows_at(model, layer.down, batches[:1], "input")
     expected = layer.down.weight.detach().double().abs().mean(0) * inputs.square().mean(0).sqrt()
@@ -67,7 +70,7 @@ def test_a_model_that_lost_blocks_is_scored_on_what_is_left(kind, lost, left, se
     model = tiny("llama")
     surgery.apply(model, cut(model, kind))
     method, batches = WandaSp(0.15, align=8, sequential=sequential), batches_for(model)
-    scores = method.score(Decoder(model), batches)
+    scores = method.score(PruningContext(Decoder(model), batches))
     assert [getattr(score, lost) is None for score in scores] == [True, False, True]
     assert all(getattr(score, left) is not None for score in scores)
     assert method.prune(model, batches).predicted["ratio_of_block_parameters"] >= 0.15
@@ -129,13 +132,13 @@ def test_in_sequence_the_budget_is_the_same_and_the_model_is_left_alone(family):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modes, state = [module.training for module in model.modules()], torch.get_rng_state()
     method = WandaSp(0.3, align=8, protect=(1,), sequential=True)
-    plan = method.plan(Decoder(model), batches_for(model))
+    plan = method.plan(PruningContext(Decoder(model), batches_for(model)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in m.__dict__ for m in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
-    dense = WandaSp(0.3, align=8, protect=(1,)).plan(Decoder(model), batches_for(model))
+    dense = WandaSp(0.3, align=8, protect=(1,)).plan(PruningContext(Decoder(model), batches_for(model)))
     assert [kept.widths for kept in plan.layers] == [kept.widths for kept in dense.layers]
 
 
@@ -143,7 +146,8 @@ def test_in_sequence_padding_does_not_count():
     model, ids = tiny("llama"), tokens(1, 6)
     padded = {"input_ids": torch.cat([ids, tokens(1, 4)], 1), "attention_mask": torch.tensor([[1] * 6 + [0] * 4])}
     plans = [
-        WandaSp(0.4, align=8, sequential=True).plan(Decoder(model), [batch]) for batch in ({"input_ids": ids}, padded)
+        WandaSp(0.4, align=8, sequential=True).plan(PruningContext(Decoder(model), [batch]))
+        for batch in ({"input_ids": ids}, padded)
     ]
     assert plans[0].layers == plans[1].layers
 
@@ -175,7 +179,7 @@ def rank_plans(rank, folder, runs):
     found = []
     for batches in runs:
         for sequential in (False, True):
-            plan = WandaSp(0.4, align=8, sequential=sequential).plan(Decoder(tiny("llama")), batches)
+            plan = WandaSp(0.4, align=8, sequential=sequential).plan(PruningContext(Decoder(tiny("llama")), batches))
             found.append(plan.digest)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -188,7 +192,7 @@ def test_two_ranks_make_the_plan_of_one(tmp_path):
     runs = [[first, second, first], [second]]
     mp.spawn(rank_plans, (str(tmp_path), runs), nprocs=2)
     expected = [
-        WandaSp(0.4, align=8, sequential=sequential).plan(Decoder(tiny("llama")), batches).digest
+        WandaSp(0.4, align=8, sequential=sequential).plan(PruningContext(Decoder(tiny("llama")), batches)).digest
         for batches in runs
         for sequential in (False, True)
     ]

@@ -12,7 +12,6 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +30,7 @@ from prunelit.core.scores import LayerScores
 from prunelit.data import loading
 from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
@@ -47,10 +47,10 @@ class Spy(Magnitude):
     reads_text = True
     seen: ClassVar[list[tuple[str, int, str]]] = []
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
-        ids = torch.cat([batch["input_ids"] for batch in batches])
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        ids = torch.cat([batch["input_ids"] for batch in context.batches])
         self.seen.append((type(self).__name__, self.seed, str(ids.tolist())))
-        return super().score(decoder, batches)
+        return super().score(context)
 
 
 class Other(Spy):
@@ -60,9 +60,9 @@ class Other(Spy):
 class Slow(Random):
     """Slow enough to be killed in the middle."""
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         time.sleep(1.5)
-        return super().score(decoder, batches)
+        return super().score(context)
 
 
 class Forgetful(PruningCallback):
@@ -70,20 +70,20 @@ class Forgetful(PruningCallback):
 
     reads_text = False
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         return [
             LayerScores(
                 torch.rand(layer.shape.query_heads),
                 torch.tensor([random.random() for _ in range(layer.shape.ffn_channels)]),
             )
-            for layer in decoder
+            for layer in context.decoder
         ]
 
 
 class Broken(Random):
     """A method with a bug."""
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         raise TypeError("a bug\nover two lines")
 
 
@@ -92,10 +92,10 @@ class Stopped(Random):
 
     armed: ClassVar[bool] = True
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         if self.ratio == 0.3 and self.armed:
             raise KeyboardInterrupt
-        return super().score(decoder, batches)
+        return super().score(context)
 
 
 class Diary(Random):
@@ -107,13 +107,13 @@ class Diary(Random):
         super().__init__(ratio, **kwargs)
         self.journal = journal
 
-    def score(self, decoder: Any, batches: Sequence[Any]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         path = Path(str(self.journal))
         if not path.exists():
             path.write_text("half of the search")
             raise KeyboardInterrupt
         self.read.append(path.read_text())
-        return super().score(decoder, batches)
+        return super().score(context)
 
 
 class Closed(PruningCallback):
@@ -762,8 +762,8 @@ def test_latency_and_plans(capsys: pytest.CaptureFixture[str], source: str, data
 def test_pictures(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     cells = handmade()["cells"]
-    for content in cells:
-        content["latency"] = {"speedup": 1.5}
+    for entry in cells:
+        entry["latency"] = {"speedup": 1.5}
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         written = figures.write_comparison_figures(

@@ -16,10 +16,9 @@ Legend: Q query heads, F FFN channels.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
-from prunelit.calibration.batches import Batch, count_real_tokens
+from prunelit.calibration.batches import count_real_tokens
 from prunelit.callbacks.best import distill, generated_text
 from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.core.plan import LayerShape, PruningPlan
@@ -27,6 +26,7 @@ from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.repair import reconstruct
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import BadOption
@@ -77,12 +77,12 @@ class Best(PruningCallback):
         self.denoise = denoise
 
     @property
-    def repairs(self) -> bool:
+    def uses_repair(self) -> bool:
         return True
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
+    def score(self, context: PruningContext) -> list[LayerScores]:
         found = []
-        for layer, scores in zip(decoder, score_fisher(decoder, batches), strict=True):
+        for layer, scores in zip(context.decoder, score_fisher(context.decoder, context.batches), strict=True):
             shape, heads, channels = layer.shape, scores.heads, scores.channels
             if heads is not None:
                 # Across layers a KV group counts as the mean of its heads: each bears its part of key and value.
@@ -102,13 +102,14 @@ class Best(PruningCallback):
         even = self.ratio * decoder.shape.block_parameters / max(1, most)
         return max(0.0, _EVEN_SHARE * (1 - even))
 
-    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+    def cut(self, context: PruningContext, plan: PruningPlan) -> None:
+        decoder, batches = context.decoder, context.batches
         tokens = int(self.own_text * sum(map(count_real_tokens, batches)))
         length = min(_MAX_TEXT_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
         text = list(batches)
         if tokens:
             text += self.compute_cached(
-                "text", decoder, batches, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
+                "text", context, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
             )
         own = take_rank_share(text)
         dense = distill.record_dense_streams(decoder, own) if self.epochs else []

@@ -9,17 +9,16 @@ cheaper, the journal, a ratio as the budget, and the searches beside the greedy 
     Python                      Trainer(callbacks=[BlockPruner(count=6)])
 """
 
-from collections.abc import Sequence
 from typing import Any, get_args
 
-from prunelit.calibration.batches import Batch, take_sequences
+from prunelit.calibration.batches import take_sequences
 from prunelit.calibration.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
 from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.core.plan import PruningPlan
-from prunelit.model.decoder import Decoder
 from prunelit.planning.block_sets import IGNORED_OPTIONS, BlockChoice, RemovalGoal, plan_without_blocks
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 
 
@@ -74,7 +73,8 @@ class BlockPruner(PruningCallback):
         self.count, self.blocks, self.search, self.beam_width = count, blocks, search, beam_width
         self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
+    def plan(self, context: PruningContext) -> PruningPlan:
+        decoder, batches = context.decoder, context.batches
         journal, few = self.journal, take_sequences(batches, self.search_windows)
         if journal is None and self.cache is not None:
             which = compute_digest(fingerprint_model(decoder.model) + fingerprint_batches(few))
@@ -84,4 +84,4 @@ class BlockPruner(PruningCallback):
         found = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
         self._calibration_record = {**self._calibration_record, "search": found.record}
-        return self.build_plan(decoder.shape, plan_without_blocks(decoder.shape, found.removed))
+        return self.build_plan(context, plan_without_blocks(decoder.shape, found.removed))

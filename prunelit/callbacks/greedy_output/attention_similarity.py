@@ -156,7 +156,7 @@ def measure_layer_divergence(lock: PairedStreams, batches: Sequence[Batch]) -> T
 
 def _add_probabilities(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Tensor) -> None:
     now = mask[0]
-    found[layer.index].add(probabilities, None if now is None else now.to(probabilities.device))
+    found[layer.index].add_rows(probabilities, None if now is None else now.to(probabilities.device))
 
 
 def _sample_windows(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int], Batch]]:

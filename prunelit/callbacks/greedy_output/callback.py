@@ -32,8 +32,9 @@ from prunelit.callbacks.greedy_output import attention_similarity, second_moment
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model import surgery
-from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.decoder import Layer
 from prunelit.pruning.callback import PruningCallback, Repair
+from prunelit.pruning.context import PruningContext
 from prunelit.repair.reconstruct import BlockName
 from prunelit.runtime.errors import BadOption
 
@@ -88,18 +89,19 @@ class GreedyOutput(PruningCallback):
         self.criterion_heads, self.tau, self.moment, self.refit_kept = criterion_heads, tau, moment, refit_kept
         self._reconstructed: tuple[str, list[nn.Module | None]] | None = None
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return second_moment.score_second_moments(decoder, batches, self.moment)
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        return second_moment.score_second_moments(context.decoder, context.batches, self.moment)
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        scores, limit = self.load_or_score(decoder, batches), self.tau or _LARGEST_TAU[self.criterion_heads]
-        select: Callable[..., tuple[LayerPlan, ...]] = self.make_selector(decoder)
+    def plan(self, context: PruningContext) -> PruningPlan:
+        decoder, batches = context.decoder, context.batches
+        scores, limit = self.load_or_score(context), self.tau or _LARGEST_TAU[self.criterion_heads]
+        select: Callable[..., tuple[LayerPlan, ...]] = self.make_selector(context)
         kept, shapes = select(scores), [layer.shape for layer in decoder]
         fewer = [len(each.query_heads) < shape.query_heads for each, shape in zip(kept, shapes, strict=True)]
         divergences: list[Tensor | None] = [None] * len(shapes)
         if limit and (self.tau is not None or any(fewer)):
             divergences = self.compute_cached(
-                "divergences", decoder, batches, lambda: attention_similarity.measure_head_divergence(decoder, batches)
+                "divergences", context, lambda: attention_similarity.measure_head_divergence(decoder, batches)
             )
         if any(found is not None for found in divergences):
             if self._ranks_globally:
@@ -117,13 +119,14 @@ class GreedyOutput(PruningCallback):
         if self.repair == "two_step":
             fresh = _PrefixChooser(batches, len(shapes), self.moment, limit)
             kept, modules = two_step.reconstruct_two_step(decoder, kept, batches, fresh, refit_kept=self.refit_kept)
-        plan = self.build_plan(decoder.shape, kept)
+        plan = self.build_plan(context, kept)
         self._reconstructed = (plan.digest, modules) if self.repair == "two_step" else None
         return plan
 
-    def cut(self, decoder: Decoder, plan: PruningPlan, batches: Sequence[Batch]) -> None:
+    def cut(self, context: PruningContext, plan: PruningPlan) -> None:
+        decoder, batches = context.decoder, context.batches
         if self.repair != "two_step":
-            super().cut(decoder, plan, batches)
+            super().cut(context, plan)
             return
         surgery.check_plan_fits(decoder, plan)
         made, self._reconstructed = self._reconstructed, None

@@ -25,14 +25,13 @@ import torch
 from torch import Tensor
 
 from prunelit.calibration import taylor
-from prunelit.calibration.batches import Batch
 from prunelit.callbacks.saap.stability import UnitKey, UnitValues, trade_scores
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import LayerScores
-from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
 from prunelit.planning.removal_steps import build_removal_sequences
 from prunelit.pruning.callback import PruningCallback
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 
 Fusion = Literal["uncertainty", "geometric"]
@@ -79,19 +78,19 @@ class SAAP(PruningCallback):
         self.fusion, self.asi, self.kappa = fusion, asi, kappa
         self.second_order, self.checkpointing = second_order, checkpointing
 
-    def plan(self, decoder: Decoder, batches: Sequence[Batch]) -> PruningPlan:
-        select, shape = self.make_selector(decoder), decoder.shape
-        mean, asi = self.compute_cached(
-            "statistics", decoder, batches, lambda: self._measure_statistics(decoder, batches)
-        )
+    def plan(self, context: PruningContext) -> PruningPlan:
+        decoder = context.decoder
+        select, shape = self.make_selector(context), decoder.shape
+        mean, asi = self.compute_cached("statistics", context, lambda: self._measure_statistics(context))
         if self.asi == "literal" or (self.asi == "candidate" and self.kappa > 1):
             self._trade_scores(mean, asi, select(_build_layer_scores(mean, shape.layers, self.unit)), shape.layers)
-        return self.build_plan(shape, select(_build_layer_scores(mean, shape.layers, self.unit)))
+        return self.build_plan(context, select(_build_layer_scores(mean, shape.layers, self.unit)))
 
-    def score(self, decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-        return _build_layer_scores(self._measure_statistics(decoder, batches)[0], decoder.shape.layers, self.unit)
+    def score(self, context: PruningContext) -> list[LayerScores]:
+        return _build_layer_scores(self._measure_statistics(context)[0], context.decoder.shape.layers, self.unit)
 
-    def _measure_statistics(self, decoder: Decoder, batches: Sequence[Batch]) -> tuple[UnitValues, UnitValues]:
+    def _measure_statistics(self, context: PruningContext) -> tuple[UnitValues, UnitValues]:
+        decoder, batches = context.decoder, context.batches
         forms: tuple[taylor.TaylorForm, ...] = ("vector", "mixed" if self.second_order else "first")
         mean: UnitValues = {}
         asi: UnitValues = {}

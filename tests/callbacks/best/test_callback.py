@@ -10,6 +10,7 @@ from prunelit.callbacks.best.denoise import estimate_signal
 from prunelit.callbacks.best.distill import record_dense_streams
 from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 from tests.tiny import VOCABULARY, tiny
 
@@ -65,7 +66,7 @@ def test_of_what_distillation_changes_is_kept_what_stands_out():
 
 def test_the_score_is_the_fisher_information_per_parameter():
     decoder, text = Decoder(tiny("llama")), batches()
-    found = Best(ratio=0.3, align=1).score(decoder, text)
+    found = Best(ratio=0.3, align=1).score(PruningContext(decoder, text))
     for layer, scores, wanted in zip(decoder, found, score_fisher(decoder, text), strict=True):
         hidden, dim = 72, layer.shape.head_dim
         torch.testing.assert_close(scores.channels * 3 * hidden, wanted.channels)

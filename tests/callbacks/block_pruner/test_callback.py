@@ -67,7 +67,7 @@ def test_one_block_is_the_one_whose_loss_costs_least(family):
             else LayerPlan(layer.query_heads, layer.kv_groups, ())
         )
         replay = PruningPlan("test", shape, tuple(dense))
-        BlockPruner(count=1).prune(model, replay=replay)
+        BlockPruner(count=1).prune(model, given_plan=replay)
         found[name] = metrics.perplexity(model, windows)["perplexity"]
     plan = BlockPruner(count=1).prune(tiny(family), [{"input_ids": part} for part in windows.split(2)])
     assert removed(plan) == plan.calibration["search"]["order"] == [min(found, key=found.get)]

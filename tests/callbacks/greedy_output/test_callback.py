@@ -12,6 +12,7 @@ from prunelit.callbacks.greedy_output.callback import GreedyOutput
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder, get_weight_out_in
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
 from tests.observed import rows_at
 from tests.repair.test_reconstruct import add, output_error, ridge_by_lstsq, text
@@ -253,7 +254,7 @@ def test_two_steps_are_those_of_a_slow_second_implementation(family, refit_kept)
     assert [[layer.kv_groups, layer.ffn_channels] for layer in plan.layers] == kept
     for batch in batches[:2]:
         torch.testing.assert_close(found(**batch).logits, expected(**batch).logits, rtol=5e-3, atol=5e-3)
-    plain = GreedyOutput(0.35, align=8, criterion_heads="second_moment").plan(Decoder(dense), batches)
+    plain = GreedyOutput(0.35, align=8, criterion_heads="second_moment").plan(PruningContext(Decoder(dense), batches))
     assert plan.predicted == plain.predicted and plan.layers != plain.layers  # as many, but scored afresh
 
 
@@ -307,7 +308,7 @@ def test_planning_leaves_the_model_dense(family):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     modules = list(model.modules())
     method = GreedyOutput(0.35, align=8, repair="two_step", refit_kept=True)
-    method.plan(Decoder(model), text())
+    method.plan(PruningContext(Decoder(model), text()))
     assert list(model.modules()) == modules
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -11,6 +11,7 @@ from prunelit.callbacks.saap.callback import SAAP, compute_volatility, fuse_impo
 from prunelit.callbacks.saap.stability import trade_scores
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 from tests.tiny import cut, tiny
 
@@ -158,7 +159,7 @@ def reference(model, second_order=True):
 @pytest.mark.parametrize("second_order", [True, False])
 def test_scores_are_the_mean_of_the_fused_importances(second_order):
     model = tiny("llama")
-    found = SAAP(0.3, second_order=second_order).score(Decoder(model), BATCHES)
+    found = SAAP(0.3, second_order=second_order).score(PruningContext(Decoder(model), BATCHES))
     expected = {kind: fused.mean(0) for kind, fused in reference(model, second_order).items()}
     groups = torch.cat([scores.heads.view(3, 3).sum(1) for scores in found])
     torch.testing.assert_close(groups.float(), expected["heads"], rtol=1e-4, atol=0)
@@ -243,7 +244,7 @@ def test_each_layer_keeps_its_share(asi):
 @pytest.mark.parametrize("kappa", [1.1, 2.0])
 def test_what_may_not_go_is_no_candidate(kappa, align):
     """Else a layer at its least share would keep its stable units instead of its important ones."""
-    scores = SAAP(0.4).score(Decoder(lopsided()), BATCHES)[1].channels
+    scores = SAAP(0.4).score(PruningContext(Decoder(lopsided()), BATCHES))[1].channels
     plan = SAAP(0.4, align=align, kappa=kappa).prune(lopsided(), BATCHES)
     least = -(-20 // align) * align
     assert set(scores.argsort(descending=True)[:least].tolist()) <= set(plan.layers[1].ffn_channels)
@@ -252,7 +253,7 @@ def test_what_may_not_go_is_no_candidate(kappa, align):
 @pytest.mark.parametrize("kappa", [1.1, 2.0])
 def test_the_most_important_query_head_of_a_group_is_no_candidate(kappa):
     dense = tiny("llama")
-    scores = SAAP(0.4, unit="query_head").score(Decoder(dense), BATCHES)
+    scores = SAAP(0.4, unit="query_head").score(PruningContext(Decoder(dense), BATCHES))
     plan = SAAP(0.4, unit="query_head", align=8, kappa=kappa).prune(dense, BATCHES)
     assert any(len(kept.query_heads) < 9 for kept in plan.layers)
     for of_layer, kept in zip(scores, plan.layers, strict=True):

@@ -1,0 +1,188 @@
+"""The end of a recovery: the adapters are saved as they are, merged, and the merged model is saved."""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from prunelit import export
+from prunelit.calibration import metrics
+from prunelit.core.plan import PruningPlan
+from prunelit.export.formats import ExportResult
+from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.quantization import int4_folder, quantize, views
+from prunelit.quantization.linears import get_quantization, has_adapters
+from prunelit.recovery import adapter_files
+from prunelit.recovery.module import RecoveryModule
+from prunelit.runtime.atomic_files import replace_folder
+from prunelit.runtime.distributed import get_rank
+from prunelit.runtime.errors import BadQuantisation
+from prunelit.runtime.messages import log_on_rank_zero
+from prunelit.runtime.text_files import write_json
+
+TimeStage = Callable[[str], AbstractContextManager[None]]
+"""Times a stage of a run by its name, see `prunelit.runtime.timing.time_stage`."""
+_ROWS, _LENGTH = 2, 128
+_ADAPTER_VERDICT = {
+    "format": "adapter",
+    "passed": None,
+    "why": "not proved alone: report.json says what merging them changed",
+}
+_MERGE_TARGETS = {
+    "none": "into the weights",
+    "int4": "into the zeros of the INT4 groups",
+    "nf4": "out of nf4, into the cut weights in full precision",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a run leaves its model and adapters, and in which form.
+
+    Attributes:
+        path: of the run.
+        tokenizer: saved beside the models; None where the job has none.
+        plan: of the cut, saved beside the models; None where nothing was cut.
+        format: of the saved model: "auto", or one of those of `python -m prunelit export`.
+        save_base: whether the pruned model before recovery is saved too: the saved adapters are useless without it.
+    """
+
+    path: Path
+    tokenizer: Any
+    plan: PruningPlan | None
+    format: str = "auto"
+    save_base: bool = True
+
+
+def check_run_format_fits(module: RecoveryModule, tokenizer: Any, format: str) -> None:
+    """Check before training that the format of a run can hold the model which will be saved.
+
+    Raises:
+        DoesNotFit: it cannot.
+    """
+    if format == "auto":
+        return
+    base = views.view_without_adapters(module.model)
+    # Only int4 is written without making the linears plain.
+    shapes = base if format == "int4" else views.view_as_plain_linears(base)
+    export.check_format_fits(shapes, tokenizer, format)
+
+
+def merge_and_save_adapters(
+    module: RecoveryModule, run: RunFolder, windows: Tensor | None, report: dict[str, Any], time_stage: TimeStage
+) -> nn.Module:
+    """Save the adapters of a trained module as they are, merge them, and report what merging changed.
+
+    Args:
+        module: after training; every rank calls, rank zero writes.
+        run: where the adapters are saved.
+        windows: validation windows [N, S], on which the merge is judged; None: made up tokens.
+        report: of the run; gets "merge", and "base_format" and "base" where they apply.
+        time_stage: of whoever reports the run.
+
+    Returns:
+        The transformers model without adapters. It stays in 4 bits where `run.format` holds that.
+    """
+    adapted = module.model
+    if not has_adapters(adapted):
+        return module.merge_model()
+    base = get_quantization(adapted) or "none"
+    ids = choose_probe_tokens(windows, adapted)
+    logits_before = metrics.compute_logits(adapted, ids)
+    module.gather_model()
+    if get_rank() == 0:
+        with time_stage("save_adapter"):
+            base_format = save_adapter(module, run, report)
+        if base_format:
+            report["base_format"] = base_format
+    merged = module.merge_model()
+    difference = metrics.measure_logit_difference(logits_before, metrics.compute_logits(merged, ids), ids)
+    report["merge"] = {"base": base} | difference
+    log_on_rank_zero(describe_merge(base, difference))
+    if base == "int4" and not _can_save_as_int4(merged, run.format):
+        merged = quantize.dequantize_model(merged)
+        report["base"] = "int4: the saved weights are the rounded ones, in full precision"
+    return merged
+
+
+def save_recovered_model(model: nn.Module, run: RunFolder, report: dict[str, Any]) -> ExportResult:
+    """Save the merged model as `run.path`/model, with its proof from a new process; rank zero calls.
+
+    Raises:
+        PrunelitError: see `prunelit.export.write_model`.
+    """
+    return export.write_model(
+        *(model, run.path / "model", run.tokenizer, run.plan, run.format),
+        overwrite=True,
+        fresh_process=True,
+        report=report,
+    )
+
+
+def choose_probe_tokens(windows: Tensor | None, model: Any) -> Tensor:
+    """Token ids [2, <= 128] on which a merge is judged: validation text where there is some, else made up."""
+    return metrics.make_fixed_tokens(model, _LENGTH, 0) if windows is None else windows[:_ROWS, :_LENGTH]
+
+
+def describe_merge(base: str, difference: Mapping[str, Any]) -> str:
+    """One line on what a merge changed.
+
+    Args:
+        base: what was under the adapters: "none", "nf4" or "int4".
+        difference: of `metrics.measure_logit_difference`, with losses.
+    """
+    return (
+        f"adapters merged {_MERGE_TARGETS[base]}: loss {difference['loss_before']:.4f} before, "
+        f"{difference['loss_after']:.4f} after; logits differ by {difference['relative']:.2g} (relative, "
+        f"{difference['tokens']} tokens)"
+    )
+
+
+def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, Any]) -> str | None:
+    """Save the adapters in PEFT's format as `run.path`/adapter, and the model that they are for as `run.path`/base.
+
+    Args:
+        module: not merged yet.
+        run: where they are saved.
+        report: for the card of the base.
+
+    Returns:
+        The format of the base; None where there are no adapters, or the base was not asked for.
+
+    Raises:
+        OutputNotWritable: see `check_output`.
+    """
+    adapted, base_format, padded_base = module.gather_model(), None, None
+    if not has_adapters(adapted):
+        return None
+    base = module.get_pruned_model()
+    if get_quantization(base) == "int4":
+        try:
+            padded_base = views.view_as_plain_linears(base, int4_folder.find_common_group_size(base))
+        except BadQuantisation:  # no reader takes it in 4 bits
+            base = quantize.dequantize_model(base)
+    folder = run.path / "base"
+    if run.save_base:
+        base_format = export.save(base, folder, run.tokenizer, run.plan, overwrite=True, report=report)
+    export.check_output(run.path / "adapter", overwrite=True)
+    with replace_folder((run.path / "adapter").resolve()) as staging:
+        adapter_files.write_adapter(adapted, staging, str(folder.resolve()) if run.save_base else "", padded_base)
+        if run.plan is not None:
+            run.plan.save(staging / "plan.json")
+        write_json(staging / PROOF_FILE, _ADAPTER_VERDICT)
+    return base_format
+
+
+def _can_save_as_int4(model: nn.Module, format: str) -> bool:
+    """Whether an int4 model is saved in 4 bits; says why where its widths prevent it."""
+    if format not in ("auto", "int4"):
+        return False
+    try:
+        int4_folder.find_common_group_size(model)
+    except BadQuantisation as error:
+        log_on_rank_zero(f"saved in full precision: {error}")
+        return False
+    return True
