@@ -26,6 +26,9 @@ _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
 def list_config_paths(arguments: list[str]) -> list[str]:
     """List the values of --config on a command line.
 
+    Args:
+        arguments: command line after the command.
+
     Example:
         >>> list_config_paths(["--config", "a.yaml", "--model", "m", "--config=b.yaml"])
         ['a.yaml', 'b.yaml']
@@ -36,6 +39,9 @@ def list_config_paths(arguments: list[str]) -> list[str]:
 
 def check_config_files(arguments: list[str]) -> None:
     """Read every config file of a command line.
+
+    Args:
+        arguments: command line after the command.
 
     Raises:
         SourceNotFound: a file is missing, is not text, or is not YAML.

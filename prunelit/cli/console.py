@@ -169,6 +169,9 @@ def _show_warning(message: Warning | str, category: type[Warning], *location: An
 def print_result(line: str) -> None:
     """Print a result on stdout, above progress bars.
 
+    Args:
+        line: the text, without the newline at its end.
+
     Example:
         >>> print_result("done")
         done

@@ -103,6 +103,9 @@ def render_method_table() -> str:
 def render_method_card(method: Method) -> str:
     """Write the card of a method: what it does, its options, and commands that run it.
 
+    Args:
+        method: as the registry lists it.
+
     Example: see `answer_methods_command`.
     """
     options = list_method_options(method.name)
@@ -146,6 +149,9 @@ def _render_commands(method: Method) -> str:
 def describe_method(method: Method) -> dict[str, object]:
     """Describe a method as data for `--json`.
 
+    Args:
+        method: as the registry lists it.
+
     Example: see `answer_methods_command`.
     """
     return {
@@ -160,6 +166,9 @@ def describe_method(method: Method) -> dict[str, object]:
 
 def determine_needs(method: Method) -> str:
     """Determine what a method does with text, from its class and its imports.
+
+    Args:
+        method: as the registry lists it.
 
     Returns:
         A key of `NEEDS`.
@@ -180,6 +189,9 @@ def determine_needs(method: Method) -> str:
 def find_paper(method: Method) -> str:
     """Find the arXiv number of the source that the card names first.
 
+    Args:
+        method: as the registry lists it.
+
     Returns:
         The number; "ours" for a method of this project; "baseline" where the card names no paper.
 
@@ -192,6 +204,9 @@ def find_paper(method: Method) -> str:
 
 def find_7b_command(name: str) -> str | None:
     """Find the command in the head of a method's 7B config.
+
+    Args:
+        name: of the method.
 
     Returns:
         The command; None where there is no clone with configs/ beside the package.

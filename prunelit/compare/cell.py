@@ -166,6 +166,7 @@ class CellRunner:
         return self.load_result(cell, method)
 
     def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
+        """Prune a copy of the dense model, then measure perplexity, size and, if asked for, latency."""
         calibration: dict[str, Any] = {}
         batches = []
         if method.needs_text():

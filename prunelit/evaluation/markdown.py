@@ -171,6 +171,7 @@ def _format_difference(interval: Mapping[str, float]) -> list[str]:
 
 
 def _list_speed_parts(report: EvaluationReport) -> list[Part]:
+    """Build the table of speed and memory, with its protocol above and the verdict on each ratio below."""
     speed, models = report["speed"], _list_models(report)
     protocol, ratios = speed["protocol"], speed.get("ratios")
     rows = [["", *models, *["times as fast", "quartiles", "promised"] * bool(ratios)]]

@@ -213,6 +213,7 @@ def find_task_files(names: Sequence[str], folder: str) -> dict[str, Path]:
 
 
 def _check_task_rows(name: str, path: Path) -> None:
+    """Check every row of a task file; the message names line and field."""
     open_file: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
     line_number = 0
     try:
@@ -319,6 +320,9 @@ def list_stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str
 
 def fingerprint_file(path: Path) -> str:
     """Hash the bytes of a file: 16 hexadecimal digits of SHA-256.
+
+    Args:
+        path: of the file.
 
     Example:
         >>> len(fingerprint_file(Path(__file__)))

@@ -162,6 +162,9 @@ def find_newest_checkpoint(trainer: Trainer) -> Path | None:
 
     The log names the newer ones that cannot be used, and why.
 
+    Args:
+        trainer: its `ModelCheckpoint` callbacks and `default_root_dir` name the folders.
+
     Returns:
         Path of the checkpoint; None where there is none.
 

@@ -94,6 +94,9 @@ def define_axes(loggers: Iterable[Logger], axis_by_name: Mapping[str, str]) -> N
 def list_logger_runs(loggers: Iterable[Logger]) -> list[str]:
     """List the runs to which loggers write. A resumed job that continues the same runs gets the same list.
 
+    Args:
+        loggers: of the Trainer.
+
     Example:
         >>> list_logger_runs([CSVLogger("logs", name="tiny", version=3)])
         ['CSVLogger tiny 3']
@@ -146,6 +149,10 @@ def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str
 
 def log_summary(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
     """Log single numbers of the whole run, where the logger has a place for them.
+
+    Args:
+        loggers: of the Trainer.
+        values: {name: number}.
 
     Example: see `prunelit.monitoring.dashboard.Dashboard`.
     """

@@ -63,6 +63,9 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
 def make_dense_plan(plan: PruningPlan) -> PruningPlan:
     """Make the plan that keeps every unit of the same model.
 
+    Args:
+        plan: the plan.
+
     Example:
         >>> from prunelit.core.plan import ModelShape
         >>> shape = LayerShape(2, 2, 4, 8, 3, 32, 32, 24, 128, 192)
@@ -96,6 +99,9 @@ def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
 def render_layer_table(plan: PruningPlan) -> str:
     """Write what remains in the layers as a table; neighbouring layers of one shape share a line.
 
+    Args:
+        plan: the plan.
+
     Example: see `list_layer_rows`.
     """
     return _align_columns(list_layer_rows(plan), right=(1, 2, 3))
@@ -103,6 +109,9 @@ def render_layer_table(plan: PruningPlan) -> str:
 
 def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
     """List the cells of `render_layer_table`.
+
+    Args:
+        plan: the plan.
 
     Returns:
         Rows of cells; the first row is the head.
@@ -152,6 +161,9 @@ def _describe_time(plan: PruningPlan, measured: MeasuredLatency | None) -> str:
 
 def render_serving_table(plan: PruningPlan) -> str:
     """Write which programs can serve the pruned model as a table, with notes below.
+
+    Args:
+        plan: the plan.
 
     Example: see `render_plan_card`.
     """

@@ -56,6 +56,9 @@ def write_run_page(record: Record, folder: Path) -> None:
 def render_run_page(record: Record) -> str:
     """Write a record as one HTML page.
 
+    Args:
+        record: the run.
+
     Returns:
         The whole HTML file.
 
@@ -188,6 +191,7 @@ def _list_serving_parts(plan: PruningPlan | None) -> Iterator[Part]:
 
 
 def _list_provenance_parts(record: Record) -> Iterator[Part]:
+    """List how the run was made: options, calibration set, machine, versions, and the cost of each stage."""
     facts, plan = record.facts, record.plan
     lines = []
     if plan is not None:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 def draw_kept_units(record: Record) -> "Figure | None":
     """Draw the map of the record's plan, see `draw_plan_map`.
 
+    Args:
+        record: `record.plan` is drawn.
+
     Returns:
         The figure; None where the record holds no plan.
 

@@ -83,6 +83,9 @@ def create_figure(height: float, width: float = WIDTH) -> "Figure":
 def clear_background(panel: "Axes") -> "Axes":
     """Make a panel transparent and put its grid behind the data.
 
+    Args:
+        panel: axes of matplotlib; changed in place and returned.
+
     Example:
         >>> panel = clear_background(create_figure(2.0).subplots())
         >>> float(panel.patch.get_alpha())
@@ -113,6 +116,9 @@ def format_log_axis(axis: "Axis") -> None:
 def format_tick(value: float) -> str:
     """Write the number at a tick.
 
+    Args:
+        value: position of the tick.
+
     Example:
         >>> [format_tick(value) for value in (0.05, 2500, 4e5, 1.2e-6)]
         ['0.05', '2,500', '4e5', '1.2e-6']
@@ -124,6 +130,10 @@ def format_tick(value: float) -> str:
 
 def use_whole_number_ticks(axis: "Axis", most: int = 7) -> None:
     """Put at most `most` ticks on an axis, at whole numbers only.
+
+    Args:
+        axis: an x or y axis of matplotlib.
+        most: number of ticks.
 
     Example:
         >>> panel = create_figure(2.0).subplots()
@@ -186,6 +196,9 @@ def encode_png(figure: "Figure", dots_per_inch: int = 160) -> bytes:
 
 def encode_svg(figure: "Figure") -> str:
     """Write a figure as an SVG document without background. Equal figures give equal text.
+
+    Args:
+        figure: a matplotlib figure.
 
     Example:
         >>> "<svg" in encode_svg(create_figure(1.0))

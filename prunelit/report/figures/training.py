@@ -63,6 +63,9 @@ def draw_training(record: Record) -> "Figure | None":
 def draw_training_speed(record: Record) -> "Figure | None":
     """Draw tokens per second of one process, averaged between two log entries.
 
+    Args:
+        record: `record.training` holds the logged numbers.
+
     Returns:
         The figure; None where no speed was logged.
 

@@ -19,6 +19,9 @@ COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", "#ffffff": "var(--card)"}
 def embed_picture(picture: PagePicture) -> Markup:
     """Write a figure as an <svg> element with a title and a description for screen readers.
 
+    Args:
+        picture: the figure with its title and summary.
+
     Example:
         >>> from prunelit.report.figures.style import create_figure
         >>> picture = PagePicture("p", "Title", "caption", "summary", create_figure(1.0))

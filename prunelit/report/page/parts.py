@@ -194,6 +194,9 @@ def _render_markdown_part(part: Part) -> str:
 def render_markdown_table(table: Table) -> str:
     """Write a table as Markdown; highlighted cells are bold.
 
+    Args:
+        table: the table.
+
     Example:
         >>> print(render_markdown_table(Table(["", "nll"], [["a", "1.5"], ["b", "2.0"]], best=frozenset({(0, 1)}))))
         |  | nll |
