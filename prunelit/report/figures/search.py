@@ -56,7 +56,7 @@ def draw_search(record: Record) -> "Figure | None":
         ):
             if points:
                 # Thousands of points would make a large SVG, so they become one embedded image.
-                style = {
+                style: dict[str, Any] = {
                     "rasterized": len(points) > _MOST_POINTS,
                     "linestyle": "none",
                     "marker": marker,

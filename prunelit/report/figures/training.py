@@ -1,7 +1,7 @@
 """Recovery: loss, perplexity and speed over the training steps."""
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunelit.report.figures.style import (
     DENSE,
@@ -93,7 +93,7 @@ def _draw_perplexity(panel: "Axes", points: list[tuple[int, float]], record: Rec
     if pruned and math.isfinite(pruned):
         points = [(0, pruned), *points]
         panel.plot([0], [pruned], "o", color=PRUNED, markersize=6, label="pruned")
-    style = {"color": RECOVERED, "marker": _choose_marker(points), "markersize": 3, "linewidth": 1.6}
+    style: dict[str, Any] = {"color": RECOVERED, "marker": _choose_marker(points), "markersize": 3, "linewidth": 1.6}
     panel.plot(*zip(*points, strict=True), label="recovery", **style)
     if dense and math.isfinite(dense):
         panel.axhline(dense, color=DENSE, linestyle="--", linewidth=1.2, label="dense")
