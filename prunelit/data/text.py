@@ -12,7 +12,6 @@ remainder is dropped.
 Legend: N windows.
 """
 
-import hashlib
 import logging
 import pydoc_data.topics
 import warnings
@@ -216,16 +215,6 @@ def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None =
             "take a longer text or a smaller seqlen"
         )
     return ids.unfold(0, seqlen, stride or seqlen).contiguous()
-
-
-def fingerprint_token_ids(ids: Tensor) -> str:
-    """Hash token ids to 16 hexadecimal digits.
-
-    Example:
-        >>> len(fingerprint_token_ids(torch.arange(4)))
-        16
-    """
-    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
 def _looks_like_path(source: str) -> bool:

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from prunelit.__main__ import main
-from prunelit.calibration.fingerprints import fingerprint_model as fingerprint
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
 from prunelit.compare import cell, figures, tables
@@ -33,6 +32,7 @@ from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.fingerprints import fingerprint_model as fingerprint
 from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer

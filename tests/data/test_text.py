@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 
 from prunelit.data import text
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound
 from tests.data.test_loading import one_line
 from tests.tiny import tiny_tokenizer
@@ -196,9 +197,9 @@ def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(tmp_path, caplog)
 def test_fingerprint_tells_texts_apart():
     ids = torch.arange(12).view(3, 4)
     assert (
-        text.fingerprint_token_ids(ids)
-        == text.fingerprint_token_ids(ids.clone())
-        != text.fingerprint_token_ids(ids + 1)
+        fingerprints.fingerprint_token_ids(ids)
+        == fingerprints.fingerprint_token_ids(ids.clone())
+        != fingerprints.fingerprint_token_ids(ids + 1)
     )
 
 
