@@ -150,7 +150,7 @@ def test_the_example_method_cuts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("aggregate", ["mean", "l2"])
-def test_the_method_of_the_how_to_passes_the_test_of_the_how_to(monkeypatch: pytest.MonkeyPatch, aggregate: str) -> None:
+def test_the_method_of_the_how_to_passes_its_own_test(monkeypatch: pytest.MonkeyPatch, aggregate: str) -> None:
     page = ROOT / "docs" / "howto" / "add-a-method.md"
     method = types.ModuleType("prunelit.callbacks.activation_norm")
     exec(python("class ActivationNorm", page), vars(method))
