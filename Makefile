@@ -4,15 +4,17 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: quickstart test fast check docs bench clean
+.PHONY: quickstart test fast check docs wheel hooks bench clean
 
 quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/quickstart
 	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
 
-test: $(VENV)/ready ## the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+# The floor, in percent of lines. The fast tests alone reach 97.0; the whole suite holds them.
+COVERAGE := 96
+test: $(VENV)/ready ## the whole test suite, and its coverage
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
-fast: $(VENV)/ready ## the tests that take under two minutes together
+fast: $(VENV)/ready ## the quick part of the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not slow"
 
 check: $(VENV)/ready ## formatting, lint, types
@@ -22,6 +24,12 @@ check: $(VENV)/ready ## formatting, lint, types
 
 docs: $(VENV)/ready ## the site, warnings are errors: docs/_build/html/index.html
 	$(BIN)/python -m sphinx -q -W --keep-going docs docs/_build/html
+
+wheel: $(VENV)/ready ## build it, install it into a new environment, use it in an empty folder
+	.ci/check_wheel.sh $(BIN)/python
+
+hooks: $(VENV)/ready ## the hooks of pre-commit on all files
+	$(BIN)/pre-commit run --all-files --show-diff-on-failure
 
 bench: $(VENV)/ready ## cost of scoring against one forward pass, on the quickstart's model
 	$(BIN)/python benchmarks/calibration_cost.py
@@ -33,4 +41,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) docs/_build docs/made build *.egg-info
+	rm -rf $(VENV) docs/_build docs/made build dist *.egg-info .coverage*

@@ -1,33 +1,85 @@
 """prunelit: makes large language models structurally smaller and wins their quality back.
 
-Names are imported on first use: `import prunelit` loads no torch.
+Names are imported on first use: `import prunelit` loads neither torch nor transformers. Type checkers and editors read
+the imports under `TYPE_CHECKING`.
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from prunelit.calibration.metrics import perplexity as perplexity
+    from prunelit.calibration.observe import Sums as Sums
+    from prunelit.calibration.observe import observe as observe
+    from prunelit.callbacks.best.callback import Best as Best
+    from prunelit.callbacks.block_pruner.callback import BlockPruner as BlockPruner
+    from prunelit.callbacks.flap import FLAP as FLAP
+    from prunelit.callbacks.greedy_output.callback import GreedyOutput as GreedyOutput
+    from prunelit.callbacks.llm_bip import LLMBIP as LLMBIP
+    from prunelit.callbacks.magnitude import Magnitude as Magnitude
+    from prunelit.callbacks.random import Random as Random
+    from prunelit.callbacks.saap.callback import SAAP as SAAP
+    from prunelit.callbacks.shortgpt import ShortGPT as ShortGPT
+    from prunelit.callbacks.taylor import Taylor as Taylor
+    from prunelit.callbacks.wanda_sp import WandaSp as WandaSp
+    from prunelit.core.architectures import Architecture as Architecture
+    from prunelit.core.architectures import register as register
+    from prunelit.core.plan import LayerPlan as LayerPlan
+    from prunelit.core.plan import PruningPlan as PruningPlan
+    from prunelit.core.scores import LayerScores as LayerScores
+    from prunelit.data.loading import load as load
+    from prunelit.data.loading import load_tokenizer as load_tokenizer
+    from prunelit.export.write import save as save
+    from prunelit.model.decoder import Decoder as Decoder
+    from prunelit.model.surgery import apply as apply
+    from prunelit.monitoring.checkpoints import AtomicCheckpointIO as AtomicCheckpointIO
+    from prunelit.monitoring.checkpoints import SaveOnSigterm as SaveOnSigterm
+    from prunelit.monitoring.dashboard import Dashboard as Dashboard
+    from prunelit.pruning.callback import PruningCallback as PruningCallback
+    from prunelit.pruning.context import PruningContext as PruningContext
+    from prunelit.pruning.method import plan as plan
+    from prunelit.recovery.datamodule import TextDataModule as TextDataModule
+    from prunelit.recovery.module import RecoveryModule as RecoveryModule
+    from prunelit.runtime.errors import PrunelitError as PrunelitError
+
 _HOME = {
-    "Architecture": "prunelit.core.architectures",
-    "register": "prunelit.core.architectures",
-    "PruningPlan": "prunelit.core.plan",
-    "LayerPlan": "prunelit.core.plan",
-    "Decoder": "prunelit.model.decoder",
-    "LayerScores": "prunelit.core.scores",
-    "observe": "prunelit.calibration.observe",
+    # Verbs
+    "plan": "prunelit.pruning.method",
     "apply": "prunelit.model.surgery",
+    "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
     "load_tokenizer": "prunelit.data.loading",
-    "save": "prunelit.export",
     "perplexity": "prunelit.calibration.metrics",
-    "PruningCallback": "prunelit.callbacks",
+    # Plans
+    "PruningPlan": "prunelit.core.plan",
+    "LayerPlan": "prunelit.core.plan",
+    # Methods
+    "Best": "prunelit.callbacks",
+    "BlockPruner": "prunelit.callbacks",
+    "FLAP": "prunelit.callbacks",
+    "GreedyOutput": "prunelit.callbacks",
     "LLMBIP": "prunelit.callbacks",
     "Magnitude": "prunelit.callbacks",
     "Random": "prunelit.callbacks",
-    "Dashboard": "prunelit.callbacks",
+    "SAAP": "prunelit.callbacks",
+    "ShortGPT": "prunelit.callbacks",
+    "Taylor": "prunelit.callbacks",
+    "WandaSp": "prunelit.callbacks",
+    # What the author of a method or an architecture needs
+    "PruningCallback": "prunelit.pruning.callback",
+    "PruningContext": "prunelit.pruning.context",
+    "Decoder": "prunelit.model.decoder",
+    "LayerScores": "prunelit.core.scores",
+    "observe": "prunelit.calibration.observe",
+    "Sums": "prunelit.calibration.observe",
+    "Architecture": "prunelit.core.architectures",
+    "register": "prunelit.core.architectures",
+    # Jobs
     "RecoveryModule": "prunelit.recovery.module",
     "TextDataModule": "prunelit.recovery.datamodule",
+    "Dashboard": "prunelit.monitoring.dashboard",
     "AtomicCheckpointIO": "prunelit.monitoring.checkpoints",
     "SaveOnSigterm": "prunelit.monitoring.checkpoints",
     "PrunelitError": "prunelit.runtime.errors",

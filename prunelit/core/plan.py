@@ -7,8 +7,10 @@ Plain data, standard library only: a plan is validated when it is made, written 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from html import escape
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,7 @@ class LayerPlan:
         return cls(tuple(range(shape.query_heads)), tuple(range(shape.kv_groups)), tuple(range(shape.ffn_channels)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningPlan:
     """Kept units of every layer, and where they come from.
 
@@ -75,6 +77,19 @@ class PruningPlan:
     Raises:
         BadPlan: indices not sorted, not unique or out of range; query heads that do not belong to a kept KV group or
             differ in number between the groups of a layer; every attention block or every layer removed.
+
+    Example:
+        >>> shape = LayerShape(
+        ...     query_heads=4, kv_groups=2, head_dim=8, ffn_channels=6, query_head_cost=16, kv_head_cost=16,
+        ...     channel_cost=3, attention_cost=100, mlp_cost=20, ffn_matrices=3, heads_prunable=True,
+        ... )
+        >>> model = ModelShape(
+        ...     model_type="llama", name="tiny", hidden_size=1, parameters=1000, head_macs=0, bytes_per_element=4,
+        ...     weights="0" * 16, layers=(shape, shape),
+        ... )
+        >>> plan = PruningPlan("by hand", model, (LayerPlan.dense(shape), LayerPlan.dense(shape)))
+        >>> plan.replace_layer(1, kv_groups=[0], ffn_channels="0-3").layers[1]
+        LayerPlan(query_heads=(0, 1), kv_groups=(0,), ffn_channels=(0, 1, 2, 3), attention_bias=False, mlp_bias=False)
     """
 
     method: str
@@ -151,6 +166,74 @@ class PruningPlan:
         content = [asdict(self.model), layers]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
+    # For people ----------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        removed = self.predicted["ratio_of_block_parameters"]
+        return (
+            f"<PruningPlan {self.digest}: {self.method} on {self.model.name or self.model.model_type}, "
+            f"{len(self.layers)} layers, {removed:.2%} of their parameters removed>"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: totals, and a row for every run of layers that keep as much."""
+        predicted = self.predicted
+        totals = (
+            f"{escape(self.method)} on {escape(self.model.name or self.model.model_type)}: "
+            f"{predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
+            f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} remain"
+        )
+        rows = []
+        for widths, run in groupby(enumerate(self.layers), key=lambda pair: pair[1].widths):
+            indices = [index for index, _ in run]
+            name = str(indices[0]) if len(indices) == 1 else f"{indices[0]} to {indices[-1]}"
+            dense = self.model.layers[indices[0]]
+            pairs = zip(widths, (dense.query_heads, dense.kv_groups, dense.ffn_channels), strict=True)
+            cells = "".join(f"<td>{remaining:,} of {whole:,}</td>" for remaining, whole in pairs)
+            rows.append(f"<tr><td>{name}</td>{cells}</tr>")
+        head = "".join(f"<th>{name}</th>" for name in ("layer", "query heads", "KV groups", "FFN channels"))
+        return f"<p>{totals}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+
+    def replace_layer(
+        self,
+        index: int,
+        query_heads: Sequence[int] | str | None = None,
+        kv_groups: Sequence[int] | str | None = None,
+        ffn_channels: Sequence[int] | str | None = None,
+    ) -> "PruningPlan":
+        """Make a plan that differs from this one in a single layer.
+
+        Args:
+            index: of the dense layer; negative numbers count from the end.
+            query_heads: indices that remain, as numbers or as text ("0-2, 5"); None: as they are, or with `kv_groups`
+                all heads of these groups.
+            kv_groups: the same for KV groups; None: as they are, or with `query_heads` the groups of these heads.
+                An empty list removes the attention block.
+            ffn_channels: the same for FFN channels; an empty list removes the FFN block.
+
+        Raises:
+            BadPlan: no such layer; or the new layer is not valid, see the class.
+        """
+        if not -len(self.layers) <= index < len(self.layers):
+            raise BadPlan(f"plan: replace_layer: expected a layer below {len(self.layers)}, got {index}")
+        index %= len(self.layers)
+        shape, layer = self.model.layers[index], self.layers[index]
+        place = f"plan: layer {index}"
+        changes: dict[str, Any] = {}
+        if ffn_channels is not None:
+            changes["ffn_channels"] = _parse_units(f"{place}: ffn_channels", ffn_channels, shape.ffn_channels)
+        size = shape.query_heads // max(1, shape.kv_groups)
+        if kv_groups is not None:
+            changes["kv_groups"] = _parse_units(f"{place}: kv_groups", kv_groups, shape.kv_groups)
+            heads = [group * size + head for group in changes["kv_groups"] for head in range(size)]
+            changes["query_heads"] = tuple(heads)
+        if query_heads is not None:
+            changes["query_heads"] = _parse_units(f"{place}: query_heads", query_heads, shape.query_heads)
+            if kv_groups is None:
+                changes["kv_groups"] = tuple(dict.fromkeys(head // size for head in changes["query_heads"]))
+        layers = (*self.layers[:index], replace(layer, **changes), *self.layers[index + 1 :])
+        return replace(self, layers=layers)
+
     # JSON --------------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -226,6 +309,13 @@ class PruningPlan:
             raise BadPlan(f"plan {str(path)!r}: expected a plan.json, got a file that is no text") from error
         except BadPlan as error:
             raise BadPlan(f"{path}: {error}") from error
+
+
+def _parse_units(place: str, units: Sequence[int] | str, size: int) -> tuple[int, ...]:
+    """Indices below `size` from a list of numbers, or from text as plan files have it; none where the list is empty."""
+    if not units:
+        return ()
+    return tuple(plan_json.parse_index_ranges(place, units if isinstance(units, str) else list(units), size))
 
 
 def get_applied_plans(model: Any) -> dict[str, PruningPlan]:

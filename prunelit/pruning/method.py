@@ -430,3 +430,36 @@ def _check_ranks_agree(plan: PruningPlan) -> None:
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
+
+
+def plan(
+    model: nn.Module | Decoder,
+    method: str | type[PruningMethod] | PruningMethod = "llm_bip",
+    batches: Sequence[Batch] = (),
+    **options: Any,
+) -> PruningPlan:
+    """Plan a cut without carrying it out: what `prunelit.apply(model, plan)` would remove.
+
+    Args:
+        model: dense transformers causal LM, or its `Decoder`; it stays as it is.
+        method: name of a method (`python -m prunelit methods`), its class, or an instance.
+        batches: calibration set, `[{"input_ids": token ids [B, S]}, ...]`; none for methods that read no text.
+        options: of the method, `ratio` at least; not with an instance.
+
+    Raises:
+        BadOption: no such method, or options beside an instance; PrunelitError: as `PruningMethod.plan_model`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
+        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
+        >>> plan(model, "magnitude", ratio=0.5, align=8).layers[0].widths
+        (2, 1, 8)
+    """
+    if isinstance(method, PruningMethod):
+        if options:
+            raise BadOption(f"method: expected no options beside an instance, got {', '.join(options)}")
+        return method.plan_model(model, batches)
+    kind = registry.method_class(method) if isinstance(method, str) else method
+    instance: PruningMethod = kind(**options)
+    return instance.plan_model(model, batches)
