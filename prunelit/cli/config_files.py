@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from prunelit.pruning import registry
 from prunelit.pruning.registry import list_broken_files, methods
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_file, suggest_name
 from prunelit.runtime.parser_messages import condense_message
@@ -154,6 +155,6 @@ def _list_known_classes() -> dict[str, Any]:
         package = importlib.import_module(f"lightning.pytorch.{module}")
         found |= {name: getattr(package, name) for name in package.__all__}
         found |= {f"lightning.pytorch.{module}.{name}": getattr(package, name) for name in package.__all__}
-    package = importlib.import_module("prunelit.callbacks")
+    package = importlib.import_module(registry.PACKAGE)
     names = (method.class_name for method in methods().values())
     return found | {f"prunelit.callbacks.{name}": getattr(package, name) for name in names}
