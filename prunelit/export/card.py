@@ -1,6 +1,6 @@
-"""The model card, README.md: what was cut from what, on which text, what it costs and predicts, how to load it.
+"""The model card, README.md: what was pruned from which model, on which text, its size and quality, and how to load it.
 
-Only what the plan, the run's report and the proof know; paths of the machine that made it are cut to their last names.
+The card holds only what the plan, the run's report and the proof say. Of a local path it shows the last name only.
 """
 
 import re
@@ -22,16 +22,22 @@ _SIZE_LABELS = {
     "kv_bytes_per_token": "KV-cache bytes per token",
 }
 _INHERITED_FIELDS = ("base_model", "license", "license_name", "license_link", "language")
+"""Front matter that is taken from the card of the dense model."""
 
 
 def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, report: Mapping[str, Any]) -> str:
-    """Markdown with the hub's front matter.
+    """Render the model card.
 
     Args:
-        written: sizes, verdict, what the format has to say.
+        written: the sizes, the verdict, and the format's facts.
         chosen: the format.
-        job: the model, its plan.
-        report: report.json of the run that made it; may be empty.
+        job: the model and its plan.
+        report: report.json of the run that made the model; may be empty.
+
+    Returns:
+        Markdown with the front matter of the Hugging Face hub.
+
+    Example: see `prunelit.export.write_model`, which writes it as README.md.
     """
     note = written.facts.get("note")
     source = str(getattr(job.model.config, "_name_or_path", "") or "")
@@ -50,20 +56,26 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
 
 
 def _build_front_matter(source: str, chosen: Format) -> dict[str, Any]:
-    """For the hub: the base model where it has a name there; its license and language from its own card."""
+    """Build the hub's front matter.
+
+    The base model is named if it is one of the hub. If it is a local folder, its card gives license and language.
+    """
     head: dict[str, Any] = {"library_name": chosen.library, "pipeline_tag": "text-generation"}
-    found = re.match(r"---\n(.*?)\n---", _read_text_or_empty(Path(source, CARD_FILE)) if source else "", re.DOTALL)
+    source_card = _read_text_or_empty(Path(source, CARD_FILE)) if source else ""
+    front_matter = re.match(r"---\n(.*?)\n---", source_card, re.DOTALL)
     try:
-        theirs = yaml.safe_load(found[1]) if found else {}
+        source_head = yaml.safe_load(front_matter[1]) if front_matter else {}
     except yaml.YAMLError:
-        theirs = {}
+        source_head = {}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():
         head["base_model"] = source
-    head |= {name: theirs[name] for name in _INHERITED_FIELDS if isinstance(theirs, dict) and name in theirs}
+    if isinstance(source_head, dict):
+        head |= {name: source_head[name] for name in _INHERITED_FIELDS if name in source_head}
     return head | {"tags": ["prunelit", "pruned", "structured-pruning", chosen.name]}
 
 
 def _read_text_or_empty(path: Path) -> str:
+    """Read a text file; "" where there is none or it is no text."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -71,6 +83,7 @@ def _read_text_or_empty(path: Path) -> str:
 
 
 def _render_title(name: str, plan: PruningPlan | None) -> str:
+    """Render the heading and the first paragraph."""
     if plan is None:
         return f"# {name}\n\nWritten by prunelit."
     share = plan.predicted["ratio_of_block_parameters"]
@@ -82,13 +95,14 @@ def _render_title(name: str, plan: PruningPlan | None) -> str:
 
 
 def _render_sizes(written: ExportResult, plan: PruningPlan | None) -> str:
+    """Render the table of sizes, and with a plan the table of remaining units."""
     size, dense = written.size, written.dense
     if plan is None or dense is None:
-        rows = [f"| {what} | {size[name]:,} |" for name, what in _SIZE_LABELS.items()]
+        rows = [f"| {label} | {size[name]:,} |" for name, label in _SIZE_LABELS.items()]
         return "\n".join(["## Size", "", "| | |", "|---|---|", *rows])
     rows = [
-        f"| {what} | {dense[name]:,} | {size[name]:,} | {1 - size[name] / dense[name]:.1%} |"
-        for name, what in _SIZE_LABELS.items()
+        f"| {label} | {dense[name]:,} | {size[name]:,} | {1 - size[name] / dense[name]:.1%} |"
+        for name, label in _SIZE_LABELS.items()
         if dense[name]
     ]
     return "\n".join(
@@ -106,32 +120,32 @@ def _render_sizes(written: ExportResult, plan: PruningPlan | None) -> str:
 
 
 def _render_layer_rows(plan: PruningPlan) -> Iterator[str]:
-    """Rows of layers in succession that keep as much."""
+    """Render a table row for each run of consecutive layers with the same remaining widths."""
     pairs = zip(plan.layers, plan.model.layers, strict=True)
     rows = [
         tuple(
-            f"{kept} of {of}" if kept else "-"
-            for kept, of in zip(layer.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
+            f"{kept} of {total}" if kept else "-"
+            for kept, total in zip(layer.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
         )
         for layer, shape in pairs
     ]
     start = 0
-    for row, same in groupby(rows):
-        end = start + len(list(same))
+    for row, equal_rows in groupby(rows):
+        end = start + len(list(equal_rows))
         yield f"| {start if end == start + 1 else f'{start}-{end - 1}'} | {' | '.join(row)} |"
         start = end
 
 
 def _render_method(plan: PruningPlan | None) -> str:
+    """Render the section on method, options and calibration set; "" without a plan."""
     if plan is None:
         return ""
     options = ", ".join(f"{name} {_format_value(value)}" for name, value in plan.options.items() if value is not None)
-    read = plan.calibration
-    text = (
-        f"{read['windows']} windows of {read['seqlen']} tokens of {_format_value(read['source'])}"
-        if _has_text_source(read)
-        else "none"
-    )
+    calibration = plan.calibration
+    text = "none"
+    if _has_text_source(calibration):
+        text = f"{calibration['windows']} windows of {calibration['seqlen']} tokens"
+        text += f" of {_format_value(calibration['source'])}"
     return (
         f"## How\n\n- method: `{plan.method}`\n- options: {options or 'none'}\n- calibration text: {text}\n"
         f"- seed: {plan.seed}\n- plan: `plan.json`, digest {plan.digest}"
@@ -139,30 +153,38 @@ def _render_method(plan: PruningPlan | None) -> str:
 
 
 def _has_text_source(calibration: Mapping[str, Any]) -> bool:
+    """Tell whether a plan's calibration record describes text."""
     return {"windows", "seqlen", "source"} <= calibration.keys()
 
 
 def _render_quality(report: Mapping[str, Any]) -> str:
-    """Perplexities of the run's report, with their protocol."""
+    """Render the perplexities of the run's report, with their protocol; "" where there are none."""
     stages = [name for name in ("dense", "pruned", "recovered") if _get_perplexity(report, name) is not None]
     if not stages:
         return ""
-    found = report.get("protocol")
+    settings = report.get("protocol")
     protocol = ", ".join(
         f"{name.replace('_', ' ')} {_format_value(value)}"
-        for name, value in (found.items() if isinstance(found, Mapping) else ())
+        for name, value in (settings.items() if isinstance(settings, Mapping) else ())
     )
     rows = [f"| {name} | {_get_perplexity(report, name):.2f} |" for name in stages]
     return "\n".join(["## Quality", "", "| | perplexity |", "|---|---|", *rows, "", f"Protocol: {protocol}."])
 
 
 def _get_perplexity(report: Mapping[str, Any], stage: str) -> float | None:
-    found = report.get(stage)
-    number = found.get("perplexity") if isinstance(found, Mapping) else None
-    return number if isinstance(number, int | float) else None
+    """Return the perplexity of a stage; None where the report has no such number.
+
+    Example:
+        >>> _get_perplexity({"dense": {"perplexity": 12.5}}, "dense")
+        12.5
+    """
+    metrics = report.get(stage)
+    perplexity = metrics.get("perplexity") if isinstance(metrics, Mapping) else None
+    return perplexity if isinstance(perplexity, int | float) else None
 
 
 def _render_proof(proof: Mapping[str, Any]) -> str:
+    """Render the section on the proof."""
     lines = [f"- loaded by: {proof['loader']}"]
     if "largest_difference" in proof:
         lines.append(
@@ -177,12 +199,17 @@ def _render_proof(proof: Mapping[str, Any]) -> str:
             f"(at most {proof['cache_limit']:.2g})"
         )
     names = ("prunelit", "transformers", "torch", "python")
-    used = ", ".join(f"{name} {proof['versions'][name]}" for name in names if name in proof.get("versions", {}))
-    return "\n".join(["## Proof", "", *lines, f"- versions: {used}", "", "The same as data: `proof.json`."])
+    versions = ", ".join(f"{name} {proof['versions'][name]}" for name in names if name in proof.get("versions", {}))
+    return "\n".join(["## Proof", "", *lines, f"- versions: {versions}", "", "The same as data: `proof.json`."])
 
 
 def _format_value(value: Any) -> str:
-    """A value in a sentence; a path without its folders."""
+    """Format a value for a sentence; of a path only the last name is shown.
+
+    Example:
+        >>> _format_value(["/data/words.txt", 3])
+        'words.txt + 3'
+    """
     if isinstance(value, list | tuple):
         return " + ".join(_format_value(item) for item in value) or "none"
     if isinstance(value, str) and (value.startswith((".", "/", "~")) or Path(value).exists()):
@@ -190,5 +217,6 @@ def _format_value(value: Any) -> str:
     return str(value)
 
 
-def _format_sentence(said: str) -> str:
-    return f"{said[0].upper()}{said[1:]}."
+def _format_sentence(text: str) -> str:
+    """Capitalise the first letter of a text, and end it with a full stop."""
+    return f"{text[0].upper()}{text[1:]}."

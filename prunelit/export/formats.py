@@ -115,5 +115,5 @@ def load_export_format(name: str) -> Format:
     """
     if name not in FORMATS:
         raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{suggest_name(name, FORMATS)}")
-    found: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
-    return found
+    format: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
+    return format

@@ -1,7 +1,7 @@
-"""hetero: a folder for layers of different shape: `per_layer_config` in config.json, one generated modelling file.
+"""Format hetero: a folder for layers of different shape, with `per_layer_config` in config.json and a modelling file.
 
-`skip` lists removed blocks ("attention", "mlp") in the words of transformers' own schema. The `model_type` is changed,
-so that stock classes refuse the folder instead of filling missing blocks with random weights.
+`skip` lists the removed blocks ("attention", "mlp"), as transformers' own schema has it. The `model_type` is changed,
+so that stock classes refuse the folder; they would fill missing blocks with random weights.
 """
 
 import json
@@ -27,15 +27,24 @@ _MODELLING_MODULE = "modeling_pruned"
 
 
 def build_per_layer_model(model: nn.Module) -> Any:
-    """The model's class with per-layer shapes, built on the meta device.
+    """Build a model of the per-layer class of this family on the meta device, with the shapes of a live model.
+
+    Args:
+        model: the live model.
+
+    Returns:
+        A model on the meta device whose parameters have the names and shapes of the live model.
 
     Raises:
-        DoesNotFit: no dense skeleton has this head size (a family whose config can not say it).
+        DoesNotFit: no dense config of the family leads to this head size.
+
+    Example: see `prunelit.data.loading.make_per_layer_class`, and `write_hetero`, which saves it.
     """
     decoder, base = Decoder(model), find_stock_class(type(model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
     build = make_per_layer_class(base, decoder.architecture)
-    # The skeleton's head size must be the model's: some families read it, others divide the hidden size.
+    # The global number of heads must lead to the model's head size: some families read head_dim from the config, others
+    # divide the hidden size by the number of heads.
     for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
         settings = _build_config_settings(decoder, heads)
         _declare_added_biases(settings, decoder, build_on_meta(build, build.config_class.from_dict(settings)))
@@ -43,13 +52,18 @@ def build_per_layer_model(model: nn.Module) -> Any:
         if shell is not None:
             return shell
     raise DoesNotFit(
-        f"format 'hetero': no skeleton of {base.__name__} has heads of size {shapes[0].head_dim}; cut channels or "
+        f"format 'hetero': no dense {base.__name__} has heads of size {shapes[0].head_dim}; prune channels or "
         "blocks only"
     )
 
 
 def add_modelling_file(model: nn.Module, folder: Path) -> None:
-    """Write the modelling file beside a saved per-layer model, and the `auto_map` that points to it."""
+    """Write the modelling file into the folder of a saved per-layer model, and `auto_map` into its config.
+
+    Args:
+        model: the live model.
+        folder: the folder; config.json is changed in place.
+    """
     base, names = find_stock_class(type(model)), Decoder(model).architecture.names
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
@@ -62,31 +76,43 @@ def add_modelling_file(model: nn.Module, folder: Path) -> None:
 
 
 def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
-    """Config of a live model: global widths of the dense skeleton, and what each layer has instead."""
+    """Build the config of a live model: global widths, and those that each layer has instead.
+
+    Args:
+        decoder: the live model.
+        heads: the global number of query heads.
+    """
     names, shapes = decoder.architecture, [layer.shape for layer in decoder]
     keys = {names.config_heads: "query_heads", names.config_kv_heads: "kv_groups", names.config_ffn: "ffn_channels"}
     settings = decoder.config.to_dict()
     settings[names.config_heads] = heads
     settings[names.config_kv_heads] = settings.get(names.config_kv_heads) or heads
     settings[names.config_ffn] = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
-    layers = {}
+    per_layer_settings = {}
     for index, (layer, shape) in enumerate(zip(decoder, shapes, strict=True)):
         widths = {key: getattr(shape, name) for key, name in keys.items()}
-        own: dict[str, Any] = {key: width for key, width in widths.items() if width and width != settings[key]}
-        skip = [name for name, there in (("attention", layer.has_attention), ("mlp", layer.has_mlp)) if not there]
-        if own or skip:
-            layers[index] = own | ({"skip": skip} if skip else {})
+        different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != settings[key]}
+        blocks = (("attention", layer.has_attention), ("mlp", layer.has_mlp))
+        removed = [name for name, remains in blocks if not remains]
+        if different or removed:
+            per_layer_settings[index] = different | ({"skip": removed} if removed else {})
     settings.pop(ADDED_BIASES, None)
-    return settings | {"per_layer_config": layers, "model_type": None, "auto_map": None}
+    return settings | {"per_layer_config": per_layer_settings, "model_type": None, "auto_map": None}
 
 
 def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> None:
-    """Add to the settings which output projections have a bias that those of the skeleton lack."""
+    """Declare the output projections that have a bias in the live model and none in the model that the config builds.
+
+    Args:
+        settings: the config; changed in place.
+        decoder: the live model.
+        shell: the model on the meta device that `settings` builds; None: it cannot be built.
+    """
     names = decoder.architecture
     if shell is None:
         return
-    for layer, bare in zip(decoder, find(shell, names.layers), strict=True):
-        attention, mlp = find(bare, names.attention), find(bare, names.mlp)
+    for layer, shell_layer in zip(decoder, find(shell, names.layers), strict=True):
+        attention, mlp = find(shell_layer, names.attention), find(shell_layer, names.mlp)
         pairs = {
             "attention": (layer.output, find(attention, names.output)) if layer.has_attention else None,
             "mlp": (layer.down, find(mlp, names.down)) if layer.has_mlp else None,
@@ -94,14 +120,14 @@ def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any
         added = [block for block, pair in pairs.items() if pair and pair[0].bias is not None and pair[1].bias is None]
         if added:
             settings["per_layer_config"].setdefault(layer.index, {})[ADDED_BIASES] = added
-            settings[ADDED_BIASES] = []  # the schema wants a value for the layers that say nothing
+            settings[ADDED_BIASES] = []  # transformers' schema requires a global value beside a per-layer one
 
 
 def _render_modelling_file(base: Any, names: dict[str, Any]) -> str:
-    """Source of the modelling file: prunelit/model/per_layer.py, then the two classes of this family."""
+    """Render the modelling file: the source of prunelit/model/per_layer.py, then the two classes of this family."""
     config = base.config_class
-    shared = Path(per_layer.__file__).read_text(encoding="utf-8")
-    return f"""{shared}
+    shared_source = Path(per_layer.__file__).read_text(encoding="utf-8")
+    return f"""{shared_source}
 
 # Generated by prunelit for this folder -------------------------------------------------------------------------------
 
@@ -124,6 +150,8 @@ def write_hetero(job: ExportJob) -> dict[str, Any]:
 
     Raises:
         DoesNotFit: see `build_per_layer_model`.
+
+    Example: `prunelit.export.write_model(model, "folder", tokenizer, format="hetero")` calls it.
     """
     write_model_as(build_per_layer_model(job.model), job)
     add_modelling_file(job.model, job.path)
@@ -131,7 +159,11 @@ def write_hetero(job: ExportJob) -> dict[str, Any]:
 
 
 def check_hetero(model: nn.Module, tokenizer: Any) -> None:
-    """As `write_hetero`, without writing."""
+    """Check that `write_hetero` can write a model, from shapes and config.
+
+    Raises:
+        DoesNotFit: see `build_per_layer_model`.
+    """
     build_per_layer_model(model)
 
 

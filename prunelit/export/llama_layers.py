@@ -1,7 +1,7 @@
-"""A model whose layers compute what Llama's do, whatever its class: its projections by role, its rope, its context.
+"""A model whose layers compute the same as Llama's, whatever its class: its projections by role, rope and context.
 
-Formats outside transformers (`gguf`, `deci`) know a few graphs only, and read from a file what transformers keeps in
-code; what they can not express is refused here, in one line, before anything is written.
+Formats outside transformers (`gguf`, `deci`) have a few graphs only, and read from a file what transformers keeps in
+its code. A model that they cannot express is refused here, in one line, before anything is written.
 
 Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
 """
@@ -22,32 +22,44 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def get_model_family(decoder: Decoder) -> str:
-    """The `model_type` of the dense model."""
+    """Return the `model_type` of the dense model."""
     return str(decoder.config.model_type).removeprefix(PRUNED)
 
 
 def collect_projections(layer: Layer) -> dict[str, nn.Module]:
-    """Linears by role: q [Q * D, H], k and v [G * D, H], o [H, Q * D], gate and up [F, H], down [H, F].
+    """Collect the linears of a layer by role.
 
-    Those of a removed block are missing.
+    Returns:
+        Linears with weights q [Q * D, H], k and v [G * D, H], o [H, Q * D], gate and up [F, H], down [H, F]. The
+        linears of a removed block are missing.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> decoder = Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)))
+        >>> {role: list(linear.weight.shape) for role, linear in collect_projections(decoder.layers[0]).items()}["down"]
+        [16, 24]
     """
-    found: dict[str, nn.Module] = {}
+    linears: dict[str, nn.Module] = {}
     if layer.has_attention:
-        found |= dict(zip("qkv", layer.qkv, strict=True)) | {"o": layer.output}
+        linears |= dict(zip("qkv", layer.qkv, strict=True)) | {"o": layer.output}
     if layer.has_mlp:
-        found |= dict(zip(("gate", "up"), layer.ffn_in, strict=True)) | {"down": layer.down}
-    return found
+        linears |= dict(zip(("gate", "up"), layer.ffn_in, strict=True)) | {"down": layer.down}
+    return linears
 
 
 def compute_rope_factors(decoder: Decoder, format: str) -> Tensor | None:
-    """What each rope frequency is divided by, [D / 2] float32; None where rope is not scaled.
+    """Compute the factors by which a scaled rope divides the frequencies of plain rope.
 
     Args:
-        decoder: of a family whose rotary module is at `model.rotary_emb`.
+        decoder: model of a family whose rotary module is at `model.rotary_emb`.
         format: name of the format, for the message.
 
+    Returns:
+        [D / 2] in float32; None where rope is not scaled.
+
     Raises:
-        DoesNotFit: a rope that changes with the length of the text, scales attention, or covers part of the head.
+        DoesNotFit: a rope that changes with the length of the text, scales attention, or covers part of the head only.
     """
     rotary, rope = find(decoder.model, "model.rotary_emb"), decoder.config.rope_parameters
     kind = str(rope.get("rope_type", "default"))
@@ -64,24 +76,28 @@ def compute_rope_factors(decoder: Decoder, format: str) -> Tensor | None:
         )
     if kind == "default":
         return None
+    # In float64, so that powers and quotient add no rounding error to that of the model's float32 frequencies.
     plain = float(rope["rope_theta"]) ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return (plain / frequencies.double()).float()
 
 
 def get_head_dim(decoder: Decoder) -> int:
-    """D, the same in all layers that have attention.
+    """Return the head size D, which is the same in all layers that have attention.
 
     Raises:
         DoesNotFit: no layer has attention.
     """
-    found = {layer.shape.head_dim for layer in decoder if layer.has_attention}
-    if len(found) != 1:
+    head_dims = {layer.shape.head_dim for layer in decoder if layer.has_attention}
+    if len(head_dims) != 1:
         raise DoesNotFit("output: expected a model with attention in at least one layer, got none; use 'hetero'")
-    return found.pop()
+    return head_dims.pop()
 
 
 def compute_context_limit(decoder: Decoder) -> int:
-    """Tokens up to which the file computes what the model does: its own limit, or its sliding window if smaller."""
+    """Compute the number of tokens up to which full attention equals the model's own.
+
+    This is the model's context length, or its sliding window if that is smaller: the written graphs have no window.
+    """
     config = decoder.config
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) or ["sliding_attention"]
@@ -90,10 +106,15 @@ def compute_context_limit(decoder: Decoder) -> int:
 
 
 def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] = LLAMA_LIKE_FAMILIES) -> None:
-    """Check the family and what its config may change about the computation.
+    """Check the family of a model, and the options of its config that change the computation.
+
+    Args:
+        decoder: the model.
+        format: name of the format, for the message.
+        families: families that the format knows.
 
     Raises:
-        DoesNotFit: in one line, with what can be written instead.
+        DoesNotFit: the format cannot express the model; the message names a format that can.
     """
     family, config = get_model_family(decoder), decoder.config
     if family not in families:
@@ -109,5 +130,5 @@ def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] 
 
 
 def has_tied_embeddings(model: Any) -> bool:
-    """Whether the output head is the token table."""
+    """Tell whether the output head shares the tensor of the token table."""
     return bool(model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())

@@ -12,12 +12,17 @@ from prunelit.model.quiet import silence_transformers
 
 
 def write_model_as(shell: Any, job: ExportJob, weights: dict[str, Tensor] | None = None) -> None:
-    """Write config, weights (in shards if large) and generation config of a model to `job.place`.
+    """Write config, weights (in shards if they are large) and generation config of a model to `job.path`.
 
     Args:
-        shell: the class to write it as, built on the meta device.
-        job: model and place.
-        weights: by the names of the shell; None: the model's own, and zeros for biases that only the shell has.
+        shell: a model of the class to write, built on the meta device.
+        job: the model and the folder.
+        weights: tensors by the names of the shell; None: the model's own, and zeros for biases that only the shell has.
+
+    Raises:
+        NonFinite: a weight of a streamed model is not finite.
+
+    Example: see `prunelit.export.uniform.write_uniform`.
     """
     model = job.model
     with silence_transformers():
@@ -26,8 +31,9 @@ def write_model_as(shell: Any, job: ExportJob, weights: dict[str, Tensor] | None
             return
         if weights is None:
             weights, like = model.state_dict(), next(model.parameters())
-            spare = {name: x for name, x in shell.state_dict().items() if name not in weights}
-            weights |= {name: like.new_zeros(x.shape) for name, x in spare.items()}
+            missing = {name: x for name, x in shell.state_dict().items() if name not in weights}
+            weights |= {name: like.new_zeros(x.shape) for name, x in missing.items()}
+        # assign=True: the shell's parameters are on the meta device and cannot be copied into.
         shell.load_state_dict(weights, strict=True, assign=True)
         shell.tie_weights()
         shell.generation_config = copy.deepcopy(model.generation_config)

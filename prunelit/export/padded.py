@@ -1,10 +1,10 @@
-"""padded: layers that differ, in a stock class: zeros up to the largest kept width of each kind.
+"""Format padded: layers of different shape in a stock class, filled up with zeros to the largest remaining width.
 
-For programs that load plain models only. A head or channel of zeros adds exactly nothing, and neither does a removed
-block, which comes back as a block of zeros. Every layer then has the heads, KV groups and channels of the largest one,
-so a part of what the cut saved is given up; the writer says how much.
+It is for programs that load plain models only. A head or channel of zeros contributes exactly zero, and so does a
+block of zeros in place of a removed block. Every layer gets the heads, KV groups and channels of the largest layer, so
+part of the saving is lost; the writer reports how much.
 
-Legend: Q query heads, G KV groups, D head size, F FFN channels, H hidden.
+Legend: Q query heads, G KV groups, D head size, F FFN channels, H hidden size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,95 +26,120 @@ from prunelit.runtime.errors import DeclarationMismatch, DoesNotFit
 
 
 def write_padded(job: ExportJob) -> dict[str, Any]:
-    """Write a model under a stock class, with zeros in place of what only its largest layers have.
+    """Write a model under a stock class, with zeros where a layer has less than the largest one.
 
     Returns:
-        {"note", "size": of what is written, "cut_size": of the model, "saved_of_dense", "kept_of_saving": shares of
-        parameters, where there is a plan}.
+        {"note", "size": of the written model, "cut_size": of the model in memory}; with a plan also "saved_of_dense",
+        the share of the dense model's parameters that is still saved, and "kept_of_saving", the share of the pruned
+        model's saving that remains.
 
     Raises:
         DoesNotFit: no stock class of the family has such widths.
+
+    Example: `prunelit.export.write_model(model, "folder", tokenizer, format="padded")` calls it.
     """
     shell, weights = _build_padded_shell(job.model)
     write_model_as(shell, job, weights)
-    size, cut = metrics.measure_model_size(shell), metrics.measure_model_size(job.model)
-    facts: dict[str, Any] = {"size": size, "cut_size": cut}
-    note = f"padded: {size['parameters']:,} parameters, {size['parameters'] - cut['parameters']:,} of them zeros again"
+    size, pruned_size = metrics.measure_model_size(shell), metrics.measure_model_size(job.model)
+    facts: dict[str, Any] = {"size": size, "cut_size": pruned_size}
+    zeros = size["parameters"] - pruned_size["parameters"]
+    note = f"padded: {size['parameters']:,} parameters, {zeros:,} of them zeros again"
     if job.plan is not None:
         dense = job.plan.model.parameters
-        saved, would = dense - size["parameters"], dense - cut["parameters"]
-        facts |= {"saved_of_dense": saved / dense, "kept_of_saving": saved / would if would else 1.0}
+        saved, saved_by_pruning = dense - size["parameters"], dense - pruned_size["parameters"]
+        kept_of_saving = saved / saved_by_pruning if saved_by_pruning else 1.0
+        facts |= {"saved_of_dense": saved / dense, "kept_of_saving": kept_of_saving}
         smaller = f"still {saved / dense:.1%} smaller" if saved > 0 else "not smaller"
         note += (
-            f"; {smaller} than the dense model, where the cut one is {would / dense:.1%} smaller: "
-            f"{min(1, 1 - facts['kept_of_saving']):.0%} of the saving is given up"
+            f"; {smaller} than the dense model, where the pruned one is {saved_by_pruning / dense:.1%} smaller: "
+            f"{min(1, 1 - kept_of_saving):.0%} of the saving is given up"
         )
     return facts | {"note": note}
 
 
 def _build_padded_shell(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
-    """A stock class on the meta device that has room for every layer, and its weights.
+    """Build a stock model on the meta device that has room for every layer.
+
+    Returns:
+        The stock model, and its weights by name.
 
     Raises:
-        DoesNotFit: there is none.
+        DoesNotFit: there is no such class.
     """
     decoder = Decoder(model)
-    tried = []
-    for widths in _propose_layer_widths(decoder):
-        tried.append(widths)
+    all_widths = list(_propose_layer_widths(decoder))
+    for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):
-            if getattr(config, "kv_sharing_modes", None) is not None:  # every layer has an attention again
+            # Pruning marks layers without attention as "reuse", so that the cache skips them. Here none lacks it.
+            if getattr(config, "kv_sharing_modes", None) is not None:
                 config.kv_sharing_modes = None
             shell = build_on_meta(build, config)
             weights = None if shell is None else _scatter_weights(decoder, shell, widths)
             if weights is not None:
                 return shell, weights
-    least = tried[0]
+    smallest = all_widths[0]
     raise DoesNotFit(
-        f"format 'padded': no {decoder.config.model_type} of transformers has {least.query_heads} query heads in "
-        f"{least.kv_groups} KV groups of size {least.head_dim} and this model's biases; use format 'hetero'"
+        f"format 'padded': no {decoder.config.model_type} of transformers has {smallest.query_heads} query heads in "
+        f"{smallest.kv_groups} KV groups of size {smallest.head_dim} and this model's biases; use format 'hetero'"
     )
 
 
 def _propose_layer_widths(decoder: Decoder) -> Iterator[LayerWidths]:
-    """Widths that hold every layer: the least first, then those of classes whose head size is H / Q."""
+    """Propose widths that hold every layer: the smallest first, then those of classes whose head size is H / Q."""
     shapes = [layer.shape for layer in decoder]
     groups = max(shape.kv_groups for shape in shapes)
-    in_group, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
+    group_size, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
     channels = max(shape.ffn_channels for shape in shapes) or 1
-    yield LayerWidths(groups * in_group, groups, dim, channels)
+    yield LayerWidths(groups * group_size, groups, dim, channels)
     heads = int(decoder.config.hidden_size) // dim
-    for more in range(groups, heads + 1):
-        if heads % more == 0 and heads // more >= in_group and (heads, more) != (groups * in_group, groups):
-            yield LayerWidths(heads, more, dim, channels)
+    for more_groups in range(groups, heads + 1):
+        is_proposed = (heads, more_groups) == (groups * group_size, groups)
+        if heads % more_groups == 0 and heads // more_groups >= group_size and not is_proposed:
+            yield LayerWidths(heads, more_groups, dim, channels)
 
 
 def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) -> dict[str, Tensor] | None:
-    """The weights of `shell`; None where its shapes are others, or a weight of the model has no place in it."""
+    """Scatter a model's weights into the shapes of a stock model.
+
+    Args:
+        decoder: the model in memory.
+        shell: the stock model on the meta device.
+        widths: what every layer of `shell` must have.
+
+    Returns:
+        The weights by name; None where `shell` has other shapes, or a weight of the model has no place in it.
+    """
     try:
-        wide = Decoder(shell)
-    except DeclarationMismatch:  # a class that takes some of its widths from elsewhere, as Helium does
+        padded = Decoder(shell)
+    except DeclarationMismatch:  # a class that takes some of its widths from other options, as Helium does
         return None
-    if {LayerWidths.from_shape(layer.shape) for layer in wide} != {widths} or len(wide.layers) != len(decoder.layers):
+    padded_widths = {LayerWidths.from_shape(layer.shape) for layer in padded}
+    if padded_widths != {widths} or len(padded.layers) != len(decoder.layers):
         return None
-    own, room = decoder.model.state_dict(), {name: x.shape for name, x in shell.state_dict().items()}
+    weights = decoder.model.state_dict()
+    shapes = {name: x.shape for name, x in shell.state_dict().items()}
     like = next(decoder.model.parameters())
     for layer in decoder:
         prefix = f"{decoder.architecture.layers}.{layer.index}."
         for path, axis, places, size in _map_linear_places(layer, widths):
             conv1d = is_conv1d(cast(nn.Module, find(layer.module, path)))
             for part in ("weight", "bias") if axis == 0 else ("weight",):
-                if (name := f"{prefix}{path}.{part}") in own:
-                    own[name] = _scatter_with_zeros(own[name], axis ^ (conv1d and part == "weight"), places, size)
-        _scatter_per_head_entries(layer, prefix, own, widths)
-    if any(name not in room or room[name] != x.shape for name, x in own.items()):
+                if (name := f"{prefix}{path}.{part}") in weights:
+                    stored_axis = axis ^ (conv1d and part == "weight")  # Conv1D stores its weight as [in, out]
+                    weights[name] = _scatter_with_zeros(weights[name], stored_axis, places, size)
+        _scatter_per_head_entries(layer, prefix, weights, widths)
+    if any(name not in shapes or shapes[name] != x.shape for name, x in weights.items()):
         return None
-    return {name: own[name] if name in own else like.new_zeros(shape) for name, shape in room.items()}
+    return {name: weights[name] if name in weights else like.new_zeros(shape) for name, shape in shapes.items()}
 
 
 def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str, int, Tensor, int]]:
-    """Where rows (axis 0) and columns (1) of a layer's linears go: path in the layer, axis, their new places, how many
-    there are in all."""
+    """Map the rows and columns of a layer's linears to their places in the padded layer.
+
+    Yields:
+        For each linear: its path in the layer, the axis (0 rows, 1 columns), the new place of each of its rows or
+        columns, and their total number in the padded layer.
+    """
     a, dim = layer.architecture, widths.head_dim
     if layer.has_attention:
         queries, groups = _map_head_places(layer, widths)
@@ -127,56 +152,70 @@ def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str,
             ):
                 yield f"{a.attention}.{name}", 0, _expand_head_rows(places, dim), total * dim
         elif a.qkv_layout == "concat":
-            blocks = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
-            yield f"{a.attention}.{a.fused_qkv}", 0, _expand_head_rows(blocks, dim), (total_q + 2 * total_kv) * dim
-        else:  # per group: its query heads, its key head, its value head
-            in_group, has = total_q // total_kv, layer.shape.group_size
-            places = [g * (in_group + 2) + k for g in groups for k in (*range(has), in_group, in_group + 1)]
-            yield f"{a.attention}.{a.fused_qkv}", 0, _expand_head_rows(places, dim), (total_q + 2 * total_kv) * dim
+            head_places = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
+            rows = _expand_head_rows(head_places, dim)
+            yield f"{a.attention}.{a.fused_qkv}", 0, rows, (total_q + 2 * total_kv) * dim
+        else:  # rows are ordered by KV group: its query heads, its key head, its value head
+            padded_size, size = total_q // total_kv, layer.shape.group_size
+            head_places = [
+                g * (padded_size + 2) + k for g in groups for k in (*range(size), padded_size, padded_size + 1)
+            ]
+            rows = _expand_head_rows(head_places, dim)
+            yield f"{a.attention}.{a.fused_qkv}", 0, rows, (total_q + 2 * total_kv) * dim
         yield f"{a.attention}.{a.output}", 1, _expand_head_rows(queries, dim), total_q * dim
     if layer.has_mlp:
-        total, kept = widths.ffn_channels, torch.arange(layer.shape.ffn_channels)
-        inside = f"{a.mlp}." if a.mlp else ""
+        total, channels = widths.ffn_channels, torch.arange(layer.shape.ffn_channels)
+        mlp_prefix = f"{a.mlp}." if a.mlp else ""
         if a.fused_gate_up:
-            yield f"{inside}{a.fused_gate_up}", 0, torch.cat([kept, total + kept]), 2 * total
+            yield f"{mlp_prefix}{a.fused_gate_up}", 0, torch.cat([channels, total + channels]), 2 * total
         else:
             for path in (a.gate, a.up):
                 if path is not None:
-                    yield f"{inside}{path}", 0, kept, total
-        yield f"{inside}{a.down}", 1, kept, total
+                    yield f"{mlp_prefix}{path}", 0, channels, total
+        yield f"{mlp_prefix}{a.down}", 1, channels, total
 
 
 def _map_head_places(layer: Layer, widths: LayerWidths) -> tuple[list[int], list[int]]:
-    """Places of a layer's query heads and of its KV groups among those of the widest layer."""
-    in_group = widths.query_heads // widths.kv_groups
+    """Map a layer's query heads and KV groups to their places in the padded layer."""
+    padded_size = widths.query_heads // widths.kv_groups
     groups = list(range(layer.shape.kv_groups))
-    return [g * in_group + k for g in groups for k in range(layer.shape.group_size)], groups
+    return [g * padded_size + k for g in groups for k in range(layer.shape.group_size)], groups
 
 
-def _scatter_per_head_entries(layer: Layer, prefix: str, own: dict[str, Tensor], widths: LayerWidths) -> None:
-    """Move a layer's entries of single heads (norms) to the places of these heads."""
+def _scatter_per_head_entries(layer: Layer, prefix: str, weights: dict[str, Tensor], widths: LayerWidths) -> None:
+    """Move a layer's parameters that belong to single heads (norms) to the places of these heads, in `weights`."""
     if not layer.has_attention:
         return
     queries, groups = _map_head_places(layer, widths)
     for path, kind in layer.architecture.per_head.items():
         places, total = (queries, widths.query_heads) if kind == "query" else (groups, widths.kv_groups)
         name = f"{prefix}{layer.architecture.attention}.{path}"
-        if name in own:
-            own[name] = _scatter_with_zeros(own[name], 0, torch.tensor(places), total)
-        else:
-            moved = {key: own.pop(key) for key in list(own) if key.startswith(f"{name}.")}
-            for key, x in moved.items():
+        if name in weights:
+            weights[name] = _scatter_with_zeros(weights[name], 0, torch.tensor(places), total)
+        else:  # a list of modules, one per head
+            per_head = {key: weights.pop(key) for key in list(weights) if key.startswith(f"{name}.")}
+            for key, x in per_head.items():
                 number, _, rest = key.removeprefix(f"{name}.").partition(".")
-                own[f"{name}.{places[int(number)]}.{rest}"] = x
+                weights[f"{name}.{places[int(number)]}.{rest}"] = x
 
 
 def _expand_head_rows(heads: Sequence[int], dim: int) -> Tensor:
-    """Rows of the given heads: [len(heads) * D]."""
+    """Return the row numbers of the given heads, [len(heads) * D].
+
+    Example:
+        >>> _expand_head_rows([0, 2], dim=2)
+        tensor([0, 1, 4, 5])
+    """
     return (torch.tensor(heads)[:, None] * dim + torch.arange(dim)).flatten()
 
 
 def _scatter_with_zeros(x: Tensor, axis: int, places: Tensor, size: int) -> Tensor:
-    """`x` with its entries along an axis at `places`, and zeros at the others of `size`."""
+    """Put the entries of `x` along an axis at `places` of an axis of `size`, with zeros at the other places.
+
+    Example:
+        >>> _scatter_with_zeros(torch.tensor([5, 6]), axis=0, places=torch.tensor([0, 2]), size=3)
+        tensor([5, 0, 6])
+    """
     if len(places) == size:
         return x
     shape = list(x.shape)
@@ -185,7 +224,11 @@ def _scatter_with_zeros(x: Tensor, axis: int, places: Tensor, size: int) -> Tens
 
 
 def check_padded(model: nn.Module, tokenizer: Any) -> None:
-    """As `write_padded`, without writing; the zeros take no memory."""
+    """Check that `write_padded` can write a model; no weight is read, and the zeros take no memory.
+
+    Raises:
+        DoesNotFit: no stock class of the family has such widths.
+    """
     _build_padded_shell(copies.copy_to_meta_device(model))
 
 

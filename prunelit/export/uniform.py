@@ -119,9 +119,11 @@ def build_if_shapes_match(build: Any, config: Any, model: nn.Module, spare_biase
     if shell is None:
         return None
     expected = {(name, tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {(name, tensor.shape) for name, tensor in shell.state_dict().items()}
-    spare = {name for name, _ in found - expected}
-    return None if expected - found or (spare and not (spare_biases and all(map(_is_bias_name, spare)))) else shell
+    shell_shapes = {(name, tensor.shape) for name, tensor in shell.state_dict().items()}
+    spare = {name for name, _ in shell_shapes - expected}
+    return (
+        None if expected - shell_shapes or (spare and not (spare_biases and all(map(_is_bias_name, spare)))) else shell
+    )
 
 
 def build_on_meta(build: Any, config: Any) -> Any:

@@ -1,1 +1,1 @@
-"""Training a cut model back to quality, and merging what was trained."""
+"""Recovery: training a pruned model back to quality, and merging its adapters."""

@@ -48,7 +48,7 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
         base: what the configuration calls the base, a folder.
         wide: the base as it is saved, where channels of zeros were added to it; None: as it is under the adapters.
     """
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     fused = get_architecture(unwrap_peft_model(model).config).fused_gate_up
     shapes = {x.name: get_linear_widths(x.module) for x in list_decoder_linears(wide if wide is not None else model)}
     for linear in list_decoder_linears(model):
@@ -64,26 +64,26 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
         (outputs, inputs), parts = shapes[linear.name], 2 if linear.path.split(".")[-1] == fused else 1
         # Added inputs are zero, so any column serves: the last again keeps a group's columns equal.
         a = torch.cat([pair[0], pair[0][:, -1:].expand(-1, inputs - pair[0].shape[1])], 1)
-        found[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
-    config = _build_adapter_config(model, found)
+        pairs[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
+    config = _build_adapter_config(model, pairs)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     tensors = {}
-    for name, (a, b) in found.items():
+    for name, (a, b) in pairs.items():
         for part, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)  # it is written for its owner's eyes only
 
 
-def _build_adapter_config(model: Any, found: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+def _build_adapter_config(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
     """The configuration that the adapters have, or would have with PEFT."""
     linears = list_decoder_linears(model)
     if hasattr(model, "peft_config"):
         config = copy.deepcopy(model.peft_config["default"])
     else:
-        ranks = [len(found[linear.name][0]) for linear in linears]
+        ranks = [len(pairs[linear.name][0]) for linear in linears]
         rank = Counter(ranks).most_common(1)[0][0]
         scaling = cast(GroupLora, linears[0].module).scaling
         config = build_peft_config(model, ranks, rank, scaling * rank)
@@ -138,8 +138,8 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
-        said = " ".join(str(error).split())[:200]
-        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {said}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {reason}") from error
 
 
 def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
@@ -216,13 +216,13 @@ def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     if not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE)):
         return {}
     codes = CODES_PER_WORD if read_int4_config(folder) else 1
-    files, found = SafetensorsFolder(folder), {}
+    files, shapes = SafetensorsFolder(folder), {}
     for key in files.file_by_tensor:
         shape = tuple(files.map_tensor(key).shape) if key.endswith(".weight") else ()
         name = key.removesuffix(".weight")
         if len(shape) == 2:
-            found[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_by_tensor else 1))
-    return found
+            shapes[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_by_tensor else 1))
+    return shapes
 
 
 def _check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
@@ -233,10 +233,10 @@ def _check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, whe
                 f"adapter {str(folder)!r}: none of its linears is in the model ({next(iter(shapes))}, ...)"
             )
         return
-    for name, wanted in shapes.items():
+    for name, expected in shapes.items():
         got = base.get(name)
-        if got is None or (got != wanted and got[::-1] != wanted):  # Conv1D is stored as [in, out]
+        if got is None or (got != expected and got[::-1] != expected):  # Conv1D is stored as [in, out]
             raise BadAdapter(
-                f"adapter {str(folder)!r}: {name}: expected a linear of {list(wanted)} in {where}, got "
+                f"adapter {str(folder)!r}: {name}: expected a linear of {list(expected)} in {where}, got "
                 f"{'none' if got is None else list(got)}; it was made for another cut: pass the base it was trained on"
             )

@@ -1,4 +1,4 @@
-"""TextDataModule: windows of text for calibration, training and validation, none of them shared."""
+"""TextDataModule: disjoint windows of text for calibration, training and validation."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from prunelit.runtime.errors import BadOption, NotEnoughText
 
 
 class TextDataModule(LightningDataModule):
-    """Cut text sources into windows and keep calibration, validation and training windows apart.
+    """Windows of text for calibration, validation and training; no window is in two of these sets.
 
     Args:
         tokenizer: model source whose tokenizer is used (linked to the model on the command line).
@@ -21,15 +21,20 @@ class TextDataModule(LightningDataModule):
         validation: text source(s); None takes windows of `train`.
         seqlen: tokens per window.
         batch_size: windows per batch and process.
-        calibration_windows, validation_windows: how many to set aside.
-        train_windows: at most this many for training; None for all that are left, 0 for none (with `instructions`).
-        instructions: source(s) of questions and answers to train on as well, see `prunelit.data.instructions`; the loss is
-            on the answers alone.
-        examples: at most this many of them; None for all.
-        seed: of the split and of the shuffling.
+        calibration_windows: number of windows in the calibration set.
+        validation_windows: number of windows in the validation set.
+        train_windows: at most this many for training; None for all that remain, 0 for none (with `instructions`).
+        seed: seed of the split and of the shuffling.
+        instructions: source(s) of questions and answers to train on as well, see `prunelit.data.instructions`; the
+            loss is on the answers alone.
+        examples: at most this many instruction examples; None for all.
 
     Raises:
-        BadOption, SourceNotFound: on construction, before any model is loaded.
+        BadOption: a number out of range; on construction, before any model is loaded.
+        SourceNotFound: no such source; on construction too.
+
+    Example: `python -m prunelit fit --model MODEL --data.train words.txt --data.seqlen 512`, or in Python
+    `trainer.fit(RecoveryModule("MODEL"), TextDataModule("MODEL", train="words.txt"))`.
     """
 
     def __init__(
@@ -47,13 +52,13 @@ class TextDataModule(LightningDataModule):
         examples: int | None = None,
     ):
         super().__init__()
-        least = {
+        minima = {
             "seqlen": (seqlen, 2),
             "batch_size": (batch_size, 1),
             "calibration_windows": (calibration_windows, 0),
             "validation_windows": (validation_windows, 1),
         }
-        for name, (value, minimum) in least.items():
+        for name, (value, minimum) in minima.items():
             if value < minimum:
                 raise BadOption(f"data.{name}: expected at least {minimum}, got {value}")
         sources.check_model_source(tokenizer)
@@ -63,90 +68,99 @@ class TextDataModule(LightningDataModule):
         self.sources = self.train_sources + self.validation_sources + self.instruction_sources
         for source in self.sources:
             text.check_text_source(source)
-        for name, most, minimum in (
+        for name, limit, minimum in (
             ("train_windows", train_windows, 0 if instructions else 1),
             ("examples", examples, 1),
         ):
-            if most is not None and most < minimum:
-                raise BadOption(f"data.{name}: expected a positive number or null, got {most}")
+            if limit is not None and limit < minimum:
+                raise BadOption(f"data.{name}: expected a positive number or null, got {limit}")
         self.examples = examples
         self.source, self.seqlen, self.batch_size, self.seed = tokenizer, seqlen, batch_size, seed
         self.counts = (calibration_windows, validation_windows, train_windows)
         self.tokenizer: Any = None
 
     def setup(self, stage: str) -> None:
-        """Read, tokenise and split; the same on every rank."""
+        """Read, tokenise and split the text, in the same way on every rank."""
         if self.tokenizer is not None:
             return
         tokenizer = loading.load_tokenizer(self.source)
-        calibration, validation, train = self.counts
-        parts = [
+        calibration_count, validation_count, train_count = self.counts
+        windows_by_source = [
             _shuffle_windows(
                 text.cut_into_windows(text.tokenise_source(source, tokenizer), self.seqlen, source), self.seed + number
             )
             for number, source in enumerate(self.train_sources)
         ]
-        self.calibration, parts = _take_windows_evenly(parts, calibration)
+        self.calibration, windows_by_source = _take_windows_evenly(windows_by_source, calibration_count)
         if self.validation_sources:
-            self.validation = text.draw_windows(self.validation_sources, tokenizer, self.seqlen, validation)
+            self.validation = text.draw_windows(self.validation_sources, tokenizer, self.seqlen, validation_count)
         else:
-            self.validation, parts = _take_windows_evenly(parts, validation)
-        # The same text may stand in two sources: what is validated on is neither trained nor calibrated on.
-        seen = _fingerprint_windows(self.validation)
-        self.calibration = _drop_known_windows(self.calibration, seen)
-        self.train = _drop_known_windows(torch.cat(parts), seen | _fingerprint_windows(self.calibration))[:train]
+            self.validation, windows_by_source = _take_windows_evenly(windows_by_source, validation_count)
+        # Two sources may hold the same text: validation windows are dropped from calibration and training.
+        validation_prints = _fingerprint_windows(self.validation)
+        self.calibration = _drop_known_windows(self.calibration, validation_prints)
+        known_prints = validation_prints | _fingerprint_windows(self.calibration)
+        self.train = _drop_known_windows(torch.cat(windows_by_source), known_prints)[:train_count]
         self.rows = self._mix_instructions(tokenizer)
         if not len(self.rows["input_ids"]) or not len(self.validation):
+            available = sum(map(len, windows_by_source)) + len(self.calibration)
             raise NotEnoughText(
-                f"data: expected more than {calibration} calibration and {validation} validation windows of "
-                f"{self.seqlen} tokens, got {sum(map(len, parts)) + len(self.calibration)} in {self.train_sources}; "
-                "take a longer text or fewer windows"
+                f"data: expected more than {calibration_count} calibration and {validation_count} validation windows "
+                f"of {self.seqlen} tokens, got {available} in {self.train_sources}; take a longer text or fewer windows"
             )
         self.tokenizer = tokenizer
         if stage == "fit":
-            self.train_dataloader()  # raises now, not after the cut
+            self.train_dataloader()  # too little text raises here, before the model is pruned
 
     def _mix_instructions(self, tokenizer: Any) -> dict[str, Tensor]:
-        """What is trained on: windows of text, and examples."""
+        """Return the training rows: windows of text, and instruction examples behind them where there are some."""
         if not self.instruction_sources:
             return {"input_ids": self.train}
-        found = [
+        rows_by_source = [
             instruction_data.read_instructions(source, tokenizer, self.seqlen) for source in self.instruction_sources
         ]
-        examples = {name: torch.cat([rows[name] for rows in found]) for name in found[0]}
+        examples = {name: torch.cat([rows[name] for rows in rows_by_source]) for name in rows_by_source[0]}
         order = torch.randperm(len(examples["labels"]), generator=torch.Generator().manual_seed(self.seed))
         windows = {"input_ids": self.train, "labels": self.train, "attention_mask": torch.ones_like(self.train)}
         return {name: torch.cat([windows[name], rows[order[: self.examples]]]) for name, rows in examples.items()}
 
     def train_dataloader(self) -> "WindowLoader":
-        """Shuffled anew each epoch; resumes at the batch where a checkpoint was saved."""
+        """Return batches that are shuffled anew each epoch, and resume at the batch where a checkpoint was saved."""
         return WindowLoader(self.rows, self.batch_size, self.seed, *self._get_rank_and_world())
 
     def val_dataloader(self) -> "WindowLoader":
-        """In order."""
+        """Return batches of the validation windows in their order."""
         return WindowLoader({"input_ids": self.validation}, self.batch_size, None, *self._get_rank_and_world())
 
     def calibration_dataloader(self) -> list[dict[str, Tensor]]:
-        """What pruning callbacks score on; all of it on every rank."""
-        return [{"input_ids": part} for part in self.calibration.split(self.batch_size)]
+        """Return the calibration set, on which pruning callbacks score; every rank gets all of it."""
+        return [{"input_ids": windows} for windows in self.calibration.split(self.batch_size)]
 
     def _get_rank_and_world(self) -> tuple[int, int]:
         return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
 
 
 class WindowLoader:
-    """Batches of rows held in memory, shared out over ranks, with a position to resume from.
+    """Batches of rows that are held in memory and shared out over ranks; training can resume within an epoch.
 
     Lightning stores `state_dict()` in checkpoints and calls `load_state_dict()` on resume.
 
     Args:
-        rows: {"input_ids": [N, S], ...}; of rows with an attention mask, what all of a batch pad is left out.
+        rows: {"input_ids": [N, S], ...}; where there is an attention mask, columns that are padding in all rows of a
+            batch are cut off.
         batch_size: rows per batch and rank.
-        seed: shuffle with seed + epoch and drop what does not fill a batch on every rank; None: in order, all of it.
-        rank, world: this process among how many.
+        seed: rows are shuffled with seed + epoch, and those that do not fill a batch on every rank are dropped; None:
+            all rows in their order.
+        rank: number of this process.
+        world: number of processes.
 
     Raises:
         NotEnoughText: shuffled rows do not fill one batch on every rank.
+
+    Example:
+        >>> loader = WindowLoader({"input_ids": torch.arange(6).view(3, 2)}, batch_size=2, seed=None)
+        >>> [batch["input_ids"].tolist() for batch in loader]
+        [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
     def __init__(self, rows: Mapping[str, Tensor], batch_size: int, seed: int | None, rank: int = 0, world: int = 1):
@@ -172,16 +186,19 @@ class WindowLoader:
         else:
             order = torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed + self.epoch))
             order = order[: len(self) * self.batch_size * self.world]
-        mine = order[self.rank :: self.world]
-        if self.seed is None:  # as many batches on every rank, since a sharded model needs all ranks for every pass
-            mine = torch.cat([mine, mine.new_full((-(-self.size // self.world) - len(mine),), -1)])
+        rank_order = order[self.rank :: self.world]
+        if self.seed is None:
+            # Every rank needs as many batches, since a sharded model needs all ranks for every forward pass.
+            missing = -(-self.size // self.world) - len(rank_order)
+            rank_order = torch.cat([rank_order, rank_order.new_full((missing,), -1)])
         while self.batch < len(self):
-            index = mine[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
+            index = rank_order[self.batch * self.batch_size : (self.batch + 1) * self.batch_size]
+            # The position moves before the batch is trained on: a checkpoint saved after it goes on with the next one.
             self.batch += 1
             yield _trim_padding(self._select_rows(index))
 
     def _select_rows(self, index: Tensor) -> dict[str, Tensor]:
-        """Rows by number; -1 is a row of which nothing is predicted."""
+        """Select rows by number; -1 selects the last row with all its labels masked."""
         batch = {name: values[index] for name, values in self.rows.items()}
         if bool((index < 0).any()):
             labels = batch.get("labels", batch["input_ids"])
@@ -189,36 +206,47 @@ class WindowLoader:
         return batch
 
     def state_dict(self) -> dict[str, int]:
-        """Position: epoch, and batches taken in it."""
+        """Return the position: the epoch, and the number of batches already drawn in it."""
         return {"epoch": self.epoch, "batch": self.batch}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on from a position."""
+        """Continue from a position that `state_dict` returned."""
         self.epoch, self.batch = state["epoch"], state["batch"]
 
 
 def _trim_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without the columns that every row pads (on the right)."""
+    """Cut off the columns on the right that are padding in every row."""
     mask = batch.get("attention_mask")
     longest = None if mask is None else int(mask.sum(1).max())
     return {name: values[:, :longest] for name, values in batch.items()}
 
 
 def _shuffle_windows(windows: Tensor, seed: int) -> Tensor:
+    """Shuffle windows [N, S] along the first axis."""
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
 
 
-def _take_windows_evenly(parts: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
-    """`count` windows, the same number from the front of every part, and the parts without them."""
-    wanted = [count // len(parts) + (number < count % len(parts)) for number in range(len(parts))]
-    taken = torch.cat([part[:size] for part, size in zip(parts, wanted, strict=True)])
-    return taken, [part[size:] for part, size in zip(parts, wanted, strict=True)]
+def _take_windows_evenly(windows_by_source: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+    """Take windows from the front of every source, as evenly as possible.
+
+    Args:
+        windows_by_source: [N, S] of each source.
+        count: number of windows to take in all.
+
+    Returns:
+        The windows that were taken, and those that remain by source.
+    """
+    source_count = len(windows_by_source)
+    counts = [count // source_count + (number < count % source_count) for number in range(source_count)]
+    pairs = list(zip(windows_by_source, counts, strict=True))
+    return torch.cat([windows[:size] for windows, size in pairs]), [windows[size:] for windows, size in pairs]
 
 
 def _fingerprint_windows(windows: Tensor) -> set[str]:
     return {text.fingerprint_token_ids(window) for window in windows}
 
 
-def _drop_known_windows(windows: Tensor, seen: set[str]) -> Tensor:
-    keep = [text.fingerprint_token_ids(window) not in seen for window in windows]
-    return windows[torch.tensor(keep, dtype=torch.bool)] if len(windows) else windows
+def _drop_known_windows(windows: Tensor, known_prints: set[str]) -> Tensor:
+    """Drop the windows whose fingerprint is known."""
+    is_new = [text.fingerprint_token_ids(window) not in known_prints for window in windows]
+    return windows[torch.tensor(is_new, dtype=torch.bool)] if len(windows) else windows

@@ -1,6 +1,9 @@
-"""Low-rank adapters on a cut model, plain or quantised, and merging them back.
+"""Low-rank adapters (LoRA) on a pruned model, plain or quantised, and merging them into its weights.
 
-On plain and NF4 linears the adapters are PEFT's, so they save in PEFT's format; on INT4 they are `int4.GroupLora`.
+On plain and NF4 linears the adapters are PEFT's, so they are saved in PEFT's format. On INT4 linears they are
+`int4.GroupLora`.
+
+Source: Hu et al., "LoRA", arXiv 2106.09685; the placement on every prunable linear is that of LLM-Pruner's recovery.
 """
 
 import copy
@@ -29,157 +32,203 @@ from prunelit.runtime.progress import show_stage
 
 BLOCK_KINDS = ("attention", "ffn")
 RanksByBlock = Mapping[str, int] | Sequence[Mapping[str, int]]
+"""Ranks by kind of block: one mapping for all layers, or one mapping per layer."""
 
 
 def check_ranks(ranks: RanksByBlock | None) -> None:
-    """Check per-kind ranks, of all layers or of each, before a model is there.
+    """Check ranks by kind of block; no model is needed.
+
+    Args:
+        ranks: {"attention": r, "ffn": r} for all layers, or a sequence with one such mapping per layer.
 
     Raises:
         BadOption: a kind that is neither "attention" nor "ffn", or a rank below 1.
+
+    Example:
+        >>> check_ranks({"attention": 8, "ffn": 16})
+        >>> check_ranks([{"mlp": 4}])
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: ranks: expected attention and ffn with ranks of at least 1, got 'mlp': 4
     """
-    for of_layer in [ranks] if isinstance(ranks, Mapping) else ranks or ():
-        for kind, rank in of_layer.items():
+    for layer_ranks in [ranks] if isinstance(ranks, Mapping) else ranks or ():
+        for kind, rank in layer_ranks.items():
             if kind not in BLOCK_KINDS or type(rank) is not int or rank < 1:
                 raise BadOption(f"ranks: expected attention and ffn with ranks of at least 1, got {kind!r}: {rank!r}")
 
 
 def add_lora(model: Any, rank: int, alpha: int, dropout: float, ranks: RanksByBlock | None = None) -> Any:
-    """Put an adapter on every prunable linear (Hu et al. 2021; placement of LLM-Pruner's recovery).
+    """Put a LoRA adapter on every prunable linear, and freeze the model's own weights.
 
     Args:
-        model: the cut model, plain or out of `quantize`; its own weights are frozen.
+        model: the pruned model, plain or quantised by `quantize_model`.
         rank: rank of the adapters that `ranks` does not name.
-        alpha: adapters are scaled by alpha / rank; where `ranks` gives another rank the scale stays.
-        dropout: on the adapters' input.
-        ranks: {"attention": r, "ffn": r} for all layers, or one of these per layer (see `allocate_ranks_by_cut`).
+        alpha: every adapter is scaled by alpha / rank, also where `ranks` gives it another rank.
+        dropout: dropout probability on the adapters' input.
+        ranks: {"attention": r, "ffn": r} for all layers, or one such mapping per layer (see `allocate_ranks_by_cut`).
 
     Returns:
         The PEFT model; for an int4 base the model itself, changed in place. Adapters are float32 on any base.
 
     Raises:
-        BadOption: unknown kinds, ranks below 1, or not as many entries as the model has layers.
+        BadOption: unknown kinds, ranks below 1, or a number of entries other than the number of layers.
         BadQuantisation: the model has adapters already.
-        DeclarationMismatch, UnknownArchitecture: the model is not as declared.
+        DeclarationMismatch: the model's modules are not as declared.
+        UnknownArchitecture: no declaration for the model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> adapted = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), rank=4, alpha=8, dropout=0.0)
+        >>> len([name for name, parameter in adapted.named_parameters() if parameter.requires_grad])  # 2 * 7 * (A, B)
+        28
     """
     check_ranks(ranks)
     if has_adapters(model):
         raise BadQuantisation("add_lora: expected a model without adapters, got some; merge them first")
     base = get_quantization(model)
     if base is None:
-        Decoder(model)  # checks the declaration
+        Decoder(model)  # raises where the model is not as declared
     linears = list_decoder_linears(model)
-    chosen = _list_linear_ranks(linears, rank, ranks)
+    linear_ranks = _list_linear_ranks(linears, rank, ranks)
     if base == "int4":
         model.requires_grad_(False)
-        for linear, own in zip(linears, chosen, strict=True):
-            adapter = GroupLora(cast(Int4Linear, linear.module), own, alpha * own / rank, dropout)
+        for linear, linear_rank in zip(linears, linear_ranks, strict=True):
+            # GroupLora scales by alpha / rank itself, so alpha grows with the rank to keep one scale everywhere.
+            adapter = GroupLora(cast(Int4Linear, linear.module), linear_rank, alpha * linear_rank / rank, dropout)
             replace_module(model, linear.name, adapter)
         return model
 
     from peft import get_peft_model
 
-    return get_peft_model(model, build_peft_config(model, chosen, rank, alpha, dropout))
+    return get_peft_model(model, build_peft_config(model, linear_ranks, rank, alpha, dropout))
 
 
 def build_peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float, dropout: float = 0.0) -> Any:
-    """PEFT's configuration of adapters on every prunable linear.
+    """Build PEFT's configuration of adapters on every prunable linear.
 
     Args:
         model: transformers model, plain or quantised.
-        ranks: of the linears, in the order of `list_decoder_linears`.
-        rank: that of most.
-        alpha: adapters are scaled by alpha / rank, whatever their own rank.
-        dropout: on the adapters' input.
+        ranks: rank of each linear, in the order of `list_decoder_linears`.
+        rank: the default rank; linears with another one get a pattern.
+        alpha: adapters are scaled by alpha / rank, whatever their own rank is.
+        dropout: dropout probability on the adapters' input.
+
+    Returns:
+        A `peft.LoraConfig`.
+
+    Example: see `add_lora`.
     """
     from peft import LoraConfig
 
     linears, architecture = list_decoder_linears(model), get_architecture(model.config)
     patterns = _build_rank_patterns(linears, ranks, rank, architecture.layers)
-    known = {linear.name for linear in linears}
-    # Where FFN linears sit in the layer itself, a removed block leaves their names behind, on modules without weights.
-    strays = [
-        name for name, _ in model.named_modules() if name.split(".")[-1] in architecture.linears and name not in known
+    linear_names = {linear.name for linear in linears}
+    # PEFT selects modules by the last part of their name. Where FFN linears sit in the layer itself (OPT), a removed
+    # block leaves these names behind on modules without weights, and PEFT would raise on them.
+    removed_names = [
+        name
+        for name, _ in model.named_modules()
+        if name.split(".")[-1] in architecture.linears and name not in linear_names
     ]
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
         lora_dropout=dropout,
         target_modules=list(architecture.linears),
-        exclude_modules=strays or None,
+        exclude_modules=removed_names or None,
         rank_pattern=patterns,
-        alpha_pattern={pattern: alpha * own / rank for pattern, own in patterns.items()},
+        alpha_pattern={pattern: alpha * pattern_rank / rank for pattern, pattern_rank in patterns.items()},
         fan_in_fan_out=any(is_conv1d(linear.module) for linear in linears),
         task_type="CAUSAL_LM",
     )
 
 
 def allocate_ranks_by_cut(plan: PruningPlan, rank: int, group_size: int = 1) -> list[dict[str, int]]:
-    """Ranks for `add_lora`: more where more was cut, at no more adapter parameters than `rank` everywhere (ours).
+    """Allocate ranks for `add_lora`: a block that lost more units gets a higher rank.
 
-    A block that lost the share c of its heads' or channels' weights gets
+    The adapters have at most as many parameters as with `rank` in every block. The rule is ours: a block that lost the
+    share c of its heads' or channels' weights gets
 
         rank (1 + c) sum(w) / sum(w (1 + c)),   w: adapter parameters of the block per rank
 
-    rounded down, at least 1; what rounding leaves of the budget goes, rank by rank, to the largest remainders.
+    rounded down, at least 1. The rest of the parameter budget goes, rank by rank, to the largest remainders.
 
     Args:
-        plan: what was cut.
-        rank: the even rank.
-        group_size: of an int4 base, whose adapters see one number per group; 1 for other bases.
+        plan: the pruning plan that was applied.
+        rank: rank of the even allocation, which sets the budget.
+        group_size: inputs per group of an int4 base, whose adapters see one number per group; 1 for other bases.
 
     Returns:
-        One mapping per layer that is left, of the blocks that are left.
+        For each remaining layer the ranks {"attention": r, "ffn": r} of its remaining blocks.
 
     Raises:
         BadOption: a rank below 1.
         UnknownArchitecture: no declaration for the plan's model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from prunelit.core.plan import LayerPlan
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+        >>> model = Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))).shape
+        >>> dense = LayerPlan.dense(model.layers[0])
+        >>> halved = LayerPlan(dense.query_heads, dense.kv_groups, ffn_channels=tuple(range(16)))
+        >>> allocate_ranks_by_cut(PruningPlan("example", model, (dense, halved)), rank=8)
+        [{'attention': 7, 'ffn': 7}, {'attention': 7, 'ffn': 11}]
     """
     check_ranks({"attention": rank})
-    names = get_architecture(SimpleNamespace(model_type=plan.model.model_type))
+    architecture = get_architecture(SimpleNamespace(model_type=plan.model.model_type))
     hidden, blocks = plan.model.hidden_size, []
-    kept_layers = [
+    remaining_layers = [
         (kept, shape) for kept, shape in zip(plan.layers, plan.model.layers, strict=True) if not kept.removed
     ]
-    for index, (kept, shape) in enumerate(kept_layers):
+    for index, (kept, shape) in enumerate(remaining_layers):
         heads, groups, channels = kept.widths
-        inner, rows = heads * shape.head_dim, (heads + 2 * groups) * shape.head_dim
-        inputs, width = math.ceil(hidden / group_size), math.ceil(inner / group_size)
+        # Per rank, an adapter has one parameter for each of its inputs (A) and one for each of its outputs (B).
+        hidden_inputs, head_inputs = math.ceil(hidden / group_size), math.ceil(heads * shape.head_dim / group_size)
         if heads:
             share = 1 - (heads + groups) / (shape.query_heads + shape.kv_groups)
-            weight = inputs * (1 if names.fused_qkv else 3) + rows + width + hidden
+            qkv_inputs, qkv_outputs = (1 if architecture.fused_qkv else 3), (heads + 2 * groups) * shape.head_dim
+            weight = hidden_inputs * qkv_inputs + qkv_outputs + head_inputs + hidden
             blocks.append((index, "attention", share, weight))
         if channels:
             share = 1 - channels / shape.ffn_channels
-            count, width = shape.ffn_matrices - 1, math.ceil(channels / group_size)
-            weight = inputs * (1 if names.fused_gate_up else count) + count * channels + width + hidden
+            count, channel_inputs = shape.ffn_matrices - 1, math.ceil(channels / group_size)
+            weight = hidden_inputs * (1 if architecture.fused_gate_up else count)
+            weight += count * channels + channel_inputs + hidden
             blocks.append((index, "ffn", share, weight))
     scale = sum(weight for *_, weight in blocks) / sum(weight * (1 + share) for *_, share, weight in blocks)
-    wanted = [rank * (1 + share) * scale for *_, share, _ in blocks]
-    ranks = [max(1, math.floor(value + 1e-9)) for value in wanted]  # 1e-9: equal shares give `rank`, not one less
-    left = sum((rank - own) * weight for own, (*_, weight) in zip(ranks, blocks, strict=True))
-    for block in sorted(range(len(blocks)), key=lambda block: ranks[block] - wanted[block]):
+    exact_ranks = [rank * (1 + share) * scale for *_, share, _ in blocks]
+    # 1e-9: with equal shares the exact rank is `rank` up to rounding, and must not be rounded down to one less.
+    ranks = [max(1, math.floor(exact_rank + 1e-9)) for exact_rank in exact_ranks]
+    budget = sum((rank - block_rank) * weight for block_rank, (*_, weight) in zip(ranks, blocks, strict=True))
+    for block in sorted(range(len(blocks)), key=lambda block: ranks[block] - exact_ranks[block]):
         weight = blocks[block][-1]
-        if ranks[block] < wanted[block] - 1e-9 and weight <= left:
+        if ranks[block] < exact_ranks[block] - 1e-9 and weight <= budget:
             ranks[block] += 1
-            left -= weight
-    found: list[dict[str, int]] = [{} for _ in kept_layers]
-    for (index, kind, *_), own in zip(blocks, ranks, strict=True):
-        found[index][kind] = own
-    return found
+            budget -= weight
+    layer_ranks: list[dict[str, int]] = [{} for _ in remaining_layers]
+    for (index, kind, *_), block_rank in zip(blocks, ranks, strict=True):
+        layer_ranks[index][kind] = block_rank
+    return layer_ranks
 
 
 def group_parameters(
     model: nn.Module, learning_rate: float, ffn_learning_rate: float | None = None
 ) -> list[dict[str, Any]]:
-    """What is trainable, as optimiser groups.
+    """Group the trainable parameters for an optimiser.
 
     Args:
-        model: with adapters, or not frozen.
-        learning_rate: of everything that `ffn_learning_rate` does not name.
-        ffn_learning_rate: of the FFN blocks' linears and adapters; None: one group for all.
+        model: a model with adapters, or one that is not frozen.
+        learning_rate: learning rate of everything but FFN blocks, and of these too where `ffn_learning_rate` is None.
+        ffn_learning_rate: learning rate of the FFN blocks' linears and adapters; None: one group for all.
 
     Returns:
-        Groups {"params", "lr"}, with two rates also {"name": "other" | "ffn"}, in this order; none is empty.
+        Groups {"params", "lr"}; with two rates "other" and "ffn" in this order, each with its "name". Empty groups are
+        left out.
+
+    Example:
+        >>> [(len(group["params"]), group["lr"]) for group in group_parameters(nn.Linear(2, 2), 1e-3)]
+        [(2, 0.001)]
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if ffn_learning_rate is None:
@@ -194,20 +243,33 @@ def group_parameters(
 
 
 def merge_adapters(model: Any) -> nn.Module:
-    """The transformers model with its adapters in its weights (in place); itself where it has none.
+    """Merge a model's adapters into its weights, in place.
 
-    On int4 the adapters go into the zeros: the model stays 4-bit and gives the same outputs.
+    On int4 the adapters go into the zeros of the groups: the model stays in 4 bits and gives the same outputs.
+
+    Args:
+        model: a PEFT model, an int4 model with adapters, or a model without adapters.
+
+    Returns:
+        The transformers model; `model` itself where it has no adapters.
 
     Raises:
-        BadQuantisation: adapters on nf4. Merging there rounds again, which loses much of the adapter, and after an
-            evaluation on a CPU it merges into weights in another order, which leaves garbage.
+        BadQuantisation: adapters on nf4. Merging there rounds again, which loses much of the adapter. After an
+            evaluation on a CPU, bitsandbytes also holds the weights in another order, and the result is garbage.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+        >>> adapted = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), rank=4, alpha=8, dropout=0.0)
+        >>> type(merge_adapters(adapted)).__name__
+        'LlamaForCausalLM'
     """
     if not has_adapters(model):
         return cast(nn.Module, model)
     if get_quantization(model) == "nf4":
         raise BadQuantisation(
-            "merged: expected adapters on a base in full precision or int4, got nf4, which can not take them without "
-            "loss; give prunelit.recovery.lora.merge_into_full_precision the cut model in full precision"
+            "merge_adapters: expected adapters on a base in full precision or int4, got nf4, which cannot take them "
+            "without loss; give prunelit.recovery.lora.merge_into_full_precision the pruned model in full precision"
         )
     if hasattr(model, "merge_and_unload"):
         with show_stage("merging the adapters"):
@@ -219,71 +281,88 @@ def merge_adapters(model: Any) -> nn.Module:
 
 
 def merge_into_full_precision(full_base: Any, adapted: Any) -> nn.Module:
-    """Merge PEFT adapters into another copy of their base: the way out of nf4.
+    """Merge PEFT adapters into another copy of their base in full precision; this is the way out of nf4.
 
-    The result differs from the nf4 model by what rounding did to its weights; the adapters had learnt to undo that.
+    The result differs from the nf4 model by the rounding error of the nf4 weights, which the adapters had learnt to
+    undo.
 
     Args:
-        full_base: the cut model in full precision, without adapters; changed in place.
-        adapted: the PEFT model whose adapters are taken; it stays as it is.
+        full_base: the pruned model in full precision, without adapters; changed in place.
+        adapted: the PEFT model with the adapters; it is not changed.
 
     Returns:
         `full_base` with the adapters in its weights.
 
     Raises:
-        BadQuantisation: `full_base` is quantised or has adapters, `adapted` has none of PEFT's, or their shapes differ.
+        BadQuantisation: `full_base` is quantised or has adapters, `adapted` has no PEFT adapters, or their shapes
+            differ.
+
+    Example: see `RecoveryModule.merge_model`.
     """
     if has_adapters(full_base) or get_quantization(full_base) is not None:
-        raise BadQuantisation("merge_into: full_base: expected a plain model, got adapters or 4-bit linears")
+        raise BadQuantisation(
+            "merge_into_full_precision: full_base: expected a plain model, got adapters or 4-bit linears; "
+            "load the pruned model again"
+        )
     if not hasattr(adapted, "peft_config"):
         raise BadQuantisation(
-            "merge_into: adapted: expected a PEFT model, got none; merge int4 with prunelit.recovery.lora.merge_adapters"
+            "merge_into_full_precision: adapted: expected a PEFT model, got none; "
+            "merge int4 with prunelit.recovery.lora.merge_adapters"
         )
-    mine, theirs = (
+    base_widths, adapted_widths = (
         {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)} for model in (full_base, adapted)
     )
-    for name in sorted(mine.keys() | theirs.keys()):
-        if mine.get(name) != theirs.get(name):
+    for name in sorted(base_widths.keys() | adapted_widths.keys()):
+        if base_widths.get(name) != adapted_widths.get(name):
             raise BadQuantisation(
-                f"merge_into: {name}: expected [out, in] {theirs.get(name)} as under the adapters, got "
-                f"{mine.get(name)}; cut full_base with the same plan"
+                f"merge_into_full_precision: {name}: expected [out, in] {adapted_widths.get(name)} as under the "
+                f"adapters, got {base_widths.get(name)}; prune full_base with the same plan"
             )
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     config = copy.deepcopy(adapted.peft_config["default"])
     config.fan_in_fan_out = any(is_conv1d(linear.module) for linear in list_decoder_linears(full_base))
-    # The whole state would put nf4 weights into another order on the way.
+    # Only the adapters: collecting the whole state dict makes bitsandbytes put the nf4 weights into another order.
     adapters = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
-    taken = get_peft_model_state_dict(adapted, adapters, save_embedding_layers=False)
+    adapter_state = get_peft_model_state_dict(adapted, adapters, save_embedding_layers=False)
     with show_stage("merging the adapters"):
-        wrapped: Any = get_peft_model(full_base, config)
-        set_peft_model_state_dict(wrapped, taken)
-        return cast(nn.Module, wrapped.merge_and_unload())
+        peft_model: Any = get_peft_model(full_base, config)
+        set_peft_model_state_dict(peft_model, adapter_state)
+        return cast(nn.Module, peft_model.merge_and_unload())
 
 
 def _list_linear_ranks(linears: Sequence[DecoderLinear], rank: int, ranks: RanksByBlock | None) -> list[int]:
-    """The rank of every linear."""
+    """List the rank of every linear; `rank` is that of linears which `ranks` does not name."""
     layers = linears[-1].layer + 1 if linears else 0
     if not isinstance(ranks, Mapping) and ranks is not None and len(ranks) != layers:
-        raise BadOption(f"ranks: expected one entry per layer, {layers}, got {len(ranks)}; use those of this plan")
-    of_layer = [ranks or {}] * layers if ranks is None or isinstance(ranks, Mapping) else ranks
-    return [of_layer[linear.layer].get(linear.kind, rank) for linear in linears]
+        raise BadOption(
+            f"ranks: expected one entry per layer, {layers}, got {len(ranks)}; use the ranks of this model's plan"
+        )
+    ranks_by_layer = [ranks or {}] * layers if ranks is None or isinstance(ranks, Mapping) else ranks
+    return [ranks_by_layer[linear.layer].get(linear.kind, rank) for linear in linears]
 
 
 def _build_rank_patterns(
-    linears: Sequence[DecoderLinear], chosen: Sequence[int], rank: int, layers: str
+    linears: Sequence[DecoderLinear], linear_ranks: Sequence[int], rank: int, layers: str
 ) -> dict[str, int]:
-    """PEFT's `rank_pattern`, regular expressions of module names: one per block and rank that is not the default.
+    """Build PEFT's `rank_pattern`: a regular expression of module names per kind of block and rank.
 
     PEFT tries every pattern on every linear, so a pattern per linear would take minutes on a large model.
+
+    Args:
+        linears: all prunable linears.
+        linear_ranks: rank of each.
+        rank: the default rank, which needs no pattern.
+        layers: path of the model's list of layers.
     """
-    where: dict[tuple[str, int], tuple[dict[str, None], dict[str, None]]] = {}
-    for linear, own in zip(linears, chosen, strict=True):
-        if own != rank:
-            indices, paths = where.setdefault((linear.kind, own), ({}, {}))
+    # The inner dicts are ordered sets: layer indices and module paths in the order of the model.
+    places: dict[tuple[str, int], tuple[dict[str, None], dict[str, None]]] = {}
+    for linear, linear_rank in zip(linears, linear_ranks, strict=True):
+        if linear_rank != rank:
+            indices, paths = places.setdefault((linear.kind, linear_rank), ({}, {}))
             indices[str(linear.layer)] = None
             paths[re.escape(linear.path)] = None
     return {
-        rf"{re.escape(layers)}\.({'|'.join(indices)})\.({'|'.join(paths)})": own
-        for (_, own), (indices, paths) in where.items()
+        rf"{re.escape(layers)}\.({'|'.join(indices)})\.({'|'.join(paths)})": linear_rank
+        for (_, linear_rank), (indices, paths) in places.items()
     }

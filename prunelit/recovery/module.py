@@ -103,8 +103,8 @@ class RecoveryModule(LightningModule):
             ("ffn_learning_rate", ffn_learning_rate or 0.0, 0, None),
         ):
             if value < low or (high is not None and value >= high):
-                wanted = f"in [{low}, {high})" if high is not None else f"of at least {low}"
-                raise BadOption(f"model.{name}: expected a number {wanted}, got {value}")
+                expected = f"in [{low}, {high})" if high is not None else f"of at least {low}"
+                raise BadOption(f"model.{name}: expected a number {expected}, got {value}")
         if loss not in ("cross_entropy", "distill"):
             raise BadOption(f"model.loss: expected cross_entropy or distill, got {loss!r}")
         if not 0 < temperature < float("inf"):
@@ -140,9 +140,9 @@ class RecoveryModule(LightningModule):
     @property
     def hparams_initial(self) -> Any:
         """What loggers are told of the options: of a model on this machine its name, not its path."""
-        found = super().hparams_initial
-        found["model"] = Path(str(found["model"])).name or "model"
-        return found
+        options = super().hparams_initial
+        options["model"] = Path(str(options["model"])).name or "model"
+        return options
 
     # Building, in the order in which Lightning calls --------------------------------------------------------------
 
@@ -190,10 +190,10 @@ class RecoveryModule(LightningModule):
         """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
         dense = loading.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
         if self.hparams["lora_rank"] and not sharding.is_sharded_strategy(self.trainer.strategy):
-            mine = dict(self.model.named_parameters(remove_duplicate=False))
+            student_parameters = dict(self.model.named_parameters(remove_duplicate=False))
             for path, module in dense.named_modules():
                 for name, parameter in list(module.named_parameters(prefix=path, recurse=False)):
-                    own = mine.get(name)
+                    own = student_parameters.get(name)
                     if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
                         setattr(module, name.rpartition(".")[2], own)
         kept = list(range(dense.config.num_hidden_layers))
@@ -238,19 +238,19 @@ class RecoveryModule(LightningModule):
         options, labels = self.hparams, derive_labels(batch)
         share, hidden = options["label_share"], options["hidden_weight"] > 0
         dense = self._teacher[0].to(self.device)
-        wanted = {"use_cache": False, "output_hidden_states": hidden}
+        outputs = {"use_cache": False, "output_hidden_states": hidden}
         with torch.no_grad():
-            teacher = dense(**select_model_inputs(batch), **wanted)
-        student = self.model(**select_model_inputs(batch), **wanted)
+            teacher = dense(**select_model_inputs(batch), **outputs)
+        student = self.model(**select_model_inputs(batch), **outputs)
         loss = (1 - share) * compute_kl_divergence(student.logits, teacher.logits, labels, options["temperature"])
         if share:
             loss = loss + share * compute_cross_entropy(student.logits, labels)
         if hidden:
-            mine, theirs = zip(
+            student_states, teacher_states = zip(
                 *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._hidden_state_pairs),
                 strict=True,
             )
-            loss = loss + options["hidden_weight"] * compute_hidden_distance(mine, theirs, labels)
+            loss = loss + options["hidden_weight"] * compute_hidden_distance(student_states, teacher_states, labels)
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
@@ -302,12 +302,12 @@ class RecoveryModule(LightningModule):
         Raises:
             BadPlan: missing, unknown, or of another shape: made with another model, plan or rank.
         """
-        mine = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        trainable = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
         saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        for name in sorted(mine.keys() | saved.keys()):
-            if mine.get(name) != saved.get(name):
+        for name in sorted(trainable.keys() | saved.keys()):
+            if trainable.get(name) != saved.get(name):
                 raise BadPlan(
-                    f"checkpoint: {name}: expected shape {_format_shape(mine.get(name))}, got {_format_shape(saved.get(name))}; "
+                    f"checkpoint: {name}: expected shape {_format_shape(trainable.get(name))}, got {_format_shape(saved.get(name))}; "
                     "it was made with another model, plan or lora_rank: resume with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")

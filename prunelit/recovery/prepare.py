@@ -65,16 +65,16 @@ def prepare_export_model(
         ids = metrics.make_fixed_tokens(network)
         before = metrics.compute_logits(network, ids)
         records = quantize.quantize_model(network, "int4", size)
-        found = metrics.measure_logit_difference(before, metrics.compute_logits(network, ids))
+        difference = metrics.measure_logit_difference(before, metrics.compute_logits(network, ids))
         say(
             f"rounded to nearest in groups of {size}, which is not lossless: weights differ by "
             f"{sum(record.error for record in records) / len(records):.1%} (mean over linears), logits by "
-            f"{found['relative']:.1%} on fixed tokens; `evaluate` shows the perplexity"
+            f"{difference['relative']:.1%} on fixed tokens; `evaluate` shows the perplexity"
         )
     return network
 
 
 def _get_stored_group_size(model: str) -> int | None:
     """Group size of an int4 folder."""
-    found = int4_folder.read_int4_config(Path(model).expanduser())
-    return None if found is None else int(found["group_size"])
+    config = int4_folder.read_int4_config(Path(model).expanduser())
+    return None if config is None else int(config["group_size"])

@@ -286,7 +286,7 @@ def test_nf4_adapters_are_merged_into_the_full_base(family: str) -> None:
     assert losses[-1] < losses[0]
     assert {type(linear.module).__module__ for linear in list_decoder_linears(adapted)} == {"peft.tuners.lora.bnb"}
     nf4 = logits(adapted.eval())
-    with pytest.raises(BadQuantisation, match=r"got nf4.* prunelit\.lora\.merge_into"):
+    with pytest.raises(BadQuantisation, match=r"got nf4.* prunelit\.recovery\.lora\.merge_into"):
         merge_adapters(adapted)
     result = merge_into_full_precision(full, adapted)
     assert result is full and not any("lora" in name for name, _ in full.named_modules())
@@ -327,7 +327,7 @@ def test_merge_into_wants_the_same_cut_in_full_precision() -> None:
     narrow = tuple(replace(LayerPlan.dense(layer), ffn_channels=tuple(range(64))) for layer in shape.layers)
     other = copy.deepcopy(full)
     surgery.apply(other, PruningPlan("test", shape, narrow))
-    with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); cut full_base"):
+    with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); prune full_base"):
         merge_into_full_precision(other, adapted)
     with pytest.raises(BadQuantisation, match="full_base: expected a plain model"):
         merge_into_full_precision(adapted, adapted)

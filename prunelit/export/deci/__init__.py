@@ -1,4 +1,4 @@
-"""deci: a folder for vLLM's DeciLM."""
+"""Format deci: a folder for vLLM's DeciLM."""
 
 from prunelit.export.deci.writer import FORMAT
 

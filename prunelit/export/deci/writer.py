@@ -1,11 +1,11 @@
-"""deci: a folder for vLLM's DeciLM ("nemotron-nas"), whose layers differ in KV heads, FFN width and blocks.
+"""Format deci: a folder for vLLM's DeciLM ("nemotron-nas"), whose layers may differ in KV heads, FFN width and blocks.
 
-That model has one number of query heads for all layers and FFN widths in steps of 256, so heads and channels of zeros
-fill up what a layer lacks; they add exactly nothing. Attention in layer 0 is not optional: where it was removed, it is
-one KV head of zeros. Everything else that was cut is gone.
+DeciLM has one number of query heads for all layers, and FFN widths in steps of 256. Heads and channels of zeros fill up
+what a layer lacks; they contribute exactly zero. Layer 0 must have attention: where it was removed, it has one KV head
+of zeros. All other pruned units and blocks stay removed.
 
 Source of the layout: vllm/model_executor/models/nemotron_nas.py. vLLM itself has not been run on such a folder; the
-proof is `deci_reader`, which reads it as that file does.
+proof is `prunelit.export.deci.reader`, which reads it as that file does.
 
 Legend: H hidden size, Q query heads, G KV groups, S query heads in a group, D head size, F FFN channels.
 """
@@ -69,7 +69,7 @@ class DeciLMConfig(PretrainedConfig):
 
 
 class _LayerSizes(NamedTuple):
-    """Sizes of one layer in the folder; 0: a no-op."""
+    """Sizes of one layer in the folder, with the zeros that were added; 0: the block is a no-op."""
 
     query_heads: int
     kv_groups: int
@@ -81,13 +81,15 @@ class _LayerSizes(NamedTuple):
 
 
 def write_deci(job: ExportJob) -> dict[str, Any]:
-    """Write config, weights and the configuration file that `auto_map` points to.
+    """Write config, weights and the configuration class that `auto_map` names.
 
     Returns:
-        {"note", "size": of what is written, "zeros": parameters that only fill up}.
+        {"note", "size": as of `measure_model_size`, "zeros": number of added parameters that are zero}.
 
     Raises:
-        DoesNotFit: not a family whose layers are Llama's, or a rope that is not in the layout.
+        DoesNotFit: the layers do not compute what Llama's do, or the layout has no such rope.
+
+    Example: `prunelit.export.write_model(model, "folder", tokenizer, format="deci")` calls it.
     """
     check_deci(job.model, job.tokenizer)
     decoder = Decoder(job.model)
@@ -109,7 +111,11 @@ def write_deci(job: ExportJob) -> dict[str, Any]:
 
 
 def check_deci(model: nn.Module, tokenizer: Any) -> None:
-    """As `write_deci`, without writing."""
+    """Check that `write_deci` can write a model, from shapes and configs.
+
+    Raises:
+        DoesNotFit: see `write_deci`.
+    """
     decoder = Decoder(model)
     check_llama_layers(decoder, "deci")
     compute_rope_factors(decoder, "deci")
@@ -120,37 +126,35 @@ def check_deci(model: nn.Module, tokenizer: Any) -> None:
 
 
 def _count_written_size(decoder: Decoder, layers: list[_LayerSizes], weights: dict[str, Tensor]) -> dict[str, int]:
-    """What is in the folder, as `measure.size` counts it."""
-    blocks = {name: x for name, x in weights.items() if name.startswith("model.layers.")}
-    matrices, table = sum(x.numel() for x in blocks.values() if x.dim() == 2), weights["model.embed_tokens.weight"]
+    """Count the content of the folder as `measure_model_size` counts a model."""
+    layer_weights = {name: x for name, x in weights.items() if name.startswith("model.layers.")}
+    matrix_parameters = sum(x.numel() for x in layer_weights.values() if x.dim() == 2)
+    table = weights["model.embed_tokens.weight"]
+    kv_elements = 2 * get_head_dim(decoder) * sum(layer.kv_groups for layer in layers)
     return {
         "parameters": sum(x.numel() for x in weights.values()),
-        "block_parameters": sum(x.numel() for x in blocks.values()),
-        "macs_per_token": matrices + table.numel(),
-        "kv_bytes_per_token": 2
-        * get_head_dim(decoder)
-        * sum(layer.kv_groups for layer in layers)
-        * table.element_size(),
+        "block_parameters": sum(x.numel() for x in layer_weights.values()),
+        "macs_per_token": matrix_parameters + table.numel(),
+        "kv_bytes_per_token": kv_elements * table.element_size(),
     }
 
 
 def _list_layer_sizes(decoder: Decoder) -> list[_LayerSizes]:
+    """List the sizes of the layers in the folder."""
     shapes = (layer.shape for layer in decoder)
-    return [
-        _LayerSizes(*size)
-        for size in compute_deci_widths([(s.query_heads, s.kv_groups, s.ffn_channels) for s in shapes])
-    ]
+    widths = [(shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes]
+    return [_LayerSizes(*sizes) for sizes in compute_deci_widths(widths)]
 
 
 def _find_biased_roles(decoder: Decoder) -> set[str]:
-    """Which of "qkv", "o" and "mlp" have a bias somewhere; then all layers get them."""
+    """Find which of "qkv", "o" and "mlp" have a bias in some layer; the config then declares it for all layers."""
     roles = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "mlp", "up": "mlp", "down": "mlp"}
     linears = (pair for layer in decoder for pair in collect_projections(layer).items())
     return {roles[role] for role, linear in linears if linear.bias is not None}
 
 
 def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[str]) -> dict[str, Any]:
-    """config.json; rope is there twice, as transformers 5 writes it and as 4 did."""
+    """Build config.json; it holds rope twice, as transformers 5 writes it and as transformers 4 did."""
     config, model = decoder.config, decoder.model
     hidden, rope = int(config.hidden_size), dict(config.rope_parameters)
     blocks = [
@@ -168,7 +172,7 @@ def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[
         }
         for size in layers
     ]
-    scaled = rope.get("rope_type", "default") != "default"
+    is_scaled = rope.get("rope_type", "default") != "default"
     return {
         "architectures": ["DeciLMForCausalLM"],
         "auto_map": {"AutoConfig": f"{_CONFIG_MODULE}.DeciLMConfig"},
@@ -186,7 +190,7 @@ def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[
         "rms_norm_eps": float(config.rms_norm_eps),
         "rope_parameters": {"rope_type": "default"} | rope,
         "rope_theta": rope["rope_theta"],
-        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if scaled else None,
+        "rope_scaling": {name: value for name, value in rope.items() if name != "rope_theta"} if is_scaled else None,
         "attention_bias": "o" in biased,
         "qkv_bias": "qkv" in biased,
         "mlp_bias": "mlp" in biased,
@@ -198,85 +202,116 @@ def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[
 
 
 def compute_ffn_multiplier(channels: int, hidden: int) -> float:
-    """The multiplier that DeciLM turns into a width that is a multiple of 256.
+    """Compute the multiplier that DeciLM turns into a given width.
+
+    Args:
+        channels: FFN channels, a multiple of 256.
+        hidden: hidden size H.
 
     Raises:
-        DoesNotFit: rounding takes it elsewhere.
+        DoesNotFit: rounding leads to another width.
+
+    Example:
+        >>> compute_ffn_multiplier(512, hidden=576)
+        1.0
     """
-    found = round(1.5 * (channels - DECI_FFN_MULTIPLE / 2) / hidden, 6)  # the middle of what is rounded up to it
-    if reader.compute_ffn_width(found, hidden) != channels:
+    # DeciLM rounds a width up to a multiple of 256, so the middle of the interval before `channels` is the safest.
+    multiplier = round(1.5 * (channels - DECI_FFN_MULTIPLE / 2) / hidden, 6)
+    if reader.compute_ffn_width(multiplier, hidden) != channels:
         raise DoesNotFit(f"format 'deci': no ffn_mult gives {channels} channels at hidden size {hidden}; use 'hetero'")
-    return found
+    return multiplier
 
 
 def _build_deci_weights(decoder: Decoder, layers: list[_LayerSizes], biased: set[str]) -> dict[str, Tensor]:
-    """All tensors of the folder, by DeciLM's names, which are Llama's."""
+    """Build all tensors of the folder, by DeciLM's names, which are Llama's."""
     model: Any = decoder.model
     table, dim = model.get_input_embeddings().weight.detach(), get_head_dim(decoder)
-    found = {"model.embed_tokens.weight": table, "model.norm.weight": model.model.norm.weight.detach()}
+    weights = {"model.embed_tokens.weight": table, "model.norm.weight": model.model.norm.weight.detach()}
     if not has_tied_embeddings(model):
-        found["lm_head.weight"] = model.get_output_embeddings().weight.detach()
+        weights["lm_head.weight"] = model.get_output_embeddings().weight.detach()
     for layer, size in zip(decoder, layers, strict=True):
-        prefix = f"model.layers.{layer.index}."
-        found |= {
-            f"{prefix}{name}": x.contiguous()
-            for name, x in _build_layer_weights(layer, size, biased, dim, table).items()
-        }
-    return found
+        layer_weights = _build_layer_weights(layer, size, biased, dim, table)
+        weights |= {f"model.layers.{layer.index}.{name}": x.contiguous() for name, x in layer_weights.items()}
+    return weights
 
 
 def _build_layer_weights(
     layer: Layer, size: _LayerSizes, biased: set[str], dim: int, like: Tensor
 ) -> dict[str, Tensor]:
-    """Tensors of one layer in the given sizes, by their names below the layer."""
-    shape, linears, found = layer.shape, collect_projections(layer), {}
+    """Build the tensors of one layer, by their names below the layer.
+
+    Args:
+        layer: the layer in memory.
+        size: its sizes in the folder.
+        biased: roles that have a bias in every layer, see `_find_biased_roles`.
+        dim: head size D.
+        like: a tensor [V, H] that gives hidden size, dtype and device.
+    """
+    shape, linears, weights = layer.shape, collect_projections(layer), {}
+    # By role: how the rows (or columns) are made up in the model, and in the folder.
     queries = (shape.kv_groups, shape.group_size, dim), (size.kv_groups, size.group_size, dim)
     keys = (shape.kv_groups, dim), (size.kv_groups, dim)
     channels = (shape.ffn_channels,), (size.channels,)
-    spreads = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": channels, "up": channels, "down": channels}
+    layouts = {"q": queries, "k": keys, "v": keys, "o": queries, "gate": channels, "up": channels, "down": channels}
     if size.query_heads:
-        found["input_layernorm.weight"] = _get_norm_gain(layer.get_norm("attention_norm"), like)
+        weights["input_layernorm.weight"] = _get_norm_gain(layer.get_norm("attention_norm"), like)
     if size.channels:
-        found["post_attention_layernorm.weight"] = _get_norm_gain(layer.get_norm("mlp_norm"), like)
-    for role, (old, new) in spreads.items():
-        attention = role in "qkvo"
-        if not (size.query_heads if attention else size.channels):
+        weights["post_attention_layernorm.weight"] = _get_norm_gain(layer.get_norm("mlp_norm"), like)
+    for role, (old, new) in layouts.items():
+        is_attention = role in "qkvo"
+        if not (size.query_heads if is_attention else size.channels):
             continue
-        reads = role in ("o", "down")  # it is the columns that are heads or channels
+        units_are_columns = role in ("o", "down")
         linear = linears.get(role)
-        weight = like.new_zeros((like.shape[1], 0) if reads else (0, like.shape[1]))
+        weight = like.new_zeros((like.shape[1], 0) if units_are_columns else (0, like.shape[1]))
         weight = weight if linear is None else cast(Tensor, linear.weight).detach()
-        name = f"{'self_attn' if attention else 'mlp'}.{role}_proj"
-        wide = _scatter_rows(weight.T, old, new).T if reads else _scatter_rows(weight, old, new)
-        found[f"{name}.weight"] = wide
-        if ("mlp" if not attention else "o" if role == "o" else "qkv") in biased:
+        name = f"{'self_attn' if is_attention else 'mlp'}.{role}_proj"
+        scattered = _scatter_rows(weight.T, old, new).T if units_are_columns else _scatter_rows(weight, old, new)
+        weights[f"{name}.weight"] = scattered
+        if ("mlp" if not is_attention else "o" if role == "o" else "qkv") in biased:
             bias = None if linear is None else cast("Tensor | None", linear.bias)
             bias = like.new_zeros(len(weight)) if bias is None else bias.detach()
-            found[f"{name}.bias"] = bias if reads else _scatter_rows(bias, old, new)
-    return found
+            weights[f"{name}.bias"] = bias if units_are_columns else _scatter_rows(bias, old, new)
+    return weights
 
 
 def _get_norm_gain(norm: Any, like: Tensor) -> Tensor:
+    """Return the gain [H] of a norm; ones where the norm was removed with its block."""
     return like.new_ones(like.shape[1]) if norm is None else cast(Tensor, norm.weight).detach()
 
 
 def _scatter_rows(x: Tensor, old: tuple[int, ...], new: tuple[int, ...]) -> Tensor:
-    """Rows that make up `old` (groups, heads in a group, D) in the first places of `new`, zeros in the others."""
-    whole = x.new_zeros((*new, *x.shape[1:]))
-    whole[tuple(slice(count) for count in old)] = x.reshape(*old, *x.shape[1:])
-    return whole.flatten(0, len(new) - 1)
+    """Put rows into a larger layout, with zeros in the other places.
+
+    Args:
+        x: rows [prod(old), ...].
+        old: what the rows are made up of, as (groups, heads in a group, D) or (channels,).
+        new: the same of the result, at least as large in every part.
+
+    Example:
+        >>> _scatter_rows(torch.arange(1, 5), (2, 2), (2, 3))
+        tensor([1, 2, 0, 3, 4, 0])
+    """
+    scattered = x.new_zeros((*new, *x.shape[1:]))
+    scattered[tuple(slice(count) for count in old)] = x.reshape(*old, *x.shape[1:])
+    return scattered.flatten(0, len(new) - 1)
 
 
 def prove_deci(job: ExportJob) -> dict[str, Any]:
     """Read the folder as DeciLM does, in a new process, and compare logits on fixed tokens in float32.
 
+    Returns:
+        The verdict: {"passed", "why" (the reason if it failed, or None), "loader", "dtype", ...}.
+
     Raises:
-        NotProved: it can not be read so.
+        NotProved: the folder cannot be read as a DeciLM.
+
+    Example: see `write_deci`.
     """
     ids = metrics.make_fixed_tokens(job.model)
     question = {"folder": str(job.path), "tokens": ids.tolist(), "threads": torch.get_num_threads()}
     answer = new_process.run_proof_script(
-        reader.__file__, question, job.path, "format 'deci': the folder can not be read as a DeciLM"
+        reader.__file__, question, job.path, "format 'deci': the folder cannot be read as a DeciLM"
     )
     with use_float32_model(job.model) as model:
         expected = metrics.compute_logits(model, ids)

@@ -1,4 +1,4 @@
-"""gguf: one file that llama.cpp runs."""
+"""Format gguf: one file that llama.cpp runs."""
 
 from prunelit.export.gguf.writer import FORMAT
 

@@ -1,4 +1,4 @@
-"""gguf: one file that llama.cpp runs, written tensor by tensor from the model, through no converter script."""
+"""Format gguf: one file that llama.cpp runs, written tensor by tensor from the model without a converter script."""
 
 import importlib.util
 import math
@@ -28,31 +28,38 @@ from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.runtime.progress import track_progress
 
 WEIGHT_TYPES = ("f16", "bf16", "f32", "q8_0")
+"""Types of the matrices, the default first."""
 
 
 def write_gguf(job: ExportJob) -> dict[str, Any]:
-    """Write a model and its tokenizer to the file `job.place`.
+    """Write a model and its tokenizer to the file `job.path`.
 
     `job.kind` is the type of the matrices; vectors are float32. With "q8_0", FFNs are padded with zeros to a multiple
-    of 32, and a matrix whose rows are no multiple of 32 stays float16.
+    of 32 channels, and a matrix whose row length is no multiple of 32 stays float16.
 
     Returns:
-        {"note", "architecture", "type", "bytes", "matrices_left_f16"}.
+        {"note", "architecture": the graph, "type", "bytes", "matrices_left_f16"}.
 
     Raises:
-        DoesNotFit: llama.cpp has no graph or tokenizer for it, or a weight is beyond float16.
+        DoesNotFit: llama.cpp has no graph or tokenizer for the model, or a weight is beyond float16.
+
+    Example: `prunelit.export.write_model(model, "model.gguf", tokenizer, format="gguf")` calls it.
     """
     check_gguf(job.model, job.tokenizer)
-    graph, left = write_gguf_file(job.model, job.tokenizer, job.path, job.kind)
+    graph, float16_count = write_gguf_file(job.model, job.tokenizer, job.path, job.kind)
     size = job.path.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
-    if left:
-        note += f"; {left} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
-    return {"note": note, "architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": left}
+    if float16_count:
+        note += f"; {float16_count} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
+    return {"note": note, "architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": float16_count}
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:
-    """As `write_gguf`, without writing, but for the size of weights."""
+    """Check that `write_gguf` can write a model, from shapes and configs; the range of weights is not checked.
+
+    Raises:
+        DoesNotFit: llama.cpp has no graph or tokenizer for the model, or there is no tokenizer.
+    """
     if tokenizer is None:
         raise DoesNotFit("format 'gguf': expected a model with a tokenizer, got none; the file holds both")
     choose_graph(Decoder(model))
@@ -60,10 +67,21 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
 
 
 def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, int]:
-    """Write a model and its tokenizer.
+    """Write a model and its tokenizer to a GGUF file.
+
+    Args:
+        model: causal LM of transformers.
+        tokenizer: its fast tokenizer.
+        file: the file to write.
+        kind: type of the matrices, one of `WEIGHT_TYPES`.
 
     Returns:
-        The graph, and how many matrices of a "q8_0" file are float16.
+        The name of the graph, and the number of matrices of a "q8_0" file that are float16.
+
+    Raises:
+        DoesNotFit: llama.cpp has no graph or tokenizer for the model, or a weight is beyond float16.
+
+    Example: see `write_gguf`.
     """
     import gguf
 
@@ -72,27 +90,29 @@ def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[
     vocabulary = gguf_tokenizer.read_vocabulary(tokenizer, model)
     layers = compute_layer_sizes(decoder, kind)
     tensors = list(list_tensor_entries(decoder, GRAPHS[graph], layers))
-    wanted = _choose_tensor_types(tensors, kind)
+    tensor_types = _choose_tensor_types(tensors, kind)
     with closing(gguf.GGUFWriter(file, graph)) as writer:
         _write_metadata(writer, decoder, graph, layers, kind)
         gguf_tokenizer.write_vocabulary(writer, vocabulary)
+        # The file begins with names, shapes and offsets of all tensors, so these are declared before any is converted.
         for entry in tensors:
-            quantisation = wanted[entry.name]
-            shape, dtype = _get_stored_layout(entry.shape, quantisation)
+            tensor_type = tensor_types[entry.name]
+            shape, dtype = _get_stored_layout(entry.shape, tensor_type)
             size = math.prod(shape) * dtype.itemsize
-            writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=quantisation)
+            writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=tensor_type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in track_progress(tensors, "writing gguf", unit="tensor"):
             values = entry.values().float().cpu().contiguous().numpy()
-            _check_float16_range(entry.name, values, wanted[entry.name])
-            writer.write_tensor_data(gguf.quants.quantize(values, wanted[entry.name]))
-    return graph, sum(found.name == "F16" for found in wanted.values()) if kind == "q8_0" else 0
+            _check_float16_range(entry.name, values, tensor_types[entry.name])
+            writer.write_tensor_data(gguf.quants.quantize(values, tensor_types[entry.name]))
+    float16_count = sum(tensor_type.name == "F16" for tensor_type in tensor_types.values())
+    return graph, float16_count if kind == "q8_0" else 0
 
 
 def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[LayerSizes], kind: str) -> None:
-    """Sizes and constants that the graph reads."""
+    """Write the sizes and constants that the graph reads."""
     import gguf
 
     config, model = decoder.config, decoder.model
@@ -119,38 +139,38 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
 
 
 def _choose_tensor_types(tensors: list[TensorEntry], kind: str) -> dict[str, Any]:
-    """GGML type of each tensor."""
+    """Choose the GGML type of each tensor, by name."""
     import gguf
 
     types = gguf.GGMLQuantizationType
-    matrix = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16, "q8_0": types.Q8_0}[kind]
+    matrix_type = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16, "q8_0": types.Q8_0}[kind]
 
-    def one(shape: tuple[int, ...]) -> Any:
+    def choose_type(shape: tuple[int, ...]) -> Any:
         if len(shape) == 1:
             return types.F32
-        return types.F16 if kind == "q8_0" and shape[-1] % Q8_BLOCK_SIZE else matrix
+        return types.F16 if kind == "q8_0" and shape[-1] % Q8_BLOCK_SIZE else matrix_type
 
-    return {entry.name: one(entry.shape) for entry in tensors}
+    return {entry.name: choose_type(entry.shape) for entry in tensors}
 
 
-def _get_stored_layout(shape: tuple[int, ...], quantisation: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    """Shape and dtype of the array that is written: bytes for the block types."""
+def _get_stored_layout(shape: tuple[int, ...], tensor_type: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    """Return shape and dtype of the array that is written; bfloat16 and the block types are written as bytes."""
     import gguf
 
     types = gguf.GGMLQuantizationType
-    plain: dict[Any, np.dtype[Any]] = {types.F32: np.dtype(np.float32), types.F16: np.dtype(np.float16)}
-    if quantisation in plain:
-        return shape, plain[quantisation]
-    return tuple(gguf.quant_shape_to_byte_shape(shape, quantisation)), np.dtype(np.uint8)
+    numpy_dtypes: dict[Any, np.dtype[Any]] = {types.F32: np.dtype(np.float32), types.F16: np.dtype(np.float16)}
+    if tensor_type in numpy_dtypes:
+        return shape, numpy_dtypes[tensor_type]
+    return tuple(gguf.quant_shape_to_byte_shape(shape, tensor_type)), np.dtype(np.uint8)
 
 
-def _check_float16_range(name: str, values: "np.ndarray[Any, Any]", quantisation: Any) -> None:
-    """Raise where float16 can not hold the values.
+def _check_float16_range(name: str, values: "np.ndarray[Any, Any]", tensor_type: Any) -> None:
+    """Check that float16 can hold the values of a tensor that is stored in it.
 
     Raises:
-        DoesNotFit: with the tensor's name.
+        DoesNotFit: a value is too large; the message names the tensor.
     """
-    if quantisation.name == "F16" and (largest := float(np.abs(values).max(initial=0.0))) > FLOAT16_MAX:
+    if tensor_type.name == "F16" and (largest := float(np.abs(values).max(initial=0.0))) > FLOAT16_MAX:
         raise DoesNotFit(
             f"format 'gguf': {name}: expected weights up to {FLOAT16_MAX:g} for f16, got {largest:.3g}; "
             "pass --type bf16"

@@ -1,1 +1,1 @@
-"""The proof of an export: another process loads what was written and is compared with the model in memory."""
+"""The proof of an export: what was written is loaded again and compared with the model in memory."""

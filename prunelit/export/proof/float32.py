@@ -1,4 +1,4 @@
-"""A model in float32 for a while: what another program's numbers are compared with."""
+"""A model in float32 for a while, to compare the numbers of another program with."""
 
 import copy
 from collections.abc import Iterator
@@ -14,7 +14,19 @@ from prunelit.model.per_layer import find
 
 @contextmanager
 def use_float32_model(model: nn.Module) -> Iterator[Any]:
-    """The model in float32 and eval mode; a copy where it is in another dtype."""
+    """Yield the model in float32 and eval mode; a copy where it is in another dtype.
+
+    Args:
+        model: causal LM of a family whose rotary module is at `model.rotary_emb`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> half = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).bfloat16()
+        >>> with use_float32_model(half) as model:
+        ...     model.dtype, half.dtype
+        (torch.float32, torch.bfloat16)
+    """
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
         restore_rope(model)
@@ -23,8 +35,12 @@ def use_float32_model(model: nn.Module) -> Iterator[Any]:
 
 
 def restore_rope(model: Any) -> None:
-    """Compute the rotary frequencies at `model.rotary_emb` again: they were rounded along if the model was cast."""
+    """Compute the rotary frequencies at `model.rotary_emb` again, in place.
+
+    `model.to(dtype)` casts buffers too, so in a model that was cast to 16 bits these frequencies have lost precision,
+    and a cast back to float32 does not restore them.
+    """
     rotary = find(model, "model.rotary_emb")
-    fresh = type(rotary)(config=model.config).to(rotary.inv_freq.device)
-    if fresh.inv_freq.shape == rotary.inv_freq.shape:
-        model.model.rotary_emb = fresh
+    recomputed = type(rotary)(config=model.config).to(rotary.inv_freq.device)
+    if recomputed.inv_freq.shape == rotary.inv_freq.shape:
+        model.model.rotary_emb = recomputed

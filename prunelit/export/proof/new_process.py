@@ -1,4 +1,4 @@
-"""A file of this package run as a script in a new process: question and answer are files, nothing else is shared."""
+"""Run a file of this package as a script in a new process; question and answer are files, nothing else is shared."""
 
 import json
 import os
@@ -13,34 +13,38 @@ from prunelit.runtime.errors import NotProved
 
 
 def run_proof_script(script: str, question: Mapping[str, Any], folder: Path, failure: str, telling: str = "") -> bytes:
-    """Run `python -P script ASKED ANSWER`.
+    """Run `python -P script QUESTION ANSWER`.
 
-    Nothing is looked up on a hub, and copies of remote code go with the process.
+    The process looks nothing up on a hub. Copies that transformers makes of remote code are removed with it.
 
     Args:
-        script: path of the file; with -P, its folder is not searched for modules.
-        question: what ASKED holds, as JSON.
-        folder: where both files lie; it is the one that is proved, and so they go with it if this process is killed.
-        failure: what it means if the script fails, for the message.
-        telling: what stands in the line that says why; "": that is the last line.
+        script: path of the file. With -P its folder is not searched for modules.
+        question: the content of the file QUESTION, as JSON.
+        folder: the folder that is proved. Both files lie in it, so they are removed with it if this process is killed.
+        failure: the beginning of the error message if the script fails.
+        telling: a text that marks the line of stderr with the reason; "": the reason is the last line.
 
     Returns:
-        What it wrote to ANSWER.
+        The content of the file ANSWER.
 
     Raises:
-        NotProved: it failed; with what it said.
+        NotProved: the script failed; the message holds the reason.
+
+    Example: see `prunelit.export.proof.compare.run_reload_script`.
     """
-    with tempfile.TemporaryDirectory(prefix=".proof-", dir=folder) as inside:
-        asked, answer = Path(inside, "asked.json"), Path(inside, "answer")
-        asked.write_text(json.dumps(question), encoding="utf-8")
-        environment = os.environ | {"HF_MODULES_CACHE": str(Path(inside, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", script, str(asked), str(answer)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-        if done.returncode or not answer.is_file():
-            lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-            said = next((line for line in lines if telling and telling in line), None)
-            if said is None and done.returncode < 0:
-                said = f"its process was ended by signal {-done.returncode} (out of memory?)"
-            said = said or (lines or ["it said nothing"])[-1]
-            raise NotProved(f"{failure}: {said[-300:]}; nothing was kept")
-        return answer.read_bytes()
+    with tempfile.TemporaryDirectory(prefix=".proof-", dir=folder) as scratch:
+        question_file, answer_file = Path(scratch, "asked.json"), Path(scratch, "answer")
+        question_file.write_text(json.dumps(question), encoding="utf-8")
+        environment = os.environ | {"HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-P", script, str(question_file), str(answer_file)]
+        process = subprocess.run(
+            command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        )
+        if process.returncode or not answer_file.is_file():
+            lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
+            reason = next((line for line in lines if telling and telling in line), None)
+            if reason is None and process.returncode < 0:  # subprocess reports a signal as a negative code
+                reason = f"its process was ended by signal {-process.returncode} (out of memory?)"
+            reason = reason or (lines or ["it printed no error"])[-1]
+            raise NotProved(f"{failure}: {reason[-300:]}; nothing was kept")
+        return answer_file.read_bytes()

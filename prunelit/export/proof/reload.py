@@ -1,6 +1,7 @@
-"""Loads a folder in plain transformers, in a process of its own, and runs it: python -P reload.py ASKED ANSWERS.
+"""Script that loads a folder in plain transformers and runs the model: `python -P reload.py QUESTION ANSWER`.
 
-It is run as a file, and imports nothing of prunelit: the folder must load where there is no prunelit.
+It runs in a process of its own and imports nothing of prunelit, because the folder must load where prunelit is not
+installed. QUESTION is a JSON file (see `reload_and_run`), ANSWER is written by `torch.save`.
 """
 
 import json
@@ -14,16 +15,23 @@ from torch import Tensor
 
 @torch.no_grad()
 def run_reloaded_model(model: Any, ids: Tensor, new_tokens: int) -> dict[str, Any]:
-    """What a model makes of token ids [B, S]: logits, and greedy tokens with the KV cache and without.
+    """Compute logits of token ids, and greedy continuations with the KV cache and without it.
+
+    Args:
+        model: a causal LM of transformers.
+        ids: token ids [B, S].
+        new_tokens: tokens N to generate for each row.
 
     Returns:
-        {"logits": [B, S, V], "cached": [B, N], "uncached": [B, N], "cache_difference": the largest difference of their
-        logits, up to the first token that differs, "buffers": tables that are computed, not saved}.
+        "logits": [B, S, V].
+        "cached", "uncached": greedy tokens [B, N] with the KV cache and without it, as lists.
+        "cache_difference": the largest difference of the logits of both runs, up to their first different token.
+        "buffers": the model's buffers, which are computed on loading and not saved.
     """
     from transformers import GenerationConfig
 
     model.eval()
-    # Sampling, penalties and the end of text in the folder's own settings are beside the point.
+    # The folder's own settings may ask for sampling, penalties or a stop at the end of text; none of them here.
     model.generation_config = GenerationConfig(pad_token_id=0)
     cached, uncached = (
         model.generate(
@@ -37,31 +45,32 @@ def run_reloaded_model(model: Any, ids: Tensor, new_tokens: int) -> dict[str, An
         )
         for use_cache in (True, False)
     )
-    tokens = [made.sequences[:, ids.shape[1] :] for made in (cached, uncached)]
-    same_so_far = torch.ones_like(tokens[0])
-    same_so_far[:, 1:] = (tokens[0] == tokens[1])[:, :-1].cumprod(1)
-    apart = torch.stack([(a - b).abs().amax(-1) for a, b in zip(cached.logits, uncached.logits, strict=True)], 1)
+    cached_tokens, uncached_tokens = (output.sequences[:, ids.shape[1] :] for output in (cached, uncached))
+    # After the first different token both runs read different texts, and their logits cannot be compared.
+    same_so_far = torch.ones_like(cached_tokens)
+    same_so_far[:, 1:] = (cached_tokens == uncached_tokens)[:, :-1].cumprod(1)
+    differences = [(a - b).abs().amax(-1) for a, b in zip(cached.logits, uncached.logits, strict=True)]
     return {
         "logits": model(input_ids=ids, use_cache=False).logits.cpu(),
-        "cached": tokens[0].tolist(),
-        "uncached": tokens[1].tolist(),
-        "cache_difference": (apart.float() * same_so_far).max().item(),
+        "cached": cached_tokens.tolist(),
+        "uncached": uncached_tokens.tolist(),
+        "cache_difference": (torch.stack(differences, 1).float() * same_so_far).max().item(),
         "buffers": {name: buffer.cpu() for name, buffer in model.named_buffers()},
     }
 
 
 def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
-    """Load a folder and run it.
+    """Load a folder and run the model.
 
     Args:
-        question: {"folder", "remote_code", "dtype", "device", "placed" (load straight onto it), "tokens": [B, S],
-            "new_tokens"}.
+        question: {"folder", "remote_code": whether it comes with a modelling file, "dtype", "device", "placed": whether
+            it is loaded directly onto the device, "tokens": ids [B, S], "new_tokens"}.
 
     Returns:
-        `run_reloaded_model`.
+        The result of `run_reloaded_model`.
 
     Raises:
-        ValueError: there are no weights for some parameters, and transformers made some up.
+        ValueError: the folder lacks weights of some parameters, which transformers would initialise at random.
     """
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +90,8 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.modules["prunelit"] = None  # type: ignore[assignment]  # importing it fails, even where it is installed
-    asked = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    torch.set_num_threads(asked["threads"])
-    torch.save(reload_and_run(asked), sys.argv[2])
+    # A None entry makes `import prunelit` fail, even where it is installed: a modelling file must not need it.
+    sys.modules["prunelit"] = None  # type: ignore[assignment]
+    question = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    torch.set_num_threads(question["threads"])
+    torch.save(reload_and_run(question), sys.argv[2])

@@ -222,8 +222,8 @@ def test_real_widths(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "wrong"),
     [
-        ("_neighbours", lambda x, heads: x),
-        ("rope_factors", lambda decoder, format: torch.full((4,), 1.01)),
+        ("_interleave_rotary_rows", lambda x, heads: x),
+        ("compute_rope_factors", lambda decoder, format: torch.full((4,), 1.01)),
     ],
 )
 def test_a_wrong_file_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, wrong: Any) -> None:
@@ -235,7 +235,7 @@ def test_a_wrong_file_is_not_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_a_file_that_llama_cpp_can_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(layout._TENSOR_NAMES, "o", "attn_out")
-    with pytest.raises(NotProved, match=r"llama.cpp can not run the file: .*attn_output.*nothing was"):
+    with pytest.raises(NotProved, match=r"llama.cpp cannot run the file: .*attn_output.*nothing was"):
         save(build("llama"), tmp_path / "m.gguf", tokenizer(), format="gguf")
     assert not list(tmp_path.iterdir())
 

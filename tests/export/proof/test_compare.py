@@ -37,7 +37,7 @@ def damaged(monkeypatch: pytest.MonkeyPatch, damage: Callable[[Path], None]) -> 
         damage(job.path)
 
     for module in (uniform, hetero, padded):
-        monkeypatch.setattr(module, "write_as", write)
+        monkeypatch.setattr(module, "write_model_as", write)
 
 
 def another_head(place: Path) -> None:
@@ -91,7 +91,7 @@ def test_other_weights_leave_nothing(format: str, fresh: bool, tmp_path: Path, m
 @pytest.mark.parametrize("format", ["uniform", "hetero"])
 def test_missing_weights_are_not_made_up(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     damaged(monkeypatch, one_fewer)
-    with pytest.raises(NotProved, match=r"can not be loaded again: .*1 parameters \(model.norm.weight"):
+    with pytest.raises(NotProved, match=r"cannot be loaded again: .*1 parameters \(model.norm.weight"):
         save(cut_for(format), tmp_path / "m", format=format, fresh_process=True)
     assert not list(tmp_path.iterdir())
 
@@ -117,7 +117,7 @@ def test_a_folder_that_needs_prunelit_does_not_pass(tmp_path: Path, monkeypatch:
             file.write("\nimport prunelit\n")
 
     monkeypatch.setattr(hetero, "add_modelling_file", needy)
-    with pytest.raises(NotProved, match=r"can not be loaded again: .*prunelit"):
+    with pytest.raises(NotProved, match=r"cannot be loaded again: .*prunelit"):
         save(cut_for("hetero"), tmp_path / "m", fresh_process=True)
     assert not list(tmp_path.iterdir())
 
