@@ -250,7 +250,7 @@ def read_dataset(source: str, what: str = "text") -> Any:
             return datasets.load_dataset(name, config or None, split=split or "train")
         except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise SourceNotFound(f"{what} {source!r}: can not be read: {describe_error(cause)}") from error
+            raise SourceNotFound(f"{what} {source!r}: cannot be read: {describe_error(cause)}") from error
 
 
 @contextmanager

@@ -144,7 +144,7 @@ class RunReport(Recorder, EventSource):
         """Measure the cut model, without adapters, before the first step.
 
         Raises:
-            DoesNotFit: the format can not hold it, so nothing is trained.
+            DoesNotFit: the format cannot hold it, so nothing is trained.
         """
         plan = self._get_plan(trainer)
         size = {name: self.report["dense"][name] for name in _SIZES}
@@ -195,7 +195,7 @@ class RunReport(Recorder, EventSource):
         return dict(self._identity)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check them; a sharded checkpoint can not be read before.
+        """Check them; a sharded checkpoint cannot be read before.
 
         Raises:
             BadPlan: another model or tokenizer.

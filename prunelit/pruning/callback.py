@@ -51,8 +51,8 @@ class PruningCallback(PruningMethod, Callback):
 
     Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`,
     so a killed run does not compute them again. A job without a `default_root_dir` of its own (it would be the working
-    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the weights
-    of the changed decoder layers, about the size of the cut model.
+    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the
+    weights of the changed decoder layers, about the size of the cut model.
 
     Arguments: see `PruningMethod`.
 

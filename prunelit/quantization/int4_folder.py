@@ -50,7 +50,7 @@ def read_int4_config(folder: str | Path) -> dict[str, Any] | None:
     size = config.get("group_size")
     if type(size) is not int or size < CODES_PER_WORD or size % CODES_PER_WORD:
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of "
+            f"model {str(folder)!r}: cannot be loaded: config.json: group_size: expected a multiple of "
             f"{CODES_PER_WORD}, got {size!r:.40}"
         )
     return config
@@ -191,7 +191,7 @@ def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
     if unread := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: expected all weights, got none for {len(unread)} of them "
+            f"model {str(folder)!r}: cannot be loaded: expected all weights, got none for {len(unread)} of them "
             f"({unread[0]}, ...); the files are incomplete or belong to another config"
         )
     return model.requires_grad_(False).eval()

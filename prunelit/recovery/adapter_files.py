@@ -121,7 +121,7 @@ def read_adapter_settings(folder: Path) -> Any:
             )
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} can not be read: {error}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} cannot be read: {error}") from error
     if settings.use_dora or settings.bias != "none":
         raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
     return settings
@@ -140,7 +140,7 @@ def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
                 elif part == "B.weight":
                     b[name] = file.get_slice(key).get_shape()[0]
     except (OSError, SafetensorError) as error:
-        raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} can not be read: {error}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {error}") from error
     if not a or a.keys() != b.keys():
         raise BadAdapter(f"adapter {str(folder)!r}: expected pairs of lora_A and lora_B in {WEIGHTS}, got others")
     return {name: (b[name], a[name]) for name in a}

@@ -64,7 +64,7 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
         reason = " ".join(str(error).split())[:200]
-        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {reason}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: cannot be loaded onto the model: {reason}") from error
 
 
 def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
@@ -82,7 +82,7 @@ def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
         if not torch.equal(grouped, grouped[..., :1].expand_as(grouped)):
             raise BadAdapter(
                 f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
-                f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
+                f"{size}, got several, which zeros cannot take; use format uniform or hetero, or train with base int4"
             )
         module.add_to_zeros(_get_adapter_scaling(settings, linear.name) * (b @ grouped[..., 0]))
     return model

@@ -600,7 +600,7 @@ def test_out_of_memory_names_the_knob(
         ({"methods": [{"method": "random", "options": {"seed": 1}}]}, ["seed", "seeds"]),
         ({"methods": [{"method": "random", "options": ["align"]}]}, ["options", "align"]),
         ({"methods": [f"{NAME}.Closed"], "options": {}}, ["Closed", "seed", "kwargs"]),
-        ({"methods": [f"{NAME}.Missing"]}, ["Missing", "can not be imported"]),
+        ({"methods": [f"{NAME}.Missing"]}, ["Missing", "cannot be imported"]),
         ({"options": {"aling": 1}}, ["aling", "did you mean 'align'"]),
         ({"options": {"seqlen": 1}}, ["seqlen", "calibration.seqlen"]),
         ({"ratios": [0.1, 1.5]}, ["ratio", "1.5"]),

@@ -32,7 +32,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """A hub that can not be reached, as on a machine without a network."""
+    """A hub that cannot be reached, as on a machine without a network."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -248,7 +248,7 @@ def test_a_file_that_can_not_be_read_is_one_line(tmp_path, logged, name, content
 
 def test_a_broken_gzip_is_one_line(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"not gzip")
-    with pytest.raises(SourceNotFound, match="can not be read") as error:
+    with pytest.raises(SourceNotFound, match="cannot be read") as error:
         text.read_source_text(str(tmp_path / "a.txt.gz"))
     assert one_line(error)
 
@@ -290,7 +290,7 @@ def test_options_out_of_range_are_refused(options):
 def test_a_hub_id_without_a_network_fails_within_seconds(source, offline):
     text.check_text_source(source)  # may exist: only reading can tell
     start = time.perf_counter()
-    with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a \.parquet") as error:
+    with pytest.raises(SourceNotFound, match=r"hub\.invalid cannot be reached; pass a \.parquet") as error:
         text.read_source_text(source)
     assert time.perf_counter() - start < 8 and one_line(error)
 

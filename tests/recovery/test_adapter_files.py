@@ -154,11 +154,11 @@ def _edit(folder: Path, **values: Any) -> None:
     ("break_it", "reason"),
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "expected a folder with adapter_config.json and"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json can not be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
         (lambda folder: _edit(folder, peft_type="IA3"), "expected peft_type LORA, got 'IA3'"),
         (lambda folder: _edit(folder, use_dora=True), "expected plain LoRA, got DoRA or biases"),
         (lambda folder: _edit(folder, bias="all"), "expected plain LoRA, got DoRA or biases"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 40), "safetensors can not be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 40), "safetensors cannot be read"),
         (lambda folder: save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors"), "pairs of lora_A and"),
     ],
 )
@@ -182,6 +182,6 @@ def test_a_damaged_base_is_one_line(change: Any, tmp_path: Path) -> None:
     folder = saved(adapted("llama", "none"), tmp_path / "run")
     file = folder / "base" / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(SourceNotFound, match=r"can not be loaded: model\.safetensors") as error:
+    with pytest.raises(SourceNotFound, match=r"cannot be loaded: model\.safetensors") as error:
         adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     assert "\n" not in str(error.value)
