@@ -1,8 +1,8 @@
 """PruningPlan: which units of a decoder stay. Methods make it; surgery, checkpoints and exports read it.
 
-A plan is plain data and needs the standard library only. It is validated when it is made, written to JSON with one layer
-a line (see `prunelit.core.plan_json`), hashed, compared across ranks, edited by hand, and applied on another machine
-without the scores.
+A plan is plain data and needs the standard library only. It is validated when it is made, written to JSON with one
+layer a line (see `prunelit.core.plan_json`), hashed, compared across ranks, edited by hand, and applied on another
+machine without the scores.
 """
 
 import json

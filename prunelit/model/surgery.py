@@ -39,7 +39,8 @@ def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
             raise BadPlan(
                 f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} "
                 f"KV groups, {shape.ffn_channels} channels, expected {planned_shape.query_heads}, "
-                f"{planned_shape.kv_groups}, {planned_shape.ffn_channels}; make a plan for this model, or load the dense one"
+                f"{planned_shape.kv_groups}, {planned_shape.ffn_channels}; make a plan for this model, or "
+                "load the dense one"
             )
     if made_for.weights != shape_now.weights:
         warnings.warn(

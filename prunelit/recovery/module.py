@@ -309,7 +309,8 @@ class RecoveryModule(LightningModule):
             if trainable.get(name) != saved.get(name):
                 raise BadPlan(
                     f"checkpoint: {name}: expected shape {_format_shape(trainable.get(name))}, got "
-                    f"{_format_shape(saved.get(name))}; it was made with another model, plan or lora_rank: resume with the configuration of that run"
+                    f"{_format_shape(saved.get(name))}; it was made with another model, plan or lora_rank: resume "
+                    "with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")
 
