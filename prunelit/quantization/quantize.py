@@ -217,7 +217,7 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
     through `prunelit.recovery.lora.merge_into_full_precision` instead.
 
     Args:
-        model: quantised, without adapters; a plain model is reis_transposed as it is.
+        model: quantised, without adapters; a plain model is returned as it is.
         dtype: of the weights; None: the dtype of the model's first floating-point parameter.
 
     Raises:

@@ -62,10 +62,10 @@ def test_codes_follow_the_formula_and_stay_within_half_a_step(
 def test_constant_groups_are_exact_and_merge(value: float, width: int, group_size: int) -> None:
     weight = torch.full((3, width), value)
     linear = Int4Linear.from_weight(weight, None, group_size)
-    assert torch.equal(linear.dequantised(), weight)
+    assert torch.equal(linear.dequantize_weight(), weight)
     adapter = filled(GroupLora(linear, 2, 4))
     update = (adapter.lora_B @ adapter.lora_A * 2 / group_size).repeat_interleave(group_size, 1)[:, :width]
-    torch.testing.assert_close(adapter.merge().dequantised(), weight + update)
+    torch.testing.assert_close(adapter.merge().dequantize_weight(), weight + update)
 
 
 @pytest.mark.parametrize("tiny_spread", [1e-30, 1e-42])
@@ -86,7 +86,7 @@ def test_layer_is_the_linear_of_its_weight(width: int, group_size: int) -> None:
     full = (scale.repeat_interleave(group_size, 1)[:, :width] * codes) + zero.repeat_interleave(group_size, 1)[
         :, :width
     ]
-    torch.testing.assert_close(layer.dequantised(), full)
+    torch.testing.assert_close(layer.dequantize_weight(), full)
     assert relative(full, weight) <= compute_error_bound(group_size)
     x, twin = (torch.randn(2, 5, width).requires_grad_() for _ in range(2))
     twin.data.copy_(x.data)
@@ -157,7 +157,7 @@ def test_state_goes_round_and_scales_stay_float32() -> None:
     assert torch.equal(twin(x), layer(x))
     cast = copy.deepcopy(layer).to(torch.bfloat16)
     assert cast.scale.dtype == cast.zero.dtype == torch.float32 and cast.bias.dtype == torch.bfloat16
-    assert torch.equal(cast.dequantised(), layer.dequantised())
+    assert torch.equal(cast.dequantize_weight(), layer.dequantize_weight())
     empty = Int4Linear(50, 8, 16, bias=True, device="meta").to_empty(device="cpu")
     empty.load_state_dict(layer.state_dict())
     assert torch.equal(empty(x), layer(x))
@@ -193,5 +193,5 @@ def test_error_bound_holds_for_heavy_and_light_tails(draw: str, group_size: int)
         weight = torch.distributions.Laplace(0.0, 1.0).sample((64, 256))
     elif draw == "cubed":
         weight = weight**3
-    error = relative(Int4Linear.from_weight(weight, None, group_size).dequantised(), weight)
+    error = relative(Int4Linear.from_weight(weight, None, group_size).dequantize_weight(), weight)
     assert 0.01 < error < compute_error_bound(group_size)

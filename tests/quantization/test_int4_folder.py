@@ -47,7 +47,7 @@ def test_the_layout_is_what_transformers_unpacks(size: int, finer: int) -> None:
     assert found["weight"].dtype == torch.uint32 and found["weight"].shape == (24, 32)
     assert found["scales"].shape == found["qbiases"].shape == (24, 256 * finer // size)
     theirs = _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], size // finer, 4)
-    assert torch.equal(theirs, linear.dequantised())
+    assert torch.equal(theirs, linear.dequantize_weight())
 
 
 def test_added_rows_are_zero_and_stand_behind_each_part() -> None:
@@ -57,7 +57,7 @@ def test_added_rows_are_zero_and_stand_behind_each_part() -> None:
     linear = Int4Linear.from_weight(torch.randn(10, 20), bias, 16)
     found = int4_folder.make_int4_tensors(linear, 8, 16, 24, 2, torch.float32)
     whole = _affine_dequantize_tensor(found["weight"], found["scales"], found["qbiases"], 8, 4)[:, :20]
-    own = linear.dequantised()
+    own = linear.dequantize_weight()
     assert torch.equal(whole[:5], own[:5]) and torch.equal(whole[8:13], own[5:])
     assert not whole[5:8].any() and not whole[13:].any()
     assert torch.equal(found["bias"][8:13], bias[5:]) and not found["bias"][[5, 6, 7, 13, 14, 15]].any()
