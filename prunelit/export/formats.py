@@ -89,7 +89,7 @@ class Format:
         library: `library_name` on the hub.
         ready: raises a `PrunelitError` where something is not installed; called before a model is loaded.
         provable: the same, for what only the proof needs.
-        check: (model, tokenizer) -> None; raises `DoesNotFit`, with the words of `write`, where the format can not hold
+        check: (model, tokenizer) -> None; raises `DoesNotFit`, with the words of `write`, where the format cannot hold
             the model. It reads shapes and configs, no weight, so it can be asked before a model is trained.
         streams: whether it writes a model whose layers are on disk.
     """

@@ -17,7 +17,7 @@ from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.model.per_layer import ADDED_BIASES
 from prunelit.runtime.errors import DoesNotFit
 
-# What configs and models raise on widths that they can not have.
+# What configs and models raise on widths that they cannot have.
 _CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
 
 
@@ -169,7 +169,10 @@ def _explain_misfit(model: nn.Module | Decoder) -> str:
     first, *others = [layer.shape for layer in as_decoder(model)]
     for index, shape in enumerate(others, 1):
         if LayerWidths.from_shape(shape) != LayerWidths.from_shape(first):
-            return f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in layer {index}"
+            return (
+                f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in "
+                f"layer {index}"
+            )
     return f"expected a stock class with the model's parameters, got none with {_describe_shape(first)} and its biases"
 
 

@@ -70,7 +70,7 @@ def check_format_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
 
     Raises:
         BadOption: an unknown format.
-        DoesNotFit: it can not.
+        DoesNotFit: it cannot.
     """
     if format != "auto":
         load_export_format(format).check(model, tokenizer)
@@ -144,7 +144,7 @@ def write_model(
     Raises:
         BadOption: an unknown format, kind or size of shards.
         OutputNotWritable: see `check_output`, or the disk refused while writing.
-        DoesNotFit: the format can not hold the model's shapes.
+        DoesNotFit: the format cannot hold the model's shapes.
         NotProved: what was written is not the same model; nothing was kept.
     """
     decoders = [model] if isinstance(model, Decoder) else []
@@ -156,7 +156,8 @@ def write_model(
             tried = ("int4",)
         elif base != format:
             raise DoesNotFit(
-                f"format {format!r}: expected plain linears, got {base}; prunelit.quantization.quantize.dequantize_model first"
+                f"format {format!r}: expected plain linears, got {base}; call "
+                "prunelit.quantization.quantize.dequantize_model first"
             )
     path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
     for name in tried:
@@ -173,7 +174,7 @@ def write_model(
                 raise
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OutputNotWritable(f"output {str(path)!r}: can not be written: {reason}") from error
+            raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {reason}") from error
     raise AssertionError(tried)
 
 

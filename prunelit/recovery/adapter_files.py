@@ -10,7 +10,6 @@ Legend: O outputs, I inputs, S group size, G groups, r rank.
 import copy
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,23 +17,21 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
 from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder
-from prunelit.model.quiet import silence_transformers
-from prunelit.quantization.int4 import GroupLora, Int4Linear
+from prunelit.quantization.int4 import GroupLora
 from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
-from prunelit.quantization.linears import get_linear_widths, get_quantization, list_decoder_linears, unwrap_peft_model
+from prunelit.quantization.linears import get_linear_widths, list_decoder_linears, unwrap_peft_model
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.recovery.lora import build_peft_config
 from prunelit.runtime.errors import BadAdapter
-from prunelit.runtime.progress import show_stage
 
 CONFIG_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 ShapeByName = Mapping[str, tuple[int, int]]
 
 
@@ -72,7 +69,7 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
     tensors = {}
     for name, (a, b) in pairs.items():
         for part, value in (("lora_A", a), ("lora_B", b)):
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
+            tensors[f"{KEY_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)  # it is written for its owner's eyes only
 
@@ -103,76 +100,14 @@ def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
         BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
     """
     path = Path(folder).expanduser()
-    _read_adapter_settings(path)
-    shapes = _read_adapter_shapes(path)
+    read_adapter_settings(path)
+    shapes = read_adapter_shapes(path)
     base = _read_model_shapes(Path(source).expanduser())
     if base:
-        _check_shapes_match(folder, shapes, base, source)
+        check_shapes_match(folder, shapes, base, source)
 
 
-@torch.no_grad()
-def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
-    """Merge a saved adapter into the weights of its base, in place.
-
-    Args:
-        model: the base, plain, or int4, where the adapter goes into the zeros.
-        folder: of the adapter.
-
-    Raises:
-        BadAdapter: see `check_adapter`; or an adapter that tells the inputs of an INT4 group apart.
-    """
-    path = Path(folder).expanduser()
-    settings = _read_adapter_settings(path)
-    _check_shapes_match(
-        folder,
-        _read_adapter_shapes(path),
-        {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)},
-        "the model",
-    )
-    if get_quantization(model) == "int4":
-        return _merge_into_zeros(model, path, settings)
-    from peft import PeftModel
-
-    try:
-        with show_stage("merging the adapter"), silence_transformers(), warnings.catch_warnings():
-            warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
-            return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadAdapter(f"adapter {str(folder)!r}: can not be loaded onto the model: {reason}") from error
-
-
-def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
-    """Add s B A of every group to its zero."""
-    tensors = load_file(folder / WEIGHTS)
-    for linear in list_decoder_linears(model):
-        key = f"{_PREFIX}{linear.name}.lora_%s.weight"
-        if key % "A" not in tensors:
-            continue
-        module = cast(Int4Linear, linear.module)
-        a, b = tensors[key % "A"].float(), tensors[key % "B"].float()
-        size = module.group_size
-        # The last column again in a narrower last group: it is no other input.
-        grouped = torch.cat([a, a[:, -1:].expand(-1, -a.shape[1] % size)], 1).unflatten(1, (-1, size))
-        if not torch.equal(grouped, grouped[..., :1].expand_as(grouped)):
-            raise BadAdapter(
-                f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
-                f"{size}, got several, which zeros can not take; use format uniform or hetero, or train with base int4"
-            )
-        module.add_to_zeros(_get_adapter_scaling(settings, linear.name) * (b @ grouped[..., 0]))
-    return model
-
-
-def _get_adapter_scaling(settings: Any, name: str) -> float:
-    """alpha / r of a module, or alpha / sqrt(r): PEFT's, by its own patterns."""
-    from peft.utils.other import get_pattern_key
-
-    rank = settings.rank_pattern.get(get_pattern_key(settings.rank_pattern, name), settings.r)
-    alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, name), settings.lora_alpha)
-    return float(alpha / (rank**0.5 if settings.use_rslora else rank))
-
-
-def _read_adapter_settings(folder: Path) -> Any:
+def read_adapter_settings(folder: Path) -> Any:
     """The configuration of a saved adapter."""
     from peft import LoraConfig
 
@@ -186,26 +121,26 @@ def _read_adapter_settings(folder: Path) -> Any:
             )
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} can not be read: {error}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} cannot be read: {error}") from error
     if settings.use_dora or settings.bias != "none":
         raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
     return settings
 
 
-def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """[O, I] of the linears that an adapter is for, by name, from the header of its file."""
     a: dict[str, int] = {}
     b: dict[str, int] = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
+                name, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
                 if part == "A.weight":
                     a[name] = file.get_slice(key).get_shape()[1]
                 elif part == "B.weight":
                     b[name] = file.get_slice(key).get_shape()[0]
     except (OSError, SafetensorError) as error:
-        raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} can not be read: {error}") from error
+        raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {error}") from error
     if not a or a.keys() != b.keys():
         raise BadAdapter(f"adapter {str(folder)!r}: expected pairs of lora_A and lora_B in {WEIGHTS}, got others")
     return {name: (b[name], a[name]) for name in a}
@@ -225,7 +160,7 @@ def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
+def check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
     """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later."""
     if not shapes.keys() & base.keys():
         if where == "the model":

@@ -21,7 +21,7 @@ from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.quantization import quantize, views
-from prunelit.recovery import lora
+from prunelit.recovery import lora, merge
 from prunelit.recovery.losses import (
     compute_cross_entropy,
     compute_hidden_distance,
@@ -57,7 +57,8 @@ class RecoveryModule(LightningModule):
         label_share: of the cross-entropy in the loss "distill", in [0, 1].
         hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
         base: "none" leaves the weights under the adapters as they are; "nf4" (bitsandbytes, QLoRA) and "int4" (groups
-            with float zero points, into which adapters merge without loss) hold them in 4 bits (`prunelit.quantization.quantize`).
+            with float zero points, into which adapters merge without loss) hold them in 4 bits (see
+            `prunelit.quantization.quantize`).
             With nf4 every process keeps the cut weights in a scratch file too: adapters are merged into those.
         group_size: inputs per group of int4: 16, 32, 64 or 128.
         ffn_lora_rank: rank in FFN blocks; None: lora_rank.
@@ -116,7 +117,7 @@ class RecoveryModule(LightningModule):
         if not lora_rank and (base != "none" or ffn_lora_rank or rank_rule != "even"):
             raise BadOption(
                 "model.lora_rank: expected at least 1 with a 4-bit base, ffn_lora_rank or rank_rule by_cut, got 0; "
-                "weights in 4 bits can not be trained themselves"
+                "weights in 4 bits cannot be trained themselves"
             )
         if rank_rule == "by_cut" and ffn_lora_rank:
             raise BadOption("model.ffn_lora_rank: expected null with rank_rule by_cut, which chooses ranks itself")
@@ -280,8 +281,8 @@ class RecoveryModule(LightningModule):
         """
         self.gather_model()
         if self._full_precision_model:
-            self.model = lora.merge_into_full_precision(self._full_precision_model.pop(), self.model).to(self.device)
-        self.model = lora.merge_adapters(self.model)
+            self.model = merge.merge_into_full_precision(self._full_precision_model.pop(), self.model).to(self.device)
+        self.model = merge.merge_adapters(self.model)
         return self.model
 
     def measure_base_memory(self) -> dict[str, float]:
@@ -307,8 +308,9 @@ class RecoveryModule(LightningModule):
         for name in sorted(trainable.keys() | saved.keys()):
             if trainable.get(name) != saved.get(name):
                 raise BadPlan(
-                    f"checkpoint: {name}: expected shape {_format_shape(trainable.get(name))}, got {_format_shape(saved.get(name))}; "
-                    "it was made with another model, plan or lora_rank: resume with the configuration of that run"
+                    f"checkpoint: {name}: expected shape {_format_shape(trainable.get(name))}, got "
+                    f"{_format_shape(saved.get(name))}; it was made with another model, plan or lora_rank: resume "
+                    "with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")
 

@@ -9,7 +9,7 @@ from prunelit.data import loading
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.linears import get_quantization
-from prunelit.recovery import adapter_files
+from prunelit.recovery import adapter_files, merge
 from prunelit.runtime.errors import BadOption
 
 DEFAULT_GROUP_SIZE = 32
@@ -56,7 +56,7 @@ def prepare_export_model(
     if stored is not None and not keep:
         say(f"{Path(model).name}: INT4 in groups of {stored}; its rounded weights are written in full precision")
     if adapter is not None:
-        network = adapter_files.merge_adapter_folder(network, adapter)
+        network = merge.merge_adapter_folder(network, adapter)
         say(f"adapter {adapter!r}: merged")
     if get_quantization(network) is None:
         Decoder(network).check_finite()
