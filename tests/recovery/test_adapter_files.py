@@ -153,11 +153,11 @@ def _edit(folder: Path, **values: Any) -> None:
     ("break_it", "reason"),
     [
         (lambda folder: (folder / "adapter_config.json").unlink(), "expected a folder with adapter_config.json and"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json can not be read"),
+        (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json cannot be read"),
         (lambda folder: _edit(folder, peft_type="IA3"), "expected peft_type LORA, got 'IA3'"),
         (lambda folder: _edit(folder, use_dora=True), "expected plain LoRA, got DoRA or biases"),
         (lambda folder: _edit(folder, bias="all"), "expected plain LoRA, got DoRA or biases"),
-        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 40), "safetensors can not be read"),
+        (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 40), "safetensors cannot be read"),
         (lambda folder: save_file({"x": torch.zeros(1)}, folder / "adapter_model.safetensors"), "pairs of lora_A and"),
     ],
 )
