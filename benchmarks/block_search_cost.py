@@ -97,7 +97,7 @@ def plain(evaluator: BlockEvaluator, count: int, blocks: Any) -> tuple[list[Bloc
     for _ in range(count):
         candidates = [block for block in list_blocks(shape, blocks) if block not in order]
         sets = {block: frozenset({*order, block}) for block in candidates if can_remove_blocks(shape, {*order, block})}
-        values = dict(zip(sets, evaluator.evaluate_sets(list(sets.evaluate_sets())), strict=True))
+        values = dict(zip(sets, evaluator.evaluate_sets(list(sets.values())), strict=True))
         best = min(values, key=lambda block: values[block].nll)
         order.append(best)
         nll = values[best].nll

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 
-from prunelit.pruning.context import PruningContext
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import method_class
 from prunelit.repair import reconstruct
 from prunelit.runtime.environment import get_peak_memory_mib

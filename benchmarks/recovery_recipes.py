@@ -97,7 +97,7 @@ def main() -> None:
     }
     write_json(ROOT / "benchmarks" / "results" / "recovery_recipes.json", result)
     for name, row in sorted(rows.items(), key=lambda item: float(item[1]["mean_log_ratio"])):
-        numbers = " / ".join(f"{value:.1f}" for value in row["perplexity"].evaluate_sets())
+        numbers = " / ".join(f"{value:.1f}" for value in row["perplexity"].values())
         print(f"| {name} | {row['mean_log_ratio']:.3f} | {numbers} | {row.get('train_seconds', 0):.0f} |")
 
 

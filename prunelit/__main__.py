@@ -1,4 +1,4 @@
-"""python -m prunelit: a light front. What needs no model is answered here, before torch and Lightning are imported."""
+"""python -m prunelit: the entry point. Commands that need no model are answered without importing torch."""
 
 import os
 import sys
@@ -24,8 +24,13 @@ COMMANDS = {
 
 
 def render_usage() -> str:
-    """The text of `--help`."""
-    lines = [f"  {name:9} {what}" for name, what in COMMANDS.items()]
+    """Write the text of `--help`.
+
+    Example:
+        >>> render_usage().splitlines()[2]
+        'usage: python -m prunelit COMMAND [options]'
+    """
+    lines = [f"  {name:9} {description}" for name, description in COMMANDS.items()]
     return "\n".join(
         [
             f"prunelit {__version__}: make large language models structurally smaller and win their quality back",
@@ -41,14 +46,28 @@ def render_usage() -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 on success, 2 on bad input with one line on stderr."""
+    """Run one command.
+
+    Args:
+        arguments: command line; None reads sys.argv.
+
+    Returns:
+        The exit code: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C.
+
+    Example:
+        >>> main(["--version"]) == 0
+        0.1.0
+        True
+    """
     if arguments is None:
-        sys.argv[1:], told = _remove_flag(VERBOSE, sys.argv[1:])  # Lightning reads it, and starts further ranks with it
+        sys.argv[1:], is_verbose = _remove_flag(
+            VERBOSE, sys.argv[1:]
+        )  # Lightning reads sys.argv, and starts further ranks with it
         arguments = sys.argv[1:]
     else:
-        arguments, told = _remove_flag(VERBOSE, arguments)
-    before = os.environ.get(progress.VERBOSE_VARIABLE)
-    if told:
+        arguments, is_verbose = _remove_flag(VERBOSE, arguments)
+    previous = os.environ.get(progress.VERBOSE_VARIABLE)
+    if is_verbose:
         os.environ[progress.VERBOSE_VARIABLE] = "1"
     try:
         return _run_command(arguments)
@@ -63,12 +82,12 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
     finally:
-        if told and before is None:
+        if is_verbose and previous is None:
             del os.environ[progress.VERBOSE_VARIABLE]
 
 
 def _remove_flag(option: str, arguments: list[str]) -> tuple[list[str], bool]:
-    """Arguments without a flag, and whether it was there."""
+    """Return the arguments without a flag, and whether it was there."""
     return [argument for argument in arguments if argument != option], option in arguments
 
 

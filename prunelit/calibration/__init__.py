@@ -1,1 +1,1 @@
-"""Text through a model, observed: activations, gradients, perplexity, and the cache of what was computed."""
+"""Runs of text through a model: observed activations, gradients, perplexity, and a cache of the results."""

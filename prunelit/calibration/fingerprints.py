@@ -16,9 +16,9 @@ from prunelit.calibration.batches import Batch
 _VALUES_PER_TENSOR = 4096  # values of each tensor that a model's fingerprint reads
 
 
-def compute_digest(said: str) -> str:
+def compute_digest(text: str) -> str:
     """16 hexadecimal digits."""
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def fingerprint_source(kind: type) -> str | None:
@@ -56,22 +56,22 @@ def fingerprint_weights(model: nn.Module) -> str:
     return _hash_sampled_tensors(model, "")
 
 
-def _hash_sampled_tensors(model: nn.Module, said: str) -> str:
-    found = hashlib.sha256(said.encode())
+def _hash_sampled_tensors(model: nn.Module, prefix: str) -> str:
+    sha256 = hashlib.sha256(prefix.encode())
     for name, value in model.state_dict().items():
         flat = value.detach().flatten()
         sample = flat[:: max(1, flat.numel() // _VALUES_PER_TENSOR)].contiguous().cpu()
-        found.update(name.encode() + bytes(sample.view(torch.uint8).numpy()))
-    return found.hexdigest()[:16]
+        sha256.update(name.encode() + bytes(sample.view(torch.uint8).numpy()))
+    return sha256.hexdigest()[:16]
 
 
 def hash_tensors(model: nn.Module) -> dict[str, str]:
     """Hash of all bytes of every tensor, with its shape and dtype, by its name in the state dict."""
-    found = {}
+    digests = {}
     for name, value in model.state_dict().items():
         flat = value.detach().flatten().cpu().view(torch.uint8).numpy()
-        found[name] = f"{list(value.shape)} {value.dtype} {hashlib.sha256(flat).hexdigest()}"
-    return found
+        digests[name] = f"{list(value.shape)} {value.dtype} {hashlib.sha256(flat).hexdigest()}"
+    return digests
 
 
 def fingerprint_tokenizer(tokenizer: Any) -> str | None:
@@ -84,9 +84,9 @@ def fingerprint_tokenizer(tokenizer: Any) -> str | None:
 
 def fingerprint_batches(batches: Sequence[Batch]) -> str:
     """Hash of the tokens and masks of batches."""
-    found = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
             values = batch[name].to("cpu", torch.int64)
-            found.update(f"{name} {list(values.shape)}".encode() + values.numpy().tobytes())
-    return found.hexdigest()[:16]
+            sha256.update(f"{name} {list(values.shape)}".encode() + values.numpy().tobytes())
+    return sha256.hexdigest()[:16]

@@ -1,8 +1,9 @@
-"""Batches through a model one layer after the other, each layer in memory while they pass, within a memory budget.
+"""Run batches through an offloaded model one layer after the other, within a memory budget.
 
-Bytes held at once, from above: what is always in memory, the largest layer, the same in float32 (in which scores read
-weights), the activations of one batch in it, and the residual streams, unless they wait in files. Weights are read from
-files that are mapped into memory; these pages are the system's, and not counted.
+Only the layer that is running has its weights in memory. The peak is estimated from above as the sum of the tensors
+that are always in memory, the largest layer, the same layer in float32 (scores read weights in float32), the
+activations of one batch in that layer, and the residual streams of all batches unless they are written to files.
+Weights come from memory-mapped files; their pages belong to the page cache of the system and are not counted.
 
 Legend: B batch, S sequence, H hidden, V vocabulary.
 """
@@ -33,24 +34,38 @@ GIB = 2**30
 
 
 def list_layer_linears(layer: Layer) -> list[nn.Module]:
-    """The linears of a layer: what is on disk."""
+    """List the linears of a layer whose weights stay on disk: q, k, v, o and the FFN, as far as the layer has them."""
     attention = [*layer.qkv, layer.output] if layer.has_attention else []
     return attention + ([*layer.ffn_in, layer.down] if layer.has_mlp else [])
 
 
 class OffloadedPartialForward(PartialForward):
-    """`PartialForward` for a model of which one layer at a time can run, from the first to the last."""
+    """`PartialForward` for an offloaded model: layers run one at a time, from the first to the last.
+
+    Args:
+        decoder: the offloaded model.
+    """
 
     def _detect_tuple_outputs(self) -> list[bool]:
+        # A probing pass over the whole model would need all its weights; `run_layer` finds out layer by layer.
         return [False] * len(self.decoder.layers)
 
     def run_layer(self, layer: Layer, batch: Batch, hidden: Tensor | None) -> Tensor:
-        """The residual stream after a layer whose weights are in memory, [B, S, H]."""
+        """Run one layer, whose weights are in memory.
 
-        def learn(module: nn.Module, args: Any, output: Any) -> None:
+        Args:
+            layer: the layer to run.
+            batch: token ids and padding mask.
+            hidden: [B, S, H] residual stream entering the layer; None for the first layer.
+
+        Returns:
+            [B, S, H] residual stream leaving the layer.
+        """
+
+        def detect_tuple(module: nn.Module, args: Any, output: Any) -> None:
             self._returns_tuple[layer.index] = isinstance(output, tuple)
 
-        handle = layer.module.register_forward_hook(learn, prepend=True)
+        handle = layer.module.register_forward_hook(detect_tuple, prepend=True)
         try:
             return self.run_layers(batch, hidden, layer.index, layer.index + 1)
         finally:
@@ -58,44 +73,53 @@ class OffloadedPartialForward(PartialForward):
 
 
 class SequentialPipeline:
-    """`Steps` of a streamed model: one layer after the other, every batch.
+    """`StepGenerator` of an offloaded model: every batch passes one layer before the next layer is loaded.
 
     Args:
-        budget: most bytes of weights and activations; None: no limit.
-        scratch: folder for residual streams that exceed it.
+        budget: limit of the bytes that weights and activations take at once; None: no limit.
+        scratch: folder for the residual streams that do not fit the budget; None: the system's temporary folder.
+
+    Example: see `prunelit.data.offloaded.load_offloaded`, which sets one as the model's `STEPS_ATTRIBUTE`.
     """
 
     def __init__(self, budget: int | None, scratch: str | os.PathLike[str] | None):
         self.budget, self.scratch = budget, scratch
 
     def check_budget(self, decoder: Decoder, tokens: int = 0) -> int:
-        """Bytes that the budget leaves beside what is needed at once, with one batch of `tokens`.
+        """Check that one layer fits the budget.
+
+        Args:
+            decoder: the offloaded model.
+            tokens: tokens of the largest batch; 0: weights alone.
+
+        Returns:
+            Bytes of the budget that remain for residual streams.
 
         Raises:
-            BadOption: it does not leave any.
+            BadOption: the budget is below what one layer needs.
         """
         fixed, layer = estimate_layer_memory(decoder, tokens)
         if self.budget is not None and fixed + layer > self.budget:
-            what = f"one layer with a batch of {tokens:,} tokens" if tokens else "one layer"
+            layer_text = f"one layer with a batch of {tokens:,} tokens" if tokens else "one layer"
             raise BadOption(
                 f"memory_gib: expected at least {(fixed + layer) / GIB:.3f} (embeddings, norms and head "
-                f"{fixed / GIB:.3f}, {what} {layer / GIB:.3f}), got {self.budget / GIB:.3f}; raise it"
+                f"{fixed / GIB:.3f}, {layer_text} {layer / GIB:.3f}), got {self.budget / GIB:.3f}; raise it"
                 + (", or shorten --seqlen" if tokens else "")
             )
         return 2**62 if self.budget is None else self.budget - fixed - layer
 
     def __call__(self, decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[ForwardStep, None, None]:
         sizes = [batch["input_ids"].numel() for batch in batches]
-        left = self.check_budget(decoder, max(sizes, default=0))
-        element = next(decoder.model.parameters()).element_size()
-        spans = OffloadedPartialForward(decoder)
+        bytes_left = self.check_budget(decoder, max(sizes, default=0))
+        element_bytes = next(decoder.model.parameters()).element_size()
+        partial_forward = OffloadedPartialForward(decoder)
         with tempfile.TemporaryDirectory(prefix=".prunelit-streams.", dir=self.scratch) as folder:
-            in_files = sum(sizes) * int(decoder.config.hidden_size) * element > left
-            carried = _StreamStore(Path(folder) if in_files else None)
+            use_files = sum(sizes) * int(decoder.config.hidden_size) * element_bytes > bytes_left
+            store = _StreamStore(Path(folder) if use_files else None)
 
-            def run(layer: Layer, place: int, batch: Batch) -> None:
-                hidden = carried.take(place, decoder.device) if layer.index else None
-                carried.put(place, spans.run_layer(layer, batch, hidden))
+            def run(layer: Layer, number: int, batch: Batch) -> None:
+                hidden = store.take_stream(number, decoder.device) if layer.index else None
+                store.put_stream(number, partial_forward.run_layer(layer, batch, hidden))
 
             for layer in track_progress(decoder.layers, what, unit="layer"):
                 with load_lazy_weights(layer.module):
@@ -103,45 +127,59 @@ class SequentialPipeline:
 
 
 class _StreamStore:
-    """Residual streams of batches, in the host's memory, or in files of a folder."""
+    """Residual streams of batches by batch number, in host memory or in files of a folder."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
-        self.held: dict[int, Tensor] = {}
+        self.streams: dict[int, Tensor] = {}
 
-    def put(self, place: int, hidden: Tensor) -> None:
+    def put_stream(self, number: int, hidden: Tensor) -> None:
         if self.folder is None:
-            self.held[place] = hidden.cpu()
+            self.streams[number] = hidden.cpu()
         else:
-            save_file({"hidden": hidden.contiguous()}, self.folder / str(place))
+            save_file({"hidden": hidden.contiguous()}, self.folder / str(number))
 
-    def take(self, place: int, device: torch.device) -> Tensor:
+    def take_stream(self, number: int, device: torch.device) -> Tensor:
         if self.folder is None:
-            return self.held.pop(place).to(device)
-        with safe_open(self.folder / str(place), framework="pt") as file:
+            return self.streams.pop(number).to(device)
+        with safe_open(self.folder / str(number), framework="pt") as file:
+            # A copy: on the CPU the tensor is a view of the mapped file, which the next `put_stream` overwrites.
             return cast(Tensor, file.get_tensor("hidden")).to(device, copy=True)
 
 
 def estimate_layer_memory(decoder: Decoder, tokens: int = 0) -> tuple[int, int]:
-    """Bytes always in memory, and bytes that one layer adds: itself, in float32 too, and activations of `tokens`."""
+    """Estimate the memory that an offloaded model needs at once, from above.
+
+    Args:
+        decoder: the offloaded model.
+        tokens: tokens of the largest batch.
+
+    Returns:
+        Bytes that are always in memory, and bytes that the largest layer adds: its weights as stored and in float32,
+        and the activations of `tokens` tokens.
+    """
     in_layers = {id(linear.weight) for layer in decoder for linear in list_layer_linears(layer)}
     tensors = {id(x): x for x in (*decoder.model.parameters(), *decoder.model.buffers()) if id(x) not in in_layers}
     fixed = sum(x.numel() * x.element_size() for x in tensors.values())
-    most = 0
+    largest = 0
     for layer in decoder:
         weights = [cast(Tensor, linear.weight) for linear in list_layer_linears(layer)]
         elements = sum(weight.numel() for weight in weights)
         stored = sum(weight.numel() * weight.element_size() for weight in weights)
-        size = weights[0].element_size() if weights else 4
-        most = max(
-            most,
-            stored + 4 * elements + tokens * estimate_activation_bytes(layer.shape, decoder.config.hidden_size, size),
-        )
-    return fixed, most
+        element_bytes = weights[0].element_size() if weights else 4
+        activations = tokens * estimate_activation_bytes(layer.shape, decoder.config.hidden_size, element_bytes)
+        largest = max(largest, stored + 4 * elements + activations)
+    return fixed, largest
 
 
 def estimate_activation_bytes(shape: LayerShape, hidden: int, size: int) -> int:
-    """Bytes of one token's activations in a layer while all its points are watched: an estimate from above."""
+    """Estimate the bytes of one token's activations in a layer whose points are all observed, from above.
+
+    Args:
+        shape: of the layer.
+        hidden: hidden size of the model.
+        size: bytes of one activation in the model's dtype.
+    """
     attention, channels = shape.query_heads * shape.head_dim, shape.ffn_channels
     values = 8 * hidden + 2 * (attention + 2 * shape.kv_groups * shape.head_dim) + 4 * channels
     return values * size + 3 * max(attention, channels, hidden) * 4  # observers widen to float32
@@ -149,11 +187,19 @@ def estimate_activation_bytes(shape: LayerShape, hidden: int, size: int) -> int:
 
 @torch.no_grad()
 def compute_logits_by_layer(model: nn.Module, ids: Tensor) -> Tensor:
-    """Logits [B, S, V] of token ids [B, S], one layer in memory at a time."""
+    """Compute the logits of an offloaded model, one layer in memory at a time.
+
+    Args:
+        model: the offloaded model.
+        ids: [B, S] token ids.
+
+    Returns:
+        [B, S, V] logits, in the model's dtype.
+    """
     decoder = Decoder(model)
-    spans, batch, hidden = OffloadedPartialForward(decoder), {"input_ids": ids}, None
+    partial_forward, batch, hidden = OffloadedPartialForward(decoder), {"input_ids": ids}, None
     with use_eval_mode(model):
         for layer in decoder:
             with load_lazy_weights(layer.module):
-                hidden = spans.run_layer(layer, batch, hidden)
-        return spans.run_layers(batch, hidden, len(decoder.layers))
+                hidden = partial_forward.run_layer(layer, batch, hidden)
+        return partial_forward.run_layers(batch, hidden, len(decoder.layers))

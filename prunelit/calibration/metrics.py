@@ -71,11 +71,11 @@ def perplexity(
         labels[1:, : max(1, windows.shape[1] - stride)] = _IGNORED_LABEL
     with use_eval_mode(model):
         for batch, counts in track_progress(_pad_own_share(torch.stack((windows, labels)).split(batch_size, 1)), what):
-            ids, wanted = batch.to(device)
+            ids, labels = batch.to(device)
             hidden_logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
             if not counts:
                 continue
-            targets = wanted[:, 1:].flatten()
+            targets = labels[:, 1:].flatten()
             pieces = zip(
                 hidden_logits.split(_TOKENS_PER_LOGIT_CHUNK), targets.split(_TOKENS_PER_LOGIT_CHUNK), strict=True
             )
@@ -90,9 +90,9 @@ def perplexity(
 def _pad_own_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
     """This rank's batches, and whether they count: every rank gets as many, since a sharded model needs all ranks for
     every pass."""
-    mine = [(batch, True) for batch in take_rank_share(batches)]
+    own = [(batch, True) for batch in take_rank_share(batches)]
     most = len(take_rank_share(batches, rank=0))
-    return mine + [(batches[0], False)] * (most - len(mine))
+    return own + [(batches[0], False)] * (most - len(own))
 
 
 def convert_nll_to_perplexity(nll: float) -> float:
@@ -118,8 +118,8 @@ def make_fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
 def compute_logits(model: Any, ids: Tensor) -> Tensor:
     """[N, S, V] of token ids [N, S], in evaluation mode, float32 on the CPU."""
     with use_eval_mode(model):
-        found: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
-    return found.float().cpu()
+        logits: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
+    return logits.float().cpu()
 
 
 def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None = None) -> dict[str, float]:
@@ -135,7 +135,7 @@ def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None =
         "loss_after"} (mean, nats).
     """
     first, second = before.float().cpu(), after.float().cpu()
-    found = {
+    difference = {
         "tokens": first.shape[0] * first.shape[1],
         "largest_logit": first.abs().max().item(),
         "largest_difference": (first - second).abs().max().item(),
@@ -143,8 +143,10 @@ def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None =
     }
     if ids is not None:
         for name, logits in (("loss_before", first), ("loss_after", second)):
-            found[name] = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().cpu()).item()
-    return found
+            difference[name] = nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten().cpu()
+            ).item()
+    return difference
 
 
 def describe_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Stream batches through a model and observe named points of every layer; leave no trace.
+"""Run batches through a model and observe the activations at named points of every layer.
 
 Legend: B batch, S sequence, T tokens that count (no padding), C width of the point.
 """
@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.model.decoder import Decoder, Layer
@@ -33,13 +34,15 @@ ActivationPoint = Literal[
     "mlp_output",  # output of down [T, H]
     "layer_output",  # residual stream leaving the layer [T, H]
 ]
+"""Places in a decoder layer where activations can be observed."""
 Observer = Callable[[Layer, Mapping[str, Tensor]], None]
+"""Receives a layer and {point: activations [T, C]} of one batch."""
 ForwardStep = tuple[Sequence[Layer], Iterable[tuple[Batch, Callable[[], object]]]]
-"""Layers, and every batch with the call that runs it through them."""
+"""Layers, and every batch with a function that runs the batch through these layers."""
 StepGenerator = Callable[[Decoder, Sequence[Batch], str], Generator[ForwardStep, None, None]]
 STEPS_ATTRIBUTE = "prunelit_steps"
-"""Attribute of a model that is not to be run batch by batch, each through all layers: its own `StepGenerator`, which take every
-batch through every layer once. The third argument is the name on the progress bar."""
+"""Attribute of a model that cannot run each batch through all layers at once (an offloaded model): a `StepGenerator`
+that takes all batches through each layer exactly once. Its third argument is the label of the progress bar."""
 
 
 @torch.no_grad()
@@ -50,77 +53,90 @@ def observe(
     observer: Observer,
     what: str = "calibrating",
 ) -> int:
-    """Run every batch once and hand each layer's activations to `observer`, layer by layer, then free them.
+    """Run every batch once, hand each layer's activations to `observer`, then free them.
 
-    The output projection is not run. Points that a layer lacks (a removed block, no norm before the FFN) are left out.
-    In a distributed run each rank takes every world-size-th batch; sum what you accumulate with `all_sum`.
+    Layers are visited in network order, and the output projection of the model does not run. Points that a layer does
+    not have (a removed block, no norm before the FFN) are left out. In a distributed run each rank takes every
+    world-size-th batch, so accumulated values have to be summed with `sum_over_ranks`; `Sums` does that.
 
     Args:
-        decoder: the model; its mode, hooks and gradients are as before when this returns.
-        batches: the same list on every rank.
-        points: what to collect; a point's rows are the tokens that are not padding.
-        observer: called with the layer and {point: [T, C]}.
-        what: name on the progress bar.
+        decoder: the model; its mode, hooks and gradients are restored before this returns.
+        batches: calibration batches, the same list on every rank.
+        points: points to observe; their rows are the tokens that are not padding.
+        observer: called with the layer and {point: activations [T, C]} of one batch.
+        what: label of the progress bar.
 
     Returns:
-        Number of tokens observed on all ranks.
+        Number of tokens observed, over all ranks.
 
     Raises:
-        NonFinite: a layer's output holds NaN or infinity.
-        NoCalibration: no batches, or nothing but padding.
+        NonFinite: the output of a layer holds NaN or infinity.
+        NoCalibration: there are no batches, or nothing but padding.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
+        >>> batches = [{"input_ids": torch.ones(2, 5, dtype=torch.long)}]
+        >>> observe(decoder, batches, ["channels"], lambda layer, x: print(layer.index, x["channels"].shape))
+        0 torch.Size([10, 24])
+        1 torch.Size([10, 24])
+        10
     """
     if not batches:
         raise NoCalibration(f"calibration: expected at least one batch, got none; {BATCHES_HINT}")
-    keep: dict[str, Tensor | None] = {"mask": None}
-    held: dict[str, Tensor] = {}
+    real_tokens: Tensor | None = None  # of the batch that is running
+    activations: dict[str, Tensor] = {}
 
-    def hold(point: str, x: Tensor) -> None:
+    def store(point: str, x: Tensor) -> None:
         rows = x.reshape(-1, x.shape[-1])
-        held[point] = rows if keep["mask"] is None else rows[keep["mask"]]
+        activations[point] = rows if real_tokens is None else rows[real_tokens]
 
-    def before(point: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        hold(point, args[0] if args else kwargs["hidden_states"])
+    def store_input(point: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        store(point, args[0] if args else kwargs["hidden_states"])
 
-    def after(point: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        hold(point, output[0] if isinstance(output, tuple) else output)
+    def store_output(point: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        store(point, output[0] if isinstance(output, tuple) else output)
 
-    def layer_done(layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def finish_layer(layer: Layer, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
+        # One sum instead of a mask of all elements; in float32 since a sum of float16 values would overflow by itself.
         if not torch.isfinite(hidden.sum(dtype=torch.float32)):
             raise NonFinite(
                 f"layer {layer.index}: activations hold NaN or infinity on the calibration text; "
                 "expected finite numbers: check the model file, or load it in bfloat16 or float32"
             )
         if "layer_output" in points:
-            hold("layer_output", hidden)
-        observer(layer, held)
-        held.clear()
+            store("layer_output", hidden)
+        observer(layer, activations)
+        activations.clear()
 
     steps: StepGenerator = getattr(decoder.model, STEPS_ATTRIBUTE, _run_all_layers)
-    with use_eval_mode(decoder.model), closing(steps(decoder, take_rank_share(batches), what)) as walk:
-        for layers, runs in walk:
-            handles: list[Any] = []
+    with use_eval_mode(decoder.model), closing(steps(decoder, take_rank_share(batches), what)) as layer_steps:
+        for layers, runs in layer_steps:
+            handles: list[RemovableHandle] = []
             try:
                 for layer in layers:
                     for point in points:
-                        handles += _attach_hooks(layer, point, before, after)
-                    handles.append(layer.module.register_forward_hook(partial(layer_done, layer)))
+                        handles += _attach_hooks(layer, point, store_input, store_output)
+                    handles.append(layer.module.register_forward_hook(partial(finish_layer, layer)))
                 for batch, run in runs:
                     mask = get_padding_mask(batch)
-                    keep["mask"] = None if mask is None else mask.to(decoder.device).reshape(-1).bool()
+                    real_tokens = None if mask is None else mask.to(decoder.device).reshape(-1).bool()
                     run()
             finally:
                 for handle in handles:
                     handle.remove()
-    tokens = sum(count_real_tokens(batch) for batch in take_rank_share(batches))
-    total = int(sum_over_ranks(torch.tensor(tokens, device=decoder.device)))
+    own_tokens = sum(count_real_tokens(batch) for batch in take_rank_share(batches))
+    total = int(sum_over_ranks(torch.tensor(own_tokens, device=decoder.device)))
     if not total:
         raise NoCalibration("calibration: expected tokens, got only padding")
     return total
 
 
 def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Generator[ForwardStep, None, None]:
-    """One step: every batch through all layers."""
+    """Yield a single step: every batch passes all layers in one forward call."""
 
     def run(batch: Batch) -> object:
         mask = get_padding_mask(batch)
@@ -131,9 +147,9 @@ def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Ge
 
 
 def _attach_hooks(
-    layer: Layer, point: ActivationPoint, before: Callable[..., None], after: Callable[..., None]
-) -> list[Any]:
-    """Register the hook of one point, if the layer has it."""
+    layer: Layer, point: ActivationPoint, store_input: Callable[..., None], store_output: Callable[..., None]
+) -> list[RemovableHandle]:
+    """Register the hook of one point; no hook where the layer does not have the point."""
     names = layer.architecture
     inputs: dict[str, nn.Module | None] = {"layer_input": layer.module}
     outputs: dict[str, nn.Module | None] = {}
@@ -150,41 +166,66 @@ def _attach_hooks(
         up = None if names.fused_gate_up else cast(nn.Module, find(layer.mlp, names.up))
         outputs |= {"gate": layer.activation, "up": up, "mlp_output": layer.down}
     if point == "up" and layer.has_mlp and names.fused_gate_up:
-        return [layer.ffn_in[0].register_forward_hook(lambda m, a, out: after("up", m, a, out.chunk(2, dim=-1)[1]))]
+        return [layer.ffn_in[0].register_forward_hook(partial(_store_second_half, store_output))]
     if (module := inputs.get(point)) is not None:
-        return [module.register_forward_pre_hook(partial(before, point), with_kwargs=True)]
+        return [module.register_forward_pre_hook(partial(store_input, point), with_kwargs=True)]
     if names.parallel and point == "mlp_output" and layer.has_mlp:  # Falcon adds to this output in place
-        return [layer.down.register_forward_hook(lambda m, a, out: after("mlp_output", m, a, out.clone()))]
+        return [layer.down.register_forward_hook(lambda m, a, out: store_output("mlp_output", m, a, out.clone()))]
     if (module := outputs.get(point)) is not None:
-        return [module.register_forward_hook(partial(after, point))]
+        return [module.register_forward_hook(partial(store_output, point))]
     return []
 
 
+def _store_second_half(
+    store_output: Callable[..., None], module: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> None:
+    store_output("up", module, args, output.chunk(2, dim=-1)[1])
+
+
 class Sums:
-    """Named sums per layer, over batches and ranks, in float64: the order of batches and ranks does not show.
+    """Named sums per layer over batches and ranks.
+
+    Sums are float64, so that the order of batches and the number of ranks do not show in scores.
 
     Args:
         layers: number of layers.
+
+    Example: see `prunelit.callbacks.wanda_sp`, which averages squared activations.
     """
 
     def __init__(self, layers: int):
         self._sums: list[dict[str, Tensor]] = [{} for _ in range(layers)]
 
     def add(self, layer: Layer, name: str, value: Tensor) -> None:
-        """Add one batch's sum."""
+        """Add the sum of one batch.
+
+        Args:
+            layer: of the activations.
+            name: of the sum.
+            value: the sum over the tokens of the batch; of any shape, the same in every call.
+        """
         sums = self._sums[layer.index]
         sums[name] = sums[name] + value.double() if name in sums else value.double()
 
     def means(self, tokens: int, device: torch.device) -> list[dict[str, Tensor]]:
-        """{name: sum over all ranks / tokens} per layer; a rank that saw no batch takes part with zeros."""
-        found = [{name: list(value.shape) for name, value in sums.items()} for sums in self._sums]
-        everywhere: list[Any] = [found]
+        """Sum over all ranks and divide by the number of tokens; every rank has to call it.
+
+        Args:
+            tokens: over all ranks, as `observe` returns it.
+            device: of the results.
+
+        Returns:
+            {name: mean} of every layer, float64.
+        """
+        own_shapes = [{name: list(value.shape) for name, value in sums.items()} for sums in self._sums]
+        shapes_by_rank = [own_shapes]
         if dist.is_initialized():
-            everywhere = [None] * dist.get_world_size()
-            dist.all_gather_object(everywhere, found)
+            shapes_by_rank = [own_shapes] * dist.get_world_size()
+            dist.all_gather_object(shapes_by_rank, own_shapes)
+        # A rank without batches has no sums, but every rank has to take part in every all-reduce.
         means = []
         for index, sums in enumerate(self._sums):
-            shapes = {name: shape for rank in everywhere for name, shape in rank[index].items()}
+            shapes = {name: shape for rank in shapes_by_rank for name, shape in rank[index].items()}
             zeros = {name: torch.zeros(shapes[name], dtype=torch.float64, device=device) for name in sorted(shapes)}
             means.append(
                 {name: sum_over_ranks(sums.get(name, zero).to(device)) / tokens for name, zero in zeros.items()}

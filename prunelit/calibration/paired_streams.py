@@ -1,6 +1,6 @@
-"""Two residual streams, the dense model's and the cut model's, carried through the layers side by side.
+"""Two residual streams of the same text, one of the dense model and one of the cut model, carried layer by layer.
 
-Legend: T tokens that count (no padding), B batch, S sequence, H hidden, C inputs of a linear.
+Legend: T tokens without padding, B batch, S sequence, H hidden, C inputs of a linear.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.calibration.observe import ActivationPoint
@@ -21,30 +22,34 @@ from prunelit.runtime.errors import NoCalibration
 
 
 class _AllPointsSeen(Exception):
-    """All points of the pass have been seen."""
+    """Stops a forward pass once all points have been observed."""
 
 
 class PairedStreams:
-    """The residual streams of the dense model and of the model being cut, entering the same layer.
+    """The residual streams of the dense model and of the model being cut, both entering the same layer.
 
-    Per layer: `enter` runs it dense, the caller cuts it and calls `look`, reads `visit` as often as it likes, changes
-    its weights, and calls `leave`. In a distributed run each rank carries every world-size-th batch.
+    For each layer in network order: call `enter_layer` while it is dense, cut it and call `refresh_layer`, read
+    `run_cut_stream` as often as needed, change the weights, and call `leave_layer`. In a distributed run each rank
+    carries every world-size-th batch.
 
     Args:
-        decoder: the model, its layers below `start` not to be changed.
-        batches: the same list on every rank.
-        start: the first layer that is entered.
+        decoder: the model; layers below `start` must not be changed.
+        batches: calibration batches, the same list on every rank.
+        start: index of the first layer that is entered.
 
     Attributes:
-        layer: the layer entered, as it was last looked at.
-        own: (number, batch) of the batches that this rank carries.
-        cut: [B, S, H] streams of the cut model entering `layer`; None below layer 0.
-        heads: [B, S, C] inputs of the output projection, if `visit` was asked to hold them: the rest of the layer then
-            runs without attention's inside. Empty it after a change of q, k or v.
-        tokens: that count, on all ranks.
+        layer: the current layer, as it was at the last `enter_layer` or `refresh_layer`.
+        own_batches: (number, batch) of the batches of this rank.
+        cut_streams: [B, S, H] of each own batch, the cut model's stream entering `layer`; None for layer 0.
+        held_heads: [B, S, C] of each own batch, the inputs of the output projection, if `run_cut_stream` was asked to
+            hold them. The rest of the layer then runs without recomputing attention, so empty the list after a change
+            of q, k or v.
+        tokens: number of tokens without padding, over all ranks.
 
     Raises:
-        NoCalibration: no batches, or nothing but padding.
+        NoCalibration: there are no batches, or nothing but padding.
+
+    Example: see `prunelit.repair.reconstruct.apply_least_squares`.
     """
 
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], start: int = 0):
@@ -54,8 +59,8 @@ class PairedStreams:
         self.own_batches = take_rank_share(list(enumerate(batches)))
         self.held_heads: list[Tensor] = []
         self._masks = [_flatten_mask(batch, decoder.device) for _, batch in self.own_batches]
-        tokens = sum(count_real_tokens(batch) for _, batch in self.own_batches)
-        self.tokens = int(sum_over_ranks(torch.tensor(tokens, device=decoder.device)))
+        own_tokens = sum(count_real_tokens(batch) for _, batch in self.own_batches)
+        self.tokens = int(sum_over_ranks(torch.tensor(own_tokens, device=decoder.device)))
         if not self.tokens:
             raise NoCalibration("repair: expected calibration tokens, got only padding")
         self._targets: dict[str, list[Tensor]] = {}
@@ -72,66 +77,66 @@ class PairedStreams:
         return Layer(index, find(self.decoder.model, architecture.layers)[index], architecture)
 
     def refresh_layer(self) -> Layer:
-        """See the layer as it is now, after it was cut or replaced."""
+        """Read the current layer again after it was cut or replaced, and return it."""
         self.layer = self._get_layer(self.layer.index)
         return self.layer
 
     @torch.no_grad()
     def enter_layer(self, index: int, points: Sequence[ActivationPoint]) -> None:
-        """Run layer `index`, still dense, on the dense stream, and keep what `points` show as targets.
+        """Run layer `index`, which is still dense, on the dense stream and keep activations as targets.
 
         Args:
-            index: the layer after the one left last.
-            points: that the layer has.
+            index: of the layer; the one after the layer that was left last.
+            points: points of the layer whose activations become targets.
         """
         self.layer, self.held_heads = self._get_layer(index), []
-        kept = [point for point in points if point != "layer_output"]
-        self._targets = {point: [] for point in kept}
+        inner_points = [point for point in points if point != "layer_output"]
+        self._targets = {point: [] for point in inner_points}
         for place, hidden in enumerate(self._dense_streams):
-            found = self._run_layer(place, hidden, (*kept, "layer_output"))
-            self._dense_streams[place] = found["layer_output"]
-            for point in kept:
-                self._targets[point].append(self._select_rows(place, found[point]))
+            activations = self._run_layer(place, hidden, (*inner_points, "layer_output"))
+            # It is the target "layer_output" as well, so that one copy of the stream serves both.
+            self._dense_streams[place] = activations["layer_output"]
+            for point in inner_points:
+                self._targets[point].append(self._select_rows(place, activations[point]))
 
     def get_target(self, point: ActivationPoint, place: int) -> Tensor:
-        """What the dense model has at a point, [T, width], for the batch `own[place]`."""
+        """Return the dense model's activations at a point, [T, width], for the batch `own_batches[place]`."""
         if point == "layer_output":
             return self._select_rows(place, cast(Tensor, self._dense_streams[place]))
         return self._targets[point][place]
 
     def free_target(self, point: ActivationPoint) -> None:
-        """Free the targets of a point."""
+        """Free the targets of a point that are not needed any more."""
         self._targets.pop(point, None)
 
     @torch.no_grad()
     def run_cut_stream(
         self, points: Sequence[ActivationPoint], hold_heads: bool = False
     ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """Run the layer as it is now on the cut stream, as far as the points need.
+        """Run the current layer on the cut stream, up to the last of the points.
 
         Args:
-            points: what to see.
-            hold_heads: keep the points' "heads" in `heads`.
+            points: points to observe.
+            hold_heads: keep the activations at "heads" in `held_heads`; needs "heads" among the points.
 
         Yields:
-            The place of a batch in `own`, and {point: [T, width]}.
+            The place of a batch in `own_batches`, and {point: activations [T, width]}.
         """
         if hold_heads:
             self.held_heads = []
-        held: list[Tensor] = []
+        new_heads: list[Tensor] = []
         for place, hidden in enumerate(self.cut_streams):
-            found = self._run_layer(
-                place, hidden, tuple(dict.fromkeys(points)), self.held_heads[place] if self.held_heads else None
-            )
+            heads = self.held_heads[place] if self.held_heads else None
+            activations = self._run_layer(place, hidden, tuple(dict.fromkeys(points)), heads)
             if hold_heads:
-                held.append(found["heads"])
-            yield place, {point: self._select_rows(place, x) for point, x in found.items()}
+                new_heads.append(activations["heads"])
+            yield place, {point: self._select_rows(place, x) for point, x in activations.items()}
         if hold_heads:
-            self.held_heads = held
+            self.held_heads = new_heads
 
     @torch.no_grad()
     def leave_layer(self) -> None:
-        """Advance the cut stream over the layer as it is now."""
+        """Advance the cut stream over the current layer and free the targets."""
         for place, hidden in enumerate(self.cut_streams):
             heads = self.held_heads[place] if self.held_heads else None
             self.cut_streams[place] = self._run_layer(place, hidden, ("layer_output",), heads)["layer_output"]
@@ -144,57 +149,61 @@ class PairedStreams:
     def _run_layer(
         self, place: int, hidden: Tensor | None, points: Sequence[ActivationPoint], heads: Tensor | None = None
     ) -> dict[str, Tensor]:
-        """One batch through the layer: {point: [B, S, width]}. Without "layer_output" it stops at the last point."""
-        found: dict[str, Tensor] = {}
-        inner = [point for point in points if point != "layer_output"]
-        whole = len(inner) < len(points)
+        """Run one batch through the layer, to the last point or, with "layer_output", to its end.
 
-        def keep(point: str, x: Tensor) -> None:
-            found[point] = x
-            if not whole and len(found) == len(inner):
+        Returns:
+            {point: activations [B, S, width]}.
+        """
+        activations: dict[str, Tensor] = {}
+        inner_points = [point for point in points if point != "layer_output"]
+        needs_output = len(inner_points) < len(points)
+
+        def store(point: str, x: Tensor) -> None:
+            activations[point] = x
+            if not needs_output and len(activations) == len(inner_points):
                 raise _AllPointsSeen
 
         index = self.layer.index
         with (
             use_eval_mode(self.decoder.model),
-            _watch_points(self.layer, inner, keep),
+            _watch_points(self.layer, inner_points, store),
             _replace_attention(self.layer, heads),
         ):
             try:
-                out = self.partial_forward.run_layers(self.own_batches[place][1], hidden, index, index + 1)
+                output = self.partial_forward.run_layers(self.own_batches[place][1], hidden, index, index + 1)
             except _AllPointsSeen:
-                return found
-        return found | {"layer_output": out}
+                return activations
+        return activations | {"layer_output": output}
 
 
 def _flatten_mask(batch: Batch, device: torch.device) -> Tensor | None:
-    """Which of the flattened tokens count [B * S]; None: all."""
+    """Return which of the flattened tokens are not padding, [B * S]; None: all of them."""
     mask = get_padding_mask(batch)
     return None if mask is None else mask.to(device).reshape(-1).bool()
 
 
 @contextmanager
 def _watch_points(
-    layer: Layer, points: Sequence[ActivationPoint], keep: Callable[[str, Tensor], None]
+    layer: Layer, points: Sequence[ActivationPoint], store: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """Call `keep` with what enters or leaves the modules at the points."""
-    handles: list[Any] = []
+    """Call `store` with each point and its activations while the context is open."""
+    handles: list[RemovableHandle] = []
     try:
         for point in points:
-            handles.append(_register_point_hook(layer, point, keep))
+            handles.append(_register_point_hook(layer, point, store))
         yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _register_point_hook(layer: Layer, point: ActivationPoint, keep: Callable[[str, Tensor], None]) -> Any:
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        keep(point, args[0] if args else kwargs["hidden_states"])
+def _register_point_hook(layer: Layer, point: ActivationPoint, store: Callable[[str, Tensor], None]) -> RemovableHandle:
+    def store_input(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        store(point, args[0] if args else kwargs["hidden_states"])
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        # A parallel layer may add the two blocks in place (Falcon).
-        keep(point, output.clone() if layer.architecture.parallel else output)
+    def store_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        # A parallel layer may add the outputs of both blocks in place (Falcon).
+        store(point, output.clone() if layer.architecture.parallel else output)
 
     inputs: dict[str, Callable[[], nn.Module]] = {
         "attention_input": lambda: layer.qkv[0],
@@ -204,23 +213,24 @@ def _register_point_hook(layer: Layer, point: ActivationPoint, keep: Callable[[s
         "channels": lambda: layer.down,
     }
     if point in inputs:
-        return inputs[point]().register_forward_pre_hook(before, with_kwargs=True)
+        return inputs[point]().register_forward_pre_hook(store_input, with_kwargs=True)
     outputs = {"attention_output": lambda: layer.output, "mlp_output": lambda: layer.down}
-    return outputs[point]().register_forward_hook(after)
+    return outputs[point]().register_forward_hook(store_output)
 
 
 @contextmanager
 def _replace_attention(layer: Layer, heads: Tensor | None) -> Iterator[None]:
-    """Let attention be its output projection of the given `heads` [B, S, C]."""
+    """Let attention return its output projection of the given `heads` [B, S, C]; no change where they are None."""
     if heads is None or not layer.has_attention:
         yield
         return
-    attention, before = layer.attention, layer.attention.__dict__.get("forward")
+    # `forward` may be set on the instance already, as accelerate's hooks do; it has to be there again afterwards.
+    attention, own_forward = layer.attention, layer.attention.__dict__.get("forward")
     attention.forward = lambda *args, **kwargs: (layer.output(heads), None)
     try:
         yield
     finally:
-        if before is None:
+        if own_forward is None:
             del attention.forward
         else:
-            attention.forward = before
+            attention.forward = own_forward

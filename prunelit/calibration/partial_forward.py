@@ -1,7 +1,8 @@
-"""Run part of a decoder on a carried residual stream: from one layer to another, or on to the logits.
+"""Run part of a decoder on a stored residual stream: from one layer to another, or on to the logits.
 
-The model's own forward runs, and the layers outside the span pass their input on. So masks, positions, rotary tables,
-the final norm and the output projection are the family's own, and a span costs its layers plus the embedding.
+The model's own forward method runs while the layers outside the span return their input. Attention masks, positions,
+rotary tables, the final norm and the output projection therefore are those of the model's own code, and a span costs
+its layers plus the embedding.
 
 Legend: B batch, S sequence, H hidden, V vocabulary, L layers.
 """
@@ -20,14 +21,24 @@ from prunelit.model.per_layer import find
 
 
 class _SpanEnd(Exception):
-    """The span's last layer has run."""
+    """Stops a forward pass after the last layer of the span."""
 
 
 class PartialForward:
-    """Spans of one model's layers.
+    """Forward passes over spans of a model's layers.
 
     Args:
-        decoder: the model; nothing of it is changed. Cut, replace or train its layers between calls as you like.
+        decoder: the model; every call leaves it as it was. Its layers may be cut, replaced or trained between calls.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> forward = PartialForward(Decoder(transformers.LlamaForCausalLM(config)))
+        >>> batch = {"input_ids": torch.ones(1, 4, dtype=torch.long)}
+        >>> hidden = forward.run_layers(batch, stop=1)
+        >>> hidden.shape, forward.run_layers(batch, hidden, start=1).shape
+        (torch.Size([1, 4, 16]), torch.Size([1, 4, 32]))
     """
 
     def __init__(self, decoder: Decoder):
@@ -35,44 +46,48 @@ class PartialForward:
         self._returns_tuple = self._detect_tuple_outputs()
 
     def run_layers(self, batch: Batch, hidden: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The residual stream after layers `start` ... `stop - 1`, or the logits after all layers from `start` on.
+        """Run layers `start` ... `stop - 1`, or all layers from `start` on and the output projection.
 
-        Gradients flow as in any forward pass: callers without need of them run under `torch.no_grad`.
+        Gradients flow as in any forward pass; callers that do not need them use `torch.no_grad`.
 
         Args:
             batch: token ids and padding mask, on any device.
-            hidden: [B, S, H] stream entering layer `start`; None for `start` 0, which reads the embeddings.
-            start: first layer that runs, 0 to L.
-            stop: one past the last layer that runs; None for the logits.
+            hidden: [B, S, H] residual stream entering layer `start`; None for `start` 0, which reads the embeddings.
+            start: index of the first layer that runs, 0 to L.
+            stop: one past the last layer that runs; None: run to the logits.
 
         Returns:
-            [B, S, H], or logits [B, S, V].
+            [B, S, H] residual stream after the last layer, or [B, S, V] logits.
+
+        Raises:
+            ValueError: `hidden` and `start` do not go together, or `stop` is not after `start`.
         """
         layers, device = self._layers, self.decoder.device
-        found: list[Tensor] = []
+        outputs: list[Tensor] = []
 
-        def given(*args: Any, **kwargs: Any) -> Tensor:
+        def return_hidden(*args: Any, **kwargs: Any) -> Tensor:
             return cast(Tensor, hidden)
 
-        def done(module: nn.Module, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
+        def stop_pass(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output[0] if isinstance(output, tuple) else output)
             raise _SpanEnd
 
         if (hidden is None) != (start == 0):
-            raise ValueError(f"hidden: expected the stream entering layer {start}, or None for layer 0")
+            got = "None" if hidden is None else "a tensor"
+            raise ValueError(f"hidden: expected the stream entering layer {start}, or None for layer 0, got {got}")
         if stop is not None and stop <= start:
             raise ValueError(f"stop: expected a layer after {start}, got {stop}")
-        skipped = {index: given if index == start - 1 else _pass_hidden for index in range(start)}
-        handle = layers[stop - 1].register_forward_hook(done) if stop is not None else None
+        skipped = {index: return_hidden if index == start - 1 else _pass_hidden for index in range(start)}
+        handle = layers[stop - 1].register_forward_hook(stop_pass) if stop is not None else None
         mask = get_padding_mask(batch)
         extra = {} if mask is None else {"attention_mask": mask.to(device)}
-        runs = self.decoder.model if stop is None else self.decoder.backbone
+        module = self.decoder.model if stop is None else self.decoder.backbone
         try:
             with self._bypass_layers(layers, skipped):
-                output = runs(input_ids=batch["input_ids"].to(device), use_cache=False, **extra)
+                output = module(input_ids=batch["input_ids"].to(device), use_cache=False, **extra)
             return cast(Tensor, output.logits)
         except _SpanEnd:
-            return found[0]
+            return outputs[0]
         finally:
             if handle is not None:
                 handle.remove()
@@ -83,25 +98,28 @@ class PartialForward:
 
     @contextmanager
     def _bypass_layers(self, layers: nn.ModuleList, skipped: dict[int, Callable[..., Tensor]]) -> Iterator[None]:
-        """Give the skipped layers another forward for a while; hooks on them see only what passes."""
-        before = {index: layers[index].__dict__.get("forward") for index in skipped}
+        """Replace the forward methods of the skipped layers while the context is open; their hooks still run."""
+        own_forwards = {index: layers[index].__dict__.get("forward") for index in skipped}
         for index, forward in skipped.items():
             layers[index].forward = _wrap_in_tuple(forward) if self._returns_tuple[index] else forward
         try:
             yield
         finally:
-            for index, own in before.items():
-                if own is None:
+            for index, own_forward in own_forwards.items():
+                if own_forward is None:
                     del layers[index].forward
                 else:
-                    layers[index].forward = own
+                    layers[index].forward = own_forward
 
     @torch.no_grad()
     def _detect_tuple_outputs(self) -> list[bool]:
-        """Whether each layer returns a tuple, from a pass over two tokens."""
-        found: list[bool] = []
+        """Detect which layers return a tuple, in a forward pass over two tokens.
+
+        transformers' families differ: some layers return the hidden states, others a tuple that begins with them.
+        """
+        returns_tuple: list[bool] = []
         handles = [
-            layer.register_forward_hook(lambda module, args, output: found.append(isinstance(output, tuple)))
+            layer.register_forward_hook(lambda module, args, output: returns_tuple.append(isinstance(output, tuple)))
             for layer in self._layers
         ]
         try:
@@ -110,7 +128,7 @@ class PartialForward:
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return returns_tuple
 
 
 def _pass_hidden(*args: Any, **kwargs: Any) -> Tensor:

@@ -1,20 +1,21 @@
-"""Gradients of one sequence at a time, handed over as soon as they exist.
+"""Gradients of one sequence at a time, processed linear by linear during the backward pass.
 
-A backward pass gives the weight gradient of one linear after the other; each is multiplied with its weight, handed to
-whoever reduces it to numbers per unit, and freed before the next one comes. Memory is the model, the activations of one
-sequence, one weight gradient.
+A backward pass computes the weight gradients of one linear after the other. Each gradient is multiplied with its
+weight, passed to a function that reduces the product to numbers per unit, and freed before the next gradient is
+computed. The peak memory is the model, the activations of one sequence and one weight gradient.
 
-Legend: S tokens; slices, and E elements a slice, as in `prunelit.model.unit_indices`.
+Legend: S tokens of a sequence; slices, and E elements of a slice, as in `prunelit.model.unit_indices`.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import Batch
 from prunelit.model.decoder import Decoder, Layer
@@ -24,30 +25,44 @@ from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from prunelit.runtime.progress import track_progress
 
-_FLOAT16_LOSS_SCALE = 1024.0  # of the loss: weight gradients of a mean loss lie below float16's least number
+# Weight gradients of a mean loss lie below the smallest float16 number, so a float16 loss is scaled up.
+_FLOAT16_LOSS_SCALE = 1024.0
 
 
 def split_into_samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
-    """Sequences one by one, (ids [S], mask [S] or None), without padding at their ends and without those too short.
+    """Split batches into single sequences, trimmed of the padding at their ends.
+
+    Sequences without a token to predict are left out.
+
+    Args:
+        batches: calibration batches.
+
+    Returns:
+        (ids [S], mask [S]) of every sequence; the mask is None where no padding is left.
 
     Raises:
-        NoCalibration: no sequence has two tokens.
+        NoCalibration: no sequence has two adjacent tokens.
+
+    Example:
+        >>> ids, mask = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1]])
+        >>> split_into_samples([{"input_ids": ids, "attention_mask": mask}])
+        [(tensor([5, 6, 7]), None)]
     """
-    found: list[tuple[Tensor, Tensor | None]] = []
+    samples: list[tuple[Tensor, Tensor | None]] = []
     for batch in batches:
         mask = batch.get("attention_mask")
         for row, ids in enumerate(batch["input_ids"]):
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[row].bool()
-            places = real.nonzero().flatten()
-            if len(places) < 2:
+            positions = real.nonzero().flatten()
+            if len(positions) < 2:
                 continue
-            span = slice(int(places[0]), int(places[-1]) + 1)
-            whole = bool(real[span].all())
-            if whole or bool((real[span][1:] & real[span][:-1]).any()):
-                found.append((ids[span], None if whole else real[span]))
-    if not found:
+            span = slice(int(positions[0]), int(positions[-1]) + 1)
+            unpadded = bool(real[span].all())
+            if unpadded or bool((real[span][1:] & real[span][:-1]).any()):
+                samples.append((ids[span], None if unpadded else real[span]))
+    if not samples:
         raise NoCalibration("calibration: expected a sequence of at least two tokens, got none")
-    return found
+    return samples
 
 
 def visit_sample_gradients(
@@ -58,66 +73,81 @@ def visit_sample_gradients(
     checkpointing: bool = False,
     what: str = "gradients",
 ) -> None:
-    """One backward pass per sample of this rank; `visit` sees p of one linear at a time.
+    """Run one backward pass per sample of this rank and visit weight * gradient of one linear at a time.
 
     The loss of a sample is its mean next-token cross-entropy; padding counts neither as context nor as target.
 
     Args:
-        decoder: the model; modes, hooks, `requires_grad` and gradients are as before when this returns.
-        batches: the same list on every rank; this rank takes every world-size-th sample.
-        visit: called with the sample's number, the slices of a linear, and their p = weight * gradient [slices, E] in
-            float32 or better, which is freed afterwards.
-        layers: the layers wanted; None: all. No gradient is computed below the first of them.
-        checkpointing: keep the layers' inputs only and run each layer again in the backward pass.
-        what: name on the progress bar.
+        decoder: the model; its modes, hooks, `requires_grad` and gradients are restored before this returns.
+        batches: calibration batches, the same list on every rank; each rank takes every world-size-th sequence.
+        visit: called with the sample's number, the slices of a linear, and p = weight * gradient [slices, E] in float32
+            or better; the tensor is freed afterwards.
+        layers: indices of the layers to visit; None: all. No gradient is computed below the first of them.
+        checkpointing: keep only the inputs of the layers and run each layer again in the backward pass.
+        what: label of the progress bar.
 
     Raises:
         NonFinite: a loss is NaN or infinite.
-        NoCalibration: no sequence of two tokens.
-    """
-    wanted = [of for layer in decoder if layers is None or layer.index in layers for of in collect_layer_slices(layer)]
-    mine = take_rank_share(list(enumerate(split_into_samples(batches))))
-    if not wanted:
-        return
-    half = cast(Tensor, wanted[0].linear.weight).dtype == torch.float16
-    scale = _FLOAT16_LOSS_SCALE if half else 1.0
-    now = 0  # the sample whose gradients come in
+        NoCalibration: no sequence has two adjacent tokens.
 
-    def ready(of: LinearSlices, parameter: Tensor) -> None:
-        parameters = of.parameters
+    Example: see `prunelit.calibration.taylor.score_mean_loss`.
+    """
+    linear_slices = [
+        slices for layer in decoder if layers is None or layer.index in layers for slices in collect_layer_slices(layer)
+    ]
+    own_samples = take_rank_share(list(enumerate(split_into_samples(batches))))
+    if not linear_slices:
+        return
+    is_float16 = cast(Tensor, linear_slices[0].linear.weight).dtype == torch.float16
+    scale = _FLOAT16_LOSS_SCALE if is_float16 else 1.0
+    sample = 0  # number of the sample in the backward pass
+
+    def visit_linear(slices: LinearSlices, parameter: Tensor) -> None:
+        parameters = slices.parameters
         if any(p.grad is None for p in parameters):
-            return  # the other of weight and bias is still to come
-        visit(now, of, of.arrange_by_slice(*(_multiply_by_gradient(p, scale) for p in parameters)))
+            return  # the gradient of the weight or of the bias is not computed yet
+        visit(sample, slices, slices.arrange_by_slice(*(_multiply_by_gradient(p, scale) for p in parameters)))
         for p in parameters:
             p.grad = None
 
-    # A caller's inference mode or no_grad would leave no graph.
+    # Under a caller's inference mode or no_grad autograd would record nothing.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         use_eval_mode(decoder.model),
-        _collect_gradients(decoder.model, wanted, ready),
+        _collect_gradients(decoder.model, linear_slices, visit_linear),
         _checkpoint_layers(decoder.layers if checkpointing else ()),
     ):
-        for now, (ids, mask) in track_progress(mine, what):
+        for sample, (ids, mask) in track_progress(own_samples, what):
             loss = compute_sample_loss(decoder, ids, mask)
             if not torch.isfinite(loss):
                 raise NonFinite(
-                    f"sample {now}: expected a finite loss on the calibration text, got {loss.item()}; check the model "
-                    "file, or load it in bfloat16 or float32"
+                    f"sample {sample}: expected a finite loss on the calibration text, got {loss.item()}; check the "
+                    "model file, or load it in bfloat16 or float32"
                 )
             (loss * scale).backward()  # type: ignore[no-untyped-call]
 
 
 def compute_sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
-    """Next-token cross-entropy of one sequence, mean or sum over its targets, float32 or better."""
-    ids = ids.clone().to(decoder.device)  # a tensor made in inference mode can not be saved for the backward pass
+    """Compute the next-token cross-entropy of one sequence.
+
+    Args:
+        decoder: the model.
+        ids: [S] token ids.
+        mask: [S], False at padding; None: no padding.
+        reduction: "mean" or "sum" over the targets.
+
+    Returns:
+        The loss in nats, a scalar in float32 or better.
+    """
+    # A clone: autograd cannot save a tensor for the backward pass that was made in inference mode.
+    ids = ids.clone().to(decoder.device)
     extra = {} if mask is None else {"attention_mask": mask.clone().long().to(ids.device)[None]}
     logits = decoder.model(input_ids=ids[None], use_cache=False, **extra).logits[0, :-1]
     targets = ids[1:]
     if mask is not None:
-        counted = (mask[1:] & mask[:-1]).to(ids.device)
-        logits, targets = logits[counted], targets[counted]
+        is_target = (mask[1:] & mask[:-1]).to(ids.device)
+        logits, targets = logits[is_target], targets[is_target]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(wide, targets, reduction=reduction)
 
@@ -131,40 +161,44 @@ def _multiply_by_gradient(parameter: nn.Parameter, scale: float) -> Tensor:
 
 @contextmanager
 def _collect_gradients(
-    model: nn.Module, wanted: Sequence[LinearSlices], ready: Callable[[LinearSlices, Tensor], None]
+    model: nn.Module, linear_slices: Sequence[LinearSlices], visit_linear: Callable[[LinearSlices, Tensor], None]
 ) -> Iterator[None]:
-    """Gradients of the wanted slices only, handed to `ready` one parameter at a time; everything as before after."""
-    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    handles: list[Any] = []
+    """Compute gradients of these linears only, and call `visit_linear` when one of their parameters has its gradient.
+
+    Gradients and `requires_grad` of all parameters are restored when the context closes.
+    """
+    states = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    handles: list[RemovableHandle] = []
     try:
-        for parameter, _, _ in before:
+        for parameter, _, _ in states:
             parameter.requires_grad_(False)
             parameter.grad = None
-        for of in wanted:
-            for parameter in of.parameters:
+        for slices in linear_slices:
+            for parameter in slices.parameters:
                 parameter.requires_grad_(True)
-                handles.append(parameter.register_post_accumulate_grad_hook(partial(ready, of)))
+                handles.append(parameter.register_post_accumulate_grad_hook(partial(visit_linear, slices)))
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, wants, gradient in before:
-            parameter.requires_grad_(wants)
+        for parameter, requires_grad, gradient in states:
+            parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
 
 
 @contextmanager
 def _checkpoint_layers(layers: Sequence[Layer]) -> Iterator[None]:
-    """Forget the activations inside the layers; transformers' own switch works in training mode only."""
-    before = [(layer.module, layer.module.__dict__.get("forward")) for layer in layers]
+    """Recompute the activations inside the layers in the backward pass instead of keeping them."""
+    # transformers' own gradient checkpointing works in training mode only.
+    own_forwards = [(layer.module, layer.module.__dict__.get("forward")) for layer in layers]
     try:
-        for module, _ in before:
-            # No dropout in eval mode, so no random state to keep.
+        for module, _ in own_forwards:
+            # There is no dropout in eval mode, so the random state need not be kept.
             module.forward = partial(checkpoint, module.forward, use_reentrant=False, preserve_rng_state=False)
         yield
     finally:
-        for module, forward in before:
-            if forward is not None:
-                module.forward = forward
+        for module, own_forward in own_forwards:
+            if own_forward is not None:
+                module.forward = own_forward
             else:
                 module.__dict__.pop("forward", None)

@@ -1,9 +1,12 @@
 """Taylor importances of units, from the products of weights and their gradients.
 
-Every first- and second-order importance follows from p = weight * gradient alone, because the diagonal Fisher
+Every first- and second-order importance is a function of p = weight * gradient alone, because the diagonal Fisher
 approximation of the second-order term, weight^2 * gradient^2, is p^2.
 
-Legend: N samples (sequences), Q query heads, G KV groups, F FFN channels; slices, and E elements a slice, as in
+Source: X. Ma, G. Fang, X. Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023, arXiv
+2305.11627.
+
+Legend: N samples (sequences), Q query heads, G KV groups, F FFN channels; slices, and E elements of a slice, as in
 `prunelit.model.unit_indices`.
 """
 
@@ -22,11 +25,12 @@ from prunelit.runtime.distributed import sum_over_ranks
 from prunelit.runtime.errors import NonFinite
 
 TaylorForm = Literal["vector", "first", "second", "mixed"]
+"""Name of an importance, see `TAYLOR_FORMS`."""
 
 
 class _FormDefinition(NamedTuple):
-    keep: Callable[[Tensor], tuple[Tensor, ...]]  # what is averaged over samples, from p [slices, E]
-    importance: Callable[..., Tensor]  # of the averages, before the sum over a slice
+    get_terms: Callable[[Tensor], tuple[Tensor, ...]]  # from p [slices, E] to the tensors averaged over samples
+    compute_importance: Callable[..., Tensor]  # from these averages to importances, not yet summed over a slice
 
 
 TAYLOR_FORMS: Mapping[TaylorForm, _FormDefinition] = {
@@ -47,45 +51,48 @@ def score_each_sample(
     unit: Unit = "kv_group",
     checkpointing: bool = False,
 ) -> dict[Literal["heads", "channels"], dict[int, Tensor]]:
-    """Taylor importances of every sample by itself, F being that sample's squared gradient.
+    """Score the units on every sample by itself, where F is the squared gradient of that sample.
 
     In a distributed run sample n is computed on rank n % world size; all ranks get all samples, in order.
 
     Args:
         decoder: the model; left as it was.
-        batches: the same list on every rank; one sequence is one sample.
-        forms: keys of `TAYLOR_FORMS`; all from the same backward passes.
-        unit: what "heads" are. KV groups are the sums of all that goes with them; of query heads that are cut without
-            their group, key and value rows do not count.
-        checkpointing: keep the layers' inputs only and run each layer again in the backward pass.
+        batches: calibration batches, the same list on every rank; one sequence is one sample.
+        forms: keys of `TAYLOR_FORMS`; all are computed in the same backward passes.
+        unit: unit of attention. A KV group has the sum over its query heads, keys and values; a query head, which is
+            cut without its group, has its own rows and columns only.
+        checkpointing: keep only the inputs of the layers and run each layer again in the backward pass.
 
     Returns:
-        For the layers that have units of the kind, {layer: float64 [forms, N, G or Q]} and {layer: [forms, N, F]}.
+        {"heads": {layer: [forms, N, G or Q]}, "channels": {layer: [forms, N, F]}}, float64, for the layers that have
+        units of the kind.
 
     Raises:
         NonFinite: a loss or an importance is NaN or infinite.
-        NoCalibration: no sequence of two tokens.
+        NoCalibration: no sequence has two adjacent tokens.
+
+    Example: see `prunelit.callbacks.saap.callback.SAAP`.
     """
     count = len(split_into_samples(batches))
-    found: list[dict[UnitKind, Tensor]] = []
+    sums_by_layer: list[dict[UnitKind, Tensor]] = []
     for layer in decoder:
-        units = {kind: owned for of in collect_layer_slices(layer) for kind, owned in of.owners.items()}
-        found.append({kind: _make_zeros(len(forms), count, len(owned), like=owned) for kind, owned in units.items()})
+        owners = {kind: own for slices in collect_layer_slices(layer) for kind, own in slices.owners.items()}
+        sums_by_layer.append({kind: _make_zeros(len(forms), count, len(own), like=own) for kind, own in owners.items()})
 
-    def visit(sample: int, of: LinearSlices, p: Tensor) -> None:
+    def visit(sample: int, slices: LinearSlices, p: Tensor) -> None:
         for number, name in enumerate(forms):
-            value = TAYLOR_FORMS[name].importance(*TAYLOR_FORMS[name].keep(p)).sum(1)
-            for kind, part in of.sum_per_unit(value).items():
-                found[of.layer][kind][number, sample] += part
+            form = TAYLOR_FORMS[name]
+            importance = form.compute_importance(*form.get_terms(p)).sum(1)
+            for kind, unit_importance in slices.sum_per_unit(importance).items():
+                sums_by_layer[slices.layer][kind][number, sample] += unit_importance
 
     visit_sample_gradients(decoder, batches, visit, checkpointing=checkpointing)
     heads, channels = {}, {}
-    for layer, sums in zip(decoder, found, strict=True):
+    for layer, sums in zip(decoder, sums_by_layer, strict=True):
         for values in sums.values():
             _check_finite(layer, sum_over_ranks(values))
         if "query" in sums:
-            size = layer.shape.group_size
-            by_group = sums["query"].unflatten(-1, (-1, size)).sum(-1)
+            by_group = sums["query"].unflatten(-1, (-1, layer.shape.group_size)).sum(-1)
             heads[layer.index] = sums["query"] if unit == "query_head" else by_group + sums["kv"]
         if "channel" in sums:
             channels[layer.index] = sums["channel"]
@@ -101,55 +108,66 @@ def score_mean_loss(
     checkpointing: bool = False,
     layers_at_once: int | None = None,
 ) -> list[LayerScores]:
-    """Taylor importances of the mean loss over samples, F being the mean of the samples' squared gradients.
+    """Score the units on the mean loss over samples, where F is the mean of the samples' squared gradients.
 
-    "vector" and "second" keep numbers per slice. "first" and "mixed" need the mean gradient of each weight itself: one
-    float64 number per weight of the layers in hand ("mixed": two), 4 (8) times a bfloat16 model.
+    "vector" and "second" keep a number per slice. "first" and "mixed" need the mean gradient of each single weight: one
+    float64 number ("mixed": two) per weight of the layers scored at once, which is 4 (8) times a bfloat16 model.
 
     Args:
         decoder, batches, checkpointing: see `score_each_sample`.
         form: a key of `TAYLOR_FORMS`.
-        unit: with "kv_group", a group's key and value rows count, an equal part for each of its query heads; with
-            "query_head" they stay, so they do not.
-        layers_at_once: layers whose means are held at the same time; fewer need more passes. None: all.
+        unit: with "kv_group" the key and value rows of a group count, in equal parts for each of its query heads; with
+            "query_head" they are not cut and do not count.
+        layers_at_once: number of layers whose means are held at the same time; fewer layers take more passes over the
+            text. None: all.
 
     Returns:
         One `LayerScores` per layer, float64.
 
     Raises:
         NonFinite, NoCalibration: see `score_each_sample`.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
+        >>> scores = score_mean_loss(decoder, [{"input_ids": torch.tensor([[1, 2, 3]])}], "first")
+        >>> scores[0].heads.shape, scores[0].channels.shape
+        (torch.Size([2]), torch.Size([24]))
     """
-    count, width = len(split_into_samples(batches)), layers_at_once or len(decoder.layers)
+    count, span_length = len(split_into_samples(batches)), layers_at_once or len(decoder.layers)
     scores = []
-    for start in range(0, len(decoder.layers), width):
-        span = decoder.layers[start : start + width]
+    for start in range(0, len(decoder.layers), span_length):
+        span = decoder.layers[start : start + span_length]
         sums = _sum_terms(decoder, batches, form, span, checkpointing)
         for layer in span:
-            kinds: dict[UnitKind, Tensor] = {}
-            for of in collect_layer_slices(layer):
-                means = [sum_over_ranks(total) / count for total in sums.pop(of.linear)]
-                for kind, part in of.sum_per_unit(TAYLOR_FORMS[form].importance(*means).sum(1)).items():
-                    kinds[kind] = kinds[kind] + part if kind in kinds else part
-            for values in kinds.values():
+            by_kind: dict[UnitKind, Tensor] = {}
+            for slices in collect_layer_slices(layer):
+                means = [sum_over_ranks(total) / count for total in sums.pop(slices.linear)]
+                importance = TAYLOR_FORMS[form].compute_importance(*means).sum(1)
+                for kind, unit_importance in slices.sum_per_unit(importance).items():
+                    by_kind[kind] = by_kind[kind] + unit_importance if kind in by_kind else unit_importance
+            for values in by_kind.values():
                 _check_finite(layer, values)
-            scores.append(_build_layer_scores(layer, kinds, unit))
+            scores.append(_build_layer_scores(layer, by_kind, unit))
     return scores
 
 
 def _sum_terms(
     decoder: Decoder, batches: Sequence[Batch], form: TaylorForm, span: Sequence[Layer], checkpointing: bool
 ) -> dict[nn.Module, tuple[Tensor, ...]]:
-    """What a form averages, summed over this rank's samples: {linear: tensors [slices, E] or [slices, 1]}."""
-    keep = TAYLOR_FORMS[form].keep
+    """Sum the terms of a form over this rank's samples: {linear: tensors [slices, E] or [slices, 1]}."""
+    get_terms = TAYLOR_FORMS[form].get_terms
     sums = {
-        of.linear: keep(of.arrange_by_slice(*map(_make_zeros_like, of.parameters)))
+        slices.linear: get_terms(slices.arrange_by_slice(*map(_make_zeros_like, slices.parameters)))
         for layer in span
-        for of in collect_layer_slices(layer)
+        for slices in collect_layer_slices(layer)
     }
 
-    def visit(sample: int, of: LinearSlices, p: Tensor) -> None:
-        for total, part in zip(sums[of.linear], keep(p), strict=True):
-            total += part
+    def visit(sample: int, slices: LinearSlices, p: Tensor) -> None:
+        for total, term in zip(sums[slices.linear], get_terms(p), strict=True):
+            total += term
 
     indices = [layer.index for layer in span]
     visit_sample_gradients(decoder, batches, visit, layers=indices, checkpointing=checkpointing)

@@ -1,4 +1,7 @@
-"""Pruning methods as Lightning callbacks: one file each, or a folder where a method has more, found by name."""
+"""Pruning methods as Lightning callbacks, found by name.
+
+A method is one file, or a folder with a `callback.py` where it needs more.
+"""
 
 import importlib
 from typing import Any

@@ -1,7 +1,7 @@
 """Magnitude: l2 norms of the output columns of heads and FFN channels, from the weights alone.
 
-Source: the structured magnitude baseline of FLAP (An et al., AAAI 2024, "Mag-sp"): column norms of the output and down
-projections; a head is the sum of its columns. No text is read.
+Source: the structured magnitude baseline of FLAP (An et al., AAAI 2024, "Mag-sp"). A channel has the norm of its column
+of the down projection, a head the sum of the norms of its columns of the output projection. No text is read.
 
     callbacks/magnitude.yaml    attaches it to any LightningCLI job with a second --config
 """
@@ -13,12 +13,21 @@ from prunelit.pruning.context import PruningContext
 
 
 class Magnitude(PruningCallback):
-    """Score units by the norm of the weights that carry their output. Arguments: see `PruningCallback`."""
+    """Score units by the norm of the weights that carry their output. Arguments: see `PruningCallback`.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> plan = Magnitude(ratio=0.4, align=8).prune(transformers.LlamaForCausalLM(config))
+        >>> plan.layers[0].widths  # query heads, KV groups, FFN channels
+        (1, 1, 16)
+    """
 
     reads_text = False
 
     def score(self, context: PruningContext) -> list[LayerScores]:
-        found = []
+        scores = []
         for layer in context.decoder:
             heads = channels = None
             if layer.has_attention:
@@ -26,5 +35,5 @@ class Magnitude(PruningCallback):
                 heads = columns.view(layer.shape.query_heads, layer.shape.head_dim).sum(1)
             if layer.has_mlp:
                 channels = get_weight_out_in(layer.down).detach().float().norm(dim=0)  # [F]
-            found.append(LayerScores(heads, channels))
-        return found
+            scores.append(LayerScores(heads, channels))
+        return scores

@@ -1,9 +1,9 @@
-"""Taylor: first- or second-order estimate of the loss that the weights of heads and FFN channels carry.
+"""Taylor: first- or second-order estimate of the loss that removing heads and FFN channels would add.
 
 Source: X. Ma, G. Fang, X. Wang, "LLM-Pruner: On the Structural Pruning of Large Language Models", NeurIPS 2023,
-arXiv 2305.11627; its code was read for the exact forms. With w a weight, G its gradient of the calibration loss and F
-the mean of its squared gradients over samples, a unit is the sum over its slices (rows of q, k, v, gate, up; columns of
-o, down) of
+arXiv 2305.11627; the exact forms are those of its code. With w a weight, G its gradient of the calibration loss and F
+the mean of its squared gradients over samples, the score of a unit is the sum over its slices (rows of q, k, v, gate,
+up; columns of o, down) of
 
     form      their --taylor   slice
     vector    vectorize        |sum_e w G|
@@ -11,9 +11,9 @@ o, down) of
     second    param_second     sum_e w^2 F
     mixed     param_mix        sum_e |w G - w^2 F / 2|   named as the default in their README
 
-Ours: the key and value rows of a KV group count for that group (their code adds query head h to group h mod G, though
-attention reads it from group h / (Q / G)); a row's bias is one of its elements; G is the mean over sequences. Theirs:
-`protect: [0, 1, 2, 3, -1, -2]` on 32 layers, `align: 1`, 10 sequences of 64 tokens.
+Ours: the key and value rows of a KV group count for that group (their code adds query head h to group h mod G, although
+head h attends with group h / (Q / G)); the bias of a row is one of its elements; G is the mean over sequences. Their
+settings: `protect: [0, 1, 2, 3, -1, -2]` on 32 layers, `align: 1`, 10 sequences of 64 tokens.
 
     callbacks/taylor.yaml       attaches it to any LightningCLI job with a second --config
     Python                      Trainer(callbacks=[Taylor(ratio=0.2)])
@@ -35,11 +35,20 @@ class Taylor(PruningCallback):
         ratio: share of the decoder layers' parameters to remove.
         form: "vector", "first", "second" or "mixed", see above. "vector" and "second" keep numbers per unit only;
             "first" holds 8 bytes for every weight of the decoder layers, "mixed" 16.
-        layers_at_once: layers for which "first" and "mixed" hold them at the same time; each span of layers is one more
-            pass over the text. None: all.
-        checkpointing: keep the layers' inputs only and run each layer again in the backward pass: less memory for
+        layers_at_once: number of layers that "first" and "mixed" score at the same time; fewer layers take less memory
+            and more passes over the text. None: all.
+        checkpointing: keep only the inputs of the layers and run each layer again in the backward pass: less memory for
             activations, a third more time.
         kwargs: see `PruningCallback`.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> batches = [{"input_ids": torch.arange(20).view(2, 10)}]
+        >>> plan = Taylor(ratio=0.4, form="vector", align=8).prune(transformers.LlamaForCausalLM(config), batches)
+        >>> plan.layers[0].widths  # query heads, KV groups, FFN channels
+        (1, 1, 16)
     """
 
     score_options = ("form", "unit", "checkpointing", "layers_at_once")

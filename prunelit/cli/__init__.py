@@ -1,1 +1,1 @@
-"""The command line: options, config files and the commands, one file each."""
+"""The command line: options, config files, and one module for each command."""

@@ -1,8 +1,8 @@
-"""What the command line says: every error in one line, chatter by rule, results on stdout.
+"""Output of the command line: errors in one line, log messages by level, results on stdout.
 
-An error that is the user's to mend is a `PrunelitError`: one line and exit code 2; `--verbose` adds the traceback.
-What parsers, Lightning and the system say about input is turned into one here. Everything else is a bug, ours or in a
-callback that someone is writing: it keeps its traceback, and Python's exit code 1.
+An error that the user can fix is a `PrunelitError`: one line and exit code 2; `--verbose` adds the traceback. Messages
+of parsers, Lightning and the system about bad input are turned into a `PrunelitError` here. Everything else is a bug,
+in prunelit or in a callback that the user is writing: it keeps its traceback and Python's exit code 1.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
 from prunelit.runtime.parser_messages import condense_message
 
-_KNOBS = {
+_MEMORY_OPTIONS = {
     "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
     "validate": "--data.batch_size or --data.seqlen",
     "prune": "--seqlen, or pass --dtype bfloat16, or --stream true --memory_gib N, which holds one layer at a time",
@@ -30,7 +30,7 @@ _KNOBS = {
     "compare": "calibration.seqlen or texts.NAME.seqlen, or pass --dtype bfloat16",
     "export": "the precision with --dtype bfloat16, or take a machine with more memory",
 }
-"""What a command lowers when memory runs out."""
+"""What the user can lower when memory runs out, for each command."""
 _EXTRAS = {
     "bitsandbytes": "nf4",
     "gguf": "gguf",
@@ -38,64 +38,81 @@ _EXTRAS = {
     "wandb": "wandb",
     "xllamacpp": "llamacpp",
 }
-"""Packages that are not there for every run, and the extras that bring them."""
-_WRAPPED = re.compile(r"Does not validate against|Problem with given class_path '([^']*)'")
-_FULL = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+"""Optional packages, and the extras that install them."""
+_WRAPPED_ERROR = re.compile(r"Does not validate against|Problem with given class_path '([^']*)'")
+_OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
 
 
 @contextmanager
 def condense_errors(command: str) -> Iterator[None]:
-    """Turn what parsers, Lightning, the file system and the allocators say into one `PrunelitError`."""
+    """Turn errors of parsers, Lightning, the file system and memory allocators into one `PrunelitError`.
+
+    Args:
+        command: name of the command, for the message.
+
+    Raises:
+        PrunelitError: the error in one line.
+
+    Example:
+        >>> with condense_errors("prune"):
+        ...     raise MemoryError  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        prunelit.runtime.errors.OutOfMemory: prune: this machine is out of memory; ...
+    """
     try:
         yield
     except PrunelitError:
         raise
-    except Exception as error:  # what is not known here goes on as it is
-        found = (_unwrap_parser_error(command, error) if isinstance(error, ValueError) else None) or _translate_error(
-            command, error
-        )
-        if found is None:
+    except Exception as error:  # an unknown error is a bug and is raised again
+        translated = (
+            _unwrap_parser_error(command, error) if isinstance(error, ValueError) else None
+        ) or _translate_error(command, error)
+        if translated is None:
             raise
-        raise found from error
+        raise translated from error
 
 
 def _translate_error(command: str, error: Exception) -> PrunelitError | None:
-    """The one line for an error that input or the machine causes; None for any other."""
-    kind = {base.__name__ for base in type(error).__mro__}
+    """Translate an error that input or the machine causes; None for any other error."""
+    class_names = {base.__name__ for base in type(error).__mro__}
     if isinstance(error, ModuleNotFoundError):
         package = next((name for name in _EXTRAS if re.search(rf"\b{name}\b", str(error))), None)
         if package is None:
             return None
         return PrunelitError(f"{command}: needs the package {package}: pip install 'prunelit[{_EXTRAS[package]}]'")
-    if "MemoryError" in kind or "OutOfMemoryError" in kind or ("RuntimeError" in kind and _FULL.search(str(error))):
-        where = "the GPU" if "OutOfMemoryError" in kind or "CUDA" in str(error) else "this machine"
-        return OutOfMemory(f"{command}: {where} is out of memory; lower {_KNOBS.get(command, 'the batch')}")
+    if (
+        "MemoryError" in class_names
+        or "OutOfMemoryError" in class_names
+        or ("RuntimeError" in class_names and _OUT_OF_MEMORY.search(str(error)))
+    ):
+        place = "the GPU" if "OutOfMemoryError" in class_names or "CUDA" in str(error) else "this machine"
+        return OutOfMemory(f"{command}: {place} is out of memory; lower {_MEMORY_OPTIONS.get(command, 'the batch')}")
     if isinstance(error, argparse.ArgumentError | FileNotFoundError | PermissionError) or (
-        "MisconfigurationException" in kind
+        "MisconfigurationException" in class_names
     ):
         return PrunelitError(f"{command}: {condense_message(str(error))}")
     return None
 
 
 def _unwrap_parser_error(command: str, error: ValueError) -> PrunelitError | None:
-    """The error behind a `ValueError` of the parser, which wraps what constructors raise."""
+    """Find the error behind a `ValueError` of the parser, which wraps errors of constructors."""
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(cause)
-    own = next((one for one in chain if isinstance(one, PrunelitError)), None)
-    root = next((one for one in chain if not _WRAPPED.match(str(one).strip())), chain[-1])
-    if own is not None or root is error:
-        return own
-    if isinstance(root, Exception) and (known := _translate_error(command, root)):
-        return known
+    prunelit_error = next((link for link in chain if isinstance(link, PrunelitError)), None)
+    root = next((link for link in chain if not _WRAPPED_ERROR.match(str(link).strip())), chain[-1])
+    if prunelit_error is not None or root is error:
+        return prunelit_error
+    if isinstance(root, Exception) and (translated := _translate_error(command, root)):
+        return translated
     if not isinstance(root, ValueError | ModuleNotFoundError):
         return None
-    path = next((found[1] for one in chain if (found := _WRAPPED.match(str(one))) and found[1]), "")
-    return PrunelitError(f"{command}: {path}: {condense_message(str(root))}")
+    class_path = next((match[1] for link in chain if (match := _WRAPPED_ERROR.match(str(link))) and match[1]), "")
+    return PrunelitError(f"{command}: {class_path}: {condense_message(str(root))}")
 
 
 class _StderrHandler(logging.StreamHandler[Any]):
-    """Writes to what `sys.stderr` is now, not to what it was when the first command ran; above progress bars."""
+    """Writes above progress bars, to the `sys.stderr` of now: tests and notebooks replace it between commands."""
 
     def emit(self, record: logging.LogRecord) -> None:
         with tqdm.external_write_mode(file=sys.stderr):
@@ -107,22 +124,25 @@ class _StderrHandler(logging.StreamHandler[Any]):
 
     @stream.setter
     def stream(self, value: Any) -> None:
-        """Of the base class's constructor: not kept."""
+        """Ignore the stream that the base class's constructor sets."""
 
 
 def configure_logging() -> None:
-    """prunelit says what it does, libraries speak up from warnings on; with --verbose all say more."""
-    log, more = logging.getLogger("prunelit"), progress.is_verbose()
-    if not log.handlers:
+    """Set log levels: prunelit logs what it does, libraries only warn; with --verbose all of them log more.
+
+    Example: see `prunelit.cli.dispatch.run_command`.
+    """
+    logger, is_verbose = logging.getLogger("prunelit"), progress.is_verbose()
+    if not logger.handlers:
         handler = _StderrHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-    log.setLevel((logging.DEBUG if more else logging.INFO) if progress.is_rank_zero() else logging.ERROR)
+        logger.addHandler(handler)
+    logger.setLevel((logging.DEBUG if is_verbose else logging.INFO) if progress.is_rank_zero() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
         level = logging.WARNING if name.startswith("lightning") else logging.ERROR
-        logging.getLogger(name).setLevel(logging.INFO if more else level)
-    if not more:
-        # Notices to the authors of Lightning 2.6 and PEFT 0.21, not to our users.
+        logging.getLogger(name).setLevel(logging.INFO if is_verbose else level)
+    if not is_verbose:
+        # Deprecation notices that Lightning 2.6 and PEFT 0.21 cause; our users cannot act on them.
         for notice in (
             r"`isinstance\(treespec, LeafSpec\)`",
             "`is_gradient_checkpointing`",
@@ -137,16 +157,24 @@ def configure_logging() -> None:
 _original_show_warning: list[Any] = []
 
 
-def _show_warning(message: Warning | str, category: type[Warning], *rest: Any, **named: Any) -> None:
-    """A warning of ours in one line, any other one as Python has it; above progress bars."""
+def _show_warning(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
+    """Show a warning of prunelit in one line, any other one as Python does; above progress bars."""
     with tqdm.external_write_mode(file=sys.stderr):
-        if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(rest[0] if rest else ""):
+        if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(location[0] if location else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
         else:
-            _original_show_warning[-1](message, category, *rest, **named)
+            _original_show_warning[-1](message, category, *location, **options)
 
 
 def print_result(line: str) -> None:
-    """A result, on stdout."""
+    """Print a result on stdout, above progress bars.
+
+    Args:
+        line: the text, without the newline at its end.
+
+    Example:
+        >>> print_result("done")
+        done
+    """
     with tqdm.external_write_mode(file=sys.stdout):
         sys.stdout.write(line + "\n")

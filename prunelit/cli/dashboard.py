@@ -1,4 +1,4 @@
-"""`python -m prunelit dashboard`: lay out a W&B project for pruning runs."""
+"""`python -m prunelit dashboard`: create a W&B workspace and a report for pruning runs."""
 
 from pathlib import Path
 
@@ -11,18 +11,21 @@ from prunelit.runtime.text_files import write_json
 
 
 def create_dashboard(project: str, entity: str = "", out: str | None = None) -> list[str]:
-    """Make a workspace and a report in a W&B project, laid out for what the Dashboard callback logs.
+    """Create a workspace and a report in a W&B project, laid out for what the Dashboard callback logs.
 
     Args:
-        project: name of the W&B project; its runs need not be there yet.
-        entity: user or team that it belongs to; "" for the default of the key.
+        project: name of the W&B project; it may still be empty.
+        entity: user or team that owns it; "" for the key's default.
         out: write the workspace's layout to this JSON file instead; needs no key and no network.
 
     Returns:
-        Addresses of what was made, or the file's path.
+        The addresses of workspace and report, or the path of the file.
 
     Raises:
         BadOption: wandb is not installed, or refuses.
+
+    Example:
+        python -m prunelit dashboard --project prunelit --out workspace.json
     """
     if not project.strip():
         raise BadOption(f"project: expected a name, got {project!r}")
@@ -34,10 +37,18 @@ def create_dashboard(project: str, entity: str = "", out: str | None = None) -> 
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """`python -m prunelit dashboard`."""
+    """Run `python -m prunelit dashboard`.
+
+    Args:
+        command: "dashboard".
+        arguments: command line after it.
+
+    Returns:
+        The exit code.
+    """
     parser = build_parser(command, "lay out a W&B project for pruning runs: workspace and report")
     parser.add_function_arguments(create_dashboard, None, sub_configs=False)
     options = parse_command_line(parser, arguments)
-    for made in create_dashboard(options.project, options.entity, options.out):
-        print_result(made)
+    for address in create_dashboard(options.project, options.entity, options.out):
+        print_result(address)
     return 0

@@ -1,6 +1,7 @@
-"""The commands, one file each: a plain function, and `run_command`, which parses its options and calls it.
+"""Dispatch of the commands. Each is a module with a plain function, and `run`, which parses options and calls it.
 
-A command is imported when it is run: what it stands on takes seconds, of which a misspelt word needs none.
+A command's module is imported when the command is run: its imports take seconds, which a misspelt option need not wait
+for.
 """
 
 import importlib
@@ -11,25 +12,35 @@ from prunelit.cli import config_files
 from prunelit.cli.console import condense_errors, configure_logging
 from prunelit.runtime.progress import show_stage
 
-_ELSEWHERE = {"validate": "prunelit.cli.fit"}
+_MODULES = {"validate": "prunelit.cli.fit"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:
-    """Run a command of `prunelit.__main__.COMMANDS`; the exit code.
+    """Run a command of `prunelit.__main__.COMMANDS`.
+
+    Args:
+        command: its name.
+        arguments: command line after it.
+
+    Returns:
+        The exit code.
 
     Raises:
         PrunelitError: bad input, in one line.
+
+    Example:
+        python -m prunelit prune --model M --method llm_bip --ratio 0.2 --out DIR
     """
     config_files.check_config_files(arguments)
     with condense_errors(command):
         with show_stage("starting"):
-            module = importlib.import_module(_ELSEWHERE.get(command, f"prunelit.cli.{command}"))
-        configure_logging()  # Lightning sets its own level when it is imported
-        more = {"job_of": _build_fit_job} if command == "plan" else {}
-        found: Callable[..., int] = module.run
-        return found(command, arguments, **more)
+            module = importlib.import_module(_MODULES.get(command, f"prunelit.cli.{command}"))
+        configure_logging()  # after the import: Lightning sets its own log level on import
+        extra_arguments = {"job_of": _build_fit_job} if command == "plan" else {}
+        run: Callable[..., int] = module.run
+        return run(command, arguments, **extra_arguments)
 
 
 def _build_fit_job(arguments: list[str]) -> Any:
-    """The job of a `fit` command line."""
-    return importlib.import_module("prunelit.cli.fit").job(arguments)
+    """Build the job of a `fit` command line."""
+    return importlib.import_module("prunelit.cli.fit").build_fit_job(arguments)

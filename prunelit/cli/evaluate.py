@@ -1,4 +1,4 @@
-"""`python -m prunelit evaluate`: perplexity of any model on any text; with more asked for, a whole evaluation."""
+"""`python -m prunelit evaluate`: perplexity of any model on any text; with more options, a whole evaluation."""
 
 import json
 import time
@@ -27,7 +27,7 @@ from prunelit.runtime.text_files import write_json
 from prunelit.runtime.versions import collect_versions
 
 _MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
-"""Options that ask for more than one perplexity."""
+"""Options that need a whole evaluation."""
 
 
 def evaluate_perplexity(
@@ -40,13 +40,13 @@ def evaluate_perplexity(
     stride: int | None = None,
     adapter: str | None = None,
 ) -> dict[str, Any]:
-    """Perplexity of any model on any text.
+    """Measure perplexity of any model on any text.
 
     Args:
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
         sources: text sources, mixed evenly.
         seqlen: tokens per window.
-        windows: the first so many windows; null for all.
+        windows: use only the first so many windows; null for all.
         dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
         stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: no overlap.
@@ -54,21 +54,27 @@ def evaluate_perplexity(
 
     Returns:
         {"perplexity", "nll", "tokens", "protocol", "model", size, "seconds", "versions"}.
+
+    Raises:
+        PrunelitError: bad input.
+
+    Example:
+        evaluate_perplexity("runs/quickstart/model", ["builtin:python-docs"], seqlen=512)
     """
     subject = EvaluatedModel(model, adapter, dtype, device)
     subject.check_source()
     for source in sources:
         text.check_text_source(source)
     model_source.check_sequence_length(model, seqlen)
-    ids = text.draw_windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
+    token_windows = text.draw_windows(list(sources), load_tokenizer(model), seqlen, windows, stride=stride)
     network = subject.load_model()
     start = time.perf_counter()
     with move_to_device(network, choose_device(device)):
-        found = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
-    used = str(next(network.parameters()).dtype).removeprefix("torch.")
+        result = metrics.perplexity(network, token_windows, max(1, TOKENS_PER_BATCH // seqlen), stride=stride)
+    used_dtype = str(next(network.parameters()).dtype).removeprefix("torch.")
     return {
-        **found,
-        "protocol": metrics.describe_protocol(sources, ids, used, stride),
+        **result,
+        "protocol": metrics.describe_protocol(sources, token_windows, used_dtype, stride),
         "model": model,
         **metrics.measure_model_size(network),
         "seconds": round(time.perf_counter() - start, 2),
@@ -77,7 +83,18 @@ def evaluate_perplexity(
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """`python -m prunelit evaluate`."""
+    """Run `python -m prunelit evaluate`.
+
+    Args:
+        command: "evaluate".
+        arguments: command line after it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        PrunelitError: bad input.
+    """
     parser = build_parser(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
     parser.add_argument(
         "--text", type=Sources | None, default=None, help="text source(s); built-in where nothing else is asked for"
@@ -89,29 +106,29 @@ def run(command: str, arguments: list[str]) -> int:
     )
     parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
     parser.add_function_arguments(whole.evaluate_model, None, sub_configs=False)
-    inner = [field.name for kind in (Speed, Text) for field in fields(kind)]
-    options = parser.instantiate(parse_command_line(parser, arguments, inner))
+    nested_options = [field.name for kind in (Speed, Text) for field in fields(kind)]
+    options = parser.instantiate(parse_command_line(parser, arguments, nested_options))
     if options.json:
         export.check_output(options.json, overwrite=True, file=True)
-    given = {name: value for name, value in vars(options).items() if name != "config"}
-    target = given.pop("json")
-    of_text = {name: given.pop(name) for name in ("text", "seqlen", "windows", "stride")}
-    if not any(given[name] for name in _MORE):
-        chosen = {name: given[name] for name in ("model", "dtype", "device", "adapter")}
+    request = {name: value for name, value in vars(options).items() if name != "config"}
+    json_path = request.pop("json")
+    text_options = {name: request.pop(name) for name in ("text", "seqlen", "windows", "stride")}
+    if not any(request[name] for name in _MORE):
+        model_options = {name: request[name] for name in ("model", "dtype", "device", "adapter")}
         result = evaluate_perplexity(
-            sources=wrap_in_list(of_text.pop("text") or text.BUILTIN_TEXT), **of_text, **chosen
+            sources=wrap_in_list(text_options.pop("text") or text.BUILTIN_TEXT), **text_options, **model_options
         )
-        said = json.dumps(result, indent=2)
+        output = json.dumps(result, indent=2)
     else:
-        if of_text["text"]:
-            if "text" in (given["texts"] or {}):
+        if text_options["text"]:
+            if "text" in (request["texts"] or {}):
                 raise BadOption("texts: expected names other than 'text', which is that of --text")
-            given["texts"] = {"text": Text(**of_text), **(given["texts"] or {})}
-        result = whole.evaluate_model(**given)
-        said = render_evaluation_markdown(result) + (
-            f"\n{given['out']}/: report.html, evaluate.md, evaluate.json" if given["out"] else ""
+            request["texts"] = {"text": Text(**text_options), **(request["texts"] or {})}
+        result = whole.evaluate_model(**request)
+        output = render_evaluation_markdown(result) + (
+            f"\n{request['out']}/: report.html, evaluate.md, evaluate.json" if request["out"] else ""
         )
-    if target:
-        write_json(Path(target), result)
-    print_result(said)
+    if json_path:
+        write_json(Path(json_path), result)
+    print_result(output)
     return 0

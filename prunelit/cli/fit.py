@@ -1,4 +1,4 @@
-"""`python -m prunelit fit` and `validate`: LightningCLI over our module and data. It knows callbacks and recovery."""
+"""`python -m prunelit fit` and `validate`: LightningCLI with RecoveryModule, TextDataModule and pruning callbacks."""
 
 import argparse
 import errno
@@ -30,7 +30,10 @@ from prunelit.runtime.torch_files import check_torch_file
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """config.yaml in the run's own folder: what was really run."""
+    """Saves config.yaml, the complete config of the run, in the run's own folder.
+
+    Example: see `run`.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **{**kwargs, "overwrite": True, "save_to_log_dir": False})
@@ -46,14 +49,21 @@ class SaveRunConfig(SaveConfigCallback):
 
 
 class CommandProgressBar(TQDMProgressBar):
-    """Lightning's bar in the style of `prunelit.runtime.progress`, and silent where nobody looks."""
+    """Lightning's progress bar in the style of `prunelit.runtime.progress`; silent where stdout is not a terminal.
+
+    Example: see `PrunelitCLI`.
+    """
 
     def __init__(self) -> None:
         super().__init__(refresh_rate=1 if progress.is_progress_shown() and sys.stdout.isatty() else 0)
 
 
 class PrunelitCLI(LightningCLI):
-    """LightningCLI over RecoveryModule and TextDataModule; any method is a callback in the Trainer's section."""
+    """LightningCLI with RecoveryModule and TextDataModule; any pruning method is a callback in the Trainer's section.
+
+    Example:
+        python -m prunelit fit --config configs/quickstart.yaml
+    """
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -68,64 +78,84 @@ class PrunelitCLI(LightningCLI):
         parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """An unknown name, at any level, is answered with the nearest one."""
+        """Parse; answer an unknown name, at any level, with the nearest known one."""
         try:
             super().parse_arguments(parser, args)
         except (argparse.ArgumentError, KeyError) as error:
-            given = list(sys.argv[1:] if args is None else args)
-            command = next((name for name in self.subcommands() if given[:1] == [name]), None)
+            words = list(sys.argv[1:] if args is None else args)
+            command = next((name for name in self.subcommands() if words[:1] == [name]), None)
             actions = (self._parser(command) if command else parser)._actions
             known = {action.dest for action in actions if not action.dest.endswith(".help")}
-            said = config_files.find_misspelling(given[1:] if command else given, known)
-            if said is None:
+            message = config_files.find_misspelling(words[1:] if command else words, known)
+            if message is None:
                 raise
-            raise BadOption(said) from error
+            raise BadOption(message) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Lightning's refusal of an option is the user's to mend."""
+        """Build the Trainer; turn an option that Lightning refuses into an error of one line."""
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, MisconfigurationException) as error:
-            said = str(error).strip().splitlines()[0].partition(". It must be")[0].rstrip(".")
+            message = str(error).strip().splitlines()[0].partition(". It must be")[0].rstrip(".")
             strategy = self._get(self.config_init, "trainer").strategy
-            known = StrategyRegistry.available_strategies() if "strategy name" in said else ()
-            raise BadOption(f"trainer: {said}{suggest_name(str(strategy), known)}") from error
+            known_strategies = StrategyRegistry.available_strategies() if "strategy name" in message else ()
+            raise BadOption(f"trainer: {message}{suggest_name(str(strategy), known_strategies)}") from error
 
     def before_instantiate_classes(self) -> None:
-        """`--plan` goes to the callback that cuts, of which there is one."""
+        """Pass `--plan` to the one pruning callback, and check the text length against the model."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         self._set_progress_defaults(config)
-        cutting = [entry for entry in config.trainer.callbacks or () if _is_pruning_callback(entry.class_path)]
-        check_single_pruner([entry.class_path.rpartition(".")[2] for entry in cutting], "plan" if config.plan else None)
+        pruners = [entry for entry in config.trainer.callbacks or () if _is_pruning_callback(entry.class_path)]
+        check_single_pruner([entry.class_path.rpartition(".")[2] for entry in pruners], "plan" if config.plan else None)
         if config.plan:
-            cutting[0].init_args.plan_file = config.plan
+            pruners[0].init_args.plan_file = config.plan
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _set_progress_defaults(self, config: Any) -> None:
-        """One style of bars, and no table of modules, unless another one is asked for."""
-        kinds = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
-        asked = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)]
-        if config.trainer.enable_model_summary is None and not any(issubclass(kind, ModelSummary) for kind in asked):
+        """Use prunelit's progress bar and no table of modules, unless the config asks for others."""
+        callback_classes = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
+        display_classes = [
+            kind for kind in callback_classes if isinstance(kind, type) and issubclass(kind, ProgressBar | ModelSummary)
+        ]
+        if config.trainer.enable_model_summary is None and not any(
+            issubclass(kind, ModelSummary) for kind in display_classes
+        ):
             config.trainer.enable_model_summary = progress.is_verbose()
-        if config.trainer.enable_progress_bar is not False and not any(issubclass(k, ProgressBar) for k in asked):
+        if config.trainer.enable_progress_bar is not False and not any(
+            issubclass(kind, ProgressBar) for kind in display_classes
+        ):
             defaults = self.trainer_defaults.get("callbacks", [])
             self.trainer_defaults = {**self.trainer_defaults, "callbacks": [*defaults, CommandProgressBar()]}
 
     def before_fit(self) -> None:
-        """The report measures the dense model, so it comes before whatever cuts it. `last` is the newest whole one."""
+        """Put the report before the pruning callback, because it measures the dense model; resolve `--ckpt_path last`.
+
+        Raises:
+            BadOption: the strategy spawns processes.
+        """
         check_own_processes(self.trainer)
         self.trainer.callbacks.sort(key=lambda callback: not isinstance(callback, RunReport))  # type: ignore[attr-defined]
         checkpoints.configure_checkpoints(self.trainer)
         if self.config_init.fit.get("ckpt_path") == "last":
-            found = checkpoints.find_newest_checkpoint(self.trainer)
-            self.config_init.fit.ckpt_path = None if found is None else str(found)
+            newest = checkpoints.find_newest_checkpoint(self.trainer)
+            self.config_init.fit.ckpt_path = None if newest is None else str(newest)
 
 
 def build_fit_job(arguments: list[str]) -> plan.FitJob:
-    """What `fit` with these arguments runs, parsed and built as there, but not run."""
+    """Build the job that `fit` would run with these arguments, without running it.
+
+    Args:
+        arguments: command line after `fit`.
+
+    Returns:
+        Trainer, module and data.
+
+    Example: see `prunelit.cli.plan.run`.
+    """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")  # the command line is `plan`'s
-        made = PrunelitCLI(
+        # Lightning warns that it does not use sys.argv, which here is the command line of `plan`.
+        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+        cli = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
             args=_expand_model_option(arguments),
@@ -135,62 +165,75 @@ def build_fit_job(arguments: list[str]) -> plan.FitJob:
             save_config_callback=None,
             parser_kwargs={"exit_on_error": False},
         )
-    return plan.FitJob(made.trainer, made.model, made.datamodule)
+    return plan.FitJob(cli.trainer, cli.model, cli.datamodule)
 
 
 def _is_pruning_callback(class_path: str) -> bool:
-    kind = pydoc.locate(class_path)
-    return isinstance(kind, type) and issubclass(kind, PruningCallback)
+    """Return whether a class path names a pruning callback."""
+    cls = pydoc.locate(class_path)
+    return isinstance(cls, type) and issubclass(cls, PruningCallback)
 
 
 def _expand_model_option(arguments: list[str]) -> list[str]:
-    """`--model SOURCE`, as the other commands have it, is `--model.model SOURCE`."""
-    found = list(arguments)
-    for place, argument in enumerate(arguments):
+    """Expand `--model SOURCE`, the form of the other commands, to `--model.model SOURCE`."""
+    expanded = list(arguments)
+    for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
         if name == "--model":
-            value = value if equals else "".join(arguments[place + 1 : place + 2])
+            value = value if equals else "".join(arguments[index + 1 : index + 2])
             if not value.startswith("{") and Path(value).suffix not in (".yaml", ".yml"):
-                found[place] = f"--model.model{equals}{value if equals else ''}"
-    return found
+                expanded[index] = f"--model.model{equals}{value if equals else ''}"
+    return expanded
 
 
-def _check_resume_checkpoint(given: str | None) -> None:
-    """Check the checkpoint to go on from, before anything is built.
+def _check_resume_checkpoint(path: str | None) -> None:
+    """Check the checkpoint to resume from, before anything is built.
 
     Raises:
-        SourceNotFound: it is missing, cut short or damaged.
+        SourceNotFound: it is missing, truncated or damaged.
     """
-    if given is None or given in ("last", "best", "hpc") or not is_local_path(given) or Path(given).is_dir():
+    if path is None or path in ("last", "best", "hpc") or not is_local_path(path) or Path(path).is_dir():
         return
-    if not Path(given).is_file():
-        raise SourceNotFound(f"ckpt_path {given!r}: no such file; 'last' is the newest whole one{suggest_file(given)}")
-    check_torch_file(Path(given))
+    if not Path(path).is_file():
+        raise SourceNotFound(f"ckpt_path {path!r}: no such file; 'last' is the newest whole one{suggest_file(path)}")
+    check_torch_file(Path(path))
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """`python -m prunelit fit` or `validate`."""
-    quiet = {"exit_on_error": False, "epilog": HELP_EPILOG}
+    """Run `python -m prunelit fit` or `validate`.
+
+    Args:
+        command: "fit" or "validate".
+        arguments: command line after it.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        PrunelitError: bad input, or the disk is full.
+    """
+    parser_options = {"exit_on_error": False, "epilog": HELP_EPILOG}
     _check_resume_checkpoint(peek_option("ckpt_path", arguments))
-    if sys.argv[1:] == [command, *arguments]:  # where Lightning finds it when it starts further ranks
+    if sys.argv[1:] == [command, *arguments]:
         sys.argv[2:] = _expand_model_option(arguments)
     arguments = _expand_model_option(arguments)
-    given = [command, *arguments]
+    words = [command, *arguments]
     try:
         PrunelitCLI(
             RecoveryModule,
             TextDataModule,
-            args=None if sys.argv[1:] == given else given,  # further ranks are started again with this command line
+            # None lets Lightning read sys.argv, with which it also starts further ranks.
+            args=None if sys.argv[1:] == words else words,
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs/fit", "callbacks": [checkpoints.SaveOnSigterm()]},
             save_config_callback=SaveRunConfig,
-            parser_kwargs={**quiet, "fit": quiet, "validate": quiet},
+            parser_kwargs={**parser_options, "fit": parser_options, "validate": parser_options},
         )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         raise OutputNotWritable(
-            f"output {str(error.filename or 'of this run')!r}: can not be written: {error.strerror}; make room, then "
+            f"output {str(error.filename or 'of this run')!r}: cannot be written: {error.strerror}; make room, then "
             "--ckpt_path last goes on from the newest checkpoint"
         ) from error
     return 0

@@ -1,6 +1,6 @@
-"""`python -m prunelit methods`: all methods in a table, or the card of one, read off the files' syntax trees.
+"""`python -m prunelit methods`: a table of all methods, or the card of one, read from the syntax trees of their files.
 
-Nothing is imported but the standard library, so both are there at once.
+Only the standard library is imported, so the answer comes at once.
 """
 
 import ast
@@ -18,9 +18,9 @@ from prunelit.runtime.errors import BadOption
 
 _PACKAGE = Path(__file__).parents[1]
 _ROOT = _PACKAGE.parent  # of a clone; an installed package has no configs/ beside it
-_SEE_BASE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
-_IMPORTED = {"distill": "trains", "fisher": "backward", "taylor": "backward", "search": "search"}
-"""What a method imports -> what it needs; the first that is found."""
+_BASE_REFERENCE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
+_NEEDS_BY_IMPORT = {"distill": "trains", "fisher": "backward", "taylor": "backward", "search": "search"}
+"""{module that a method imports: what the method needs}; the first match counts."""
 _WIDTH = 118
 NEEDS = {
     "no text": "reads no text",
@@ -32,7 +32,17 @@ NEEDS = {
 
 
 class Option(NamedTuple):
-    """An argument of a method's constructor."""
+    """An argument of a method's constructor.
+
+    Attributes:
+        name: of the argument.
+        default: as in YAML; None where the argument is required.
+        what: its documentation in one line.
+
+    Example:
+        >>> next(option.default for option in list_method_options("flap") if option.name == "ratio") is None
+        True
+    """
 
     name: str
     default: str | None  # as in YAML; None: it must be given
@@ -40,13 +50,17 @@ class Option(NamedTuple):
 
 
 def answer_methods_command(arguments: list[str]) -> str:
-    """What `python -m prunelit methods` prints.
+    """Write what `python -m prunelit methods` prints.
 
     Args:
         arguments: the command line after `methods`: nothing, or a method's name; with `--json` as data.
 
     Raises:
-        BadOption: no such method, or more than one.
+        BadOption: no such method, or more than one name.
+
+    Example:
+        >>> json.loads(answer_methods_command(["flap", "--json"]))["class"]
+        'prunelit.callbacks.FLAP'
     """
     names = [argument for argument in arguments if argument != "--json"]
     as_data = len(names) < len(arguments)
@@ -55,9 +69,9 @@ def answer_methods_command(arguments: list[str]) -> str:
     if len(names) > 1 or (names and names[0].startswith("-")):
         raise BadOption(f"methods: expected no argument, or one method's name and --json, got {' '.join(names)}")
     if not names:
-        found = [describe_method(method) for method in methods().values()]
-        found += [{"name": name, "error": said} for name, said in list_broken_files().items()]
-        return json.dumps(found, indent=1) if as_data else render_method_table()
+        descriptions = [describe_method(method) for method in methods().values()]
+        descriptions += [{"name": name, "error": message} for name, message in list_broken_files().items()]
+        return json.dumps(descriptions, indent=1) if as_data else render_method_table()
     if names[0] not in methods():
         if "." in names[0]:
             raise BadOption(f"methods: expected one of {', '.join(methods())}, got {names[0]!r}; a class has no card")
@@ -67,38 +81,52 @@ def answer_methods_command(arguments: list[str]) -> str:
 
 
 def render_method_table() -> str:
-    """One line a method: what it needs, its paper, what it does; and one for each file that can not be read."""
+    """Write one line for each method (needs, paper, purpose) and one line for each file that cannot be read.
+
+    Example:
+        >>> render_method_table().splitlines()[0].split()
+        ['method', 'needs', 'paper', 'what', 'it', 'does']
+    """
     rows = [("method", "needs", "paper", "what it does"), ("", "", "", "")]
     rows += [
         (method.name, determine_needs(method), find_paper(method), _summarize_method(method))
         for method in methods().values()
     ]
-    lines = [_wrap_line(f"{name:14} {work:9} {source:11} ", what) for name, work, source, what in rows]
-    lines += [_wrap_line(f"{name:14} {'broken':9} ", said) for name, said in list_broken_files().items()]
-    legend = [f"{work:9} {meaning}" for work, meaning in NEEDS.items()]
+    lines = [_wrap_line(f"{name:14} {need:9} {source:11} ", purpose) for name, need, source, purpose in rows]
+    lines += [_wrap_line(f"{name:14} {'broken':9} ", message) for name, message in list_broken_files().items()]
+    legend = [f"{need:9} {meaning}" for need, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
     )
 
 
 def render_method_card(method: Method) -> str:
-    """What a method is and does, its options, and how it is run."""
+    """Write the card of a method: what it does, its options, and commands that run it.
+
+    Args:
+        method: as the registry lists it.
+
+    Example: see `answer_methods_command`.
+    """
     options = list_method_options(method.name)
-    wide = max(len(option.name) for option in options)
+    name_width = max(len(option.name) for option in options)
     parts = [f"{method.name}    {NEEDS[determine_needs(method)]}", method.card, "Options and their defaults"]
-    for name, default, what in options:
-        parts[-1] += "\n" + _wrap_line(f"    {name:{wide}}  {'required' if default is None else default:13} ", what)
+    for name, default, documentation in options:
+        parts[-1] += "\n" + _wrap_line(
+            f"    {name:{name_width}}  {'required' if default is None else default:13} ", documentation
+        )
     return "\n\n".join([*parts, _render_commands(method)])
 
 
 def _render_commands(method: Method) -> str:
+    """Write commands that run a method, and where to read more."""
     name, class_path = method.name, f"prunelit.callbacks.{method.class_name}"
-    seven = find_7b_command(name)
+    command_7b = find_7b_command(name)
     return "\n".join(
         [
             "Cut a model; cut it and recover it; cut the model of a job of yours, on the command line or in Python",
             f"    python -m prunelit prune --model PATH_OR_ID --method {name} --ratio 0.2 --text FILE_OR_ID --out DIR",
-            # A list on the command line replaces the file's, with the method in it: so its checkpoints are named again.
+            # A list on the command line replaces the whole list of the file, so ModelCheckpoint is repeated here.
             "    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks ModelCheckpoint \\",
             "        --trainer.callbacks.save_last true --trainer.callbacks.every_n_train_steps 50 \\",
             f"        --trainer.callbacks+ {class_path} --trainer.callbacks.ratio 0.2",
@@ -112,14 +140,20 @@ def _render_commands(method: Method) -> str:
             "          init_args: {ratio: 0.2}",
             "",
             f"    {f'callbacks/{name}.yaml':34} every option, with a comment",
-            f"    {f'configs/methods/{name}.yaml':34} on a 7B model{': ' + seven if seven else ''}",
+            f"    {f'configs/methods/{name}.yaml':34} on a 7B model{': ' + command_7b if command_7b else ''}",
             f"    {f'docs/methods.md#{name}':34} where each equation comes from",
         ]
     )
 
 
 def describe_method(method: Method) -> dict[str, object]:
-    """The same as data."""
+    """Describe a method as data for `--json`.
+
+    Args:
+        method: as the registry lists it.
+
+    Example: see `answer_methods_command`.
+    """
     return {
         "name": method.name,
         "class": f"prunelit.callbacks.{method.class_name}",
@@ -131,52 +165,96 @@ def describe_method(method: Method) -> dict[str, object]:
 
 
 def determine_needs(method: Method) -> str:
-    """What a method does with text, told from its class and from what it imports."""
+    """Determine what a method does with text, from its class and its imports.
+
+    Args:
+        method: as the registry lists it.
+
+    Returns:
+        A key of `NEEDS`.
+
+    Example: see `render_method_table`.
+    """
     tree = _parse_file(method.path)
-    kind = _find_class(method.path, method.class_name)
-    if "reads_text = False" in (ast.unparse(node) for node in kind.body):
+    class_node = _find_class(method.path, method.class_name)
+    if "reads_text = False" in (ast.unparse(node) for node in class_node.body):
         return "no text"
-    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
-    imported |= {(node.module or "").rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    return next((work for module, work in _IMPORTED.items() if module in imported), "forward")
+    imported_names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    imported_names |= {
+        (node.module or "").rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+    }
+    return next((need for module, need in _NEEDS_BY_IMPORT.items() if module in imported_names), "forward")
 
 
 def find_paper(method: Method) -> str:
-    """arXiv number of the source that the card names first; "ours"; or "baseline", where it names none."""
+    """Find the arXiv number of the source that the card names first.
+
+    Args:
+        method: as the registry lists it.
+
+    Returns:
+        The number; "ours" for a method of this project; "baseline" where the card names no paper.
+
+    Example: see `render_method_table`.
+    """
     source = method.card.partition("Source:")[2].strip()
     number = re.search(r"arXiv\s+(\d{4}\.\d{5})", source.partition("\n\n")[0])
     return "ours" if source.startswith("ours") else number[1] if number else "baseline"
 
 
 def find_7b_command(name: str) -> str | None:
-    """The command that the head of a method's 7B config names; None without a clone."""
+    """Find the command in the head of a method's 7B config.
+
+    Args:
+        name: of the method.
+
+    Returns:
+        The command; None where there is no clone with configs/ beside the package.
+
+    Example:
+        >>> find_7b_command("no such method") is None
+        True
+    """
     path = _ROOT / "configs" / "methods" / f"{name}.yaml"
-    found = re.search(r"python -m prunelit .*", path.read_text(encoding="utf-8")) if path.is_file() else None
-    return found[0] if found else None
+    match = re.search(r"python -m prunelit .*", path.read_text(encoding="utf-8")) if path.is_file() else None
+    return match[0] if match else None
 
 
 def list_method_options(name: str) -> list[Option]:
-    """Constructor arguments of a method, its own first, then those of `PruningMethod` that mean something to it."""
-    base = {option.name: option for option in _read_constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")}
+    """List the constructor arguments of a method: its own first, then those of `PruningMethod` that it uses.
+
+    Args:
+        name: of the method.
+
+    Example: see `Option`.
+    """
+    base_options = {
+        option.name: option for option in _read_constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")
+    }
     method = methods()[name]
-    kind = _find_class(method.path, method.class_name)
-    own = {option.name: option for option in _read_constructor(method.path, method.class_name)}
-    for option in own.values():
-        if seen := _SEE_BASE.match(option.what):
-            whole = f"{base[option.name].what} {option.what[seen.end() :]}"
-            own[option.name] = option._replace(what=whole)
-    if choices := _read_repair_choices(kind):
-        base["repair"] = base["repair"]._replace(what=f"{base['repair'].what} Here: {', '.join(choices)}.")
-    rest = _read_argument_docs(ast.get_docstring(kind) or "").get("kwargs", "")
-    idle = re.findall(r"`(\w+)`", rest) if "say nothing" in rest else []
-    return [*own.values(), *(option for option in base.values() if option.name not in (*own, *idle))]
+    class_node = _find_class(method.path, method.class_name)
+    own_options = {option.name: option for option in _read_constructor(method.path, method.class_name)}
+    for option in own_options.values():
+        if reference := _BASE_REFERENCE.match(option.what):
+            documentation = f"{base_options[option.name].what} {option.what[reference.end() :]}"
+            own_options[option.name] = option._replace(what=documentation)
+    if repair_choices := _read_repair_choices(class_node):
+        base_options["repair"] = base_options["repair"]._replace(
+            what=f"{base_options['repair'].what} Here: {', '.join(repair_choices)}."
+        )
+    kwargs_docs = _read_argument_docs(ast.get_docstring(class_node) or "").get("kwargs", "")
+    unused = re.findall(r"`(\w+)`", kwargs_docs) if "say nothing" in kwargs_docs else []
+    return [
+        *own_options.values(),
+        *(option for option in base_options.values() if option.name not in (*own_options, *unused)),
+    ]
 
 
-def _read_repair_choices(kind: ast.ClassDef) -> tuple[str, ...]:
-    """What a method's class says that `repair` may be; nothing where it says it in its own `repair`, or not at all."""
-    for node in kind.body:
+def _read_repair_choices(class_node: ast.ClassDef) -> tuple[str, ...]:
+    """Read `repair_choices` of a method's class; () where its own `repair` documents them, or it has none."""
+    for node in class_node.body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "repair_choices":
-            with suppress(ValueError):  # not spelt out, as where a class adds to those of the base
+            with suppress(ValueError):  # no literal, as where a class adds to the choices of its base class
                 return tuple(ast.literal_eval(node.value))
     return ()
 
@@ -186,9 +264,9 @@ def _wrap_line(head: str, text: str) -> str:
 
 
 def _summarize_method(method: Method) -> str:
-    """The summary without the name in front."""
-    said = method.summary.partition(": ")[2].rstrip(".")
-    return said[:1].upper() + said[1:]
+    """Return the summary without the leading name."""
+    summary = method.summary.partition(": ")[2].rstrip(".")
+    return summary[:1].upper() + summary[1:]
 
 
 @cache
@@ -201,28 +279,35 @@ def _find_class(path: Path, name: str) -> ast.ClassDef:
 
 
 def _read_constructor(path: Path, class_name: str) -> list[Option]:
-    """Arguments of a class's `__init__` with their defaults, and what its docstring says of them."""
-    kind = _find_class(path, class_name)
-    made = next((node for node in kind.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
-    if made is None:
+    """Read arguments, defaults and documentation of a class's `__init__`."""
+    class_node = _find_class(path, class_name)
+    init = next(
+        (node for node in class_node.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None
+    )
+    if init is None:
         return []
-    said = _read_argument_docs(ast.get_docstring(kind) or "")
-    arguments = [*made.args.args[1:], *made.args.kwonlyargs]
-    given = [None if node is None else _format_default(node) for node in (*made.args.defaults, *made.args.kw_defaults)]
-    defaults = [*[None] * (len(arguments) - len(given)), *given]
-    return [Option(a.arg, value, said.get(a.arg, "")) for a, value in zip(arguments, defaults, strict=True)]
+    documentation = _read_argument_docs(ast.get_docstring(class_node) or "")
+    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
+    written_defaults = [
+        None if node is None else _format_default(node) for node in (*init.args.defaults, *init.args.kw_defaults)
+    ]
+    defaults = [*[None] * (len(arguments) - len(written_defaults)), *written_defaults]
+    return [
+        Option(argument.arg, default, documentation.get(argument.arg, ""))
+        for argument, default in zip(arguments, defaults, strict=True)
+    ]
 
 
 def _read_argument_docs(docstring: str) -> dict[str, str]:
-    """The section `Args:` of a docstring, one entry an argument, in one line each."""
+    """Read the section `Args:` of a docstring: {argument: its documentation in one line}."""
     section = re.search(r"Args:\n(.*?)(\n\n|\Z)", docstring, re.DOTALL)
     entries = re.split(r"\n(?=\w+: )", inspect.cleandoc("\n" + section[1])) if section else []
     parts = (entry.partition(": ") for entry in entries)
-    return {name: re.sub(r"\bNone\b", "null", " ".join(what.split())) for name, _, what in parts}
+    return {name: re.sub(r"\bNone\b", "null", " ".join(documentation.split())) for name, _, documentation in parts}
 
 
 def _format_default(node: ast.expr) -> str:
-    """A default as it stands in YAML."""
+    """Write a default as in YAML."""
     try:
         value = ast.literal_eval(node)
     except ValueError:  # a name or a call

@@ -149,11 +149,11 @@ def _check_plan_config(plan: PruningPlan, source: str) -> None:
     config = read_model_config(Path(source).expanduser())
     made_for = {"model_type": plan.model.model_type, "hidden_size": plan.model.hidden_size}
     made_for |= {"num_hidden_layers": len(plan.model.layers)}
-    for name, wanted in made_for.items():
-        found = config.get(name, wanted)
-        if found != wanted:
+    for name, expected in made_for.items():
+        got = config.get(name, expected)
+        if got != expected:
             raise BadPlan(
-                f"plan: made for another model: {name} {wanted!r} ({plan.model.name}), got {found!r} ({source}); "
+                f"plan: made for another model: {name} {expected!r} ({plan.model.name}), got {got!r} ({source}); "
                 "make a plan for this model, or load the dense one"
             )
 
@@ -222,8 +222,8 @@ def _split_own_options(arguments: list[str]) -> tuple[str | None, bool, bool, li
     ours.add_argument("--out")
     for name in ("--latency", "--overwrite"):
         ours.add_argument(name, nargs="?", const="true", default="false", choices=["true", "false"])
-    found, rest = ours.parse_known_args(arguments)
-    return found.out, found.latency == "true", found.overwrite == "true", rest
+    options, rest = ours.parse_known_args(arguments)
+    return options.out, options.latency == "true", options.overwrite == "true", rest
 
 
 def _check_output_file(out: str | None, overwrite: bool) -> None:

@@ -1,6 +1,6 @@
-"""`plan show FILE` and `plan diff A B`: plans as files, answered without torch.
+"""`plan show FILE` and `plan diff A B`: commands on plan files, answered without importing torch.
 
-`diff` exits with 0 where both plans cut alike, 1 where they differ, 2 where they can not be compared.
+`diff` exits with 0 where both plans prune alike, 1 where they differ, 2 where they cannot be compared.
 """
 
 import sys
@@ -14,28 +14,38 @@ WORDS = ("show", "diff")
 
 
 def run_plan_files(arguments: list[str]) -> int:
-    """Carry out `arguments`, one of WORDS and its files.
+    """Run `plan show` or `plan diff`.
+
+    Args:
+        arguments: one of `WORDS`, then its files.
+
+    Returns:
+        The exit code.
 
     Raises:
-        PrunelitError: another number of files; BadPlan: one is no plan, or they are for different models.
+        PrunelitError: another number of files.
+        BadPlan: a file is not a plan, or the plans belong to different models.
+
+    Example:
+        python -m prunelit plan diff a/plan.json b/plan.json
     """
     word, paths = arguments[0], arguments[1:]
     if word not in WORDS:
         raise PrunelitError(
             f"plan: expected options, or one of {', '.join(WORDS)}, got {word!r}{suggest_name(word, WORDS)}"
         )
-    wanted = 1 if word == "show" else 2
-    if len(paths) != wanted or any(path.startswith("-") for path in paths):
-        files = "one plan file" if wanted == 1 else "two plan files"
-        raise PrunelitError(f"plan {word}: expected {files}, got {' '.join(paths) or 'nothing'}")
-    first = PruningPlan.load(paths[0])
+    file_count = 1 if word == "show" else 2
+    if len(paths) != file_count or any(path.startswith("-") for path in paths):
+        expected_files = "one plan file" if file_count == 1 else "two plan files"
+        raise PrunelitError(f"plan {word}: expected {expected_files}, got {' '.join(paths) or 'nothing'}")
+    plan = PruningPlan.load(paths[0])
     if word == "show":
-        return _print_lines(render_plan_card(first), 0)
-    second = PruningPlan.load(paths[1])
-    found = find_plan_differences(first, second)
-    if not found:
-        return _print_lines(f"both keep the same units: plan {first.digest}", 0)
-    return _print_lines(render_plan_difference(first, second, found, ("A", "B")), 1)
+        return _print_lines(render_plan_card(plan), 0)
+    other_plan = PruningPlan.load(paths[1])
+    differences = find_plan_differences(plan, other_plan)
+    if not differences:
+        return _print_lines(f"both keep the same units: plan {plan.digest}", 0)
+    return _print_lines(render_plan_difference(plan, other_plan, differences, ("A", "B")), 1)
 
 
 def _print_lines(lines: str, code: int) -> int:

@@ -1,1 +1,1 @@
-"""Several methods on one model, in one table."""
+"""Comparison of several pruning methods on one model."""

@@ -1,7 +1,7 @@
-"""One cell of a comparison: prune a copy of the dense model, measure it, write down what came of it.
+"""One cell of a comparison: prune a copy of the dense model, measure it, save the result.
 
-A cell's file is named by a digest of everything that determines the result, so a finished cell is found again by any
-comparison that asks for the same, and by no other.
+A cell's file is named by a digest of everything that determines the result. A comparison therefore reuses a finished
+cell exactly if it asks for the same thing.
 """
 
 import copy
@@ -42,18 +42,20 @@ _FORMAT = "prunelit-cell/1"
 
 @dataclass
 class CellRunner:
-    """A dense model, texts, and the folder in which finished cells are kept.
+    """Runs cells on one dense model and one set of texts, and caches finished cells in a folder.
 
     Args:
-        dense: the model, on the CPU; every cell cuts a copy of it.
-        windows: what perplexity is measured on, {name: [N, S] token ids}.
-        drawn: calibration windows [N, S] for each seed; empty where no method reads text.
-        calibration: what they were drawn as.
+        dense: the model, on the CPU; every cell prunes a copy of it.
+        windows: texts for perplexity, {name: [N, S] token ids}. Legend: N windows, S tokens per window.
+        calibration_windows: {seed: [N, S] token ids}; empty where no method reads text.
+        calibration: how the calibration windows were drawn.
         folder: holds cells/, plans/ and kept/.
         device: where a cell is computed.
-        latency: how prefill is measured; None: it is not.
-        plans: keep every cell's plan.
-        again: scores that are kept may be of a method that has been changed; compute them.
+        latency: how prefill is timed; None: not at all.
+        plans: save every cell's plan.
+        again: do not use cached scores, because the method may have changed.
+
+    Example: see `prunelit.compare.run.compare_methods`.
     """
 
     dense: nn.Module
@@ -75,61 +77,65 @@ class CellRunner:
             "device": self.device.type,
         }
 
-    # What is on disk ---------------------------------------------------------------------------------------------
+    # Cache on disk ------------------------------------------------------------------------------------------------
 
     def compute_key(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
-        """Everything that determines a cell's result."""
-        # The fingerprint says the first three; a journal only saves time.
-        elsewhere = ("calibration", "windows", "seqlen", "plan_file", "journal")
+        """Collect everything that determines a cell's result."""
+        # The fingerprint of the windows covers the first three; a plan file is never set; a journal only saves time.
+        ignored_options = ("calibration", "windows", "seqlen", "plan_file", "journal")
         key = self._common | {
             "method": cell.row.method,
-            "options": {name: value for name, value in method.options.items() if name not in elsewhere},
+            "options": {name: value for name, value in method.options.items() if name not in ignored_options},
             "calibration": _fingerprint_windows(self.calibration_windows[cell.seed]) if method.needs_text() else None,
-            "texts": {name: _fingerprint_windows(ids) for name, ids in self.windows.items()},
+            "texts": {name: _fingerprint_windows(windows) for name, windows in self.windows.items()},
             "latency": asdict(self.latency) if self.latency else None,
         }
-        return dict(json.loads(json.dumps(key, default=str)))  # tuples become lists, as they are read back
+        # Through JSON, so that tuples become lists as in the file with which the key is compared.
+        return dict(json.loads(json.dumps(key, default=str)))
 
     def load_result(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
-        """What is known of a cell; its "status" is "finished", "failed" or "missing"."""
+        """Load what is known of a cell; its "status" is "finished", "failed" or "missing"."""
         key = self.compute_key(cell, method)
-        found = _read_cell(self._build_path(cell, key), key)
-        if found["status"] == "finished" and self.plans and not self._build_path(cell, key, "plans").is_file():
+        result = _read_cell(self._build_path(cell, key), key)
+        if result["status"] == "finished" and self.plans and not self._build_path(cell, key, "plans").is_file():
             return {"status": "missing"}
-        return found
+        return result
 
     def _build_path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
         stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
         return self.folder / kind / f"{stem}-{_digest_key(key)}.json"
 
     def _build_journal_path(self, cell: Cell, key: Mapping[str, Any]) -> Path:
-        """One for all ratios of a row: a longer search goes on from a shorter one."""
-        which = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
-        return self.folder / "kept" / f"{cell.row.method}-{compute_digest(json.dumps(which))}.jsonl"
+        """Build the path of a search's journal; all ratios of a row share it, so a longer search continues it."""
+        identity = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
+        return self.folder / "kept" / f"{cell.row.method}-{compute_digest(json.dumps(identity))}.jsonl"
 
-    # Work --------------------------------------------------------------------------------------------------------
+    # Runs --------------------------------------------------------------------------------------------------------
 
     def measure_dense(self) -> dict[str, Any]:
-        """{"texts": {name: perplexity, nll, tokens}, "size"} of the dense model; each text is measured once."""
-        found = {}
-        for name, ids in self.windows.items():
-            key = self._common | {"text": _fingerprint_windows(ids)}
+        """Measure each text on the dense model once: {"texts": {name: perplexity, nll, tokens}, "size"}."""
+        result_by_text = {}
+        for name, windows in self.windows.items():
+            key = self._common | {"text": _fingerprint_windows(windows)}
             path = self.folder / "cells" / f"dense-{_digest_key(key)}.json"
-            known = _read_cell(path, key)
-            if known["status"] != "finished":
+            entry = _read_cell(path, key)
+            if entry["status"] != "finished":
                 with move_to_device(self.dense, self.device):
-                    known = {"key": key, "found": _measure_perplexity(self.dense, ids, f"perplexity on {name}, dense")}
-                _write_cell(path, known)
-            found[name] = known["found"]
-        return {"texts": found, "size": metrics.measure_model_size(self.dense)}
+                    entry = {
+                        "key": key,
+                        "found": _measure_perplexity(self.dense, windows, f"perplexity on {name}, dense"),
+                    }
+                _write_cell(path, entry)
+            result_by_text[name] = entry["found"]
+        return {"texts": result_by_text, "size": metrics.measure_model_size(self.dense)}
 
     def run_cell(self, cell: Cell) -> dict[str, Any]:
-        """Prune, measure and write one cell; a failure is written down as one.
+        """Prune, measure and save one cell; an error of the method is saved as a failed cell.
 
-        What a method computed that its other ratios can use, scores or the journal of a search, stays in kept/.
+        Results of a method that its other ratios can use (scores, the journal of a search) are cached in kept/.
 
         Returns:
-            What `find` returns from now on.
+            What `load_result` returns from now on.
 
         Raises:
             OutputNotWritable: the disk refused.
@@ -150,95 +156,120 @@ class CellRunner:
             result = {
                 "failed": "the GPU is out of memory; lower calibration.seqlen and the texts' seqlen, or use bfloat16"
             }
-        except Exception as error:  # noqa: BLE001  (a bug in one method must not cost the others their night)
-            said = " ".join(str(error).split())[:200]
-            result = {"failed": f"{type(error).__name__}: {said}", "traceback": traceback.format_exc()}
-        gc.collect()  # the copy, which the traceback of an error would have held until now
+        except Exception as error:  # noqa: BLE001  (a bug in one method must not stop a comparison that runs for hours)
+            message = " ".join(str(error).split())[:200]
+            result = {"failed": f"{type(error).__name__}: {message}", "traceback": traceback.format_exc()}
+        gc.collect()  # frees the model's copy, which the traceback of an error holds in a reference cycle
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         _write_cell(self._build_path(cell, key), {"key": key, **result, "versions": self._versions})
         return self.load_result(cell, method)
 
     def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
-        record: dict[str, Any] = {}
+        """Prune a copy of the dense model, then measure perplexity, size and, if asked for, latency."""
+        calibration: dict[str, Any] = {}
         batches = []
         if method.needs_text():
-            ids = self.calibration_windows[cell.seed]
-            batches = split_into_batches(ids)
-            record = {
+            windows = self.calibration_windows[cell.seed]
+            batches = split_into_batches(windows)
+            calibration = {
                 "source": [self.calibration.text] if isinstance(self.calibration.text, str) else self.calibration.text,
-                "windows": len(ids),
-                "seqlen": ids.shape[1],
-                "fingerprint": text.fingerprint_token_ids(ids),
+                "windows": len(windows),
+                "seqlen": windows.shape[1],
+                "fingerprint": text.fingerprint_token_ids(windows),
             }
         network = copy.deepcopy(self.dense).to(self.device)
-        with isolate_rng():  # a method that forgets its seed still gives the same result in any order of cells
+        with isolate_rng():  # a method that ignores its seed gives the same result in any order of cells
             torch.manual_seed(cell.seed)
             random.seed(cell.seed)
             start = time.perf_counter()
             plan = method.prune(network, batches)
             _synchronize_device(self.device)
-            # What was recalled counts as if it had been computed, so that ratios compare.
-            taken = time.perf_counter() - start + method.seconds.get("recalled", 0.0)
-            seconds = {"prune": taken} | method.seconds
+            # Cached scores count with the time that they once took, so that the times of ratios compare.
+            prune_seconds = time.perf_counter() - start + method.seconds.get("recalled", 0.0)
+            seconds = {"prune": prune_seconds} | method.seconds
         options = {name: value for name, value in plan.options.items() if name != "journal"}
-        plan = replace(plan, options=options, calibration=record | dict(plan.calibration))
+        plan = replace(plan, options=options, calibration=calibration | dict(plan.calibration))
         start = time.perf_counter()
         texts = {
-            name: _measure_perplexity(network, ids, f"perplexity on {name}, {cell}")
-            for name, ids in self.windows.items()
+            name: _measure_perplexity(network, windows, f"perplexity on {name}, {cell}")
+            for name, windows in self.windows.items()
         }
         seconds["measure"] = time.perf_counter() - start
-        shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
-        found = {
+        removed_shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
+        result = {
             "texts": texts,
             "size": metrics.measure_model_size(network),
-            **shares,
+            **removed_shares,
             "plan": plan.digest,
             "seconds": {name: round(value, 3) for name, value in seconds.items()},
         }
         if self.latency:
             with move_to_device(self.dense, self.device):
-                dense, cut = measure_prefill_seconds((self.dense, network), self.latency.tokens, self.latency.repeats)
-            found["latency"] = {"dense_seconds": dense, "seconds": cut, "speedup": dense / cut}
+                dense_seconds, pruned_seconds = measure_prefill_seconds(
+                    (self.dense, network), self.latency.tokens, self.latency.repeats
+                )
+            result["latency"] = {
+                "dense_seconds": dense_seconds,
+                "seconds": pruned_seconds,
+                "speedup": dense_seconds / pruned_seconds,
+            }
         if self.plans:
             _save_or_raise(plan.save, self._build_path(cell, key, "plans"))
-        return found
+        return result
 
 
 @torch.no_grad()
 def measure_prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats: int) -> list[float]:
-    """Median seconds of a forward pass without output projection, for models that take turns.
+    """Measure the median time of a forward pass without output projection, for models that take turns.
 
-    Taking turns, what else a machine does slows all of them alike. One pass of each is not counted.
+    Because the models take turns, other load on the machine slows all of them alike. The first pass of each is a
+    warm-up.
 
     Args:
-        networks: on the same device.
-        tokens: of the one sequence that is read.
-        repeats: passes counted.
+        networks: causal LMs on the same device.
+        tokens: length of the one sequence that is read.
+        repeats: timed passes.
+
+    Returns:
+        Seconds for each model.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
+        >>> model = LlamaForCausalLM(config)
+        >>> len(measure_prefill_seconds([model, model], tokens=4, repeats=1))
+        2
     """
     decoders = [Decoder(network) for network in networks]
-    limit = min(decoder.config.vocab_size for decoder in decoders)
-    ids = torch.randint(limit, (1, tokens), generator=torch.Generator().manual_seed(0)).to(decoders[0].device)
+    vocabulary = min(decoder.config.vocab_size for decoder in decoders)
+    token_ids = torch.randint(vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0)).to(
+        decoders[0].device
+    )
 
-    def one(decoder: Decoder) -> float:
+    def time_forward(decoder: Decoder) -> float:
         with use_eval_mode(decoder.model):
-            return timing.measure_seconds(lambda: decoder.backbone(input_ids=ids, use_cache=False), decoder.device)
+            return timing.measure_seconds(
+                lambda: decoder.backbone(input_ids=token_ids, use_cache=False), decoder.device
+            )
 
-    taken = timing.run_in_rounds([partial(one, decoder) for decoder in decoders], repeats, "measuring prefill")
-    return [statistics.median(each) for each in taken]
-
-
-def _measure_perplexity(network: nn.Module, ids: Tensor, what: str) -> dict[str, Any]:
-    """{"nll", "perplexity" (null where no float holds it), "tokens"}."""
-    found: dict[str, Any] = metrics.perplexity(network, ids, max(1, TOKENS_PER_BATCH // ids.shape[1]), what)
-    if not math.isfinite(found["nll"]):
-        raise NonFinite(f"{what}: expected a finite loss, got {found['nll']}; the cut model's activations overflow")
-    return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
+    seconds_by_model = timing.run_in_rounds(
+        [partial(time_forward, decoder) for decoder in decoders], repeats, "measuring prefill"
+    )
+    return [statistics.median(seconds) for seconds in seconds_by_model]
 
 
-def _fingerprint_windows(ids: Tensor) -> str:
-    return f"{text.fingerprint_token_ids(ids)}-{ids.shape[1]}"
+def _measure_perplexity(network: nn.Module, windows: Tensor, title: str) -> dict[str, Any]:
+    """Measure {"nll", "perplexity" (null where it exceeds a float), "tokens"} of one text."""
+    result: dict[str, Any] = metrics.perplexity(network, windows, max(1, TOKENS_PER_BATCH // windows.shape[1]), title)
+    if not math.isfinite(result["nll"]):
+        raise NonFinite(f"{title}: expected a finite loss, got {result['nll']}; the cut model's activations overflow")
+    return result | {"perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None}
+
+
+def _fingerprint_windows(windows: Tensor) -> str:
+    return f"{text.fingerprint_token_ids(windows)}-{windows.shape[1]}"
 
 
 def _digest_key(key: Mapping[str, Any]) -> str:
@@ -246,25 +277,25 @@ def _digest_key(key: Mapping[str, Any]) -> str:
 
 
 def _read_cell(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's file, if it is whole and of this key."""
+    """Read a cell's file; its status is "missing" if it is damaged or has another key."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {"status": "missing"}
-    if not isinstance(found, dict) or found.get("key") != key:
+    if not isinstance(content, dict) or content.get("key") != key:
         return {"status": "missing"}
-    return found | {"status": "failed" if "failed" in found else "finished"}
+    return content | {"status": "failed" if "failed" in content else "finished"}
 
 
 def _write_cell(path: Path, content: Mapping[str, Any]) -> None:
     _save_or_raise(lambda target: write_json(target, content), path)
 
 
-def _save_or_raise(write: Any, path: Path) -> None:
+def _save_or_raise(save: Any, path: Path) -> None:
     try:
-        write(path)
+        save(path)
     except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: can not be written: {error.strerror or error}") from error
+        raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {error.strerror or error}") from error
 
 
 def _synchronize_device(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""What a comparison is made of: rows (a method with options), ratios, seeds, texts; checked before a model is loaded.
+"""The parts of a comparison, checked before a model is loaded: rows (a method with options), ratios, seeds, texts.
 
 A *cell* is one row at one ratio and one seed.
 """
@@ -25,17 +25,21 @@ _SET_BY_TABLE = {
     "seqlen": "calibration.seqlen",
     "plan_file": "nothing: a comparison makes its own plans",
 }
-"""Options that a row may not set, and what sets them."""
+"""Options that a row may not set, and the setting that sets them for all rows."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Text that the methods score and repair on, the same windows for all methods at one seed.
+    """Calibration text: what the methods score and repair on. At one seed all methods get the same windows.
 
     Args:
         text: text source(s), mixed evenly.
-        windows: sequences, drawn with the cell's seed.
+        windows: number of sequences, drawn with the cell's seed.
         seqlen: tokens per sequence.
+
+    Example:
+        >>> Calibration(windows=8).seqlen
+        512
     """
 
     text: str | list[str] = text.BUILTIN_TEXT
@@ -45,11 +49,18 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Latency:
-    """A measurement of prefill: forward passes of the dense and the cut model in turn, the medians compared.
+    """Timing of prefill: forward passes of the dense and the pruned model in turn; the medians are compared.
 
     Args:
         tokens: tokens per pass, one sequence.
-        repeats: passes of each model.
+        repeats: timed passes of each model.
+
+    Raises:
+        BadOption: a value below 1.
+
+    Example:
+        >>> Latency(tokens=128).repeats
+        5
     """
 
     tokens: int = 512
@@ -63,9 +74,17 @@ class Latency:
 
 @dataclass(frozen=True)
 class MethodRow:
-    """A line of the table: a method with options of its own, under a label.
+    """A row of the table: a method with its own options, under a label.
 
-    `accepts` names the options that the method has.
+    Attributes:
+        label: name of the row.
+        method: name or import path of the method.
+        options: of the method.
+        accepts: names of the options that the method has.
+
+    Example:
+        >>> [row.label for row in parse_method_rows(["flap", {"method": "random", "label": "chance"}], {})]
+        ['flap', 'chance']
     """
 
     label: str
@@ -74,15 +93,21 @@ class MethodRow:
     accepts: Collection[str]
 
     def build_method(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> "PruningCallback":
-        """The method of one cell.
+        """Build the method of one cell.
+
+        Args:
+            ratio: share of the budget to remove.
+            seed: of the method.
+            calibration: text for scores and repair.
+            extra: further options of the method.
 
         Raises:
             BadOption: an option outside its range.
         """
         kind = method_class(self.method)
-        own = {"windows": calibration.windows, "seqlen": calibration.seqlen, **self.options, **extra}
+        options = {"windows": calibration.windows, "seqlen": calibration.seqlen, **self.options, **extra}
         try:
-            return cast("PruningCallback", kind(ratio=ratio, seed=seed, **own))
+            return cast("PruningCallback", kind(ratio=ratio, seed=seed, **options))
         except BadOption as error:
             raise BadOption(f"method {self.label!r}: {error}") from error
         except TypeError as error:
@@ -91,7 +116,13 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Cell:
-    """One row at one ratio and one seed."""
+    """One row at one ratio and one seed.
+
+    Example:
+        >>> (row,) = parse_method_rows(["flap"], {})
+        >>> print(Cell(row, ratio=0.2, seed=0))
+        flap, 20%, seed 0
+    """
 
     row: MethodRow
     ratio: float
@@ -102,55 +133,56 @@ class Cell:
 
 
 def parse_method_rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[MethodRow]:
-    """The rows of a table.
+    """Check the rows of a table.
 
     Args:
         methods: a method's name, or {method, label, options}; a method is one of `python -m prunelit methods` or the
             import path of a class.
-        common: options for every method that takes them.
+        common: options for every method that has them.
 
     Raises:
-        BadOption: no such method or option, a value of the wrong type, or two rows under one label.
+        BadOption: no such method or option, a value of the wrong type, or two rows with one label.
+
+    Example: see `MethodRow`.
     """
     if not methods:
         raise BadOption("methods: expected at least one method, got none; `python -m prunelit methods` lists them")
-    found: list[MethodRow] = []
-    taken: set[str] = set()
-    for given in methods:
-        entry = {"method": given} if isinstance(given, str) else given
+    method_rows: list[MethodRow] = []
+    used_options: set[str] = set()
+    for item in methods:
+        entry = {"method": item} if isinstance(item, str) else item
         if not isinstance(entry, Mapping) or not isinstance(entry.get("method"), str):
-            raise BadOption(f"methods: expected a method's name or {{method, label, options}}, got {given!r:.80}")
+            raise BadOption(f"methods: expected a method's name or {{method, label, options}}, got {item!r:.80}")
         names = ("method", "label", "options")
         for name in entry:
             if name not in names:
-                raise BadOption(
-                    f"method {entry['method']!r}: expected {', '.join(names)}, got {name!r}{suggest_name(str(name), names)}"
-                )
-        own = entry.get("options") or {}
-        if not isinstance(own, Mapping):
-            raise BadOption(f"method {entry['method']!r}: options: expected {{name: value}}, got {own!r:.80}")
+                hint = suggest_name(str(name), names)
+                raise BadOption(f"method {entry['method']!r}: expected {', '.join(names)}, got {name!r}{hint}")
+        row_options = entry.get("options") or {}
+        if not isinstance(row_options, Mapping):
+            raise BadOption(f"method {entry['method']!r}: options: expected {{name: value}}, got {row_options!r:.80}")
         label = str(entry.get("label") or entry["method"].rpartition(".")[2])
-        if any(row.label == label for row in found):
+        if any(row.label == label for row in method_rows):
             raise BadOption(f"methods: expected one row for each label, got {label!r} twice; give one of them a label")
-        options, accepted = _parse_row_options(label, entry["method"], own, common)
-        taken |= accepted
-        found.append(MethodRow(label, entry["method"], options, accepted))
+        options, accepted = _parse_row_options(label, entry["method"], row_options, common)
+        used_options |= accepted
+        method_rows.append(MethodRow(label, entry["method"], options, accepted))
     for name in common:
-        if name not in taken:
-            raise BadOption(f"options: no method of this table takes {name!r}{suggest_name(name, taken)}")
-    return found
+        if name not in used_options:
+            raise BadOption(f"options: no method of this table takes {name!r}{suggest_name(name, used_options)}")
+    return method_rows
 
 
 def _parse_row_options(
-    label: str, method: str, own: Mapping[str, Any], common: Mapping[str, Any]
+    label: str, method: str, row_options: Mapping[str, Any], common: Mapping[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
-    """A row's options with their types checked, and the names that its method takes."""
+    """Check the types of a row's options; return them and the names that its method accepts."""
     from prunelit.pruning.callback import PruningCallback
 
     kind = method_class(method)
     if not (isinstance(kind, type) and issubclass(kind, PruningCallback)):
         raise BadOption(f"method {method!r}: expected a subclass of PruningCallback, got {kind!r:.80}")
-    for name in (*own, *common):
+    for name in (*row_options, *common):
         if not isinstance(name, str):
             raise BadOption(f"method {label!r}: options: expected {{name: value}}, got the name {name!r}")
         if name in _SET_BY_TABLE:
@@ -158,39 +190,55 @@ def _parse_row_options(
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None, skip=set(_SET_BY_TABLE), sub_configs=False)
     accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.ignored_options}
-    for name in own:
+    for name in row_options:
         if name not in accepted:
             raise BadOption(
                 f"method {label!r}: options: expected one of {', '.join(sorted(accepted))}, got {name!r}"
                 f"{suggest_name(name, accepted)}"
             )
     shared = {name: value for name, value in common.items() if name in accepted}
-    if shared.get("repair") not in kind.repair_choices:  # that of the others
+    if shared.get("repair") not in kind.repair_choices:  # a repair for all rows may not suit this method
         shared.pop("repair", None)
-    given = shared | dict(own)
-    typed = parse_options(parser, given, f"method {label!r}: options")
-    return {name: typed[name] for name in given}, accepted
+    merged = shared | dict(row_options)
+    typed = parse_options(parser, merged, f"method {label!r}: options")
+    return {name: typed[name] for name in merged}, accepted
 
 
-def select_rows(found: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:
-    """The rows with these labels; all of them without any.
+def select_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:
+    """Select the rows with certain labels; all rows without labels.
+
+    Args:
+        method_rows: of the table.
+        labels: of the rows to select.
 
     Raises:
         BadOption: no row has this label.
+
+    Example:
+        >>> [row.label for row in select_rows(parse_method_rows(["flap", "random"], {}), ["random"])]
+        ['random']
     """
-    known = [row.label for row in found]
+    known = [row.label for row in method_rows]
     for label in labels or ():
         if label not in known:
             raise BadOption(f"only: expected labels of {', '.join(known)}, got {label!r}{suggest_name(label, known)}")
-    return [row for row in found if not labels or row.label in labels]
+    return [row for row in method_rows if not labels or row.label in labels]
 
 
-def check_distinct_values(name: str, given: Sequence[Any]) -> list[Any]:
-    """Ratios or seeds: at least one, none twice; their range is for the methods to check.
+def check_distinct_values(name: str, values: Sequence[Any]) -> list[Any]:
+    """Check ratios or seeds: at least one, none twice. The methods check their range.
+
+    Args:
+        name: of the setting, for the message.
+        values: its values.
 
     Raises:
-        BadOption: none, or one twice.
+        BadOption: no value, or one twice.
+
+    Example:
+        >>> check_distinct_values("ratios", (0.1, 0.2))
+        [0.1, 0.2]
     """
-    if not given or len(set(given)) < len(given):
-        raise BadOption(f"{name}: expected at least one, each once, got {list(given)}")
-    return list(given)
+    if not values or len(set(values)) < len(values):
+        raise BadOption(f"{name}: expected at least one, each once, got {list(values)}")
+    return list(values)

@@ -1,4 +1,4 @@
-"""report.html of a comparison: the content of compare.json as pictures and tables."""
+"""report.html of a comparison: the content of compare.json as figures and tables."""
 
 import math
 
@@ -14,22 +14,31 @@ _CONFIG = ("source", "rows", "ratios", "seeds", "calibration", "texts", "options
 
 
 def render_comparison_page(report: ComparisonReport) -> str:
-    """The whole file, of as many cells as are finished."""
-    done = sum(cell["status"] == "finished" for cell in report["cells"])
-    tables, below = build_comparison_sections(report)
-    wanted = [
+    """Write the content of compare.json as one HTML page, with the cells that are finished so far.
+
+    Args:
+        report: content of compare.json.
+
+    Returns:
+        The whole HTML file.
+
+    Example: see `prunelit.compare.run.compare_methods`.
+    """
+    finished = sum(cell["status"] == "finished" for cell in report["cells"])
+    tables, provenance = build_comparison_sections(report)
+    sections = [
         Section("Pictures", _draw_page_pictures(report)),
         tables._replace(title="Tables"),
-        below._replace(title="How it was made"),
+        provenance._replace(title="How it was made"),
         Section("Config", [Code(_render_config(report))], folded=True),
     ]
-    lead = f"{done} of {len(report['cells'])} cells finished; perplexity on {', '.join(report['texts'])}."
+    lead = f"{finished} of {len(report['cells'])} cells finished; perplexity on {', '.join(report['texts'])}."
     facts = [
         Fact(f"Best at {format_percent(ratio)}", label, f"{value:.3f} nats above the dense model")
         for ratio, (label, value) in find_best_rows(report).items()
     ]
     title = f"Pruning methods on {report['model']}"
-    return html.render_html(Page(title, lead, facts, [section for section in wanted if section.parts]))
+    return html.render_html(Page(title, lead, facts, [section for section in sections if section.parts]))
 
 
 def _draw_page_pictures(report: ComparisonReport) -> list[PagePicture]:
@@ -37,25 +46,26 @@ def _draw_page_pictures(report: ComparisonReport) -> list[PagePicture]:
         "A line is a method, a point a ratio (small: one seed); dashed is the dense model. Lower is better; a line "
         "that leaves the picture goes on above it."
     )
-    found = []
+    pictures = []
     for axis in figures.list_axes(report):
         for number, text in enumerate(report["texts"]):
             title = f"Perplexity on {text} against {axis}"
-            made = figures.draw_comparison(report, axis, [text])
-            found.append(PagePicture(f"{axis}{number}", title, caption, _summarize_text(report, text), made))
-    return found
+            figure = figures.draw_comparison(report, axis, [text])
+            pictures.append(PagePicture(f"{axis}{number}", title, caption, _summarize_text(report, text), figure))
+    return pictures
 
 
 def _summarize_text(report: ComparisonReport, text: str) -> str:
     cells = [cell for cell in report["cells"] if cell["status"] == "finished"]
-    least = min(cells, key=lambda cell: cell["texts"][text]["nll"])
-    most = max(cells, key=lambda cell: cell["texts"][text]["nll"])
-    dense = report["dense"]["texts"][text]["nll"]
-    said = [
-        f"{what} {cell['label']} at {format_percent(cell['ratio'])}, {cell['texts'][text]['nll'] - dense:+.3f} nats"
-        for what, cell in (("nearest to dense:", least), ("farthest:", most))
+    nearest = min(cells, key=lambda cell: cell["texts"][text]["nll"])
+    farthest = max(cells, key=lambda cell: cell["texts"][text]["nll"])
+    dense_nll = report["dense"]["texts"][text]["nll"]
+    clauses = [
+        f"{title} {cell['label']} at {format_percent(cell['ratio'])}, "
+        f"{cell['texts'][text]['nll'] - dense_nll:+.3f} nats"
+        for title, cell in (("nearest to dense:", nearest), ("farthest:", farthest))
     ]
-    return f"Dense {math.exp(min(dense, 700.0)):.4g}; {'; '.join(said)}."
+    return f"Dense {math.exp(min(dense_nll, 700.0)):.4g}; {'; '.join(clauses)}."
 
 
 def _render_config(report: ComparisonReport) -> str:

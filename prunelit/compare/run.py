@@ -1,14 +1,14 @@
-"""python -m prunelit compare: methods x ratios x seeds from one YAML, as tables and pictures.
+"""python -m prunelit compare: methods x ratios x seeds from one YAML, as tables and figures.
 
-Every finished cell is a file, written at once; a comparison that was stopped goes on where it was, and another one in
-the same folder takes over what is identical. The measure is the mean over several texts of
-ln(perplexity / dense perplexity), because one text alone misleads.
+Every finished cell is saved at once. A stopped comparison goes on where it stopped, and another comparison in the same
+folder reuses identical cells. The measure is the mean over several texts of ln(perplexity / dense perplexity), because
+a single text is misleading.
 
     out/cells/      one JSON for each cell, named by a digest of everything that determines it
     out/plans/      one plan for each cell, with `plans: true`
-    out/kept/       scores and journals that serve several ratios; may be deleted
-    compare.json    the whole comparison: what was asked, protocol, all cells, versions
-    compare.md      the tables; report.html: the same with pictures, for a browser
+    out/kept/       cache of scores and journals that several ratios share; may be deleted
+    compare.json    the whole comparison: request, protocol, all cells, versions
+    compare.md      the tables; report.html: the same with figures, for a browser
     perplexity_vs_parameters.png .svg, perplexity_vs_latency.png .svg
 """
 
@@ -77,20 +77,20 @@ def compare_methods(
 
     Args:
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
-        out: output folder; what an earlier comparison finished there is taken over where it is identical.
+        out: output folder; cells that an earlier comparison finished there are reused where they are identical.
         methods: rows of the table: a method's name, or {method, label, options}.
         texts: what perplexity is measured on, {name: {text, seqlen, windows}}.
-        ratios: shares of the decoder layers' budget to remove.
+        ratios: shares of the decoder layers' budget to remove (sparsities).
         seeds: of the draw of calibration windows and of the methods.
         calibration: text that the methods score on; each seed draws its windows once, for all methods. Null: 64 x 512
             tokens of the built-in text.
-        options: options of all methods that take them.
-        latency: also measure prefill against the dense model; null: do not.
+        options: options of all methods that have them.
+        latency: also time prefill against the dense model; null: do not.
         data: folder of text files whose paths are relative.
-        only: run these rows only, by their labels; the tables show what the others have.
-        plans: keep every cell's plan.
+        only: run only the rows with these labels; the tables show what is known of the others.
+        plans: save every cell's plan.
         again: run cells again although they are finished.
-        wandb_project: also log the table and the pictures to this Weights & Biases project.
+        wandb_project: also log the table and the figures to this Weights & Biases project.
         dtype: of scoring and measuring; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
 
@@ -99,23 +99,31 @@ def compare_methods(
 
     Raises:
         PrunelitError: bad input, before the model is loaded. A cell that fails is recorded, and the others go on.
+
+    Example:
+        compare_methods("models/tiny", "out", methods=["flap", "wanda_sp"], texts={"wiki": "wiki.txt"}, ratios=[0.2])
     """
-    table = parse_method_rows(methods, options or {})
+    method_rows = parse_method_rows(methods, options or {})
     ratios, seeds = check_distinct_values("ratios", ratios), check_distinct_values("seeds", seeds)
-    running = select_rows(table, wrap_in_list(only or []))
+    selected_rows = select_rows(method_rows, wrap_in_list(only or []))
     calibration = calibration or Calibration()
-    measured = {str(name): EvaluationText.from_option(str(name), given) for name, given in texts.items()}
-    cells = [Cell(row, ratio, seed) for row in table for seed in seeds for ratio in ratios]
-    built = [cell.row.build_method(cell.ratio, cell.seed, calibration) for cell in cells]
+    checked_texts = {
+        str(name): EvaluationText.from_option(str(name), text_options) for name, text_options in texts.items()
+    }
+    cells = [Cell(row, ratio, seed) for row in method_rows for seed in seeds for ratio in ratios]
+    pruners = [cell.row.build_method(cell.ratio, cell.seed, calibration) for cell in cells]
     if not texts:
         raise BadOption("texts: expected at least one text to measure on, {name: {text, seqlen, windows}}, got none")
-    opened = {name: resolve_text_sources(f"texts.{name}", wanted.text, data) for name, wanted in measured.items()}
-    reads = any(method.needs_text() for method in built)
-    scored_on = resolve_text_sources("calibration", calibration.text, data) if reads else []
-    target, folder = choose_device(device), Path(out)
+    text_sources = {
+        name: resolve_text_sources(f"texts.{name}", options_of_text.text, data)
+        for name, options_of_text in checked_texts.items()
+    }
+    reads_text = any(method.needs_text() for method in pruners)
+    calibration_sources = resolve_text_sources("calibration", calibration.text, data) if reads_text else []
+    torch_device, folder = choose_device(device), Path(out)
     model_source.check_prunable_source(model)
-    lengths = {f"texts.{name}.seqlen": wanted.seqlen for name, wanted in measured.items()}
-    lengths |= {"calibration.seqlen": calibration.seqlen} if reads else {}
+    lengths = {f"texts.{name}.seqlen": options_of_text.seqlen for name, options_of_text in checked_texts.items()}
+    lengths |= {"calibration.seqlen": calibration.seqlen} if reads_text else {}
     lengths |= {"latency.tokens": latency.tokens} if latency else {}
     for name, tokens in lengths.items():
         model_source.check_sequence_length(model, tokens, name)
@@ -125,33 +133,40 @@ def compare_methods(
 
     tokenizer = loading.load_tokenizer(model)
     windows = {
-        name: _draw_named_windows(f"texts.{name}", opened[name], tokenizer, wanted.seqlen, wanted.windows)
-        for name, wanted in measured.items()
+        name: _draw_named_windows(
+            f"texts.{name}", text_sources[name], tokenizer, options_of_text.seqlen, options_of_text.windows
+        )
+        for name, options_of_text in checked_texts.items()
     }
-    drawn = {
-        seed: _draw_named_windows("calibration", scored_on, tokenizer, calibration.seqlen, calibration.windows, seed)
-        for seed in (seeds if reads else [])
+    calibration_windows = {
+        seed: _draw_named_windows(
+            "calibration", calibration_sources, tokenizer, calibration.seqlen, calibration.windows, seed
+        )
+        for seed in (seeds if reads_text else [])
     }
     _make_folders(folder / "cells", *[folder / "plans"] * plans)
-    with ExitStack() as closing:
-        board = wandb.open_wandb_run(wandb_project, folder.name, folder, closing) if wandb_project else None
+    with ExitStack() as stack:
+        wandb_run = wandb.open_wandb_run(wandb_project, folder.name, folder, stack) if wandb_project else None
         dense = load_on_device(model, dtype, device)
-        for name, tokens in lengths.items():  # of a model that is no local folder
+        # Where the source is not a local folder, only the loaded model tells its context length.
+        for name, tokens in lengths.items():
             context_length.check_position_table(dense.config, tokens, name)
         Decoder(dense).check_finite()
-        trials = CellRunner(dense, windows, drawn, calibration, folder, target, latency, plans, again)
-        report = _make_report_head(model, table, ratios, seeds, calibration, measured, trials)
-        report |= {"options": dict(options or {}), "dense": trials.measure_dense()}
-        _run_missing_cells(trials, list(zip(cells, built, strict=True)), running, again, report)
-        pictures = figures.write_comparison_figures(report, folder)
+        runner = CellRunner(
+            dense, windows, calibration_windows, calibration, folder, torch_device, latency, plans, again
+        )
+        report = _make_report_head(model, method_rows, ratios, seeds, calibration, checked_texts, runner)
+        report |= {"options": dict(options or {}), "dense": runner.measure_dense()}
+        _run_missing_cells(runner, list(zip(cells, pruners, strict=True)), selected_rows, again, report)
+        image_files = figures.write_comparison_figures(report, folder)
         write_text(folder / "report.html", page.render_comparison_page(report))
-        if board is not None:
-            wandb.log_comparison(board, report, pictures)
+        if wandb_run is not None:
+            wandb.log_comparison(wandb_run, report, image_files)
     return report
 
 
 def _draw_named_windows(name: str, *arguments: Any) -> Tensor:
-    """`text.draw_windows`, whose errors say which text is meant."""
+    """Draw windows of a text; errors say which text is meant."""
     try:
         return text.draw_windows(*arguments)
     except PrunelitError as error:
@@ -159,52 +174,52 @@ def _draw_named_windows(name: str, *arguments: Any) -> Tensor:
 
 
 def _run_missing_cells(
-    trials: CellRunner,
+    runner: CellRunner,
     cells: Sequence[tuple[Cell, PruningCallback]],
-    running: Sequence[MethodRow],
+    selected_rows: Sequence[MethodRow],
     again: bool,
     report: dict[str, Any],
 ) -> None:
-    """Run what is not finished; after every cell compare.json and compare.md say what is known."""
-    mine = [pair for pair in cells if pair[0].row in running]
-    todo = [pair for pair in mine if again or trials.load_result(*pair)["status"] != "finished"]
-    _log.info("%d cells: %d finished earlier, %d to run", len(mine), len(mine) - len(todo), len(todo))
-    _log_other_versions([trials.load_result(*pair) for pair in mine if pair not in todo])
-    _write_comparison(trials, cells, report)
-    done = 0
+    """Run the cells that are not finished, and update compare.json and compare.md after each of them."""
+    selected = [pair for pair in cells if pair[0].row in selected_rows]
+    missing = [pair for pair in selected if again or runner.load_result(*pair)["status"] != "finished"]
+    _log.info("%d cells: %d finished earlier, %d to run", len(selected), len(selected) - len(missing), len(missing))
+    _log_other_versions([runner.load_result(*pair) for pair in selected if pair not in missing])
+    _write_comparison(runner, cells, report)
+    finished = 0
     try:
-        for cell, _ in track_progress(todo, "cells", unit="cell"):
-            found = trials.run_cell(cell)
-            done += 1
-            _log.info("%s: %s", cell, _describe_result(found, report))
-            _write_comparison(trials, cells, report)
+        for cell, _ in track_progress(missing, "cells", unit="cell"):
+            result = runner.run_cell(cell)
+            finished += 1
+            _log.info("%s: %s", cell, _describe_result(result, report))
+            _write_comparison(runner, cells, report)
     except KeyboardInterrupt:
-        _log.info("stopped after %d of %d cells; the same command goes on from here", done, len(todo))
+        _log.info("stopped after %d of %d cells; the same command goes on from here", finished, len(missing))
         raise
 
 
 def _make_report_head(
     model: str,
-    table: Sequence[MethodRow],
+    method_rows: Sequence[MethodRow],
     ratios: Sequence[float],
     seeds: Sequence[int],
     calibration: Calibration,
     texts: Mapping[str, EvaluationText],
-    trials: CellRunner,
+    runner: CellRunner,
 ) -> dict[str, Any]:
-    """The part of compare.json that is known before a cell is run. Sources stand as they were written."""
-    dtype = str(next(trials.dense.parameters()).dtype).removeprefix("torch.")
+    """Build the part of compare.json that is known before a cell is run; sources are as the user wrote them."""
+    dtype = str(next(runner.dense.parameters()).dtype).removeprefix("torch.")
     protocol = {
-        name: metrics.describe_protocol(wrap_in_list(texts[name].text), ids, dtype)
-        | {"fingerprint": text.fingerprint_token_ids(ids)}
-        for name, ids in trials.windows.items()
+        name: metrics.describe_protocol(wrap_in_list(texts[name].text), windows, dtype)
+        | {"fingerprint": text.fingerprint_token_ids(windows)}
+        for name, windows in runner.windows.items()
     }
-    started = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
+    arguments = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
     return {
-        "command": shlex.join(["python", "-m", "prunelit", *started]),
-        "model": Decoder(trials.dense).shape.name,
+        "command": shlex.join(["python", "-m", "prunelit", *arguments]),
+        "model": Decoder(runner.dense).shape.name,
         "source": model,
-        "rows": [{"label": row.label, "method": row.method, "options": dict(row.options)} for row in table],
+        "rows": [{"label": row.label, "method": row.method, "options": dict(row.options)} for row in method_rows],
         "ratios": list(ratios),
         "seeds": list(seeds),
         "calibration": {
@@ -212,51 +227,51 @@ def _make_report_head(
             "windows": calibration.windows,
             "seqlen": calibration.seqlen,
             "fingerprints": {
-                str(seed): text.fingerprint_token_ids(ids) for seed, ids in trials.calibration_windows.items()
+                str(seed): text.fingerprint_token_ids(windows) for seed, windows in runner.calibration_windows.items()
             },
         },
         "texts": protocol,
-        "latency": asdict(trials.latency) if trials.latency else None,
-        "hardware": describe_hardware(trials.device),
+        "latency": asdict(runner.latency) if runner.latency else None,
+        "hardware": describe_hardware(runner.device),
         "versions": collect_versions(),
     }
 
 
 def _write_comparison(
-    trials: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]
+    runner: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]
 ) -> None:
-    """Fill in what the folder knows of every cell; another process may be at work on other rows of the same table."""
+    """Write all cells of the folder; another process may be running other rows of the same table."""
     report["cells"] = []
     for cell, method in cells:
-        found = trials.load_result(cell, method)
-        where = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
-        entry = where | {name: value for name, value in found.items() if name not in ("key", "traceback")}
-        if found["status"] == "finished":
-            entry["mean_log_ratio"] = tables.compute_mean_log_ratio(found, report["dense"])
+        result = runner.load_result(cell, method)
+        identity = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
+        entry = identity | {name: value for name, value in result.items() if name not in ("key", "traceback")}
+        if result["status"] == "finished":
+            entry["mean_log_ratio"] = tables.compute_mean_log_ratio(result, report["dense"])
         report["cells"].append(entry)
     try:
-        write_json(trials.folder / "compare.json", report)
-        write_text(trials.folder / "compare.md", tables.render_comparison_markdown(report))
+        write_json(runner.folder / "compare.json", report)
+        write_text(runner.folder / "compare.md", tables.render_comparison_markdown(report))
     except OSError as error:
-        raise OutputNotWritable(f"output {str(trials.folder)!r}: {error.strerror or error}") from error
+        raise OutputNotWritable(f"output {str(runner.folder)!r}: {error.strerror or error}") from error
 
 
-def _describe_result(found: dict[str, Any], report: dict[str, Any]) -> str:
-    """One cell in one line."""
-    if found["status"] != "finished":
-        return f"failed: {found['failed']}"
-    perplexities = " / ".join(format_perplexity(exponentiate_nll(found["texts"][name])) for name in report["texts"])
-    measure = tables.compute_mean_log_ratio(found, report["dense"])
-    return f"{perplexities}, mean log ratio {measure:.3f}, {found['seconds']['prune']:.0f} s to prune"
+def _describe_result(result: dict[str, Any], report: dict[str, Any]) -> str:
+    """Describe the result of one cell in one line."""
+    if result["status"] != "finished":
+        return f"failed: {result['failed']}"
+    perplexities = " / ".join(format_perplexity(exponentiate_nll(result["texts"][name])) for name in report["texts"])
+    measure = tables.compute_mean_log_ratio(result, report["dense"])
+    return f"{perplexities}, mean log ratio {measure:.3f}, {result['seconds']['prune']:.0f} s to prune"
 
 
-def _log_other_versions(found: Sequence[Mapping[str, Any]]) -> None:
-    """Say when cells that are taken over were made with other versions."""
-    now = collect_versions()
-    other = [cell for cell in found if cell.get("versions", now) != now]
-    if other:
-        names = sorted({n for cell in other for n in now if cell["versions"].get(n) != now[n]})
-        _log.info("%d of them with other versions of %s; --again true runs them anew", len(other), ", ".join(names))
+def _log_other_versions(results: Sequence[Mapping[str, Any]]) -> None:
+    """Log which reused cells were made with other versions of the libraries."""
+    current = collect_versions()
+    outdated = [cell for cell in results if cell.get("versions", current) != current]
+    if outdated:
+        names = sorted({name for cell in outdated for name in current if cell["versions"].get(name) != current[name]})
+        _log.info("%d of them with other versions of %s; --again true runs them anew", len(outdated), ", ".join(names))
 
 
 def _make_folders(*folders: Path) -> None:
@@ -264,4 +279,4 @@ def _make_folders(*folders: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise OutputNotWritable(f"output {str(folder)!r}: can not be made: {error.strerror or error}") from error
+            raise OutputNotWritable(f"output {str(folder)!r}: cannot be made: {error.strerror or error}") from error

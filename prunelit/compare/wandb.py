@@ -1,6 +1,6 @@
-"""A comparison as a Weights & Biases run: one table, the pictures, the measure of every place.
+"""A comparison as a Weights & Biases run: one table, the figures, and the measure of every cell.
 
-Nothing is sent unless a project is named, and then no text, no token and no path of this machine.
+Nothing is sent unless a project is named. Texts, tokens and paths of this machine are never sent.
 """
 
 import math
@@ -14,23 +14,34 @@ from prunelit.monitoring.loggers import WANDB_QUIET
 from prunelit.runtime.errors import BadOption
 
 
-def open_wandb_run(project: str, name: str, folder: Path, closing: ExitStack) -> Any:
-    """A run, opened before the long work, so that a missing key is found at once; closed as failed on an error.
+def open_wandb_run(project: str, name: str, folder: Path, stack: ExitStack) -> Any:
+    """Open a run before the long work, so that a missing key is found at once. An error later closes it as failed.
+
+    Args:
+        project: name of the W&B project.
+        name: of the run.
+        folder: where wandb keeps its files.
+        stack: closes the run.
+
+    Returns:
+        A `wandb.sdk.wandb_run.Run`.
 
     Raises:
         BadOption: wandb refuses.
+
+    Example: see `prunelit.compare.run.compare_methods`.
     """
     import wandb
 
     try:
-        quiet = wandb.Settings(**WANDB_QUIET)
-        run = wandb.init(project=project, name=name, job_type="compare", dir=str(folder), settings=quiet)
+        settings = wandb.Settings(**WANDB_QUIET)
+        run = wandb.init(project=project, name=name, job_type="compare", dir=str(folder), settings=settings)
     except wandb.Error as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadOption(
-            f"wandb_project {project!r}: wandb refuses: {first}; run `wandb login`, or set WANDB_MODE=offline"
+            f"wandb_project {project!r}: wandb refuses: {reason}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error
-    closing.push(lambda kind, error, where: run.finish(exit_code=int(kind is not None)))
+    stack.push(lambda error_type, error, traceback: run.finish(exit_code=int(error_type is not None)))
     return run
 
 
@@ -38,17 +49,19 @@ def log_comparison(run: Any, report: ComparisonReport, pictures: Sequence[Path])
     """Log a finished comparison to an open run.
 
     Args:
-        run: of `open_wandb_run`.
+        run: result of `open_wandb_run`.
         report: content of compare.json.
-        pictures: image files; .png ones are logged.
+        pictures: image files; those that end in .png are logged.
+
+    Example: see `prunelit.compare.run.compare_methods`.
     """
     import wandb
 
     texts, dense = list(report["texts"]), report["dense"]
-    sizes = ("windows", "sequence_length", "dtype", "fingerprint")
+    protocol_keys = ("windows", "sequence_length", "dtype", "fingerprint")
     run.config.update(
         {name: report[name] for name in ("model", "ratios", "seeds", "latency", "versions")}
-        | {"texts": {text: {name: report["texts"][text][name] for name in sizes} for text in texts}}
+        | {"texts": {text: {name: report["texts"][text][name] for name in protocol_keys} for text in texts}}
     )
     columns: list[Any] = (
         ["method", "ratio", "seed", "status", "parameters", "removed", "mean log ratio", "prune seconds"]
@@ -61,13 +74,13 @@ def log_comparison(run: Any, report: ComparisonReport, pictures: Sequence[Path])
         *(_replace_non_finite(exponentiate_nll(dense["texts"][text])) for text in texts),
     )
     for cell in report["cells"]:
-        place = cell["label"], cell["ratio"], cell["seed"], cell["status"]
+        identity = cell["label"], cell["ratio"], cell["seed"], cell["status"]
         if cell["status"] != "finished":
-            table.add_data(*place, *[None] * (len(columns) - len(place)))
+            table.add_data(*identity, *[None] * (len(columns) - len(identity)))
             continue
         measure = compute_mean_log_ratio(cell, dense)
         table.add_data(
-            *place,
+            *identity,
             *(cell["size"]["parameters"], cell["ratio_of_block_parameters"], measure, cell["seconds"]["prune"]),
             *([cell["latency"]["speedup"]] if report["latency"] else []),
             *(_replace_non_finite(exponentiate_nll(cell["texts"][text])) for text in texts),

@@ -269,8 +269,8 @@ class PruningPlan:
         """
         data = plan_json.parse_plan_json(text)
         if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadPlan(f"plan: expected format {PLAN_FORMAT!r}, got {found!r:.60}")
+            format_name = data.get("format") if isinstance(data, dict) else type(data).__name__
+            raise BadPlan(f"plan: expected format {PLAN_FORMAT!r}, got {format_name!r:.60}")
         names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
         plan_json.check_object_names("plan", data, names, ("format", "predicted"))
         for name in ("dense_layers", "layers"):
@@ -320,8 +320,8 @@ def _parse_units(place: str, units: Sequence[int] | str, size: int) -> tuple[int
 
 def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
     """The plans by which callbacks have cut a live model, in order; written there by whoever cuts."""
-    found: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
-    return found
+    plans: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
+    return plans
 
 
 def _encode_block(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:
@@ -335,9 +335,9 @@ def _build_dataclass(kind: Any, where: str, data: Any, **more: Any) -> Any:
     own = [item for item in fields(kind) if item.name not in more]
     needed = [item.name for item in own if item.default is MISSING]
     plan_json.check_object_names(where, data, needed, [item.name for item in own if item.name not in needed])
-    made = kind(**data, **more)
-    check_field_types(where, made)
-    return made
+    instance = kind(**data, **more)
+    check_field_types(where, instance)
+    return instance
 
 
 def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
@@ -346,12 +346,12 @@ def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
 
     def block(name: str, *kinds: str) -> list[Any]:
         """The indices of each kind, then whether a bias is added; nothing for null, the removed block."""
-        said, at = layer[name], f"{where}: {name}"
-        if said is None:
+        content, path = layer[name], f"{where}: {name}"
+        if content is None:
             return [*[()] * len(kinds), False]
-        plan_json.check_object_names(f"{at} (null where it goes)", said, kinds, (_ADDED_BIAS_KEY,))
-        found = [plan_json.parse_index_ranges(f"{at}: {kind}", said[kind], units[kind]) for kind in kinds]
-        return [*found, said.get(_ADDED_BIAS_KEY, False)]
+        plan_json.check_object_names(f"{path} (null where it goes)", content, kinds, (_ADDED_BIAS_KEY,))
+        indices = [plan_json.parse_index_ranges(f"{path}: {kind}", content[kind], units[kind]) for kind in kinds]
+        return [*indices, content.get(_ADDED_BIAS_KEY, False)]
 
     heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
     channels, mlp_bias = block("mlp", "channels")

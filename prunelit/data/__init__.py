@@ -1,1 +1,1 @@
-"""From sources to models and token ids: folders, hub ids, packages and texts."""
+"""Loading of models and texts from their sources: folders, hub ids, packages and files."""

@@ -1,4 +1,4 @@
-"""A text that perplexity is measured on, as a config file states it."""
+"""Texts for measuring perplexity, as config files state them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,16 @@ from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """A text that perplexity is measured on.
+    """A text on which perplexity is measured.
 
     Args:
-        text: text source(s), mixed evenly.
+        text: one or more text sources, mixed evenly.
         seqlen: tokens per window; windows do not overlap.
-        windows: the first so many windows; null for all.
+        windows: number of windows, taken from the start of the text; null for all.
+
+    Example:
+        >>> EvaluationText.from_option("docs", {"text": "builtin:python-docs", "windows": 8})
+        EvaluationText(text='builtin:python-docs', seqlen=1024, windows=8)
     """
 
     text: str | list[str]
@@ -28,48 +32,65 @@ class EvaluationText:
     windows: int | None = None
 
     @classmethod
-    def from_option(cls, name: str, given: Any) -> Self:
-        """From what stands in a file under `texts`: {text, seqlen, windows}, or a source alone.
+    def from_option(cls, name: str, option: Any) -> Self:
+        """Read one entry of `texts` in a config file.
+
+        Args:
+            name: of the entry, for error messages.
+            option: {text, seqlen, windows}, or one or more text sources alone.
 
         Raises:
-            BadOption: anything else.
+            BadOption: the entry is anything else.
         """
-        if isinstance(given, cls):
-            return given
-        entry = {"text": given} if isinstance(given, str | list) else given
+        if isinstance(option, cls):
+            return option
+        entry = {"text": option} if isinstance(option, str | list) else option
         names = [field.name for field in fields(cls)]
-        for option in entry if isinstance(entry, Mapping) else ():
-            if option not in names:
+        for key in entry if isinstance(entry, Mapping) else ():
+            if key not in names:
                 raise BadOption(
-                    f"texts.{name}: expected {', '.join(names)}, got {option!r}{suggest_name(str(option), names)}"
+                    f"texts.{name}: expected {', '.join(names)}, got {key!r}{suggest_name(str(key), names)}"
                 )
         if not isinstance(entry, Mapping) or not entry.get("text"):
-            raise BadOption(f"texts.{name}: expected {{{', '.join(names)}}}, got {given!r:.80}")
+            raise BadOption(f"texts.{name}: expected {{{', '.join(names)}}}, got {option!r:.80}")
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(cls)
         return cls(**parse_options(parser, entry, f"texts.{name}"))
 
 
-def resolve_text_sources(name: str, given: str | Sequence[str], folder: str | None) -> list[str]:
-    """Text sources as they are opened: relative files are looked for in `folder`.
+def resolve_text_sources(name: str, sources: str | Sequence[str], folder: str | None) -> list[str]:
+    """Resolve text sources and check that they exist.
+
+    Args:
+        name: of the entry, for error messages.
+        sources: one or more text sources.
+        folder: folder of relative files; None: the working directory.
+
+    Returns:
+        The sources, with relative files as paths inside `folder`.
 
     Raises:
-        SourceNotFound: no such file; BadOption: no source.
+        SourceNotFound: a file does not exist.
+        BadOption: there is no source.
+
+    Example:
+        >>> resolve_text_sources("docs", "builtin:python-docs", folder="/data")
+        ['builtin:python-docs']
     """
-    found = []
-    for source in [given] if isinstance(given, str) else given:
-        inside = Path(folder or ".").expanduser() / source
-        file_like = re.search(r"\.(parquet|jsonl?|txt)(\.gz)?$", source, re.IGNORECASE)
-        if folder and not source.startswith(("builtin:", "/", "~")) and (file_like or inside.is_file()):
-            source = str(inside)
+    resolved = []
+    for source in [sources] if isinstance(sources, str) else sources:
+        path_in_folder = Path(folder or ".").expanduser() / source
+        looks_like_file = re.search(r"\.(parquet|jsonl?|txt)(\.gz)?$", source, re.IGNORECASE)
+        if folder and not source.startswith(("builtin:", "/", "~")) and (looks_like_file or path_in_folder.is_file()):
+            source = str(path_in_folder)
         try:
             text.check_text_source(source)
         except SourceNotFound as error:
             hint = "" if folder else "; --data FOLDER names the folder of relative files"
-            raise SourceNotFound(f"{name}: {error}{hint if file_like else ''}") from error
-        found.append(source)
-    if not found:
+            raise SourceNotFound(f"{name}: {error}{hint if looks_like_file else ''}") from error
+        resolved.append(source)
+    if not resolved:
         raise BadOption(
             f"{name}: expected at least one text source, got none; the built-in one is {text.BUILTIN_TEXT!r}"
         )
-    return found
+    return resolved

@@ -1,4 +1,4 @@
-"""A model source (`prunelit.data.sources`) -> a plain transformers model and its tokenizer."""
+"""Load a plain transformers model and its tokenizer from a model source, see `prunelit.data.sources`."""
 
 import os
 import re
@@ -23,52 +23,75 @@ _TOKENIZER_FILE = re.compile(r"token|vocab|merges|spiece|\.model$")
 
 
 def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four_bit: bool = False) -> Any:
-    """Load a causal LM from any source; what prunelit saved needs no remote code.
+    """Load a causal LM from any model source.
+
+    Folders that prunelit saved with per-layer shapes need no remote code.
 
     Args:
-        source: see `prunelit.data.sources`.
+        source: a model source, see `prunelit.data.sources`.
         dtype: "auto" (as saved), "float32", "bfloat16" or "float16".
-        four_bit: leave the linears of an int4 folder in 4 bits, as `int4.Int4Linear`; else they are made plain, one by
-            one, as transformers does.
+        four_bit: keep the linears of an int4 folder in 4 bits, as `int4.Int4Linear`; otherwise they are dequantised one
+            by one, as transformers does.
+
+    Returns:
+        The model, in evaluation mode on the CPU.
 
     Raises:
-        BadOption: an unknown dtype.
-        SourceNotFound: the source is missing, unreadable, incomplete, or on a hub that can not be reached.
+        BadOption: the dtype is unknown.
+        SourceNotFound: the source is missing, unreadable, incomplete, or on a hub that cannot be reached.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> folder = tempfile.mkdtemp()
+        >>> transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        >>> load(folder, "bfloat16").dtype
+        torch.bfloat16
     """
     from transformers import AutoModelForCausalLM
 
     if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve_model_source(str(source))
-    wanted = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
+    target_dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     with show_stage(f"loading {shorten_source(source)}"), silence_transformers():
         try:
             if int4_folder.read_int4_config(folder) is not None:
-                model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), wanted)
+                model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
                 return model if four_bit else quantize.dequantize_model(model)
-            own = find_saved_class(folder)
-            builder: Any = own or AutoModelForCausalLM
-            known = {} if own else {"trust_remote_code": False}  # transformers would stop and ask
-            model, loading = builder.from_pretrained(folder, dtype=wanted, output_loading_info=True, **known)
+            saved_class = find_saved_class(folder)
+            model_class: Any = saved_class or AutoModelForCausalLM
+            # Without an answer transformers would stop and ask whether to trust remote code.
+            options = {} if saved_class else {"trust_remote_code": False}
+            model, loading_info = model_class.from_pretrained(
+                folder, dtype=target_dtype, output_loading_info=True, **options
+            )
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random numbers
+    if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random and go on
         raise SourceNotFound(
             f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them "
             f"({missing[0]}, ...); the files are incomplete or belong to another config"
         )
-    if surplus := sorted(loading["unexpected_keys"]):
+    if unexpected := sorted(loading_info["unexpected_keys"]):
         warnings.warn(
-            f"model {str(source)!r}: {len(surplus)} weights have no place in it ({surplus[0]}, ...)", stacklevel=2
+            f"model {str(source)!r}: {len(unexpected)} weights have no place in it ({unexpected[0]}, ...)", stacklevel=2
         )
     return model.eval()
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """The tokenizer that belongs to a model source.
+    """Load the tokenizer of a model source.
+
+    Args:
+        source: a model source, see `prunelit.data.sources`.
+
+    Returns:
+        A transformers tokenizer.
 
     Raises:
-        SourceNotFound: as `load`, or the source has no tokenizer.
+        SourceNotFound: as for `load`, or the source has no tokenizer.
     """
     folder = resolve_model_source(str(source))
     if Path(folder).is_dir() and not any(_TOKENIZER_FILE.search(item.name) for item in Path(folder).iterdir()):
@@ -81,9 +104,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
         try:
             base = _find_base_class(folder)
-            # With a config of the family at hand, transformers needs none of the folder's own code, and does not ask.
-            known = {} if base is None else {"config": base.config_class()}
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **known)
+            # With a config of the family transformers does not ask to run the code that the folder holds.
+            options = {} if base is None else {"config": base.config_class()}
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(
                 f"model {str(source)!r}: its tokenizer can not be loaded: {summarise_error(error)}"
@@ -91,18 +114,31 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def make_per_layer_class(base: Any, architecture: Architecture) -> Any:
-    """The causal LM `base` with per-layer shapes: config and model as two new classes, made from our own code."""
-    config = type(
+    """Make a causal LM class with per-layer shapes, and its config class.
+
+    Args:
+        base: class of the causal LM, such as `transformers.LlamaForCausalLM`.
+        architecture: its declaration.
+
+    Returns:
+        A subclass of `base` whose layers have the shapes that its config lists.
+
+    Example:
+        >>> import transformers
+        >>> make_per_layer_class(transformers.LlamaForCausalLM, Architecture()).__name__
+        'PrunedLlamaForCausalLM'
+    """
+    config_class = type(
         f"Pruned{base.config_class.__name__}",
         (PerLayerConfig, base.config_class),
         {"model_type": f"{PRUNED}{base.config_class.model_type}", "__module__": __name__},
     )
-    own = {"config_class": config, "names": architecture.names, "__module__": __name__}
-    return type(f"Pruned{base.__name__}", (PerLayerModel, base), own)
+    attributes = {"config_class": config_class, "names": architecture.names, "__module__": __name__}
+    return type(f"Pruned{base.__name__}", (PerLayerModel, base), attributes)
 
 
 def find_saved_class(folder: str) -> Any:
-    """The class of a folder that prunelit saved with per-layer shapes; None for any other folder."""
+    """Return the model class of a folder that prunelit saved with per-layer shapes, or None for any other folder."""
     base = _find_base_class(folder)
     if base is None:
         return None
@@ -111,34 +147,51 @@ def find_saved_class(folder: str) -> Any:
 
 
 def _find_base_class(folder: str) -> Any:
-    """The transformers class that a folder with per-layer shapes stands on; None for any other folder."""
+    """Return the transformers class below that of a folder with per-layer shapes, or None for any other folder."""
     import transformers
 
-    data = read_model_config(folder)
-    if "per_layer_config" not in data or not str(data.get("model_type", "")).startswith(PRUNED):
+    config = read_model_config(folder)
+    if "per_layer_config" not in config or not str(config.get("model_type", "")).startswith(PRUNED):
         return None
-    return getattr(transformers, str(data["architectures"][0]).removeprefix("Pruned"))
+    return getattr(transformers, str(config["architectures"][0]).removeprefix("Pruned"))
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name; "auto" takes a GPU if there is one.
+    """Return the device of a name.
+
+    Args:
+        name: "auto" (a GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        BadOption: no such kind of device, or no GPU.
+        BadOption: there is no such kind of device, or no GPU.
+
+    Example:
+        >>> choose_device("cpu")
+        device(type='cpu')
     """
     try:
-        found = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError as error:
         raise BadOption(f"device {name!r}: expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise BadOption(f"device {name!r}: expected a device that is there, got no GPU; pass --device cpu")
-    return found
+    return device
 
 
 def load_on_device(source: str, dtype: Dtype, device: str) -> Any:
-    """Load a model; float16, which a CPU computes about twenty times slower, becomes float32 there."""
-    target = choose_device(device)
-    network = load(source, dtype)
-    if dtype == "auto" and target.type == "cpu" and next(network.parameters()).dtype == torch.float16:
-        network = network.float()
-    return network
+    """Load a model in a dtype that suits a device; the model itself stays on the CPU.
+
+    Args:
+        source: a model source.
+        dtype: as for `load`; "auto" makes float32 of float16 for the CPU.
+        device: name of the device, see `choose_device`.
+
+    Raises:
+        BadOption, SourceNotFound: as for `load` and `choose_device`.
+    """
+    target_device = choose_device(device)
+    model = load(source, dtype)
+    # CPUs compute float16 about twenty times slower than float32.
+    if dtype == "auto" and target_device.type == "cpu" and next(model.parameters()).dtype == torch.float16:
+        model = model.float()
+    return model

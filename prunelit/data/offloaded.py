@@ -1,9 +1,10 @@
-"""A model that does not fit: embeddings, norms, biases and head in memory, the weights of its layers on disk.
+"""Models that do not fit in memory: the weights of the decoder layers stay on disk, everything else is in memory.
 
-`load_offloaded` gives a model that methods, `surgery.apply` and `export.save` take as any other. `observe` loads one layer after
-the other and runs all batches through it, while the residual streams wait (`prunelit.calibration.layer_pipeline`). A cut is made when a
-weight is read. Saving and reading back go layer by layer (`prunelit.export.layer_files`). What needs all layers at once,
-for gradients, or runs the model again and again, to search or to refit, is refused.
+`load_offloaded` returns a model that methods, `surgery.apply` and `export.save` accept like any other. `observe` loads
+one layer after the other and runs all batches through it while the residual streams wait (see
+`prunelit.calibration.layer_pipeline`). Cuts are recorded and applied whenever a weight is read. Saving and reading back
+work layer by layer (`prunelit.export.layer_files`). Work that needs all layers at once (gradients), or that runs the
+model again and again (searches, refits), is refused.
 """
 
 import os
@@ -30,10 +31,13 @@ STREAMED_REPAIRS = ("none", "bias")
 
 
 def check_streamable_source(source: str) -> None:
-    """Check that a model can be streamed from where it is.
+    """Check that a model source can be streamed.
+
+    Args:
+        source: a model source.
 
     Raises:
-        SourceNotFound: not a local folder with safetensors.
+        SourceNotFound: the source is not a local folder with safetensors.
     """
     path = Path(source).expanduser()
     if not any((path / name).is_file() for name in (INDEX_FILE, SINGLE)):
@@ -44,17 +48,20 @@ def check_streamable_source(source: str) -> None:
 
 
 def check_streaming_options(source: str, stream: bool, memory_gib: float | None, repair: str = "none") -> None:
-    """Check what is asked of a model that may be streamed, before text is read or anything is scored.
+    """Check the options about streaming before text is read or units are scored.
 
     Args:
-        source: model source.
-        stream: whether it is to be.
-        memory_gib: limit that only streaming keeps, GiB; None: no limit.
-        repair: that follows the cut, if any.
+        source: a model source.
+        stream: whether the model is to be streamed.
+        memory_gib: memory limit in GiB, which only streaming can keep; None: no limit.
+        repair: the repair after the cut.
 
     Raises:
-        SourceNotFound: as `check_streamable_source`.
-        BadOption: a limit without `stream`, or with it a repair that runs the model again.
+        SourceNotFound: as for `check_streamable_source`.
+        BadOption: a limit without `stream`, or `stream` with a repair that runs the model again.
+
+    Example:
+        >>> check_streaming_options("any/model", stream=False, memory_gib=None)
     """
     if not stream:
         if memory_gib is not None:
@@ -69,7 +76,7 @@ def check_streaming_options(source: str, stream: bool, memory_gib: float | None,
 
 
 def is_streamed(model: nn.Module) -> bool:
-    """Whether weights of the model are on disk."""
+    """Whether a model has weights that stay on disk."""
     return any(isinstance(parameter, LazyWeight) for parameter in model.parameters())
 
 
@@ -81,20 +88,32 @@ def load_offloaded(
     scratch: str | os.PathLike[str] | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> Any:
-    """A causal LM whose layers stay on disk; otherwise as `prunelit.data.loading.load`.
+    """Load a causal LM whose decoder layers stay on disk.
 
     Args:
         source: a local folder with safetensors.
         dtype: "auto" (as saved; float32 for float16 on a CPU), "float32", "bfloat16" or "float16".
-        device: where it is computed with.
-        memory_gib: most bytes of weights and activations held at once, GiB; None: no limit. Residual streams that
-            exceed it wait in files.
+        device: device that computes.
+        memory_gib: limit of weights and activations held at once, in GiB; None: no limit. Residual streams that exceed
+            it are written to files.
         scratch: folder for these files; None: the system's temporary folder.
-        known: tensors by name; those that are always in memory and equal them are shared.
+        known: tensors by name; tensors of the model that stay in memory and equal one of these share its storage.
+
+    Returns:
+        The model, in evaluation mode.
 
     Raises:
-        BadOption: an unknown dtype, or a budget below one layer and what is always in memory.
-        SourceNotFound: the folder is missing, unreadable, incomplete, or its names are not the model's.
+        BadOption: the dtype is unknown, or the limit is below what one layer needs.
+        SourceNotFound: the folder is missing, unreadable or incomplete, or its tensor names are not the model's.
+
+    Example:
+        >>> import tempfile, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> folder = tempfile.mkdtemp()
+        >>> transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        >>> is_streamed(load_offloaded(folder))
+        True
     """
     if dtype not in ("auto", *loading.DTYPES):
         raise BadOption(f"dtype: expected one of auto, {', '.join(loading.DTYPES)}, got {dtype!r}")
@@ -103,77 +122,78 @@ def load_offloaded(
     check_streamable_source(str(source))
     folder, budget = Path(source).expanduser(), None if memory_gib is None else int(memory_gib * GIB)
     device = torch.device(device)
-    walk = SequentialPipeline(budget, scratch)
+    pipeline = SequentialPipeline(budget, scratch)
     with silence_transformers():
         try:
             files = SafetensorsFolder(folder)
             model = _build_skeleton(folder, files, dtype, device)
-            walk.check_budget(Decoder(model))
+            pipeline.check_budget(Decoder(model))
             _fill_weights(model, files, device, known or {})
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
-    setattr(model, STEPS_ATTRIBUTE, walk)
+    setattr(model, STEPS_ATTRIBUTE, pipeline)
     return model.eval()
 
 
 def _build_skeleton(folder: Path, files: SafetensorsFolder, dtype: str, device: torch.device) -> Any:
-    """The model of a folder on the meta device, in the dtype asked for."""
+    """Build the model of a folder on the meta device, in the requested dtype."""
     from transformers import AutoConfig
 
-    kind = loading.find_saved_class(str(folder))
-    config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
+    saved_class = loading.find_saved_class(str(folder))
+    config = (saved_class.config_class if saved_class else AutoConfig).from_pretrained(folder)
     stored = config.dtype or next(x.dtype for x in map(files.map_tensor, files.file_by_tensor) if x.is_floating_point())
-    wanted = loading.DTYPES.get(dtype, getattr(torch, str(stored).removeprefix("torch.")))
-    model = build_meta_model(folder, kind, wanted, device)
-    if dtype == "auto" and device.type == "cpu" and wanted == torch.float16:
+    target_dtype = loading.DTYPES.get(dtype, getattr(torch, str(stored).removeprefix("torch.")))
+    model = build_meta_model(folder, saved_class, target_dtype, device)
+    if dtype == "auto" and device.type == "cpu" and target_dtype == torch.float16:
         model.float()
     return model
 
 
 def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, known: Mapping[str, Tensor]) -> None:
-    """Give a skeleton its weights: those of the layers' linears on disk, the rest in memory.
+    """Fill a meta model with its weights: lazy ones for the layers' linears, tensors in memory for the rest.
 
     Args:
-        model: of `_build_skeleton`.
-        files: its weights.
-        device: where it is computed with.
-        known: tensors by name; where the file holds the same values, they are shared.
+        model: returned by `_build_skeleton`.
+        files: the folder of its weights.
+        device: device that computes.
+        known: tensors by name, shared where the files hold the same values.
     """
     linears = [linear for layer in Decoder(model) for linear in list_layer_linears(layer)]
-    on_disk, names = {id(linear.weight) for linear in linears}, files.match_names(model)
+    linear_weights, names = {id(linear.weight) for linear in linears}, files.match_names(model)
     missing: set[str] = set()
     for name, meta in model.state_dict(keep_vars=True).items():
         if name not in names:
             missing.add(name)
             continue
-        found = names[name]
-        view, (path, _, last) = files.map_tensor(found), name.rpartition(".")
+        file_name = names[name]
+        view, (path, _, leaf) = files.map_tensor(file_name), name.rpartition(".")
         if view.shape != meta.shape:
             raise SourceNotFound(
-                f"model {str(files.folder)!r}: {found}: expected {list(meta.shape)}, got {list(view.shape)}; the "
+                f"model {str(files.folder)!r}: {file_name}: expected {list(meta.shape)}, got {list(view.shape)}; the "
                 "files are quantised or belong to another config"
             )
-        if id(meta) in on_disk:
+        if id(meta) in linear_weights:
             value: Tensor = LazyWeight.from_reader(
-                name, partial(files.map_tensor, found), meta.shape, meta.dtype, device
+                name, partial(files.map_tensor, file_name), meta.shape, meta.dtype, device
             )
         elif name in known and torch.equal(known[name], view.to(device, meta.dtype)):
             value = known[name]
         else:
             value = view.to(device, meta.dtype, copy=True)
         owner = model.get_submodule(path)
-        setattr(owner, last, nn.Parameter(value) if isinstance(meta, nn.Parameter) else value)
+        setattr(owner, leaf, nn.Parameter(value) if isinstance(meta, nn.Parameter) else value)
     model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-    lost = [name for name, x in model.state_dict().items() if x.is_meta and not isinstance(x, LazyWeight)]
-    if lost:
+    unfilled = [name for name, x in model.state_dict().items() if x.is_meta and not isinstance(x, LazyWeight)]
+    if unfilled:
         raise SourceNotFound(
             f"model {str(files.folder)!r}: can not be streamed: expected all weights under the model's own names, got "
-            f"none for {len(lost)} of them ({lost[0]}, ...); load it and save it again with save_pretrained"
+            f"none for {len(unfilled)} of them ({unfilled[0]}, ...); load it and save it again with save_pretrained"
         )
     for linear in linears:
         linear.register_forward_pre_hook(_refuse_forward)
 
 
 def _refuse_forward(linear: nn.Module, args: Any) -> None:
+    # Outside `load_lazy_weights` the weight has no values to compute with.
     if isinstance(linear.weight, LazyWeight):
         raise BadOption(STREAMING_REFUSED)

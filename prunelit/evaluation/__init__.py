@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity, zero-shot tasks, speed, text; alone or against the dense model."""
+"""Evaluation of a model: perplexity, zero-shot tasks, speed, completions; alone or against the dense model."""

@@ -1,7 +1,8 @@
-"""Peak memory of one model at work, in a process of its own, so that nothing else counts.
+"""Peak memory of one model at work, measured in a process of its own so that nothing else counts.
 
-On a GPU it is what torch allocated at most; on a CPU the peak of resident memory after loading, less what the process
-had before it loaded the model. Where a system can not reset its peak (macOS) loading counts too; the result says so.
+On a GPU it is the most memory that torch allocated. On a CPU it is the peak of resident memory after loading, minus
+what the process held before it loaded the model. Where the system cannot reset the peak (macOS), loading counts too;
+the result says so.
 """
 
 import resource
@@ -25,18 +26,20 @@ from prunelit.runtime.errors import PrunelitError
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def measure_peak_memory(subject: EvaluatedModel, wanted: Speed) -> dict[str, Any]:
-    """Peak memory of prefill and decode.
+def measure_peak_memory(subject: EvaluatedModel, speed: Speed) -> dict[str, Any]:
+    """Measure the peak memory of prefill and decode.
 
     Args:
         subject: the model; it is loaded in another process.
-        wanted: the work.
+        speed: lengths and batch size of the work.
 
     Returns:
-        {"peak_bytes", "of": "GPU" or "process", "loading_counts"}.
+        {"peak_bytes": bytes, "of": "GPU" or "process", "loading_counts": whether loading is included}.
 
     Raises:
         PrunelitError: the process was killed, most likely because memory ran out.
+
+    Example: see `prunelit.evaluation.run.evaluate_model`.
     """
     threads = torch.get_num_threads()
     try:
@@ -44,7 +47,7 @@ def measure_peak_memory(subject: EvaluatedModel, wanted: Speed) -> dict[str, Any
             progress.show_stage(f"peak memory of {sources.shorten_source(subject.source)}"),
             ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool,
         ):
-            return pool.submit(_measure_peak_in_process, subject, wanted, threads).result()
+            return pool.submit(_measure_peak_in_process, subject, speed, threads).result()
     except BrokenProcessPool as error:
         raise PrunelitError(
             f"peak memory of {subject.source!r}: the process that measures it was killed, most likely out of memory; "
@@ -52,30 +55,34 @@ def measure_peak_memory(subject: EvaluatedModel, wanted: Speed) -> dict[str, Any
         ) from error
 
 
-def _measure_peak_in_process(subject: EvaluatedModel, wanted: Speed, threads: int) -> dict[str, Any]:
-    progress.silence_progress()  # two processes would draw over each other
+def _measure_peak_in_process(subject: EvaluatedModel, speed: Speed, threads: int) -> dict[str, Any]:
+    progress.silence_progress()  # the parent's progress bar is on the same terminal
     torch.set_num_threads(threads)
-    target = choose_device(subject.device)
-    before = _read_resident_bytes("VmRSS")
+    device = choose_device(subject.device)
+    bytes_before = _read_resident_bytes("VmRSS")
     network = subject.load_model()
-    with move_to_device(network, target):
-        if target.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(target)
-            _prefill_and_decode(network, wanted)
-            return {"peak_bytes": torch.cuda.max_memory_allocated(target), "of": "GPU", "loading_counts": False}
-        reset = _reset_peak_memory()
-        _prefill_and_decode(network, wanted)
-        return {"peak_bytes": _read_resident_bytes("VmHWM") - before, "of": "process", "loading_counts": not reset}
+    with move_to_device(network, device):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            _prefill_and_decode(network, speed)
+            return {"peak_bytes": torch.cuda.max_memory_allocated(device), "of": "GPU", "loading_counts": False}
+        was_reset = _reset_peak_memory()
+        _prefill_and_decode(network, speed)
+        return {
+            "peak_bytes": _read_resident_bytes("VmHWM") - bytes_before,
+            "of": "process",
+            "loading_counts": not was_reset,
+        }
 
 
-def _prefill_and_decode(network: Any, wanted: Speed) -> None:
-    runner = ModelTimer(network, wanted)
-    runner.prefill(wanted.prompt)
-    runner.decode(runner.context)
+def _prefill_and_decode(network: Any, speed: Speed) -> None:
+    timer = ModelTimer(network, speed)
+    timer.prefill(speed.prompt)
+    timer.decode(timer.context)
 
 
 def _reset_peak_memory() -> bool:
-    """Whether the kernel forgot the peak of resident memory so far (Linux)."""
+    """Reset the kernel's peak of resident memory (Linux only); return whether it worked."""
     try:
         _RESET.write_text("5", encoding="ascii")
     except OSError:
@@ -84,7 +91,7 @@ def _reset_peak_memory() -> bool:
 
 
 def _read_resident_bytes(name: str) -> int:
-    """Resident memory now (VmRSS) or at most (VmHWM), bytes; the peak of all time where there is no /proc."""
+    """Read resident memory now (VmRSS) or at its peak (VmHWM), bytes; the peak of all time without /proc."""
     try:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""report.html of an evaluation: the content of evaluate.json as numbers and tables, completions side by side."""
+"""report.html of an evaluation: the content of evaluate.json as numbers, tables and completions side by side."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,27 @@ from prunelit.runtime.format_numbers import exponentiate_nll, format_count, form
 
 
 def render_evaluation_page(report: EvaluationReport) -> str:
-    """The whole file."""
+    """Write the content of evaluate.json as one HTML page.
+
+    Args:
+        report: content of evaluate.json.
+
+    Returns:
+        The whole HTML file.
+
+    Example: see `prunelit.evaluation.run.evaluate_model`.
+    """
     model, against = report["model"], report.get("against")
-    sizes, *measured, how = build_evaluation_sections(report)
+    size_section, *measured, provenance = build_evaluation_sections(report)
     lead = f"Against {against['source']}." if against else "Alone, against no other model."
-    parts = [part for part in sizes.parts if not isinstance(part, str)]
-    wanted = [*measured, sizes._replace(title="Size", parts=parts), how._replace(title="How it was made")]
+    parts = [part for part in size_section.parts if not isinstance(part, str)]
+    sections = [
+        *measured,
+        size_section._replace(title="Size", parts=parts),
+        provenance._replace(title="How it was made"),
+    ]
     title = f"Evaluation of {model['source']}" + (f" with adapter {model['adapter']}" if model["adapter"] else "")
-    return html.render_html(Page(title, lead, list(_list_facts(report)), wanted))
+    return html.render_html(Page(title, lead, list(_list_facts(report)), sections))
 
 
 def _list_facts(report: EvaluationReport) -> Iterator[Fact]:
@@ -28,6 +41,6 @@ def _list_facts(report: EvaluationReport) -> Iterator[Fact]:
         yield Fact(f"Zero-shot, mean {metric}", f"{average['model']:.3f}", note)
     for kind, ratio in report.get("speed", {}).get("ratios", {}).items():
         yield Fact(f"{kind.capitalize()}, times as fast", f"{ratio['median']:.2f}", f"promised {ratio['promised']:.2f}")
-    for name, what, unit in (("parameters", "Parameters", ""), ("kv_bytes_per_token", "KV cache per token", " B")):
-        values = [f"{format_count(report[who][name])}{unit}" for who in ("model", "against") if who in report]
-        yield Fact(what, values[0], f"against {values[1]}" if len(values) > 1 else "")
+    for name, title, unit in (("parameters", "Parameters", ""), ("kv_bytes_per_token", "KV cache per token", " B")):
+        values = [f"{format_count(report[role][name])}{unit}" for role in ("model", "against") if role in report]
+        yield Fact(title, values[0], f"against {values[1]}" if len(values) > 1 else "")

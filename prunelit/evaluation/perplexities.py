@@ -1,4 +1,4 @@
-"""Perplexity of several texts, each with its protocol; numbers of two protocols never stand in one table."""
+"""Perplexity of several texts, each with its protocol. Results of two protocols never share a table."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,20 +14,24 @@ from prunelit.data.eval_texts import EvaluationText
 from prunelit.runtime.errors import BadOption, NonFinite
 
 SHARED_PROTOCOL_KEYS = ("sequence_length", "stride", "dtype", "mean")
-"""What numbers that stand beside each other must have in common; texts are columns, and have their own windows."""
+"""Keys of the protocol that must be equal within a table. Texts are columns, so their windows may differ."""
 
 
 @dataclass(frozen=True)
 class Text(EvaluationText):
-    """A text that perplexity is measured on.
+    """A text on which perplexity is measured.
 
     Args:
         text: text source(s), mixed evenly.
         seqlen: tokens per window.
-        windows: the first so many windows; null for all.
+        windows: use only the first so many windows; null for all.
         stride: tokens from one window to the next; of windows that overlap only the new tokens count. Null: `seqlen`,
             no overlap.
         file: what is read instead of `text` where a folder of files is given, relative to it.
+
+    Example:
+        >>> Text("wikitext2", seqlen=1024, file="wiki.txt").list_sources(data="texts")
+        ['wiki.txt']
     """
 
     stride: int | None = None
@@ -37,43 +41,81 @@ class Text(EvaluationText):
         text.check_stride(self.stride, self.seqlen, self.list_sources(None))
 
     def list_sources(self, data: str | None) -> list[str]:
-        """The sources that are read, as they were written; `data` is the folder of files, if there is one."""
-        given = self.file if data and self.file else self.text
-        return [given] if isinstance(given, str) else list(given)
+        """List the sources that are read, as the user wrote them.
+
+        Args:
+            data: the folder of text files; None for none.
+        """
+        source = self.file if data and self.file else self.text
+        return [source] if isinstance(source, str) else list(source)
 
 
-def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | None, what: str) -> dict[str, Any]:
-    """{"nll", "perplexity" (null where no float holds it), "tokens"} of one text.
+def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | None, title: str) -> dict[str, Any]:
+    """Measure perplexity on one text.
 
     Args:
         network: a causal LM.
-        windows: [N, S] token ids.
-        stride: see `Text`.
-        what: name on the progress bar.
+        windows: [N, S] token ids. Legend: N windows, S tokens per window.
+        stride: tokens from one window to the next, see `Text`.
+        title: shown on the progress bar.
+
+    Returns:
+        {"nll": mean negative log-likelihood in nats, "perplexity": exp(nll), null where it exceeds a float, "tokens":
+        number of predicted tokens}.
 
     Raises:
         NonFinite: the loss is NaN or infinite.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
+        >>> result = measure_text_perplexity(LlamaForCausalLM(config), torch.arange(16).view(2, 8), None, "numbers")
+        >>> result["tokens"]
+        14
     """
     batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    found: dict[str, Any] = metrics.perplexity(network, windows, batch_size, what, stride)
-    if not math.isfinite(found["nll"]):
+    result: dict[str, Any] = metrics.perplexity(network, windows, batch_size, title, stride)
+    if not math.isfinite(result["nll"]):
         raise NonFinite(
-            f"{what}: expected a finite loss, got {found['nll']}; activations overflow, try --dtype float32"
+            f"{title}: expected a finite loss, got {result['nll']}; activations overflow, try --dtype float32"
         )
-    return found | {"perplexity": found["perplexity"] if math.isfinite(found["perplexity"]) else None}
+    return result | {"perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None}
 
 
 def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
-    """What must stand beside a perplexity for it to be comparable; the source names the split."""
-    found = metrics.describe_protocol(sources, windows, dtype, stride)
-    return found | {"fingerprint": text.fingerprint_token_ids(windows)}
+    """Describe how a perplexity was measured; only results with equal protocols can be compared.
+
+    Args:
+        sources: the text's sources, as the user wrote them; a source names the split.
+        windows: [N, S] token ids.
+        dtype: of the computation.
+        stride: tokens from one window to the next, see `Text`.
+
+    Returns:
+        The protocol with a fingerprint of the tokens.
+
+    Example:
+        >>> import torch
+        >>> protocol = describe_text_protocol(["a.txt"], torch.zeros(2, 8, dtype=torch.long), "float32", None)
+        >>> protocol["windows"], protocol["sequence_length"], protocol["stride"]
+        (2, 8, 8)
+    """
+    protocol = metrics.describe_protocol(sources, windows, dtype, stride)
+    return protocol | {"fingerprint": text.fingerprint_token_ids(windows)}
 
 
 def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
-    """The texts of a result apart by protocol, one group for each table.
+    """Group the texts of a result by protocol, one group for each table.
 
     Args:
         texts: {name: {"protocol", ...}}.
+
+    Example:
+        >>> texts = {name: {"protocol": {"stride": stride}} for name, stride in (("a", 8), ("b", 4), ("c", 8))}
+        >>> [list(group) for group in group_by_protocol(texts)]
+        [['a', 'c'], ['b']]
     """
     groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
     for name, entry in texts.items():
@@ -82,30 +124,50 @@ def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
 
 
 def check_common_protocol(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What all texts of a table have in common of their protocol.
+    """Check that all texts of a table were measured alike.
+
+    Args:
+        texts: {name: {"protocol", ...}}.
+
+    Returns:
+        The values of `SHARED_PROTOCOL_KEYS`.
 
     Raises:
-        BadOption: two of them were measured differently.
+        BadOption: two texts were measured differently.
+
+    Example:
+        >>> protocol = {"sequence_length": 8, "stride": 8, "dtype": "float32", "mean": "over tokens"}
+        >>> check_common_protocol({"a": {"protocol": protocol}}) == protocol
+        True
     """
-    first: Mapping[str, Any] | None = None
+    common: Mapping[str, Any] | None = None
     for name, entry in texts.items():
-        first = first or entry["protocol"]
-        if _get_shared_values(entry["protocol"]) != _get_shared_values(first):
-            differs = [key for key in SHARED_PROTOCOL_KEYS if entry["protocol"][key] != first[key]]
+        common = common or entry["protocol"]
+        if _get_shared_values(entry["protocol"]) != _get_shared_values(common):
+            different_keys = [key for key in SHARED_PROTOCOL_KEYS if entry["protocol"][key] != common[key]]
             raise BadOption(
-                f"perplexity of {name!r}: expected one protocol in a table, got {differs[0]} "
-                f"{entry['protocol'][differs[0]]} beside {first[differs[0]]}; make a table for each"
+                f"perplexity of {name!r}: expected one protocol in a table, got {different_keys[0]} "
+                f"{entry['protocol'][different_keys[0]]} beside {common[different_keys[0]]}; make a table for each"
             )
-    return dict(zip(SHARED_PROTOCOL_KEYS, _get_shared_values(first or {}), strict=True))
+    return dict(zip(SHARED_PROTOCOL_KEYS, _get_shared_values(common or {}), strict=True))
 
 
-def check_same_tokens(name: str, mine: Tensor, theirs: Tensor) -> None:
-    """Two models are compared on the same tokens.
+def check_same_tokens(name: str, windows: Tensor, other_windows: Tensor) -> None:
+    """Check that two models are measured on the same tokens.
+
+    Args:
+        name: of the text.
+        windows: [N, S] token ids of the model.
+        other_windows: [N, S] token ids of the model to compare with.
 
     Raises:
-        BadOption: their tokenizers read the text differently.
+        BadOption: the two tokenizers read the text differently.
+
+    Example:
+        >>> import torch
+        >>> check_same_tokens("wikitext2", torch.zeros(2, 8), torch.zeros(2, 8))
     """
-    if mine.shape != theirs.shape or not mine.equal(theirs):
+    if windows.shape != other_windows.shape or not windows.equal(other_windows):
         raise BadOption(
             f"against: expected a model with the same tokenizer, got one that reads {name!r} as other tokens; "
             "their perplexities do not compare: leave texts out, or evaluate each alone"

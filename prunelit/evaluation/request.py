@@ -1,4 +1,4 @@
-"""What is to be measured, checked before a model is loaded."""
+"""What an evaluation measures, checked before any model is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,23 +15,27 @@ from prunelit.runtime.errors import BadOption
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What is measured, all of it checked.
+    """What is measured; every value has been checked.
 
     Attributes:
-        texts: what perplexity is measured on.
+        texts: texts for perplexity.
         data: folder of their files; None where they come from elsewhere.
-        opened: their sources as they are opened.
+        sources: the texts' sources, resolved against `data`.
         definitions: {task: path of its YAML}.
         files: {task: its local file}; empty where rows come from the hub.
         limit: items of each task; None for all.
         batch_size: requests of a task per forward pass.
-        speed: None: not measured.
-        samples: None: none are written.
+        speed: what is timed; None: nothing.
+        samples: which prompts are completed; None: none.
+
+    Example:
+        >>> EvaluationRequest(**prepare_text_request({}, data=None)).batch_size
+        8
     """
 
     texts: Mapping[str, Text] = field(default_factory=dict)
     data: str | None = None
-    opened: Mapping[str, list[str]] = field(default_factory=dict)
+    sources: Mapping[str, list[str]] = field(default_factory=dict)
     definitions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     limit: int | None = None
@@ -41,49 +45,61 @@ class EvaluationRequest:
 
 
 def prepare_text_request(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
-    """The part of `EvaluationRequest` about texts.
+    """Check the texts for perplexity and resolve their sources.
 
     Args:
-        texts: {name: {text, file, seqlen, windows, stride}}, or a source alone.
+        texts: {name: {text, file, seqlen, windows, stride}}, or {name: source}.
         data: folder of text files whose paths are relative.
 
+    Returns:
+        The arguments of `EvaluationRequest` about texts.
+
     Raises:
-        BadOption: an unknown option or a value outside its range; SourceNotFound: no such file.
+        BadOption: an unknown option or a value outside its range.
+        SourceNotFound: no such file.
+
+    Example: see `EvaluationRequest`.
     """
-    measured = {str(name): Text.from_option(str(name), given) for name, given in texts.items()}
-    opened = {
-        name: resolve_text_sources(f"texts.{name}", wanted.list_sources(data), data)
-        for name, wanted in measured.items()
+    checked = {str(name): Text.from_option(str(name), options) for name, options in texts.items()}
+    resolved = {
+        name: resolve_text_sources(f"texts.{name}", text.list_sources(data), data) for name, text in checked.items()
     }
-    return {"texts": measured, "data": data, "opened": opened}
+    return {"texts": checked, "data": data, "sources": resolved}
 
 
 def prepare_task_request(
     names: list[str], folder: str | None, definitions: Path, limit: int | None, batch_size: int
 ) -> dict[str, Any]:
-    """The part of `EvaluationRequest` about tasks.
+    """Check the zero-shot tasks and find their rows.
 
     Args:
         names: of tasks, or "all".
-        folder: of their files; None: the hub.
-        definitions: where YAML files for local rows are written.
-        limit: items of each task.
+        folder: of the tasks' files; None: rows come from the hub.
+        definitions: folder in which YAML files for local rows are written.
+        limit: items of each task; None for all.
         batch_size: requests per forward pass.
+
+    Returns:
+        The arguments of `EvaluationRequest` about tasks.
 
     Raises:
         BadOption: an unknown task, a number below 1, or lm-evaluation-harness is not installed.
-        SourceNotFound: rows that are missing, or without what their task reads.
+        SourceNotFound: rows are missing, or lack a field that their task reads.
+
+    Example:
+        >>> prepare_task_request([], None, Path("tasks"), limit=10, batch_size=4)
+        {'limit': 10, 'batch_size': 4}
     """
     for name, value in (("limit", limit), ("batch_size", batch_size)):
         if value is not None and value < 1:
             raise BadOption(f"{name}: expected at least 1, got {value}" + "; null takes all" * (name == "limit"))
-    wanted = tasks.select_tasks(names)
-    found: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
-    if not wanted:
-        return found
-    harness = tasks.find_harness_tasks()
+    chosen = tasks.select_tasks(names)
+    request: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
+    if not chosen:
+        return request
+    harness_tasks = tasks.find_harness_tasks()
     if folder is None:
-        tasks.check_rows_available(wanted)
-        return found | {"definitions": tasks.list_stock_definitions(wanted, harness)}
-    files = tasks.find_task_files(wanted, folder)
-    return found | {"definitions": tasks.write_task_definitions(files, harness, definitions), "files": files}
+        tasks.check_rows_available(chosen)
+        return request | {"definitions": tasks.list_stock_definitions(chosen, harness_tasks)}
+    files = tasks.find_task_files(chosen, folder)
+    return request | {"definitions": tasks.write_task_definitions(files, harness_tasks, definitions), "files": files}

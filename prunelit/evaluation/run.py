@@ -1,9 +1,9 @@
-"""A whole evaluation: checked first, then part by part; every finished part is kept, so a killed one goes on.
+"""A whole evaluation: checked first, then measured part by part. Finished parts are cached, so a killed run can go on.
 
 out/evaluate.json    everything: sizes, perplexities with their protocol, tasks, speed, samples, versions
 out/evaluate.md      the tables; report.html: the same for a browser
 out/tasks/           definitions of the zero-shot tasks that come from local files, for lm_eval --include_path
-out/kept/            one file for each finished part; may be deleted
+out/kept/            cache of the finished parts, one file each; may be deleted
 """
 
 import logging
@@ -64,25 +64,25 @@ def evaluate_model(
     dtype: Dtype = "auto",
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Measure what a model is worth, alone or against the dense model.
+    """Evaluate a model, alone or against the dense model.
 
     Args:
         model: model source: folder, .gguf file, pypi:NAME==VERSION, or hub id.
-        against: model source to compare with, as a rule the dense model; null for none.
+        against: model source to compare with, usually the dense model; null for none.
         adapter: folder of a PEFT adapter for `model`, merged into it; null for none.
         texts: what perplexity is measured on, {name: {text, file, seqlen, windows, stride}}, lengths in tokens.
         data: folder of text files whose paths are relative; the texts' `file` is read instead of their `text`.
         tasks: zero-shot tasks by lm-evaluation-harness: all, or some of piqa, hellaswag, winogrande, arc_easy,
             arc_challenge, boolq, openbookqa; null for none.
         tasks_folder: folder with NAME.jsonl or NAME.jsonl.gz for each task; null: rows come from the hub.
-        limit: the first so many items of each task; null for all.
+        limit: use only the first so many items of each task; null for all.
         batch_size: requests of a task per forward pass.
         speed: true, or {prompt, new_tokens, context, batch, repeats}: prefill, decode, memory.
         samples: write greedy completions of the built-in prompts.
-        prompts: prompts of your own to complete; null for the built-in ones.
-        chat: give prompts as a user's message in the chat template.
+        prompts: your own prompts to complete; null for the built-in ones.
+        chat: send each prompt as a user's message in the chat template.
         sample_tokens: tokens per completion.
-        out: output folder; an evaluation that was stopped goes on there. Null: nothing is kept.
+        out: output folder; a stopped evaluation goes on there. Null: nothing is saved.
         dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
 
@@ -90,18 +90,21 @@ def evaluate_model(
         The content of evaluate.json.
 
     Raises:
-        PrunelitError: bad input, as far as it can be before a model is loaded.
+        PrunelitError: bad input; most of it is found before a model is loaded.
+
+    Example:
+        evaluate_model("runs/quickstart/model", against="HuggingFaceTB/SmolLM2-135M", samples=True, out="eval")
     """
     subjects = {"model": EvaluatedModel(model, adapter, dtype, device)}
     if against is not None:
         subjects["against"] = EvaluatedModel(against, None, dtype, device)
     for subject in subjects.values():
         subject.check_source()
-    with ExitStack() as closing:
+    with ExitStack() as stack:
         if out is not None:
             check_folder(out)
-        folder = Path(out or closing.enter_context(tempfile.TemporaryDirectory()))
-        wanted = EvaluationRequest(
+        folder = Path(out or stack.enter_context(tempfile.TemporaryDirectory()))
+        request = EvaluationRequest(
             **prepare_text_request(texts or {}, data),
             **prepare_task_request(wrap_in_list(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
             speed=speed if isinstance(speed, Speed) else Speed() if speed else None,
@@ -109,10 +112,10 @@ def evaluate_model(
             if samples or prompts
             else None,
         )
-        if not (wanted.texts or wanted.definitions or wanted.speed or wanted.samples):
+        if not (request.texts or request.definitions or request.speed or request.samples):
             raise BadOption("evaluate: expected something to measure, got none of texts, tasks, speed, samples")
-        report = Evaluation(subjects, wanted, ResultCache(folder / "kept") if out else None).measure_all()
-        if wanted.definitions:
+        report = Evaluation(subjects, request, ResultCache(folder / "kept") if out else None).measure_all()
+        if request.definitions:
             report["zero_shot"]["protocol"]["rows"] = tasks_folder or "hub"
         if out is not None:
             write_json(folder / "evaluate.json", report)
@@ -122,160 +125,170 @@ def evaluate_model(
 
 
 class Evaluation:
-    """One or two models, and what is measured of them.
+    """One or two models and what is measured of them.
 
     Args:
-        subjects: {"model": ..., "against": ...}; the second may lack.
-        wanted: what is measured.
-        kept: where finished parts are kept; None: nowhere.
+        subjects: {"model": ..., "against": ...}; "against" is optional.
+        request: what is measured.
+        cache: where finished parts are saved; None: nowhere.
+
+    Raises:
+        BadOption: the models have different dtypes or tokenizers, or a text is longer than their context.
+
+    Example: see `evaluate_model`.
     """
 
-    def __init__(self, subjects: Mapping[str, EvaluatedModel], wanted: EvaluationRequest, kept: ResultCache | None):
-        self.subjects, self.wanted, self.kept = subjects, wanted, kept
-        for name, given in wanted.texts.items():
+    def __init__(self, subjects: Mapping[str, EvaluatedModel], request: EvaluationRequest, cache: ResultCache | None):
+        self.subjects, self.request, self.cache = subjects, request, cache
+        for name, text_options in request.texts.items():
             for subject in subjects.values():
-                sources.check_sequence_length(subject.source, given.seqlen, f"texts.{name}.seqlen")
-        _check_same_dtype({found for subject in subjects.values() if (found := subject.predict_dtype())})
+                sources.check_sequence_length(subject.source, text_options.seqlen, f"texts.{name}.seqlen")
+        _check_same_dtype({dtype for subject in subjects.values() if (dtype := subject.predict_dtype())})
         self.device = choose_device(next(iter(subjects.values())).device)
-        self.tokenizers = {who: loading.load_tokenizer(subject.source) for who, subject in subjects.items()}
-        if wanted.samples:
+        self.tokenizers = {role: loading.load_tokenizer(subject.source) for role, subject in subjects.items()}
+        if request.samples:
             for tokenizer in self.tokenizers.values():
-                wanted.samples.check_chat_template(tokenizer)
-        self.windows = {name: self._draw_windows(name, given) for name, given in wanted.texts.items()}
-        self._keys: dict[str, dict[str, Any]] = {}
+                request.samples.check_chat_template(tokenizer)
+        self.windows = {name: self._draw_windows(name, text_options) for name, text_options in request.texts.items()}
+        self._model_keys: dict[str, dict[str, Any]] = {}
 
     def measure_all(self) -> dict[str, Any]:
-        """Measure everything; the content of evaluate.json."""
-        found: dict[str, dict[str, Any]] = {}
+        """Measure everything, and return the content of evaluate.json."""
+        results: dict[str, dict[str, Any]] = {}
         networks: dict[str, Any] = {}
-        for who, subject in self.subjects.items():
+        for role, subject in self.subjects.items():
             network = subject.load_model()
-            self._keys[who] = self._build_model_key(who, network)
-            _check_same_dtype({key["dtype"] for key in self._keys.values()})
-            if self.wanted.speed:
-                self.wanted.speed.check_positions(network)
+            self._model_keys[role] = self._build_model_key(role, network)
+            _check_same_dtype({key["dtype"] for key in self._model_keys.values()})
+            if self.request.speed:
+                self.request.speed.check_positions(network)
             with move_to_device(network, self.device):
-                found[who] = self._measure_one_model(who, network)
-            if self.wanted.speed:  # both must be there at once
-                networks[who] = network
-        started = sys.argv[1:] if sys.argv[1:2] == ["evaluate"] else ["evaluate"]
-        report: dict[str, Any] = {"command": shlex.join(["python", "-m", "prunelit", *started])}
-        for who, subject in self.subjects.items():
-            report[who] = {"source": subject.source, "adapter": subject.adapter, **found[who]["size"]}
-        if self.wanted.texts:
-            report["perplexity"] = self._report_perplexity(found)
-        if self.wanted.definitions:
-            report["zero_shot"] = self._report_zero_shot(found)
-        if self.wanted.speed:
-            report["speed"] = self._report_speed(self.wanted.speed, networks)
-        if self.wanted.samples:
-            written = {who: found[who]["samples"] for who in found}
-            report["samples"] = asdict(self.wanted.samples) | written
+                results[role] = self._measure_one_model(role, network)
+            if self.request.speed:  # the two models are timed in turn, so both stay in memory
+                networks[role] = network
+        arguments = sys.argv[1:] if sys.argv[1:2] == ["evaluate"] else ["evaluate"]
+        report: dict[str, Any] = {"command": shlex.join(["python", "-m", "prunelit", *arguments])}
+        for role, subject in self.subjects.items():
+            report[role] = {"source": subject.source, "adapter": subject.adapter, **results[role]["size"]}
+        if self.request.texts:
+            report["perplexity"] = self._report_perplexity(results)
+        if self.request.definitions:
+            report["zero_shot"] = self._report_zero_shot(results)
+        if self.request.speed:
+            report["speed"] = self._report_speed(self.request.speed, networks)
+        if self.request.samples:
+            completions = {role: results[role]["samples"] for role in results}
+            report["samples"] = asdict(self.request.samples) | completions
         return report | {"hardware": describe_hardware(self.device), "versions": collect_versions()}
 
     # One model -------------------------------------------------------------------------------------------------------
 
-    def _draw_windows(self, name: str, given: Text) -> Tensor:
-        found = [
-            text.draw_windows(self.wanted.opened[name], tokenizer, given.seqlen, given.windows, stride=given.stride)
+    def _draw_windows(self, name: str, options: Text) -> Tensor:
+        windows = [
+            text.draw_windows(
+                self.request.sources[name], tokenizer, options.seqlen, options.windows, stride=options.stride
+            )
             for tokenizer in self.tokenizers.values()
         ]
-        perplexities.check_same_tokens(name, found[0], found[-1])
-        return found[0]
+        perplexities.check_same_tokens(name, windows[0], windows[-1])
+        return windows[0]
 
-    def _build_model_key(self, who: str, network: Any) -> dict[str, Any]:
-        """What determines every result of a model."""
+    def _build_model_key(self, role: str, network: Any) -> dict[str, Any]:
+        """Build the part of a cache key that identifies a model and how it is run."""
         return {
             "format": _FORMAT,
             "model": fingerprint_model(network),
-            "tokenizer": fingerprint_tokenizer(self.tokenizers[who]),
+            "tokenizer": fingerprint_tokenizer(self.tokenizers[role]),
             "dtype": str(next(network.parameters()).dtype).removeprefix("torch."),
             "device": self.device.type,
         }
 
     def _recall_or_compute(self, name: str, key: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
-        if self.kept is None:
+        if self.cache is None:
             return compute()
-        found, saved = self.kept.get_or_compute(name, key, compute)
-        if saved:
+        result, was_cached = self.cache.get_or_compute(name, key, compute)
+        if was_cached:
             _log.info("%s: finished earlier", name)
-        return found
+        return result
 
-    def _measure_one_model(self, who: str, network: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {"size": metrics.measure_model_size(network)}
-        found["texts"] = {name: self._measure_text(who, name, network) for name in self.wanted.texts}
-        engine: list[zero_shot.ZeroShotEvaluator] = []  # made when the first task is not kept
+    def _measure_one_model(self, role: str, network: Any) -> dict[str, Any]:
+        results: dict[str, Any] = {"size": metrics.measure_model_size(network)}
+        results["texts"] = {name: self._measure_text(role, name, network) for name in self.request.texts}
+        evaluators: list[zero_shot.ZeroShotEvaluator] = []  # created for the first task that is not cached
 
         def measure_task(name: str) -> dict[str, Any]:
-            if not engine:
-                engine.append(zero_shot.ZeroShotEvaluator(network, self.tokenizers[who], self.wanted.batch_size))
-            found = engine[0].run_task(name, self.wanted.definitions[name], self.wanted.limit)
-            _log.info(
-                "%s, %s: %s", name, who, ", ".join(f"{k} {v:.3f}" for k, v in found["metrics"].items() if v is not None)
-            )
-            return found
+            if not evaluators:
+                evaluators.append(zero_shot.ZeroShotEvaluator(network, self.tokenizers[role], self.request.batch_size))
+            result = evaluators[0].run_task(name, self.request.definitions[name], self.request.limit)
+            numbers = (f"{metric} {value:.3f}" for metric, value in result["metrics"].items() if value is not None)
+            _log.info("%s, %s: %s", name, role, ", ".join(numbers))
+            return result
 
-        found["tasks"] = {
+        results["tasks"] = {
             name: self._recall_or_compute(
-                f"task-{name}-{who}", self._build_task_key(who, name), partial(measure_task, name)
+                f"task-{name}-{role}", self._build_task_key(role, name), partial(measure_task, name)
             )
-            for name in self.wanted.definitions
+            for name in self.request.definitions
         }
-        if given := self.wanted.samples:
-            key = self._keys[who] | {"samples": asdict(given)}
-            found["samples"] = self._recall_or_compute(
-                f"samples-{who}", key, lambda: samples.generate_completions(network, self.tokenizers[who], given)
+        if options := self.request.samples:
+            key = self._model_keys[role] | {"samples": asdict(options)}
+            results["samples"] = self._recall_or_compute(
+                f"samples-{role}", key, lambda: samples.generate_completions(network, self.tokenizers[role], options)
             )
-        return found
+        return results
 
-    def _measure_text(self, who: str, name: str, network: Any) -> dict[str, Any]:
-        ids, stride = self.windows[name], self.wanted.texts[name].stride
-        key = self._keys[who] | {"text": text.fingerprint_token_ids(ids), "seqlen": ids.shape[1], "stride": stride}
-        what = f"perplexity on {name}, {who}"
+    def _measure_text(self, role: str, name: str, network: Any) -> dict[str, Any]:
+        windows, stride = self.windows[name], self.request.texts[name].stride
+        key = self._model_keys[role] | {
+            "text": text.fingerprint_token_ids(windows),
+            "seqlen": windows.shape[1],
+            "stride": stride,
+        }
+        title = f"perplexity on {name}, {role}"
         return self._recall_or_compute(
-            f"text-{who}", key, lambda: perplexities.measure_text_perplexity(network, ids, stride, what)
+            f"text-{role}", key, lambda: perplexities.measure_text_perplexity(network, windows, stride, title)
         )
 
-    def _build_task_key(self, who: str, name: str) -> dict[str, Any]:
-        path = self.wanted.files.get(name)
-        return self._keys[who] | {
+    def _build_task_key(self, role: str, name: str) -> dict[str, Any]:
+        path = self.request.files.get(name)
+        return self._model_keys[role] | {
             "task": name,
             "rows": tasks.fingerprint_file(path) if path else tasks.TASKS[name].dataset,
-            "limit": self.wanted.limit,
-            "batch_size": self.wanted.batch_size,
+            "limit": self.request.limit,
+            "batch_size": self.request.batch_size,
             "harness": zero_shot.get_harness_version(),
         }
 
-    # Both ------------------------------------------------------------------------------------------------------------
+    # Results of both models -------------------------------------------------------------------------------------------
 
-    def _report_perplexity(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_perplexity(self, results: Mapping[str, Any]) -> dict[str, Any]:
         entries: dict[str, Any] = {}
-        for name, given in self.wanted.texts.items():
-            ids, dtype = self.windows[name], self._keys["model"]["dtype"]
+        for name, options in self.request.texts.items():
+            windows, dtype = self.windows[name], self._model_keys["model"]["dtype"]
             entry = {
                 "protocol": perplexities.describe_text_protocol(
-                    given.list_sources(self.wanted.data), ids, dtype, given.stride
+                    options.list_sources(self.request.data), windows, dtype, options.stride
                 )
             }
-            entry |= {who: found[who]["texts"][name] for who in found}
+            entry |= {role: results[role]["texts"][name] for role in results}
             if "against" in entry:
                 entry["log_ratio"] = entry["model"]["nll"] - entry["against"]["nll"]
             entries[name] = entry
         return entries
 
-    def _report_zero_shot(self, found: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_zero_shot(self, results: Mapping[str, Any]) -> dict[str, Any]:
         entries = {}
-        for name in self.wanted.definitions:
-            both: dict[str, Any] = {who: found[who]["tasks"][name] for who in found}
-            if "against" in both:
-                both["difference"] = zero_shot.compute_metric_differences(both["model"], both["against"])
-            entries[name] = both
+        for name in self.request.definitions:
+            entry: dict[str, Any] = {role: results[role]["tasks"][name] for role in results}
+            if "against" in entry:
+                entry["difference"] = zero_shot.compute_metric_differences(entry["model"], entry["against"])
+            entries[name] = entry
         protocol = {
             "harness": f"lm-evaluation-harness {zero_shot.get_harness_version()}",
             "shots": 0,
-            "limit": self.wanted.limit,
-            "batch_size": self.wanted.batch_size,
-            "dtype": self._keys["model"]["dtype"],
+            "limit": self.request.limit,
+            "batch_size": self.request.batch_size,
+            "dtype": self._model_keys["model"]["dtype"],
             "interval": zero_shot.paired.INTERVAL,
         }
         return {
@@ -284,21 +297,24 @@ class Evaluation:
             "averages": zero_shot.average_over_tasks(list(entries.values())),
         }
 
-    def _report_speed(self, wanted: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
-        key = {"models": self._keys, "speed": asdict(wanted), "hardware": describe_hardware(self.device)}
+    def _report_speed(self, options: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
+        key = {"models": self._model_keys, "speed": asdict(options), "hardware": describe_hardware(self.device)}
 
         def compute() -> dict[str, Any]:
-            peaks = {who: memory.measure_peak_memory(subject, wanted) for who, subject in self.subjects.items()}
-            with ExitStack() as placed:
+            peak_memory = {
+                role: memory.measure_peak_memory(subject, options) for role, subject in self.subjects.items()
+            }
+            with ExitStack() as on_devices:
                 for network in networks.values():
-                    placed.enter_context(move_to_device(network, self.device))
-                taken = speed.measure_speed(networks, wanted)
-            return {"memory": peaks, "models": taken}
+                    on_devices.enter_context(move_to_device(network, self.device))
+                timings = speed.measure_speed(networks, options)
+            return {"memory": peak_memory, "models": timings}
 
-        found = self._recall_or_compute("speed", key, compute)
+        measured = self._recall_or_compute("speed", key, compute)
         result: dict[str, Any] = {
-            "protocol": asdict(wanted) | {"context": wanted.tokens_in_cache, "dtype": self._keys["model"]["dtype"]},
-            **{who: found["models"][who] | found["memory"][who] for who in found["models"]},
+            "protocol": asdict(options)
+            | {"context": options.tokens_in_cache, "dtype": self._model_keys["model"]["dtype"]},
+            **{role: measured["models"][role] | measured["memory"][role] for role in measured["models"]},
         }
         if "against" in result:
             result["ratios"] = speed.compute_speed_ratios(result["model"], result["against"])
@@ -307,5 +323,5 @@ class Evaluation:
 
 def _check_same_dtype(dtypes: Collection[str]) -> None:
     if len(dtypes) > 1:
-        said = " and ".join(sorted(dtypes))
-        raise BadOption(f"against: expected both models in one dtype, got {said}; pass --dtype")
+        names = " and ".join(sorted(dtypes))
+        raise BadOption(f"against: expected both models in one dtype, got {names}; pass --dtype")

@@ -1,4 +1,4 @@
-"""What a model writes after a few prompts, greedily, so that two models can be read side by side."""
+"""Greedy completions of a few prompts, so that the texts of two models can be read side by side."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,17 +18,24 @@ PROMPTS = (
     "def fibonacci(n):\n",
     "Once upon a time there was a small robot who",
 )
-"""Built in: a fact, a number, code, a story."""
+"""The built-in prompts: a fact, a number, code, a story."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Which texts a model continues.
+    """Which prompts a model completes.
 
     Args:
-        prompts: what it is given.
-        chat: as a user's message in the tokenizer's chat template.
-        new_tokens: at most so many per text.
+        prompts: the prompts.
+        chat: send each prompt as a user's message in the tokenizer's chat template.
+        new_tokens: at most so many tokens per completion.
+
+    Raises:
+        BadOption: no prompt, an empty prompt, or fewer than 1 token.
+
+    Example:
+        >>> Samples(("Once upon a time",), new_tokens=8).chat
+        False
     """
 
     prompts: Sequence[str] = PROMPTS
@@ -42,50 +49,64 @@ class Samples:
             raise BadOption(f"sample_tokens: expected at least 1, got {self.new_tokens}")
 
     def check_chat_template(self, tokenizer: Any) -> None:
-        """Check that a tokenizer can do it.
+        """Check that a tokenizer has a chat template where `chat` needs one.
 
         Raises:
-            BadOption: a chat is asked for, and it has no template.
+            BadOption: it has none.
         """
         if self.chat and not getattr(tokenizer, "chat_template", None):
             raise BadOption("chat: expected a tokenizer with a chat template, got one without; leave --chat out")
 
 
 @torch.no_grad()
-def generate_completions(network: nn.Module, tokenizer: Any, wanted: Samples) -> list[str]:
-    """The greedy completion of every prompt, without the prompt; it ends where the model or its positions end.
+def generate_completions(network: nn.Module, tokenizer: Any, samples: Samples) -> list[str]:
+    """Complete every prompt greedily. A completion ends at the model's end token or at the end of its context.
+
+    Args:
+        network: a causal LM.
+        tokenizer: its tokenizer.
+        samples: the prompts.
+
+    Returns:
+        The completions without their prompts.
 
     Raises:
-        BadOption: a chat is asked for, and the tokenizer has no template; a prompt leaves no position to write at.
+        BadOption: `samples.chat` is set and the tokenizer has no template, or a prompt fills the whole context.
+
+    Example: see `prunelit.evaluation.run.evaluate_model`.
     """
-    wanted.check_chat_template(tokenizer)
+    samples.check_chat_template(tokenizer)
     model: Any = network
     device = next(network.parameters()).device
-    greedy = {
+    options = {
         "do_sample": False,
         "eos_token_id": getattr(model.generation_config, "eos_token_id", None),
         "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         "use_cache": True,
     }
-    positions = get_context_limit(model.config)
-    found = []
+    context_length = get_context_limit(model.config)
+    completions = []
     with use_eval_mode(network):
-        for prompt in track_progress(wanted.prompts, "writing samples", unit="text"):
-            ids = _tokenize_prompt(prompt, tokenizer, wanted.chat).to(device)
-            room = min(wanted.new_tokens, positions - ids.shape[1] if positions else wanted.new_tokens)
-            if room < 1:
-                raise BadOption(f"prompts: expected less than {positions} tokens, got {ids.shape[1]}: {prompt!r:.60}")
-            with use_generation_config(model, **greedy, max_new_tokens=room):
-                written = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids))
-            found.append(tokenizer.decode(written[0, ids.shape[1] :], skip_special_tokens=True))
-    return found
+        for prompt in track_progress(samples.prompts, "writing samples", unit="text"):
+            prompt_ids = _tokenize_prompt(prompt, tokenizer, samples.chat).to(device)
+            new_tokens = min(
+                samples.new_tokens, context_length - prompt_ids.shape[1] if context_length else samples.new_tokens
+            )
+            if new_tokens < 1:
+                raise BadOption(
+                    f"prompts: expected less than {context_length} tokens, got {prompt_ids.shape[1]}: {prompt!r:.60}"
+                )
+            with use_generation_config(model, **options, max_new_tokens=new_tokens):
+                token_ids = model.generate(input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids))
+            completions.append(tokenizer.decode(token_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True))
+    return completions
 
 
 def _tokenize_prompt(prompt: str, tokenizer: Any, chat: bool) -> torch.Tensor:
-    """[1, tokens]."""
+    """Tokenize a prompt: [1, S] token ids."""
     if chat:
         message = [{"role": "user", "content": prompt}]
-        given = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)
     else:
-        given = tokenizer(prompt)
-    return torch.tensor([given["input_ids"]], dtype=torch.long)
+        encoded = tokenizer(prompt)
+    return torch.tensor([encoded["input_ids"]], dtype=torch.long)

@@ -1,11 +1,12 @@
-"""Prefill and decode of a model against the dense one, taking turns in one run, and what its counts had promised.
+"""Prefill and decode speed of a model against the dense one, measured in turn, and the speed that its counts promise.
 
-In every round each model reads the prompt, which gives the first token, and generates further tokens after a context
-with its KV cache; the next round goes through the models backwards. A ratio is dense seconds / cut seconds within one
-round, so what else the machine does meanwhile falls on both; its median and quartiles over the rounds are reported.
+In every round each model reads the prompt, which gives the first token, and then generates tokens after a context with
+its KV cache; the next round runs the models in reverse order. A ratio is dense seconds / pruned seconds within one
+round, so other load on the machine affects both. The median and the quartiles over the rounds are reported.
 
-The promise is the ratio of multiply-accumulates for prefill, and of the bytes that one step reads for decode: weights
-once, and the KV cache of every sequence. The multiply-accumulates are those with weights, see `prunelit.calibration.metrics.measure_model_size`.
+The promise for prefill is the ratio of multiply-accumulates. The promise for decode is the ratio of the bytes that one
+step reads: the weights once, and the KV cache of every sequence. Multiply-accumulates are those with weights, see
+`prunelit.calibration.metrics.size`.
 """
 
 import copy
@@ -27,8 +28,8 @@ from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import show_stage
 
 RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
-_HALF = 0.5  # of the promised gain; less is "removed but not faster"
-_WORTH_SAYING = 1.02  # a smaller promise is within the noise of most machines
+_LEAST_SHARE = 0.5  # of the promised gain; below it a model is "removed but not faster"
+_LEAST_PROMISE = 1.02  # a smaller promise is within the noise of most machines
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,15 @@ class Speed:
         prompt: tokens that prefill reads.
         new_tokens: tokens that decode generates, one by one, with the KV cache.
         context: tokens in the cache when decode begins; null: as many as the prompt.
-        batch: sequences at once, in both.
-        repeats: rounds that count; one before does not.
+        batch: sequences at once, in prefill and decode.
+        repeats: timed rounds; one more round before them is a warm-up.
+
+    Raises:
+        BadOption: a value below 1.
+
+    Example:
+        >>> Speed(prompt=128, new_tokens=8).tokens_in_cache
+        128
     """
 
     prompt: int = 512
@@ -57,160 +65,199 @@ class Speed:
 
     @property
     def tokens_in_cache(self) -> int:
-        """When decode begins."""
+        """Tokens in the cache when decode begins."""
         return self.prompt if self.context is None else self.context
 
     def check_positions(self, network: Any) -> None:
-        """Check that a model has places for so many tokens.
+        """Check that a model's context holds all tokens.
 
         Raises:
-            BadOption: it has not.
+            BadOption: it does not.
         """
         limit = get_context_limit(network.config)
-        most = max(self.prompt, self.tokens_in_cache + self.new_tokens)
-        if limit and most > limit:
-            raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {most}")
+        longest = max(self.prompt, self.tokens_in_cache + self.new_tokens)
+        if limit and longest > limit:
+            raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {longest}")
 
 
 class ModelTimer:
-    """A model ready to be timed; it stays as it is.
+    """Times prefill and decode of one model. The model is not changed.
 
     Args:
         network: a causal LM, on the device where it is to run.
-        wanted: what is timed.
+        speed: what is timed.
+
+    Raises:
+        BadOption: more tokens than the model has positions.
+
+    Example: see `measure_speed`.
     """
 
-    def __init__(self, network: nn.Module, wanted: Speed):
-        wanted.check_positions(network)
+    def __init__(self, network: nn.Module, speed: Speed):
+        speed.check_positions(network)
         self.network = cast(Any, network)
-        self.wanted = wanted
+        self.speed = speed
         self.device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(0)
-        length = max(wanted.prompt, wanted.tokens_in_cache)
+        length = max(speed.prompt, speed.tokens_in_cache)
         vocabulary = int(self.network.config.vocab_size)
-        self.ids = torch.randint(vocabulary, (wanted.batch, length), generator=generator).to(self.device)
-        named = inspect.signature(self.network.forward).parameters
-        self.last_only = {"logits_to_keep": 1} if "logits_to_keep" in named else {}  # as `generate` has it
-        self.context = self.prefill(wanted.tokens_in_cache)[1]
+        self.token_ids = torch.randint(vocabulary, (speed.batch, length), generator=generator).to(self.device)
+        parameters = inspect.signature(self.network.forward).parameters
+        self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as in `generate`
+        self.context = self.prefill(speed.tokens_in_cache)[1]
 
     @torch.no_grad()
     def prefill(self, tokens: int) -> tuple[Tensor, Any]:
-        """The next token [B, 1] after the first so many of the text, and the cache."""
+        """Read the first tokens of the text.
+
+        Returns:
+            The next token [B, 1], and the KV cache. Legend: B batch.
+        """
         with use_eval_mode(self.network):
-            out = self.network(input_ids=self.ids[:, :tokens], use_cache=True, **self.last_only)
-        return out.logits[:, -1:].argmax(-1), out.past_key_values
+            output = self.network(input_ids=self.token_ids[:, :tokens], use_cache=True, **self.last_logits_only)
+        return output.logits[:, -1:].argmax(-1), output.past_key_values
 
     @torch.no_grad()
     def decode(self, cache: Any) -> None:
-        """Further tokens after a cache, which grows."""
-        token = self.ids[:, :1]
+        """Generate `new_tokens` tokens after a cache, which grows."""
+        token = self.token_ids[:, :1]
         with use_eval_mode(self.network):
-            for _ in range(self.wanted.new_tokens):
-                out = self.network(input_ids=token, past_key_values=cache, use_cache=True)
-                token = out.logits[:, -1:].argmax(-1)
-        token.tolist()  # the last token is there
+            for _ in range(self.speed.new_tokens):
+                output = self.network(input_ids=token, past_key_values=cache, use_cache=True)
+                token = output.logits[:, -1:].argmax(-1)
+        token.tolist()  # CUDA runs asynchronously: copying the last token waits for it
 
     def measure_seconds(self) -> tuple[float, float]:
-        """Seconds until the first token of a prompt, and seconds of all new tokens after the context."""
-        first = timing.measure_seconds(lambda: self.prefill(self.wanted.prompt)[0].tolist(), self.device)
+        """Measure seconds until the first token of the prompt, and seconds of all new tokens after the context."""
+        prefill_seconds = timing.measure_seconds(lambda: self.prefill(self.speed.prompt)[0].tolist(), self.device)
         cache = copy.deepcopy(self.context)
-        return first, timing.measure_seconds(lambda: self.decode(cache), self.device)
+        return prefill_seconds, timing.measure_seconds(lambda: self.decode(cache), self.device)
 
     def count_kv_bytes(self) -> int:
-        """Bytes of the cache's tensors after the context."""
+        """Count the bytes of the cache's tensors after the context."""
         tensors = [getattr(layer, name, None) for layer in self.context.layers for name in ("keys", "values")]
-        return sum(each.numel() * each.element_size() for each in tensors if isinstance(each, Tensor))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def measure_speed(networks: Mapping[str, nn.Module], wanted: Speed) -> dict[str, dict[str, Any]]:
-    """Time models in turn.
+def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, dict[str, Any]]:
+    """Time several models in turn.
 
     Args:
         networks: {name: causal LM}, on one device.
-        wanted: what is timed.
+        speed: what is timed.
 
     Returns:
-        {name: {"prefill_seconds", "decode_seconds" (of each round), medians and rates, "kv_bytes",
-        "kv_bytes_predicted", and what the promise is made of}}.
+        {name: {"prefill_seconds", "decode_seconds" (one value per round), their medians as rates, "kv_bytes",
+        "kv_bytes_predicted", "weight_bytes", "prefill_macs", "decode_bytes"}}.
 
     Raises:
         BadOption: more tokens than a model has positions.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 16, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+        >>> config = LlamaConfig(num_hidden_layers=1, **sizes)
+        >>> speed = Speed(prompt=4, new_tokens=2, repeats=1)
+        >>> timings = measure_speed({"model": LlamaForCausalLM(config)}, speed)
+        >>> timings["model"]["kv_bytes"] == timings["model"]["kv_bytes_predicted"]
+        True
     """
     with show_stage("reading the context"):
-        runners = {name: ModelTimer(network, wanted) for name, network in networks.items()}
-    taken = timing.run_in_rounds(
-        [runner.measure_seconds for runner in runners.values()], wanted.repeats, "measuring speed"
+        timers = {name: ModelTimer(network, speed) for name, network in networks.items()}
+    seconds_by_model = timing.run_in_rounds(
+        [timer.measure_seconds for timer in timers.values()], speed.repeats, "measuring speed"
     )
-    found = {}
-    for (name, runner), rounds in zip(runners.items(), taken, strict=True):
-        prefill, decode = ([pair[place] for pair in rounds] for place in (0, 1))
-        first, step = statistics.median(prefill), statistics.median(decode) / wanted.new_tokens
-        size = metrics.measure_model_size(runner.network)
-        found[name] = {
+    results = {}
+    for (name, timer), rounds in zip(timers.items(), seconds_by_model, strict=True):
+        prefill, decode = ([pair[column] for pair in rounds] for column in (0, 1))
+        first_token_seconds, step_seconds = statistics.median(prefill), statistics.median(decode) / speed.new_tokens
+        size = metrics.measure_model_size(timer.network)
+        results[name] = {
             "prefill_seconds": prefill,
             "decode_seconds": decode,
-            "time_to_first_token_seconds": first,
-            "prefill_tokens_per_second": wanted.batch * wanted.prompt / first,
-            "decode_tokens_per_second": wanted.batch / step,
-            "kv_bytes": runner.count_kv_bytes(),
-            "kv_bytes_predicted": size["kv_bytes_per_token"] * wanted.tokens_in_cache * wanted.batch,
-            "weight_bytes": sum(p.numel() * p.element_size() for p in runner.network.parameters()),
-            **_count_work(runner, size, wanted),
+            "time_to_first_token_seconds": first_token_seconds,
+            "prefill_tokens_per_second": speed.batch * speed.prompt / first_token_seconds,
+            "decode_tokens_per_second": speed.batch / step_seconds,
+            "kv_bytes": timer.count_kv_bytes(),
+            "kv_bytes_predicted": size["kv_bytes_per_token"] * speed.tokens_in_cache * speed.batch,
+            "weight_bytes": sum(weight.numel() * weight.element_size() for weight in timer.network.parameters()),
+            **_count_work(timer, size, speed),
         }
-    return found
+    return results
 
 
-def _count_work(runner: ModelTimer, size: Mapping[str, int], wanted: Speed) -> dict[str, int]:
-    """Multiply-accumulates of a prefill, and bytes that a step of decode reads."""
-    network = runner.network
-    head = Decoder(network).shape.head_macs
-    heads = wanted.batch * (1 if runner.last_only else wanted.prompt)  # positions that are given logits
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+def _count_work(timer: ModelTimer, size: Mapping[str, int], speed: Speed) -> dict[str, int]:
+    """Count multiply-accumulates of a prefill, and bytes that one step of decode reads."""
+    network = timer.network
+    head_macs = Decoder(network).shape.head_macs
+    positions_with_logits = speed.batch * (1 if timer.last_logits_only else speed.prompt)
+    weight_bytes = sum(weight.numel() * weight.element_size() for weight in network.parameters())
     embedding = network.get_input_embeddings().weight
     output = network.get_output_embeddings()
-    if output is None or output.weight is not embedding:  # only the rows of the tokens are read
-        weights -= embedding.numel() * embedding.element_size()
-    cache = size["kv_bytes_per_token"] * wanted.tokens_in_cache * wanted.batch
+    if output is None or output.weight is not embedding:  # decode reads only the embedding rows of its tokens
+        weight_bytes -= embedding.numel() * embedding.element_size()
+    cache_bytes = size["kv_bytes_per_token"] * speed.tokens_in_cache * speed.batch
     return {
-        "prefill_macs": (size["macs_per_token"] - head) * wanted.prompt * wanted.batch + head * heads,
-        "decode_bytes": weights + cache,
+        "prefill_macs": (size["macs_per_token"] - head_macs) * speed.prompt * speed.batch
+        + head_macs * positions_with_logits,
+        "decode_bytes": weight_bytes + cache_bytes,
     }
 
 
 def compute_speed_ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """How many times as fast as the dense model, round by round, and what was promised.
+    """Compute how many times as fast as the dense model a model is, round by round, and what its counts promise.
 
     Args:
-        model, dense: of `measure_speed`, from one run.
+        model, dense: results of `measure_speed` from one run.
 
     Returns:
         {"prefill" or "decode": {"median", "low", "high" (quartiles), "rounds", "promised", "promised_by", "said"}}.
+
+    Example:
+        >>> model = {"prefill_seconds": [1.0], "decode_seconds": [2.0], "prefill_macs": 10, "decode_bytes": 10}
+        >>> dense = {"prefill_seconds": [2.0], "decode_seconds": [2.0], "prefill_macs": 20, "decode_bytes": 20}
+        >>> {name: (ratio["median"], ratio["promised"]) for name, ratio in compute_speed_ratios(model, dense).items()}
+        {'prefill': (2.0, 2.0), 'decode': (1.0, 2.0)}
     """
-    found = {}
+    ratios = {}
     for kind, work in (("prefill", "prefill_macs"), ("decode", "decode_bytes")):
-        rounds = [theirs / mine for mine, theirs in zip(model[RATES[kind]], dense[RATES[kind]], strict=True)]
+        rounds = [
+            dense_seconds / model_seconds
+            for model_seconds, dense_seconds in zip(model[RATES[kind]], dense[RATES[kind]], strict=True)
+        ]
         low, median, high = _compute_quartiles(rounds)
         promised = dense[work] / model[work]
-        by = {"prefill": "MACs", "decode": "bytes read"}[kind]
-        found[kind] = {
+        unit = {"prefill": "MACs", "decode": "bytes read"}[kind]
+        ratios[kind] = {
             "median": median,
             "low": low,
             "high": high,
             "rounds": rounds,
             "promised": promised,
-            "promised_by": by,
-            "said": describe_speed_ratio(kind, median, low, high, promised, by),
+            "promised_by": unit,
+            "said": describe_speed_ratio(kind, median, low, high, promised, unit),
         }
-    return found
+    return ratios
 
 
-def describe_speed_ratio(kind: str, median: float, low: float, high: float, promised: float, by: str) -> str:
-    """One sentence; "removed but not faster" where less than half of the promised gain came."""
+def describe_speed_ratio(kind: str, median: float, low: float, high: float, promised: float, unit: str) -> str:
+    """Describe a ratio in one sentence; it says "removed but not faster" below half of the promised gain.
+
+    Args:
+        kind: "prefill" or "decode".
+        median, low, high: times as fast as the dense model, with quartiles.
+        promised: the ratio that the counts promise.
+        unit: of the counts.
+
+    Example:
+        >>> describe_speed_ratio("decode", 1.05, 1.0, 1.1, promised=1.5, unit="bytes read")[:31]
+        'decode: removed but not faster:'
+    """
     spread = f"quartiles {low:.2f} to {high:.2f}"
-    got = f"{median:.2f} times the dense model's speed ({spread}); the {by} promise {promised:.2f}"
-    if promised >= _WORTH_SAYING and median - 1 < _HALF * (promised - 1):
-        return f"{kind}: removed but not faster: {got}"
-    return f"{kind}: {got}"
+    comparison = f"{median:.2f} times the dense model's speed ({spread}); the {unit} promise {promised:.2f}"
+    if promised >= _LEAST_PROMISE and median - 1 < _LEAST_SHARE * (promised - 1):
+        return f"{kind}: removed but not faster: {comparison}"
+    return f"{kind}: {comparison}"
 
 
 def _compute_quartiles(values: Sequence[float]) -> tuple[float, float, float]:

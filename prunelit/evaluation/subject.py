@@ -1,4 +1,4 @@
-"""The model that is evaluated: any source, with a PEFT adapter merged into it where one is given."""
+"""A model to evaluate: any source, with a PEFT adapter merged into it where one is given."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +20,10 @@ class EvaluatedModel:
         adapter: folder of a PEFT adapter for it; null for none.
         dtype: of the computation; "auto" is the model's own, but float32 for float16 on a CPU.
         device: "cpu", "cuda", "cuda:1", ...; "auto" takes a GPU if there is one.
+
+    Example:
+        >>> EvaluatedModel("org/model", dtype="bfloat16").predict_dtype()
+        'bfloat16'
     """
 
     source: str
@@ -28,11 +32,12 @@ class EvaluatedModel:
     device: str = "auto"
 
     def check_source(self) -> None:
-        """Check what can be checked before anything is loaded.
+        """Check source, adapter and device before anything is loaded.
 
         Raises:
-            SourceNotFound: no such model; BadAdapter: no such adapter, or one of other shapes; BadOption: no such
-                device.
+            SourceNotFound: no such model.
+            BadAdapter: no such adapter, or its shapes do not match the model's.
+            BadOption: no such device.
         """
         sources.check_model_source(self.source)
         choose_device(self.device)
@@ -40,20 +45,20 @@ class EvaluatedModel:
             adapter_files.check_adapter(self.adapter, self.source)
 
     def predict_dtype(self) -> str | None:
-        """The dtype that the model will have, from its config; None where only loading can tell."""
+        """Predict the dtype of the loaded model from its config; None where only loading can tell."""
         if self.dtype != "auto":
             return self.dtype
-        content = read_model_config(sources.resolve_model_source(self.source))
-        found = str(content.get("dtype") or content.get("torch_dtype") or "")
-        return (
-            "float32" if found == "float16" and choose_device(self.device).type == "cpu" else found or None
-        )  # as `load_on_device` has it
+        config = read_model_config(sources.resolve_model_source(self.source))
+        own_dtype = str(config.get("dtype") or config.get("torch_dtype") or "")
+        if own_dtype == "float16" and choose_device(self.device).type == "cpu":
+            return "float32"  # the same rule as in `load_on_device`
+        return own_dtype or None
 
     def load_model(self) -> Any:
-        """The model on the CPU, its adapter in its weights, all of them finite.
+        """Load the model on the CPU and merge its adapter; all weights are finite.
 
         Raises:
-            SourceNotFound: the model can not be loaded.
+            SourceNotFound: the model cannot be loaded.
             BadAdapter: the adapter does not fit it.
             NonFinite: NaN or infinity in the weights.
         """

@@ -1,7 +1,7 @@
 """Zero-shot tasks of lm-evaluation-harness, from the hub or from local files, checked before a model is loaded.
 
-The definition of a task (prompt, choices, metrics) is always the harness' own: for a local file a small YAML includes
-it and replaces nothing but where the rows come from. Any `lm_eval --include_path FOLDER` reads these YAML files too.
+The definition of a task (prompt, choices, metrics) is always the harness' own. For a local file, a small YAML includes
+that definition and replaces only the source of the rows. `lm_eval --include_path FOLDER` reads these YAML files too.
 """
 
 import gzip
@@ -19,19 +19,23 @@ from prunelit.data import sources
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 from prunelit.runtime.text_files import write_text
 
-_ENDINGS = (".jsonl.gz", ".jsonl")
+_SUFFIXES = (".jsonl.gz", ".jsonl")
 TaskRow = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task.
+    """A zero-shot task.
 
     Attributes:
         definition: the harness' YAML, relative to lm_eval/tasks.
         dataset: hub id of the rows.
-        split: the one that the harness scores.
-        fields: what the definition reads, and what is right there.
+        split: the split that the harness scores.
+        fields: the fields of a row that the definition reads.
+
+    Example:
+        >>> TASKS["boolq"].split
+        'validation'
     """
 
     definition: str
@@ -42,7 +46,16 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskField:
-    """What a field of a row must hold: said to the user, and checked with the whole row at hand."""
+    """What a field of a row must hold.
+
+    Attributes:
+        description: shown to the user.
+        accepts: checks a value; it is given the whole row too.
+
+    Example:
+        >>> TASKS["boolq"].fields["label"].accepts(1, {})
+        True
+    """
 
     description: str
     accepts: Callable[[Any, TaskRow], bool]
@@ -53,11 +66,11 @@ def _is_text(value: Any, row: TaskRow) -> bool:
 
 
 def _accept_numbers_below(count: Callable[[TaskRow], int]) -> Callable[[Any, TaskRow], bool]:
-    def holds(value: Any, row: TaskRow) -> bool:
-        given = int(value) if isinstance(value, str) and value.strip().isdigit() else value
-        return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < count(row)
+    def accepts(value: Any, row: TaskRow) -> bool:
+        number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
+        return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count(row)
 
-    return holds
+    return accepts
 
 
 def _are_choices(value: Any, row: TaskRow) -> bool:
@@ -73,16 +86,16 @@ def _is_choice_label(value: Any, row: TaskRow) -> bool:
 
 _TEXT = TaskField("text", _is_text)
 _BINARY = TaskField("0 or 1", _accept_numbers_below(lambda row: 2))
-_OPTIONS = {
+_CHOICE_FIELDS = {
     "choices": TaskField("{text: [...], label: [...]} of one length", _are_choices),
     "answerKey": TaskField("one of choices.label", _is_choice_label),
 }
-_GAP = TaskField("text with a gap _", lambda value, row: _is_text(value, row) and "_" in value)
-_ENDING = TaskField(
+_TEXT_WITH_GAP = TaskField("text with a gap _", lambda value, row: _is_text(value, row) and "_" in value)
+_ENDINGS_LIST = TaskField(
     "a list of two texts or more",
-    lambda value, row: isinstance(value, list) and len(value) > 1 and all(_is_text(each, row) for each in value),
+    lambda value, row: isinstance(value, list) and len(value) > 1 and all(_is_text(text, row) for text in value),
 )
-_WHICH = TaskField(
+_ENDING_INDEX = TaskField(
     "the number of an ending",
     _accept_numbers_below(lambda row: len(row["endings"]) if isinstance(row.get("endings"), list) else 0),
 )
@@ -98,8 +111,8 @@ TASKS: dict[str, Task] = {
         {
             **dict.fromkeys(("ctx_a", "activity_label"), _TEXT),
             "ctx_b": TaskField("text, may be empty", lambda value, row: isinstance(value, str)),
-            "endings": _ENDING,
-            "label": _WHICH,
+            "endings": _ENDINGS_LIST,
+            "label": _ENDING_INDEX,
         },
     ),
     "winogrande": Task(
@@ -107,14 +120,14 @@ TASKS: dict[str, Task] = {
         "allenai/winogrande",
         "validation",
         {
-            "sentence": _GAP,
+            "sentence": _TEXT_WITH_GAP,
             "option1": _TEXT,
             "option2": _TEXT,
             "answer": TaskField('"1" or "2"', lambda value, row: value in ("1", "2")),
         },
     ),
-    "arc_easy": Task("arc/arc_easy.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_OPTIONS}),
-    "arc_challenge": Task("arc/arc_challenge.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_OPTIONS}),
+    "arc_easy": Task("arc/arc_easy.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_CHOICE_FIELDS}),
+    "arc_challenge": Task("arc/arc_challenge.yaml", "allenai/ai2_arc", "test", {"question": _TEXT, **_CHOICE_FIELDS}),
     "boolq": Task(
         "super_glue/boolq/default.yaml",
         "aps/super_glue",
@@ -122,71 +135,91 @@ TASKS: dict[str, Task] = {
         {"passage": _TEXT, "question": _TEXT, "label": _BINARY},
     ),
     "openbookqa": Task(
-        "openbookqa/openbookqa.yaml", "allenai/openbookqa", "test", {"question_stem": _TEXT, **_OPTIONS}
+        "openbookqa/openbookqa.yaml", "allenai/openbookqa", "test", {"question_stem": _TEXT, **_CHOICE_FIELDS}
     ),
 }
 
 
 def select_tasks(names: Sequence[str]) -> list[str]:
-    """The tasks of these names; "all" for every one.
+    """Select tasks by name.
+
+    Args:
+        names: of tasks; "all" selects every one.
 
     Raises:
         BadOption: no such task, or one twice.
+
+    Example:
+        >>> select_tasks(["piqa", "boolq"])
+        ['piqa', 'boolq']
     """
     for name in names:
         if name != "all" and name not in TASKS:
             raise BadOption(
                 f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{suggest_name(name, TASKS)}"
             )
-    found = list(TASKS) if "all" in names else list(names)
-    if len(set(found)) < len(found):
-        raise BadOption(f"tasks: expected each once, got {found}")
-    return found
+    selected = list(TASKS) if "all" in names else list(names)
+    if len(set(selected)) < len(selected):
+        raise BadOption(f"tasks: expected each once, got {selected}")
+    return selected
 
 
 def find_harness_tasks() -> Path:
-    """The folder of the harness' own tasks.
+    """Find the folder of the harness' own task definitions.
 
     Raises:
         BadOption: lm-evaluation-harness is not installed.
+
+    Example: see `list_stock_definitions`.
     """
-    found = importlib.util.find_spec("lm_eval")
-    if found is None or not found.submodule_search_locations:
+    package = importlib.util.find_spec("lm_eval")
+    if package is None or not package.submodule_search_locations:
         raise BadOption("tasks: zero-shot tasks need lm-evaluation-harness: pip install 'prunelit[zeroshot]'")
-    return Path(found.submodule_search_locations[0]) / "tasks"
+    return Path(package.submodule_search_locations[0]) / "tasks"
 
 
 def find_task_files(names: Sequence[str], folder: str) -> dict[str, Path]:
-    """The file of each task, every row of it checked.
+    """Find the local file of each task and check all of its rows.
 
     Args:
         names: of tasks.
         folder: holds NAME.jsonl or NAME.jsonl.gz.
 
+    Returns:
+        {task: path of its file}.
+
     Raises:
-        SourceNotFound: no such folder or file, or a row without what the task reads; names line and field.
+        SourceNotFound: no such folder or file, or a row lacks a field that the task reads; names line and field.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = (Path(folder) / "boolq.jsonl").write_text('{"passage": "p", "question": "q", "label": 1}')
+        ...     find_task_files(["boolq"], folder)["boolq"].name
+        'boolq.jsonl'
     """
-    home = Path(folder).expanduser()
-    if not home.is_dir():
+    root = Path(folder).expanduser()
+    if not root.is_dir():
         raise SourceNotFound(f"tasks_folder {folder!r}: expected a folder with NAME.jsonl or NAME.jsonl.gz, got none")
-    found = {}
+    files = {}
     for name in names:
-        paths = [path for ending in _ENDINGS if (path := home / f"{name}{ending}").is_file()]
+        paths = [path for ending in _SUFFIXES if (path := root / f"{name}{ending}").is_file()]
         if not paths:
-            there = ", ".join(sorted(path.name for path in home.iterdir())[:8]) or "nothing"
-            raise SourceNotFound(f"tasks_folder {folder!r}: expected {name}.jsonl or {name}.jsonl.gz, got {there}")
+            content = ", ".join(sorted(path.name for path in root.iterdir())[:8]) or "nothing"
+            raise SourceNotFound(f"tasks_folder {folder!r}: expected {name}.jsonl or {name}.jsonl.gz, got {content}")
         _check_task_rows(name, paths[0])
-        found[name] = paths[0].resolve()
-    return found
+        files[name] = paths[0].resolve()
+    return files
 
 
 def _check_task_rows(name: str, path: Path) -> None:
-    opened: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    """Check every row of a task file; the message names line and field."""
+    open_file: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    line_number = 0
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                where = f"task file {str(path)!r}: line {number}"
+        with open_file(path, "rt", encoding="utf-8") as file:
+            for line_number, line in enumerate(file, 1):
+                where = f"task file {str(path)!r}: line {line_number}"
                 try:
                     row = json.loads(line)
                 except ValueError as error:
@@ -195,24 +228,31 @@ def _check_task_rows(name: str, path: Path) -> None:
                     ) from error
                 if not isinstance(row, dict):
                     raise SourceNotFound(f"{where}: expected a JSON object, got {row!r:.60}")
-                for field, wanted in TASKS[name].fields.items():
+                for field, expected in TASKS[name].fields.items():
                     if field not in row:
                         raise SourceNotFound(
-                            f"{where}: expected a field {field!r} ({wanted.description}), got {sorted(row)}"
+                            f"{where}: expected a field {field!r} ({expected.description}), got {sorted(row)}"
                         )
-                    if not wanted.accepts(row[field], row):
-                        raise SourceNotFound(f"{where}: {field}: expected {wanted.description}, got {row[field]!r:.60}")
+                    if not expected.accepts(row[field], row):
+                        raise SourceNotFound(
+                            f"{where}: {field}: expected {expected.description}, got {row[field]!r:.60}"
+                        )
     except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise SourceNotFound(f"task file {str(path)!r}: can not be read: {type(error).__name__}: {error}") from error
-    if not number:
+        raise SourceNotFound(f"task file {str(path)!r}: cannot be read: {type(error).__name__}: {error}") from error
+    if not line_number:
         raise SourceNotFound(f"task file {str(path)!r}: expected rows, got an empty file")
 
 
 def check_rows_available(names: Sequence[str]) -> None:
-    """Check within seconds that the rows of tasks are in the local cache or can be fetched.
+    """Check within seconds that the rows of tasks are in the local cache or can be downloaded.
+
+    Args:
+        names: of tasks.
 
     Raises:
-        SourceNotFound: they are not, and can not.
+        SourceNotFound: they are neither.
+
+    Example: see `prunelit.evaluation.request.prepare_task_request`.
     """
     for name in names:
         try:
@@ -222,11 +262,11 @@ def check_rows_available(names: Sequence[str]) -> None:
 
 
 def write_task_definitions(files: Mapping[str, Path], harness: Path, folder: Path) -> dict[str, str]:
-    """A YAML for each task that includes the harness' own and reads its rows from a local file.
+    """Write a YAML for each task that includes the harness' definition and reads its rows from a local file.
 
     Args:
-        files: of `find_task_files`.
-        harness: of `find_harness_tasks`.
+        files: result of `find_task_files`.
+        harness: result of `find_harness_tasks`.
         folder: where NAME.yaml is written.
 
     Returns:
@@ -234,8 +274,15 @@ def write_task_definitions(files: Mapping[str, Path], harness: Path, folder: Pat
 
     Raises:
         OutputNotWritable: the disk refused.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     written = write_task_definitions({"piqa": Path("piqa.jsonl")}, Path("lm_eval/tasks"), Path(folder))
+        ...     yaml.safe_load(Path(written["piqa"]).read_text())["include"]
+        'lm_eval/tasks/piqa/piqa.yaml'
     """
-    written = {}
+    definitions = {}
     for name, path in files.items():
         task = TASKS[name]
         splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
@@ -250,15 +297,35 @@ def write_task_definitions(files: Mapping[str, Path], harness: Path, folder: Pat
         }
         target = folder / f"{name}.yaml"
         write_text(target, yaml.safe_dump(content, sort_keys=False))
-        written[name] = str(target)
-    return written
+        definitions[name] = str(target)
+    return definitions
 
 
 def list_stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str]:
-    """{task: path of the harness' own YAML}, which fetches rows from the hub."""
+    """List the harness' own YAML of each task, which downloads rows from the hub.
+
+    Args:
+        names: of tasks.
+        harness: result of `find_harness_tasks`.
+
+    Returns:
+        {task: path of its YAML}.
+
+    Example:
+        >>> list_stock_definitions(["piqa"], Path("lm_eval/tasks"))
+        {'piqa': 'lm_eval/tasks/piqa/piqa.yaml'}
+    """
     return {name: str(harness / TASKS[name].definition) for name in names}
 
 
 def fingerprint_file(path: Path) -> str:
-    """Hash of a file's bytes."""
+    """Hash the bytes of a file: 16 hexadecimal digits of SHA-256.
+
+    Args:
+        path: of the file.
+
+    Example:
+        >>> len(fingerprint_file(Path(__file__)))
+        16
+    """
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

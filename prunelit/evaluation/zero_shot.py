@@ -1,6 +1,6 @@
-"""Zero-shot accuracy by lm-evaluation-harness itself, one task at a time, with what every item was answered.
+"""Zero-shot accuracy by lm-evaluation-harness itself, one task at a time, with the result of every item.
 
-Calling the harness directly on the same folder, task, batch size and dtype gives the same numbers.
+Running the harness directly with the same folder, task, batch size and dtype gives the same numbers.
 """
 
 import logging
@@ -25,12 +25,14 @@ AVERAGES = {
 
 
 class ZeroShotEvaluator:
-    """A model behind the harness' interface.
+    """Runs tasks of lm-evaluation-harness on a model.
 
     Args:
         network: a causal LM, on the device where it is to run.
         tokenizer: its tokenizer.
-        batch_size: requests per forward pass; in half precision it moves numbers in their last digits.
+        batch_size: requests per forward pass; in half precision it changes the last digits of the results.
+
+    Example: see `prunelit.evaluation.run.evaluate_model`.
     """
 
     def __init__(self, network: Any, tokenizer: Any, batch_size: int):
@@ -38,7 +40,7 @@ class ZeroShotEvaluator:
             from lm_eval.models.huggingface import HFLM
 
             class Model(HFLM):  # type: ignore[misc]
-                """The harness' model, whose bar shows on a terminal only."""
+                """The harness' model, which shows its progress bar on a terminal only."""
 
                 def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
                     return super().loglikelihood(requests, disable_tqdm or not sys.stderr.isatty())
@@ -46,19 +48,19 @@ class ZeroShotEvaluator:
             self._model = Model(pretrained=network, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
 
     def run_task(self, name: str, definition: str, limit: int | None) -> dict[str, Any]:
-        """One task.
+        """Run one task.
 
         Args:
             name: of the task.
             definition: path of its YAML.
-            limit: the first so many items; None for all.
+            limit: use only the first so many items; None for all.
 
         Returns:
             {"items", "metrics": {"acc", "acc_stderr", ...}, "right": {"acc": one 0 or 1 per item, ...}, "version",
             "fingerprint" (of the items)}.
 
         Raises:
-            SourceNotFound: its rows can not be read or fetched.
+            SourceNotFound: the task's rows cannot be read or downloaded.
         """
         import datasets
         from lm_eval.evaluator import evaluate
@@ -69,71 +71,99 @@ class ZeroShotEvaluator:
                 with show_stage(f"reading {name}"):
                     loaded = TaskManager(include_defaults=False).load([definition])
             except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-                raise SourceNotFound(f"task {name!r}: its rows can not be read: {describe_error(error)}") from error
+                raise SourceNotFound(f"task {name!r}: its rows cannot be read: {describe_error(error)}") from error
             for task in loaded["tasks"].values():  # as `simple_evaluate` has it
                 task.set_config(key="num_fewshot", value=0)
-            found: Any = evaluate(self._model, loaded, limit=limit, log_samples=True)
-        numbers, samples = found["results"][name], found["samples"][name]
-        kinds = [metric for metric in METRICS if f"{metric},none" in numbers]
+            results: Any = evaluate(self._model, loaded, limit=limit, log_samples=True)
+        numbers, samples = results["results"][name], results["samples"][name]
+        names = [metric for metric in METRICS if f"{metric},none" in numbers]
         metrics: dict[str, float | None] = {}
-        for kind in kinds:
-            metrics[kind] = float(numbers[f"{kind},none"])
-            metrics[f"{kind}_stderr"] = _parse_harness_number(numbers[f"{kind}_stderr,none"])
+        for metric in names:
+            metrics[metric] = float(numbers[f"{metric},none"])
+            metrics[f"{metric}_stderr"] = _parse_harness_number(numbers[f"{metric}_stderr,none"])
         return {
             "items": len(samples),
             "metrics": metrics,
-            "right": {kind: [float(sample[kind]) for sample in samples] for kind in kinds},
-            "version": str(found["versions"][name]),
+            "right": {metric: [float(sample[metric]) for sample in samples] for metric in names},
+            "version": str(results["versions"][name]),
             "fingerprint": compute_digest(" ".join(sample["doc_hash"] for sample in samples)),
         }
 
 
 def get_harness_version() -> str:
-    """Of the installed lm-evaluation-harness."""
+    """Return the version of the installed lm-evaluation-harness.
+
+    Example: see `prunelit.evaluation.run.evaluate_model`.
+    """
     return metadata.version("lm_eval")
 
 
-def compute_metric_differences(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """{metric: paired difference} of two results of `ZeroShotEvaluator.run` on the same items."""
+def compute_metric_differences(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Compute the paired difference of two models for each metric.
+
+    Args:
+        result: of `ZeroShotEvaluator.run_task`.
+        baseline: of the model to compare with, on the same items.
+
+    Returns:
+        {metric: result of `prunelit.evaluation.paired.compute_paired_difference`}.
+
+    Example:
+        >>> differences = compute_metric_differences({"right": {"acc": [1.0, 0.0]}}, {"right": {"acc": [0.0, 0.0]}})
+        >>> differences["acc"]["difference"]
+        0.5
+    """
     return {
-        kind: paired.compute_paired_difference(mine["right"][kind], theirs["right"][kind]) for kind in mine["right"]
+        metric: paired.compute_paired_difference(result["right"][metric], baseline["right"][metric])
+        for metric in result["right"]
     }
 
 
 def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Means over tasks, every task weighing the same, in both conventions of the field.
+    """Average metrics over tasks with equal weights, in the two conventions of the field (see `AVERAGES`).
 
     Args:
-        tasks: {"model": result} of each; with {"against": result, "difference": of `compute_metric_differences`} where there are two.
+        tasks: {"model": result} of each; with two models also {"against": result, "difference": result of
+            `compute_metric_differences`}.
 
     Returns:
         {"acc" or "acc_norm": {"model", "against", "difference"}}.
+
+    Example:
+        >>> averages = average_over_tasks([{"model": {"metrics": {"acc": 0.5}}}, {"model": {"metrics": {"acc": 0.7}}}])
+        >>> round(averages["acc"]["model"], 3), round(averages["acc_norm"]["model"], 3)
+        (0.6, 0.6)
     """
-    found: dict[str, dict[str, Any]] = {}
-    for kind in AVERAGES:
-        used = [kind if kind in task["model"]["metrics"] else "acc" for task in tasks]
-        found[kind] = {
-            who: math.fsum(task[who]["metrics"][own] for task, own in zip(tasks, used, strict=True)) / len(tasks)
-            for who in ("model", "against")
-            if who in tasks[0]
+    averages: dict[str, dict[str, Any]] = {}
+    for metric in AVERAGES:
+        task_metrics = [metric if metric in task["model"]["metrics"] else "acc" for task in tasks]
+        averages[metric] = {
+            role: math.fsum(
+                task[role]["metrics"][task_metric] for task, task_metric in zip(tasks, task_metrics, strict=True)
+            )
+            / len(tasks)
+            for role in ("model", "against")
+            if role in tasks[0]
         }
-        if "against" in found[kind]:
-            each = [task["difference"][own] for task, own in zip(tasks, used, strict=True)]
-            found[kind]["difference"] = paired.average_differences(each)
-    return found
+        if "against" in averages[metric]:
+            differences = [
+                task["difference"][task_metric] for task, task_metric in zip(tasks, task_metrics, strict=True)
+            ]
+            averages[metric]["difference"] = paired.average_differences(differences)
+    return averages
 
 
-def _parse_harness_number(given: Any) -> float | None:
-    """A number of the harness, which writes "N/A" for an error of one item."""
-    return float(given) if isinstance(given, int | float) and math.isfinite(given) else None
+def _parse_harness_number(value: Any) -> float | None:
+    """Convert a number of the harness, which writes "N/A" for the standard error of a single item."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 @contextmanager
 def _silence_harness() -> Iterator[None]:
-    """Silence the harness' log, and the one bar that it gives no option for: of putting prompts together."""
+    """Silence the harness' log, and its progress bar for building prompts, which no option turns off."""
     from lm_eval.api import task
 
-    log, bar = logging.getLogger("lm_eval"), task.tqdm
+    log, original_tqdm = logging.getLogger("lm_eval"), task.tqdm
     level = log.level
     log.setLevel(logging.ERROR)
     task.tqdm = lambda items, **_: items
@@ -142,4 +172,4 @@ def _silence_harness() -> Iterator[None]:
             yield
     finally:
         log.setLevel(level)
-        task.tqdm = bar
+        task.tqdm = original_tqdm

@@ -102,8 +102,8 @@ class SafetensorsFolder:
         try:
             yield
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            said = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
-            raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {said}") from error
+            reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
+            raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {reason}") from error
 
     def match_names(self, model: Any) -> dict[str, str]:
         """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""

@@ -22,29 +22,29 @@ def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
     Raises:
         BadPlan: another family, number of layers or width; says the first difference.
     """
-    made_for, found = plan.model, decoder.shape
+    made_for, shape_now = plan.model, decoder.shape
     for name in ("model_type", "hidden_size"):
-        if getattr(made_for, name) != getattr(found, name):
+        if getattr(made_for, name) != getattr(shape_now, name):
             raise BadPlan(
                 f"plan: made for another model: {name} {getattr(made_for, name)!r} ({made_for.name}), "
-                f"got {getattr(found, name)!r} ({found.name}); make a plan for this model"
+                f"got {getattr(shape_now, name)!r} ({shape_now.name}); make a plan for this model"
             )
-    if len(made_for.layers) != len(found.layers):
+    if len(made_for.layers) != len(shape_now.layers):
         raise BadPlan(
-            f"plan: made for {len(made_for.layers)} layers ({made_for.name}), got a model with {len(found.layers)} "
-            f"({found.name}); make a plan for this model, or load the dense one"
+            f"plan: made for {len(made_for.layers)} layers ({made_for.name}), got a model with {len(shape_now.layers)} "
+            f"({shape_now.name}); make a plan for this model, or load the dense one"
         )
-    for index, (wanted, shape) in enumerate(zip(made_for.layers, found.layers, strict=True)):
-        if wanted != shape:
+    for index, (planned_shape, shape) in enumerate(zip(made_for.layers, shape_now.layers, strict=True)):
+        if planned_shape != shape:
             raise BadPlan(
                 f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} "
-                f"KV groups, {shape.ffn_channels} channels, expected {wanted.query_heads}, {wanted.kv_groups}, "
-                f"{wanted.ffn_channels}; make a plan for this model, or load the dense one"
+                f"KV groups, {shape.ffn_channels} channels, expected {planned_shape.query_heads}, {planned_shape.kv_groups}, "
+                f"{planned_shape.ffn_channels}; make a plan for this model, or load the dense one"
             )
-    if made_for.weights != found.weights:
+    if made_for.weights != shape_now.weights:
         warnings.warn(
-            f"the plan was made for weights {made_for.weights} ({made_for.name}), this model has {found.weights} "
-            f"({found.name}): right for a fine-tuned copy, wrong for any other model",
+            f"the plan was made for weights {made_for.weights} ({made_for.name}), this model has {shape_now.weights} "
+            f"({shape_now.name}): right for a fine-tuned copy, wrong for any other model",
             stacklevel=4,  # check_fits, apply, its no_grad wrapper, the caller
         )
 

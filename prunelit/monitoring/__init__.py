@@ -1,1 +1,1 @@
-"""Callbacks that watch a job: dashboard, report of the run, checkpoints, loggers."""
+"""Callbacks that watch a job: dashboard, run report, checkpoints, loggers."""

@@ -1,4 +1,4 @@
-"""Checkpoints that a run can go on from, whatever ended it: never half a file, one on SIGTERM, the newest whole one.
+"""Checkpoints to resume from: written atomically, saved on SIGTERM, and the newest whole one is found.
 
     Trainer(plugins=[AtomicCheckpointIO()], callbacks=[SaveOnSigterm()])
 
@@ -22,22 +22,29 @@ from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.torch_files import check_torch_file, find_file_damage, write_torch_file
 from prunelit.strategies.sharding import is_sharded_strategy
 
-_SHARDED_END = "meta.pt"  # what Lightning writes last into a sharded checkpoint
-_SIGTERM_EXIT = 143  # 128 + 15, what a shell says of a process that SIGTERM ended
+_SHARDED_END = "meta.pt"  # the last file that Lightning writes into a sharded checkpoint
+_SIGTERM_EXIT = 143  # 128 + 15, a shell's exit code of a process that SIGTERM ended
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """One-file checkpoints that are whole or not there, and are checked before they are loaded.
+    """Writes one-file checkpoints atomically, and checks them before they are loaded.
 
-    Written straight to the side, onto the disk and into place: the earlier file of this name stays until then, and no
-    copy of it is made in memory. Remote paths are Lightning's own business.
+    The checkpoint is streamed to a temporary file, synced to disk and renamed. The earlier file of this name stays
+    until the new one is complete, and no copy is held in memory. Remote paths are left to Lightning.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     AtomicCheckpointIO().save_checkpoint({"step": 1}, f"{folder}/a.ckpt")
+        ...     AtomicCheckpointIO().load_checkpoint(f"{folder}/a.ckpt")
+        {'step': 1}
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:
-            OutputNotWritable: the disk refused; the earlier checkpoint of this name is as it was.
+            OutputNotWritable: the disk refused; the earlier checkpoint of this name is unchanged.
         """
         if storage_options is not None or not is_local_path(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -53,7 +60,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            SourceNotFound: missing, cut short or damaged; names the newest whole one beside it.
+            SourceNotFound: the file is missing, truncated or damaged; the message names the newest whole one beside it.
         """
         if is_local_path(path):
             check_torch_file(Path(path))
@@ -61,14 +68,17 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class SaveOnSigterm(Callback):
-    """On SIGTERM save `last.ckpt` and exit with 143; a run that goes on from it ends in the weights of one that ran on.
+    """Saves `last.ckpt` on SIGTERM and exits with 143; a run resumed from it ends with the weights of an unbroken run.
 
-    Lightning notes the signal and ends the run after the batch at hand. The file goes where the first `ModelCheckpoint`
-    writes, else to `checkpoints` in `default_root_dir`. Between two steps of gradient accumulation the gradients are
-    saved too, in any checkpoint; over several processes, their mean; where parameters are sharded, they are not.
+    Lightning notes the signal and ends the run after the current batch. The file goes to the folder of the first
+    `ModelCheckpoint`, else to `checkpoints` in `default_root_dir`. Between two steps of gradient accumulation the
+    gradients are saved too, in any checkpoint; with several processes, their mean. Sharded gradients are not saved.
 
-    A SIGTERM before training ends the process at once, as it does any other: there is nothing yet but what is kept. One
-    after it is not heeded: the run is about to end.
+    A SIGTERM before training ends the process at once: all results so far are cached. A SIGTERM after training is
+    ignored, because the run is about to end.
+
+    Example:
+        Trainer(callbacks=[SaveOnSigterm()])
     """
 
     def __init__(self) -> None:
@@ -78,31 +88,31 @@ class SaveOnSigterm(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note whether the optimiser has stepped; Lightning steps on the last batch of an epoch in any case."""
+        """Note whether the optimiser has stepped; Lightning always steps on the last batch of an epoch."""
         stepped = (
             batch_idx + 1
         ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
         self._accumulating = not stepped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Gradients of an unfinished step."""
+        """Save the gradients of an unfinished accumulation step."""
         if self._accumulating and not is_sharded_strategy(trainer.strategy):
-            found = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
-            checkpoint["gradients"] = {name: _average_over_ranks(gradient) for name, gradient in found.items()}
+            gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
+            checkpoint["gradients"] = {name: _average_over_ranks(gradient) for name, gradient in gradients.items()}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Take them until the optimiser is there."""
+        """Hold the gradients until the optimiser exists."""
         self._gradients = checkpoint.get("gradients")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Put them back."""
+        """Restore the gradients."""
         for name, parameter in pl_module.named_parameters() if self._gradients else ():
             if name in (self._gradients or {}):
                 parameter.grad = (self._gradients or {})[name].to(parameter.device, copy=True)
         self._accumulating, self._gradients = self._gradients is not None, None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save, on SIGTERM only: after any other exception the state may be that of half a step.
+        """Save on SIGTERM only: after any other exception the state may be that of half a step.
 
         Raises:
             OutputNotWritable: the disk refused.
@@ -121,19 +131,24 @@ class SaveOnSigterm(Callback):
 
 
 def _average_over_ranks(gradient: Tensor) -> Tensor:
-    """Of this process's gradients and the others', which a wrapped model adds up only when it steps."""
-    found = gradient.detach().clone()
+    """Average a gradient over the ranks. DDP itself synchronises gradients only on the batch that steps."""
+    mean = gradient.detach().clone()
     if dist.is_initialized():
-        dist.all_reduce(found)
-        found /= dist.get_world_size()
-    return found
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean
 
 
 def configure_checkpoints(trainer: Trainer) -> None:
-    """Give a Trainer whole checkpoints in a folder that the next run finds.
+    """Make a Trainer write whole checkpoints into a folder that the next run finds.
 
-    Where Lightning would write its plain one-file checkpoints, `AtomicCheckpointIO` does; a `ModelCheckpoint` without
-    `dirpath` writes to `checkpoints` in `default_root_dir`, not to a folder that a logger numbers anew for every run.
+    Plain one-file checkpoints are written by `AtomicCheckpointIO`. A `ModelCheckpoint` without `dirpath` writes to
+    `checkpoints` in `default_root_dir`, instead of a folder that a logger numbers anew for every run.
+
+    Args:
+        trainer: changed in place.
+
+    Example: see `prunelit.cli.fit.PrunelitCLI`.
     """
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
@@ -143,31 +158,42 @@ def configure_checkpoints(trainer: Trainer) -> None:
 
 
 def find_newest_checkpoint(trainer: Trainer) -> Path | None:
-    """The newest checkpoint that training can go on from, of all in the folders where this Trainer writes; says what it
-    leaves out, and why. None where there is none."""
+    """Find the newest checkpoint from which training can go on, in all folders where a Trainer writes checkpoints.
+
+    The log names the newer ones that cannot be used, and why.
+
+    Args:
+        trainer: its `ModelCheckpoint` callbacks and `default_root_dir` name the folders.
+
+    Returns:
+        Path of the checkpoint; None where there is none.
+
+    Example: see `prunelit.cli.fit.PrunelitCLI`.
+    """
     folders = dict.fromkeys(
         [*(Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath), _get_checkpoint_folder(trainer)]
     )
     files = [path for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
-        wrong = (
+        problem = (
             find_file_damage(path / _SHARDED_END)
             if path.is_dir()
             else find_file_damage(path) or _describe_missing_state(path)
         )
-        if wrong is None:
+        if problem is None:
             return path
-        log_on_rank_zero(f"checkpoint {path} is {wrong}: taking the one before it")
+        log_on_rank_zero(f"checkpoint {path} is {problem}: taking the one before it")
     log_on_rank_zero(f"no checkpoint in {', '.join(map(str, folders))}: starting from the beginning")
     return None
 
 
 def _describe_missing_state(path: Path) -> str | None:
+    """Say why a whole file is no checkpoint to resume from; None where it is one."""
     try:
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except Exception as error:  # noqa: BLE001  (whole, and yet not of Lightning)
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except Exception as error:  # noqa: BLE001  (a whole file, but not written by Lightning)
         return f"not readable ({type(error).__name__})"
-    return None if isinstance(saved, dict) and "optimizer_states" in saved else "without an optimiser's state"
+    return None if isinstance(checkpoint, dict) and "optimizer_states" in checkpoint else "without an optimiser's state"
 
 
 def _list_model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

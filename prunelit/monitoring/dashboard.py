@@ -1,19 +1,19 @@
-"""Dashboard: shows a pruning run in the job's loggers, at its best in Weights & Biases.
+"""Dashboard: logs a pruning run to the job's loggers, most completely to Weights & Biases.
 
-    callbacks/dashboard.yaml    attaches it to any LightningCLI job with a second --config
+    callbacks/dashboard.yaml    adds it to any LightningCLI job with a second --config
     Python                      Trainer(logger=WandbLogger(project="p"), callbacks=[LLMBIP(0.2), Dashboard()])
 
-What is logged, beside what the job logs itself (`prunelit.monitoring.loggers` says what each logger takes):
+It logs, in addition to what the job logs itself (`prunelit.monitoring.loggers` says what each logger can show):
 
-    prune/kept, prune/scores, prune/search    pictures, when the plan is made; prune/layers, a table
-    search/...                                every evaluation of a block search and every block removed, as it happens
-    quality/...                               perplexity and size, dense, pruned, recovered; how far recovery has come
+    prune/kept, prune/scores, prune/search    figures, when the plan is made; prune/layers, a table
+    search/...                                every evaluation of a block search and every removed block, as they happen
+    quality/...                               perplexity and size, dense, pruned, recovered; progress of the recovery
     train/tokens_per_second                   of one process
     stage/...                                 seconds and peak memory of every stage
-    samples                                   completions side by side, of the prompts asked for
-    plan, model                               artifacts with their lineage: base model -> plan -> cut model
+    samples                                   completions of the given prompts, side by side
+    plan, model                               artifacts with their lineage: base model -> plan -> pruned model
 
-`python -m prunelit dashboard --project P` lays out a W&B workspace and a report for these names.
+`python -m prunelit dashboard --project P` creates a W&B workspace and a report for these names.
 """
 
 import math
@@ -43,7 +43,7 @@ AXES = {
     "stage/seconds": "stage/number",
     "stage/memory_mib": "stage/number",
 }
-"""On what numbers stand that are not of a training step."""
+"""The x axis of numbers that do not belong to a training step."""
 METRICS = {
     "search": ("search/perplexity", "search/chosen_perplexity"),
     "quality": (
@@ -54,25 +54,29 @@ METRICS = {
     "recovery": ("train/tokens_per_second",),
     "cost": ("stage/seconds", "stage/memory_mib"),
 }
-"""Names of the numbers, by the section of the dashboard in which they stand."""
+"""Names of the numbers in each section of the dashboard."""
 IMAGES = {name: f"{'prune' if name in ('kept', 'scores', 'search') else 'quality'}/{name}" for name in PICTURES}
-"""Names of the pictures."""
+"""Logged names of the figures."""
 
 
 class Dashboard(Recorder):
-    """Logs what a pruning run did, on rank zero, to every logger of the Trainer; it changes nothing.
+    """Logs what a pruning run did, on rank zero, to every logger of the Trainer. It does not change the run.
 
-    By default no text, no path, no command line and no host's name goes to W&B: the settings that send them are turned
-    off in the environment of runs that start later, unless it says otherwise (WANDB_CONSOLE, WANDB_DISABLE_CODE, ...).
+    By default no text, path, command line or host name is sent to W&B: the settings that send them are turned off in
+    the environment of later runs, unless the environment sets them already (WANDB_CONSOLE, WANDB_DISABLE_CODE, ...).
 
     Args:
-        prompts: texts that the model completes, dense, pruned and recovered; these and what it writes are logged.
-        prompt_tokens: at most so many tokens each.
-        artifacts: what goes to W&B as files: "plan" (without the paths of its sources), also the saved "model" (without
-            its README.md, report.json and proof.json), or "none".
+        prompts: texts that the model completes, dense, pruned and recovered; prompts and completions are logged.
+        prompt_tokens: at most so many tokens per completion.
+        artifacts: files that are sent to W&B: "plan" (without the paths of its sources), "model" (the plan and the
+            saved model without its README.md, report.json and proof.json), or "none".
 
     Raises:
-        BadOption: on construction.
+        BadOption: an empty prompt, or an unknown value of `artifacts`.
+
+    Example:
+        >>> Dashboard(artifacts="none").state_dict()
+        {}
     """
 
     def __init__(self, prompts: Sequence[str] = (), prompt_tokens: int = 32, artifacts: Artifacts = "plan"):
@@ -82,18 +86,18 @@ class Dashboard(Recorder):
         self.prompts, self.prompt_tokens, self.artifacts = list(prompts), prompt_tokens, artifacts
         self._samples = Samples(tuple(prompts), new_tokens=prompt_tokens) if prompts else None
         self._trainer: Trainer | None = None
-        self._shown: set[str] = set()
-        self._plan = ""  # digest of the plan that was logged last
-        loggers.set_quiet_wandb_defaults()  # before a run starts, which is before any hook
+        self._logged_pictures: set[str] = set()
+        self._logged_digest = ""  # digest of the plan logged last
+        loggers.set_quiet_wandb_defaults()  # W&B reads the environment when its run starts, before any hook
 
-    # What a run tells --------------------------------------------------------------------------------------------
+    # Events of the run -------------------------------------------------------------------------------------------
 
     def attach(self, trainer: Trainer) -> None:
-        """Called before the first event, whatever the order of the callbacks."""
+        """Connect to a Trainer. Pruning callbacks call this before the first event, whatever their order."""
         if self._trainer is trainer:
             return
-        if self._trainer is not None:  # what happened in another job is not this one's
-            self.record, self._shown, self._plan = Record(kind="job"), set(), ""
+        if self._trainer is not None:  # a new job begins with an empty record
+            self.record, self._logged_pictures, self._logged_digest = Record(kind="job"), set(), ""
         self._trainer = trainer
         if trainer.is_global_zero and trainer.loggers:
             loggers.define_axes(trainer.loggers, AXES)
@@ -103,10 +107,11 @@ class Dashboard(Recorder):
         self._write_completions(trainer, trainer.lightning_module, "dense")
 
     def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
-        known = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
+        """Store an event and log what it says."""
+        is_logged = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
         super().on_event(event, facts)
         trainer = self._trainer
-        if trainer is None or not trainer.is_global_zero or known:
+        if trainer is None or not trainer.is_global_zero or is_logged:
             return
         if event == "evaluation":
             self._log_point({"search/perplexity": facts["perplexity"]}, len(self.record.search))
@@ -115,7 +120,7 @@ class Dashboard(Recorder):
         elif event == "planned":
             self._log_plan(trainer, facts["plan"])
         elif event == "measured":
-            values = {f"quality/{facts['name']}_{n}": facts["row"].get(n) for n in ("perplexity", "parameters")}
+            values = {f"quality/{facts['name']}_{key}": facts["row"].get(key) for key in ("perplexity", "parameters")}
             self._log_numbers({name: value for name, value in values.items() if value is not None}, also_summary=True)
         elif event == "stage":
             seconds, memory = facts["seconds"], facts.get("memory_mib") or {}
@@ -124,14 +129,14 @@ class Dashboard(Recorder):
             self._log_point({"stage/seconds": seconds, "stage/memory_mib": peak}, len(self.record.stages))
         elif event == "step":
             self._log_step(facts["values"], facts["step"])
-        if event in ("removed", "stage"):  # a search takes long, and may be killed
+        if event in ("removed", "stage"):  # a search takes long and may be killed, so loggers write to disk now
             for logger in self._loggers:
                 logger.save()
 
     def _log_plan(self, trainer: Trainer, plan: PruningPlan) -> None:
-        if plan.digest == self._plan:  # the run is resumed by it
+        if plan.digest == self._logged_digest:  # a resumed run has logged it already
             return
-        self._plan, predicted = plan.digest, plan.predicted
+        self._logged_digest, predicted = plan.digest, plan.predicted
         values = {
             f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
         } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
@@ -145,51 +150,51 @@ class Dashboard(Recorder):
         columns = ["layer", *(f"{name} kept" for name in names), *(f"{name}, dense" for name in names)]
         loggers.log_table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
         if self.artifacts != "none":
-            of = f"base-{_sanitize_artifact_name(plan.model.name)}"
+            base_name = f"base-{_sanitize_artifact_name(plan.model.name)}"
             base = {"model_type": plan.model.model_type, "parameters": plan.model.parameters}
-            loggers.log_used_artifact(self._loggers, of, "base-model", base)
-            facts = {"of": of, "method": plan.method, "digest": plan.digest, **predicted}
+            loggers.log_used_artifact(self._loggers, base_name, "base-model", base)
+            facts = {"of": base_name, "method": plan.method, "digest": plan.digest, **predicted}
             loggers.log_artifact(self._loggers, "plan", "plan", facts, {"plan.json": _remove_paths(plan).to_json()})
 
     def _log_step(self, values: Mapping[str, float], step: int) -> None:
-        found = {}
+        numbers = {}
         if "tokens_per_second" in values:
-            found["train/tokens_per_second"] = values["tokens_per_second"]
+            numbers["train/tokens_per_second"] = values["tokens_per_second"]
         dense = self.record.measured.get("dense", {}).get("perplexity")
         if dense and "val_perplexity" in values:
-            found["quality/val_over_dense"] = values["val_perplexity"] / dense
-        self._log_numbers(found, max(0, step - 1))  # Lightning counts the steps that it logs from 0
+            numbers["quality/val_over_dense"] = values["val_perplexity"] / dense
+        self._log_numbers(numbers, max(0, step - 1))  # Lightning's own log counts steps from 0
 
-    # What Lightning calls ----------------------------------------------------------------------------------------
+    # Hooks of Lightning ------------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
             self.attach(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The record, and which runs of which loggers it was sent to."""
+        """Return the record, and the runs of the loggers to which it was sent."""
         if not self._loggers:
             return {}
-        shown = [name for name in ("kept", "scores", "search") if name in self._shown]
-        sent = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._plan}
-        return {"record": self.record.to_json(), **sent}
+        shown = [name for name in ("kept", "scores", "search") if name in self._logged_pictures]
+        log_state = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._logged_digest}
+        return {"record": self.record.to_json(), **log_state}
 
     def _resume_record(self, state: Mapping[str, Any]) -> None:
-        """Log nothing twice where the loggers go on with the same runs; a state of another version is passed over."""
+        """Restore the record where the loggers continue the same runs; ignore a state of another version."""
         if state.get("loggers") != loggers.list_logger_runs(self._loggers):
             return
         try:
             self.record = Record.from_json(state["record"])
         except (ValueError, KeyError, TypeError, BadPlan):
             return
-        self._shown, self._plan = set(state["shown"]), state["plan"]
+        self._logged_pictures, self._logged_digest = set(state["shown"]), state["plan"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.record.plan is not None:
             self._write_completions(trainer, pl_module, "pruned")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Completions, the last pictures, and the model that was saved."""
+        """Log completions, the last figures, and the saved model."""
         self._write_completions(trainer, pl_module, "recovered")
         if not trainer.is_global_zero:
             return
@@ -204,10 +209,10 @@ class Dashboard(Recorder):
     def _loggers(self) -> list[Logger]:
         return [] if self._trainer is None else self._trainer.loggers
 
-    def _log_point(self, values: Mapping[str, float], place: int) -> None:
+    def _log_point(self, values: Mapping[str, float], position: int) -> None:
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if finite:
-            loggers.log_points(self._loggers, finite, AXES[next(iter(finite))], place)
+            loggers.log_points(self._loggers, finite, AXES[next(iter(finite))], position)
 
     def _log_numbers(self, values: Mapping[str, float], step: int | None = None, also_summary: bool = False) -> None:
         finite = {name: float(value) for name, value in values.items() if math.isfinite(value)}
@@ -217,17 +222,17 @@ class Dashboard(Recorder):
                 loggers.log_summary(self._loggers, finite)
 
     def _log_pictures(self, *names: str) -> None:
-        """Each once in a run, where there is something to see."""
+        """Log each figure once in a run, where there is something to draw."""
         for name in names:
-            if self._trainer is None or not self._loggers or name in self._shown:
+            if self._trainer is None or not self._loggers or name in self._logged_pictures:
                 continue
-            if (made := draw_picture(name, self.record)) is not None:
-                self._shown.add(name)
+            if (figure := draw_picture(name, self.record)) is not None:
+                self._logged_pictures.add(name)
                 step = self._trainer.global_step
-                loggers.log_picture(self._loggers, IMAGES[name], encode_png(made), PICTURES[name].caption, step)
+                loggers.log_picture(self._loggers, IMAGES[name], encode_png(figure), PICTURES[name].caption, step)
 
-    def _write_completions(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        """Let the model write, if asked to; a table once the last state is known."""
+    def _write_completions(self, trainer: Trainer, pl_module: LightningModule, state: str) -> None:
+        """Let the model complete the prompts; log a table after the last state."""
         if self._samples is None or not trainer.loggers or sharding.is_sharded_strategy(trainer.strategy):
             return
         tokenizer = find_tokenizer(trainer, pl_module)
@@ -238,33 +243,56 @@ class Dashboard(Recorder):
         except NoModel:
             return
         texts = samples.generate_completions(model, tokenizer, self._samples)
-        self.record.on_event("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
-        if name == "recovered":
-            states = [state for state in STATES if any(state in row for row in self.record.completions)]
-            rows = [[row["prompt"], *(row.get(state, "") for state in states)] for row in self.record.completions]
+        self.record.on_event("completions", {"prompts": self._samples.prompts, "name": state, "texts": texts})
+        if state == "recovered":
+            states = [
+                other_state for other_state in STATES if any(other_state in row for row in self.record.completions)
+            ]
+            rows = [
+                [row["prompt"], *(row.get(other_state, "") for other_state in states)]
+                for row in self.record.completions
+            ]
             loggers.log_table(self._loggers, "samples", ["prompt", *states], rows, trainer.global_step)
 
 
 def list_shareable_files(folder: Path, plan: str) -> dict[str, Path | str]:
-    """Files of a saved model that may leave: not those that name its sources or hold tokens of a text."""
-    stay = ("README.md", "plan.json", "report.json", "proof.json")
-    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    return {name: path for name, path in found.items() if path.name not in stay} | {"plan.json": plan}
+    """List the files of a saved model that may leave the machine.
+
+    Files that name its sources or hold tokens of a text are left out.
+
+    Args:
+        folder: the saved model.
+        plan: JSON of the plan without paths, which replaces plan.json.
+
+    Returns:
+        {name: path of the file, or its text}.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in ("config.json", "README.md", "plan.json"):
+        ...         _ = (Path(folder) / name).write_text("{}")
+        ...     sorted(list_shareable_files(Path(folder), plan="{}"))
+        ['config.json', 'plan.json']
+    """
+    private_names = ("README.md", "plan.json", "report.json", "proof.json")
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {name: path for name, path in files.items() if path.name not in private_names} | {"plan.json": plan}
 
 
 def _remove_paths(plan: PruningPlan) -> PruningPlan:
-    """The plan as it may leave the machine: of files only their names."""
+    """Return the plan as it may leave the machine: paths become file names."""
 
-    def bare(value: Any) -> Any:
+    def remove_path(value: Any) -> Any:
         if isinstance(value, str):
             return Path(value).name if "/" in value or "\\" in value else value
-        return [bare(each) for each in value] if isinstance(value, list | tuple) else value
+        return [remove_path(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-    options = {name: bare(value) for name, value in plan.options.items()}
-    calibration = {name: bare(value) for name, value in plan.calibration.items()}
+    options = {name: remove_path(value) for name, value in plan.options.items()}
+    calibration = {name: remove_path(value) for name, value in plan.calibration.items()}
     return replace(plan, options=options, calibration=calibration)
 
 
 def _sanitize_artifact_name(model: str) -> str:
-    """As an artifact may be called: letters, digits, dashes, underscores and dots."""
+    """Make a name that W&B allows for artifacts: letters, digits, dashes, underscores and dots."""
     return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).name)[:100]

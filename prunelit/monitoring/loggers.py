@@ -1,7 +1,8 @@
-"""What a job's loggers can take beside numbers: points on an axis of their own, pictures, tables, artifacts.
+"""Logging beyond plain numbers: points with their own x axis, figures, tables and artifacts.
 
-Weights & Biases takes all of it; TensorBoard takes numbers, pictures and tables as text; the CSV logger numbers, and
-files beside its metrics.csv. Any other Lightning logger takes the numbers. Call on rank zero.
+Weights & Biases shows all of it. TensorBoard shows numbers, figures, and tables as text. The CSV logger stores numbers,
+and the rest as files beside its metrics.csv. Any other Lightning logger gets the numbers. Call these functions on rank
+zero.
 """
 
 import csv
@@ -28,81 +29,150 @@ WANDB_QUIET: dict[str, Any] = {
     "x_save_requirements": False,
     "host": "-",
 }
-"""Settings without which W&B also sends the command line, the host's name, the packages and what is printed."""
+"""Settings that stop W&B from sending the command line, the host name, the installed packages and printed text."""
 
 
-def check_wandb_installed(asked: str) -> None:
-    """Raise before any work is done.
+def check_wandb_installed(option: str) -> None:
+    """Check that wandb is installed, before any work is done.
 
     Args:
-        asked: the option that needs wandb.
+        option: the option that needs wandb, for the message.
 
     Raises:
         BadOption: it is not installed.
+
+    Example: see `prunelit.cli.dashboard.create_dashboard`.
     """
     try:
         import wandb  # noqa: F401
     except ImportError as error:
-        raise BadOption(f"{asked}: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
+        raise BadOption(f"{option}: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
 
 
 def set_quiet_wandb_defaults() -> None:
-    """`WANDB_QUIET` as the environment of runs to come, where the environment says nothing else."""
+    """Put `WANDB_QUIET` into the environment of later runs; variables that are set already stay.
+
+    Example:
+        >>> set_quiet_wandb_defaults()
+        >>> "WANDB_CONSOLE" in os.environ
+        True
+    """
     for name, value in WANDB_QUIET.items():
-        said = str(value).lower() if isinstance(value, bool) else value
-        os.environ.setdefault("WANDB_" + name.removeprefix("x").upper(), said)
+        text = str(value).lower() if isinstance(value, bool) else value
+        os.environ.setdefault("WANDB_" + name.removeprefix("x").upper(), text)
 
 
 def log_numbers(loggers: Iterable[Logger], values: Mapping[str, float], step: int) -> None:
-    """Numbers at a step of the training."""
+    """Log numbers at a training step.
+
+    Args:
+        loggers: of the Trainer.
+        values: {name: number}.
+        step: of the training.
+
+    Example: see `log_points`.
+    """
     for logger in loggers:
         logger.log_metrics(dict(values), step)
 
 
-def define_axes(loggers: Iterable[Logger], of: Mapping[str, str]) -> None:
-    """Say once on which axis numbers stand that are logged by `log_points`: {name: axis}."""
+def define_axes(loggers: Iterable[Logger], axis_by_name: Mapping[str, str]) -> None:
+    """Tell W&B the x axis of numbers that `log_points` logs; call it once.
+
+    Args:
+        loggers: of the Trainer.
+        axis_by_name: {name of the number: name of its axis}.
+
+    Example: see `prunelit.monitoring.dashboard.Dashboard`.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            for name, axis in of.items():
+            for name, axis in axis_by_name.items():
                 logger.experiment.define_metric(name, step_metric=axis)
 
 
 def list_logger_runs(loggers: Iterable[Logger]) -> list[str]:
-    """The runs that loggers write to: the same again where a resumed job goes on with them."""
+    """List the runs to which loggers write. A resumed job that continues the same runs gets the same list.
+
+    Args:
+        loggers: of the Trainer.
+
+    Example:
+        >>> list_logger_runs([CSVLogger("logs", name="tiny", version=3)])
+        ['CSVLogger tiny 3']
+    """
     return [f"{type(logger).__name__} {logger.name} {logger.version}" for logger in loggers]
 
 
 def guard_hyperparameters(loggers: Iterable[Logger]) -> None:
-    """Let W&B see of hyperparameters, whoever logs them, only numbers, switches and short plain words."""
+    """Let only numbers, switches and short plain words of the hyperparameters reach W&B, whoever logs them.
+
+    Args:
+        loggers: changed in place.
+
+    Example: see `prunelit.monitoring.scrub.keep_plain_values`.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger) and "log_hyperparams" not in vars(logger):
             logger.log_hyperparams = partial(_log_plain_hyperparameters, logger.log_hyperparams)  # type: ignore[method-assign]
 
 
-def _log_plain_hyperparameters(log: Any, given: Any) -> None:
-    log(scrub.keep_plain_values(given if isinstance(given, Mapping) else vars(given)))
+def _log_plain_hyperparameters(log: Any, hyperparameters: Any) -> None:
+    log(scrub.keep_plain_values(hyperparameters if isinstance(hyperparameters, Mapping) else vars(hyperparameters)))
 
 
-def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, place: int) -> None:
-    """Numbers on an axis of their own, as `place` = 1, 2, ...; "search/evaluation" for instance."""
+def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str, position: int) -> None:
+    """Log numbers with an x axis of their own.
+
+    Args:
+        loggers: of the Trainer.
+        values: {name: number}.
+        axis: name of the axis, as "search/evaluation".
+        position: 1, 2, ... on that axis.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     logger = CSVLogger(folder)
+        ...     log_points([logger], {"search/perplexity": 12.5}, "search/evaluation", 1)
+        ...     logger.experiment.metrics
+        [{'search/evaluation': 1, 'search/perplexity': 12.5, 'step': 1}]
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
-            logger.experiment.log({axis: place, **values})
+            logger.experiment.log({axis: position, **values})
         elif isinstance(logger, CSVLogger):
-            logger.log_metrics({axis: place, **values}, place)
+            logger.log_metrics({axis: position, **values}, position)
         else:
-            logger.log_metrics(dict(values), place)
+            logger.log_metrics(dict(values), position)
 
 
 def log_summary(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
-    """Single numbers of the whole run, where a logger keeps such."""
+    """Log single numbers of the whole run, where the logger has a place for them.
+
+    Args:
+        loggers: of the Trainer.
+        values: {name: number}.
+
+    Example: see `prunelit.monitoring.dashboard.Dashboard`.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(dict(values))
 
 
 def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, step: int) -> None:
-    """A picture; `name` as "prune/kept"."""
+    """Log a figure.
+
+    Args:
+        loggers: of the Trainer.
+        name: as "prune/kept".
+        png: the image file's bytes.
+        caption: how to read it.
+        step: of the training.
+
+    Example: see `prunelit.monitoring.dashboard.Dashboard`.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
@@ -121,55 +191,91 @@ def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, 
 def log_table(
     loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
 ) -> None:
-    """A table; `name` as "prune/layers"."""
+    """Log a table.
+
+    Args:
+        loggers: of the Trainer.
+        name: as "prune/layers".
+        columns: names of the columns.
+        rows: cells.
+        step: of the training.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     logger = CSVLogger(folder)
+        ...     log_table([logger], "prune/layers", ["layer"], [[0], [1]], step=0)
+        ...     (Path(logger.log_dir) / "tables" / "prune_layers.csv").read_text().split()
+        ['layer', '0', '1']
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            made = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
-            logger.experiment.log({name: made, "trainer/global_step": step})
+            wandb_table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            logger.experiment.log({name: wandb_table, "trainer/global_step": step})
         elif isinstance(logger, TensorBoardLogger):
             lines = [columns, ["---"] * len(columns), *rows]
             text = "\n".join("| " + " | ".join(_escape_table_cell(value) for value in line) + " |" for line in lines)
             logger.experiment.add_text(name, text, step)
         elif isinstance(logger, CSVLogger):
-            written = io.StringIO()
-            csv.writer(written).writerows([columns, *rows])
-            write_text(Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}.csv", written.getvalue())
+            buffer = io.StringIO()
+            csv.writer(buffer).writerows([columns, *rows])
+            write_text(Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}.csv", buffer.getvalue())
 
 
 def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any]) -> None:
-    """Say what a run starts from: an artifact that holds its description, and no file of it.
+    """Tell W&B what a run starts from: an artifact that holds a description and no file.
 
-    W&B links artifacts on its server only; offline, what a run has made says in its metadata what it is of.
+    W&B links artifacts on its server only. Offline, the metadata of the run's own artifacts names what they come from.
+
+    Args:
+        loggers: of the Trainer.
+        name: of the artifact.
+        kind: its type, as "base-model".
+        metadata: its description.
+
+    Example: see `prunelit.monitoring.dashboard.Dashboard`.
     """
     for logger in loggers:
         if isinstance(logger, WandbLogger) and not logger.experiment.offline:
             import wandb
 
-            made = wandb.Artifact(name, kind, metadata=dict(metadata))
-            with made.new_file("description.json") as file:
+            used_artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
+            with used_artifact.new_file("description.json") as file:
                 file.write(json.dumps(dict(metadata), indent=2))
-            logger.experiment.use_artifact(made)
+            logger.experiment.use_artifact(used_artifact)
 
 
 def log_artifact(
     loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any], content: Mapping[str, Path | str]
 ) -> None:
-    """Log what a run has made, as {name: file, or text}."""
+    """Log files that a run has made.
+
+    Args:
+        loggers: of the Trainer.
+        name: of the artifact.
+        kind: its type, as "plan" or "model".
+        metadata: its description.
+        content: {file name: path of the file, or its text}.
+
+    Example: see `prunelit.monitoring.dashboard.Dashboard`.
+    """
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             import wandb
 
-            made = wandb.Artifact(name, kind, metadata=dict(metadata))
+            new_artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
             with TemporaryDirectory() as scratch:
                 for file, source in content.items():
                     if isinstance(source, Path):
-                        made.add_file(str(source), file)
+                        new_artifact.add_file(str(source), file)
                     else:
-                        (Path(scratch) / file).write_text(source, encoding="utf-8")
-                        made.add_file(str(Path(scratch) / file), file, policy="mutable")  # W&B copies it
-                logger.experiment.log_artifact(made)
+                        copy = Path(scratch) / file
+                        copy.write_text(source, encoding="utf-8")
+                        # "mutable" makes W&B copy the file, which is deleted with the folder.
+                        new_artifact.add_file(str(copy), file, policy="mutable")
+                logger.experiment.log_artifact(new_artifact)
 
 
 def _decode_png(png: bytes) -> Any:

@@ -186,9 +186,9 @@ class RunReport(Recorder, EventSource):
         self._write_report(trainer)
         if trainer.is_global_zero:
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
-            made = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
+            folders = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
             files = "report.html report.json plan.json config.yaml"
-            sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {made} {files}\n")
+            sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {folders} {files}\n")
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprints of the dense model and the tokenizer."""
@@ -208,9 +208,9 @@ class RunReport(Recorder, EventSource):
         with self._time_stage(f"evaluate_{name}"):
             row: dict[str, Any] = {"perplexity": None}
             if self._windows is not None:
-                found = metrics.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
-                row["perplexity"] = found["perplexity"]
-                self.report["protocol"]["tokens"] = found["tokens"]
+                measured = metrics.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
+                row["perplexity"] = measured["perplexity"]
+                self.report["protocol"]["tokens"] = measured["tokens"]
             self.report[name] = row | size
             self.emit("measured", name=name, row=self.report[name])
 
@@ -238,17 +238,17 @@ class RunReport(Recorder, EventSource):
         """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
         only where that run is resumed."""
         try:
-            found = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
+            earlier = json.loads((self._folder / "report.json").read_text(encoding="utf-8"))
         except (OSError, json.JSONDecodeError):
             return {}
-        mine = json.loads(json.dumps(self.report))
-        for part in (found.get("protocol", {}), mine["protocol"]):
+        current = json.loads(json.dumps(self.report))
+        for part in (earlier.get("protocol", {}), current["protocol"]):
             part.pop("tokens", None)  # known once something is measured
-        if any(found.get(name) != value for name, value in mine.items()):
+        if any(earlier.get(name) != value for name, value in current.items()):
             return {}
         if resumed:
             self._resume_record()
-        return {name: found[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in found}
+        return {name: earlier[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in earlier}
 
     def _resume_record(self) -> None:
         """Take over the record of the run that is resumed; a damaged one is begun anew."""
@@ -256,8 +256,8 @@ class RunReport(Recorder, EventSource):
             earlier = Record.from_json((self._folder / "record.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError, BadPlan):
             return
-        wanted = self._samples.prompts if self._samples else ()
-        earlier.completions = [row for row in earlier.completions if row["prompt"] in wanted]
+        prompts = self._samples.prompts if self._samples else ()
+        earlier.completions = [row for row in earlier.completions if row["prompt"] in prompts]
         earlier.stages += self.record.stages
         earlier.facts |= self.record.facts
         self.record = earlier
@@ -281,8 +281,8 @@ class RunReport(Recorder, EventSource):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
-        taken = ("protocol", "versions", "seed", "memory", "trained_steps")
-        self.record.facts |= {name: self.report[name] for name in taken if name in self.report}
+        names = ("protocol", "versions", "seed", "memory", "trained_steps")
+        self.record.facts |= {name: self.report[name] for name in names if name in self.report}
         self.record.facts |= {
             "hardware": describe_hardware(trainer.strategy.root_device),
             "completion_tokens": _COMPLETION_TOKENS,

@@ -1,4 +1,4 @@
-"""What of hyperparameters may leave this machine: numbers, switches and short plain words; no path, key or text."""
+"""Hyperparameters that may leave this machine: numbers, switches and short plain words; no path, key or text."""
 
 import re
 from collections.abc import Mapping
@@ -10,24 +10,32 @@ _SECRET = re.compile(r"key|token|secret|passw|credential|prompt|text|user|host",
 
 
 def keep_plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of them is plain; the rest is left out.
+    """Keep the plain values of a mapping, and of the mappings inside it.
 
-    Strings stay where they are one short word, name no file, and stand under a name that promises no secret.
+    A string is kept if it is one short word, names no existing file, and its name does not suggest a secret or a text.
+
+    Args:
+        values: hyperparameters.
+
+    Example:
+        >>> keep_plain_values({"lr": 0.1, "method": "flap", "api_key": "abc", "data": {"path": "/home/me"}})
+        {'lr': 0.1, 'method': 'flap'}
     """
-    found = {}
+    plain = {}
     for name, value in values.items():
-        kept = keep_plain_values(value) if isinstance(value, Mapping) else _keep_plain_value(name, value)
-        if kept is not None and kept != {}:
-            found[str(name)] = kept
-    return found
+        plain_value = keep_plain_values(value) if isinstance(value, Mapping) else _keep_plain_value(name, value)
+        if plain_value is not None and plain_value != {}:
+            plain[str(name)] = plain_value
+    return plain
 
 
 def _keep_plain_value(name: str, value: Any) -> Any:
+    """Return a plain value unchanged, and None for any other."""
     if isinstance(value, bool | int | float):
         return value
     if isinstance(value, list | tuple):
-        kept = [_keep_plain_value(name, item) for item in value]
-        return None if None in kept else kept
+        items = [_keep_plain_value(name, item) for item in value]
+        return None if None in items else items
     if isinstance(value, str) and _WORD.fullmatch(value) and not _SECRET.search(str(name)) and not Path(value).exists():
         return value
     return None

@@ -1,7 +1,7 @@
-"""The layout of a W&B project for pruning runs: a workspace, and a report to write into, from code.
+"""The layout of a W&B project for pruning runs: a workspace and a report, built from code.
 
-Both show what `prunelit.monitoring.dashboard` logs, by its own lists of names. What W&B's server draws of it has never
-been seen: the workspace is built and read back as data, `save_workspace` needs the server.
+Both show what `prunelit.monitoring.dashboard` logs, with its lists of names. The tests build the workspace and read it
+back as data; the rendering by W&B's server was never checked, and `save_workspace` needs that server.
 """
 
 import json
@@ -19,8 +19,8 @@ _TITLES = {
     "recovery": "Recovery",
     "cost": "Cost",
 }
-_OF_THE_JOB = {"recovery": ("train_loss", "val_perplexity")}
-"""Logged by prunelit's RecoveryModule itself."""
+_JOB_METRICS = {"recovery": ("train_loss", "val_perplexity")}
+"""Names that prunelit's RecoveryModule logs itself."""
 _PICTURES = {
     "quality": ("quality/quality",),
     "structure": ("prune/kept", "prune/scores"),
@@ -31,28 +31,47 @@ _PICTURES = {
 
 
 def build_panels(section: str) -> list[Any]:
-    """The panels of a section: its pictures, then a line or bar for each number."""
+    """Build the panels of a section: its figures, then a line or bar for each number.
+
+    Args:
+        section: a key of `prunelit.monitoring.dashboard.METRICS`.
+
+    Returns:
+        Panels of `wandb_workspaces.reports.v2`.
+
+    Example: see `dump_workspace`.
+    """
     import wandb_workspaces.reports.v2 as wr
 
-    made: list[Any] = [wr.MediaBrowser(title=key, media_keys=[key]) for key in _PICTURES[section]]
+    panels: list[Any] = [wr.MediaBrowser(title=key, media_keys=[key]) for key in _PICTURES[section]]
     if section == "quality":
-        for what in ("perplexity", "parameters"):
-            names = [f"quality/{state}_{what}" for state in STATES]
-            made.append(
-                wr.BarPlot(title=f"{what}: dense, pruned, recovered", metrics=[wr.SummaryMetric(n) for n in names])
+        for quantity in ("perplexity", "parameters"):
+            names = [f"quality/{state}_{quantity}" for state in STATES]
+            panels.append(
+                wr.BarPlot(
+                    title=f"{quantity}: dense, pruned, recovered", metrics=[wr.SummaryMetric(name) for name in names]
+                )
             )
     if section == "structure":
-        made += [wr.ScalarChart(title=name, metric=wr.SummaryMetric(name)) for name in METRICS[section]]
-        return [*made, wr.MediaBrowser(title="layers and completions", media_keys=["prune/layers", "samples"])]
-    curves = METRICS[section][-1:] if section == "quality" else METRICS[section]  # the others are its bars
-    for name in (*_OF_THE_JOB.get(section, ()), *curves):
-        log = "perplexity" in name or None
-        made.append(wr.LinePlot(title=name, x=AXES.get(name, "trainer/global_step"), y=[name], log_y=log))
-    return made
+        panels += [wr.ScalarChart(title=name, metric=wr.SummaryMetric(name)) for name in METRICS[section]]
+        return [*panels, wr.MediaBrowser(title="layers and completions", media_keys=["prune/layers", "samples"])]
+    # The bars above show the other numbers of the quality.
+    curves = METRICS[section][-1:] if section == "quality" else METRICS[section]
+    for name in (*_JOB_METRICS.get(section, ()), *curves):
+        log_scale = "perplexity" in name or None
+        panels.append(wr.LinePlot(title=name, x=AXES.get(name, "trainer/global_step"), y=[name], log_y=log_scale))
+    return panels
 
 
 def build_workspace(entity: str, project: str) -> Any:
-    """A `wandb_workspaces.workspaces.Workspace`; `save_workspace()` makes it on the server."""
+    """Build a `wandb_workspaces.workspaces.Workspace`; its `save()` creates it on the server.
+
+    Args:
+        entity: user or team.
+        project: name of the W&B project.
+
+    Example: see `dump_workspace`.
+    """
     import wandb_workspaces.workspaces as ws
 
     sections = [ws.Section(name=title, panels=build_panels(name), is_open=True) for name, title in _TITLES.items()]
@@ -60,7 +79,14 @@ def build_workspace(entity: str, project: str) -> Any:
 
 
 def build_wandb_report(entity: str, project: str) -> Any:
-    """A `wandb_workspaces.reports.v2.Report`, a heading and the panels of each section."""
+    """Build a `wandb_workspaces.reports.v2.Report` with a heading and the panels of each section.
+
+    Args:
+        entity: user or team.
+        project: name of the W&B project.
+
+    Example: see `save_workspace`.
+    """
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(entity=entity, project=project)
@@ -71,27 +97,43 @@ def build_wandb_report(entity: str, project: str) -> Any:
 
 
 def dump_workspace(entity: str, project: str) -> dict[str, Any]:
-    """The workspace as the server would be sent it; a report can not be spelt out without a key."""
-    # Private, but the only way to see a layout without a server; a test would notice it going.
-    found: dict[str, Any] = json.loads(
+    """Return the workspace as the JSON that the server would receive. (Writing out a report needs an API key.)
+
+    Args:
+        entity: user or team.
+        project: name of the W&B project.
+
+    Example: see `prunelit.cli.dashboard.create_dashboard`.
+    """
+    # `_to_model` is private, but the only way to get a layout without a server; a test notices if it disappears.
+    content: dict[str, Any] = json.loads(
         build_workspace(entity, project)._to_model().model_dump_json(by_alias=True, exclude_none=True)
     )
-    return found
+    return content
 
 
 def save_workspace(entity: str, project: str) -> list[str]:
-    """Make both on the server; their addresses.
+    """Create the workspace and the report on the server.
+
+    Args:
+        entity: user or team.
+        project: name of the W&B project.
+
+    Returns:
+        Their two addresses.
 
     Raises:
-        BadOption: no key, no network, no such entity, in one line.
+        BadOption: no key, no network, or no such entity; the message has one line.
+
+    Example: see `prunelit.cli.dashboard.create_dashboard`.
     """
-    found = []
+    addresses = []
     for build in (build_workspace, build_wandb_report):
         try:
-            found.append(str(build(entity, project).save().url))
+            addresses.append(str(build(entity, project).save().url))
         except Exception as error:  # what W&B and its transport raise has no common type
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise BadOption(
-                f"project {project!r}: W&B refuses: {said}; run `wandb login`, or write the layout with --out FILE"
+                f"project {project!r}: W&B refuses: {reason}; run `wandb login`, or write the layout with --out FILE"
             ) from error
-    return found
+    return addresses

@@ -1,7 +1,7 @@
-"""PruningCallback: when a model is cut. A method says what, see `prunelit.pruning.method`.
+"""PruningCallback: when the model of a Lightning job is cut. `prunelit.pruning.method` decides what is cut.
 
-The cut happens in `setup("fit")`: after the datamodule's setup, before `configure_model`, the restore of a checkpoint,
-the strategy's wrapping and the optimiser, so nothing is ever built on shapes that change.
+The cut happens in `setup("fit")`: after the datamodule's setup, and before `configure_model`, the restore of a
+checkpoint, the strategy's wrapping and the optimiser. So nothing is built on shapes that change later.
 """
 
 import json
@@ -46,14 +46,17 @@ _FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options 
 
 
 class PruningCallback(PruningMethod, Callback):
-    """Base of all methods: cuts a job's model, and leaves in its checkpoints what a run goes on from.
+    """Base of all methods: cuts the model of a job, and stores in its checkpoints what a resumed run needs.
 
-    Scores, the finished plan and repaired weights are kept in the folder `kept` of the Trainer's `default_root_dir`, so
-    that a run that was killed computes none of them again; without a `default_root_dir` of its own (it would be the
-    working directory) nothing is kept. The folder may be deleted. On disk: a few kilobytes, and for methods that repair
-    the weights of the changed decoder layers, about the size of the cut model.
+    Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`,
+    so a killed run does not compute them again. A job without a `default_root_dir` of its own (it would be the working
+    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the weights
+    of the changed decoder layers, about the size of the cut model.
 
     Arguments: see `PruningMethod`.
+
+    Example:
+        trainer = Trainer(callbacks=[LLMBIP(ratio=0.2)])     # docs/tutorials/attach.md runs this
     """
 
     _job_fingerprints: dict[str, str | None] | None = None
@@ -102,7 +105,7 @@ class PruningCallback(PruningMethod, Callback):
                     )
 
     def plan_job(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
-        """The plan by which `setup` would cut this job's model; nothing is cut. The run finds what was scored.
+        """Make the plan by which `setup` would cut this job's model; nothing is cut. The run reuses the cached scores.
 
         The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
         """
@@ -113,13 +116,13 @@ class PruningCallback(PruningMethod, Callback):
             return self.plan_model(model, self._find_calibration(trainer, pl_module, model) if scores else [])
 
     def _use_job_cache(self, trainer: Trainer) -> None:
-        mine = self.cache is None or self.cache is self.run_cache
+        is_own = self.cache is None or self.cache is self.run_cache
         folder = find_cache_folder(trainer)
         self.run_cache = ResultCache(folder) if folder else None
-        self.cache = self.run_cache if mine else self.cache
+        self.cache = self.run_cache if is_own else self.cache
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leave plan.json beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
+        """Write the plan beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
         if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
@@ -127,7 +130,7 @@ class PruningCallback(PruningMethod, Callback):
                 self.applied_plan.save(Path(folder) / self._plan_file_name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan, as JSON text; fingerprints of the dense model and the tokenizer, and of repaired weights."""
+        """The plan as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""
         return {
             "plan": self.applied_plan.to_json() if self.applied_plan else None,
             "repaired": self.repaired_file,
@@ -146,7 +149,8 @@ class PruningCallback(PruningMethod, Callback):
             if saved.digest != self.applied_plan.digest:
                 raise BadPlan(
                     f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
-                    f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of that run"
+                    f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of "
+                    "that run"
                 )
 
     @property
@@ -180,7 +184,7 @@ class PruningCallback(PruningMethod, Callback):
         return plan, saved
 
     def _check_resumed_options(self, plan: PruningPlan, checkpoint: Path) -> None:
-        """A run that goes on with a plan must ask for that plan."""
+        """Check that a run which resumes with a plan has the options that made this plan."""
         if self.given_plan is not None:
             if _list_remaining_units(self.given_plan) != _list_remaining_units(plan):
                 raise BadPlan(
@@ -189,12 +193,12 @@ class PruningCallback(PruningMethod, Callback):
                 )
             return
         asked = json.loads(json.dumps(self.options, default=str))
-        made = json.loads(json.dumps(dict(plan.options), default=str))
-        for name in sorted(asked.keys() & made.keys() - set(_FREE_OPTIONS)):
-            if asked[name] != made[name]:
+        recorded = json.loads(json.dumps(dict(plan.options), default=str))
+        for name in sorted(asked.keys() & recorded.keys() - set(_FREE_OPTIONS)):
+            if asked[name] != recorded[name]:
                 raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan was made with {name} {made[name]!r}, this run asks for "
-                    f"{asked[name]!r}; resume with the configuration of that run, or start another one"
+                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks "
+                    f"for {asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
     def _find_calibration(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
@@ -227,16 +231,19 @@ class PruningCallback(PruningMethod, Callback):
 
 
 def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
-    """The callback of a job that cuts; None where there is none.
+    """Find the pruning callback of a job; None where there is none.
 
     Raises:
         BadOption: see `check_single_pruner`.
+
+    Example:
+        See `prunelit.cli.plan`, which asks a job for its callback.
     """
-    found = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
-    check_single_pruner([type(callback).__name__ for callback in found], wanted_by)
-    return found[0] if found else None
+    pruners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
+    check_single_pruner([type(callback).__name__ for callback in pruners], wanted_by)
+    return pruners[0] if pruners else None
 
 
 def _list_remaining_units(plan: PruningPlan) -> list[Any]:
-    """What is kept; biases are declared when a plan is carried out."""
+    """The remaining units; biases are not compared, because they are declared when a plan is carried out."""
     return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]

@@ -1,4 +1,4 @@
-"""What a Lightning job offers to a pruning callback: its model, its batches, the checkpoint it is about to restore."""
+"""What a Lightning job offers to a callback: its model, its batches, and the checkpoint that it is about to restore."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,12 +18,15 @@ from prunelit.runtime.torch_files import check_torch_file
 
 
 def find_model(pl_module: LightningModule) -> nn.Module:
-    """The transformers model inside a LightningModule.
+    """Find the transformers model inside a LightningModule.
 
     A module that loads its model late may offer `load_model()`; it is called here, before the search.
 
     Raises:
         NoModel: there is none yet.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     from transformers import PreTrainedModel
 
@@ -39,7 +42,7 @@ def find_model(pl_module: LightningModule) -> nn.Module:
 
 
 def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) -> None:
-    """Check that a job has no more than one callback that cuts: two would cut twice, and a report tells of one.
+    """Check that a job has at most one pruning callback: two would cut twice, and a report describes one.
 
     Args:
         cutting: class names of the job's pruning callbacks.
@@ -47,6 +50,9 @@ def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) ->
 
     Raises:
         BadOption: there are several, or none where one is needed.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     if len(cutting) > 1:
         raise BadOption(
@@ -65,36 +71,45 @@ def check_own_processes(trainer: Trainer) -> None:
 
     Raises:
         BadOption: such a process would cut a copy of the model and lose it.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     if getattr(trainer.strategy, "_start_method", "popen") != "popen":
         raise BadOption(
-            "trainer.strategy: expected processes of their own, as 'ddp' has, got 'ddp_spawn' or a fork, which would cut "
-            "a copy of the model and lose it; use strategy='ddp'"
+            "trainer.strategy: expected processes of their own, as 'ddp' has, got 'ddp_spawn' or a fork, which would "
+            "cut a copy of the model and lose it; use strategy='ddp'"
         )
 
 
 def find_resume_path(trainer: Trainer) -> Path | None:
-    """The checkpoint that `trainer.fit` is about to restore.
+    """Find the checkpoint that `trainer.fit` is about to restore.
 
     Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
     (2.6), and shapes must be right before the restore; so it is read from that frame.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     if trainer.ckpt_path:
         return Path(trainer.ckpt_path)
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            found = frame.f_locals.get("ckpt_path")
-            return Path(found) if found else None
+            path = frame.f_locals.get("ckpt_path")
+            return Path(path) if path else None
         frame = frame.f_back  # type: ignore[assignment]
     return None
 
 
 def read_callback_states(checkpoint: Path) -> dict[str, Any]:
-    """States of the callbacks in a checkpoint file; none for a sharded checkpoint, which is a folder.
+    """Read the states of the callbacks from a checkpoint file; a sharded checkpoint, which is a folder, has none.
 
     Raises:
         SourceNotFound: the file is missing, cut short or damaged.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     if checkpoint.is_dir() or not is_local_path(checkpoint):
         return {}
@@ -106,57 +121,88 @@ def read_callback_states(checkpoint: Path) -> dict[str, Any]:
 
 
 def is_local_path(path: str | Path) -> bool:
-    """Whether a path is on a file system, not behind a protocol ("s3://...")."""
+    """Whether a path is on a file system, not behind a protocol.
+
+    Example:
+        >>> is_local_path("runs/a"), is_local_path("s3://bucket/a")
+        (True, False)
+    """
     return ":/" not in str(path)
 
 
 def find_cache_folder(trainer: Trainer) -> Path | None:
-    """Where a run keeps what is expensive; None where the job has no folder of its own, or not on this machine."""
+    """The folder in which a run caches scores, plan and repaired weights.
+
+    None where the job has no folder of its own, or where its folder is not on this machine.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
     root = trainer.default_root_dir
     return Path(root) / "kept" if is_local_path(root) and Path(root).resolve() != Path.cwd() else None
 
 
 def collect_listeners(trainer: Trainer) -> list[EventListener]:
-    """The callbacks of a job that are told what happens: those with a method `on_event`; `attach` of them is called."""
-    found = [callback for callback in trainer.callbacks if callable(getattr(callback, "on_event", None))]  # type: ignore[attr-defined]
-    for callback in found:
+    """Collect the callbacks of a job that want to be told of events: those with a method `on_event`.
+
+    Their `attach(trainer)`, where they have one, is called first.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
+    listeners = [callback for callback in trainer.callbacks if callable(getattr(callback, "on_event", None))]  # type: ignore[attr-defined]
+    for callback in listeners:
         if callable(attach := getattr(callback, "attach", None)):
             attach(trainer)
-    return found
+    return listeners
 
 
 def find_tokenizer(trainer: Trainer, pl_module: LightningModule) -> Any:
-    """The `tokenizer` of the datamodule or the module; None where neither has one."""
+    """Find the `tokenizer` of the datamodule or the module; None where neither has one.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
     owners = (getattr(trainer, "datamodule", None), pl_module)
     return next((t for t in (getattr(owner, "tokenizer", None) for owner in owners) if callable(t)), None)
 
 
 def fingerprint_job(model: nn.Module, trainer: Trainer, pl_module: LightningModule) -> dict[str, str | None]:
-    """Fingerprints of a job's model as it is now and of its tokenizer, for `check_same_job`."""
+    """Compute the fingerprints of a job's model as it is now, and of its tokenizer, for `check_same_job`.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
     tokenizer = fingerprint_tokenizer(find_tokenizer(trainer, pl_module))
     return {"model": fingerprint_weights(model), "tokenizer": tokenizer}
 
 
-def check_same_job(saved: Mapping[str, Any], mine: Mapping[str, str | None] | None) -> None:
-    """Check what a checkpoint says of model and tokenizer against this job's; what one of them does not say may differ.
+def check_same_job(saved: Mapping[str, Any], current: Mapping[str, str | None] | None) -> None:
+    """Compare the fingerprints in a checkpoint with those of this job; one that is missing on either side may differ.
 
     Raises:
         BadPlan: another one.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     what = {"model": "model (or the same in another dtype)", "tokenizer": "tokenizer"}
-    for name, found in (mine or {}).items():
-        if saved.get(name) and found and saved[name] != found:
+    for name, value in (current or {}).items():
+        if saved.get(name) and value and saved[name] != value:
             raise BadPlan(
-                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {found}; "
+                f"checkpoint: it was made with another {what[name]}: expected {saved[name]}, got {value}; "
                 "resume with the configuration of that run"
             )
 
 
 def check_same_on_ranks(what: str, value: str) -> None:
-    """Stop where processes differ; every rank calls it.
+    """Check that a value is the same in all processes; every rank calls it.
 
     Raises:
         BadOption: they do.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
     """
     if dist.is_initialized():
         values: list[Any] = [None] * dist.get_world_size()
@@ -166,21 +212,36 @@ def check_same_on_ranks(what: str, value: str) -> None:
 
 
 def take_batches(loader: Any, sequences: int) -> list[Batch]:
-    """The first batches that hold input_ids, up to a number of sequences."""
-    taken: list[Batch] = []
+    """Take the first batches that hold `input_ids`, up to a number of sequences.
+
+    Args:
+        loader: yields batches; the first one without `input_ids` ends the search. None: there are none.
+        sequences: most rows over all batches; the last batch is cut.
+
+    Example:
+        >>> loader = [{"input_ids": torch.zeros(4, 8, dtype=torch.long)}] * 3
+        >>> [len(batch["input_ids"]) for batch in take_batches(loader, sequences=6)]
+        [4, 2]
+    """
+    batches: list[Batch] = []
     for batch in loader if loader is not None else ():
         if not isinstance(batch, Mapping) or "input_ids" not in batch:
             break
-        room = sequences - sum(len(b["input_ids"]) for b in taken)
+        room = sequences - sum(len(b["input_ids"]) for b in batches)
         if room <= 0:
             break
         names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
-        taken.append({name: batch[name][:room].detach().cpu() for name in names})
-    return taken
+        batches.append({name: batch[name][:room].detach().cpu() for name in names})
+    return batches
 
 
 def share_batches(batches: list[Batch]) -> list[Batch]:
-    """Rank zero's batches on every rank: shuffled loaders differ between ranks."""
+    """Send the batches of rank zero to every rank: shuffled loaders differ between ranks.
+
+    Example:
+        >>> share_batches([])  # one process
+        []
+    """
     if dist.is_initialized():
         box = [batches]
         dist.broadcast_object_list(box, src=0)

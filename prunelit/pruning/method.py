@@ -1,6 +1,11 @@
-"""PruningMethod: what is cut. A method says it by overriding `score` (widths) or `plan` (anything).
+"""PruningMethod: what is cut. A method overrides `score` (which units matter) or `plan` (anything else).
 
-Lightning is not known here; when a job's model is cut is in `prunelit.pruning.callback`.
+This module knows nothing of Lightning. `prunelit.pruning.callback` decides when the model of a job is cut.
+
+    score(context)      importance of every unit
+    plan(context)       the units that remain; by default from the scores, under the budget
+    cut(context, plan)  the cut in place; by default with the repair that the options ask for
+    prune(model, ...)   all three, with checks, timing and the cache of earlier runs
 """
 
 import inspect
@@ -44,32 +49,36 @@ Repair = Literal["none", "bias", "least_squares"]
 
 
 class PruningMethod(EventSource):
-    """Base of all methods, without Lightning; `PruningCallback` is what they derive from.
+    """Base of all methods, without Lightning. Methods derive from `PruningCallback`, which adds the job.
 
     Args:
-        ratio: share of the decoder layers' budget to remove, in (0, 1).
+        ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1).
         budget: what the ratio counts: "parameters", "macs" (per token), "kv_bytes" (KV cache per token), or "latency"
             (measured on the machine at hand, see `prunelit.planning.latency`).
         scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together;
             "layer_mean" gives layers of little mean importance a larger share of the cut.
         unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
-        align: kept FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
-        protect: layers left whole; negative numbers count from the end.
-        min_kept: least share of each layer's KV groups and of its channels that stays, in [0, 1).
+        align: remaining FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
+        protect: layers that are not cut; negative numbers count from the end.
+        min_kept: least share of each layer's KV groups and of its channels that remains, in [0, 1).
         uniform_heads: every layer loses the same number of KV groups or query heads, whatever the scope (none where a
-            layer is protected); FFN widths may differ. For runtimes with one head count, see `prunelit.planning.serving`.
-        repair: what is done for the quality with the calibration text alone: "none"; "bias" adds the mean of what went
-            to the output biases; "least_squares" refits the output projections of what stays, layer by layer
-            (see `prunelit.repair.reconstruct`).
+            layer is protected); FFN widths may differ. For runtimes with one head count, see
+            `prunelit.planning.serving`.
+        repair: how the calibration text alone improves the cut model: "none"; "bias" adds the mean output of the
+            removed units to the output biases; "least_squares" refits the output projections, layer by layer (see
+            `prunelit.repair.reconstruct`).
         calibration: text source(s) to score on, see `prunelit.data.text`. Without one: the datamodule's
             `calibration_dataloader()`, else the first batches of the job's train dataloader.
         windows: sequences to score on.
-        seqlen: tokens per sequence of a text source; batches of a job have the length that they have.
+        seqlen: tokens per sequence of a text source; batches of a job keep their own length.
         seed: of the draw of windows and of the method.
-        plan_file: replay this plan instead of scoring.
+        plan_file: cut by this plan instead of scoring.
 
     Raises:
         BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
+
+    Example:
+        See `prunelit.callbacks.magnitude` for the smallest method, and docs/howto/add-a-method.md.
     """
 
     reads_text: ClassVar[bool] = True
@@ -79,18 +88,18 @@ class PruningMethod(EventSource):
     joint: ClassVar[bool] = True
     """Whether scope "global" ranks KV groups and channels in one list, or each kind by itself to the same ratio."""
     score_options: ClassVar[tuple[str, ...] | None] = None
-    """Options that decide the scores, beside model and text: what is kept serves every run that agrees in them. None:
-    any option may."""
+    """Options that decide the scores, besides model and text: cached scores serve every run with equal values of them.
+    None: any option may decide."""
     before_cut: Callable[[Decoder, PruningPlan], None] | None = None
-    """Called with the dense model when it is known what goes; what it raises, as where a format can not hold what would
-    be left, ends the work before the cut and its repair."""
+    """Called with the dense model and the plan before the cut. An error that it raises ends the work there, for
+    instance where an export format cannot hold the result."""
     ignored_options: ClassVar[tuple[str, ...]] = ()
-    """Options above that mean nothing to the method: others than their defaults are refused, `--help` leaves them out,
-    and a comparison's common ones pass it by."""
+    """Options of this base class that mean nothing to the method. Values other than the defaults are refused, `--help`
+    does not list them, and common options of a comparison skip the method."""
     cut_options: ClassVar[tuple[str, ...]] = ()
-    """Options of the method's own that its `cut` reads, so that they may be given beside a plan."""
+    """Options of the method that its `cut` reads, so that they may be given together with a plan."""
     repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
-    """What `repair` may be; a method that adds one carries it out in `cut`."""
+    """Allowed values of `repair`; a method that adds one carries it out in `cut`."""
 
     def __init__(
         self,
@@ -136,9 +145,9 @@ class PruningMethod(EventSource):
         self.applied_plan: PruningPlan | None = None
         self.seconds: dict[str, float] = {}
         self.cache: ResultCache | None = None
-        """Where scores are kept."""
+        """Cache of scores; None: nothing is cached."""
         self.run_cache: ResultCache | None = None
-        """Where the finished plan and repaired weights are kept: what a run that was killed goes on from."""
+        """Cache of the finished plan and of repaired weights, from which a killed run continues."""
         self.repaired_file: str | None = None
         """Name of the file of repaired weights in `run_cache`."""
         self._calibration_record: dict[str, Any] = {}
@@ -371,8 +380,8 @@ class PruningMethod(EventSource):
         digests_before = hash_tensors(decoder.model) if get_rank() == 0 else {}
         start = time.perf_counter()
         self.cut(context, plan)
-        taken = time.perf_counter() - start
-        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, digests_before, taken)
+        seconds = time.perf_counter() - start
+        self.run_cache.save_changed_weights(self.repaired_file, decoder.model, digests_before, seconds)
 
     def _build_cache_key(self, context: PruningContext, options: Sequence[str] | None = None) -> dict[str, Any] | None:
         """Everything that decides a result of this method; None where its source code cannot be read.

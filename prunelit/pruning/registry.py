@@ -20,7 +20,10 @@ FOLDER = Path(__file__).parents[1] / "callbacks"
 
 
 class Method(NamedTuple):
-    """A method as its file declares it."""
+    """A method as its file declares it.
+
+    Example: see `methods`.
+    """
 
     name: str
     class_name: str
@@ -34,8 +37,8 @@ class Method(NamedTuple):
 
 @cache
 def _read_files() -> tuple[dict[str, Method], dict[str, str]]:
-    """The methods by name, and what is wrong with the files that are no Python."""
-    found, wrong = {}, {}
+    """Read the methods by name, and what is wrong with files that Python cannot parse."""
+    method_by_name, fault_by_name = {}, {}
     files = {path.stem: path for path in FOLDER.glob("*.py") if path.stem != "__init__"}
     files |= {path.parent.name: path for path in FOLDER.glob("*/callback.py")}
     for name, path in sorted(files.items()):
@@ -43,31 +46,45 @@ def _read_files() -> tuple[dict[str, Method], dict[str, str]]:
             with tokenize.open(path) as file:  # in the encoding that it declares, as Python reads it
                 tree = ast.parse(file.read(), filename=str(path))
         except (SyntaxError, ValueError) as error:  # one that is being written stops none of the others
-            line, said = getattr(error, "lineno", None), getattr(error, "msg", str(error))
+            line, reason = getattr(error, "lineno", None), getattr(error, "msg", str(error))
             at = f", line {line}" if line else ""
-            wrong[name] = f"prunelit/callbacks/{path.relative_to(FOLDER)}{at}: expected Python, got: {said}"
+            fault_by_name[name] = f"prunelit/callbacks/{path.relative_to(FOLDER)}{at}: expected Python, got: {reason}"
             continue
         classes = [node.name for node in tree.body if isinstance(node, ast.ClassDef) and not node.name.startswith("_")]
         if classes:
-            found[name] = Method(name, classes[-1], ast.get_docstring(tree) or "", path)
-    return found, wrong
+            method_by_name[name] = Method(name, classes[-1], ast.get_docstring(tree) or "", path)
+    return method_by_name, fault_by_name
 
 
 def methods() -> dict[str, Method]:
-    """All methods by name, read from the files' syntax trees (nothing is imported)."""
+    """All methods by name, read from the syntax trees of their files; nothing is imported.
+
+    Example:
+        >>> methods()["llm_bip"].class_name
+        'LLMBIP'
+    """
     return _read_files()[0]
 
 
 def list_broken_files() -> dict[str, str]:
-    """Files among the methods that are no Python: name -> what is wrong and where, in one line."""
+    """Files among the methods that Python cannot parse: name -> the fault and its place, in one line.
+
+    Example:
+        >>> list_broken_files()
+        {}
+    """
     return _read_files()[1]
 
 
 def method_class(name: str) -> Any:
-    """The class of a method, by its name ("llm_bip") or by the import path of a class of your own ("my.module.Mine").
+    """Import the class of a method, by its name ("llm_bip") or by the import path of your own class ("my.module.Mine").
 
     Raises:
-        BadOption: no such method, which names the nearest; or its file is no Python.
+        BadOption: no such method (the message suggests the nearest name), or Python cannot parse its file.
+
+    Example:
+        >>> method_class("flap").__name__
+        'FLAP'
     """
     if name in list_broken_files():
         raise BadOption(f"method {name!r}: {list_broken_files()[name]}; mend it")
@@ -83,9 +100,11 @@ def method_class(name: str) -> Any:
 
 
 def get_method_name(kind: type) -> str:
-    """The name of a method: that of the file or folder which defines its class.
+    """The name of a method: that of the file which defines its class, or of the folder around `callback.py`.
 
-    A class in `callback.py` of a folder is named by the folder.
+    Example:
+        >>> get_method_name(method_class("saap")), get_method_name(method_class("flap"))
+        ('saap', 'flap')
     """
     folder, _, file = kind.__module__.rpartition(".")
     return folder.rpartition(".")[2] if file == "callback" and folder else file

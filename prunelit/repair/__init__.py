@@ -1,1 +1,1 @@
-"""Quality without training: biases and least-squares refits after a cut."""
+"""Repair without training: bias compensation and least-squares refits after a cut."""

@@ -1,12 +1,12 @@
-"""Bias compensation: the mean of what is cut stays, in the bias of the output projection.
+"""Bias compensation: the mean contribution of removed inputs is kept in the bias of the output projection.
 
 Source: Y. An et al., "Fluctuation-based Adaptive Structured Pruning for Large Language Models" (FLAP), AAAI 2024, arXiv
-2312.11983. For an output projection y = W x + b that loses inputs J, b += W[:, J] E[x_J], with means over the
-calibration tokens of the dense model; then E[y] is as before where the remaining inputs are. A projection without a
-bias is given one, which the plan states. A block that goes altogether is not compensated: no linear is left to hold
-its mean.
+2312.11983. For an output projection y = W x + b that loses the inputs J, b += W[:, J] E[x_J], with means over the
+calibration tokens of the dense model. E[y] then stays as it was, as far as the remaining inputs do. A projection
+without a bias gets one, which the plan states. A block that is removed as a whole is not compensated, since no linear
+remains to hold its mean.
 
-Legend: T tokens, H hidden, C inputs of an output projection.
+Legend: T tokens, H hidden, Q query heads, D head size, F FFN channels, C inputs of an output projection.
 """
 
 import warnings
@@ -32,30 +32,42 @@ def apply_bias_compensation(
     batches: Sequence[Batch],
     means: Sequence[Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Cut `model` in place as `plan` says and add the means of what went to the output biases; one forward pass.
+    """Cut a model in place and add the mean contributions of the removed inputs to the output biases.
 
-    Dtype, device, mode and `requires_grad` stay; a new bias has those of its weight.
+    It takes one forward pass. Dtype, device, mode and `requires_grad` stay; a new bias takes those of its weight.
 
     Args:
-        model: dense.
-        plan: what stays.
-        batches: the same list on every rank; they are shared out.
-        means: {"heads": [Q * D], "channels": [F]} of every layer, where they are known; then no text is read.
+        model: the dense model, or its `Decoder`.
+        plan: the remaining units.
+        batches: calibration batches, the same list on every rank; the ranks share the work.
+        means: mean inputs {"heads": [Q * D], "channels": [F]} of every layer, if they are known; then no text is read.
 
     Raises:
-        BadPlan: the plan was made for another model; nothing has been changed then.
-        NoCalibration: no batches, or nothing but padding.
+        BadPlan: the plan was made for another model, which is left unchanged.
+        NoCalibration: there are no batches, or nothing but padding.
         NonFinite: activations hold NaN or infinity.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
+        >>> layers = (LayerPlan((0, 1), (0, 1), tuple(range(16)), mlp_bias=True),)
+        >>> plan = PruningPlan("by hand", decoder.shape, layers)
+        >>> apply_bias_compensation(decoder, plan, [{"input_ids": torch.arange(20).view(2, 10)}])
+        >>> decoder.model.model.layers[0].mlp.down_proj.bias.shape
+        torch.Size([16])
     """
     decoder = as_decoder(model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # surgery.apply says it again
+        warnings.simplefilter("ignore")  # surgery.apply repeats the warnings
         surgery.check_plan_fits(decoder, plan)
     means = means or _measure_means(decoder, batches)
+    # Computed before the cut, which takes the columns that they need.
     additions = [
-        (linear, get_weight_out_in(linear).float() @ (mean[point].cpu() * gone).to(decoder.device, torch.float32))
-        for layer, kept, mean in zip(decoder, plan.layers, means, strict=True)
-        for point, linear, gone in list_lost_inputs(layer, kept)
+        (linear, get_weight_out_in(linear).float() @ (mean[point].cpu() * removed).to(decoder.device, torch.float32))
+        for layer, layer_plan, mean in zip(decoder, plan.layers, means, strict=True)
+        for point, linear, removed in list_lost_inputs(layer, layer_plan)
     ]
     surgery.apply(decoder, plan)
     for linear, addition in additions:  # the cut keeps these modules and replaces their weights
@@ -63,7 +75,7 @@ def apply_bias_compensation(
 
 
 def _measure_means(decoder: Decoder, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
-    """Means over tokens of what the output projections read, float64, per layer."""
+    """Measure the mean inputs of the output projections of every layer, float64."""
     sums = Sums(len(decoder.layers))
 
     def accumulate(layer: Layer, x: Mapping[str, Tensor]) -> None:
@@ -75,52 +87,75 @@ def _measure_means(decoder: Decoder, batches: Sequence[Batch]) -> list[dict[str,
 
 
 def declare_biases(decoder: Decoder, plan: PruningPlan, added: bool) -> PruningPlan:
-    """The plan with the biases stated that `apply_bias_compensation` gives this model, or with none stated.
+    """State in a plan which biases `apply_bias_compensation` adds to a model.
 
-    A plan that does not fit the model is returned as it is: the cut refuses it.
+    A plan that does not fit the model is returned unchanged; the cut refuses it.
+
+    Args:
+        decoder: the dense model.
+        plan: the plan.
+        added: whether the biases are added; False: state none.
+
+    Returns:
+        A plan with the same remaining units.
     """
     if plan.model.layers != tuple(layer.shape for layer in decoder):
         return plan
     layers = []
-    for layer, kept in zip(decoder, plan.layers, strict=True):
-        bare = {point for point, linear, _ in list_lost_inputs(layer, kept) if linear.bias is None} if added else set()
-        layers.append(replace(kept, attention_bias="heads" in bare, mlp_bias="channels" in bare))
+    for layer, layer_plan in zip(decoder, plan.layers, strict=True):
+        new_biases = set()
+        if added:
+            new_biases = {point for point, linear, _ in list_lost_inputs(layer, layer_plan) if linear.bias is None}
+        layers.append(replace(layer_plan, attention_bias="heads" in new_biases, mlp_bias="channels" in new_biases))
     return replace(plan, layers=tuple(layers))
 
 
 def make_bias_cost(decoder: Decoder) -> Cost:
-    """Parameters of a layer at given widths, with the biases that a cut adds: what a budget then has to count."""
-    bare = {}
+    """Make the cost function of a budget that counts parameters, with the biases that compensation adds.
+
+    Args:
+        decoder: the dense model.
+
+    Returns:
+        A function of (layer shape, query heads, KV groups, FFN channels) to parameters.
+    """
+    bias_sizes = {}
     for layer in decoder:
         hidden = decoder.config.hidden_size
         attention = hidden if layer.has_attention and layer.output.bias is None else 0
-        bare[layer.shape] = attention, hidden if layer.has_mlp and layer.down.bias is None else 0
+        bias_sizes[layer.shape] = attention, hidden if layer.has_mlp and layer.down.bias is None else 0
 
     def cost(shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
-        attention, mlp = bare[shape]
+        attention, mlp = bias_sizes[shape]
         added = attention * (0 < query_heads < shape.query_heads) + mlp * (0 < ffn_channels < shape.ffn_channels)
         return shape.parameters_at(query_heads, kv_groups, ffn_channels) + added
 
     return cost
 
 
-def list_lost_inputs(layer: Layer, kept: LayerPlan) -> Iterator[tuple[ActivationPoint, nn.Module, Tensor]]:
-    """Output projections that stay but lose inputs: the point they read, the linear, and which inputs go [C]."""
+def list_lost_inputs(layer: Layer, layer_plan: LayerPlan) -> Iterator[tuple[ActivationPoint, nn.Module, Tensor]]:
+    """List the output projections that remain but lose inputs.
+
+    Args:
+        layer: the dense layer.
+        layer_plan: its remaining units.
+
+    Yields:
+        The point at the projection's input, the projection, and which inputs it loses, bool [C].
+    """
     shape = layer.shape
-    if layer.has_attention and 0 < len(kept.query_heads) < shape.query_heads:
-        yield (
-            "heads",
-            layer.output,
-            _mask_removed(kept.query_heads, shape.query_heads).repeat_interleave(shape.head_dim),
-        )
-    if layer.has_mlp and 0 < len(kept.ffn_channels) < shape.ffn_channels:
-        yield "channels", layer.down, _mask_removed(kept.ffn_channels, shape.ffn_channels)
+    if layer.has_attention and 0 < len(layer_plan.query_heads) < shape.query_heads:
+        removed_heads = _mask_removed(layer_plan.query_heads, shape.query_heads)
+        yield "heads", layer.output, removed_heads.repeat_interleave(shape.head_dim)
+    if layer.has_mlp and 0 < len(layer_plan.ffn_channels) < shape.ffn_channels:
+        yield "channels", layer.down, _mask_removed(layer_plan.ffn_channels, shape.ffn_channels)
 
 
-def _mask_removed(kept: Sequence[int], size: int) -> Tensor:
-    gone = torch.ones(size, dtype=torch.bool)
-    gone[list(kept)] = False
-    return gone
+def _mask_removed(remaining: Sequence[int], size: int) -> Tensor:
+    """Return which of `size` units are not among the remaining ones, bool [size]."""
+    removed = torch.ones(size, dtype=torch.bool)
+    removed[list(remaining)] = False
+    return removed
 
 
 def _add_to_bias(linear: nn.Module, addition: Tensor) -> None:

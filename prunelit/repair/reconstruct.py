@@ -1,8 +1,10 @@
-"""Least squares on what a plan keeps: the dense model's activations on the calibration text are the target.
+"""Least-squares refit of the output projections that remain, with the dense model's activations as targets.
 
-The cut model is built layer by layer, in network order, while two residual streams are carried: the dense model's, and
-the one that the layers cut so far make of the same text. So each layer is fitted to the inputs it will really get, the
-dense layer is gone before the next one is cut, and there is never a second copy of the model.
+The model is cut layer by layer, in network order, while two residual streams of the calibration text are carried: that
+of the dense model, and that of the layers cut so far. So each layer is fitted to the inputs that it will really get.
+The dense layer is freed before the next one is cut, and there is never a second copy of the model.
+
+Legend: T tokens without padding.
 """
 
 import logging
@@ -26,8 +28,10 @@ from prunelit.runtime.progress import track_progress
 _log = logging.getLogger("prunelit")
 
 FitTarget = Literal["residual", "module"]
+"""What a refit aims at, see `apply_least_squares`."""
 BlockName = Literal["attention", "mlp"]
 ActivationVisitor = tuple[Sequence[ActivationPoint], Callable[[Mapping[str, Tensor]], None]]
+"""Points to observe, and a function that receives {point: activations [T, width]} of every batch."""
 
 
 @torch.no_grad()
@@ -39,30 +43,39 @@ def apply_least_squares(
     target: FitTarget = "residual",
     ridge: float = 1e-2,
 ) -> list[dict[str, Any]]:
-    """Cut `model` in place as `plan` says and refit the output projections of what is kept, layer by layer.
+    """Cut a model in place and refit its remaining output projections, layer by layer.
 
-    From the first layer that is cut on, every layer's attention output projection and then its down projection are
-    corrected on the inputs that the model cut so far gives them. Memory beside the model: four tensors of calibration
+    From the first layer that is cut on, the attention output projection and then the down projection of every layer are
+    corrected on the inputs that the model cut so far gives them. Memory beyond the model: four tensors of calibration
     tokens by hidden size, and X^T X of one linear. Time: less than four forward passes.
 
     Args:
-        model: dense causal LM; dtype, device, modes and `requires_grad` stay.
-        plan: widths and blocks.
-        batches: calibration text, the same list on every rank.
+        model: dense causal LM, or its `Decoder`; dtype, device, modes and `requires_grad` stay.
+        plan: the remaining units.
+        batches: calibration batches, the same list on every rank.
         how: "least_squares".
-        target: "residual" fits each projection so that the residual stream after it comes close to the dense one, and
-            so makes up for the layers below as well; "module" fits it to the dense projection's own output. Where a
-            norm follows the projection, and for attention in a parallel layer, it is the module in both cases.
-        ridge: pull towards the weights that are there, relative to the mean square of the inputs.
+        target: "residual" fits each projection so that the residual stream after it comes close to the dense one, which
+            also makes up for errors of the layers below; "module" fits it to the dense projection's own output. Where a
+            norm follows the projection, and for attention in a parallel layer, both fit the module.
+        ridge: pull towards the present weights, relative to the mean square of the inputs.
 
     Returns:
-        One record for each linear: {"layer", "block", "before", "after" (errors relative to the outputs wanted),
-        "ridge"}.
+        One record per refitted linear: {"layer", "block", "before", "after" (relative errors of its outputs), "ridge"}.
 
     Raises:
-        BadPlan: the plan was made for another model; nothing has been changed then.
-        NoCalibration: no batches, or nothing but padding.
-        BadOption: an option outside its range.
+        BadPlan: the plan was made for another model, which is left unchanged.
+        NoCalibration: there are no batches, or nothing but padding.
+        BadOption: an option is outside its range.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
+        >>> plan = PruningPlan("by hand", decoder.shape, (LayerPlan((0, 1), (0, 1), tuple(range(16))),))
+        >>> records = apply_least_squares(decoder, plan, [{"input_ids": torch.arange(20).view(2, 10)}])
+        >>> [record["block"] for record in records], records[1]["after"] < records[1]["before"]
+        (['attention', 'mlp'], True)
     """
     if how != "least_squares":
         raise BadOption(f"repair: expected 'least_squares', got {how!r}")
@@ -73,19 +86,19 @@ def apply_least_squares(
     surgery.check_plan_fits(decoder, plan)
     start, records = find_first_changed(plan.layers, decoder), []
     if start < len(decoder.layers):
-        lock = PairedStreams(decoder, batches, start)
+        streams = PairedStreams(decoder, batches, start)
         for index in track_progress(range(start, len(decoder.layers)), "repairing", unit="layer"):
-            dense, kept = decoder.layers[index], plan.layers[index]
-            ends = _choose_target_points(dense, kept, target)
-            lock.enter_layer(index, tuple(ends.values()))
-            surgery.prune_layer(dense, kept, decoder.config)
-            lock.refresh_layer()
-            for block, end in ends.items():
-                fit = accumulate_equations(lock, block, end, hold_heads=block == "attention").solve(ridge)
-                fit.add_to(get_output_projection(lock.layer, block)[0])
+            layer, layer_plan = decoder.layers[index], plan.layers[index]
+            targets = _choose_target_points(layer, layer_plan, target)
+            streams.enter_layer(index, tuple(targets.values()))
+            surgery.prune_layer(layer, layer_plan, decoder.config)
+            streams.refresh_layer()
+            for block, target_point in targets.items():
+                fit = accumulate_equations(streams, block, target_point, hold_heads=block == "attention").solve(ridge)
+                fit.add_to(get_output_projection(streams.layer, block)[0])
                 records.append(record_layer_fit(index, block, fit))
             if index + 1 < len(decoder.layers):
-                lock.leave_layer()
+                streams.leave_layer()
     surgery.finish_pruning(decoder, plan)
     return records
 
@@ -93,74 +106,104 @@ def apply_least_squares(
 def check_ridge(ridge: float, name: str = "ridge") -> None:
     """Check a ridge before a model is loaded.
 
+    Args:
+        ridge: the value to check.
+        name: name of the option, for the error message.
+
     Raises:
-        BadOption: not a number of at least 0.
+        BadOption: the ridge is not a number of at least 0.
+
+    Example:
+        >>> check_ridge(0.01)
+        >>> check_ridge(-1)
+        Traceback (most recent call last):
+        ...
+        prunelit.runtime.errors.BadOption: ridge: expected a number of at least 0, got -1
     """
     if isinstance(ridge, bool) or not isinstance(ridge, int | float) or not 0 <= ridge < math.inf:
         raise BadOption(f"{name}: expected a number of at least 0, got {ridge!r}")
 
 
 def find_first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
-    """Index of the first layer that loses something; the number of layers if none does."""
-    pairs = enumerate(zip(layers, decoder, strict=True))
-    return next((i for i, (k, layer) in pairs if k.widths != LayerPlan.dense(layer.shape).widths), len(layers))
+    """Find the first layer that loses units.
+
+    Args:
+        layers: remaining units of every layer.
+        decoder: the dense model.
+
+    Returns:
+        Index of the layer; the number of layers if none loses units.
+    """
+    pairs = zip(layers, decoder, strict=True)
+    changes = [layer_plan.widths != LayerPlan.dense(layer.shape).widths for layer_plan, layer in pairs]
+    return changes.index(True) if True in changes else len(changes)
 
 
 def accumulate_equations(
-    lock: PairedStreams,
+    streams: PairedStreams,
     block: BlockName,
-    end: ActivationPoint,
-    also: ActivationVisitor | None = None,
-    **options: Any,
+    target_point: ActivationPoint,
+    visitor: ActivationVisitor | None = None,
+    hold_heads: bool = False,
 ) -> NormalEquations:
-    """The normal equations of a block's output projection, from one pass over the cut stream.
+    """Accumulate the normal equations of a block's output projection in one pass over the cut stream.
 
     Args:
-        lock: it has entered the layer, with `end` among its targets.
+        streams: has entered the layer, with `target_point` among its points.
         block: "attention" (the projection o) or "mlp" (down).
-        end: where the dense model's values are the target: the projection's own output, or the residual stream.
-        also: sees the activations of the same pass: (points to see, function of {point: [T, width]}).
-        options: of `PairedStreams.visit`.
+        target_point: where the dense activations are the target: at the projection's own output, or in the residual
+            stream.
+        visitor: also receives the activations of this pass.
+        hold_heads: see `PairedStreams.run_cut_stream`.
     """
-    linear, inputs, output = get_output_projection(lock.layer, block)
+    linear, inputs, output = get_output_projection(streams.layer, block)
     outputs, width = get_weight_out_in(linear).shape
-    found = NormalEquations(width, outputs, linear.bias is not None, lock.decoder.device)
-    name = lock.layer.architecture.residual_scale
-    scale = float(getattr(lock.decoder.config, name)) if name and end != output else 1.0
-    points, watch = also or ((), None)
-    for place, x in lock.run_cut_stream((inputs, output, end, *points), **options):
-        error = (widen_to_float32(lock.get_target(end, place)) - x[end]) / scale
-        found.add_batch(x[inputs], error, x[output] + error)
-        if watch is not None:
-            watch(x)
-    return found
+    equations = NormalEquations(width, outputs, linear.bias is not None, streams.decoder.device)
+    # Some families scale a block's output before they add it to the residual stream.
+    scale_name = streams.layer.architecture.residual_scale
+    scale = 1.0
+    if scale_name and target_point != output:
+        scale = float(getattr(streams.decoder.config, scale_name))
+    points, visit = visitor or ((), None)
+    for place, x in streams.run_cut_stream((inputs, output, target_point, *points), hold_heads):
+        error = (widen_to_float32(streams.get_target(target_point, place)) - x[target_point]) / scale
+        equations.add_batch(x[inputs], error, x[output] + error)
+        if visit is not None:
+            visit(x)
+    return equations
 
 
 def get_output_projection(layer: Layer, block: BlockName) -> tuple[nn.Module, ActivationPoint, ActivationPoint]:
-    """A block's output projection, and the points at its input and its output."""
+    """Return a block's output projection and the points at its input and its output."""
     if block == "attention":
         return layer.output, "heads", "attention_output"
     return layer.down, "channels", "mlp_output"
 
 
-def _choose_target_points(layer: Layer, kept: LayerPlan, target: FitTarget) -> dict[BlockName, ActivationPoint]:
-    """Where each block that stays is to meet the dense model."""
-    ends: dict[BlockName, ActivationPoint] = {}
-    mlp = layer.has_mlp and not kept.mlp_removed
-    if layer.has_attention and not kept.attention_removed:
-        ends["attention"] = "attention_output"
+def _choose_target_points(layer: Layer, layer_plan: LayerPlan, target: FitTarget) -> dict[BlockName, ActivationPoint]:
+    """Choose the point where each remaining block is fitted to the dense model."""
+    points: dict[BlockName, ActivationPoint] = {}
+    mlp_remains = layer.has_mlp and not layer_plan.mlp_removed
+    if layer.has_attention and not layer_plan.attention_removed:
+        points["attention"] = "attention_output"
         if target == "residual" and layer.get_norm("attention_post_norm") is None:
-            if not mlp:  # it is alone, and makes up for the other block
-                ends["attention"] = "layer_output"
+            if not mlp_remains:  # attention alone has to make up for the removed FFN
+                points["attention"] = "layer_output"
             elif not layer.architecture.parallel:
-                ends["attention"] = "residual"
-    if mlp:
-        raw = target == "module" or layer.get_norm("mlp_post_norm") is not None
-        ends["mlp"] = "mlp_output" if raw else "layer_output"
-    return ends
+                points["attention"] = "residual"
+    if mlp_remains:
+        fit_module = target == "module" or layer.get_norm("mlp_post_norm") is not None
+        points["mlp"] = "mlp_output" if fit_module else "layer_output"
+    return points
 
 
 def record_layer_fit(layer: int, block: str, fit: Fit) -> dict[str, Any]:
-    """A fit for the reports, and for the log at debug level."""
+    """Log a fit at debug level and return it as a record for reports.
+
+    Args:
+        layer: index of the layer.
+        block: name of the block.
+        fit: the fit of its output projection.
+    """
     _log.debug("layer %d: %s: error %.4f -> %.4f (ridge %g)", layer, block, fit.before, fit.after, fit.ridge)
     return {"layer": layer, "block": block, "before": fit.before, "after": fit.after, "ridge": fit.ridge}

@@ -1,1 +1,1 @@
-"""What is left behind: of a run report.json, the model folder, the table; of a comparison tables and pictures."""
+"""Pages, figures and text, drawn from the `Record` of a run or from a plan alone."""

@@ -1,4 +1,4 @@
-"""A plan as text: what it leaves, layer by layer, what it promises in time, what serves it; how two plans differ."""
+"""A plan as text: what remains in each layer, predicted speed, which programs serve it; how two plans differ."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +14,18 @@ _TOTALS = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_tok
 
 
 class MeasuredLatency(NamedTuple):
-    """Seconds of all decoder layers, dense and planned, and how they were measured (`latency.LatencyTable.record`)."""
+    """Latency of all decoder layers, dense and as planned.
+
+    Attributes:
+        dense: seconds of the dense layers.
+        planned: seconds of the layers at the planned widths.
+        record: how it was measured: mode, tokens, device, dtype (`prunelit.planning.latency.LatencyTable.record`).
+
+    Example:
+        >>> latency = MeasuredLatency(dense=0.2, planned=0.1, record={"mode": "prefill"})
+        >>> latency.dense / latency.planned
+        2.0
+    """
 
     dense: float
     planned: float
@@ -22,16 +33,26 @@ class MeasuredLatency(NamedTuple):
 
 
 def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None) -> str:
-    """Totals against the dense model, time, the layers, and the serving table."""
+    """Write a plan as text: totals against the dense model, time, the layers, and the serving table.
+
+    Args:
+        plan: the plan.
+        measured: measured latency; None where only MACs are known.
+
+    Returns:
+        Text of several lines.
+
+    Example: see `prunelit.cli.plan_files.run_plan_files`.
+    """
     model = plan.model
-    head = f"{plan.method} on {model.name} ({model.model_type}, {len(model.layers)} layers), plan {plan.digest}"
+    headline = f"{plan.method} on {model.name} ({model.model_type}, {len(model.layers)} layers), plan {plan.digest}"
     predicted = plan.predicted
     removed = (
         f"removed {predicted['ratio_of_block_parameters']:.2%} of block parameters, "
         f"{predicted['ratio_of_all_parameters']:.2%} of all"
     )
     parts = [
-        head,
+        headline,
         render_plan_totals({"dense": make_dense_plan(plan), "planned": plan}),
         removed,
         _describe_time(plan, measured),
@@ -40,94 +61,163 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
 
 
 def make_dense_plan(plan: PruningPlan) -> PruningPlan:
-    """The plan that keeps everything."""
+    """Make the plan that keeps every unit of the same model.
+
+    Args:
+        plan: the plan.
+
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> shape = LayerShape(2, 2, 4, 8, 3, 32, 32, 24, 128, 192)
+        >>> model = ModelShape("llama", "tiny", 8, 1000, 0, 4, "0" * 16, (shape,))
+        >>> make_dense_plan(PruningPlan("flap", model, (LayerPlan((0,), (0,), (0,)),))).layers[0].widths
+        (2, 2, 8)
+    """
     return replace(plan, layers=tuple(map(LayerPlan.dense, plan.model.layers)))
 
 
 def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
-    """What two plans leave, and the ratio of the second to the first."""
+    """Write parameters, MACs and KV-cache bytes of two plans as a table, with the ratio of the second to the first.
+
+    Args:
+        plans: {column title: plan}, two of them.
+
+    Returns:
+        Text of several lines.
+
+    Example: see `render_plan_card`.
+    """
     values = [plan.predicted for plan in plans.values()]
     rows = [["", *plans, "ratio"]]
     for name in _TOTALS:
-        first, second = (int(each[name]) for each in values)
-        ratio = f"{second / first:.3f}" if first else "-"
-        rows.append([name.replace("_", " "), f"{first:,}", f"{second:,}", ratio])
+        first_total, second_total = (int(predicted[name]) for predicted in values)
+        ratio = f"{second_total / first_total:.3f}" if first_total else "-"
+        rows.append([name.replace("_", " "), f"{first_total:,}", f"{second_total:,}", ratio])
     return _align_columns(rows, right=(1, 2, 3))
 
 
 def render_layer_table(plan: PruningPlan) -> str:
-    """What the layers keep, neighbours of one shape in one line."""
+    """Write what remains in the layers as a table; neighbouring layers of one shape share a line.
+
+    Args:
+        plan: the plan.
+
+    Example: see `list_layer_rows`.
+    """
     return _align_columns(list_layer_rows(plan), right=(1, 2, 3))
 
 
 def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
-    """The same as rows of cells, the first one a head."""
+    """List the cells of `render_layer_table`.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        Rows of cells; the first row is the head.
+
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> shape = LayerShape(2, 2, 4, 8, 3, 32, 32, 24, 128, 192)
+        >>> model = ModelShape("llama", "tiny", 8, 1000, 0, 4, "0" * 16, (shape,))
+        >>> list_layer_rows(PruningPlan("flap", model, (LayerPlan((0,), (0,), (0, 1, 2, 3)),)))[1]
+        ['0', '1/2', '1/2', '4/8', '']
+    """
     rows = [["layers", "query heads", "KV groups", "FFN channels", ""]]
     numbered = enumerate(zip(plan.layers, plan.model.layers, strict=True))
-    for said, run in groupby(numbered, lambda item: _describe_layer_widths(*item[1])):
-        indices = [index for index, _ in run]
-        rows.append([format_index_ranges(indices), *said])
+    for cells, group in groupby(numbered, lambda item: _describe_layer_widths(*item[1])):
+        indices = [index for index, _ in group]
+        rows.append([format_index_ranges(indices), *cells])
     return rows
 
 
 def _describe_layer_widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:
     pairs = zip(kept.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
-    said = [f"{here}/{there}" if here else "-" for here, there in pairs]
-    gone = [name for name, removed in (("attention", kept.attention_removed), ("FFN", kept.mlp_removed)) if removed]
-    biased = [name for name, added in (("attention", kept.attention_bias), ("FFN", kept.mlp_bias)) if added]
-    what = "layer gone" if kept.removed else f"{gone[0]} gone" if gone else ""
-    bias = f"bias added: {', '.join(biased)}" if biased else ""
-    return *said, "; ".join(filter(None, (what, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
+    counts = [f"{remaining}/{dense_count}" if remaining else "-" for remaining, dense_count in pairs]
+    removed_blocks = [
+        name for name, is_removed in (("attention", kept.attention_removed), ("FFN", kept.mlp_removed)) if is_removed
+    ]
+    biased_blocks = [
+        name for name, is_added in (("attention", kept.attention_bias), ("FFN", kept.mlp_bias)) if is_added
+    ]
+    removal = "layer gone" if kept.removed else f"{removed_blocks[0]} gone" if removed_blocks else ""
+    bias = f"bias added: {', '.join(biased_blocks)}" if biased_blocks else ""
+    return *counts, "; ".join(filter(None, (removal, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
 
 
 def _describe_time(plan: PruningPlan, measured: MeasuredLatency | None) -> str:
     dense, planned = (each.predicted["macs_per_token"] for each in (make_dense_plan(plan), plan))
     if measured is None:
         return f"time: MACs promise {dense / max(1, planned):.2f} times the speed; --latency true measures it here"
-    head = plan.model.head_macs
-    promise = f"{(dense - head) / max(1, planned - head):.2f} by their MACs"
-    how = "{mode} of {tokens} tokens, {device}, {dtype}".format(**measured.record)
+    head_macs = plan.model.head_macs
+    promise = f"{(dense - head_macs) / max(1, planned - head_macs):.2f} by their MACs"
+    conditions = "{mode} of {tokens} tokens, {device}, {dtype}".format(**measured.record)
     speed = f"{measured.dense / measured.planned:.2f} times the speed" if measured.planned else "nothing left to run"
     return (
-        f"time: decoder layers, {how}, summed from a few measured widths: {measured.dense * 1e3:.1f} ms dense, "
+        f"time: decoder layers, {conditions}, summed from a few measured widths: {measured.dense * 1e3:.1f} ms dense, "
         f"{measured.planned * 1e3:.1f} ms planned: {speed}; {promise}"
     )
 
 
 def render_serving_table(plan: PruningPlan) -> str:
-    """The serving table with its notes."""
+    """Write which programs can serve the pruned model as a table, with notes below.
+
+    Args:
+        plan: the plan.
+
+    Example: see `render_plan_card`.
+    """
     rows = [["will it serve?", "", "why", "option", "how known"]]
     rows += [[row.target, row.answer, row.why, row.option, row.known] for row in list_serving_options(plan)]
     return "\n".join([_align_columns(rows), "", *list_serving_notes(plan)])
 
 
 def render_plan_difference(
-    first: PruningPlan, second: PruningPlan, found: Sequence[PlanDifference], names: tuple[str, str]
+    first: PruningPlan, second: PruningPlan, differences: Sequence[PlanDifference], names: tuple[str, str]
 ) -> str:
-    """Totals of both plans and a line for every difference; `found` is not empty."""
+    """Write how two plans of one model differ.
+
+    Args:
+        first, second: the plans.
+        differences: at least one; see `prunelit.core.plan_diff`.
+        names: what the two plans are called in the text.
+
+    Returns:
+        Totals of both plans, one line for each difference, and the number of layers that differ.
+
+    Example: see `prunelit.cli.plan_files.run_plan_files`.
+    """
     rows = [["layer", "units", "kept", f"only in {names[0]}", f"only in {names[1]}"]]
-    rows += [[str(each.layer), each.kind.replace("_", " "), *_describe_difference(each)] for each in found]
-    layers = len({each.layer for each in found})
-    count = f"{layers} of {len(first.layers)} layers differ"
+    rows += [
+        [str(difference.layer), difference.kind.replace("_", " "), *_describe_difference(difference)]
+        for difference in differences
+    ]
+    layer_count = len({difference.layer for difference in differences})
+    count = f"{layer_count} of {len(first.layers)} layers differ"
     return "\n\n".join(
         [render_plan_totals(dict(zip(names, (first, second), strict=True))), _align_columns(rows), count]
     )
 
 
-def _describe_difference(each: PlanDifference) -> Iterator[str]:
-    first, second = ("added" if n is True else "none" if n is False else str(n) for n in each.widths)
-    yield f"{first} -> {second}"
-    for units in (each.only_first, each.only_second):
-        said = format_index_ranges(units)
-        yield said if len(said) <= 40 else f"{said[:34].rpartition(',')[0]}, ... ({len(units)})"
+def _describe_difference(difference: PlanDifference) -> Iterator[str]:
+    width_before, width_after = (
+        "added" if width is True else "none" if width is False else str(width) for width in difference.widths
+    )
+    yield f"{width_before} -> {width_after}"
+    for units in (difference.only_first, difference.only_second):
+        indices = format_index_ranges(units)
+        yield indices if len(indices) <= 40 else f"{indices[:34].rpartition(',')[0]}, ... ({len(units)})"
 
 
 def _align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Aligned columns under a head line; those in `right` are flush right."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    """Align columns under a head line; columns whose index is in `right` are flush right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
-    def line(row: Sequence[str]) -> str:
-        cells = (c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+    def format_row(row: Sequence[str]) -> str:
+        cells = (
+            cell.rjust(width) if column_index in right else cell.ljust(width)
+            for column_index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         return "  ".join(cells).rstrip()
 
-    return "\n".join([line(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(line, rows[1:])])
+    return "\n".join([format_row(rows[0]), "-" * (sum(widths) + 2 * len(widths) - 2), *map(format_row, rows[1:])])

@@ -1,9 +1,11 @@
-"""report.html of a run that cut a model: drawn from its `Record` and nothing else, so it can be drawn again.
+"""report.html of a pruning run, drawn from its `Record` alone.
 
-from prunelit.report.record import Record
-from prunelit.report.run_page import page_of
-record = Record.from_json(Path("runs/quickstart/record.json").read_text())
-Path("again.html").write_text(page_of(record))
+The page can be drawn again from record.json:
+
+    from prunelit.report.record import Record
+    from prunelit.report.run_page import render_run_page
+    record = Record.from_json(Path("runs/quickstart/record.json").read_text())
+    Path("again.html").write_text(render_run_page(record))
 """
 
 from collections.abc import Iterator, Mapping
@@ -31,22 +33,45 @@ _ROWS = {
 
 
 def write_run_page(record: Record, folder: Path) -> None:
-    """report.html and record.json, each whole.
+    """Write report.html and record.json, each atomically.
+
+    Args:
+        record: the run.
+        folder: where the two files are written.
 
     Raises:
         OutputNotWritable: the disk refused.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     write_run_page(Record(), Path(folder))
+        ...     sorted(path.name for path in Path(folder).iterdir())
+        ['record.json', 'report.html']
     """
     write_text(folder / "record.json", record.to_json())
     write_text(folder / "report.html", render_run_page(record))
 
 
 def render_run_page(record: Record) -> str:
-    """The whole file."""
-    wanted = (
+    """Write a record as one HTML page.
+
+    Args:
+        record: the run.
+
+    Returns:
+        The whole HTML file.
+
+    Example:
+        >>> page = render_run_page(Record(title="tiny"))
+        >>> "<h1>tiny</h1>" in page
+        True
+    """
+    sections = (
         Section("Quality and size", list(_list_size_parts(record))),
         Section("Pictures", list(_draw_page_pictures(record))),
         Section("What it writes", list(_list_completion_parts(record))),
-        Section("Load it", [Code(text, what) for what, text in record.facts.get("load", ())]),
+        Section("Load it", [Code(commands, description) for description, commands in record.facts.get("load", ())]),
         Section("What each layer keeps", list(_list_layer_parts(record.plan))),
         Section("What serves it", list(_list_serving_parts(record.plan))),
         Section("How it was made", list(_list_provenance_parts(record))),
@@ -56,7 +81,7 @@ def render_run_page(record: Record) -> str:
         _make_title(record),
         _make_lead(record),
         list(_list_facts(record)),
-        [section for section in wanted if section.parts],
+        [section for section in sections if section.parts],
     )
     return html.render_html(page)
 
@@ -69,41 +94,42 @@ def _make_title(record: Record) -> str:
 
 
 def _make_lead(record: Record) -> str:
-    plan, found = record.plan, record.measured
-    said = [f"Plan {plan.digest}, seed {plan.seed}"] if plan else []
+    plan, measured = record.plan, record.measured
+    clauses = [f"Plan {plan.digest}, seed {plan.seed}"] if plan else []
     if record.kind == "fit":
         steps = record.facts.get("trained_steps")
-        said.append(f"recovered in {steps} steps" if steps else "not finished: this is what was known so far")
-    elif "pruned" not in found:
-        said.append("not finished: this is what was known so far")
+        clauses.append(f"recovered in {steps} steps" if steps else "not finished: this is what was known so far")
+    elif "pruned" not in measured:
+        clauses.append("not finished: this is what was known so far")
     else:
-        said.append("no training")
-    return "; ".join(said).capitalize() + "."
+        clauses.append("no training")
+    return "; ".join(clauses).capitalize() + "."
 
 
 def _list_facts(record: Record) -> Iterator[Fact]:
-    """The headline: what went, what it did to quality and cost."""
+    """List the headline numbers: what was removed, and its effect on quality and cost."""
     states = [name for name in STATES if name in record.measured]
-    values = {name: record.measured[name].get("perplexity") for name in states}
-    if any(value is not None for value in values.values()):
-        said = [_format_perplexity(value) for value in values.values()]
-        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(said), ", ".join(states), wide=True)
+    perplexity_by_state = {name: record.measured[name].get("perplexity") for name in states}
+    if any(value is not None for value in perplexity_by_state.values()):
+        formatted = [_format_perplexity(value) for value in perplexity_by_state.values()]
+        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(formatted), ", ".join(states), wide=True)
     if record.plan is not None:
         predicted = record.plan.predicted
-        whole = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
-        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", whole)
+        share_of_all = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
+        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", share_of_all)
     if len(states) > 1:
-        first, last = record.measured[states[0]], record.measured[states[-1]]
-        for name, what in (
+        first_row, last_row = record.measured[states[0]], record.measured[states[-1]]
+        for name, title in (
             ("parameters", "Parameters"),
             ("macs_per_token", "MACs per token"),
             ("kv_bytes_per_token", "KV cache per token"),
         ):
-            if first.get(name) and last.get(name) is not None:
+            if first_row.get(name) and last_row.get(name) is not None:
                 unit = " B" if name.startswith("kv") else ""
-                before, after = f"{format_count(first[name])}{unit}", f"{format_count(last[name])}{unit}"
-                less = f"dense {before}; {1 - last[name] / first[name]:.1%} less"
-                yield Fact(what, after, less if last[name] != first[name] else "as the dense model")
+                before, after = first_row[name], last_row[name]
+                note = f"dense {format_count(before)}{unit}; {1 - after / before:.1%} less"
+                value = f"{format_count(after)}{unit}"
+                yield Fact(title, value, note if after != before else "as the dense model")
 
 
 def _format_perplexity(value: float | None) -> str:
@@ -113,11 +139,11 @@ def _format_perplexity(value: float | None) -> str:
 def _list_size_parts(record: Record) -> Iterator[Part]:
     states = [name for name in STATES if name in record.measured]
     rows = []
-    for name, what in _ROWS.items():
+    for name, title in _ROWS.items():
         values = [record.measured[state].get(name) for state in states]
         if any(value is not None for value in values):
-            said = map(_format_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
-            rows.append([what, *said])
+            cells = map(_format_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
+            rows.append([title, *cells])
     if rows:
         yield Table(["", *states], rows)
     if protocol := record.facts.get("protocol"):
@@ -142,8 +168,8 @@ def _list_completion_parts(record: Record) -> Iterator[Part]:
     rows = record.completions
     states = [name for name in STATES if any(name in row for row in rows)]
     if states:
-        most = record.facts.get("completion_tokens")
-        yield "Greedy completions" + (f" of at most {most} tokens." if most else ".")
+        token_limit = record.facts.get("completion_tokens")
+        yield "Greedy completions" + (f" of at most {token_limit} tokens." if token_limit else ".")
         texts = {name: [row.get(name, "") for row in rows] for name in states}
         yield Completions([row["prompt"] for row in rows], texts)
 
@@ -165,34 +191,36 @@ def _list_serving_parts(plan: PruningPlan | None) -> Iterator[Part]:
 
 
 def _list_provenance_parts(record: Record) -> Iterator[Part]:
+    """List how the run was made: options, calibration set, machine, versions, and the cost of each stage."""
     facts, plan = record.facts, record.plan
-    said = []
+    lines = []
     if plan is not None:
         options = ", ".join(f"{name} {value}" for name, value in plan.options.items() if value not in (None, []))
-        said.append(f"{plan.method}: {options}")
-        if text := plan.calibration.get("source"):
+        lines.append(f"{plan.method}: {options}")
+        if sources := plan.calibration.get("source"):
             tokens = plan.calibration.get("tokens")
-            said.append(f"scored on {', '.join(text)}" + (f", {tokens:,} tokens" if tokens else ""))
+            lines.append(f"scored on {', '.join(sources)}" + (f", {tokens:,} tokens" if tokens else ""))
     if "seed" in facts:
-        said.append(f"seed {facts['seed']}")
+        lines.append(f"seed {facts['seed']}")
     if memory := facts.get("memory"):
         share = memory["trainable_parameters"] / memory["parameters"]
-        said.append(
+        lines.append(
             f"trained {memory['trainable_parameters']:,.0f} parameters, {format_percent(round(share, 4))} of them all"
         )
     if machine := facts.get("hardware"):
-        said.append(f"{machine['device']}, {machine['threads']} threads")
+        lines.append(f"{machine['device']}, {machine['threads']} threads")
     if versions := facts.get("versions"):
-        said.append(", ".join(f"{name} {version}" for name, version in versions.items()))
-    yield Notes(said)
+        lines.append(", ".join(f"{name} {version}" for name, version in versions.items()))
+    yield Notes(lines)
     if record.stages:
         rows = [
-            [s["name"].replace("_", " "), format_duration(s["seconds"]), _format_peak_memory(s)] for s in record.stages
+            [stage["name"].replace("_", " "), format_duration(stage["seconds"]), _format_peak_memory(stage)]
+            for stage in record.stages
         ]
         yield Table(["stage", "time", "peak memory so far"], rows)
 
 
 def _format_peak_memory(stage: Mapping[str, Any]) -> str:
-    found = stage.get("memory_mib") or {}
+    memory = stage.get("memory_mib") or {}
     names = {"cuda": "GPU", "process": "process"}
-    return ", ".join(f"{found[key] / 1024:.2f} GiB ({name})" for key, name in names.items() if key in found)
+    return ", ".join(f"{memory[key] / 1024:.2f} GiB ({name})" for key, name in names.items() if key in memory)

@@ -45,7 +45,7 @@ class Watching:
 def test_scores_read_no_option_that_their_key_lacks(name):
     kind = method_class(name)
     if kind.score is PruningCallback.score:
-        kind = type(name, (kind,), {"score": lambda self, decoder, batches: self.influence(decoder, batches)})
+        kind = type(name, (kind,), {"score": lambda self, context: self.measure_influence(context)})
     watching = type(name, (Watching, kind), {})
     method = watching(ratio=0.3, align=8)
     model = tiny("llama")
@@ -160,9 +160,9 @@ def test_a_damaged_file_is_computed_anew(damage, tmp_path):
 def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
     code = f"""
         import os, torch
-        from prunelit.calibration.result_cache import Kept
+        from prunelit.calibration.result_cache import ResultCache
         os.replace = lambda *paths: (print("ready", flush=True), __import__("time").sleep(60))
-        Kept({str(tmp_path)!r}).recall("scores", {{"a": 1}}, lambda: torch.ones(1000))
+        ResultCache({str(tmp_path)!r}).get_or_compute("scores", {{"a": 1}}, lambda: torch.ones(1000))
     """
     child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n"
@@ -175,7 +175,7 @@ def test_a_kill_while_writing_leaves_no_file_of_that_name(tmp_path):
 
 def test_a_folder_that_can_not_be_written_is_said_so(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OutputNotWritable, match="can not be written"):
+    with pytest.raises(OutputNotWritable, match="cannot be written"):
         ResultCache(tmp_path / "file" / "folder").get_or_compute("scores", {}, lambda: 1)
 
 
@@ -220,7 +220,7 @@ def test_repaired_weights_come_back_bit_by_bit(name, family, tmp_path, monkeypat
                 monkeypatch.undo()
                 monkeypatch.setattr(kind, "cut", lambda *args: pytest.fail("repaired again"))
     (first, before), (second, after) = cut
-    assert before.applied_plan == after.applied_plan and before.repaired == after.repaired
+    assert before.applied_plan == after.applied_plan and before.repaired_file == after.repaired_file
     assert second.config.to_dict() == first.config.to_dict()
     found = second.state_dict()
     assert found.keys() == first.state_dict().keys()
@@ -234,7 +234,7 @@ def test_only_what_the_repair_changed_is_written(tmp_path):
     model, method = tiny("llama"), method_class("llm_bip")(ratio=0.3, align=8, repair="least_squares", protect=[0])
     method.run_cache = ResultCache(tmp_path)
     method.prune(model, batches_for(model))
-    tensors = torch.load(tmp_path / method.repaired)["tensors"]
+    tensors = torch.load(tmp_path / method.repaired_file)["tensors"]
     assert tensors and all(".layers.1." in name or ".layers.2." in name for name in tensors)
 
 
@@ -246,7 +246,7 @@ def test_damaged_repaired_weights_are_made_anew(damage, tmp_path):
         method.run_cache = ResultCache(tmp_path)
         method.prune(model, batches_for(model))
         prints.append(fingerprint_model(model))
-        path = tmp_path / method.repaired
+        path = tmp_path / method.repaired_file
         path.write_bytes(damage(path.read_bytes()))
     assert prints[0] == prints[1]
 

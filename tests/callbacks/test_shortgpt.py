@@ -12,6 +12,7 @@ from prunelit.calibration import metrics
 from prunelit.callbacks.shortgpt import ShortGPT
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 from tests.callbacks.test_llm_bip import batches_for
 from tests.tiny import FAMILIES, cut, tiny
@@ -46,7 +47,7 @@ def gone(plan):
 def with_influence(influence, **options):
     """A method whose scores are given."""
     method = ShortGPT(**options)
-    method.measure_influence = lambda decoder, batches: list(influence)
+    method.measure_influence = lambda context: list(influence)
     return method
 
 
@@ -54,7 +55,7 @@ def with_influence(influence, **options):
 def test_influence_is_one_minus_the_mean_cosine(family):
     model = tiny(family)
     batches = batches_for(model, padded=True)
-    found = ShortGPT(count=1).measure_influence(Decoder(model), batches)
+    found = ShortGPT(count=1).measure_influence(PruningContext(Decoder(model), batches))
     assert found == pytest.approx(influence_of(model, batches), rel=1e-5)
     order = sorted(range(3), key=lambda index: found[index])
     assert len(set(found)) == 3
@@ -68,15 +69,17 @@ def test_influence_is_one_minus_the_mean_cosine(family):
 def test_a_bfloat16_model_is_scored_in_float32():
     model = tiny("llama").bfloat16()
     batches = batches_for(model, 4, 4, 16)
-    found = ShortGPT(count=1).measure_influence(Decoder(model), batches)
+    found = ShortGPT(count=1).measure_influence(PruningContext(Decoder(model), batches))
     assert found == pytest.approx(influence_of(model, batches), rel=1e-4)
 
 
 def test_scores_do_not_depend_on_the_batch_split():
     model = tiny("llama")
     ids = batches_for(model, 1, 8, 12)[0]["input_ids"]
-    together = ShortGPT(count=1).measure_influence(Decoder(model), [{"input_ids": ids}])
-    split = ShortGPT(count=1).measure_influence(Decoder(model), [{"input_ids": part} for part in ids.split(3)])
+    together = ShortGPT(count=1).measure_influence(PruningContext(Decoder(model), [{"input_ids": ids}]))
+    split = ShortGPT(count=1).measure_influence(
+        PruningContext(Decoder(model), [{"input_ids": part} for part in ids.split(3)])
+    )
     assert together == pytest.approx(split, rel=1e-5)
 
 

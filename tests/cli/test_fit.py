@@ -196,7 +196,7 @@ def test_an_output_that_can_not_be_written(
 ) -> None:
     (tmp_path / "file").write_text("x")
     refused(call(capsys, *small(source, words, tmp_path / "file")), "expected a folder, got a file")
-    refused(call(capsys, *small(source, words, tmp_path / "file" / "below")), "can not be written")
+    refused(call(capsys, *small(source, words, tmp_path / "file" / "below")), "cannot be written")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("x")
     refused(call(capsys, *small(source, words, tmp_path / "full")), "--overwrite")
@@ -361,7 +361,7 @@ def test_two_callbacks_that_cut_are_refused(
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
-        ([], "Bar"),
+        ([], "CommandProgressBar"),
         (["--trainer.enable_progress_bar", "false"], "NoneType"),
         (["--trainer.callbacks+=RichProgressBar"], "RichProgressBar"),
     ],
@@ -373,4 +373,4 @@ def test_one_style_of_bars_unless_another_is_asked_for(source: str, options: lis
             ["--model", source, "--trainer.accelerator", "cpu", "--trainer.logger", "false", *options]
         )[0]
     assert type(trainer.progress_bar_callback).__name__ == wanted
-    assert wanted != "Bar" or trainer.progress_bar_callback.is_disabled  # nobody looks
+    assert wanted != "CommandProgressBar" or trainer.progress_bar_callback.is_disabled  # nobody looks

@@ -656,7 +656,7 @@ def test_outputs_that_can_not_be_written(
     refused(call(capsys, *config(source, data, tmp_path, out=str(tmp_path / "file"))), "expected a folder, got a file")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "cells").write_text("x")
-    refused(call(capsys, *config(source, data, tmp_path)), "cells", "can not be made")
+    refused(call(capsys, *config(source, data, tmp_path)), "cells", "cannot be made")
 
 
 def test_data_folder(data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,10 +109,10 @@ def test_an_evaluation_that_was_killed_goes_on(
         straight = evaluate_model(smaller, dense, **everything(data))
         monkeypatch.setattr(memory, "measure_peak_memory", lambda subject, wanted: peak)
         parts = (
-            (perplexities, "perplexity"),
-            (zero_shot.ZeroShotEvaluator, "run"),
-            (samples, "write"),
-            (speed, "measured"),
+            (perplexities, "measure_text_perplexity"),
+            (zero_shot.ZeroShotEvaluator, "run_task"),
+            (samples, "generate_completions"),
+            (speed, "measure_speed"),
         )
         for stop in (1, 4, 7, 12):  # after so many parts in all
             for module, name in parts:
@@ -126,7 +126,7 @@ def test_an_evaluation_that_was_killed_goes_on(
         for module, name in parts:
             counted(module, name)
         resumed = evaluate_model(smaller, dense, **options)
-        assert calls == calls[:12] + ["measured"]  # 3 texts, 2 tasks, samples, for two models, then speed
+        assert calls == calls[:12] + ["measure_speed"]  # 3 texts, 2 tasks, samples, for two models, then speed
         evaluate_model(smaller, dense, **options)
         assert len(calls) == 13
     for part in ("model", "against", "perplexity", "zero_shot", "samples"):

@@ -106,7 +106,7 @@ def test_decode_with_the_cache_writes_what_a_model_without_one_would(family: str
     runner = ModelTimer(model, Speed(prompt=6, new_tokens=3, repeats=1))
     token, _ = runner.prefill(6)
     with torch.no_grad():
-        expected = model(input_ids=runner.ids, use_cache=False).logits[:, -1:].argmax(-1)
+        expected = model(input_ids=runner.token_ids, use_cache=False).logits[:, -1:].argmax(-1)
     assert token.equal(expected)
     before = runner.context.get_seq_length()
     runner.measure_seconds()

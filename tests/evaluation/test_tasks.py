@@ -119,7 +119,7 @@ def test_rows_of_every_task_are_right_as_they_are(tmp_path: Path) -> None:
         (b"", "got an empty file"),
         (b"[1]\n", "line 1: expected a JSON object"),
         (b"goal: x\n", "line 1: expected one JSON object a line"),
-        (b"\xff\xfe\n", "can not be read: UnicodeDecodeError"),
+        (b"\xff\xfe\n", "cannot be read: UnicodeDecodeError"),
     ],
 )
 def test_files_that_hold_no_rows(content: bytes, said: str, tmp_path: Path) -> None:

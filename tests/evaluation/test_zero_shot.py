@@ -96,6 +96,6 @@ def test_averages_in_both_conventions() -> None:
 
 def test_rows_that_can_not_be_read_are_one_line(dense: str, definitions: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "piqa.jsonl").unlink()
-    with pytest.raises(SourceNotFound, match="task 'piqa': its rows can not be read") as error:
+    with pytest.raises(SourceNotFound, match="task 'piqa': its rows cannot be read") as error:
         run(dense, {"piqa": definitions["piqa"]})
     assert "\n" not in str(error.value)

@@ -153,7 +153,7 @@ def test_a_second_prune_replaces_the_first(
 def test_fit_asks_before_it_measures(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     (tmp_path / name).mkdir()
     (tmp_path / name / "thesis.txt").write_text("x")
-    monkeypatch.setattr(RunReport, "_measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(RunReport, "_measure_state", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(OutputNotWritable, match=rf"{name}': expected .* prunelit wrote"):
         fit(source, tmp_path, 1)
     assert files(tmp_path) == {f"{name}/thesis.txt": b"x"}
@@ -164,7 +164,7 @@ def test_fit_spares_the_model_it_reads(tmp_path: Path, source: str, monkeypatch:
         for path in Path(source).iterdir():
             (folder / path.name).write_bytes(path.read_bytes())
         (folder / "proof.json").write_text('{"format": "uniform", "passed": true}')
-    monkeypatch.setattr(RunReport, "_measure", lambda *_: pytest.fail("it was measured"))
+    monkeypatch.setattr(RunReport, "_measure_state", lambda *_: pytest.fail("it was measured"))
     with pytest.raises(OutputNotWritable, match="which is read"):
         fit(str(tmp_path / "model"), tmp_path, 1)
 

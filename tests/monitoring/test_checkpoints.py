@@ -214,7 +214,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_and_nothing_else(tmp_path: Pa
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        with pytest.raises(OutputNotWritable, match=r"last\.ckpt.*can not be written.*make room"):
+        with pytest.raises(OutputNotWritable, match=r"last\.ckpt.*cannot be written.*make room"):
             AtomicCheckpointIO().save_checkpoint({"step": 2, "w": torch.zeros(10**6)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -475,7 +475,7 @@ def test_a_full_disk_is_one_line_and_room_lets_the_run_go_on(
     status, said, _ = nursery.run(folder, at="full disk:4")
     assert status == 2, said
     assert said.count("prunelit: error: ") == 1
-    assert "can not be written" in said.splitlines()[-1]
+    assert "cannot be written" in said.splitlines()[-1]
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     assert nursery.run(folder)[0] == 0
     check_equal(folder, wanted)

@@ -173,7 +173,7 @@ def test_a_resumed_run_puts_repaired_weights_back_or_says_that_they_differ(tmp_p
 
     with monkeypatch.context() as patch:  # neither text nor repair
         patch.setattr(LLMBIP, "cut", fail)
-        patch.setattr(LLMBIP, "_find_batches", fail)
+        patch.setattr(LLMBIP, "_find_calibration", fail)
         again = bip(repair="least_squares")
         trainer(tmp_path, again, steps=6).fit(ForeignModule(), datamodule=ForeignData(), ckpt_path=last)
         assert again.state_dict() == first.state_dict()

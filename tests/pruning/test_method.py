@@ -16,7 +16,7 @@ from tests.tiny import tiny, tokens
 BATCHES = [{"input_ids": tokens(2, 8)}]
 
 
-@pytest.mark.parametrize("act", ["prune", "decide"])
+@pytest.mark.parametrize("act", ["prune", "plan_model"])
 @pytest.mark.parametrize(
     ("batches", "got"),
     [

@@ -103,7 +103,7 @@ def test_training_lowers_the_loss_and_the_merged_model_keeps_it(source: str, tmp
     with module.model.disable_adapter():
         cut = metrics.perplexity(module.model, windows)["perplexity"]
     trained = metrics.perplexity(module.model, windows)["perplexity"]
-    merged = metrics.perplexity(module.merged_model(), windows)["perplexity"]
+    merged = metrics.perplexity(module.merge_model(), windows)["perplexity"]
     assert trained < cut
     assert merged == pytest.approx(trained, rel=1e-4)
     assert not any("lora" in name for name, _ in module.model.named_modules())
@@ -197,17 +197,17 @@ def test_distillation_comes_closer_to_the_dense_model(source: str, tmp_path: Pat
     with module.model.disable_adapter():
         before = distance(module.model)
     assert distance(module.model) < 0.9 * before
-    assert not any("_dense" in name for name in module.state_dict())
+    assert not any("_teacher" in name for name in module.state_dict())
 
 
 @pytest.mark.slow
 def test_the_dense_model_shares_what_is_frozen_and_is_not_changed(source: str, tmp_path: Path) -> None:
     module, *_ = run(source, tmp_path / "lora", 3, loss="distill", hidden_weight=1.0, label_share=0.5)
-    teacher, mine = module._dense[0], module.model.get_base_model()
+    teacher, mine = module._teacher[0], module.model.get_base_model()
     assert teacher.model.embed_tokens.weight is mine.model.embed_tokens.weight
     assert teacher.lm_head.weight is mine.lm_head.weight
     full, *_ = run(source, tmp_path / "full", 3, loss="distill", lora_rank=0)
-    for found in (teacher, full._dense[0]):
+    for found in (teacher, full._teacher[0]):
         for name, value in loading.load(source).state_dict().items():
             assert torch.equal(found.state_dict()[name], value), name
         assert not found.training
@@ -220,15 +220,15 @@ def test_hidden_states_are_paired_by_the_layers_that_stayed(source: str, tmp_pat
     get_applied_plans(module.model)["first"] = plan
     (gone,) = [index for index, layer in enumerate(plan.layers) if layer.removed]
     module.trainer = Trainer(accelerator="cpu", logger=False, default_root_dir=tmp_path)  # type: ignore[assignment]
-    module._load_dense()
+    module._load_teacher()
     layers = [index for index in range(len(plan.layers)) if index != gone]
-    assert module._pairs == [*((j + 1, layer + 1) for j, layer in enumerate(layers[:-1])), (-1, -1)]
+    assert module._hidden_state_pairs == [*((j + 1, layer + 1) for j, layer in enumerate(layers[:-1])), (-1, -1)]
     whole = RecoveryModule(source, loss="distill", hidden_weight=1.0)
     whole.load_model()
     whole.trainer = module.trainer
-    whole._load_dense()
+    whole._load_teacher()
     batch = {"input_ids": torch.arange(16)[None]}
-    assert whole._distance(batch).item() == pytest.approx(0, abs=1e-5)
+    assert whole._compute_distillation_loss(batch).item() == pytest.approx(0, abs=1e-5)
 
 
 # On 4-bit bases ------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_int4_merges_without_loss_and_stays_int4(wide: str, tmp_path: Path) -> N
     windows = trainer.datamodule.validation
     with torch.no_grad():
         before = module.model.eval()(windows).logits
-        merged = module.merged_model()
+        merged = module.merge_model()
         after = merged(windows).logits
     assert quantize.get_quantization(merged) == "int4"
     assert (after - before).norm() <= 1e-4 * before.norm()
@@ -341,9 +341,9 @@ def test_int4_is_asked_for_with_its_base(wide: str, tmp_path: Path) -> None:
 
 def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:
     module, trainer, _ = run(wide, tmp_path, 8, base="nf4", lora_dropout=0.0, align=64)
-    base, windows = module._full[0], trainer.datamodule.validation
+    base, windows = module._full_precision_model[0], trainer.datamodule.validation
     plain = {name: value.clone() for name, value in base.state_dict().items()}
-    merged = module.merged_model()
+    merged = module.merge_model()
     assert quantize.get_quantization(merged) is None and not any("lora" in name for name in merged.state_dict())
     assert any(not torch.equal(merged.state_dict()[name], value) for name, value in plain.items())
     assert metrics.perplexity(merged, windows)["perplexity"] < 200

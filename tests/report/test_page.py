@@ -146,7 +146,7 @@ def test_summaries_have_the_numbers_of_the_record(full: Record) -> None:
     )
     said = summarize_picture("kept", Record(plan=plan_of(3, 6, 3)))
     assert said == (
-        "4 of 9 KV groups, 8 of 18 query heads, 96 of 192 FFN channels stay in 3 layers; no longer there: attention of "
+        "4 of 9 KV groups, 8 of 18 query heads, 96 of 192 FFN channels remain in 3 layers; removed: attention of "
         "layers 2."
     )
     goes = sum(sum(one.removed) for one in full.scores["channels"] if one)

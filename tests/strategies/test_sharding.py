@@ -71,7 +71,7 @@ def worker(rank: int, port: int, source: str, folder: str) -> None:
     os.environ.update({name: str(value) for name, value in where.items()})
     for strategy, recipe in CASES:
         module, trainer = fit(source, Path(folder), strategy_of(strategy), 2, **RECIPES[recipe])
-        found = {"validation": trainer.callback_metrics["val_perplexity"], **module.merged_model().state_dict()}
+        found = {"validation": trainer.callback_metrics["val_perplexity"], **module.merge_model().state_dict()}
         torch.save(found, Path(folder) / f"{strategy}.{recipe}.{rank}.pt")
 
 
@@ -91,7 +91,7 @@ def test_two_processes_end_where_one_does(
     source: str, folder: Path, tmp_path: Path, strategy: str, recipe: str
 ) -> None:
     module, trainer = fit(source, tmp_path, "auto", 1, **RECIPES[recipe])
-    alone = {"validation": trainer.callback_metrics["val_perplexity"], **module.merged_model().state_dict()}
+    alone = {"validation": trainer.callback_metrics["val_perplexity"], **module.merge_model().state_dict()}
     first, second = (torch.load(folder / f"{strategy}.{recipe}.{rank}.pt") for rank in (0, 1))
     assert first.keys() == second.keys() == alone.keys()
     for name, value in alone.items():

@@ -1,13 +1,15 @@
-"""Best: Fisher scores in one list over layers and kinds, refit on the cut prefix, short distillation.
+"""Best: Fisher scores in one list over layers and kinds, a refit on the pruned prefix, and a short distillation.
 
 Source: ours, from parts of the field. In order:
-1. one backward pass: the Fisher information of every head's and channel's switch (arXiv 1906.10771, 2204.09656), per
-   parameter, is the score; all layers and kinds share one list, and no layer loses more than `min_kept` allows;
-2. the dense model writes as much text again as it was given (LLM-QAT, arXiv 2305.17888), see `prunelit.callbacks.best.generated_text`;
-3. on both texts, a least-squares refit of the output projections on the cut prefix (`prunelit.repair.reconstruct`);
-4. and passes of distillation from the dense model's distributions (`prunelit.callbacks.best.distill`), of whose changes is kept what
-   stands out of noise (`prunelit.callbacks.best.denoise`). No labels are read.
-What each step is worth, and what was tried instead, is in docs/lab-log.md.
+1. One backward pass gives the score: the Fisher information of every head's and channel's mask (arXiv 1906.10771,
+   2204.09656), per parameter. All layers and kinds are ranked in one list, and `min_kept` limits the cut of a layer.
+2. The dense model generates as many tokens as the calibration text has (LLM-QAT, arXiv 2305.17888), see
+   `prunelit.callbacks.best.generated_text`.
+3. On both texts the output projections are refitted on the pruned prefix (`prunelit.repair.reconstruct`).
+4. The pruned model is distilled from the dense model's distributions for some passes, without labels
+   (`prunelit.callbacks.best.distill`); of the changes only what exceeds noise is applied
+   (`prunelit.callbacks.best.denoise`).
+docs/lab-log.md has the worth of each step, and what was tried instead.
 
     callbacks/best.yaml         attaches it to any LightningCLI job with a second --config
     Python                      Trainer(callbacks=[Best(ratio=0.2)])
@@ -31,8 +33,10 @@ from prunelit.repair import reconstruct
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import BadOption
 
-_EVEN_SHARE = 5 / 8  # Fisher information is local: of layers that lose nearly all it promises too much
-_MAX_TEXT_LENGTH = 128  # tokens of a text that the model writes; never longer than the calibration's
+# Fisher information is a local estimate and too optimistic for layers that lose nearly all units: every layer keeps at
+# least this share of what an even cut would leave.
+_EVEN_SHARE = 5 / 8
+_MAX_TEXT_LENGTH = 128  # tokens of a generated sequence, which is never longer than those of the calibration text
 
 
 class Best(PruningCallback):
@@ -41,18 +45,23 @@ class Best(PruningCallback):
     Args:
         ratio: share of the decoder layers' budget to remove.
         scope: "global" (default) lets layers differ; "layer" keeps them alike for stock classes.
-        min_kept: least share of a layer's units that stays; None: 5/8 of what an even cut would keep.
-        own_text: tokens the dense model writes, relative to the calibration text's; 0 writes none.
-        ridge: of the refit, relative to the mean square of the inputs.
-        epochs: passes of distillation over all text; 0: closed forms only.
-        learning_rate: peak, of the distillation.
-        denoise: of what the distillation changes, keep what stands out of noise.
+        min_kept: least share of a layer's units that stays; None: 5/8 of what an even cut would leave.
+        own_text: tokens that the dense model generates, relative to those of the calibration text; 0: none.
+        ridge: ridge of the refit, relative to the mean square of the inputs.
+        epochs: passes of distillation over all text; 0: no distillation.
+        learning_rate: peak learning rate of the distillation.
+        denoise: apply only those changes of the distillation that exceed noise.
         kwargs: see `PruningCallback`.
+
+    Example:
+        >>> method = Best(ratio=0.2, epochs=0)  # closed forms only
+        >>> method.scope, method.uses_repair
+        ('global', True)
     """
 
     standardise = False
     score_options = ("unit", "own_text", "seed")
-    repair_choices = ("none",)  # it has its own
+    repair_choices = ("none",)  # `cut` has a repair of its own
     cut_options = ("own_text", "ridge", "epochs", "learning_rate", "denoise")
 
     def __init__(
@@ -81,49 +90,51 @@ class Best(PruningCallback):
         return True
 
     def score(self, context: PruningContext) -> list[LayerScores]:
-        found = []
+        layer_scores = []
         for layer, scores in zip(context.decoder, score_fisher(context.decoder, context.batches), strict=True):
             shape, heads, channels = layer.shape, scores.heads, scores.channels
             if heads is not None:
-                # Across layers a KV group counts as the mean of its heads: each bears its part of key and value.
-                shared = shape.kv_head_cost / shape.group_size if self.unit == "kv_group" else 0
-                heads = heads / (shape.query_head_cost + shared)
+                # A KV group is ranked by the mean of its heads: each head bears an equal part of the keys and values.
+                shared_cost = shape.kv_head_cost / shape.group_size if self.unit == "kv_group" else 0
+                heads = heads / (shape.query_head_cost + shared_cost)
             if channels is not None:
                 channels = channels / shape.channel_cost
-            found.append(LayerScores(heads, channels))
-        return found
+            layer_scores.append(LayerScores(heads, channels))
+        return layer_scores
 
     def get_min_kept(self, decoder: Decoder) -> float:
         if self.min_kept is not None:
             return self.min_kept
         shapes = decoder.shape.layers
-        whole = {layer % len(shapes) for layer in self.protect}
-        most = sum(_count_removable(shape, self.unit) for index, shape in enumerate(shapes) if index not in whole)
-        even = self.ratio * decoder.shape.block_parameters / max(1, most)
-        return max(0.0, _EVEN_SHARE * (1 - even))
+        protected = {layer % len(shapes) for layer in self.protect}
+        removable = sum(_count_removable(shape, self.unit) for i, shape in enumerate(shapes) if i not in protected)
+        even_cut = self.ratio * decoder.shape.block_parameters / max(1, removable)
+        return max(0.0, _EVEN_SHARE * (1 - even_cut))
 
     def cut(self, context: PruningContext, plan: PruningPlan) -> None:
         decoder, batches = context.decoder, context.batches
         tokens = int(self.own_text * sum(map(count_real_tokens, batches)))
         length = min(_MAX_TEXT_LENGTH, max((batch["input_ids"].shape[1] for batch in batches), default=0))
-        text = list(batches)
+        all_batches = list(batches)
         if tokens:
-            text += self.compute_cached(
+            all_batches += self.compute_cached(
                 "text", context, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
             )
-        own = take_rank_share(text)
-        dense = distill.record_dense_streams(decoder, own) if self.epochs else []
-        reconstruct.apply_least_squares(decoder.model, plan, text, ridge=self.ridge)
+        own_batches = take_rank_share(all_batches)
+        dense_streams = distill.record_dense_streams(decoder, own_batches) if self.epochs else []
+        reconstruct.apply_least_squares(decoder.model, plan, all_batches, ridge=self.ridge)
         cut = Decoder(decoder.model)
-        distill.distill_layers(cut, own, dense, self.epochs, self.learning_rate, self.denoise, seed=self.seed)
+        distill.distill_layers(
+            cut, own_batches, dense_streams, self.epochs, self.learning_rate, self.denoise, seed=self.seed
+        )
 
 
 def _count_removable(shape: LayerShape, unit: budget.Unit) -> int:
-    """Parameters of a layer that may go; one KV group, or query head of each, has to stay."""
-    found = shape.channel_cost * shape.ffn_channels
+    """Count the parameters of a layer that may be removed; one KV group, or one query head of each, has to stay."""
+    removable = shape.channel_cost * shape.ffn_channels
     if shape.heads_prunable and shape.kv_groups:
         if unit == "kv_group":
-            found += (shape.kv_groups - 1) * (shape.group_size * shape.query_head_cost + shape.kv_head_cost)
+            removable += (shape.kv_groups - 1) * (shape.group_size * shape.query_head_cost + shape.kv_head_cost)
         else:
-            found += (shape.query_heads - shape.kv_groups) * shape.query_head_cost
-    return found
+            removable += (shape.query_heads - shape.kv_groups) * shape.query_head_cost
+    return removable

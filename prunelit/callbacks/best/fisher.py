@@ -1,8 +1,8 @@
 """Fisher importance of heads and channels: the squared first-order change of the loss, token by token.
 
-One backward pass to activations; no weight gradient is computed. Removing the part a_u of a block's output projection's
-input changes the loss of a text by about sum_t a_u . dL/da_u; its square, kept token by token, is the diagonal of the
-Fisher information in that unit's switch.
+It takes one backward pass to activations and no weight gradients. Let a_u be the part of the input of a block's output
+projection that belongs to unit u. Removing it changes the loss of a text by about sum_t a_u . dL/da_u over tokens t.
+The sum of the squares of these terms is the diagonal of the Fisher information with respect to a mask on the unit.
 
 Source: Molchanov et al., "Importance estimation for neural network pruning", CVPR 2019, arXiv 1906.10771 (squared
 activation times gradient of a gate); Kwon et al., "A fast post-training pruning framework for transformers", NeurIPS
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import Sums
@@ -31,35 +32,46 @@ from prunelit.runtime.progress import track_progress
 
 @torch.inference_mode(False)
 def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores]:
-    """Mean over tokens of (activation . gradient)^2 of every query head and channel.
+    """Score every query head and channel by the mean over tokens of (activation . gradient)^2.
 
-    The loss is the summed next-token cross-entropy of a sequence. In a distributed run the sequences are shared out.
+    The loss is the summed next-token cross-entropy of a sequence. In a distributed run the ranks share the sequences.
 
     Args:
         decoder: the model; left as it was.
-        batches: the same list on every rank; padding counts neither as context nor as target.
+        batches: calibration batches, the same list on every rank; padding counts neither as context nor as target.
 
     Returns:
-        One `LayerScores` per layer, float64.
+        One `LayerScores` per layer, float64: [Q] heads and [F] channels.
 
     Raises:
         NonFinite: a loss or a score is NaN or infinite.
-        NoCalibration: no sequence of two tokens.
+        NoCalibration: no sequence has two adjacent tokens.
+
+    Example:
+        >>> import transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> decoder = Decoder(transformers.LlamaForCausalLM(config))
+        >>> scores = score_fisher(decoder, [{"input_ids": torch.tensor([[1, 2, 3]])}])
+        >>> scores[0].heads.shape, scores[0].channels.shape
+        (torch.Size([2]), torch.Size([24]))
     """
-    sums, texts = Sums(len(decoder.layers)), split_into_samples(batches)
-    tokens = sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in texts)
-    handles: list[Any] = [decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)]
+    sums, samples = Sums(len(decoder.layers)), split_into_samples(batches)
+    tokens = sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in samples)
+    handles: list[RemovableHandle] = [
+        decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)
+    ]
     for layer in decoder:
-        for there, name in ((layer.has_attention, "output"), (layer.has_mlp, "down")):
-            if there:
+        for is_present, name in ((layer.has_attention, "output"), (layer.has_mlp, "down")):
+            if is_present:
                 module: nn.Module = getattr(layer, name)
                 handles.append(module.register_forward_pre_hook(partial(_watch_input, sums, layer, name)))
-    wanted = [(parameter, parameter.requires_grad) for parameter in decoder.model.parameters()]
+    requires_grad = [(parameter, parameter.requires_grad) for parameter in decoder.model.parameters()]
     try:
-        for parameter, _ in wanted:
+        for parameter, _ in requires_grad:
             parameter.requires_grad_(False)
         with torch.enable_grad(), use_eval_mode(decoder.model):
-            for ids, mask in track_progress(take_rank_share(texts), "sensitivity"):
+            for ids, mask in track_progress(take_rank_share(samples), "sensitivity"):
                 loss = compute_sample_loss(decoder, ids, mask, reduction="sum")
                 if not torch.isfinite(loss):
                     raise NonFinite(f"calibration: expected a finite loss, got {loss.item()}; check the model file")
@@ -67,25 +79,32 @@ def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores
     finally:
         for handle in handles:
             handle.remove()
-        for parameter, wants in wanted:
-            parameter.requires_grad_(wants)
+        for parameter, value in requires_grad:
+            parameter.requires_grad_(value)
     return [LayerScores(mean.get("output"), mean.get("down")) for mean in sums.means(tokens, decoder.device)]
 
 
-def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-    value: Tensor = args[0].detach()  # the hook must not hold the graph that holds the hook
+def _watch_input(sums: Sums, layer: Layer, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    """Add the squared products of the input of a linear with its gradient, once the backward pass reaches it."""
+    # Detached: a hook that holds the graph, which holds the hook, would keep both alive.
+    value: Tensor = args[0].detach()
 
-    def see(gradient: Tensor) -> None:
+    def add_squares(gradient: Tensor) -> None:
         product = value.float() * gradient.float()
         if name == "output":
             product = product.unflatten(-1, (layer.shape.query_heads, layer.shape.head_dim)).sum(-1)
         sums.add(layer, name, product.square().flatten(0, -2).sum(0))
 
-    args[0].register_hook(see)
+    args[0].register_hook(add_squares)
 
 
-def _start_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """No weight wants a gradient, so the stream entering the first layer must, or there would be no graph."""
+def _start_graph(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make the stream entering the first layer require a gradient.
+
+    No weight requires one, so autograd would record nothing otherwise.
+    """
     if args:
         return (args[0].detach().requires_grad_(), *args[1:]), kwargs
     return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_()}

@@ -1,9 +1,10 @@
 """BlockPruner: greedy perplexity search over whole attention and FFN blocks.
 
 Source: L. Zhong, F. Wan, R. Chen, X. Quan, L. Li, "BlockPruner: Fine-grained Pruning for Large Language Models",
-arXiv 2406.10594 (ACL 2025), and its code: the importance of a block, given those already removed, is the perplexity of
-the model without it; the block whose loss costs least goes, again and again. Ours: everything that makes the search
-cheaper, the journal, a ratio as the budget, and the searches beside the greedy one; see `prunelit.callbacks.block_pruner.search`.
+arXiv 2406.10594 (ACL 2025), and its code. The importance of a block, given the blocks removed so far, is the perplexity
+of the model without it. The search removes the block whose loss costs least, one block after the other. Ours:
+everything that makes the search cheaper, the journal, a ratio as the budget, and the searches other than the greedy
+one, see `prunelit.callbacks.block_pruner.search`.
 
     callbacks/block_pruner.yaml attaches it to any LightningCLI job with a second --config
     Python                      Trainer(callbacks=[BlockPruner(count=6)])
@@ -23,26 +24,35 @@ from prunelit.runtime.errors import BadOption
 
 
 class BlockPruner(PruningCallback):
-    """Remove the attention and FFN blocks that perplexity misses least. No recovery is part of the method.
+    """Remove the attention and FFN blocks whose loss raises perplexity least. No recovery is part of the method.
 
     Args:
-        ratio: least share of the decoder layers' budget to remove; give this or `count`.
+        ratio: least share of the decoder layers' budget to remove; give either this or `count`.
         count: number of blocks to remove, as in the paper.
-        blocks: both kinds ("mix"), or one of them.
-        search: "lazy" skips candidates whose last known value is far above the best; "greedy" is the paper's search to
-            the letter; "beam" keeps the best `beam_width` sets of each step; "swap" is "lazy", then exchanges removed
-            blocks for kept ones while that helps.
-        beam_width: sets that "beam" goes on with.
-        journal: file of finished evaluations, one a line; a search that was killed goes on from it.
-        search_windows: calibration sequences that the search evaluates on, the first ones; None: all. A search runs
-            the text hundreds of times.
-        cache_gib: host memory for residual streams, GiB per process.
+        blocks: kinds of block that may be removed: "mix" (both), "attention" or "mlp".
+        search: "lazy" skips candidates whose last known value is far above the best; "greedy" is exactly the paper's
+            search; "beam" continues with the best `beam_width` sets of each step; "swap" is "lazy", then exchanges
+            removed blocks for remaining ones while that helps.
+        beam_width: number of sets that "beam" continues with.
+        journal: file of finished evaluations, one per line, from which a search that was killed continues.
+        search_windows: number of calibration sequences that the search evaluates on, from the first; None: all. A
+            search runs the text hundreds of times.
+        cache_gib: host memory for residual streams, in GiB per process.
         kwargs: see `PruningCallback`; `scope`, `unit`, `align`, `min_kept` and `uniform_heads` say nothing about whole
             blocks.
+
+    Example:
+        >>> import torch, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        ...     num_attention_heads=2, num_key_value_heads=2)
+        >>> batches = [{"input_ids": torch.arange(20).view(2, 10)}]
+        >>> plan = BlockPruner(count=1).prune(transformers.LlamaForCausalLM(config), batches)
+        >>> sum(layer.attention_removed + layer.mlp_removed for layer in plan.layers)
+        1
     """
 
     ignored_options = IGNORED_OPTIONS
-    repair_choices = ("none", "least_squares")  # no mean stands in for a block that is gone
+    repair_choices = ("none", "least_squares")  # no linear remains whose bias could hold the mean of a removed block
 
     def __init__(
         self,
@@ -57,7 +67,7 @@ class BlockPruner(PruningCallback):
         **kwargs: Any,
     ):
         self.goal = RemovalGoal.from_options(ratio, count, kwargs)
-        super().__init__(0.5 if ratio is None else ratio, **kwargs)  # it needs a number; the goal is what counts
+        super().__init__(0.5 if ratio is None else ratio, **kwargs)  # any valid number: `goal` holds the budget
         self.ratio = ratio  # type: ignore[assignment]
         for name, value, allowed in (
             ("blocks", blocks, get_args(BlockChoice)),
@@ -75,13 +85,13 @@ class BlockPruner(PruningCallback):
 
     def plan(self, context: PruningContext) -> PruningPlan:
         decoder, batches = context.decoder, context.batches
-        journal, few = self.journal, take_sequences(batches, self.search_windows)
+        journal, search_batches = self.journal, take_sequences(batches, self.search_windows)
         if journal is None and self.cache is not None:
-            which = compute_digest(fingerprint_model(decoder.model) + fingerprint_batches(few))
-            journal = str(self.cache.folder / f"block_pruner-{which}.jsonl")
-        evaluator = BlockEvaluator(decoder, few, journal, self.cache_gib)
+            fingerprint = compute_digest(fingerprint_model(decoder.model) + fingerprint_batches(search_batches))
+            journal = str(self.cache.folder / f"block_pruner-{fingerprint}.jsonl")
+        evaluator = BlockEvaluator(decoder, search_batches, journal, self.cache_gib)
         evaluator.emit = self.emit
-        found = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
+        result = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
-        self._calibration_record = {**self._calibration_record, "search": found.record}
-        return self.build_plan(context, plan_without_blocks(decoder.shape, found.removed))
+        self._calibration_record = {**self._calibration_record, "search": result.record}
+        return self.build_plan(context, plan_without_blocks(decoder.shape, result.removed))

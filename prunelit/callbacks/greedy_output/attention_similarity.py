@@ -1,11 +1,12 @@
-"""Similarity of attention heads: Jensen-Shannon divergence of their attention probabilities, and what to cut by it.
+"""Similarity of attention heads by the Jensen-Shannon divergence of their attention probabilities.
 
-For heads i and j, with P the probabilities that a head gives to the keys of one query row,
+Source: J. Li, Y. Dong, Q. Lei, "Greedy Output Approximation", CPAL 2025, arXiv 2407.19126, Eq. 1 and Algorithm 2. For
+heads i and j, with P the probabilities that a head gives to the keys of one query row,
 
     D_ij = mean over query rows of  H((P_i + P_j) / 2) - (H(P_i) + H(P_j)) / 2        H: entropy in nats
 
-so D lies in [0, ln 2]. Masked keys have probability 0 and add nothing; rows of padding do not count. Probabilities are
-those of eager attention, seen for a few windows of one layer at a time and reduced in blocks of rows.
+so D lies in [0, ln 2]. Masked keys have probability 0 and add nothing; rows of padding do not count. The probabilities
+are those of eager attention, a few windows of one layer at a time, reduced in blocks of rows.
 
 Legend: B windows, S tokens, Q query heads, G KV groups, M heads or groups that compete with each other (a cell).
 """
@@ -13,7 +14,7 @@ Legend: B windows, S tokens, Q query heads, G KV groups, M heads or groups that 
 import bisect
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,10 +34,10 @@ from prunelit.planning import removal_steps
 from prunelit.runtime.distributed import sum_over_ranks
 
 QUERY_ROWS = 4096
-"""Query rows that the mean is taken over, about; windows are taken at equal distances."""
+"""Approximate number of query rows in the mean; their windows are sampled at equal distances."""
 
-_SCORES_AT_ONCE = 2**24  # probabilities [B, Q, S, S] of one forward pass, if it has more than one window
-_ELEMENTS_AT_ONCE = 2**20  # of a block of rows, all heads
+_SCORES_AT_ONCE = 2**24  # limit of the probabilities [B, Q, S, S] of one forward pass with several windows
+_ELEMENTS_AT_ONCE = 2**20  # limit of the probabilities [rows, Q, keys] of one block of rows
 
 
 # Divergence ----------------------------------------------------------------------------------------------------------
@@ -46,21 +47,28 @@ class Divergence:
     """Mean divergence between all pairs of heads, summed in float64.
 
     Args:
-        heads: Q.
-        device: of the sums.
+        heads: number of heads, Q.
+        device: device of the sums.
+
+    Example:
+        >>> divergence = Divergence(heads=2)
+        >>> divergence.add_rows(torch.eye(2).view(1, 2, 1, 2))  # two heads with disjoint attention: D = ln 2
+        >>> divergence.compute_mean()
+        tensor([[0.0000, 0.6931],
+                [0.6931, 0.0000]], dtype=torch.float64)
     """
 
     def __init__(self, heads: int, device: torch.device | None = None):
-        self.total = torch.zeros(heads, heads, dtype=torch.float64, device=device)  # above the diagonal
+        self.total = torch.zeros(heads, heads, dtype=torch.float64, device=device)  # above the diagonal only
         self.rows = 0
 
     @torch.no_grad()
     def add_rows(self, probabilities: Tensor, mask: Tensor | None = None) -> None:
-        """Add query rows.
+        """Add the query rows of a batch.
 
         Args:
-            probabilities: [B, Q, S, keys].
-            mask: [B, S], 0 where a query is padding.
+            probabilities: [B, Q, S, keys] attention probabilities.
+            mask: [B, S], 0 where the query is padding; None: no padding.
         """
         rows = probabilities.transpose(1, 2).flatten(0, 1)  # [B * S, Q, keys]
         if mask is not None:
@@ -68,30 +76,43 @@ class Divergence:
         heads, keys = rows.shape[1:]
         for block in rows.split(max(1, _ELEMENTS_AT_ONCE // (heads * keys))):
             p = block.float()
-            p = p / p.sum(-1, keepdim=True)  # half precision rounds
+            p = p / p.sum(-1, keepdim=True)  # probabilities rounded to half precision do not sum to 1
             entropy = torch.special.entr(p).sum(-1)  # [rows, Q]
             for head in range(heads - 1):
                 others = slice(head + 1, heads)
-                mixed = torch.special.entr((p[:, head, None] + p[:, others]) / 2).sum(-1)
-                found = mixed - (entropy[:, head, None] + entropy[:, others]) / 2
-                self.total[head, others] += found.sum(0, dtype=torch.float64)
+                mixed_entropy = torch.special.entr((p[:, head, None] + p[:, others]) / 2).sum(-1)
+                divergence = mixed_entropy - (entropy[:, head, None] + entropy[:, others]) / 2
+                self.total[head, others] += divergence.sum(0, dtype=torch.float64)
         self.rows += len(rows)
 
     def compute_mean(self) -> Tensor | None:
-        """[Q, Q] over all ranks, symmetric, 0 on the diagonal; None if no rank saw a row. Every rank calls it."""
+        """Compute the mean over the rows of all ranks; every rank has to call it.
+
+        Returns:
+            [Q, Q], symmetric, 0 on the diagonal; None if there are no rows.
+        """
         rows = int(sum_over_ranks(torch.tensor(self.rows, device=self.total.device)))
         mean = sum_over_ranks(self.total.clone()).clamp_min(0) / max(1, rows)
         return mean + mean.T if rows else None
 
 
 def compute_group_divergence(divergence: Tensor, size: int) -> Tensor:
-    """Divergence between KV groups [G, G], from that between their heads [Q, Q].
+    """Compute the divergence between KV groups from the divergence between their heads.
 
-    From group a to b: mean over the heads of a of the smallest divergence to a head of b; the larger of both ways.
+    From group a to group b it is the mean over the heads of a of the smallest divergence to a head of b; the larger of
+    both directions counts.
 
     Args:
         divergence: [Q, Q].
-        size: query heads in a group.
+        size: query heads of a group.
+
+    Returns:
+        [G, G].
+
+    Example:
+        >>> compute_group_divergence(torch.tensor([[0.0, 0.3], [0.3, 0.0]]), size=1)
+        tensor([[0.0000, 0.3000],
+                [0.3000, 0.0000]])
     """
     groups = len(divergence) // size
     directed = divergence.view(groups, size, groups, size).amin(3).mean(1)
@@ -100,25 +121,29 @@ def compute_group_divergence(divergence: Tensor, size: int) -> Tensor:
 
 @torch.no_grad()
 def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[Tensor | None]:
-    """[Q, Q] of every layer; None for one without attention, and of all where the model hides its probabilities.
+    """Measure the divergence between the heads of every layer of the dense model.
 
     Args:
         decoder: the model; left as it was.
-        batches: the same list on every rank; the ranks share the work.
+        batches: calibration batches, the same list on every rank; the ranks share the work.
+
+    Returns:
+        [Q, Q] of every layer; None for a layer without attention, and for all layers where the model does not return
+        its attention probabilities (with a warning).
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    most = max((layer.shape.query_heads for layer in decoder), default=1)
-    found = [Divergence(layer.shape.query_heads, decoder.device) for layer in decoder]
+    most_heads = max((layer.shape.query_heads for layer in decoder), default=1)
+    divergences = [Divergence(layer.shape.query_heads, decoder.device) for layer in decoder]
     mask: list[Tensor | None] = [None]
     with (
         use_eval_mode(decoder.model),
-        _watch_probabilities(decoder, decoder.layers, partial(_add_probabilities, found, mask)),
+        _watch_probabilities(decoder, decoder.layers, partial(_add_probabilities, divergences, mask)),
     ):
-        for number, _, part in _sample_windows(batches, most):
+        for number, _, windows in _sample_windows(batches, most_heads):
             if number % world == rank:
-                mask[0] = part.get("attention_mask")
-                decoder.backbone(use_cache=False, **{name: value.to(decoder.device) for name, value in part.items()})
-    means = [divergence.compute_mean() for divergence in found]
+                mask[0] = windows.get("attention_mask")
+                decoder.backbone(use_cache=False, **{name: value.to(decoder.device) for name, value in windows.items()})
+    means = [divergence.compute_mean() for divergence in divergences]
     if all(mean is None for mean in means) and any(layer.has_attention for layer in decoder) and not rank:
         warnings.warn(
             f"{type(decoder.model).__name__}: its attention does not return probabilities; heads are chosen by their "
@@ -129,81 +154,95 @@ def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[
 
 
 @torch.no_grad()
-def measure_layer_divergence(lock: PairedStreams, batches: Sequence[Batch]) -> Tensor | None:
-    """[Q, Q] of the layer at hand on the cut stream; None where the model hides its probabilities.
+def measure_layer_divergence(streams: PairedStreams, batches: Sequence[Batch]) -> Tensor | None:
+    """Measure the divergence between the heads of the current layer on the cut stream.
 
     Args:
-        lock: it has entered the layer.
-        batches: the list that `lock` was made with.
+        streams: has entered the layer.
+        batches: the batches that `streams` was made with.
+
+    Returns:
+        [Q, Q]; None where the model does not return its attention probabilities.
     """
-    layer, decoder = lock.layer, lock.decoder
-    found = Divergence(layer.shape.query_heads, decoder.device)
+    layer, decoder = streams.layer, streams.decoder
+    divergence = Divergence(layer.shape.query_heads, decoder.device)
     mask: list[Tensor | None] = [None]
-    places = {number: place for place, (number, _) in enumerate(lock.own_batches)}
+    places = {number: place for place, (number, _) in enumerate(streams.own_batches)}
     with (
         use_eval_mode(decoder.model),
-        _watch_probabilities(decoder, [layer], partial(_add_probabilities, {layer.index: found}, mask)),
+        _watch_probabilities(decoder, [layer], partial(_add_probabilities, {layer.index: divergence}, mask)),
     ):
-        for number, rows, part in _sample_windows(batches, layer.shape.query_heads):
+        for number, rows, windows in _sample_windows(batches, layer.shape.query_heads):
             if number in places:
-                hidden = lock.cut_streams[places[number]]
-                mask[0] = part.get("attention_mask")
-                lock.partial_forward.run_layers(
-                    part, None if hidden is None else hidden[rows], layer.index, layer.index + 1
+                hidden = streams.cut_streams[places[number]]
+                mask[0] = windows.get("attention_mask")
+                streams.partial_forward.run_layers(
+                    windows, None if hidden is None else hidden[rows], layer.index, layer.index + 1
                 )
-    return found.compute_mean()
+    return divergence.compute_mean()
 
 
-def _add_probabilities(found: Any, mask: list[Tensor | None], layer: Layer, probabilities: Tensor) -> None:
-    now = mask[0]
-    found[layer.index].add_rows(probabilities, None if now is None else now.to(probabilities.device))
+def _add_probabilities(
+    divergences: Sequence[Divergence] | Mapping[int, Divergence],
+    mask: Sequence[Tensor | None],
+    layer: Layer,
+    probabilities: Tensor,
+) -> None:
+    """Add the rows of a layer; `mask` holds the padding mask of the windows that are running."""
+    row_mask = None if mask[0] is None else mask[0].to(probabilities.device)
+    divergences[layer.index].add_rows(probabilities, row_mask)
 
 
 def _sample_windows(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int, list[int], Batch]]:
-    """Windows at equal distances, about ROWS tokens: (number of the batch, its rows, these rows as a batch)."""
-    apart = max(1, math.ceil(sum(map(count_real_tokens, batches)) / QUERY_ROWS))
-    seen = 0
+    """Sample windows at equal distances, about `QUERY_ROWS` tokens in all.
+
+    Yields:
+        The number of a batch, some of its rows, and these rows as a batch.
+    """
+    distance = max(1, math.ceil(sum(map(count_real_tokens, batches)) / QUERY_ROWS))
+    windows_before = 0
     for number, batch in enumerate(batches):
         windows, length = batch["input_ids"].shape
-        rows = [row for row in range(windows) if (seen + row) % apart == 0]
-        seen += windows
-        together = max(1, _SCORES_AT_ONCE // (heads * length * length))
-        for start in range(0, len(rows), together):
-            some = rows[start : start + together]
+        rows = [row for row in range(windows) if (windows_before + row) % distance == 0]
+        windows_before += windows
+        rows_at_once = max(1, _SCORES_AT_ONCE // (heads * length * length))
+        for start in range(0, len(rows), rows_at_once):
+            sampled_rows = rows[start : start + rows_at_once]
             names = [name for name in ("input_ids", "attention_mask") if name in batch]
-            yield number, some, {name: batch[name][some] for name in names}
+            yield number, sampled_rows, {name: batch[name][sampled_rows] for name in names}
 
 
 @contextmanager
 def _watch_probabilities(
-    decoder: Decoder, layers: Sequence[Layer], see: Callable[[Layer, Tensor], None]
+    decoder: Decoder, layers: Sequence[Layer], visit: Callable[[Layer, Tensor], None]
 ) -> Iterator[None]:
-    """Eager attention for a while, and `see` called with each layer's probabilities [B, Q, S, keys]."""
+    """Use eager attention meanwhile, and call `visit` with the probabilities [B, Q, S, keys] of each layer."""
     config, handles = decoder.config, []
-    before = config._attn_implementation
+    # Fused kernels never form the probabilities; transformers looks the implementation up in the config at each call.
+    implementation = config._attn_implementation
 
-    def after(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
-        found = output[1] if isinstance(output, tuple) and len(output) > 1 else None
-        if isinstance(found, Tensor) and found.dim() == 4 and found.shape[1] == layer.shape.query_heads:
-            see(layer, found)
+    def visit_output(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+        weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
+        if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[1] == layer.shape.query_heads:
+            visit(layer, weights)
 
     try:
         config._attn_implementation = "eager"
         for layer in layers:
             if layer.has_attention:
-                handles.append(layer.attention.register_forward_hook(partial(after, layer)))
+                handles.append(layer.attention.register_forward_hook(partial(visit_output, layer)))
         yield
     finally:
-        config._attn_implementation = before
+        config._attn_implementation = implementation
         for handle in handles:
             handle.remove()
 
 
-# What goes -----------------------------------------------------------------------------------------------------------
+# Units to remove -----------------------------------------------------------------------------------------------------
 
 
 def find_candidates(divergence: Sequence[Sequence[float]], tau: float) -> dict[int, float]:
-    """Algorithm 2 of the paper: heads that are close to one that is not itself a candidate.
+    """Find the heads that are close to a head which is not itself a candidate (Algorithm 2 of the paper).
 
     Pairs are scanned row by row; i becomes a candidate if D_ij < tau and neither i nor j is one yet.
 
@@ -212,14 +251,20 @@ def find_candidates(divergence: Sequence[Sequence[float]], tau: float) -> dict[i
         tau: threshold in nats.
 
     Returns:
-        The candidates, each with its smallest divergence to one that it could have gone for.
+        {candidate: its smallest divergence to a head that was not a candidate when it was scanned}.
+
+    Example:
+        >>> find_candidates([[0.0, 0.1, 0.5], [0.1, 0.0, 0.5], [0.5, 0.5, 0.0]], tau=0.2)
+        {0: 0.1}
     """
-    found: dict[int, float] = {}
+    closest_by_candidate: dict[int, float] = {}
     for i, row in enumerate(divergence):
-        closest = min((value for j, value in enumerate(row) if i != j and j not in found), default=math.inf)
+        closest = min(
+            (value for j, value in enumerate(row) if i != j and j not in closest_by_candidate), default=math.inf
+        )
         if closest < tau:
-            found[i] = closest
-    return found
+            closest_by_candidate[i] = closest
+    return closest_by_candidate
 
 
 @dataclass(frozen=True)
@@ -228,8 +273,8 @@ class Cell:
 
     Attributes:
         divergence: [M][M].
-        moments: [M], larger = keep.
-        most: so many may go.
+        moments: [M], larger = stays.
+        most: number of units that may be removed.
     """
 
     divergence: Sequence[Sequence[float]]
@@ -238,116 +283,146 @@ class Cell:
 
 
 CellUnit = tuple[int, int]
-"""Number of the cell, number in the cell."""
+"""Number of the cell, and number of the unit in the cell."""
 
 
 def rank_similar_units(cells: Sequence[Cell], tau: float) -> list[CellUnit]:
-    """Candidates of all cells, those of smallest divergence first; no more of a cell than may go."""
-    found: list[tuple[float, int, int]] = []
+    """Rank the candidates of all cells by their divergence, the smallest first.
+
+    Args:
+        cells: the cells; of each not more candidates are taken than may be removed.
+        tau: threshold in nats.
+
+    Example:
+        >>> cell = Cell([[0.0, 0.1, 0.5], [0.1, 0.0, 0.5], [0.5, 0.5, 0.0]], [1.0, 2.0, 3.0], most=2)
+        >>> rank_similar_units([cell], tau=0.2)
+        [(0, 0)]
+    """
+    ranked: list[tuple[float, int, int]] = []
     for number, cell in enumerate(cells):
-        gone = sorted((value, unit) for unit, value in find_candidates(cell.divergence, tau).items())
-        found += [(value, number, unit) for value, unit in gone[: cell.most]]
-    return [(number, unit) for _, number, unit in sorted(found)]
+        candidates = sorted((value, unit) for unit, value in find_candidates(cell.divergence, tau).items())
+        ranked += [(value, number, unit) for value, unit in candidates[: cell.most]]
+    return [(number, unit) for _, number, unit in sorted(ranked)]
 
 
 def select_redundant_units(cells: Sequence[Cell], count: int, limit: float) -> list[CellUnit]:
-    """`count` units in the order in which they go: candidates first, then those of least moment.
+    """Select `count` units to remove, in order: similar units first, then those of the smallest second moment.
 
-    The threshold of all cells is found by bisection: the smallest that gives at least `count` candidates, of which the
-    closest go. Where even `limit` gives too few, second moments decide on the others.
+    The common threshold of all cells is found by bisection: the smallest one that gives at least `count` candidates, of
+    which those of the smallest divergence are selected. If `limit` gives too few, second moments decide on the others.
 
     Args:
-        cells: in which units compete.
-        count: of units that go.
-        limit: largest threshold in nats; 0 leaves all to second moments.
+        cells: sets of units that compete with each other.
+        count: number of units to select.
+        limit: largest threshold in nats; 0: second moments alone.
+
+    Example:
+        >>> cell = Cell([[0.0, 0.1, 0.5], [0.1, 0.0, 0.5], [0.5, 0.5, 0.0]], [3.0, 2.0, 1.0], most=2)
+        >>> select_redundant_units([cell], count=2, limit=0.2)
+        [(0, 0), (0, 2)]
     """
     values = {value for cell in cells for i, row in enumerate(cell.divergence) for value in row[i + 1 :]}
+    # Just above each divergence: candidates need a divergence below the threshold.
     taus = [math.nextafter(value, math.inf) for value in sorted(values) if value < limit]
     place = bisect.bisect_left(taus, count, key=lambda tau: len(rank_similar_units(cells, tau)))
-    found = rank_similar_units(cells, taus[min(place, len(taus) - 1)])[:count] if taus else []
-    rest = sorted((m, number, unit) for number, cell in enumerate(cells) for unit, m in enumerate(cell.moments))
-    room = [cell.most - sum(number == of for of, _ in found) for number, cell in enumerate(cells)]
-    for _, number, unit in rest:
-        if len(found) < count and room[number] > 0 and (number, unit) not in found:
-            found.append((number, unit))
+    selected = rank_similar_units(cells, taus[min(place, len(taus) - 1)])[:count] if taus else []
+    by_moment = sorted((m, number, unit) for number, cell in enumerate(cells) for unit, m in enumerate(cell.moments))
+    room = [
+        cell.most - sum(number == selected_cell for selected_cell, _ in selected) for number, cell in enumerate(cells)
+    ]
+    for _, number, unit in by_moment:
+        if len(selected) < count and room[number] > 0 and (number, unit) not in selected:
+            selected.append((number, unit))
             room[number] -= 1
-    return found
+    return selected
 
 
 def choose_heads(
-    kept: LayerPlan, shape: LayerShape, scores: LayerScores, divergence: Tensor | None, limit: float
+    layer_plan: LayerPlan, shape: LayerShape, scores: LayerScores, divergence: Tensor | None, limit: float
 ) -> LayerPlan:
-    """As many KV groups, or query heads of every group, as `kept` has: those that `select_redundant_units` leaves.
+    """Choose the remaining KV groups of a layer, or the remaining query heads of every group, by similarity.
 
     Args:
-        kept: how many stay.
-        shape: of the layer.
+        layer_plan: says how many remain.
+        shape: shape of the layer.
         scores: second moments; a group has the sum of its heads.
-        divergence: [Q, Q]; None: second moments decide.
+        divergence: [Q, Q]; None: second moments alone.
         limit: see `select_redundant_units`.
+
+    Returns:
+        `layer_plan` with as many other heads.
     """
     size, groups, moments = shape.group_size, shape.kv_groups, cast(Tensor, scores.heads)
     limit = limit if divergence is not None else 0.0
-    between = torch.zeros(groups * size, groups * size) if divergence is None else divergence
-    if (gone := groups - len(kept.kv_groups)) > 0:
+    head_divergence = torch.zeros(groups * size, groups * size) if divergence is None else divergence
+    if (removed_count := groups - len(layer_plan.kv_groups)) > 0:
         cell = Cell(
-            compute_group_divergence(between, size).tolist(), moments.view(groups, size).sum(1).tolist(), groups - 1
+            compute_group_divergence(head_divergence, size).tolist(),
+            moments.view(groups, size).sum(1).tolist(),
+            groups - 1,
         )
-        lost = {group for _, group in select_redundant_units([cell], gone, limit)}
-        stay = tuple(group for group in range(groups) if group not in lost)
-        heads = tuple(head for head in range(shape.query_heads) if head // size in stay)
-        return replace(kept, kv_groups=stay, query_heads=heads)
-    lost = set()
+        removed = {group for _, group in select_redundant_units([cell], removed_count, limit)}
+        remaining = tuple(group for group in range(groups) if group not in removed)
+        heads = tuple(head for head in range(shape.query_heads) if head // size in remaining)
+        return replace(layer_plan, kv_groups=remaining, query_heads=heads)
+    removed = set()
     for start in range(0, shape.query_heads, size):
-        of = slice(start, start + size)
-        cell = Cell(between[of, of].tolist(), moments[of].tolist(), size - 1)
-        lost |= {
-            start + head for _, head in select_redundant_units([cell], size - len(kept.query_heads) // groups, limit)
+        members = slice(start, start + size)
+        cell = Cell(head_divergence[members, members].tolist(), moments[members].tolist(), size - 1)
+        removed |= {
+            start + head
+            for _, head in select_redundant_units([cell], size - len(layer_plan.query_heads) // groups, limit)
         }
-    return replace(kept, query_heads=tuple(head for head in range(shape.query_heads) if head not in lost))
+    return replace(layer_plan, query_heads=tuple(head for head in range(shape.query_heads) if head not in removed))
 
 
-_GROUP_OFFSET = 1e6  # further than any standardised score
+_GROUP_OFFSET = 1e6  # larger than any standardised score
 
 
 def rank_groups_globally(
     shapes: Sequence[LayerShape],
     scores: Sequence[LayerScores],
     divergences: Sequence[Tensor | None],
-    kept: Sequence[LayerPlan],
-    whole: Collection[int],
+    layer_plans: Sequence[LayerPlan],
+    protected: Collection[int],
     min_kept: float,
     limit: float,
     tau: float | None = None,
 ) -> list[LayerScores]:
-    """Scores that rank KV groups of all layers by one threshold: redundant ones, then channels, then other groups.
+    """Rank the KV groups of all layers by one threshold, in the form of scores.
+
+    In ascending order come the redundant groups, then the channels, then the other groups.
 
     Args:
-        shapes: one per layer.
-        scores: second moments, larger = keep; given mean 0 and deviation 1 in each layer.
-        divergences: [Q, Q] of each layer.
-        kept: says how many groups go from all layers together, where `tau` does not.
-        whole: layers that are left alone.
-        min_kept: least share of a layer's groups that stays.
+        shapes: shape of every layer.
+        scores: second moments of every layer, larger = stays; standardised here per layer.
+        divergences: [Q, Q] of every layer; None: the groups of the layer stay.
+        layer_plans: say how many groups are removed from all layers together, unless `tau` is given.
+        protected: indices of the layers that are left alone.
+        min_kept: least share of a layer's groups that remains.
         limit: see `select_redundant_units`.
-        tau: threshold in nats; None: by bisection, see `select_redundant_units`.
+        tau: threshold in nats; None: found by bisection, see `select_redundant_units`.
+
+    Returns:
+        Scores of every layer, to select units of all layers in one list.
     """
     heads = [None if s.heads is None else removal_steps.standardize_scores(s.heads.double().cpu()) for s in scores]
     cells: list[Cell] = []
     groups: list[Tensor] = []  # [G, Q / G] of the layers in `cells`
     count = 0
-    for index, (shape, own, divergence) in enumerate(zip(shapes, heads, divergences, strict=True)):
-        if own is None or divergence is None or not shape.heads_prunable or index in whole:
+    for index, (shape, head_scores, divergence) in enumerate(zip(shapes, heads, divergences, strict=True)):
+        if head_scores is None or divergence is None or not shape.heads_prunable or index in protected:
             continue
-        groups.append(own.view(shape.kv_groups, shape.group_size))
+        groups.append(head_scores.view(shape.kv_groups, shape.group_size))
         most = shape.kv_groups - max(1, math.ceil(min_kept * shape.kv_groups - 1e-9))
-        between = compute_group_divergence(divergence, shape.group_size).tolist()
-        cells.append(Cell(between, groups[-1].sum(1).tolist(), most))
-        count += shape.kv_groups - len(kept[index].kv_groups)
-    gone = select_redundant_units(cells, count, limit) if tau is None else rank_similar_units(cells, tau)
+        group_divergence = compute_group_divergence(divergence, shape.group_size).tolist()
+        cells.append(Cell(group_divergence, groups[-1].sum(1).tolist(), most))
+        count += shape.kv_groups - len(layer_plans[index].kv_groups)
+    redundant = select_redundant_units(cells, count, limit) if tau is None else rank_similar_units(cells, tau)
+    # Views of `heads`: groups that are not redundant move above all channels, redundant ones below.
     for values in groups:
         values += _GROUP_OFFSET
-    for order, (number, group) in enumerate(gone):
+    for order, (number, group) in enumerate(redundant):
         groups[number][group] = order - _GROUP_OFFSET
     channels = [
         None if s.channels is None else removal_steps.standardize_scores(s.channels.double().cpu()) for s in scores

@@ -1,6 +1,6 @@
-"""Of the least important units those of unstable importance go first: candidates trade their scores.
+"""Exchange scores among the least important units, so that those of unstable importance are removed first.
 
-Source: ours, in place of cutting what is most volatile outright, see `prunelit.callbacks.saap.callback`.
+Source: ours, instead of removing the most volatile units of all, see `prunelit.callbacks.saap.callback`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,28 +9,35 @@ import torch
 from torch import Tensor
 
 UnitKey = tuple[str, int]
-"""Kind, "heads" or "channels", and layer."""
+"""Kind of unit ("heads" or "channels") and index of the layer."""
 
 UnitValues = dict[UnitKey, Tensor]
-"""One number for each unit of a kind in a layer."""
+"""One number per unit of a kind in a layer."""
 
 
 def trade_scores(scores: UnitValues, asi: UnitValues, pools: Mapping[UnitKey, Sequence[int]], count: int) -> None:
-    """Give the candidates each other's scores, in place: the lowest to the one of largest ASI, and so on.
+    """Redistribute the scores of the candidates in place: the lowest to the one of largest ASI, and so on.
 
     Args:
-        scores: larger = keep. What is not in its pool comes to lie above all candidates.
+        scores: larger = stays. Units outside their pool are raised above all candidates.
         asi: volatility of the scores.
-        pools: of each kind and layer the units that may go, those of lowest score.
-        count: so many candidates, the lowest scores of all pools.
+        pools: units of each kind and layer that may be removed, those of lowest score.
+        count: number of candidates, the lowest scores of all pools.
+
+    Example:
+        >>> key = ("channels", 0)
+        >>> scores, asi = {key: torch.tensor([1.0, 2.0, 3.0])}, {key: torch.tensor([0.1, 0.9, 0.5])}
+        >>> trade_scores(scores, asi, {key: [0, 1, 2]}, count=2)
+        >>> scores[key]
+        tensor([2., 1., 3.])
     """
-    plain, unstable = ({key: units[key].tolist() for key in pools} for units in (scores, asi))
-    candidates = sorted((plain[key][unit], key, unit) for key, units in pools.items() for unit in units)[:count]
-    first_to_go = sorted(candidates, key=lambda candidate: -unstable[candidate[1]][candidate[2]])
-    top = candidates[-1][0] if candidates else 0.0
+    score_lists, asi_lists = ({key: units[key].tolist() for key in pools} for units in (scores, asi))
+    candidates = sorted((score_lists[key][unit], key, unit) for key, units in pools.items() for unit in units)[:count]
+    by_volatility = sorted(candidates, key=lambda candidate: -asi_lists[candidate[1]][candidate[2]])
+    highest = candidates[-1][0] if candidates else 0.0
     for key, units in pools.items():
-        stays = torch.ones(len(scores[key]), dtype=torch.bool)
-        stays[list(units)] = False
-        scores[key][stays] += top * (scores[key][stays] <= top)
-    for (score, _, _), (_, key, unit) in zip(candidates, first_to_go, strict=True):
+        outside_pool = torch.ones(len(scores[key]), dtype=torch.bool)
+        outside_pool[list(units)] = False
+        scores[key][outside_pool] += highest * (scores[key][outside_pool] <= highest)
+    for (score, _, _), (_, key, unit) in zip(candidates, by_volatility, strict=True):
         scores[key][unit] = score

@@ -1,68 +1,96 @@
-"""Pictures of a run: `Record` -> matplotlib figure. Loggers and pages show them; a new one is a file and a line here.
+"""Figures of a run: each takes a `Record` and returns a matplotlib figure. Loggers and HTML pages show them.
 
-for name, picture in PICTURES.items():
-    if (made := figure_of(name, record)) is not None:
-        Path(f"{name}.png").write_bytes(png(made))
+A new figure needs a module of its own and one entry in `PICTURES`.
+
+    for name in PICTURES:
+        figure = draw_picture(name, record)
+        if figure is not None:
+            Path(f"{name}.png").write_bytes(encode_png(figure))
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from prunelit.report.figures import kept, quality, scores, search, stages, training
 from prunelit.report.figures.style import apply_style, encode_png, encode_svg
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 __all__ = ["PICTURES", "Picture", "draw_picture", "encode_png", "encode_svg"]
 
 
 class Picture(NamedTuple):
-    """A picture, what it shows, and how it is read."""
+    """A kind of figure with its title and caption.
+
+    Attributes:
+        title: heading.
+        caption: how to read the figure.
+        draw: builds the figure from a record; returns None where the record holds nothing to draw.
+
+    Example:
+        >>> PICTURES["speed"].title
+        'Training speed'
+    """
 
     title: str
     caption: str
-    draw: Callable[[Record], Any]
+    draw: Callable[[Record], "Figure | None"]
 
 
 PICTURES = {
     "kept": Picture(
-        "What is kept",
-        "A row is a layer, a cell a KV group or query head; the bar is the share of its FFN channels that stays.",
+        "Kept units",
+        "A row is a layer, a cell a KV group or query head; the bar is the share of its FFN channels that remains.",
         kept.draw_kept_units,
     ),
     "scores": Picture(
-        "What the scores said",
-        "A row is a layer: how many of its units have which score, which of them go, and the line between.",
+        "Scores",
+        "A row is a layer: a histogram of its units' scores, which of them are removed, and the threshold.",
         scores.draw_scores,
     ),
     "search": Picture(
-        "The search",
-        "Perplexity after each block that was removed, in order; below, every evaluation that led there.",
+        "Block search",
+        "Perplexity after each removed block, in order; below, every evaluation of the search.",
         search.draw_search,
     ),
     "quality": Picture(
         "Quality against size",
-        "Perplexity against parameters: dense, after the cut, after recovery; lower and further left is better.",
+        "Perplexity against parameters: dense, pruned, recovered; lower and further left is better.",
         quality.draw_quality,
     ),
     "training": Picture(
         "Recovery",
-        "Training loss, and validation perplexity on its way from the cut model's to the dense model's (dashed).",
+        "Training loss, and validation perplexity from the pruned model's towards the dense model's (dashed).",
         training.draw_training,
     ),
     "speed": Picture(
         "Training speed",
-        "Tokens per second of one process, over the steps.",
+        "Tokens per second of one process over the steps.",
         training.draw_training_speed,
     ),
     "stages": Picture(
-        "What it cost",
-        "Seconds of every stage, and the peak memory of the process (or GPU) up to its end.",
+        "Cost",
+        "Seconds of every stage, and the peak memory of the process (or GPU) until its end.",
         stages.draw_stages,
     ),
 }
 
 
-def draw_picture(name: str, record: Record) -> Any:
-    """The figure of one of `PICTURES`; None where the record has nothing of the kind."""
+def draw_picture(name: str, record: Record) -> "Figure | None":
+    """Draw one of `PICTURES` in the common style.
+
+    Args:
+        name: a key of `PICTURES`.
+        record: what happened in the run.
+
+    Returns:
+        The figure; None where the record holds nothing to draw.
+
+    Example:
+        >>> draw_picture("search", Record()) is None
+        True
+    """
     with apply_style():
         return PICTURES[name].draw(record)

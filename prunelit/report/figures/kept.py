@@ -1,8 +1,8 @@
-"""What is kept: layers x KV groups, query heads and FFN channels."""
+"""Units that remain after pruning: a map of layers x KV groups, query heads and FFN channels."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from prunelit.core.plan import PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.report.figures.style import (
     BLOCK,
     FAINT,
@@ -15,57 +15,85 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def draw_kept_units(record: Record) -> Any:
-    """One row a layer, layer 0 on top; a column a unit, and for the FFN a bar of the share that stays."""
+
+def draw_kept_units(record: Record) -> "Figure | None":
+    """Draw the map of the record's plan, see `draw_plan_map`.
+
+    Args:
+        record: `record.plan` is drawn.
+
+    Returns:
+        The figure; None where the record holds no plan.
+
+    Example:
+        >>> draw_kept_units(Record()) is None
+        True
+    """
     return None if record.plan is None else draw_plan_map(record.plan)
 
 
-def draw_plan_map(plan: PruningPlan) -> Any:
-    """The map of a plan alone."""
+def draw_plan_map(plan: PruningPlan) -> "Figure":
+    """Draw the units that a plan keeps.
+
+    Each row is a layer, layer 0 on top. Each column is a unit; for the FFN a bar shows the share of channels that
+    remain. Models without grouped queries have no panel of KV groups.
+
+    Args:
+        plan: the plan to draw.
+
+    Returns:
+        The figure.
+
+    Example: see `prunelit.report.figures.draw_picture`.
+    """
     shapes = plan.model.layers
-    groups, heads = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "query_heads"))
+    most_groups, most_heads = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "query_heads"))
     grids: list[tuple[str, list[list[int]]]] = []
-    if groups and groups != heads:
-        grids.append(("KV groups", _build_unit_grid(plan, "kv_groups", groups)))
-    if heads:
-        grids.append(("query heads", _build_unit_grid(plan, "query_heads", heads)))
-    made = create_figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
+    if most_groups and most_groups != most_heads:
+        grids.append(("KV groups", _build_unit_grid(plan, "kv_groups", most_groups)))
+    if most_heads:
+        grids.append(("query heads", _build_unit_grid(plan, "query_heads", most_heads)))
+    figure = create_figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
     widths = [max(0.35, min(1.0, len(grid[0]) / 16)) for _, grid in grids] + [1.0]
-    panels = made.subplots(1, len(grids) + 1, sharey=True, squeeze=False, width_ratios=widths)[0]
+    panels = figure.subplots(1, len(grids) + 1, sharey=True, squeeze=False, width_ratios=widths)[0]
     for panel, (name, grid) in zip(panels, grids, strict=False):
         _draw_unit_grid(clear_background(panel), name, grid)
     _draw_ffn_shares(clear_background(panels[-1]), plan)
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     use_whole_number_ticks(panels[0].yaxis)
-    gone = any(
-        (k.attention_removed and s.kv_groups) or (k.mlp_removed and s.ffn_channels) for k, s in _pair_layers(plan)
+    has_removed_block = any(
+        (kept.attention_removed and shape.kv_groups) or (kept.mlp_removed and shape.ffn_channels)
+        for kept, shape in _pair_layers(plan)
     )
-    add_legend(made, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * gone])
-    return made
+    add_legend(figure, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * has_removed_block])
+    return figure
 
 
-def _pair_layers(plan: PruningPlan) -> list[Any]:
+def _pair_layers(plan: PruningPlan) -> list[tuple[LayerPlan, LayerShape]]:
     return list(zip(plan.layers, plan.model.layers, strict=True))
 
 
 def _build_unit_grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]]:
-    """0 no such unit, 1 kept, 2 removed, 3 removed with its block."""
+    """Build a grid of codes [layers][width]: 0 no such unit, 1 kept, 2 removed, 3 removed with its block."""
     rows = []
     for kept, shape in _pair_layers(plan):
-        stays, gone = set(getattr(kept, kind)), 3 if kept.attention_removed else 2
-        have = getattr(shape, kind)
-        rows.append([1 if unit in stays else gone if unit < have else 0 for unit in range(width)])
+        remaining, removed_code = set(getattr(kept, kind)), 3 if kept.attention_removed else 2
+        dense_count = getattr(shape, kind)
+        rows.append([1 if unit in remaining else removed_code if unit < dense_count else 0 for unit in range(width)])
     return rows
 
 
-def _draw_unit_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
+def _draw_unit_grid(panel: "Axes", name: str, grid: list[list[int]]) -> None:
     from matplotlib.colors import ListedColormap
 
     colours = ListedColormap(["none", KEPT, REMOVED, BLOCK])
     panel.imshow(grid, cmap=colours, vmin=0, vmax=3, aspect="auto", interpolation="nearest")
-    if len(grid) * len(grid[0]) <= 2500:  # gaps between cells, while there is room for them
+    if len(grid) * len(grid[0]) <= 2500:  # white gaps between cells would hide small cells
         panel.set_xticks([unit - 0.5 for unit in range(1, len(grid[0]))], minor=True)
         panel.set_yticks([layer - 0.5 for layer in range(1, len(grid))], minor=True)
         panel.grid(which="minor", color="white", linewidth=0.6, alpha=1.0)
@@ -76,8 +104,8 @@ def _draw_unit_grid(panel: Any, name: str, grid: list[list[int]]) -> None:
         spine.set_visible(False)
 
 
-def _draw_ffn_shares(panel: Any, plan: PruningPlan) -> None:
-    """Share of the channels that stays, of the dense layer's."""
+def _draw_ffn_shares(panel: "Axes", plan: PruningPlan) -> None:
+    """Draw the share of each dense layer's FFN channels that remain."""
     for layer, (kept, shape) in enumerate(_pair_layers(plan)):
         if not shape.ffn_channels:
             continue

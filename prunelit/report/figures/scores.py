@@ -1,6 +1,6 @@
-"""What the scores said: a histogram for every layer, what goes and what stays, and the line between."""
+"""Histograms of every layer's scores: units that remain, units that are removed, and the threshold."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import (
     INK,
@@ -15,39 +15,63 @@ from prunelit.report.figures.style import (
 )
 from prunelit.report.record import Histogram, Record
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 _NAMES = {"heads": "score of a query head", "channels": "score of an FFN channel"}
 
 
-def draw_scores(record: Record) -> Any:
-    """One panel a kind, one row a layer; all layers on one axis, logarithmic where all scores are positive."""
+def draw_scores(record: Record) -> "Figure | None":
+    """Draw one panel for each kind of unit and one row for each layer.
+
+    All layers share the score axis, which is logarithmic where all scores are positive and far apart.
+
+    Args:
+        record: `record.scores` holds the histograms.
+
+    Returns:
+        The figure; None where the method has no scores of single units.
+
+    Example:
+        >>> draw_scores(Record()) is None
+        True
+    """
     kinds = {kind: layers for kind, layers in record.scores.items() if any(layers)}
     if not kinds:
         return None
     layers = max(map(len, kinds.values()))
-    made = create_figure(min(7.5, max(2.1, 0.7 + 0.1 * layers)))
-    panels = made.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for panel, (kind, found) in zip(panels, kinds.items(), strict=True):
-        _draw_histograms(clear_background(panel), found, _NAMES[kind])
+    figure = create_figure(min(7.5, max(2.1, 0.7 + 0.1 * layers)))
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for panel, (kind, histograms) in zip(panels, kinds.items(), strict=True):
+        _draw_histograms(clear_background(panel), histograms, _NAMES[kind])
         panel.tick_params(axis="y", length=0)
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(layers - 0.4, -1.1)
     use_whole_number_ticks(panels[0].yaxis)
-    add_legend(made, [("stays", KEPT), ("goes", REMOVED), ("cut", INK)])
-    return made
+    add_legend(figure, [("kept", KEPT), ("removed", REMOVED), ("threshold", INK)])
+    return figure
 
 
-def _draw_histograms(panel: Any, layers: list[Histogram | None], label: str) -> None:
-    """Counts drawn upwards from the layer's line, each layer's largest bin one row high."""
-    log = all(one.low > 0 for one in layers if one is not None) and any(one.log for one in layers if one is not None)
-    for layer, one in enumerate(layers):
-        if one is None:
+def _draw_histograms(panel: "Axes", layers: list[Histogram | None], label: str) -> None:
+    """Draw the counts upwards from each layer's base line; the largest bin of a layer is one row high."""
+    log = all(histogram.low > 0 for histogram in layers if histogram is not None) and any(
+        histogram.log for histogram in layers if histogram is not None
+    )
+    for layer, histogram in enumerate(layers):
+        if histogram is None:
             continue
-        base = [layer + 0.4] * len(one.kept)
-        most = max(a + b for a, b in zip(one.kept, one.removed, strict=True))
-        for counts, colour in ((one.removed, REMOVED), (one.kept, KEPT)):
-            base = _stack_bars(panel, base, [0.9 * count / most for count in counts], one.edges, colour)
-        if one.cut is not None:
-            panel.plot([one.cut] * 2, [layer + 0.45, layer - 0.45], color=INK, linewidth=1.1)
+        baseline = [layer + 0.4] * len(histogram.kept)
+        largest_bin = max(
+            kept_count + removed_count
+            for kept_count, removed_count in zip(histogram.kept, histogram.removed, strict=True)
+        )
+        for counts, colour in ((histogram.removed, REMOVED), (histogram.kept, KEPT)):
+            baseline = _stack_bars(
+                panel, baseline, [0.9 * count / largest_bin for count in counts], histogram.edges, colour
+            )
+        if histogram.cut is not None:
+            panel.plot([histogram.cut] * 2, [layer + 0.45, layer - 0.45], color=INK, linewidth=1.1)
     if log:
         panel.set_xscale("log")
         panel.autoscale_view()
@@ -55,39 +79,61 @@ def _draw_histograms(panel: Any, layers: list[Histogram | None], label: str) -> 
     else:
         from matplotlib.ticker import MaxNLocator
 
-        low, high, all_shown = _find_axis_range([one for one in layers if one is not None])
+        low, high, is_complete = _find_axis_range([histogram for histogram in layers if histogram is not None])
         panel.set_xlim(low, high)
-        if not all_shown:
+        if not is_complete:
             label += "\n(the middle 98%)"
         panel.xaxis.set_major_locator(MaxNLocator(3))
-        panel.xaxis.set_major_formatter(lambda value, place: format_tick(value))
+        panel.xaxis.set_major_formatter(lambda value, position: format_tick(value))
     panel.set_xlabel(label)
 
 
 def _find_axis_range(layers: list[Histogram]) -> tuple[float, float, bool]:
-    """From where to where the axis goes: all cuts, and all units but the outer hundredths where those lie far out."""
+    """Find the score range to show: all thresholds, and all units except outliers.
+
+    The outermost 1% on each side are left out where showing them would more than double the range.
+
+    Returns:
+        (low, high, whether all units lie inside).
+    """
     units = sorted(
-        (edge, a + b) for one in layers for edge, a, b in zip(one.edges, one.kept, one.removed, strict=False) if a + b
+        (edge, kept_count + removed_count)
+        for histogram in layers
+        for edge, kept_count, removed_count in zip(histogram.edges, histogram.kept, histogram.removed, strict=False)
+        if kept_count + removed_count
     )
-    low, high = min(one.low for one in layers), max(one.high for one in layers)
-    least, seen, inner = sum(count for _, count in units) / 100, 0, []
+    low, high = min(histogram.low for histogram in layers), max(histogram.high for histogram in layers)
+    one_percent, cumulative, inner_edges = sum(count for _, count in units) / 100, 0, []
     for edge, count in units:
-        seen += count
-        if least <= seen <= 99 * least:
-            inner.append(edge)
-    cuts = [one.cut for one in layers if one.cut is not None]
-    bulk = [*inner, *cuts]
-    if not inner or high - low < 2 * (max(bulk) - min(bulk)):
+        cumulative += count
+        if one_percent <= cumulative <= 99 * one_percent:
+            inner_edges.append(edge)
+    cuts = [histogram.cut for histogram in layers if histogram.cut is not None]
+    shown = [*inner_edges, *cuts]
+    if not inner_edges or high - low < 2 * (max(shown) - min(shown)):
         return low, high, True
-    margin = 0.05 * (max(bulk) - min(bulk))
-    return max(low, min(bulk) - margin), min(high, max(bulk) + margin), False
+    margin = 0.05 * (max(shown) - min(shown))
+    return max(low, min(shown) - margin), min(high, max(shown) + margin), False
 
 
-def _stack_bars(panel: Any, base: list[float], heights: list[float], edges: list[float], colour: str) -> list[float]:
-    """Bars on top of others, where there are any; the new tops."""
-    tops = [low - height for low, height in zip(base, heights, strict=True)]
-    there = [place for place, height in enumerate(heights) if height]
-    if there:
-        some = slice(there[0], there[-1] + 1)
-        panel.stairs(tops[some], edges[there[0] : there[-1] + 2], baseline=base[some], fill=True, color=colour)
+def _stack_bars(panel: "Axes", base: list[float], heights: list[float], edges: list[float], colour: str) -> list[float]:
+    """Draw bars on top of a baseline.
+
+    Args:
+        panel: where to draw.
+        base: heights on which the bars stand, one for each bin; the y axis points down.
+        heights: heights of the bars.
+        edges: edges of the bins, one more than there are bins.
+        colour: of the bars.
+
+    Returns:
+        The new baseline.
+    """
+    tops = [bottom - height for bottom, height in zip(base, heights, strict=True)]
+    filled_bins = [index for index, height in enumerate(heights) if height]
+    if filled_bins:
+        filled = slice(filled_bins[0], filled_bins[-1] + 1)
+        panel.stairs(
+            tops[filled], edges[filled_bins[0] : filled_bins[-1] + 2], baseline=base[filled], fill=True, color=colour
+        )
     return tops

@@ -1,23 +1,38 @@
-"""What it cost: seconds and peak memory of every stage."""
+"""Cost of a run: seconds and peak memory of every stage."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prunelit.report.figures.style import KEPT, clear_background, create_figure
 from prunelit.report.record import Record
 from prunelit.runtime.format_numbers import format_duration
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def draw_stages(record: Record) -> Any:
-    """One bar a stage in the order they ended; beside it seconds, and the peak memory up to then."""
+
+def draw_stages(record: Record) -> "Figure | None":
+    """Draw one bar for each stage in the order in which the stages ended, with its seconds and the peak memory so far.
+
+    Args:
+        record: `record.stages` holds seconds and memory (MiB).
+
+    Returns:
+        The figure; None where no stage was recorded.
+
+    Example:
+        >>> record = Record(stages=[{"name": "score", "seconds": 2.0, "memory_mib": {"process": 512.0}}])
+        >>> len(draw_stages(record).axes[0].patches)
+        1
+    """
     stages: dict[str, dict[str, Any]] = {}
     for stage in record.stages:  # a stage that ran twice is one bar
-        known = stages.setdefault(stage["name"], {"seconds": 0.0, "memory_mib": {}})
-        known["seconds"] += stage["seconds"]
-        known["memory_mib"] = stage.get("memory_mib") or known["memory_mib"]
+        total = stages.setdefault(stage["name"], {"seconds": 0.0, "memory_mib": {}})
+        total["seconds"] += stage["seconds"]
+        total["memory_mib"] = stage.get("memory_mib") or total["memory_mib"]
     if not stages:
         return None
-    made = create_figure(0.55 + 0.22 * len(stages))
-    panel = clear_background(made.subplots())
+    figure = create_figure(0.55 + 0.22 * len(stages))
+    panel = clear_background(figure.subplots())
     names = [name.replace("_", " ") for name in stages]
     seconds = [stage["seconds"] for stage in stages.values()]
     bars = panel.barh(names, seconds, color=KEPT, height=0.7)
@@ -27,7 +42,7 @@ def draw_stages(record: Record) -> Any:
     panel.set_xlabel("seconds; peak memory so far")
     panel.tick_params(axis="y", length=0)
     panel.spines["left"].set_visible(False)
-    return made
+    return figure
 
 
 def _label_stage(stage: dict[str, Any]) -> str:

@@ -1,21 +1,28 @@
-"""One look for all pictures, and how a figure becomes bytes.
+"""The common style of all figures, and how a figure is written as PNG or SVG.
 
-Colours: those that colour-blind readers tell apart and that stand out on light and on dark; ink and grid are two greys
-of their own, so that a page can put its own in their place (`INK`, `FAINT`). Figures are as wide as a phone; on a wide
-page they stand side by side.
+The colours can be told apart by colour-blind readers and stand out on light and dark backgrounds. Text (`INK`) and grid
+lines (`FAINT`) have two greys that are used for nothing else, so that a page can replace them with its own colours.
+A figure is as wide as a phone's screen; a wide page shows figures side by side.
 """
 
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 INK, FAINT = "#20252b", "#8b929b"
 KEPT, REMOVED, BLOCK = "#3a86c8", "#e08a2e", "#b5446e"
 DENSE, PRUNED, RECOVERED = "#7d8590", "#e08a2e", "#2f9e77"
 STATES = {"dense": DENSE, "pruned": PRUNED, "recovered": RECOVERED}
 WIDTH = 4.3
-"""Inches; 100 CSS pixels each in an SVG of 72 points an inch, times 4 / 3."""
+"""Inches. An SVG has 72 points per inch, and a browser shows a point as 4 / 3 CSS pixels."""
 
 _STYLE: dict[str, Any] = {
     "font.size": 9,
@@ -43,59 +50,120 @@ _STYLE: dict[str, Any] = {
 }
 
 
-def apply_style() -> Any:
-    """The style, for the making of a figure and for its writing."""
+def apply_style() -> "AbstractContextManager[None]":
+    """Return a context manager that applies the style; use it both to build and to write a figure.
+
+    Example:
+        >>> with apply_style():
+        ...     figure = create_figure(height=2.0)
+    """
     from matplotlib import rc_context
 
     return rc_context(_STYLE)  # type: ignore[arg-type]
 
 
-def create_figure(height: float, width: float = WIDTH) -> Any:
-    """An empty figure, `height` and `width` in inches, with no background of its own."""
+def create_figure(height: float, width: float = WIDTH) -> "Figure":
+    """Create an empty figure with a transparent background.
+
+    Args:
+        height: inches.
+        width: inches.
+
+    Example:
+        >>> [float(size) for size in create_figure(height=2.0, width=3.0).get_size_inches()]
+        [3.0, 2.0]
+    """
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    made.patch.set_alpha(0.0)
-    return made
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure.patch.set_alpha(0.0)
+    return figure
 
 
-def clear_background(panel: Any) -> Any:
-    """A panel without background and with a grid behind what is drawn."""
+def clear_background(panel: "Axes") -> "Axes":
+    """Make a panel transparent and put its grid behind the data.
+
+    Args:
+        panel: axes of matplotlib; changed in place and returned.
+
+    Example:
+        >>> panel = clear_background(create_figure(2.0).subplots())
+        >>> float(panel.patch.get_alpha())
+        0.0
+    """
     panel.patch.set_alpha(0.0)
     panel.set_axisbelow(True)
     return panel
 
 
-def format_log_axis(axis: Any) -> None:
-    """A logarithmic axis whose ticks are numbers, and few of them."""
+def format_log_axis(axis: "Axis") -> None:
+    """Put a few plainly written numbers at the ticks of a logarithmic axis. Call it after the data are drawn.
+
+    Args:
+        axis: an x or y axis of matplotlib with a logarithmic scale.
+
+    Example: see `prunelit.report.figures.quality.draw_quality`.
+    """
     from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
     low, high = sorted(axis.get_view_interval())
-    near = low > 0 and high / low < 4
-    axis.set_major_locator(MaxNLocator(5) if near else LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    axis.set_major_formatter(lambda value, place: format_tick(value))
+    is_narrow = low > 0 and high / low < 4
+    axis.set_major_locator(MaxNLocator(5) if is_narrow else LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    axis.set_major_formatter(lambda value, position: format_tick(value))
     axis.set_minor_locator(NullLocator())
 
 
 def format_tick(value: float) -> str:
-    """A tick's number: 0.05, 2,500, 4e5, 1.2e-6."""
+    """Write the number at a tick.
+
+    Args:
+        value: position of the tick.
+
+    Example:
+        >>> [format_tick(value) for value in (0.05, 2500, 4e5, 1.2e-6)]
+        ['0.05', '2,500', '4e5', '1.2e-6']
+    """
     if value == 0 or 1e-3 <= abs(value) < 1e5:
         return f"{value:,.0f}" if abs(value) >= 1e3 else f"{value:.4g}"
-    return re.sub(r"e([+-])0*", lambda found: "e" + found[1].replace("+", ""), f"{value:.3g}")
+    return re.sub(r"e([+-])0*", lambda exponent: "e" + exponent[1].replace("+", ""), f"{value:.3g}")
 
 
-def use_whole_number_ticks(axis: Any, most: int = 7) -> None:
-    """Few ticks, at whole numbers."""
+def use_whole_number_ticks(axis: "Axis", most: int = 7) -> None:
+    """Put at most `most` ticks on an axis, at whole numbers only.
+
+    Args:
+        axis: an x or y axis of matplotlib.
+        most: number of ticks.
+
+    Example:
+        >>> panel = create_figure(2.0).subplots()
+        >>> panel.set_xlim(0, 3)
+        (0.0, 3.0)
+        >>> use_whole_number_ticks(panel.xaxis)
+        >>> [float(tick) for tick in panel.get_xticks()]
+        [0.0, 1.0, 2.0, 3.0]
+    """
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
-def add_legend(made: Any, entries: Sequence[tuple[str, str]]) -> None:
-    """Coloured squares with names, above the panels."""
+def add_legend(figure: "Figure", entries: Sequence[tuple[str, str]]) -> None:
+    """Add a legend of coloured squares above the panels.
+
+    Args:
+        figure: the figure.
+        entries: (name, colour) of each square.
+
+    Example:
+        >>> figure = create_figure(2.0)
+        >>> add_legend(figure, [("kept", KEPT), ("removed", REMOVED)])
+        >>> [text.get_text() for text in figure.legends[0].get_texts()]
+        ['kept', 'removed']
+    """
     from matplotlib.patches import Patch
 
-    made.legend(
+    figure.legend(
         handles=[Patch(color=colour, label=name) for name, colour in entries],
         loc="outside upper left",
         ncols=len(entries),
@@ -106,18 +174,38 @@ def add_legend(made: Any, entries: Sequence[tuple[str, str]]) -> None:
     )
 
 
-def encode_png(made: Any, dots_per_inch: int = 160) -> bytes:
-    """A figure as a PNG file on white."""
+def encode_png(figure: "Figure", dots_per_inch: int = 160) -> bytes:
+    """Write a figure as a PNG file with a white background.
+
+    Args:
+        figure: a matplotlib figure.
+        dots_per_inch: resolution.
+
+    Returns:
+        The file's bytes.
+
+    Example:
+        >>> encode_png(create_figure(1.0), dots_per_inch=20)[:4]
+        b'\\x89PNG'
+    """
     buffer = io.BytesIO()
     with apply_style():
-        made.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
+        figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def encode_svg(made: Any) -> str:
-    """A figure as an SVG document without background; equal figures give equal text."""
+def encode_svg(figure: "Figure") -> str:
+    """Write a figure as an SVG document without background. Equal figures give equal text.
+
+    Args:
+        figure: a matplotlib figure.
+
+    Example:
+        >>> "<svg" in encode_svg(create_figure(1.0))
+        True
+    """
     buffer = io.StringIO()
     with apply_style():
-        made.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    # A tenth of a point is enough, and half the size.
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # One decimal of a point is precise enough, and halves the size of the file.
     return re.sub(r' d="[^"]*"', lambda path: re.sub(r"(?<=\d\.\d)\d+", "", path[0]), buffer.getvalue())

@@ -1,7 +1,7 @@
-"""Pages for people: what a run has to say, in parts, as one HTML file that needs nothing else, or as Markdown.
+"""Report pages: plain parts (tables, notes, figures), written as one self-contained HTML file or as Markdown.
 
-parts.py      what a page is made of
-html.py       parts as HTML, by page.html.jinja
-inline.py     a picture as SVG inside a page, in the page's colours
-summary.py    a picture in one sentence, for those who do not see it
+parts.py      the parts that a page is made of
+html.py       parts as HTML, with the template page.html.jinja
+inline.py     a figure as SVG inside a page, in the page's colours
+summary.py    a figure in one sentence, for readers who cannot see it
 """

@@ -1,4 +1,4 @@
-"""A page as one HTML file: no script, no network, nothing beside it; foreign text is escaped."""
+"""A page as one HTML file without scripts, network access or other files; text from outside is escaped."""
 
 import re
 from functools import lru_cache
@@ -11,14 +11,26 @@ from prunelit.report.page import inline
 from prunelit.report.page.parts import Code, Completions, Notes, Page, PagePicture, Table
 
 _TEMPLATE = "page.html.jinja"
-_WORD = 28
-# Control characters, halves of characters and non-characters: no HTML file can hold them, UTF-8 not even write some.
+_WORD = 28  # letters after which a long word may be broken
+# Control characters, surrogates and non-characters are not allowed in HTML, and surrogates cannot be encoded as UTF-8.
 _NOT_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 _LONG_WORD = re.compile(rf"\S{{{_WORD}}}(?=\S)")
 
 
 def render_html(page: Page) -> str:
-    """The whole file."""
+    """Write a page as HTML.
+
+    Args:
+        page: title, facts and sections.
+
+    Returns:
+        The whole file. Characters that HTML cannot hold become U+FFFD.
+
+    Example:
+        >>> html = render_html(Page("A & B", "lead", facts=[], sections=[]))
+        >>> "<h1>A &amp; B</h1>" in html
+        True
+    """
     return _NOT_TEXT.sub(
         "\N{REPLACEMENT CHARACTER}",
         _load_template().render(page=page, kind=_get_part_kind, element=inline.embed_picture),
@@ -29,32 +41,34 @@ def render_html(page: Page) -> str:
 def _load_template() -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    made = Environment(
+    environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"ticks": _format_code_spans, "cell": _insert_word_breaks}
-    return made.get_template(_TEMPLATE)
+    environment.filters |= {"ticks": _format_code_spans, "cell": _insert_word_breaks}
+    return environment.get_template(_TEMPLATE)
 
 
 def _format_code_spans(line: str) -> Markup:
-    """`text` between backticks as code, all of it escaped."""
+    """Escape a line and turn `text` between backticks into code."""
     pieces = line.split("`")
-    if len(pieces) % 2 == 0:  # an odd one is itself
+    if len(pieces) % 2 == 0:  # an odd number of backticks is left as it is
         return escape(line)
-    return Markup("").join(Markup("<code>{}</code>").format(p) if n % 2 else escape(p) for n, p in enumerate(pieces))
+    return Markup("").join(
+        Markup("<code>{}</code>").format(piece) if index % 2 else escape(piece) for index, piece in enumerate(pieces)
+    )
 
 
 def _insert_word_breaks(text: str) -> Markup:
-    """Places to break inside a word that would make its column as wide as itself."""
+    """Escape a cell and allow line breaks inside long words, which would widen the column otherwise."""
     return Markup("<wbr>").join(escape(piece) for piece in _LONG_WORD.sub("\\g<0>\0", text).split("\0"))
 
 
 def _get_part_kind(part: Any) -> str:
-    """The name of a part's kind, which the template chooses by."""
+    """Return the name of a part's type, by which the template chooses the markup."""
     kinds = {
         Table: "table",
         Notes: "notes",

@@ -1,7 +1,7 @@
-"""A picture inside a page: matplotlib's SVG document as one element of HTML, in the colours of the page.
+"""A figure inside a page: matplotlib's SVG document as one HTML element, in the colours of the page.
 
-A document of its own may hold a style sheet, ids and colours that suit itself; several in one page must not share ids,
-a sheet would hold for all of them, and ink on a dark page must be light.
+A standalone SVG document may have its own style sheet, ids and colours. Inside a page, ids must be unique across all
+figures, a style sheet would apply to the whole page, and dark lines must become light on a dark page.
 """
 
 import re
@@ -13,31 +13,40 @@ from prunelit.report.figures.style import FAINT, INK, encode_svg
 from prunelit.report.page.parts import PagePicture
 
 COLOURS = {INK: "var(--ink)", FAINT: "var(--line)", "#ffffff": "var(--card)"}
-"""Colours of a picture that the page puts its own for; the others stand out on light and on dark."""
+"""Colours of a figure that the page replaces with its own; all others stand out on light and dark backgrounds."""
 
 
-def embed_picture(shown: PagePicture) -> Markup:
-    """<svg> with a title and a description, which programs that read aloud read."""
-    document, name = encode_svg(shown.figure), shown.name
-    drawn = document[document.index("<svg") : document.rindex("</svg>")]
-    head, _, content = drawn.partition(">")
-    box = re.search(r'viewBox="([\d. -]+)"', head)
+def embed_picture(picture: PagePicture) -> Markup:
+    """Write a figure as an <svg> element with a title and a description for screen readers.
+
+    Args:
+        picture: the figure with its title and summary.
+
+    Example:
+        >>> from prunelit.report.figures.style import create_figure
+        >>> picture = PagePicture("p", "Title", "caption", "summary", create_figure(1.0))
+        >>> '<title id="p-title">Title</title>' in embed_picture(picture)
+        True
+    """
+    document, name = encode_svg(picture.figure), picture.name
+    svg_element = document[document.index("<svg") : document.rindex("</svg>")]
+    opening_tag, _, content = svg_element.partition(">")
+    view_box = re.search(r'viewBox="([\d. -]+)"', opening_tag)
     content = re.sub(r"<!--.*?-->|<metadata>.*?</metadata>|<style[^>]*>.*?</style>", "", content, flags=re.DOTALL)
     content = re.sub(r"<[^>]+>", lambda tag: _rewrite_svg_tag(tag[0], name), content)
     labels = f"{name}-title {name}-said"
-    said = (
-        f'<title id="{name}-title">{escape(shown.title)}</title><desc id="{name}-said">{escape(shown.summary)}</desc>'
-    )
-    size = box[1] if box else "0 0 310 200"
-    return Markup(f'<svg role="img" aria-labelledby="{labels}" viewBox="{size}">{said}{content}</svg>')
+    title = f'<title id="{name}-title">{escape(picture.title)}</title>'
+    description = f'<desc id="{name}-said">{escape(picture.summary)}</desc>'
+    size = view_box[1] if view_box else "0 0 310 200"
+    return Markup(f'<svg role="img" aria-labelledby="{labels}" viewBox="{size}">{title}{description}{content}</svg>')
 
 
 def _rewrite_svg_tag(tag: str, name: str) -> str:
-    """Ids of this picture only, links without a namespace, colours of the page."""
+    """Make the ids of a tag unique to this figure, drop the xlink namespace, and use the page's colours."""
     tag = re.sub(r'\bid="', f'id="{name}-', tag)
     tag = re.sub(r'\bxlink:href="', 'href="', tag)
     tag = re.sub(r'href="#', f'href="#{name}-', tag)
     tag = re.sub(r"url\(#", f"url(#{name}-", tag)
-    for theirs, ours in COLOURS.items():
-        tag = re.sub(rf"((?:fill|stroke): ?){theirs}\b", rf"\1{ours}", tag, flags=re.IGNORECASE)
+    for figure_colour, page_colour in COLOURS.items():
+        tag = re.sub(rf"((?:fill|stroke): ?){figure_colour}\b", rf"\1{page_colour}", tag, flags=re.IGNORECASE)
     return tag

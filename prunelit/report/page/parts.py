@@ -1,16 +1,20 @@
-"""What a page is made of; plain data, no markup. `html.render_html` and `render_markdown` write it."""
+"""The parts of a page as plain data without markup. `html.render_html` and `render_markdown` write them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 
 class Table(NamedTuple):
-    """Rows under a head, all as long as it. The first cell of a row is its name.
+    """A table. All rows are as long as the head; the first cell of a row is the row's name.
 
     Attributes:
         head: names of the columns.
         rows: cells.
-        best: (row, column) of the cells that stand out.
+        best: (row, column) of the cells to highlight.
+
+    Example:
+        >>> Table(["method", "perplexity"], [["flap", "12.3"], ["wanda_sp", "12.9"]]).right
+        [1]
     """
 
     head: Sequence[str]
@@ -19,35 +23,49 @@ class Table(NamedTuple):
 
     @property
     def right(self) -> list[int]:
-        """Columns of numbers, which stand flush right."""
+        """Indices of the columns that hold numbers only, which are flush right."""
         columns = range(1, len(self.head))
-        return [place for place in columns if all(_is_number(row[place]) for row in self.rows)]
+        return [column for column in columns if all(_is_number(row[column]) for row in self.rows)]
 
 
 def _is_number(cell: str) -> bool:
-    """Whether it starts like a number, or says that there is none."""
+    """Return whether a cell starts like a number or marks a missing one."""
     return cell in ("", "-", "\N{EN DASH}") or cell.lstrip("+-\N{MINUS SIGN}")[:1].isdigit()
 
 
 class Notes(NamedTuple):
-    """Short lines that belong together."""
+    """Short lines that belong together, shown as a list.
+
+    Example:
+        >>> render_markdown("T", [Section("", [Notes(["one", "two"])])])
+        '# T\\n\\n- one\\n- two\\n'
+    """
 
     lines: Sequence[str]
 
 
 class Code(NamedTuple):
-    """Text that stands as it is: a config, a command; `label` says what it is."""
+    """Text shown unchanged, such as a config or a command.
+
+    Attributes:
+        text: the text.
+        label: a caption; "" for none.
+
+    Example: see `render_markdown`.
+    """
 
     text: str
     label: str = ""
 
 
 class Completions(NamedTuple):
-    """What models wrote after the same prompts.
+    """Texts that several models wrote after the same prompts.
 
     Attributes:
-        prompts: what they were given.
-        texts: {model: a text for each prompt}.
+        prompts: the prompts.
+        texts: {model: one text for each prompt}.
+
+    Example: see `render_markdown`.
     """
 
     prompts: Sequence[str]
@@ -55,14 +73,16 @@ class Completions(NamedTuple):
 
 
 class PagePicture(NamedTuple):
-    """A picture.
+    """A figure on a page.
 
     Attributes:
-        name: of letters and digits; no other picture of the page has it.
+        name: letters and digits; unique on the page.
         title: its heading.
-        caption: how it is read.
-        summary: what it shows, in a sentence.
-        figure: a matplotlib figure of `prunelit.report.figures`.
+        caption: how to read it.
+        summary: what it shows, in one sentence.
+        figure: a matplotlib figure, see `prunelit.report.figures`.
+
+    Example: see `prunelit.report.page.inline.embed_picture`.
     """
 
     name: str
@@ -73,11 +93,19 @@ class PagePicture(NamedTuple):
 
 
 Part = str | Table | Notes | Code | Completions | PagePicture
-"""A text is a paragraph."""
+"""What a section holds; a string is a paragraph."""
 
 
 class Section(NamedTuple):
-    """Parts under a heading; without one where the title is empty. `folded`: shown on demand."""
+    """Parts under a heading.
+
+    Attributes:
+        title: the heading; "" for none.
+        parts: what the section holds.
+        folded: whether it is closed until the reader opens it.
+
+    Example: see `render_markdown`.
+    """
 
     title: str
     parts: Sequence[Part]
@@ -85,7 +113,18 @@ class Section(NamedTuple):
 
 
 class Fact(NamedTuple):
-    """A headline number, what it is, and what it is compared with; `wide`: it takes the room of two."""
+    """A headline number.
+
+    Attributes:
+        name: what the number is.
+        value: the number, formatted.
+        note: what it is compared with.
+        wide: whether it takes the room of two.
+
+    Example:
+        >>> Fact("Perplexity on wikitext2", "12.3", "against 11.8").wide
+        False
+    """
 
     name: str
     value: str
@@ -94,7 +133,16 @@ class Fact(NamedTuple):
 
 
 class Page(NamedTuple):
-    """A whole page: the title, a line below it, the numbers that matter most, and the rest."""
+    """A whole page.
+
+    Attributes:
+        title: heading of the page.
+        lead: a line below the title.
+        facts: the most important numbers.
+        sections: the rest.
+
+    Example: see `prunelit.report.page.html.render_html`.
+    """
 
     title: str
     lead: str
@@ -103,12 +151,28 @@ class Page(NamedTuple):
 
 
 def render_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The parts as Markdown, pictures left out."""
-    found = [f"# {title}"]
+    """Write sections as Markdown; figures are left out.
+
+    Args:
+        title: heading of the document.
+        sections: what follows below it.
+
+    Example:
+        >>> print(render_markdown("Title", [Section("Size", ["A paragraph.", Code("pip install prunelit")])]))
+        # Title
+        <BLANKLINE>
+        ## Size
+        <BLANKLINE>
+        A paragraph.
+        <BLANKLINE>
+            pip install prunelit
+        <BLANKLINE>
+    """
+    blocks = [f"# {title}"]
     for section in sections:
-        found += [f"## {section.title}"] * bool(section.title)
-        found += [said for part in section.parts if (said := _render_markdown_part(part))]
-    return "\n\n".join(found) + "\n"
+        blocks += [f"## {section.title}"] * bool(section.title)
+        blocks += [rendered for part in section.parts if (rendered := _render_markdown_part(part))]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _render_markdown_part(part: Part) -> str:
@@ -119,26 +183,37 @@ def _render_markdown_part(part: Part) -> str:
     if isinstance(part, Code):
         return _indent_block(part.text)
     if isinstance(part, Completions):
-        said: list[str] = []
-        for place, prompt in enumerate(part.prompts):
-            said.append(f"Prompt:\n\n{_indent_block(prompt)}")
-            said += [f"{name}:\n\n{_indent_block(texts[place])}" for name, texts in part.texts.items()]
-        return "\n\n".join(said)
+        blocks: list[str] = []
+        for index, prompt in enumerate(part.prompts):
+            blocks.append(f"Prompt:\n\n{_indent_block(prompt)}")
+            blocks += [f"{name}:\n\n{_indent_block(texts[index])}" for name, texts in part.texts.items()]
+        return "\n\n".join(blocks)
     return part if isinstance(part, str) else ""
 
 
 def render_markdown_table(table: Table) -> str:
-    """A Markdown table; what stands out is bold."""
+    """Write a table as Markdown; highlighted cells are bold.
+
+    Args:
+        table: the table.
+
+    Example:
+        >>> print(render_markdown_table(Table(["", "nll"], [["a", "1.5"], ["b", "2.0"]], best=frozenset({(0, 1)}))))
+        |  | nll |
+        | --- | --- |
+        | a | **1.5** |
+        | b | 2.0 |
+    """
     rows = [
-        [f"**{cell}**" if (number, place) in table.best else cell for place, cell in enumerate(row)]
-        for number, row in enumerate(table.rows)
+        [f"**{cell}**" if (row_index, column) in table.best else cell for column, cell in enumerate(row)]
+        for row_index, row in enumerate(table.rows)
     ]
     lines = [list(table.head), *rows]
-    said = [[cell.replace("|", "\\|") for cell in line] for line in lines]
-    said.insert(1, ["---"] * len(table.head))
-    return "\n".join(f"| {' | '.join(line)} |" for line in said)
+    escaped_lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    escaped_lines.insert(1, ["---"] * len(table.head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped_lines)
 
 
 def _indent_block(content: str) -> str:
-    """An indented block, in which nothing is Markdown."""
+    """Indent a text by four spaces, so that nothing in it is read as Markdown."""
     return "\n".join(f"    {line}" for line in content.splitlines() or [""])

@@ -1,4 +1,4 @@
-"""Each picture of a run in one sentence with its numbers: for those who do not see it, and as what to look for."""
+"""Each figure of a run in one sentence with its numbers: a caption, and a description for screen readers."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -11,72 +11,100 @@ from prunelit.runtime.format_numbers import format_duration, format_perplexity
 
 
 def summarize_picture(name: str, record: Record) -> str:
-    """The sentence to one of `pictures.PICTURES` that has something to show."""
+    """Describe a figure of a run in one sentence.
+
+    Args:
+        name: a key of `prunelit.report.figures.PICTURES`; the record must hold what that figure draws.
+        record: the run.
+
+    Example:
+        >>> record = Record(measured={"dense": {"perplexity": 22.9}, "pruned": {"perplexity": 37.5}})
+        >>> summarize_picture("quality", record)
+        'Perplexity: dense 22.9, pruned 37.5.'
+    """
     return _SUMMARIES[name](record)
 
 
 def _summarize_kept_units(record: Record) -> str:
     plan = record.plan
     assert plan is not None
-    said = []
-    for kind, what in (("kv_groups", "KV groups"), ("query_heads", "query heads"), ("ffn_channels", "FFN channels")):
-        there = sum(getattr(shape, kind) for shape in plan.model.layers)
-        left = sum(len(getattr(kept, kind)) for kept in plan.layers)
-        if there:
-            said.append(f"{left:,} of {there:,} {what}")
+    counts = []
+    for kind, unit_name in (
+        ("kv_groups", "KV groups"),
+        ("query_heads", "query heads"),
+        ("ffn_channels", "FFN channels"),
+    ):
+        dense_count = sum(getattr(shape, kind) for shape in plan.model.layers)
+        kept_count = sum(len(getattr(kept, kind)) for kept in plan.layers)
+        if dense_count:
+            counts.append(f"{kept_count:,} of {dense_count:,} {unit_name}")
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
-    attention = [n for n, (kept, shape) in enumerate(pairs) if kept.attention_removed and shape.kv_groups]
-    ffn = [n for n, (kept, shape) in enumerate(pairs) if kept.mlp_removed and shape.ffn_channels]
-    gone = [
-        f"{what} of layers {format_index_ranges(of)}" for what, of in (("attention", attention), ("FFN", ffn)) if of
+    attention_layers = [
+        index for index, (kept, shape) in enumerate(pairs) if kept.attention_removed and shape.kv_groups
     ]
-    whole = f"; no longer there: {', '.join(gone)}" if gone else ""
-    return f"{', '.join(said)} stay in {len(plan.layers)} layers{whole}."
+    ffn_layers = [index for index, (kept, shape) in enumerate(pairs) if kept.mlp_removed and shape.ffn_channels]
+    removed_blocks = [
+        f"{unit_name} of layers {format_index_ranges(indices)}"
+        for unit_name, indices in (("attention", attention_layers), ("FFN", ffn_layers))
+        if indices
+    ]
+    removal_note = f"; removed: {', '.join(removed_blocks)}" if removed_blocks else ""
+    return f"{', '.join(counts)} remain in {len(plan.layers)} layers{removal_note}."
 
 
 def _summarize_scores(record: Record) -> str:
     names = {"heads": "query heads", "channels": "FFN channels"}
-    said = []
+    clauses = []
     for kind, layers in record.scores.items():
-        found = [(sum(one.removed), sum(one.kept) + sum(one.removed)) for one in layers if one is not None]
-        if found:
-            goes, there = (sum(column) for column in zip(*found, strict=True))
-            shares = [gone / of for gone, of in found]
+        counts = [
+            (sum(histogram.removed), sum(histogram.kept) + sum(histogram.removed))
+            for histogram in layers
+            if histogram is not None
+        ]
+        if counts:
+            removed, total = (sum(column) for column in zip(*counts, strict=True))
+            shares = [removed_count / unit_count for removed_count, unit_count in counts]
             low, high = (f"{share:.0%}" for share in (min(shares), max(shares)))
-            between = f", {low} of each layer" if low == high else f", {low} to {high} of a layer"
-            said.append(f"{goes:,} of {there:,} {names[kind]} go{between if goes else ''}")
-    return f"{'; '.join(said)}."
+            share_note = f", {low} of each layer" if low == high else f", {low} to {high} of a layer"
+            clauses.append(f"{removed:,} of {total:,} {names[kind]} removed{share_note if removed else ''}")
+    return f"{'; '.join(clauses)}."
 
 
 def _summarize_search(record: Record) -> str:
-    first, last = record.decided[0], record.decided[-1]
-    blocks = len(last["order"])
-    tried = f" after {len(record.search):,} evaluations" if record.search else ""
+    dense_step, last_step = record.decided[0], record.decided[-1]
+    blocks = len(last_step["order"])
+    evaluation_note = f" after {len(record.search):,} evaluations" if record.search else ""
     return (
-        f"{blocks} block{'s' * (blocks != 1)} removed{tried}; perplexity {format_perplexity(first['perplexity'])} to "
-        f"{format_perplexity(last['perplexity'])} on the calibration text."
+        f"{blocks} block{'s' * (blocks != 1)} removed{evaluation_note}; perplexity "
+        f"{format_perplexity(dense_step['perplexity'])} to {format_perplexity(last_step['perplexity'])} "
+        "on the calibration text."
     )
 
 
 def _summarize_quality(record: Record) -> str:
-    said = [
+    values = [
         f"{name} {format_perplexity(row['perplexity'])}"
         for name, row in record.measured.items()
         if row.get("perplexity")
     ]
-    return f"Perplexity: {', '.join(said)}."
+    return f"Perplexity: {', '.join(values)}."
 
 
 def _summarize_training(record: Record) -> str:
-    said = []
-    for names, what in ((("train_loss", "train_loss_step", "loss", "loss_step"), "loss"), (("val_perplexity",), "")):
-        found = _read_training_curve(record, names)
-        if found:
-            what = what or "validation perplexity"
-            said.append(
-                f"{what} {format_perplexity(found[0][1])} at step {found[0][0]}, {format_perplexity(found[-1][1])} at {found[-1][0]}"
+    clauses = []
+    for names, quantity in (
+        (("train_loss", "train_loss_step", "loss", "loss_step"), "loss"),
+        (("val_perplexity",), ""),
+    ):
+        points = _read_training_curve(record, names)
+        if points:
+            quantity = quantity or "validation perplexity"
+            (first_step, first_value), (last_step, last_value) = points[0], points[-1]
+            clauses.append(
+                f"{quantity} {format_perplexity(first_value)} at step {first_step}, "
+                f"{format_perplexity(last_value)} at {last_step}"
             )
-    return f"{'; '.join(said)}.".capitalize() if said else "Validation over the steps of training."
+    return f"{'; '.join(clauses)}.".capitalize() if clauses else "Validation over the steps of training."
 
 
 def _summarize_speed(record: Record) -> str:
@@ -89,23 +117,26 @@ def _summarize_stages(record: Record) -> str:
     for stage in record.stages:
         seconds[stage["name"]] = seconds.get(stage["name"], 0.0) + stage["seconds"]
     longest = max(seconds, key=lambda name: seconds[name])
-    said = f"{format_duration(sum(seconds.values()))} in all; longest: {longest.replace('_', ' ')}, {format_duration(seconds[longest])}"
-    return f"{said}{_describe_peak_memory(record.stages)}."
+    total, longest_time = format_duration(sum(seconds.values())), format_duration(seconds[longest])
+    peak = _describe_peak_memory(record.stages)
+    return f"{total} in all; longest: {longest.replace('_', ' ')}, {longest_time}{peak}."
 
 
 def _describe_peak_memory(stages: Iterable[dict[str, Any]]) -> str:
-    found = [memory for stage in stages if (memory := stage.get("memory_mib"))]
-    place = "cuda" if any("cuda" in memory for memory in found) else "process"
-    most = max((memory.get(place, 0.0) for memory in found), default=0.0)
-    where = {"cuda": "GPU memory", "process": "memory of the process"}[place]
-    return f"; peak {where} {most / 1024:.2f} GiB" if most else ""
+    memories = [memory for stage in stages if (memory := stage.get("memory_mib"))]
+    kind = "cuda" if any("cuda" in memory for memory in memories) else "process"
+    peak = max((memory.get(kind, 0.0) for memory in memories), default=0.0)
+    label = {"cuda": "GPU memory", "process": "memory of the process"}[kind]
+    return f"; peak {label} {peak / 1024:.2f} GiB" if peak else ""
 
 
 def _read_training_curve(record: Record, names: Iterable[str]) -> list[tuple[int, float]]:
     for name in names:
-        found = [(e["step"], e[name]) for e in record.training if name in e and math.isfinite(e[name])]
-        if found:
-            return found
+        points = [
+            (entry["step"], entry[name]) for entry in record.training if name in entry and math.isfinite(entry[name])
+        ]
+        if points:
+            return points
     return []
 
 
