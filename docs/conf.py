@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from prunelit import __version__  # noqa: E402
-from prunelit.__main__ import usage  # noqa: E402
+from prunelit.__main__ import render_usage  # noqa: E402
 
 project = "prunelit"
 release = version = __version__
@@ -48,7 +48,7 @@ def setup(app: Any) -> None:
     made = ROOT / "docs" / "made"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
-    (made / "usage.txt").write_text(usage(), encoding="utf-8")
+    (made / "usage.txt").write_text(render_usage(), encoding="utf-8")
     names = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     for name in names:
         shutil.copy(ROOT / "notebooks" / name, made / name)

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,18 @@ def test_the_example_method_cuts(tmp_path: Path) -> None:
     ids = draw_windows("builtin:python-docs", tiny_tokenizer(), 16, 8, seed=0) % model.config.vocab_size
     plan = names["Mine"](0.3, align=8).prune(model, split_into_batches(ids))
     assert plan.predicted["ratio_of_block_parameters"] >= 0.3
+
+
+@pytest.mark.parametrize("aggregate", ["mean", "l2"])
+def test_the_method_of_the_how_to_passes_its_own_test(monkeypatch: pytest.MonkeyPatch, aggregate: str) -> None:
+    page = ROOT / "docs" / "howto" / "add-a-method.md"
+    method = types.ModuleType("prunelit.callbacks.activation_norm")
+    exec(python("class ActivationNorm", page), vars(method))
+    monkeypatch.setitem(sys.modules, method.__name__, method)
+    names: dict[str, Any] = {"__name__": "how_to"}
+    exec(python("def test_scores_equal_the_equation", page), names)
+    names["test_scores_equal_the_equation"]("llama", aggregate)
+    names["test_an_unknown_aggregate_is_refused"]()
 
 
 def test_the_attach_example_builds_a_trainer() -> None:

@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.fingerprints import compute_digest, hash_tensors
 from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadPlan
+from prunelit.runtime.fingerprints import compute_digest, hash_tensors
 from prunelit.runtime.progress import show_stage
 from prunelit.runtime.torch_files import find_file_damage, write_torch_file
 

@@ -230,7 +230,7 @@ def _check_output_file(out: str | None, overwrite: bool) -> None:
     """Before any work is done.
 
     Raises:
-        OutputNotWritable: a folder or another plan is in the way, or the folder can not be written.
+        OutputNotWritable: a folder or another plan is in the way, or the folder cannot be written.
     """
     if out is not None:
         export.check_output(out, overwrite, file=True)

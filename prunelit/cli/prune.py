@@ -126,7 +126,7 @@ def prune_model(
 
 
 def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPlan) -> None:
-    """Refuse a plan whose result `format` can not hold."""
+    """Refuse a plan whose result `format` cannot hold."""
     with warnings.catch_warnings(action="ignore"):  # the cut itself warns
         surgery.check_plan_fits(decoder, plan)
     shapes = Decoder(copies.copy_to_meta_device(decoder.model))

@@ -25,15 +25,14 @@ from torch import Tensor, nn
 
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH, split_into_batches
-from prunelit.calibration.fingerprints import compute_digest, fingerprint_model
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.compare.config import Calibration, Cell, Latency
-from prunelit.data import text
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device, use_eval_mode
 from prunelit.pruning.callback import PruningCallback
-from prunelit.runtime import timing
+from prunelit.runtime import fingerprints, timing
 from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.runtime.fingerprints import compute_digest, fingerprint_model
 from prunelit.runtime.text_files import write_json
 from prunelit.runtime.versions import collect_versions
 
@@ -176,7 +175,7 @@ class CellRunner:
                 "source": [self.calibration.text] if isinstance(self.calibration.text, str) else self.calibration.text,
                 "windows": len(windows),
                 "seqlen": windows.shape[1],
-                "fingerprint": text.fingerprint_token_ids(windows),
+                "fingerprint": fingerprints.fingerprint_token_ids(windows),
             }
         network = copy.deepcopy(self.dense).to(self.device)
         with isolate_rng():  # a method that ignores its seed gives the same result in any order of cells
@@ -269,7 +268,7 @@ def _measure_perplexity(network: nn.Module, windows: Tensor, title: str) -> dict
 
 
 def _fingerprint_windows(windows: Tensor) -> str:
-    return f"{text.fingerprint_token_ids(windows)}-{windows.shape[1]}"
+    return f"{fingerprints.fingerprint_token_ids(windows)}-{windows.shape[1]}"
 
 
 def _digest_key(key: Mapping[str, Any]) -> str:

@@ -44,6 +44,7 @@ from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
 from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.pruning.callback import PruningCallback
+from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
@@ -211,7 +212,7 @@ def _make_report_head(
     dtype = str(next(runner.dense.parameters()).dtype).removeprefix("torch.")
     protocol = {
         name: metrics.describe_protocol(wrap_in_list(texts[name].text), windows, dtype)
-        | {"fingerprint": text.fingerprint_token_ids(windows)}
+        | {"fingerprint": fingerprints.fingerprint_token_ids(windows)}
         for name, windows in runner.windows.items()
     }
     arguments = sys.argv[1:] if sys.argv[1:2] == ["compare"] else ["compare"]
@@ -227,7 +228,8 @@ def _make_report_head(
             "windows": calibration.windows,
             "seqlen": calibration.seqlen,
             "fingerprints": {
-                str(seed): text.fingerprint_token_ids(windows) for seed, windows in runner.calibration_windows.items()
+                str(seed): fingerprints.fingerprint_token_ids(windows)
+                for seed, windows in runner.calibration_windows.items()
             },
         },
         "texts": protocol,

@@ -1,1 +1,1 @@
-"""Plain data about models and cuts: the declarations of families, the shapes of layers, scores and plans."""
+"""Plain data about models and pruning: declarations of families, shapes of layers, scores and plans."""

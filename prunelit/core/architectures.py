@@ -1,7 +1,7 @@
-"""What a decoder layer is made of: names only, one entry per model family.
+"""Declarations of model families: the names of a decoder layer's modules, one entry per family.
 
-To add a family, add one line to `ARCHITECTURES`: its `model_type` and whatever differs from the Llama layout. Nothing
-else in prunelit knows a family by name. `prunelit.model.decoder` checks a declaration against the loaded model, and the
+To add a family, add one line to `ARCHITECTURES`: its `model_type` and whatever differs from the Llama layout. No other
+code in prunelit knows a family by name. `prunelit.model.decoder` checks a declaration against the loaded model, and the
 contract tests in `tests/core/test_architectures.py` run on every entry.
 """
 
@@ -13,12 +13,12 @@ from typing import Any, Literal
 from prunelit.runtime.errors import UnknownArchitecture
 
 PRUNED = "pruned_"
-"""Prefix of the `model_type` of folders saved with per-layer shapes."""
+"""Prefix of `model_type` in the config of folders that are saved with per-layer shapes."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module names of one family; paths with dots are relative to the model, the layer, or the attention / MLP module.
+    """Module names of one family; dotted paths are relative to the model, the layer, or the attention / MLP module.
 
     Attributes:
         layers: path from the causal LM to its list of decoder layers.
@@ -30,14 +30,14 @@ class Architecture:
         gate, up, down: linears of the FFN; `gate=None` for a plain (not gated) FFN.
         fused_gate_up: one linear in place of gate and up, gate rows first.
         activation: the module whose output is act(gate), or act(up) in a plain FFN.
-        attention_norm, mlp_norm: norms that feed one block only, and go when the block is removed.
+        attention_norm, mlp_norm: norms that feed one block only, and are removed with it.
         attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
-        shared_norm: one norm that feeds both blocks; goes only with the whole layer.
+        shared_norm: one norm that feeds both blocks; removed only with the whole layer.
         parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
         norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
         residual_scale: config attribute that multiplies every block's output before the residual addition.
         head_dim: attribute of the attention module with the size of one head.
-        heads_prunable: False where heads are tied together (a norm over all of them), so no head can be cut exactly.
+        heads_prunable: False if a norm runs over all heads together, so that no head can be removed exactly.
         per_head: parameters or module lists inside `attention` with one entry per head: path -> "query" | "kv".
         config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
         config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
@@ -46,6 +46,10 @@ class Architecture:
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
+
+    Example:
+        >>> Architecture(gate=None, up="fc1", down="fc2").linears
+        ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'fc1', 'fc2')
     """
 
     layers: str = "model.layers"
@@ -93,10 +97,9 @@ class Architecture:
 
     @property
     def names(self) -> dict[str, Any]:
-        """All that a saved folder needs to know, as plain data: everything but the conditions, already resolved, and
-        what is asked of a text."""
-        elsewhere = ("requires", "variants", "position_table")
-        return {key: value for key, value in vars(self).items() if key not in elsewhere}
+        """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
+        left_out = ("requires", "variants", "position_table")
+        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 _LLAMA = Architecture()
@@ -108,7 +111,7 @@ _SANDWICH = replace(
     mlp_post_norm="post_feedforward_layernorm",
     norm_offset=1.0,
 )
-# Norms only after each block; q_norm and k_norm run over all heads together, so single heads can not be cut exactly.
+# Norms only after each block; q_norm and k_norm run over all heads together, so no head can be removed exactly.
 _POST_NORM = replace(
     _LLAMA,
     attention_norm=None,
@@ -293,12 +296,18 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def get_architecture(config: Any) -> Architecture:
-    """The declaration for a transformers config, with the variants that its values select.
+    """Get the declaration for a transformers config, with the variants that the config's values select.
 
-    A config that prunelit itself saved for layers of different shape has PRUNED before its `model_type`.
+    Args:
+        config: only its attributes are read. The prefix `PRUNED` of `model_type` is ignored.
 
     Raises:
-        UnknownArchitecture: no entry for `config.model_type`, or the config has a value the entry does not cover.
+        UnknownArchitecture: no entry for `config.model_type`, or the config has a value that the entry does not cover.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> get_architecture(SimpleNamespace(model_type="llama")).linears
+        ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
     """
     model_type = str(getattr(config, "model_type", None)).removeprefix(PRUNED)
     if model_type not in ARCHITECTURES:
@@ -310,10 +319,10 @@ def get_architecture(config: Any) -> Architecture:
             f"prunelit.register({model_type!r}, prunelit.Architecture(...))"
         )
     architecture = ARCHITECTURES[model_type]
-    for name, wanted in architecture.requires.items():
-        if getattr(config, name, wanted) != wanted:
+    for name, required in architecture.requires.items():
+        if getattr(config, name, required) != required:
             raise UnknownArchitecture(
-                f"model_type {model_type!r}: the declaration needs config.{name} = {wanted!r}, "
+                f"model_type {model_type!r}: the declaration needs config.{name} = {required!r}, "
                 f"got {getattr(config, name)!r}; this variant is not supported"
             )
     for condition, overrides in architecture.variants:
@@ -323,5 +332,15 @@ def get_architecture(config: Any) -> Architecture:
 
 
 def register(model_type: str, architecture: Architecture) -> None:
-    """Declare a family from outside the package (same effect as an entry in `ARCHITECTURES`)."""
+    """Declare a family from outside the package; the same as an entry in `ARCHITECTURES`.
+
+    Args:
+        model_type: as in the config of the family's models.
+        architecture: names of the family's modules.
+
+    Example:
+        >>> register("my_llama", Architecture(mlp="feed_forward"))
+        >>> ARCHITECTURES.pop("my_llama").mlp
+        'feed_forward'
+    """
     ARCHITECTURES[model_type] = architecture

@@ -1,10 +1,10 @@
 """PruningPlan: which units of a decoder stay. Methods make it; surgery, checkpoints and exports read it.
 
-Plain data, standard library only: a plan is validated when it is made, written to JSON one layer a line (see
-`prunelit.core.plan_json`), hashed, compared across ranks, edited by hand and replayed on another machine without the scores.
+A plan is plain data and needs the standard library only. It is validated when it is made, written to JSON with one
+layer a line (see `prunelit.core.plan_json`), hashed, compared across ranks, edited by hand, and applied on another
+machine without the scores.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from typing import Any
 from prunelit.core import plan_json
 from prunelit.core.shapes import LayerShape, ModelShape, check_dense_shape, check_field_types
 from prunelit.runtime.errors import BadPlan
+from prunelit.runtime.fingerprints import compute_digest
 from prunelit.runtime.text_files import write_text
 
 __all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "get_applied_plans"]
@@ -164,7 +165,7 @@ class PruningPlan:
         """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
         layers = [{name: value for name, value in asdict(layer).items() if value is not False} for layer in self.layers]
         content = [asdict(self.model), layers]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+        return compute_digest(json.dumps(content, sort_keys=True))
 
     # For people ----------------------------------------------------------------------------------------------------
 

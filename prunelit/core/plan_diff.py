@@ -1,4 +1,4 @@
-"""What differs between two plans for one dense model, layer by layer."""
+"""Differences between two plans for the same dense model, layer by layer."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,15 @@ from prunelit.runtime.errors import BadPlan
 
 
 class PlanDifference(NamedTuple):
-    """Units of one kind in one layer: kept by the first plan only, by the second only; and how many each keeps."""
+    """A difference in the units of one kind in one layer.
+
+    Attributes:
+        layer: number of the layer.
+        kind: "kv_groups", "query_heads", "ffn_channels", "attention_bias" or "mlp_bias".
+        only_first: units that remain in the first plan only.
+        only_second: units that remain in the second plan only.
+        widths: number of remaining units in each plan; for a bias, whether each plan adds one.
+    """
 
     layer: int
     kind: str
@@ -17,32 +25,49 @@ class PlanDifference(NamedTuple):
 
 
 def find_plan_differences(first: PruningPlan, second: PruningPlan) -> list[PlanDifference]:
-    """Every kind in every layer in which the plans keep other units, or add other biases; none where they cut alike.
+    """Find every kind of unit and added bias, in every layer, in which two plans differ.
+
+    Returns:
+        The differences by layer; empty if the plans remove the same.
 
     Raises:
-        BadPlan: they are for different dense models.
+        BadPlan: the plans are for different dense models.
+
+    Example:
+        >>> from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer,))
+        >>> plans = [PruningPlan("made", model, (LayerPlan((0, 1), (0,), channels),)) for channels in ((0, 1), (1, 2))]
+        >>> find_plan_differences(*plans)
+        [PlanDifference(layer=0, kind='ffn_channels', only_first=(0,), only_second=(2,), widths=(2, 2))]
     """
     _check_same_model(first, second)
-    found = []
-    for index, (a, b) in enumerate(zip(first.layers, second.layers, strict=True)):
+    differences = []
+    for index, (layer_a, layer_b) in enumerate(zip(first.layers, second.layers, strict=True)):
         for kind in ("kv_groups", "query_heads", "ffn_channels"):
-            left, right = getattr(a, kind), getattr(b, kind)
-            if left != right:
-                ours, theirs = (tuple(sorted({*x} - {*y})) for x, y in ((left, right), (right, left)))
-                found.append(PlanDifference(index, kind, ours, theirs, (len(left), len(right))))
+            units_a, units_b = getattr(layer_a, kind), getattr(layer_b, kind)
+            if units_a != units_b:
+                only_a, only_b = tuple(sorted({*units_a} - {*units_b})), tuple(sorted({*units_b} - {*units_a}))
+                differences.append(PlanDifference(index, kind, only_a, only_b, (len(units_a), len(units_b))))
         for kind in ("attention_bias", "mlp_bias"):
-            if getattr(a, kind) != getattr(b, kind):
-                found.append(PlanDifference(index, kind, (), (), (getattr(a, kind), getattr(b, kind))))
-    return found
+            bias_a, bias_b = getattr(layer_a, kind), getattr(layer_b, kind)
+            if bias_a != bias_b:
+                differences.append(PlanDifference(index, kind, (), (), (bias_a, bias_b)))
+    return differences
 
 
 def _check_same_model(first: PruningPlan, second: PruningPlan) -> None:
-    a, b = first.model, second.model
-    pairs = [(name, getattr(a, name), getattr(b, name)) for name in ("model_type", "hidden_size", "parameters")]
-    pairs.append(("layers", len(a.layers), len(b.layers)))
-    pairs += [(f"layer {index}", *shapes) for index, shapes in enumerate(zip(a.layers, b.layers, strict=False))]
-    pairs.append(("weights", a.weights, b.weights))
-    for name, one, other in pairs:
-        if one != other:
-            said = "" if name.startswith("layer ") else f" {one!r} and {other!r}"
-            raise BadPlan(f"plan diff: the plans are for different dense models ({a.name}, {b.name}): {name}{said}")
+    model_a, model_b = first.model, second.model
+    pairs = [(name, getattr(model_a, name), getattr(model_b, name)) for name in ("model_type", "hidden_size")]
+    pairs.append(("parameters", model_a.parameters, model_b.parameters))
+    pairs.append(("layers", len(model_a.layers), len(model_b.layers)))
+    layer_pairs = zip(model_a.layers, model_b.layers, strict=False)
+    pairs += [(f"layer {index}", *shapes) for index, shapes in enumerate(layer_pairs)]
+    pairs.append(("weights", model_a.weights, model_b.weights))
+    for name, value_a, value_b in pairs:
+        if value_a != value_b:
+            # Two layer shapes would fill several lines.
+            values = "" if name.startswith("layer ") else f" {value_a!r} and {value_b!r}"
+            raise BadPlan(
+                f"plan diff: the plans are for different dense models ({model_a.name}, {model_b.name}): {name}{values}"
+            )

@@ -1,7 +1,7 @@
-"""How a plan stands in a file: JSON that is strict to read and pleasant to edit, without the meaning of a plan.
+"""The file format of a plan: JSON that is strict to read and easy to edit. It does not know what a plan means.
 
-Indices are written as ranges, "0-511, 515, 600-1023", and read as such or as lists of numbers. Strict: a name said
-twice, NaN, and names that nobody knows are errors, since what is edited by hand goes wrong by hand.
+Indices are written as ranges, "0-511, 515, 600-1023", and read as ranges or as lists of numbers. Repeated names, NaN
+and unknown names are errors, because plans are also edited by hand.
 """
 
 import difflib
@@ -17,10 +17,14 @@ _RANGE_PATTERN = re.compile(r"(0|[1-9]\d{0,9})(?:\s*-\s*(0|[1-9]\d{0,9}))?", re.
 
 
 def parse_plan_json(text: str) -> Any:
-    """The content of JSON text.
+    """Parse JSON text.
 
     Raises:
-        BadPlan: not JSON, a name twice in one object, NaN or infinity, or text that no file can hold.
+        BadPlan: not JSON, a name twice in one object, NaN or infinity, or text that cannot be encoded as UTF-8.
+
+    Example:
+        >>> parse_plan_json('{"layers": [1, 2]}')
+        {'layers': [1, 2]}
     """
     try:
         data = json.loads(text, object_pairs_hook=_reject_repeated_names, parse_constant=_reject_constant)
@@ -49,10 +53,15 @@ def _reject_constant(name: str) -> None:
 def check_object_names(
     where: str, data: Any, names: Collection[str], optional: Collection[str] = ()
 ) -> Mapping[str, Any]:
-    """`data`, once it is an object with all of `names`, and nothing else but `optional`.
+    """Check that `data` is an object with all of `names`, and at most those of `optional` besides; return it.
 
     Raises:
-        BadPlan: with the name that is missing, or unknown and what it may have meant.
+        BadPlan: says which name is missing, or which is unknown and the nearest known one.
+
+    Example:
+        >>> check_object_names("plan", {"seeds": 0}, ["seed"])
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadPlan: plan: unknown name 'seeds': expected seed; did you mean 'seed'?
     """
     if not isinstance(data, Mapping):
         raise BadPlan(f"{where}: expected an object with {', '.join(names)}, got {data!r:.60}")
@@ -68,7 +77,12 @@ def check_object_names(
 
 
 def format_index_ranges(indices: Sequence[int]) -> str:
-    """Sorted indices as text: (0, 1, 2, 5) -> "0-2, 5"."""
+    """Format sorted indices as text.
+
+    Example:
+        >>> format_index_ranges((0, 1, 2, 5))
+        '0-2, 5'
+    """
     if not indices:
         return ""
     breaks = [place for place, (a, b) in enumerate(pairwise(indices), 1) if b != a + 1]
@@ -76,30 +90,39 @@ def format_index_ranges(indices: Sequence[int]) -> str:
     return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
 
 
-def parse_index_ranges(where: str, said: Any, size: int) -> tuple[int, ...]:
-    """Indices below `size`, from text as `format_index_ranges` writes it or from a list of numbers.
+def parse_index_ranges(where: str, value: Any, size: int) -> tuple[int, ...]:
+    """Parse indices from text as `format_index_ranges` writes it, or from a list of numbers.
+
+    Args:
+        where: start of the error message.
+        value: the text or list.
+        size: the indices must be below it.
 
     Raises:
-        BadPlan: anything else, or none at all; order and repeats are for the plan to judge.
+        BadPlan: anything else, or no index at all. Order and repeats are checked by the plan.
+
+    Example:
+        >>> parse_index_ranges("plan", "0-2, 5", size=8)
+        (0, 1, 2, 5)
     """
-    if isinstance(said, str):
-        found = list(_expand_index_ranges(where, said, size))
-    elif isinstance(said, list):
-        found = said
+    if isinstance(value, str):
+        numbers = list(_expand_index_ranges(where, value, size))
+    elif isinstance(value, list):
+        numbers = value
     else:
-        raise BadPlan(f'{where}: expected indices as text ("0-5, 8") or a list of numbers, got {said!r:.60}')
-    if not found:
-        raise BadPlan(f"{where}: expected at least one index, got none; a block that goes altogether is null")
-    for item in found:
-        if type(item) is not int:
-            raise BadPlan(f"{where}: expected integers, got {item!r:.40}")
-        if not 0 <= item < size:
-            raise BadPlan(f"{where}: expected indices in [0, {size}), got {item!r:.40}")
-    return tuple(found)
+        raise BadPlan(f'{where}: expected indices as text ("0-5, 8") or a list of numbers, got {value!r:.60}')
+    if not numbers:
+        raise BadPlan(f"{where}: expected at least one index, got none; write null for a block that is removed")
+    for number in numbers:
+        if type(number) is not int:
+            raise BadPlan(f"{where}: expected integers, got {number!r:.40}")
+        if not 0 <= number < size:
+            raise BadPlan(f"{where}: expected indices in [0, {size}), got {number!r:.40}")
+    return tuple(numbers)
 
 
-def _expand_index_ranges(where: str, said: str, size: int) -> Iterable[int]:
-    for part in said.split(","):
+def _expand_index_ranges(where: str, text: str, size: int) -> Iterable[int]:
+    for part in text.split(","):
         span = _RANGE_PATTERN.fullmatch(part.strip())
         if span is None:
             raise BadPlan(f'{where}: expected indices like "0-5, 8", got {part.strip()!r:.40}')
@@ -110,7 +133,18 @@ def _expand_index_ranges(where: str, said: str, size: int) -> Iterable[int]:
 
 
 def format_plan_json(head: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> str:
-    """JSON text: `head` indented, then lists with one item a line."""
+    """Format JSON text: `head` indented, then each list with one item per line.
+
+    Example:
+        >>> print(format_plan_json({"seed": 0}, {"layers": [1, 2]}), end="")
+        {
+         "seed": 0,
+         "layers": [
+          1,
+          2
+         ]
+        }
+    """
     body = json.dumps(head, indent=1)[:-2]
     for name, items in lists.items():
         lines = ",\n".join(f"  {json.dumps(item)}" for item in items)

@@ -1,4 +1,4 @@
-"""What a dense model is made of, as numbers: sizes and costs of its layers. Plans hold them, so they need no model."""
+"""Sizes and costs of the layers of a dense model, as plain numbers. Plans hold them, so a plan needs no model."""
 
 from dataclasses import dataclass, fields
 from typing import Any
@@ -10,9 +10,18 @@ _TYPE_NAMES = {int: "a count", str: "text", bool: "true or false"}
 
 @dataclass(frozen=True)
 class LayerShape:
-    """Size and cost of one decoder layer before the cut; all costs in parameters, biases included.
+    """Size and cost of one decoder layer before pruning; all costs in parameters, biases included.
 
     A removed block has 0 heads or 0 channels.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> layer.parameters, layer.parameters_at(query_heads=2, kv_groups=1, ffn_channels=32)
+        (3104, 2336)
+        >>> layer.macs_at(hidden_size=16, query_heads=4, kv_groups=2, ffn_channels=32)
+        3072
+        >>> layer.kv_elements_at(kv_groups=2)
+        32
     """
 
     query_heads: int
@@ -40,7 +49,7 @@ class LayerShape:
     # What the layer costs at other widths; 0 heads or 0 channels: the block is removed -------------------------------
 
     def parameters_at(self, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
-        """Parameters; a removed block takes its norms along, a layer without blocks holds nothing."""
+        """Count parameters; a removed block takes its norms with it, and a layer without blocks has none."""
         if not query_heads and not ffn_channels:
             return 0
         attention = mlp = 0
@@ -52,18 +61,24 @@ class LayerShape:
         return attention + mlp + self.shared_cost
 
     def macs_at(self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
-        """Multiply-accumulates with weights, per token."""
+        """Count multiply-accumulates with weights, per token."""
         attention = 2 * self.head_dim * (query_heads + kv_groups)  # rows of q, k, v and columns of o
         return hidden_size * (attention + self.ffn_matrices * ffn_channels)
 
     def kv_elements_at(self, kv_groups: int) -> int:
-        """Numbers in the KV cache, per token."""
+        """Count elements of the KV cache, per token."""
         return 2 * self.head_dim * kv_groups
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The model that a plan was made for."""
+    """The dense model that a plan is for.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer)).block_parameters
+        6208
+    """
 
     model_type: str
     name: str
@@ -80,10 +95,19 @@ class ModelShape:
 
 
 def check_field_types(where: str, data: Any) -> None:
-    """Check that counts of a dataclass are integers and not negative, names text, switches true or false.
+    """Check the values of a dataclass: counts are integers and not negative, names are text, switches are booleans.
+
+    Args:
+        where: start of the error message.
+        data: a dataclass instance.
 
     Raises:
-        BadPlan: with the field's name.
+        BadPlan: names the field.
+
+    Example:
+        >>> check_field_types("plan: layer 0", LayerShape(4, 2, 8, -1, 3, 256, 256, 48, 1552, 1552))
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadPlan: plan: layer 0: ffn_channels: expected a count, got -1
     """
     for item in fields(data):
         value, kind = getattr(data, item.name), item.type
@@ -92,15 +116,22 @@ def check_field_types(where: str, data: Any) -> None:
 
 
 def check_dense_shape(index: int, shape: LayerShape) -> None:
-    """Check that a dense layer's numbers belong together.
+    """Check that the sizes and costs of a dense layer are consistent.
+
+    Args:
+        index: number of the layer.
+        shape: of the layer.
 
     Raises:
-        BadPlan: with the layer's number.
+        BadPlan: names the layer.
+
+    Example:
+        >>> check_dense_shape(0, LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552))
     """
     where = f"plan: dense layer {index}"
     check_field_types(where, shape)
     if (shape.kv_groups == 0) != (shape.query_heads == 0) or shape.query_heads % (shape.kv_groups or 1):
         raise BadPlan(f"{where}: {shape.query_heads} heads in {shape.kv_groups} KV groups")
-    heads = shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups
-    if heads > shape.attention_cost or shape.channel_cost * shape.ffn_channels > shape.mlp_cost:
+    heads_cost = shape.query_head_cost * shape.query_heads + shape.kv_head_cost * shape.kv_groups
+    if heads_cost > shape.attention_cost or shape.channel_cost * shape.ffn_channels > shape.mlp_cost:
         raise BadPlan(f"{where}: its heads or channels cost more than the block they are part of")

@@ -68,10 +68,10 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
                 folder, dtype=target_dtype, output_loading_info=True, **options
             )
         except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
+            raise SourceNotFound(f"model {str(source)!r}: cannot be loaded: {summarise_error(error)}") from error
     if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random and go on
         raise SourceNotFound(
-            f"model {str(source)!r}: can not be loaded: expected all weights, got none for {len(missing)} of them "
+            f"model {str(source)!r}: cannot be loaded: expected all weights, got none for {len(missing)} of them "
             f"({missing[0]}, ...); the files are incomplete or belong to another config"
         )
     if unexpected := sorted(loading_info["unexpected_keys"]):
@@ -96,7 +96,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     folder = resolve_model_source(str(source))
     if Path(folder).is_dir() and not any(_TOKENIZER_FILE.search(item.name) for item in Path(folder).iterdir()):
         raise SourceNotFound(
-            f"model {str(source)!r}: its tokenizer can not be loaded: expected tokenizer.json or the like in it, "
+            f"model {str(source)!r}: its tokenizer cannot be loaded: expected tokenizer.json or the like in it, "
             "got none; copy those files of the model that it was made from"
         )
     with show_stage(f"loading the tokenizer of {shorten_source(source)}"), silence_transformers():
@@ -109,7 +109,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(
-                f"model {str(source)!r}: its tokenizer can not be loaded: {summarise_error(error)}"
+                f"model {str(source)!r}: its tokenizer cannot be loaded: {summarise_error(error)}"
             ) from error
 
 

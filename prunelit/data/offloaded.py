@@ -130,7 +130,7 @@ def load_offloaded(
             pipeline.check_budget(Decoder(model))
             _fill_weights(model, files, device, known or {})
         except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(source)!r}: can not be loaded: {summarise_error(error)}") from error
+            raise SourceNotFound(f"model {str(source)!r}: cannot be loaded: {summarise_error(error)}") from error
     setattr(model, STEPS_ATTRIBUTE, pipeline)
     return model.eval()
 
@@ -186,7 +186,7 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
     unfilled = [name for name, x in model.state_dict().items() if x.is_meta and not isinstance(x, LazyWeight)]
     if unfilled:
         raise SourceNotFound(
-            f"model {str(files.folder)!r}: can not be streamed: expected all weights under the model's own names, got "
+            f"model {str(files.folder)!r}: cannot be streamed: expected all weights under the model's own names, got "
             f"none for {len(unfilled)} of them ({unfilled[0]}, ...); load it and save it again with save_pretrained"
         )
     for linear in linears:

@@ -198,7 +198,7 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
             probe.connect(address[4])
     except OSError:
         raise SourceNotFound(
-            f"{what} {name!r}: no such local file or folder, and the hub {url.hostname} can not be reached; {advice}"
+            f"{what} {name!r}: no such local file or folder, and the hub {url.hostname} cannot be reached; {advice}"
         ) from None
 
 
@@ -262,7 +262,7 @@ def _convert_gguf(path: Path) -> Path:
             model.save_pretrained(staging)
             AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
         except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(path)!r}: can not be read as GGUF: {summarise_error(error)}") from error
+            raise SourceNotFound(f"model {str(path)!r}: cannot be read as GGUF: {summarise_error(error)}") from error
     return home
 
 

@@ -12,7 +12,6 @@ remainder is dropped.
 Legend: N windows.
 """
 
-import hashlib
 import logging
 import pydoc_data.topics
 import warnings
@@ -218,16 +217,6 @@ def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None =
     return ids.unfold(0, seqlen, stride or seqlen).contiguous()
 
 
-def fingerprint_token_ids(ids: Tensor) -> str:
-    """Hash token ids to 16 hexadecimal digits.
-
-    Example:
-        >>> len(fingerprint_token_ids(torch.arange(4)))
-        16
-    """
-    return hashlib.sha256(ids.contiguous().numpy().tobytes()).hexdigest()[:16]
-
-
 def _looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or _get_suffix(Path(source)) in _FORMATS or source.count("/") > 1
 
@@ -261,7 +250,7 @@ def read_dataset(source: str, what: str = "text") -> Any:
             return datasets.load_dataset(name, config or None, split=split or "train")
         except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
             cause = error.__cause__ or error
-            raise SourceNotFound(f"{what} {source!r}: can not be read: {describe_error(cause)}") from error
+            raise SourceNotFound(f"{what} {source!r}: cannot be read: {describe_error(cause)}") from error
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
 from prunelit.data import text
 from prunelit.data.eval_texts import EvaluationText
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NonFinite
 
 SHARED_PROTOCOL_KEYS = ("sequence_length", "stride", "dtype", "mean")
@@ -103,7 +104,7 @@ def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, 
         (2, 8, 8)
     """
     protocol = metrics.describe_protocol(sources, windows, dtype, stride)
-    return protocol | {"fingerprint": text.fingerprint_token_ids(windows)}
+    return protocol | {"fingerprint": fingerprints.fingerprint_token_ids(windows)}
 
 
 def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:

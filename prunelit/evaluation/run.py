@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from prunelit.calibration import metrics
-from prunelit.calibration.fingerprints import fingerprint_model, fingerprint_tokenizer
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.data import loading, sources, text
 from prunelit.data.loading import choose_device
@@ -34,9 +33,11 @@ from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.model.modes import move_to_device
+from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption
+from prunelit.runtime.fingerprints import fingerprint_model, fingerprint_tokenizer
 from prunelit.runtime.text_files import write_json, write_text
 from prunelit.runtime.versions import collect_versions
 
@@ -240,7 +241,7 @@ class Evaluation:
     def _measure_text(self, role: str, name: str, network: Any) -> dict[str, Any]:
         windows, stride = self.windows[name], self.request.texts[name].stride
         key = self._model_keys[role] | {
-            "text": text.fingerprint_token_ids(windows),
+            "text": fingerprints.fingerprint_token_ids(windows),
             "seqlen": windows.shape[1],
             "stride": stride,
         }
@@ -253,7 +254,7 @@ class Evaluation:
         path = self.request.files.get(name)
         return self._model_keys[role] | {
             "task": name,
-            "rows": tasks.fingerprint_file(path) if path else tasks.TASKS[name].dataset,
+            "rows": fingerprints.fingerprint_file(path) if path else tasks.TASKS[name].dataset,
             "limit": self.request.limit,
             "batch_size": self.request.batch_size,
             "harness": zero_shot.get_harness_version(),

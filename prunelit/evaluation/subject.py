@@ -8,7 +8,7 @@ from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
-from prunelit.recovery import adapter_files
+from prunelit.recovery import adapter_files, merge
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,6 @@ class EvaluatedModel:
         """
         network = load_on_device(self.source, self.dtype, self.device)
         if self.adapter is not None:
-            network = adapter_files.merge_adapter_folder(network, self.adapter)
+            network = merge.merge_adapter_folder(network, self.adapter)
         Decoder(network).check_finite()
         return network

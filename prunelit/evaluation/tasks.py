@@ -5,7 +5,6 @@ that definition and replaces only the source of the rows. `lm_eval --include_pat
 """
 
 import gzip
-import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -316,16 +315,3 @@ def list_stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str
         {'piqa': 'lm_eval/tasks/piqa/piqa.yaml'}
     """
     return {name: str(harness / TASKS[name].definition) for name in names}
-
-
-def fingerprint_file(path: Path) -> str:
-    """Hash the bytes of a file: 16 hexadecimal digits of SHA-256.
-
-    Args:
-        path: of the file.
-
-    Example:
-        >>> len(fingerprint_file(Path(__file__)))
-        16
-    """
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]

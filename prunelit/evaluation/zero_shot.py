@@ -11,10 +11,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
-from prunelit.calibration.fingerprints import compute_digest
 from prunelit.data.text import describe_error, silence_datasets
 from prunelit.evaluation import paired
 from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.fingerprints import compute_digest
 from prunelit.runtime.progress import show_stage
 
 METRICS = ("acc", "acc_norm")

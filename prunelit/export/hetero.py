@@ -19,14 +19,14 @@ from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
 from prunelit.export.uniform import build_if_shapes_match, build_on_meta, find_stock_class
 from prunelit.model import per_layer
-from prunelit.model.decoder import Decoder
+from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.model.per_layer import ADDED_BIASES, find
 from prunelit.runtime.errors import DoesNotFit
 
 _MODELLING_MODULE = "modeling_pruned"
 
 
-def build_per_layer_model(model: nn.Module) -> Any:
+def build_per_layer_model(model: nn.Module | Decoder) -> Any:
     """Build a model of the per-layer class of this family on the meta device, with the shapes of a live model.
 
     Args:
@@ -40,7 +40,8 @@ def build_per_layer_model(model: nn.Module) -> Any:
 
     Example: see `prunelit.data.loading.make_per_layer_class`, and `write_hetero`, which saves it.
     """
-    decoder, base = Decoder(model), find_stock_class(type(model))
+    decoder = as_decoder(model)
+    base = find_stock_class(type(decoder.model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
     build = make_per_layer_class(base, decoder.architecture)
     # The global number of heads must lead to the model's head size: some families read head_dim from the config, others
@@ -48,7 +49,7 @@ def build_per_layer_model(model: nn.Module) -> Any:
     for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
         settings = _build_config_settings(decoder, heads)
         _declare_added_biases(settings, decoder, build_on_meta(build, build.config_class.from_dict(settings)))
-        shell = build_if_shapes_match(build, build.config_class.from_dict(settings), model)
+        shell = build_if_shapes_match(build, build.config_class.from_dict(settings), decoder.model)
         if shell is not None:
             return shell
     raise DoesNotFit(
@@ -57,14 +58,15 @@ def build_per_layer_model(model: nn.Module) -> Any:
     )
 
 
-def add_modelling_file(model: nn.Module, folder: Path) -> None:
+def add_modelling_file(model: nn.Module | Decoder, folder: Path) -> None:
     """Write the modelling file into the folder of a saved per-layer model, and `auto_map` into its config.
 
     Args:
         model: the live model.
         folder: the folder; config.json is changed in place.
     """
-    base, names = find_stock_class(type(model)), Decoder(model).architecture.names
+    decoder = as_decoder(model)
+    base, names = find_stock_class(type(decoder.model)), decoder.architecture.names
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
@@ -153,8 +155,8 @@ def write_hetero(job: ExportJob) -> dict[str, Any]:
 
     Example: `prunelit.export.write_model(model, "folder", tokenizer, format="hetero")` calls it.
     """
-    write_model_as(build_per_layer_model(job.model), job)
-    add_modelling_file(job.model, job.path)
+    write_model_as(build_per_layer_model(job.get_decoder()), job)
+    add_modelling_file(job.get_decoder(), job.path)
     return {}
 
 

@@ -20,7 +20,7 @@ from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
 from prunelit.export.uniform import LOAD_SNIPPET, LayerWidths, build_on_meta, propose_stock_configs
 from prunelit.model import copies
-from prunelit.model.decoder import Decoder, Layer, is_conv1d
+from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
 from prunelit.model.per_layer import find
 from prunelit.runtime.errors import DeclarationMismatch, DoesNotFit
 
@@ -38,9 +38,9 @@ def write_padded(job: ExportJob) -> dict[str, Any]:
 
     Example: `prunelit.export.write_model(model, "folder", tokenizer, format="padded")` calls it.
     """
-    shell, weights = _build_padded_shell(job.model)
+    shell, weights = _build_padded_shell(job.get_decoder())
     write_model_as(shell, job, weights)
-    size, pruned_size = metrics.measure_model_size(shell), metrics.measure_model_size(job.model)
+    size, pruned_size = metrics.measure_model_size(shell), metrics.measure_model_size(job.get_decoder())
     facts: dict[str, Any] = {"size": size, "cut_size": pruned_size}
     zeros = size["parameters"] - pruned_size["parameters"]
     note = f"padded: {size['parameters']:,} parameters, {zeros:,} of them zeros again"
@@ -57,7 +57,7 @@ def write_padded(job: ExportJob) -> dict[str, Any]:
     return facts | {"note": note}
 
 
-def _build_padded_shell(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
+def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tensor]]:
     """Build a stock model on the meta device that has room for every layer.
 
     Returns:
@@ -66,7 +66,7 @@ def _build_padded_shell(model: nn.Module) -> tuple[Any, dict[str, Tensor]]:
     Raises:
         DoesNotFit: there is no such class.
     """
-    decoder = Decoder(model)
+    decoder = as_decoder(model)
     all_widths = list(_propose_layer_widths(decoder))
     for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):

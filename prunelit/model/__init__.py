@@ -1,1 +1,1 @@
-"""A transformers model seen as a decoder: its parts by role, its copies, and the cut."""
+"""A transformers model seen as a decoder: its parts by role, its copies, and surgery on it."""

@@ -1,4 +1,4 @@
-"""How many tokens a model has places for, read off its config, and the check of a text's windows against it."""
+"""The number of positions of a model, read from its config, and checks of text lengths against it."""
 
 import warnings
 from typing import Any
@@ -8,25 +8,38 @@ from prunelit.runtime.errors import BadOption
 
 
 def get_context_limit(config: Any) -> int | None:
-    """Tokens up to which a model was made; None where its config names no number.
+    """Get the number of tokens that a model was made for; None if its config does not say.
 
     Args:
-        config: of a loaded model, or config.json as a namespace (GPT-2's has another name for it).
+        config: of a loaded model, or config.json as a namespace.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> get_context_limit(SimpleNamespace(max_position_embeddings=2048))
+        2048
     """
-    found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return int(found) if found else None
+    # GPT-2's config.json says n_positions; its config class maps the other name to it.
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return int(positions) if positions else None
 
 
 def check_position_table(config: Any, tokens: int, name: str = "seqlen") -> None:
-    """Refuse more tokens than there are rows in a table of positions, where a forward pass would end in a traceback.
+    """Check that a table of positions has a row for every token; otherwise the forward pass would fail.
 
     Args:
         config: as in `get_context_limit`.
-        tokens: of the longest sequence.
-        name: of the option that says so.
+        tokens: length of the longest sequence.
+        name: the option that sets this length.
 
     Raises:
-        BadOption: the family keeps its positions in a table, and it is shorter.
+        BadOption: the family keeps its positions in a table, and the table is shorter.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_position_table(SimpleNamespace(model_type="gpt2", n_positions=8), tokens=8)
+        >>> check_position_table(SimpleNamespace(model_type="gpt2", n_positions=8), tokens=9)
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: seqlen: expected at most 8 tokens (the model's positions), got 9; lower it
     """
     limit = get_context_limit(config)
     family = ARCHITECTURES.get(str(getattr(config, "model_type", None)).removeprefix(PRUNED))
@@ -35,14 +48,22 @@ def check_position_table(config: Any, tokens: int, name: str = "seqlen") -> None
 
 
 def check_context_length(config: Any, tokens: int, name: str = "seqlen") -> None:
-    """`check_position_table`; positions that are computed go on beyond the limit, which is worth a warning.
+    """Check a text length: an error as in `check_position_table`; a warning where positions are computed.
+
+    Args:
+        config: as in `get_context_limit`.
+        tokens: length of the longest sequence.
+        name: the option that sets this length.
 
     Raises:
-        BadOption: as `check_position_table`.
+        BadOption: as in `check_position_table`.
+
+    Example: see `check_position_table`.
     """
     check_position_table(config, tokens, name)
     limit = get_context_limit(config)
-    if limit and tokens > limit:  # said from this line, whoever asks, so that Python says it once
+    if limit and tokens > limit:
+        # stacklevel=1: Python shows a warning once per line, and this line is the same for all callers.
         warnings.warn(
             f"{name}: {tokens} tokens are more than the model's {limit} positions; it was not made for what comes "
             "after them",

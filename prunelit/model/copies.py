@@ -1,4 +1,4 @@
-"""A second model of the same modules and tensors, for changes that the first is to be spared."""
+"""Copies of a model that share its tensors, or hold them on the meta device or on disk."""
 
 import copy
 import tempfile
@@ -14,35 +14,57 @@ from prunelit.runtime.torch_files import write_torch_file
 
 
 def copy_sharing_tensors(model: Any) -> Any:
-    """The modules again, the tensors shared: what is put in another module's place in one is not in the other."""
+    """Copy the modules of a model and share its tensors; modules can be replaced in one without changing the other.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> copied = copy_sharing_tensors(linear)
+        >>> copied is linear, copied.weight is linear.weight
+        (False, True)
+    """
     return copy.deepcopy(model, {id(x): x for x in chain(model.parameters(), model.buffers())})
 
 
 def copy_to_meta_device(model: nn.Module) -> nn.Module:
-    """The modules again, the weights on the meta device; buffers are shared."""
+    """Copy the modules of a model with its weights on the meta device; buffers are shared.
+
+    Example:
+        >>> copy_to_meta_device(nn.Linear(2, 2)).weight.device
+        device(type='meta')
+    """
     weights = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in model.parameters()}
     return copy.deepcopy(model, weights | {id(buffer): buffer for buffer in model.buffers()})
 
 
 def copy_to_disk(model: Any, folder: Path) -> Any:
-    """The model as it is now, for later: on the CPU, its weights in a file that is read where they are used.
+    """Copy a model as it is now to disk; the copy is on the CPU and reads its weights where they are used.
 
-    The file has no name once it is mapped into memory, so it is gone with the process.
+    The weights are in a file that is mapped into memory. The file is deleted at once, so it takes disk space only as
+    long as the process lives.
 
     Args:
-        model: transformers model, plain.
-        folder: on a disk of this machine; made if need be.
+        model: transformers model without adapters or 4-bit linears.
+        folder: on a disk of this machine; created if it does not exist.
 
     Raises:
-        OutputNotWritable: the disk refused.
+        OutputNotWritable: the file cannot be written.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     copied = copy_to_disk(model, Path(folder))
+        >>> bool((copied.lm_head.weight == model.lm_head.weight).all())
+        True
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as place:
-        path = Path(place) / "weights.pt"
-        with show_stage("putting the cut weights on disk"):
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
+        path = Path(temporary) / "weights.pt"
+        with show_stage("writing the pruned weights to disk"):
             write_torch_file(path, model.state_dict())
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    other: Any = copy_to_meta_device(model)
-    other.load_state_dict(weights, assign=True)
-    other.tie_weights()
-    return other
+    copied: Any = copy_to_meta_device(model)
+    copied.load_state_dict(weights, assign=True)
+    copied.tie_weights()
+    return copied

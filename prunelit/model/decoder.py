@@ -1,4 +1,4 @@
-"""A live transformers model seen through its declaration: modules by role, shapes, costs, fingerprint.
+"""A transformers model seen through the declaration of its family: modules by role, shapes, costs, fingerprint.
 
 Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
 """
@@ -20,12 +20,22 @@ _SIGNS_PER_TENSOR = 64
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' Conv1D (GPT-2), which stores its weight as [in, out]."""
+    """Whether a module is transformers' Conv1D (GPT-2), which stores its weight as [in, out].
+
+    Example:
+        >>> is_conv1d(nn.Linear(2, 3))
+        False
+    """
     return type(module).__name__ == "Conv1D"
 
 
 def get_weight_out_in(module: nn.Module) -> Tensor:
-    """Weight of a linear as [out, in], whichever way it is stored (a view)."""
+    """Get the weight of a linear as [out, in], a view, for `nn.Linear` and Conv1D alike.
+
+    Example:
+        >>> get_weight_out_in(nn.Linear(2, 3)).shape
+        torch.Size([3, 2])
+    """
     weight = cast(Tensor, module.weight)
     return weight.T if is_conv1d(module) else weight
 
@@ -33,7 +43,20 @@ def get_weight_out_in(module: nn.Module) -> Tensor:
 class Layer:
     """One decoder layer: its blocks, linears and norms by role.
 
-    `attention` or `mlp` may be a stub left by an earlier cut; then `shape` has 0 heads or 0 channels.
+    `attention` or `mlp` may be a stub left by earlier pruning; then `shape` has 0 heads or 0 channels.
+
+    Attributes:
+        index: number of the layer in the model.
+        module: the layer's module.
+        architecture: the family's declaration.
+        qkv: the linears of query, key and value, or the fused one; only if `has_attention`.
+        output: the output projection of the attention; only if `has_attention`.
+        ffn_in: gate and up, or the fused one, or up alone; only if `has_mlp`.
+        down: the last linear of the FFN; only if `has_mlp`.
+        activation: the module whose output is act(gate), or act(up); only if `has_mlp`.
+        shape: sizes and costs of the layer.
+
+    Example: see `Decoder`.
     """
 
     def __init__(self, index: int, module: nn.Module, architecture: Architecture):
@@ -61,12 +84,12 @@ class Layer:
         self.shape = self._measure_shape()
 
     def get_norm(self, role: str) -> nn.Module | None:
-        """The norm in a role ("mlp_norm", "attention_post_norm", ...) or None where the family has none."""
-        found = find(self.module, getattr(self.architecture, role))
-        return None if isinstance(found, nn.Identity) else cast("nn.Module | None", found)
+        """Get the norm in a role ("mlp_norm", "attention_post_norm", ...); None if the family has none there."""
+        norm = find(self.module, getattr(self.architecture, role))
+        return None if isinstance(norm, nn.Identity) else cast("nn.Module | None", norm)
 
     def get_gain(self, role: str) -> Tensor:
-        """|gain| of the norm in a role, float32 [H]; ones where there is no norm, or one without weights."""
+        """Get |gain| of the norm in a role, float32 [H]; ones if there is no norm, or one without weights."""
         weight = find(self.get_norm(role), "weight") if self.get_norm(role) is not None else None
         if weight is None:
             linear = self.output if self.has_attention else self.down
@@ -74,7 +97,11 @@ class Layer:
         return (cast(Tensor, weight).detach().float() + self.architecture.norm_offset).abs()
 
     def compute_inverse_norm(self, role: str, x: Tensor) -> Tensor:
-        """What the norm in a role divides by, inverted: 1 / rms (or deviation) per row of x [T, H]; ones without it."""
+        """Compute 1 / rms (LayerNorm: 1 / standard deviation) of every row of x [T, H], as the norm in a role does.
+
+        Returns:
+            float32 [T]; ones if there is no norm in that role.
+        """
         norm = self.get_norm(role)
         if norm is None:
             return torch.ones(len(x), device=x.device)
@@ -85,15 +112,17 @@ class Layer:
         return values.square().mean(-1).add(epsilon).rsqrt()
 
     def _require_attribute(self, root: Any, path: str) -> Any:
-        found = find(root, path)
-        if found is None:
+        """Get what the declaration names; raises DeclarationMismatch if it is not there."""
+        value = find(root, path)
+        if value is None:
             raise DeclarationMismatch(
                 f"layer {self.index}: expected {path!r} in {type(root).__name__}, got "
                 f"{[name for name, _ in root.named_children()]}; correct the entry in prunelit/core/architectures.py"
             )
-        return found
+        return value
 
     def _require_linear(self, root: nn.Module, path: str) -> nn.Module:
+        """Get a linear with plain floating-point weights; raises DeclarationMismatch for anything else."""
         linear = cast(nn.Module, self._require_attribute(root, path))
         weight = getattr(linear, "weight", None)
         if hasattr(linear, "base_layer"):
@@ -108,6 +137,11 @@ class Layer:
         return linear
 
     def _measure_shape(self) -> LayerShape:
+        """Read sizes and costs off the weights, and check that every parameter has a role.
+
+        Raises:
+            DeclarationMismatch: the weights contradict the declaration.
+        """
         a = self.architecture
         heads = groups = dim = channels = head_cost = kv_cost = channel_cost = attention_cost = mlp_cost = 0
         if self.has_attention:
@@ -131,24 +165,26 @@ class Layer:
         if self.has_mlp:
             channels = get_weight_out_in(self.down).shape[1]
             hidden = get_weight_out_in(self.down).shape[0]
-            wanted = 2 * channels if a.fused_gate_up else channels
-            if any(get_weight_out_in(linear).shape[0] != wanted for linear in self.ffn_in):
+            expected_rows = 2 * channels if a.fused_gate_up else channels
+            rows = [get_weight_out_in(linear).shape[0] for linear in self.ffn_in]
+            if any(count != expected_rows for count in rows):
                 raise DeclarationMismatch(
-                    f"layer {self.index}: FFN inner widths differ: expected {wanted} rows, got "
-                    f"{[get_weight_out_in(linear).shape[0] for linear in self.ffn_in]}; correct prunelit/core/architectures.py"
+                    f"layer {self.index}: FFN inner widths differ: expected {expected_rows} rows, got {rows}; "
+                    "correct prunelit/core/architectures.py"
                 )
-            channel_cost = hidden + sum(wanted // channels * (hidden + (n.bias is not None)) for n in self.ffn_in)
-            own = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
-            mlp_cost = _count_parameters(*own, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
+            rows_per_channel = expected_rows // channels
+            channel_cost = hidden + sum(rows_per_channel * (hidden + (n.bias is not None)) for n in self.ffn_in)
+            mlp_modules = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
+            mlp_cost = _count_parameters(*mlp_modules, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
         shared_cost = _count_parameters(self.module) - attention_cost - mlp_cost
         if self.has_attention and self.has_mlp and shared_cost != _count_parameters(self.get_norm("shared_norm")):
-            left_over = [
+            without_role = [
                 name
                 for name, child in self.module.named_children()
                 if _count_parameters(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
             ]
             raise DeclarationMismatch(
-                f"layer {self.index}: expected a role for every module with weights, got none for {left_over}; "
+                f"layer {self.index}: expected a role for every module with weights, got none for {without_role}; "
                 "correct the entry in prunelit/core/architectures.py"
             )
         return LayerShape(
@@ -167,22 +203,34 @@ class Layer:
         )
 
     def _count_per_head(self, kind: str) -> int:
-        """Parameters of the per-head entries of one head."""
+        """Count the parameters of one head's per-head entries."""
         total = 0
-        for path, of in self.architecture.per_head.items():
+        for path, entry_kind in self.architecture.per_head.items():
             entry = find(self.attention, path)
-            if of == kind and entry is not None and len(entry):
+            if entry_kind == kind and entry is not None and len(entry):
                 total += (entry.numel() if isinstance(entry, Tensor) else _count_parameters(entry)) // len(entry)
         return total
 
 
 class Decoder:
-    """A causal LM with its declaration resolved and checked.
+    """A causal LM with the declaration of its family resolved and checked.
+
+    Args:
+        model: transformers causal LM, not wrapped by PEFT.
 
     Raises:
         BadOption: not a transformers model.
         UnknownArchitecture: no declaration for `model.config.model_type`.
-        DeclarationMismatch: the declaration names what the model does not have, or PEFT stands around the model.
+        DeclarationMismatch: the model does not have what the declaration names, or it is wrapped by PEFT.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> decoder = Decoder(LlamaForCausalLM(LlamaConfig(**sizes)))
+        >>> [(layer.shape.query_heads, layer.shape.ffn_channels) for layer in decoder]
+        [(2, 32)]
+        >>> decoder.shape.parameters
+        2864
     """
 
     def __init__(self, model: nn.Module):
@@ -215,7 +263,7 @@ class Decoder:
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its output projection: what calibration runs."""
+        """The model without its output projection, as calibration runs it."""
         return cast(nn.Module, getattr(self.model, "base_model", self.model))
 
     @property
@@ -234,11 +282,14 @@ class Decoder:
         )
 
     def compute_fingerprint(self) -> str:
-        """Hash of the signs of evenly spaced weights: the same in every dtype, different for another model."""
+        """Hash the signs of evenly spaced weights: the same in every dtype, different for another model.
+
+        Example: see the class.
+        """
         signs = hashlib.sha256()
         for layer in self.layers:
             for parameter in layer.module.parameters():
-                if parameter.is_meta and not isinstance(parameter, LazyWeight):  # a model for shapes alone: no signs
+                if parameter.is_meta and not isinstance(parameter, LazyWeight):  # no values, so no signs
                     continue
                 flat = (parameter.read_stored() if isinstance(parameter, LazyWeight) else parameter.detach()).flatten()
                 step = max(1, flat.numel() // _SIGNS_PER_TENSOR)
@@ -246,14 +297,15 @@ class Decoder:
         return signs.hexdigest()[:16]
 
     def check_finite(self) -> None:
-        """Raise on the first parameter that holds NaN or infinity. Those on disk are checked when they are loaded.
+        """Check that all parameters are finite. Lazy weights are checked when they are loaded instead.
 
         Raises:
-            NonFinite: with the parameter's name.
+            NonFinite: names the first parameter that holds NaN or infinity.
         """
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, LazyWeight):
                 continue
+            # One sum instead of a mask of the whole tensor: NaN and infinity survive it.
             if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
                 raise NonFinite(
                     f"parameter {name}: expected finite weights, got NaN or infinity; the model file is damaged or its "
@@ -262,11 +314,14 @@ class Decoder:
 
 
 def _count_parameters(*modules: nn.Module | None) -> int:
-    """Parameters of the given modules, shared ones counted once."""
-    seen = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
-    return sum(seen.values())
+    """Count the parameters of the given modules; tied ones count once."""
+    sizes = {id(p): p.numel() for module in modules if module is not None for p in module.parameters()}
+    return sum(sizes.values())
 
 
 def as_decoder(model: "nn.Module | Decoder") -> Decoder:
-    """The decoder of a model, or the decoder itself: building one walks and checks the whole model."""
+    """The decoder of a model, or the decoder itself: building one walks and checks the whole model.
+
+    Example: see `prunelit.model.surgery.apply`, which takes either.
+    """
     return model if isinstance(model, Decoder) else Decoder(model)

@@ -26,10 +26,10 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     try:
         content = json.loads(_read_text_once(path, *_get_version(path))) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise SourceNotFound(f"model {str(folder)!r}: can not be loaded: config.json: {error}") from error
+        raise SourceNotFound(f"model {str(folder)!r}: cannot be loaded: config.json: {error}") from error
     if not isinstance(content, dict):
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: config.json: expected a JSON object, got {content!r:.40}"
+            f"model {str(folder)!r}: cannot be loaded: config.json: expected a JSON object, got {content!r:.40}"
         )
     return content
 
@@ -103,7 +103,7 @@ class SafetensorsFolder:
             yield
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
-            raise SourceNotFound(f"model {str(self.folder)!r}: can not be loaded: {name}: {reason}") from error
+            raise SourceNotFound(f"model {str(self.folder)!r}: cannot be loaded: {name}: {reason}") from error
 
     def match_names(self, model: Any) -> dict[str, str]:
         """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""

@@ -1,4 +1,4 @@
-"""A weight that stays on the disk until it is computed with."""
+"""A weight that stays on disk until an operation needs its values."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,27 +17,42 @@ _METHODS = (
     *("__hash__", "__len__", "dim", "element_size", "is_contiguous", "is_floating_point", "numel", "requires_grad_"),
     *("size", "stride"),
 )
-# Answered without the values; whatever is not listed reads them.
+# Operations that the meta tensor answers. Every operation that is in none of these lists reads the values.
 _METADATA_OPERATIONS: tuple[Any, ...] = (
     *(getattr(Tensor, name) for name in _METHODS),
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES),
     cast(Any, Tensor.requires_grad).__set__,
 )
-# What surgery and `weight_out_in` do to weights.
+# Operations that surgery and `get_weight_out_in` apply to weights; they are deferred until the values are read.
 _LAZY_OPERATIONS: tuple[Any, ...] = (Tensor.detach, Tensor.index_select, cast(Any, Tensor.T).__get__)
 _GRADIENT_HOOKS: tuple[Any, ...] = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
 STREAMING_REFUSED = (
     "stream: expected a method that observes the model once, layer by layer, such as llm_bip, flap, wanda_sp, shortgpt "
-    "or magnitude, with repair 'none' or 'bias', got one that needs gradients or runs the model again and again; "
-    "choose another, or leave out --stream"
+    "or magnitude, with repair 'none' or 'bias', got one that needs gradients or runs the model several times; "
+    "choose another method, or leave out --stream"
 )
 
 
 class LazyWeight(Tensor):
-    """A tensor whose values are read whenever they are needed, and never kept.
+    """A tensor whose values are read from disk whenever an operation needs them, and are not cached.
 
-    Shape, dtype and device answer as if it were in memory; `detach`, `index_select` and `.T` give another `LazyWeight`, so
-    a weight can be cut before it is read; everything else computes with the values. It can be a parameter.
+    Shape, dtype and device are answered as if the values were in memory. `detach`, `index_select` and `.T` give another
+    `LazyWeight`, so a weight can be pruned before it is read. Every other operation computes with the values. It can be
+    a parameter.
+
+    Attributes:
+        label: name of the weight, for messages.
+        target_device: the device on which it is computed with.
+
+    Example:
+        >>> stored = torch.arange(6.0).view(3, 2)
+        >>> weight = LazyWeight.from_reader("w", lambda: stored, (3, 2), torch.float32, torch.device("cpu"))
+        >>> pruned = weight.index_select(0, torch.tensor([0, 2]))
+        >>> type(pruned).__name__, tuple(pruned.shape)
+        ('LazyWeight', (2, 2))
+        >>> pruned + 1
+        tensor([[1., 2.],
+                [5., 6.]])
     """
 
     label: str
@@ -49,36 +64,38 @@ class LazyWeight(Tensor):
     def from_reader(
         cls, name: str, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, home: torch.device
     ) -> Self:
-        """A weight on disk.
+        """Build a lazy weight from a function that reads its values.
 
         Args:
-            name: for messages.
-            read: gives the values, in any dtype, as a view of a file that is mapped into memory.
+            name: of the weight, for messages.
+            read: returns the values, in any dtype, as a view of a file that is mapped into memory.
             shape: of the values.
-            dtype: in which they are computed with.
+            dtype: the dtype in which they are computed with.
             home: the device on which they are computed with.
+
+        Example: see the class.
         """
         return cls._wrap_meta(torch.empty(*shape, dtype=dtype, device="meta"), name, read, home, mapped=True)
 
     @classmethod
     def _wrap_meta(cls, meta: Tensor, name: str, read: Callable[[], Tensor], home: torch.device, mapped: bool) -> Self:
-        made = cast(Self, Tensor._make_subclass(cls, meta))
-        made.label, made.target_device, made._reader, made._mapped = name, home, read, mapped
-        return made
+        weight = cast(Self, Tensor._make_subclass(cls, meta))
+        weight.label, weight.target_device, weight._reader, weight._mapped = name, home, read, mapped
+        return weight
 
     def read_stored(self) -> Tensor:
-        """The values as they stand in the file, on the CPU; without a copy unless some of them were cut."""
+        """Read the values in the dtype of the file, on the CPU; a copy only if the weight was pruned."""
         return self._reader()
 
     def read_values(self) -> Tensor:
-        """The values on their device and in their dtype; without a copy where they are stored so."""
+        """Read the values on their device and in their dtype; a copy only if the file differs in either."""
         return self._reader().to(self.target_device, self.dtype)
 
     def load_values(self) -> Tensor:
-        """The values in memory of their own.
+        """Load a contiguous copy of the values, on their device and in their dtype.
 
         Raises:
-            NonFinite: with the parameter's name.
+            NonFinite: a value is NaN or infinite; names the parameter.
         """
         values = self._reader().to(self.target_device, self.dtype, copy=self._mapped)
         if not torch.isfinite(values.sum(dtype=torch.float32)):
@@ -92,14 +109,14 @@ class LazyWeight(Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """PyTorch calls this for every operation on one.
+        """Answer an operation on a lazy weight; PyTorch calls this for each of them.
 
         Raises:
             BadOption: the operation asks for gradients, or would change the values.
         """
         kwargs = kwargs or {}
         if func == cast(Any, Tensor.device).__get__:
-            return args[0].home
+            return args[0].target_device
         if func in _METADATA_OPERATIONS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -111,6 +128,7 @@ class LazyWeight(Tensor):
         return func(*_read_lazy_arguments(args), **_read_lazy_arguments(kwargs))
 
     def _apply_lazily(self, func: Callable[..., Tensor], *args: Any) -> Self:
+        """Apply `func` to the meta tensor now, and to the values whenever they are read."""
         rest = [x.cpu() if isinstance(x, Tensor) else x for x in args]
         with torch._C.DisableTorchFunctionSubclass():
             plain = Tensor._make_subclass(Tensor, self)
@@ -120,32 +138,47 @@ class LazyWeight(Tensor):
         return self._wrap_meta(meta, self.label, lambda: func(read(), *rest), self.target_device, mapped)
 
 
-def _read_lazy_arguments(given: Any) -> Any:
-    """The same arguments with values in place of what is on disk."""
-    if isinstance(given, LazyWeight):
-        return given.read_values()
-    if isinstance(given, list | tuple):
-        return type(given)(_read_lazy_arguments(item) for item in given)
-    return {key: _read_lazy_arguments(item) for key, item in given.items()} if isinstance(given, dict) else given
+def _read_lazy_arguments(arguments: Any) -> Any:
+    """Replace every lazy weight in nested arguments by its values."""
+    if isinstance(arguments, LazyWeight):
+        return arguments.read_values()
+    if isinstance(arguments, list | tuple):
+        return type(arguments)(_read_lazy_arguments(item) for item in arguments)
+    if isinstance(arguments, dict):
+        return {key: _read_lazy_arguments(item) for key, item in arguments.items()}
+    return arguments
 
 
 @contextmanager
 def load_lazy_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, the weights of `module` that are on disk are in memory; after, they are on disk again.
+    """Load the lazy weights of `module` into memory inside the context, and put the lazy ones back after it.
+
+    Args:
+        module: may hold ordinary parameters too; they are left alone.
 
     Raises:
-        NonFinite: with the parameter's name.
+        NonFinite: a value is NaN or infinite; names the parameter.
+
+    Example:
+        >>> linear = nn.Linear(2, 1, bias=False)
+        >>> lazy = LazyWeight.from_reader("w", lambda: torch.ones(1, 2), (1, 2), torch.float32, torch.device("cpu"))
+        >>> linear.weight = nn.Parameter(lazy, requires_grad=False)
+        >>> with load_lazy_weights(linear):
+        ...     type(linear.weight.data).__name__
+        'Tensor'
+        >>> isinstance(linear.weight, LazyWeight)
+        True
     """
-    places = [
+    lazy_parameters = [
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
         if isinstance(parameter, LazyWeight)
     ]
     try:
-        for owner, name, parameter in places:
+        for owner, name, parameter in lazy_parameters:
             setattr(owner, name, nn.Parameter(parameter.load_values(), requires_grad=False))
         yield
     finally:
-        for owner, name, parameter in places:
+        for owner, name, parameter in lazy_parameters:
             setattr(owner, name, parameter)

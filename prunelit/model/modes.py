@@ -1,4 +1,4 @@
-"""Modes of a model that last for a block of code: evaluation, generation settings, another device."""
+"""Context managers that change a model for a block of code: eval mode, generation settings, device."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,16 @@ from torch import nn
 
 @contextmanager
 def use_eval_mode(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` inside; every submodule back in its own mode after."""
+    """Put a model into eval mode inside the context; every submodule gets its own mode back after it.
+
+    Example:
+        >>> linear = nn.Linear(2, 2).train()
+        >>> with use_eval_mode(linear):
+        ...     linear.training
+        False
+        >>> linear.training
+        True
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -22,28 +31,47 @@ def use_eval_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def use_generation_config(model: Any, **settings: Any) -> Iterator[None]:
-    """`model.generate()` by these settings of a GenerationConfig alone; the model's own are back after.
+    """Let `model.generate()` use only these settings inside the context; the model gets its own back after it.
 
-    generate() takes what it is not told from the model's own, where chat models keep penalties and ends of a turn.
+    `generate()` fills in what it is not told from the model's generation config, where chat models have repetition
+    penalties and end-of-turn tokens.
+
+    Args:
+        model: transformers model.
+        settings: arguments of `transformers.GenerationConfig`.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> model = SimpleNamespace(generation_config=None)
+        >>> with use_generation_config(model, max_new_tokens=3):
+        ...     model.generation_config.max_new_tokens
+        3
     """
     from transformers import GenerationConfig
 
-    own, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    previous, model.generation_config = model.generation_config, GenerationConfig(**settings)
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = previous
 
 
 @contextmanager
 def move_to_device(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Move the model to `device` inside; back to where it was after."""
-    home = next(model.parameters()).device
-    if home == device:
+    """Move a model to `device` inside the context, and back to its previous device after it.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> with move_to_device(linear, torch.device("cpu")):
+        ...     linear.weight.device
+        device(type='cpu')
+    """
+    previous = next(model.parameters()).device
+    if previous == device:
         yield
         return
     model.to(device)
     try:
         yield
     finally:
-        model.to(home)
+        model.to(previous)

@@ -38,8 +38,9 @@ def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
         if planned_shape != shape:
             raise BadPlan(
                 f"plan: made for another model: layer {index} has {shape.query_heads} query heads, {shape.kv_groups} "
-                f"KV groups, {shape.ffn_channels} channels, expected {planned_shape.query_heads}, {planned_shape.kv_groups}, "
-                f"{planned_shape.ffn_channels}; make a plan for this model, or load the dense one"
+                f"KV groups, {shape.ffn_channels} channels, expected {planned_shape.query_heads}, "
+                f"{planned_shape.kv_groups}, {planned_shape.ffn_channels}; make a plan for this model, or "
+                "load the dense one"
             )
     if made_for.weights != shape_now.weights:
         warnings.warn(
@@ -73,7 +74,7 @@ def apply_checked_plan(decoder: Decoder, plan: PruningPlan) -> None:
 
 @torch.no_grad()
 def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
-    """Cut one layer in place. `finish_pruning` follows once all layers are cut; until then the model runs layer by layer.
+    """Cut one layer in place. `finish_pruning` follows once all layers are cut; before it, only single layers run.
 
     Args:
         layer: as it is before the cut; look at its module afresh afterwards.

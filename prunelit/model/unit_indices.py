@@ -1,7 +1,9 @@
-"""Which rows and columns of which linear go with which unit: one place for scores and for the cut.
+"""Maps units (heads, KV groups, channels) to the rows and columns of linears, for scores and for surgery alike.
 
-Legend: Q query heads, G KV groups, D head size, F FFN channels. A *slice* is what of one linear goes with a unit: a row
-with its bias entry (q, k, v, gate, up), or a column (o, down); E elements a slice. A *block* is the D rows of a head.
+A *slice* is the part of one linear that belongs to a unit: a row with its bias entry (q, k, v, gate, up), or a column
+(o, down); E elements per slice. A *block* is the D rows of a head.
+
+Legend: Q query heads, G KV groups, D head size, F FFN channels.
 """
 
 from collections.abc import Mapping
@@ -17,7 +19,13 @@ UnitKind = Literal["query", "kv", "channel"]
 
 
 def index_qkv_blocks(layer: Layer) -> list[dict[UnitKind, Tensor]]:
-    """Of every linear of q, k and v, separate or fused, the blocks of each query head [Q, 1] and KV group [G, n]."""
+    """Index the blocks of each query head and KV group in the linears of q, k and v, separate or fused.
+
+    Returns:
+        For each linear, {"query": [Q, 1]} and/or {"kv": [G, n]}: the blocks of n heads that belong to each unit.
+
+    Example: see `collect_layer_slices`.
+    """
     shape, names = layer.shape, layer.architecture
     heads, groups, size = shape.query_heads, shape.kv_groups, shape.group_size
     query, group = torch.arange(heads)[:, None], torch.arange(groups)[:, None]
@@ -25,19 +33,27 @@ def index_qkv_blocks(layer: Layer) -> list[dict[UnitKind, Tensor]]:
         return [{"query": query}, {"kv": group}, {"kv": group}]
     if names.qkv_layout == "concat":  # all query heads, all key heads, all value heads
         return [{"query": query, "kv": torch.cat([heads + group, heads + groups + group], 1)}]
-    first = group * (size + 2) + size  # per group: its query heads, its key head, its value head
-    return [{"query": query + 2 * (query // size), "kv": torch.cat([first, first + 1], 1)}]
+    key = group * (size + 2) + size  # per group: its query heads, its key head, its value head
+    return [{"query": query + 2 * (query // size), "kv": torch.cat([key, key + 1], 1)}]
 
 
 def index_ffn_rows(layer: Layer) -> Tensor:
-    """Of every linear that reads into the FFN, the rows of each channel [F, n]."""
+    """Index the rows of each channel, [F, n], in every linear that reads into the FFN.
+
+    Example: see `collect_layer_slices`.
+    """
     channel = torch.arange(layer.shape.ffn_channels)[:, None]
     fused = layer.architecture.fused_gate_up  # all gates, then all ups
     return torch.cat([channel, channel + layer.shape.ffn_channels], 1) if fused else channel
 
 
 def expand_head_rows(blocks: Tensor, head_dim: int) -> Tensor:
-    """Rows of head-sized blocks, [..., n] -> [..., n * D]."""
+    """Expand head-sized blocks to their rows, [..., n] -> [..., n * D].
+
+    Example:
+        >>> expand_head_rows(torch.tensor([0, 2]), head_dim=2)
+        tensor([0, 1, 4, 5])
+    """
     return (blocks[..., None] * head_dim + torch.arange(head_dim)).flatten(-2)
 
 
@@ -48,8 +64,10 @@ class LinearSlices:
     Attributes:
         layer: index of the decoder layer.
         linear: the linear.
-        columns: the slices are its inputs (o, down) instead of its outputs.
-        owners: indices of the slices of every unit: {"query": [Q, n], "kv": [G, n]} or {"channel": [F, n]}.
+        columns: whether the slices are its inputs (o, down) instead of its outputs.
+        owners: indices of the slices that belong to each unit: {"query": [Q, n], "kv": [G, n]} or {"channel": [F, n]}.
+
+    Example: see `collect_layer_slices`.
     """
 
     layer: int
@@ -59,45 +77,61 @@ class LinearSlices:
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Weight, and bias where its entries go with the slices."""
+        """The weight, and the bias if its entries belong to the slices."""
         bias = cast("nn.Parameter | None", self.linear.bias)
-        own = [cast(nn.Parameter, self.linear.weight)]
-        return own if bias is None or self.columns else [*own, bias]
+        weight = cast(nn.Parameter, self.linear.weight)
+        return [weight] if bias is None or self.columns else [weight, bias]
 
     def arrange_by_slice(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Elements by slice, [slices, E], of tensors that are shaped like the linear's own."""
+        """Arrange tensors shaped like the linear's weight and bias by slice, [slices, E]."""
         out_in = weight.T if is_conv1d(self.linear) else weight
         if self.columns:
             return out_in.T
         return out_in if bias is None else torch.cat([out_in, bias[:, None]], dim=1)
 
     def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
-        """Sums in float64 over the slices of each unit, from values per slice [slices]."""
-        return {kind: values.double()[owned].sum(1) for kind, owned in self.owners.items()}
+        """Sum values per slice, [slices], over the slices of each unit, in float64."""
+        return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
 
 
 def collect_layer_slices(layer: Layer) -> list[LinearSlices]:
-    """The slices of every linear of a layer that shrinks with its units; none of heads that can not be cut."""
-    found: list[LinearSlices] = []
+    """Collect the slices of every linear that shrinks with the layer's units; heads that cannot be pruned have none.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from prunelit.model.decoder import Decoder
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> layer = Decoder(LlamaForCausalLM(LlamaConfig(**sizes))).layers[0]
+        >>> for slices in collect_layer_slices(layer):
+        ...     print({kind: tuple(indices.shape) for kind, indices in slices.owners.items()}, slices.columns)
+        {'query': (2, 8)} False
+        {'kv': (2, 8)} False
+        {'kv': (2, 8)} False
+        {'query': (2, 8)} True
+        {'channel': (32, 1)} False
+        {'channel': (32, 1)} False
+        {'channel': (32, 1)} True
+    """
+    slices: list[LinearSlices] = []
     shape = layer.shape
     if layer.has_attention and shape.heads_prunable:
-        for linear, of in zip(layer.qkv, index_qkv_blocks(layer), strict=True):
-            owners = {kind: expand_head_rows(blocks, shape.head_dim) for kind, blocks in of.items()}
-            found.append(_build_linear_slices(layer, linear, owners))
+        for linear, blocks_by_kind in zip(layer.qkv, index_qkv_blocks(layer), strict=True):
+            owners = {kind: expand_head_rows(blocks, shape.head_dim) for kind, blocks in blocks_by_kind.items()}
+            slices.append(_build_linear_slices(layer, linear, owners))
         query = torch.arange(shape.query_heads)[:, None]
-        found.append(
+        slices.append(
             _build_linear_slices(layer, layer.output, {"query": expand_head_rows(query, shape.head_dim)}, columns=True)
         )
     if layer.has_mlp:
         for linear in layer.ffn_in:
-            found.append(_build_linear_slices(layer, linear, {"channel": index_ffn_rows(layer)}))
+            slices.append(_build_linear_slices(layer, linear, {"channel": index_ffn_rows(layer)}))
         channel = torch.arange(shape.ffn_channels)[:, None]
-        found.append(_build_linear_slices(layer, layer.down, {"channel": channel}, columns=True))
-    return found
+        slices.append(_build_linear_slices(layer, layer.down, {"channel": channel}, columns=True))
+    return slices
 
 
 def _build_linear_slices(
     layer: Layer, linear: nn.Module, owners: dict[UnitKind, Tensor], columns: bool = False
 ) -> LinearSlices:
     device = cast(Tensor, linear.weight).device
-    return LinearSlices(layer.index, linear, columns, {kind: owned.to(device) for kind, owned in owners.items()})
+    return LinearSlices(layer.index, linear, columns, {kind: indices.to(device) for kind, indices in owners.items()})

@@ -20,8 +20,6 @@ from lightning.pytorch import LightningModule, Trainer
 
 from prunelit import export
 from prunelit.calibration import metrics
-from prunelit.calibration.fingerprints import fingerprint_batches
-from prunelit.data import text
 from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
@@ -43,10 +41,12 @@ from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.report import run_page
 from prunelit.report.record import Record
+from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
+from prunelit.runtime.fingerprints import fingerprint_batches
 from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.text_files import write_json
 from prunelit.runtime.timing import time_stage
@@ -144,7 +144,7 @@ class RunReport(Recorder, EventSource):
         """Measure the cut model, without adapters, before the first step.
 
         Raises:
-            DoesNotFit: the format can not hold it, so nothing is trained.
+            DoesNotFit: the format cannot hold it, so nothing is trained.
         """
         plan = self._get_plan(trainer)
         size = {name: self.report["dense"][name] for name in _SIZES}
@@ -195,7 +195,7 @@ class RunReport(Recorder, EventSource):
         return dict(self._identity)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Check them; a sharded checkpoint can not be read before.
+        """Check them; a sharded checkpoint cannot be read before.
 
         Raises:
             BadPlan: another model or tokenizer.
@@ -231,7 +231,7 @@ class RunReport(Recorder, EventSource):
         sources = data.validation_sources or data.train_sources
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         return metrics.describe_protocol(sources, self._windows, dtype) | {
-            "fingerprint": text.fingerprint_token_ids(self._windows)
+            "fingerprint": fingerprints.fingerprint_token_ids(self._windows)
         }
 
     def _load_earlier_measurements(self, resumed: bool) -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""From scores to a plan under a budget, and what can serve the result."""
+"""From scores to a pruning plan under a budget, and which programs can serve the pruned model."""

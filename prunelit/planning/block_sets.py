@@ -1,4 +1,4 @@
-"""Sets of whole blocks: which may go, what a model without them costs, when a goal is met.
+"""Sets of whole blocks: which blocks may be removed, how much they cost, and when a removal goal is met.
 
 A block is the attention or the FFN of one layer.
 """
@@ -15,12 +15,17 @@ BlockChoice = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
 IGNORED_OPTIONS = ("scope", "unit", "min_kept", "uniform_heads")
-"""Options about widths, which mean nothing where whole blocks go. `align` is not among them: widths that stay whole are
-not rounded, and a table's common `align` is kept by all its rows."""
+"""Options about widths: they have no effect when whole blocks are removed. `align` is not among them: a comparison
+table sets one `align` for all its rows, and widths that stay whole are not rounded anyway."""
 
 
 class Block(NamedTuple):
-    """The attention or the FFN of one layer; written A7 or M7."""
+    """The attention or the FFN of one layer; written as A7 or M7.
+
+    Example:
+        >>> str(Block(7, "attention"))
+        'A7'
+    """
 
     layer: int
     kind: BlockKind
@@ -30,7 +35,12 @@ class Block(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> "Block":
-        """The block that is written so."""
+        """Read a block from its written form.
+
+        Example:
+            >>> Block.parse("M7")
+            Block(layer=7, kind='mlp')
+        """
         kinds: dict[str, BlockKind] = {"A": "attention", "M": "mlp"}
         return cls(int(name[1:]), kinds[name[0]])
 
@@ -39,40 +49,79 @@ BlockSet = frozenset[Block]
 
 
 def list_blocks(shape: ModelShape, kinds: BlockChoice = "mix", protect: Collection[int] = ()) -> list[Block]:
-    """The blocks a model has, all attention by layer, then all FFNs; those of one kind, outside protected layers.
+    """List the blocks of a model: every attention by layer, then every FFN by layer.
+
+    Args:
+        shape: the dense model.
+        kinds: "mix" lists both kinds, "attention" or "mlp" only one.
+        protect: layers whose blocks are left out; negative numbers count from the end.
 
     Raises:
-        BadOption: a protected layer that the model does not have.
+        BadOption: a protected layer does not exist.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> [str(block) for block in list_blocks(model)]
+        ['A0', 'A1', 'M0', 'M1']
     """
     layers = len(shape.layers)
     for layer in protect:
         if not -layers <= layer < layers:
             raise BadOption(f"protect: expected layer numbers in [{-layers}, {layers}), got {layer}")
-    free = [(i, layer) for i, layer in enumerate(shape.layers) if i not in protect and i - layers not in protect]
-    attention = [Block(i, "attention") for i, layer in free if layer.kv_groups and kinds != "mlp"]
-    return attention + [Block(i, "mlp") for i, layer in free if layer.ffn_channels and kinds != "attention"]
+    unprotected = [(i, layer) for i, layer in enumerate(shape.layers) if i not in protect and i - layers not in protect]
+    attention = [Block(i, "attention") for i, layer in unprotected if layer.kv_groups and kinds != "mlp"]
+    return attention + [Block(i, "mlp") for i, layer in unprotected if layer.ffn_channels and kinds != "attention"]
 
 
 def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
-    """Whether a model is left without these blocks: one attention (if it has any), and one block."""
+    """Whether a model still works without these blocks: one block stays, and one attention if there was any.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> can_remove_blocks(model, [Block(0, "attention")])
+        True
+        >>> can_remove_blocks(model, [Block(0, "attention"), Block(1, "attention")])
+        False
+    """
     attention = list_blocks(shape, "attention")
     return len(removed) < len(list_blocks(shape)) and (not attention or not set(attention) <= set(removed))
 
 
 def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[LayerPlan]:
-    """What every layer keeps when these blocks go."""
-    kept = []
+    """Build the plan of every layer for a model that loses these blocks and keeps all other units.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> [plan.widths for plan in plan_without_blocks(model, [Block(1, "mlp")])]
+        [(4, 2, 32), (4, 2, 0)]
+    """
+    plans = []
     for index, layer in enumerate(shape.layers):
         dense = LayerPlan.dense(layer)
         heads, groups = ((), ()) if (index, "attention") in removed else (dense.query_heads, dense.kv_groups)
-        kept.append(LayerPlan(heads, groups, () if (index, "mlp") in removed else dense.ffn_channels))
-    return kept
+        plans.append(LayerPlan(heads, groups, () if (index, "mlp") in removed else dense.ffn_channels))
+    return plans
 
 
 def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "parameters") -> int:
-    """Parameters, MACs per token or KV-cache elements per token that go with these blocks."""
+    """Sum what a model saves without these blocks.
 
-    def at(layer: LayerShape, heads: int, groups: int, channels: int) -> int:
+    Args:
+        shape: the dense model.
+        removed: the blocks.
+        budget: what is counted: parameters, MACs per token, or elements of the KV cache per token ("kv_bytes").
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> sum_block_costs(model, [Block(0, "attention"), Block(1, "mlp")])
+        3104
+    """
+
+    def count_cost(layer: LayerShape, heads: int, groups: int, channels: int) -> int:
         if budget == "kv_bytes":
             return layer.kv_elements_at(groups)
         if budget == "macs":
@@ -81,18 +130,33 @@ def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: Block
 
     total = 0
     for index, layer in enumerate(shape.layers):
+        # The difference of whole layers, because the norm that both blocks share goes only with the second of them.
         attention, mlp = (index, "attention") not in removed, (index, "mlp") not in removed
-        total += at(layer, layer.query_heads, layer.kv_groups, layer.ffn_channels)
-        total -= at(layer, attention * layer.query_heads, attention * layer.kv_groups, mlp * layer.ffn_channels)
+        total += count_cost(layer, layer.query_heads, layer.kv_groups, layer.ffn_channels)
+        total -= count_cost(layer, attention * layer.query_heads, attention * layer.kv_groups, mlp * layer.ffn_channels)
     return total
 
 
 @dataclass(frozen=True)
 class RemovalGoal:
-    """How much goes: a number of units (blocks, or whole layers), or at least a share of the decoder layers' budget.
+    """How much to remove: a number of units (blocks or layers), or at least a share of the decoder layers' budget.
+
+    Args:
+        ratio: share to remove, in (0, 1).
+        count: number of units to remove, at least 1. Give either `ratio` or `count`.
+        budget: what `ratio` is a share of.
 
     Raises:
-        BadOption: not exactly one of them, or one out of its range.
+        BadOption: both or neither of `ratio` and `count` are given, or a value is out of range.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> goal = RemovalGoal(ratio=0.25)
+        >>> goal.compute_share(model, [Block(0, "mlp")])
+        0.25
+        >>> goal.is_met(model, [Block(0, "mlp")], units=1)
+        True
     """
 
     ratio: float | None = None
@@ -113,48 +177,56 @@ class RemovalGoal:
 
     @classmethod
     def from_options(cls, ratio: float | None, count: int | None, options: Mapping[str, Any]) -> "RemovalGoal":
-        """From a method's constructor: `options` are the arguments that go to `PruningCallback`.
+        """Build the goal from the arguments of a method's constructor.
+
+        Args:
+            ratio: see the class.
+            count: see the class.
+            options: the arguments that the method passes on to `PruningCallback`; only "budget" is read.
 
         Raises:
-            BadOption: as above.
+            BadOption: see the class.
         """
         return cls(ratio, count, options.get("budget", "parameters"))
 
     def compute_share(self, shape: ModelShape, removed: Collection[Block]) -> float:
-        """Of the decoder layers' budget that goes with these blocks."""
-        return sum_block_costs(shape, removed, self.budget) / max(
-            1, sum_block_costs(shape, list_blocks(shape), self.budget)
-        )
+        """Compute the share of the decoder layers' budget that these blocks hold."""
+        whole = sum_block_costs(shape, list_blocks(shape), self.budget)
+        return sum_block_costs(shape, removed, self.budget) / max(1, whole)
 
     def is_met(self, shape: ModelShape, removed: Collection[Block], units: int) -> bool:
-        """Whether enough is gone: these blocks, which count as `units`."""
-        return (
-            units >= self.count if self.count is not None else self.compute_share(shape, removed) >= (self.ratio or 0.0)
-        )
+        """Whether the removed blocks, which count as `units`, are enough."""
+        if self.count is not None:
+            return units >= self.count
+        return self.compute_share(shape, removed) >= (self.ratio or 0.0)
 
     def check_feasible(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
-        """Raise unless the goal can be met.
+        """Check that the goal can be met.
 
         Args:
-            shape: of the model.
-            candidates: the blocks that may go.
-            units: how many can go at most, where a number is the goal.
+            shape: the dense model.
+            candidates: the blocks that may be removed.
+            units: the most units that can be removed; compared with `count`.
 
         Raises:
-            InfeasibleBudget: it can not.
+            InfeasibleBudget: the candidates do not hold enough.
         """
         if self.count is not None and self.count > units:
             raise self.make_infeasible_error(str(units))
         attention = list_blocks(shape, "attention")
-        allowed = [set(candidates) - {stays} for stays in attention] or [set(candidates)]
-        most = max(self.compute_share(shape, some) for some in allowed)
-        if self.ratio is not None and self.ratio > most:
-            raise self.make_infeasible_error(f"{most:.4f} of the {self.budget}")
+        removable_sets = [set(candidates) - {remaining} for remaining in attention] or [set(candidates)]
+        largest_share = max(self.compute_share(shape, blocks) for blocks in removable_sets)
+        if self.ratio is not None and self.ratio > largest_share:
+            raise self.make_infeasible_error(f"{largest_share:.4f} of the {self.budget}")
 
     def make_infeasible_error(self, most: str) -> InfeasibleBudget:
-        """The error that says how much can go."""
-        asked = f"ratio {self.ratio}" if self.count is None else f"count {self.count}"
+        """Build the error for a goal that cannot be met.
+
+        Args:
+            most: the most that can be removed, as text.
+        """
+        goal = f"ratio {self.ratio}" if self.count is None else f"count {self.count}"
         return InfeasibleBudget(
-            f"{asked}: expected at most {most} in the blocks that may go, since one attention stays; ask for less, "
-            "protect fewer layers, or let both kinds of block go"
+            f"{goal}: expected at most {most} in the blocks that may be removed, since one attention stays; lower it, "
+            "protect fewer layers, or allow both kinds of block"
         )

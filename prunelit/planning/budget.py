@@ -1,9 +1,8 @@
-"""Scores -> kept units: the budget, its scope, rounding and protection. Pure functions on tensors.
+"""Chooses the remaining units from their scores: the budget, its scope, rounding and protected layers.
 
-The budget is a promise: at least `ratio` of what the decoder layers cost goes, and giving back any one rounding step
-would break it.
-
-A step is the smallest cut that keeps a layer legal, see `prunelit.planning.removal_steps`.
+At least `ratio` of what the decoder layers cost is removed, and no step (with scope "layer": no step of all layers)
+could be given back without missing that budget. A step is the smallest cut that keeps a layer legal, see
+`prunelit.planning.removal_steps`. All functions are pure functions on tensors.
 """
 
 import bisect
@@ -29,9 +28,8 @@ _COST_FUNCTIONS: dict[str, Cost] = {
     "kv_bytes": lambda shape, heads, groups, channels: shape.kv_elements_at(groups),
 }
 _KINDS = ("attention", "ffn")
-_SHARE_PER_DEVIATION = (
-    0.25  # of `ratio`: how far one deviation of a layer's mean importance moves its share, scope "layer_mean"
-)
+_SHARE_PER_DEVIATION = 0.25
+"""Scope "layer_mean": a layer's share moves by this much of `ratio` for one deviation of its mean importance."""
 
 
 def select_units(
@@ -50,38 +48,48 @@ def select_units(
     joint: bool = True,
     cost: Cost | None = None,
 ) -> tuple[LayerPlan, ...]:
-    """Choose the units that stay.
+    """Choose the units that remain, from their scores.
 
     Args:
         shapes: one per layer.
         scores: one per layer.
-        ratio: share of the decoder layers' budget to remove, in (0, 1).
-        scope: "layer" cuts the same number of units from every layer (floor(ratio * groups) KV groups, the FFN takes
-            the rest), so the layers stay alike; "global" ranks the units of all layers together, so layers come to
-            differ; "layer_mean" cuts from each kind in each layer the share `ratio - ratio / 4 * z`, all shares moved
-            alike to meet the budget, with z the layer's mean raw score, standardised over the layers.
-        unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
-        align: kept FFN widths are multiples of this.
-        protect: layers left whole; negative numbers count from the end.
-        budget: what `ratio` counts, see `Budget`: parameters, MACs per token, bytes of KV cache per token, seconds.
-        min_kept: least share of each layer's KV groups (or query heads per group) and channels that stays, in [0, 1);
+        ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1).
+        scope: "layer" removes the same number of units from every layer (floor(ratio * groups) KV groups, and as many
+            channels as the rest takes), so the layers stay alike. "global" ranks the units of all layers together, so
+            layers come to differ. "layer_mean" removes the share `ratio - ratio / 4 * z` of each kind in each layer,
+            where z is the layer's mean raw score, standardised over the layers; all shares are shifted by the same
+            amount to meet the budget.
+        unit: attention is pruned by whole KV groups, or by the same number of query heads from every group.
+        align: the remaining FFN widths are multiples of this.
+        protect: layers that are not pruned; negative numbers count from the end.
+        budget: what `ratio` is a share of, see `Budget`: parameters, MACs per token, bytes of KV cache per token, or
+            seconds.
+        min_kept: least share of each layer's KV groups (or query heads per group) and channels that remains, in [0, 1);
             rounded up.
         uniform_heads: every layer loses the same number of KV groups (or query heads per group), whatever the scope;
-            none where a layer is protected. FFN widths may differ.
-        standardise: scope "global" gives each layer's scores of a kind mean 0 and deviation 1 first; False takes them
-            as they are.
-        joint: scope "global" ranks heads and channels in one list; False ranks each kind by itself, heads to at most
-            `ratio` of their own cost, and channels take the rest.
-        cost: what a layer costs at given widths, in place of the budget's own count; "latency" needs one
-            (`prunelit.planning.latency`).
+            none if a layer is protected. FFN widths may differ.
+        standardise: scope "global" first scales each layer's scores of a kind to mean 0 and deviation 1; False takes
+            the scores as they are.
+        joint: scope "global" ranks heads and channels in one list. False ranks each kind by itself: heads are removed
+            up to `ratio` of their own cost, and channels take the rest.
+        cost: cost of a layer at given widths, in place of the budget's own count; budget "latency" needs one, see
+            `prunelit.planning.latency`.
 
     Returns:
-        One `LayerPlan` per layer; at least one KV group (or query head per group) and `align` channels stay in each.
+        One `LayerPlan` per layer; at least one KV group (or query head per group) and `align` channels remain in each.
 
     Raises:
-        BadOption: an option outside its range.
+        BadOption: an option is out of range.
         NonFinite: a score is NaN or infinite.
-        InfeasibleBudget: the layers that may be cut do not hold that much of the budget.
+        InfeasibleBudget: the layers that may be pruned do not hold that much of the budget.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> scores = LayerScores(heads=torch.arange(4.0), channels=torch.arange(32.0))
+        >>> [plan.widths for plan in select_units([layer] * 2, [scores] * 2, ratio=0.2, align=8)]
+        [(4, 2, 16), (4, 2, 16)]
+        >>> [plan.widths for plan in select_units([layer] * 2, [scores] * 2, ratio=0.5, align=8)]
+        [(2, 1, 8), (2, 1, 8)]
     """
     check_budget_options(
         *(ratio, scope, unit, align, protect, len(shapes)),
@@ -89,54 +97,57 @@ def select_units(
         min_kept=min_kept,
         uniform_heads=uniform_heads,
     )
-    price = cost or _COST_FUNCTIONS.get(budget)
-    if price is None:
+    layer_cost = cost or _COST_FUNCTIONS.get(budget)
+    if layer_cost is None:
         raise BadOption(
-            f"budget: expected a measured cost for {budget!r}, got none; see prunelit.planning.latency.measure_latency_table"
+            f"budget: expected a measured cost for {budget!r}, got none; "
+            "see prunelit.planning.latency.measure_latency_table"
         )
-    whole = {layer % len(shapes) for layer in protect}
-    if shapes and len(whole) == len(shapes):
+    protected = {layer % len(shapes) for layer in protect}
+    if shapes and len(protected) == len(shapes):
         raise InfeasibleBudget(
             f"ratio {ratio} of {budget}: expected a layer that may be cut, got all {len(shapes)} layers protected; "
             "protect fewer layers"
         )
     compared = scope == "global"
-    ladders: list[RemovalSequence] = []
+    layer_sequences: list[RemovalSequence] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
-        if index not in whole:
-            ladders += build_removal_sequences(
-                index, shape, score, price, unit, align, min_kept, compared, compared and standardise
+        if index not in protected:
+            layer_sequences += build_removal_sequences(
+                index, shape, score, layer_cost, unit, align, min_kept, compared, compared and standardise
             )
-    found, members = ladders, [[number] for number in range(len(ladders))]
+    # The choice is made on `sequences`; each stands for one or, with tied heads, several of `layer_sequences`.
+    sequences, members = layer_sequences, [[number] for number in range(len(layer_sequences))]
     if uniform_heads:
-        ladders, members = _tie_heads(shapes, found)
-    dense = sum(price(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
-    target = ratio * dense
-    most = sum(ladder.accumulate_savings()[-1] for ladder in ladders)
-    if most < target or not dense:
+        sequences, members = _tie_heads(shapes, layer_sequences)
+    dense_cost = sum(layer_cost(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
+    target = ratio * dense_cost
+    largest_saving = sum(sequence.accumulate_savings()[-1] for sequence in sequences)
+    if largest_saving < target or not dense_cost:
         least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
         if uniform_heads:
             least += " (uniform_heads: as many as any other layer keeps)"
+        most = largest_saving / dense_cost if dense_cost else 0
         raise InfeasibleBudget(
-            f"ratio {ratio} of {budget}: expected at most {most / dense if dense else 0:.4f} with {least} and {align} "
-            f"channels kept in each of {len(shapes) - len(whole)} unprotected layers; lower ratio, align or min_kept, "
-            "or protect fewer layers"
+            f"ratio {ratio} of {budget}: expected at most {most:.4f} with {least} and {align} "
+            f"channels kept in each of {len(shapes) - len(protected)} unprotected layers; lower ratio, align or "
+            "min_kept, or protect fewer layers"
         )
     if scope == "layer":
-        taken = _take_uniformly(ladders, ratio, target)
+        step_counts = _take_uniformly(sequences, ratio, target)
     elif scope == "layer_mean":
-        taken = _take_in_order(ladders, _order_by_layer_mean(ladders, ratio), target)
+        step_counts = _take_in_order(sequences, _order_by_layer_mean(sequences, ratio), target)
     elif joint:
-        taken = _take_in_order(ladders, _order_by_score(ladders, _KINDS), target)
+        step_counts = _take_in_order(sequences, _order_by_score(sequences, _KINDS), target)
     else:
-        heads = dense - sum(price(shape, 0, 0, shape.ffn_channels) for shape in shapes)
-        taken = _take_in_order(ladders, _order_kinds_apart(ladders, ratio * heads), target)
-    gone = [0] * len(found)
-    for ladder, count, group in zip(ladders, taken, members, strict=True):
-        rung = ladder.steps[count - 1].removed_after if count else 0
-        for number in group:
-            gone[number] = sum(step.removed_after <= rung for step in found[number].steps)
-    return _build_layer_plans(shapes, found, gone, unit)
+        heads_cost = dense_cost - sum(layer_cost(shape, 0, 0, shape.ffn_channels) for shape in shapes)
+        step_counts = _take_in_order(sequences, _order_kinds_apart(sequences, ratio * heads_cost), target)
+    layer_step_counts = [0] * len(layer_sequences)
+    for sequence, count, numbers in zip(sequences, step_counts, members, strict=True):
+        removed = sequence.steps[count - 1].removed_after if count else 0
+        for number in numbers:
+            layer_step_counts[number] = sum(step.removed_after <= removed for step in layer_sequences[number].steps)
+    return _build_layer_plans(shapes, layer_sequences, layer_step_counts, unit)
 
 
 def check_budget_options(
@@ -151,10 +162,27 @@ def check_budget_options(
     min_kept: float = 0.0,
     uniform_heads: bool = False,
 ) -> None:
-    """Check what can be checked before a model is loaded.
+    """Check the options of `select_units`, also before a model is loaded.
+
+    Args:
+        ratio: see `select_units`, as are all arguments but `layers`.
+        scope: one of `Scope`.
+        unit: one of `Unit`.
+        align: at least 1.
+        protect: layer numbers.
+        layers: number of the model's layers; None if it is not known yet.
+        budget: one of `Budget`.
+        min_kept: in [0, 1).
+        uniform_heads: true or false.
 
     Raises:
-        BadOption: with the option's name, what was expected and what came.
+        BadOption: names the option, what was expected and what it got.
+
+    Example:
+        >>> check_budget_options(0.2, "global", "kv_group", 64, [0, -1])
+        >>> check_budget_options(20, "global", "kv_group", 64, [])
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: ratio: expected a number between 0 and 1 (both excluded), got 20
     """
     if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
         raise BadOption(f"ratio: expected a number between 0 and 1 (both excluded), got {ratio!r}")
@@ -177,118 +205,126 @@ def check_budget_options(
 
 
 def _tie_heads(
-    shapes: Sequence[LayerShape], ladders: list[RemovalSequence]
+    shapes: Sequence[LayerShape], sequences: list[RemovalSequence]
 ) -> tuple[list[RemovalSequence], list[list[int]]]:
-    """The ladders with those of heads as one, or none where a layer with heads has no ladder; and what each stands for.
+    """Tie the attention sequences of all layers into one; drop them if a layer with attention has none.
 
-    The second list holds, for every ladder of the first, the numbers of the ladders that it moves.
+    Returns:
+        The tied sequence, if any, and the FFN sequences; and for each of these, the numbers of the sequences in the
+        given list that it stands for.
     """
-    heads = [number for number, ladder in enumerate(ladders) if ladder.kind == "attention"]
-    channels = [number for number, ladder in enumerate(ladders) if ladder.kind == "ffn"]
-    together = bool(heads) and len(heads) == sum(shape.kv_groups > 0 for shape in shapes)
-    first = [(tie_sequences([ladders[number] for number in heads]), heads)] if together else []
-    both = first + [(ladders[number], [number]) for number in channels]
-    return [ladder for ladder, _ in both], [members for _, members in both]
+    attention = [number for number, sequence in enumerate(sequences) if sequence.kind == "attention"]
+    ffn = [number for number, sequence in enumerate(sequences) if sequence.kind == "ffn"]
+    complete = bool(attention) and len(attention) == sum(shape.kv_groups > 0 for shape in shapes)
+    tied = [(tie_sequences([sequences[number] for number in attention]), attention)] if complete else []
+    entries = tied + [(sequences[number], [number]) for number in ffn]
+    return [sequence for sequence, _ in entries], [members for _, members in entries]
 
 
-_StepQueue = list[tuple[int, int]]  # (ladder, position of the step in it), first to go first
+_StepQueue = list[tuple[int, int]]
+"""(number of the sequence, position of the step in it), first to be removed first."""
 
 
-def _take_uniformly(ladders: list[RemovalSequence], ratio: float, target: float) -> list[int]:
-    """Steps taken per ladder: the same number in every layer."""
-    saves = [ladder.accumulate_savings() for ladder in ladders]
-    longest = {kind: max((len(each.steps) for each in ladders if each.kind == kind), default=0) for kind in _KINDS}
-    share = [sum(step.removed_after <= int(ratio * ladder.unit_count) for step in ladder.steps) for ladder in ladders]
+def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: float) -> list[int]:
+    """Number of steps to take from each sequence, the same number in every layer."""
+    savings = [sequence.accumulate_savings() for sequence in sequences]
+    longest = {kind: max((len(each.steps) for each in sequences if each.kind == kind), default=0) for kind in _KINDS}
+    # floor(ratio * groups) first; more heads only where the FFN alone cannot hold the rest.
+    head_steps = [
+        sum(step.removed_after <= int(ratio * sequence.unit_count) for step in sequence.steps) for sequence in sequences
+    ]
 
-    def taken(extra: int, channels: int) -> list[int]:
-        wanted = [share[i] + extra if each.kind == "attention" else channels for i, each in enumerate(ladders)]
-        return [min(count, len(each.steps)) for count, each in zip(wanted, ladders, strict=True)]
+    def count_steps(extra: int, channel_steps: int) -> list[int]:
+        counts = [
+            head_steps[number] + extra if sequence.kind == "attention" else channel_steps
+            for number, sequence in enumerate(sequences)
+        ]
+        return [min(count, len(sequence.steps)) for count, sequence in zip(counts, sequences, strict=True)]
 
-    def saved(extra: int, channels: int) -> float:
-        return sum(saves[number][count] for number, count in enumerate(taken(extra, channels)))
+    def sum_savings(extra: int, channel_steps: int) -> float:
+        return sum(savings[number][count] for number, count in enumerate(count_steps(extra, channel_steps)))
 
-    # floor(ratio * groups) first; more only where the FFN alone can not carry the rest.
-    counts = range(longest["ffn"] + 1)
+    choices = range(longest["ffn"] + 1)
     for extra in range(longest["attention"] + 1):
-        channels = bisect.bisect_left(counts, target, key=partial(saved, extra))
-        if channels < len(counts):
-            return taken(extra, channels)
-    raise AssertionError("unreachable: select() checked that the budget can be met")
+        channel_steps = bisect.bisect_left(choices, target, key=partial(sum_savings, extra))
+        if channel_steps < len(choices):
+            return count_steps(extra, channel_steps)
+    raise AssertionError("unreachable: select_units() checked that the budget can be met")
 
 
-def _order_by_score(ladders: list[RemovalSequence], kinds: Collection[str]) -> _StepQueue:
-    """Lowest score first, over all layers and the given kinds."""
+def _order_by_score(sequences: list[RemovalSequence], kinds: Collection[str]) -> _StepQueue:
+    """Order the steps of these kinds over all layers, lowest score first."""
     return _sort_step_queue(
         (step.score, number, position)
-        for number, ladder in enumerate(ladders)
-        for position, step in enumerate(ladder.steps)
-        if ladder.kind in kinds
+        for number, sequence in enumerate(sequences)
+        for position, step in enumerate(sequence.steps)
+        if sequence.kind in kinds
     )
 
 
-def _order_kinds_apart(ladders: list[RemovalSequence], limit: float) -> _StepQueue:
-    """Heads that save at most `limit` together, then channels, then what is left of the heads."""
-    heads = _order_by_score(ladders, ("attention",))
-    saved = accumulate(ladders[number].steps[position].saving for number, position in heads)
-    within = sum(each <= limit for each in saved)
-    return heads[:within] + _order_by_score(ladders, ("ffn",)) + heads[within:]
+def _order_kinds_apart(sequences: list[RemovalSequence], limit: float) -> _StepQueue:
+    """Order the steps: heads that save at most `limit` together, then channels, then the remaining heads."""
+    heads = _order_by_score(sequences, ("attention",))
+    savings = accumulate(sequences[number].steps[position].saving for number, position in heads)
+    within = sum(saving <= limit for saving in savings)
+    return heads[:within] + _order_by_score(sequences, ("ffn",)) + heads[within:]
 
 
-def _order_by_layer_mean(ladders: list[RemovalSequence], ratio: float) -> _StepQueue:
-    """Steps in the order in which a growing common shift of all shares takes them.
+def _order_by_layer_mean(sequences: list[RemovalSequence], ratio: float) -> _StepQueue:
+    """Order the steps as scope "layer_mean" takes them while the common shift of all shares grows.
 
-    A step is taken once the layer's share, `ratio - spread * z + shift`, passes the middle of the step: shares are
-    rounded to the nearest step, and stop by themselves at nothing and at all that may go.
+    A step is taken once the layer's share, `ratio - _SHARE_PER_DEVIATION * ratio * z + shift`, passes the middle of the
+    step. So shares are rounded to the nearest step, and stay between nothing and all that may be removed.
     """
-    shift = []
+    shifts = []
     for kind in _KINDS:
-        chosen = [(number, ladder) for number, ladder in enumerate(ladders) if ladder.kind == kind]
-        if not chosen:
+        of_kind = [(number, sequence) for number, sequence in enumerate(sequences) if sequence.kind == kind]
+        if not of_kind:
             continue
-        means = torch.tensor([ladder.mean_score for _, ladder in chosen], dtype=torch.float64)
-        # Scores that were standardised before have means of rounding errors, which say nothing.
-        says = means.std(correction=0) > 1e-9 * max(ladder.mean_magnitude for _, ladder in chosen)
-        z = standardize_scores(means) if says else torch.zeros_like(means)
-        for (number, ladder), deviation in zip(chosen, z.tolist(), strict=True):
+        means = torch.tensor([sequence.mean_score for _, sequence in of_kind], dtype=torch.float64)
+        # If the scores were standardised before, the means are rounding errors and must not order the layers.
+        informative = means.std(correction=0) > 1e-9 * max(sequence.mean_magnitude for _, sequence in of_kind)
+        z = standardize_scores(means) if informative else torch.zeros_like(means)
+        for (number, sequence), deviation in zip(of_kind, z.tolist(), strict=True):
             share = ratio - _SHARE_PER_DEVIATION * ratio * deviation
-            for position, step in enumerate(ladder.steps):
-                shift.append(
-                    ((step.removed_before + step.removed_after) / 2 / ladder.unit_count - share, number, position)
-                )
-    return _sort_step_queue(shift)
+            for position, step in enumerate(sequence.steps):
+                middle = (step.removed_before + step.removed_after) / 2 / sequence.unit_count
+                shifts.append((middle - share, number, position))
+    return _sort_step_queue(shifts)
 
 
 def _sort_step_queue(queue: Iterable[tuple[float, int, int]]) -> _StepQueue:
     return [(number, position) for _, number, position in sorted(queue)]
 
 
-def _take_in_order(ladders: list[RemovalSequence], queue: _StepQueue, target: float) -> list[int]:
-    """Steps taken per ladder: as the queue says until the target is met."""
-    taken, cut = [0] * len(ladders), 0.0
+def _take_in_order(sequences: list[RemovalSequence], queue: _StepQueue, target: float) -> list[int]:
+    """Number of steps to take from each sequence, in the order of the queue until the target is met."""
+    counts, total = [0] * len(sequences), 0.0
     for number, position in queue:
-        if cut >= target:
+        if total >= target:
             break
-        cut += ladders[number].steps[position].saving
-        taken[number] = position + 1
-    for number, position in reversed(queue):  # the last step overshoots: give back what the budget does not need
-        cost = ladders[number].steps[position].saving
-        if taken[number] == position + 1 and cut - cost >= target:
-            cut -= cost
-            taken[number] = position
-    return taken
+        total += sequences[number].steps[position].saving
+        counts[number] = position + 1
+    # The last step overshoots the target: give back every step that the budget does not need.
+    for number, position in reversed(queue):
+        saving = sequences[number].steps[position].saving
+        if counts[number] == position + 1 and total - saving >= target:
+            total -= saving
+            counts[number] = position
+    return counts
 
 
 def _build_layer_plans(
-    shapes: Sequence[LayerShape], ladders: list[RemovalSequence], taken: list[int], unit: Unit
+    shapes: Sequence[LayerShape], sequences: list[RemovalSequence], step_counts: list[int], unit: Unit
 ) -> tuple[LayerPlan, ...]:
-    cut: dict[tuple[int, str], set[int]] = {}
-    for ladder, count in zip(ladders, taken, strict=True):
-        cut[ladder.layer, ladder.kind] = {item for step in ladder.steps[:count] for item in step.units}
+    removed: dict[tuple[int, str], set[int]] = {}
+    for sequence, count in zip(sequences, step_counts, strict=True):
+        removed[sequence.layer, sequence.kind] = {item for step in sequence.steps[:count] for item in step.units}
     plans = []
     for index, shape in enumerate(shapes):
-        attention = cut.get((index, "attention"), set())
-        ffn = cut.get((index, "ffn"), set())
-        groups = [g for g in range(shape.kv_groups) if unit != "kv_group" or g not in attention]
+        attention = removed.get((index, "attention"), set())
+        ffn = removed.get((index, "ffn"), set())
+        groups = [group for group in range(shape.kv_groups) if unit != "kv_group" or group not in attention]
         heads = [
             head
             for head in range(shape.query_heads)

@@ -1,8 +1,8 @@
-"""Seconds of a decoder layer at other widths: a small table, measured on this machine with the model's own code.
+"""Measures seconds of a decoder layer at other widths: a small table, taken on this machine with the model's own code.
 
-One layer of each distinct shape is run at a few numbers of heads and a few FFN widths, as copies of the model cut down
-to that layer by `prunelit.model.surgery`; the model itself is not touched. Between the points the table is linear, and it
-never falls with the width.
+One layer of each distinct shape is run at a few numbers of heads and a few FFN widths. The runs use copies of the model
+that `prunelit.model.surgery` has cut down to that layer; the model itself is not touched. Between the measured points
+the table is linear, and it never falls as the width grows.
 
 Legend: Q query heads, F FFN channels.
 """
@@ -35,7 +35,7 @@ LatencyMode = Literal["prefill", "decode"]
 Curve = list[list[float]]
 """[[width, seconds], ...], widths ascending, seconds never falling."""
 Timer = Callable[[nn.Module, int], Callable[[], float]]
-"""(a causal LM, the number of one of its layers) -> what runs the model once and returns that layer's seconds."""
+"""(causal LM, index of one of its layers) -> a function that runs the model once and returns that layer's seconds."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +43,25 @@ class LatencyTable:
     """Measured seconds of the layers of one model on one machine.
 
     Attributes:
-        curves: for each shape, seconds of the attention block over its query heads and of the FFN over its channels.
-        record: the same as plain data, with how it was measured, for the plan.
+        curves: for each layer shape, seconds of the attention block over its query heads, and of the FFN over its
+            channels.
+        record: the same as plain data, with the conditions of the measurement; goes into the plan.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> table = LatencyTable({layer: ([[0, 0.0], [4, 0.2]], [[0, 0.0], [32, 0.4]])}, {})
+        >>> table.estimate_seconds(layer, query_heads=2, kv_groups=1, ffn_channels=16)
+        0.30000000000000004
     """
 
     curves: dict[LayerShape, tuple[Curve, Curve]]
     record: dict[str, Any]
 
     def estimate_seconds(self, shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int) -> float:
-        """Seconds of a layer at these widths; KV groups follow the heads as in the measurement. A `rank.Cost`."""
+        """Interpolate the seconds of a layer at these widths; a `prunelit.core.scores.Cost`.
+
+        KV groups are not looked at: they follow the query heads as in the measurement.
+        """
         attention, ffn = self.curves[shape]
         return _interpolate_curve(attention, query_heads) + _interpolate_curve(ffn, ffn_channels)
 
@@ -67,20 +77,31 @@ def measure_latency_table(
     repeats: int = 9,
     timer: Timer | None = None,
 ) -> LatencyTable:
-    """Measure the layers of a model at a few widths. In a distributed run rank zero does, and all ranks get its table.
+    """Measure the layers of a model at a few widths.
+
+    In a distributed run rank zero measures, and all ranks get its table.
 
     Args:
-        decoder: the model; left as it is.
-        unit: what attention is cut by, see `prunelit.planning.budget.select_units`: the table follows heads and KV groups on that path.
-        align: measured FFN widths are multiples of this.
+        decoder: the model; it is not changed.
+        unit: what attention is pruned by, see `prunelit.planning.budget.select_units`; the measured widths are those
+            that this unit leads to.
+        align: the measured FFN widths are multiples of this.
         mode: "prefill" reads `tokens` tokens at once; "decode" reads one token after `tokens` others.
-        tokens: fewer where the model's positions end before.
-        points: widths per block, spread evenly from nothing (not measured) to all.
-        repeats: runs per width, one width after another in every round; the median counts.
-        timer: runs and times a model's layer, see `Timer`; default: by the clock.
+        tokens: length of the text; fewer if the model has fewer positions.
+        points: number of widths per block, spread evenly from zero (not measured) to the full width.
+        repeats: runs per width. Each round runs every width once; the median counts.
+        timer: runs and times a layer, see `Timer`; default: the wall clock.
 
     Raises:
-        BadOption: an unknown mode, or a count below 1.
+        BadOption: the mode is unknown, or a count is below 1.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> decoder = Decoder(LlamaForCausalLM(LlamaConfig(**sizes)))
+        >>> table = measure_latency_table(decoder, tokens=4, points=1, repeats=1)
+        >>> [width for width, seconds in table.record["tables"][0]["heads_seconds"]]
+        [0, 1, 2]
     """
     for name, value in (("tokens", tokens), ("points", points), ("repeats", repeats)):
         if value < 1:
@@ -88,17 +109,20 @@ def measure_latency_table(
     if mode not in ("prefill", "decode"):
         raise BadOption(f"mode: expected prefill or decode, got {mode!r}")
     curves: list[tuple[Curve, Curve]] = []
-    distinct = list(dict.fromkeys(layer.shape for layer in decoder))
+    distinct_shapes = list(dict.fromkeys(layer.shape for layer in decoder))
+    # In mode "decode" the cache grows by one token with every run, and there is one run before those that count.
     limit = get_context_limit(decoder.config) or tokens + repeats + 1
     length = max(1, min(tokens, limit - repeats - 1))
     if get_rank() == 0:
-        clock = timer or partial(_make_layer_timer, mode, length)
-        curves = [_measure_curves(decoder, shape, unit, align, points, repeats, clock) for shape in distinct]
+        make_timer = timer or partial(_make_layer_timer, mode, length)
+        curves = [
+            _measure_curves(decoder, shape, unit, align, points, repeats, make_timer) for shape in distinct_shapes
+        ]
     if dist.is_initialized():
-        box = [curves]
-        dist.broadcast_object_list(box, src=0)
-        curves = box[0]
-    layers = [layer.shape for layer in decoder]
+        broadcast = [curves]
+        dist.broadcast_object_list(broadcast, src=0)
+        curves = broadcast[0]
+    layer_shapes = [layer.shape for layer in decoder]
     record = {
         "mode": mode,
         "tokens": length,
@@ -107,93 +131,97 @@ def measure_latency_table(
         "unit": unit,
         "tables": [
             {
-                "layers": [index for index, each in enumerate(layers) if each == shape],
+                "layers": [index for index, other in enumerate(layer_shapes) if other == shape],
                 "heads_seconds": attention,
                 "channels_seconds": ffn,
             }
-            for shape, (attention, ffn) in zip(distinct, curves, strict=True)
+            for shape, (attention, ffn) in zip(distinct_shapes, curves, strict=True)
         ],
     }
-    return LatencyTable(dict(zip(distinct, curves, strict=True)), record)
+    return LatencyTable(dict(zip(distinct_shapes, curves, strict=True)), record)
 
 
 def _measure_curves(
     decoder: Decoder, shape: LayerShape, unit: Unit, align: int, points: int, repeats: int, timer: Timer
 ) -> tuple[Curve, Curve]:
     """Seconds of attention over query heads, and of the FFN over channels, of one layer of this shape."""
-    rungs = shape.kv_groups if unit == "kv_group" else shape.group_size
-    numbers = _spread_widths(rungs, points, 1)
-    kept = [_keep_first_units(shape, unit, number, 0) for number in numbers if shape.heads_prunable or number == rungs]
-    # The FFN's own time is what it adds to the layer with the smallest attention.
-    small = kept[0] if kept else LayerPlan((), (), ())
+    most = shape.kv_groups if unit == "kv_group" else shape.group_size
+    head_counts = [count for count in _spread_widths(most, points, 1) if shape.heads_prunable or count == most]
+    attention_plans = [_keep_first_units(shape, unit, count, 0) for count in head_counts]
+    # A layer without attention has no cache to decode with, so the FFN is timed beside the smallest attention, whose
+    # own seconds are subtracted.
+    smallest = attention_plans[0] if attention_plans else LayerPlan((), (), ())
     widths = _spread_widths(shape.ffn_channels, points, align)
-    kept += [LayerPlan(small.query_heads, small.kv_groups, tuple(range(width))) for width in widths]
-    runs = [timer(*_isolate_layer(decoder, shape, plan)) for plan in kept]
-    found = [statistics.median(seen) for seen in run_in_rounds(runs, repeats, "measuring latency")]
-    heads = len(found) - len(widths)
-    base = found[0] if heads else 0.0
-    attention = [(len(plan.query_heads), seconds) for plan, seconds in zip(kept[:heads], found[:heads], strict=True)]
-    ffn = [(width, seconds - base) for width, seconds in zip(widths, found[heads:], strict=True)]
+    ffn_plans = [LayerPlan(smallest.query_heads, smallest.kv_groups, tuple(range(width))) for width in widths]
+    runs = [timer(*_isolate_layer(decoder, shape, plan)) for plan in attention_plans + ffn_plans]
+    medians = [statistics.median(seconds) for seconds in run_in_rounds(runs, repeats, "measuring latency")]
+    attention_seconds, ffn_seconds = medians[: len(attention_plans)], medians[len(attention_plans) :]
+    base = attention_seconds[0] if attention_seconds else 0.0
+    attention = [(len(plan.query_heads), value) for plan, value in zip(attention_plans, attention_seconds, strict=True)]
+    ffn = [(width, value - base) for width, value in zip(widths, ffn_seconds, strict=True)]
     return _fit_monotone_curve(attention), _fit_monotone_curve(ffn)
 
 
 def _spread_widths(size: int, points: int, align: int) -> list[int]:
-    """Up to `points` widths from the smallest that may stay to `size`, multiples of `align` but for the last."""
-    wanted = [size * number / points for number in range(1, points)]
-    inner = {max(align, round(width / align) * align) for width in (align if size else 0, *wanted)}
+    """Up to `points` widths from the smallest that may remain to `size`; all but the last are multiples of `align`."""
+    even = [size * number / points for number in range(1, points)]
+    inner = {max(align, round(width / align) * align) for width in (align if size else 0, *even)}
     return sorted({width for width in inner if width < size} | ({size} if size else set()))
 
 
 def _keep_first_units(shape: LayerShape, unit: Unit, number: int, channels: int) -> LayerPlan:
-    """A layer that keeps its first KV groups, or the first heads of every group, and its first channels."""
+    """Plan a layer that keeps its first KV groups, or the first heads of every group, and its first channels."""
     groups = range(number if unit == "kv_group" else shape.kv_groups)
     in_group = range(shape.group_size if unit == "kv_group" else number)
     heads = tuple(group * shape.group_size + head for group in groups for head in in_group)
     return LayerPlan(heads, tuple(groups), tuple(range(channels)))
 
 
-def _isolate_layer(decoder: Decoder, shape: LayerShape, kept: LayerPlan) -> tuple[nn.Module, int]:
-    """A copy of the model with one layer of this shape, cut; it shares every weight that is not cut. And its number.
+def _isolate_layer(decoder: Decoder, shape: LayerShape, plan: LayerPlan) -> tuple[nn.Module, int]:
+    """Copy the model with one layer of this shape only, cut as planned; all weights that are not cut are shared.
 
-    A layer without attention brings the first layer that has one along: without any, there is no cache.
+    If the layer has no attention, the first layer that has one stays too, because a model without any has no KV cache.
+
+    Returns:
+        The copy, and the index of the layer in it.
     """
     index = next(layer.index for layer in decoder if layer.shape == shape)
-    # Deep-copying modules but no tensors costs no memory, and the cut makes new tensors.
+    # A deep copy that shares the tensors takes no memory, and surgery replaces tensors instead of changing them.
     tensors = [*decoder.model.parameters(), *decoder.model.buffers()]
     model = copy.deepcopy(decoder.model, {id(tensor): tensor for tensor in tensors})
     layers = [LayerPlan((), (), ())] * len(decoder.layers)
-    layers[index] = kept
-    if kept.attention_removed:
+    layers[index] = plan
+    if plan.attention_removed:
         helper = next((layer for layer in decoder if layer.has_attention), None)
         if helper is not None:
             layers[helper.index] = _keep_first_units(helper.shape, "kv_group", helper.shape.kv_groups, 0)
     surgery.apply(model, PruningPlan("latency", Decoder(model).shape, tuple(layers)))
-    return model, sum(not plan.removed for plan in layers[:index])
+    return model, sum(not before.removed for before in layers[:index])
 
 
 def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: int) -> Callable[[], float]:
-    """The default `Timer`: wall clock from a layer's first to its last operation, finished on the device."""
+    """The default `Timer`: wall clock from a layer's first to its last operation, with the device synchronized."""
     decoder = Decoder(model)
     layer = cast(nn.ModuleList, find(model, decoder.architecture.layers))[index]
     device = decoder.device
     ids = (torch.arange(length + 1, device=device)[None] * 7 + 3) % int(decoder.config.vocab_size)
-    state: dict[str, Any] = {"cache": None}
+    cache: Any = None
     stamps: list[float] = []
 
-    def stamp(*args: Any) -> None:
+    def add_stamp(*args: Any) -> None:
         if device.type != "cpu":
             torch.accelerator.synchronize(device)
         stamps.append(time.perf_counter())
 
     def run() -> float:
         stamps.clear()
-        handles = [layer.register_forward_pre_hook(stamp), layer.register_forward_hook(stamp)]
+        handles = [layer.register_forward_pre_hook(add_stamp), layer.register_forward_hook(add_stamp)]
         try:
             with torch.no_grad(), use_eval_mode(model):
                 if mode == "prefill":
                     decoder.backbone(input_ids=ids[:, :length], use_cache=False)
-                else:  # the cache grows by one token a run
-                    decoder.backbone(input_ids=ids[:, -1:], past_key_values=state["cache"], use_cache=True)
+                else:  # the cache grows by one token with every run
+                    decoder.backbone(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -201,13 +229,13 @@ def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: i
 
     if mode == "decode":
         with torch.no_grad(), use_eval_mode(model):
-            state["cache"] = decoder.backbone(input_ids=ids[:, :length], use_cache=True).past_key_values
+            cache = decoder.backbone(input_ids=ids[:, :length], use_cache=True).past_key_values
     return run
 
 
 def _fit_monotone_curve(points: Sequence[tuple[int, float]]) -> Curve:
-    """The nearest curve (least squares) that starts at zero and never falls: widths out of order share their mean."""
-    pools: list[list[float]] = []  # [sum, count]
+    """Fit the nearest curve (least squares) that starts at zero and never falls, by pooling adjacent violators."""
+    pools: list[list[float]] = []  # [sum of seconds, number of points]
     for _, seconds in points:
         pools.append([max(0.0, seconds), 1])
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] > pools[-1][0] / pools[-1][1]:
@@ -218,7 +246,7 @@ def _fit_monotone_curve(points: Sequence[tuple[int, float]]) -> Curve:
 
 
 def _interpolate_curve(curve: Curve, width: int) -> float:
-    """Linear between the points."""
+    """Read a curve at a width, linear between its points and constant after the last."""
     right = min(bisect.bisect_left([point[0] for point in curve], width), len(curve) - 1)
     if curve[right][0] <= width:
         return curve[right][1]

@@ -1,7 +1,8 @@
-"""Will it serve: what loads the result of a plan, read off the plan alone; no weight, config or library is needed.
+"""Which programs and formats can serve a pruned model, judged from the plan alone; no weight or config is needed.
 
-What stock classes can have is in `prunelit.planning.stock_shapes`. Every row says how it is known: "tried" was run (transformers
-5.23; llama.cpp through its wheel), "read" was found in the program's source and not run, "unread" is neither.
+`prunelit.planning.stock_shapes` says what stock classes of transformers can have. Every row says how it is known:
+"tried" was run (transformers 5.23; llama.cpp through its wheel), "read" was found in the program's source but not run,
+"unread" is neither.
 
     vLLM           vllm/model_executor/models/: registry.py (classes), llama.py (reads head_dim), qwen2.py (head size is
                    hidden size / heads), nemotron_nas.py (DeciLM: one number of query heads for all layers, KV groups
@@ -37,23 +38,32 @@ from prunelit.planning.stock_shapes import (
 GROUP_SIZES = (16, 32, 64, 128)
 FAST_WIDTH_MULTIPLE = 64
 
-_CONV1D_FAMILIES = frozenset({"gpt2"})  # its linears are [in, out], which no reader of 4-bit weights takes
+_CONV1D_FAMILIES = frozenset({"gpt2"})  # linears stored as [in, out], which no reader of 4-bit weights takes
 
 _NOT_IN_VLLM = frozenset(
     {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
 )
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
-# What DeciLM and llama.cpp's llama and deci compute.
+# Families that DeciLM and llama.cpp's llama and deci graphs compute.
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
 )
-_CODES_PER_WORD = 8  # 4-bit numbers in a word: the smallest group that is written
-DECI_FFN_MULTIPLE = 256  # of DeciLM's FFN widths
+_CODES_PER_WORD = 8  # 4-bit codes in a word: the smallest group size that is written
+DECI_FFN_MULTIPLE = 256
+"""DeciLM's FFN widths are multiples of it."""
 _TENSORRT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
 class ServingRow(NamedTuple):
-    """Whether one program serves the result, why, how it is known; the option that makes a no a yes or spares zeros."""
+    """Whether one program or format can serve the pruned model.
+
+    Attributes:
+        target: program or format.
+        answer: "yes", "no" or "?".
+        why: the reason.
+        option: the option of pruning that turns a "no" into a "yes", or avoids padding with zeros; "" if there is none.
+        known: how the answer is known, see the module.
+    """
 
     target: str
     answer: Answer
@@ -63,19 +73,28 @@ class ServingRow(NamedTuple):
 
 
 def list_serving_options(plan: PruningPlan) -> list[ServingRow]:
-    """One row for each program and format, transformers first."""
-    cut = PrunedShape(plan)
+    """List one row for each program and format, transformers first.
+
+    Example:
+        >>> from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
+        >>> layer = LayerShape(4, 2, 8, 64, 3, 512, 512, 96, 3104, 6176)
+        >>> model = ModelShape("llama", "tiny", 32, 50000, 0, 4, "", (layer, layer))
+        >>> layers = (LayerPlan.dense(layer), LayerPlan((0, 1), (0,), tuple(range(32))))
+        >>> [(row.target, row.answer) for row in list_serving_options(PruningPlan("made", model, layers))][:2]
+        [('transformers, stock class', 'no'), ('transformers, per-layer shapes', 'yes')]
+    """
+    pruned = PrunedShape(plan)
     rows = [
-        ("transformers, stock class", judge_stock_class(cut), "tried"),
-        ("transformers, per-layer shapes", _judge_per_layer_class(cut), "tried"),
-        ("transformers, padded", _judge_padded(cut), "tried"),
-        ("vLLM, stock class", _judge_vllm(cut), "read"),
-        ("vLLM, DeciLM", _judge_vllm_deci(cut), "read"),
-        ("llama.cpp, own graph", _judge_llama_cpp(cut), "tried"),
-        ("llama.cpp, deci graph", _judge_llama_cpp_deci(cut), "tried"),
-        ("TensorRT-LLM", _judge_tensorrt(cut), "read"),
+        ("transformers, stock class", judge_stock_class(pruned), "tried"),
+        ("transformers, per-layer shapes", _judge_per_layer_class(pruned), "tried"),
+        ("transformers, padded", _judge_padded(pruned), "tried"),
+        ("vLLM, stock class", _judge_vllm(pruned), "read"),
+        ("vLLM, DeciLM", _judge_vllm_deci(pruned), "read"),
+        ("llama.cpp, own graph", _judge_llama_cpp(pruned), "tried"),
+        ("llama.cpp, deci graph", _judge_llama_cpp_deci(pruned), "tried"),
+        ("TensorRT-LLM", _judge_tensorrt(pruned), "read"),
     ]
-    rows += [(f"INT4, groups of {size}", _judge_int4(cut, size), "tried") for size in GROUP_SIZES]
+    rows += [(f"INT4, groups of {size}", _judge_int4(pruned, size), "tried") for size in GROUP_SIZES]
     return [
         ServingRow(name, *verdict, "unread" if verdict.answer == "?" else known)  # type: ignore[arg-type]
         for name, verdict, known in rows
@@ -83,158 +102,185 @@ def list_serving_options(plan: PruningPlan) -> list[ServingRow]:
 
 
 def list_serving_notes(plan: PruningPlan) -> list[str]:
-    """What serves, but slowly, or not on several GPUs."""
-    cut, found = PrunedShape(plan), []
-    odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % FAST_WIDTH_MULTIPLE]
+    """List notes on speed: FFN widths that kernels do not like, and numbers of GPUs for tensor parallelism.
+
+    Example: see `list_serving_options`.
+    """
+    pruned, notes = PrunedShape(plan), []
+    odd = [index for index, remaining, _ in pruned.layers if len(remaining.ffn_channels) % FAST_WIDTH_MULTIPLE]
     if odd:
-        found.append(
-            f"FFN widths of {format_plural_count(len(odd), 'layer')} ({format_first_items(odd)}) are no multiples of {FAST_WIDTH_MULTIPLE}: 16-bit and "
-            f"4-bit GPU kernels are slow or missing there; align: {FAST_WIDTH_MULTIPLE}"
+        layers = f"{format_plural_count(len(odd), 'layer')} ({format_first_items(odd)})"
+        notes.append(
+            f"FFN widths of {layers} are no multiples of {FAST_WIDTH_MULTIPLE}: 16-bit and 4-bit GPU kernels are slow "
+            f"or missing there; align: {FAST_WIDTH_MULTIPLE}"
         )
     parallel = [
         number
         for number in (2, 4, 8)
         if all(
-            len(kept.query_heads) % number == 0
-            and (len(kept.kv_groups) % number == 0 or number % len(kept.kv_groups) == 0)
-            for _, kept, _ in cut.attentions
+            len(remaining.query_heads) % number == 0
+            and (len(remaining.kv_groups) % number == 0 or number % len(remaining.kv_groups) == 0)
+            for _, remaining, _ in pruned.attentions
         )
-        and all(width % number == 0 for width in cut.channels)
+        and all(width % number == 0 for width in pruned.channels)
     ]
     if parallel:
-        among = ", ".join(map(str, parallel))
-        found.append(f"tensor parallel over {among} GPUs: heads, KV groups (or copies of them) and channels divide")
+        counts = ", ".join(map(str, parallel))
+        notes.append(f"tensor parallel over {counts} GPUs: heads, KV groups (or copies of them) and channels divide")
     else:
-        found.append(
+        notes.append(
             "tensor parallel: no number of GPUs from 2 to 8 divides heads, KV groups and channels of every layer"
         )
-    return found
+    return notes
 
 
-def _judge_per_layer_class(cut: PrunedShape) -> Verdict:
+def _judge_per_layer_class(pruned: PrunedShape) -> Verdict:
     return Verdict("yes", "prunelit.load, or trust_remote_code=True")
 
 
-def _judge_padded(cut: PrunedShape) -> Verdict:
-    if cut.family not in ARCHITECTURES:
-        return Verdict("?", f"{cut.family}: not one of prunelit's families; the writer tries it")
-    if not allows_added_biases(cut):
-        return refuse_added_biases(cut)
-    widths, model = compute_padded_widths(cut.plan), cut.plan.model
-    left = sum(shape.parameters_at(*widths) for _, _, shape in cut.layers)
-    return Verdict("yes", _describe_savings(cut, 1 - left / model.block_parameters))
+def _judge_padded(pruned: PrunedShape) -> Verdict:
+    if pruned.family not in ARCHITECTURES:
+        return Verdict("?", f"{pruned.family}: not one of prunelit's families; the writer tries it")
+    if not allows_added_biases(pruned):
+        return refuse_added_biases(pruned)
+    widths, model = compute_padded_widths(pruned.plan), pruned.plan.model
+    parameters = sum(shape.parameters_at(*widths) for _, _, shape in pruned.layers)
+    return Verdict("yes", _describe_savings(pruned, 1 - parameters / model.block_parameters))
 
 
-def _describe_savings(cut: PrunedShape, share: float) -> str:
-    return f"saves {share:.1%} of the layers' parameters, of {cut.plan.predicted['ratio_of_block_parameters']:.1%} cut"
+def _describe_savings(pruned: PrunedShape, share: float) -> str:
+    planned = pruned.plan.predicted["ratio_of_block_parameters"]
+    return f"saves {share:.1%} of the layers' parameters, of {planned:.1%} cut"
 
 
-def _judge_vllm(cut: PrunedShape) -> Verdict:
-    own = judge_stock_class(cut)
-    if own.answer != "yes":
-        return own
-    if cut.family in _NOT_IN_VLLM:
-        return Verdict("?", f"no class of its own for {cut.family} in the copy read")
-    if cut.has_config_head_size or cut.family in _VLLM_READS_HEAD_SIZE:
+def _judge_vllm(pruned: PrunedShape) -> Verdict:
+    stock_class = judge_stock_class(pruned)
+    if stock_class.answer != "yes":
+        return stock_class
+    if pruned.family in _NOT_IN_VLLM:
+        return Verdict("?", f"no class of its own for {pruned.family} in the copy read")
+    if pruned.has_config_head_size or pruned.family in _VLLM_READS_HEAD_SIZE:
         return Verdict("yes", "its own class")
-    if cut.family in _VLLM_DERIVES_HEAD_SIZE:
-        return Verdict("no", f"its {cut.family} takes head size = hidden size / heads", suggest_keeping_heads(cut))
-    return Verdict("?", f"whether its {cut.family} reads the head size was not looked up")
+    if pruned.family in _VLLM_DERIVES_HEAD_SIZE:
+        return Verdict(
+            "no", f"its {pruned.family} takes head size = hidden size / heads", suggest_keeping_heads(pruned)
+        )
+    return Verdict("?", f"whether its {pruned.family} reads the head size was not looked up")
 
 
-def _judge_vllm_deci(cut: PrunedShape) -> Verdict:
-    if cut.family not in LLAMA_LIKE_FAMILIES:
-        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _suggest_equal_layers(cut))
-    model, sizes = cut.plan.model, compute_deci_sizes(cut.plan)
-    filled = []
-    if any(heads != len(kept.query_heads) for (heads, *_), (_, kept, _) in zip(sizes, cut.layers, strict=True)):
-        first = any(kept.attention_removed for _, kept, _ in cut.layers[:1])
-        filled += ["protect: [0]"] * first + ["uniform_heads: true"] * (len(cut.query_heads) > 1)
-    if any(width % DECI_FFN_MULTIPLE for width in cut.channels):
-        filled.append(f"align: {DECI_FFN_MULTIPLE}")
-    if not filled:
+def _judge_vllm_deci(pruned: PrunedShape) -> Verdict:
+    if pruned.family not in LLAMA_LIKE_FAMILIES:
+        return Verdict("no", f"it computes Llama's layers, not those of {pruned.family}", _suggest_equal_layers(pruned))
+    model, sizes = pruned.plan.model, compute_deci_sizes(pruned.plan)
+    options = []
+    remaining_heads = [len(remaining.query_heads) for _, remaining, _ in pruned.layers]
+    pads_heads = [heads for heads, _, _ in sizes] != remaining_heads
+    if pads_heads and any(remaining.attention_removed for _, remaining, _ in pruned.layers[:1]):
+        options.append("protect: [0]")
+    if pads_heads and len(pruned.query_heads) > 1:
+        options.append("uniform_heads: true")
+    if any(width % DECI_FFN_MULTIPLE for width in pruned.channels):
+        options.append(f"align: {DECI_FFN_MULTIPLE}")
+    if not options:
         return Verdict("yes", "every width per layer as it is")
-    left = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, cut.layers, strict=True))
-    return Verdict(
-        "yes", f"filled up with zeros: {_describe_savings(cut, 1 - left / model.block_parameters)}", ", ".join(filled)
-    )
+    parameters = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, pruned.layers, strict=True))
+    savings = _describe_savings(pruned, 1 - parameters / model.block_parameters)
+    return Verdict("yes", f"filled up with zeros: {savings}", ", ".join(options))
 
 
 def compute_deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
-    """`compute_deci_widths` of the layers that stay."""
-    return compute_deci_widths([kept.widths for _, kept, _ in PrunedShape(plan).layers])
+    """Compute `compute_deci_widths` for the layers of a plan that remain.
+
+    Example: see `compute_deci_widths`.
+    """
+    return compute_deci_widths([remaining.widths for _, remaining, _ in PrunedShape(plan).layers])
 
 
 def compute_deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
-    """Query heads, KV groups and channels of each layer in a folder for DeciLM, from those it has; 0: no such block.
+    """Compute the widths of the layers in a folder for DeciLM, which are padded with zeros.
 
-    One number of query heads for all, the least with room for every layer; FFN widths in steps of 256; the first layer
-    has an attention.
+    All layers get the same number of query heads, the smallest that has room for each of them. FFN widths are rounded
+    up to multiples of 256. The first layer gets an attention even if it has none.
+
+    Args:
+        widths: query heads, KV groups and channels of each layer; 0 for a removed block.
+
+    Returns:
+        Query heads, KV groups and channels of each layer in the folder; 0 for a missing block.
+
+    Example:
+        >>> compute_deci_widths([(4, 2, 300), (2, 1, 256), (0, 0, 256)])
+        [(4, 2, 512), (4, 1, 256), (0, 0, 256)]
     """
-    heads = max((queries for queries, _, _ in widths), default=0)
+    heads = max((query_heads for query_heads, _, _ in widths), default=0)
+    # The search ends at the latest at the largest number of groups times the largest group.
     while not all(_find_group_count(heads, groups, queries // max(1, groups)) for queries, groups, _ in widths):
-        heads += 1  # ends at the most groups times the largest group
-    sizes = []
-    for place, (queries, groups, channels) in enumerate(widths):
-        there = queries > 0 or place == 0
-        room = _find_group_count(heads, groups, queries // max(1, groups)) if there else 0
-        sizes.append((heads if there else 0, room, -(-channels // DECI_FFN_MULTIPLE) * DECI_FFN_MULTIPLE))
-    return sizes
+        heads += 1
+    padded = []
+    for index, (query_heads, groups, channels) in enumerate(widths):
+        has_attention = query_heads > 0 or index == 0
+        group_count = _find_group_count(heads, groups, query_heads // max(1, groups)) if has_attention else 0
+        ffn_width = -(-channels // DECI_FFN_MULTIPLE) * DECI_FFN_MULTIPLE
+        padded.append((heads if has_attention else 0, group_count, ffn_width))
+    return padded
 
 
 def _find_group_count(heads: int, groups: int, size: int) -> int:
-    """The fewest KV groups among `heads` query heads with room for `groups` groups of `size`; 0: there are none."""
-    fitting = (more for more in range(max(groups, 1), heads + 1) if heads % more == 0 and heads // more >= size)
+    """The fewest KV groups among `heads` query heads with room for `groups` groups of `size`; 0 if there are none."""
+    fitting = (count for count in range(max(groups, 1), heads + 1) if heads % count == 0 and heads // count >= size)
     return next(fitting, 0)
 
 
-def _judge_llama_cpp(cut: PrunedShape) -> Verdict:
-    if cut.family not in LLAMA_LIKE_FAMILIES | {"qwen3"}:
+def _judge_llama_cpp(pruned: PrunedShape) -> Verdict:
+    if pruned.family not in LLAMA_LIKE_FAMILIES | {"qwen3"}:
         return Verdict(
-            "?", f"prunelit writes no graph for {cut.family}; llama.cpp's converter may, from a stock folder"
+            "?", f"prunelit writes no graph for {pruned.family}; llama.cpp's converter may, from a stock folder"
         )
-    if not cut.plan.is_uniform:
-        return refuse_unequal_layers(cut)
-    if cut.family == "qwen3" and cut.biases:
+    if not pruned.plan.is_uniform:
+        return refuse_unequal_layers(pruned)
+    if pruned.family == "qwen3" and pruned.biases:
         return Verdict("no", "its qwen3 graph has no biases", "repair: none")
-    own = cut.family == "qwen3" or (cut.family == "qwen2" and cut.has_config_head_size and not cut.biases)
-    return Verdict("yes", f"as {cut.family if own else 'llama'}")
+    has_graph = pruned.family == "qwen3" or (
+        pruned.family == "qwen2" and pruned.has_config_head_size and not pruned.biases
+    )
+    return Verdict("yes", f"as {pruned.family if has_graph else 'llama'}")
 
 
-def _judge_llama_cpp_deci(cut: PrunedShape) -> Verdict:
-    if cut.family not in LLAMA_LIKE_FAMILIES:
-        return Verdict("no", f"it computes Llama's layers, not those of {cut.family}", _suggest_equal_layers(cut))
-    filled = " (a missing FFN is 32 channels of zeros)" if any(kept.mlp_removed for _, kept, _ in cut.layers) else ""
-    return Verdict("yes", f"every width per layer{filled}")
+def _judge_llama_cpp_deci(pruned: PrunedShape) -> Verdict:
+    if pruned.family not in LLAMA_LIKE_FAMILIES:
+        return Verdict("no", f"it computes Llama's layers, not those of {pruned.family}", _suggest_equal_layers(pruned))
+    misses_ffn = any(remaining.mlp_removed for _, remaining, _ in pruned.layers)
+    return Verdict("yes", "every width per layer" + (" (a missing FFN is 32 channels of zeros)" if misses_ffn else ""))
 
 
-def _suggest_equal_layers(cut: PrunedShape) -> str:
-    """The option that makes layers alike, so that other formats take them."""
-    return "" if cut.plan.is_uniform else refuse_unequal_layers(cut).option
+def _suggest_equal_layers(pruned: PrunedShape) -> str:
+    """The option that makes the layers alike, so that other formats take them; "" if they are alike."""
+    return "" if pruned.plan.is_uniform else refuse_unequal_layers(pruned).option
 
 
-def _judge_tensorrt(cut: PrunedShape) -> Verdict:
-    own = judge_stock_class(cut)
-    if own.answer != "yes":
-        return own
-    if cut.family not in _TENSORRT_FAMILIES or not cut.has_config_head_size:
-        return Verdict("?", f"whether it takes {cut.family} with these heads was not looked up")
+def _judge_tensorrt(pruned: PrunedShape) -> Verdict:
+    stock_class = judge_stock_class(pruned)
+    if stock_class.answer != "yes":
+        return stock_class
+    if pruned.family not in _TENSORRT_FAMILIES or not pruned.has_config_head_size:
+        return Verdict("?", f"whether it takes {pruned.family} with these heads was not looked up")
     return Verdict("yes", "its own class")
 
 
-def _judge_int4(cut: PrunedShape, size: int) -> Verdict:
-    if cut.family in _CONV1D_FAMILIES:
-        return Verdict("no", f"linears of {cut.family} are stored [in, out], which no reader takes in 4 bits")
-    inputs = [("hidden size", cut.plan.model.hidden_size)]
-    inputs += [(f"heads of layer {i}", len(kept.query_heads) * s.head_dim) for i, kept, s in cut.attentions]
-    written = math.gcd(size, *(width for _, width in inputs))
-    what, width = next((item for item in inputs if item[1] % size), inputs[0])
-    if written < _CODES_PER_WORD:
-        return Verdict("no", f"{what}: {width} inputs, no multiple of {_CODES_PER_WORD}")
-    said = "" if written == size else f"in groups of {written} ({what}: {width} inputs); "
-    odd = [index for index, kept, _ in cut.layers if len(kept.ffn_channels) % written]
+def _judge_int4(pruned: PrunedShape, size: int) -> Verdict:
+    if pruned.family in _CONV1D_FAMILIES:
+        return Verdict("no", f"linears of {pruned.family} are stored [in, out], which no reader takes in 4 bits")
+    inputs = [("hidden size", pruned.plan.model.hidden_size)]
+    inputs += [
+        (f"heads of layer {i}", len(remaining.query_heads) * s.head_dim) for i, remaining, s in pruned.attentions
+    ]
+    written_size = math.gcd(size, *(width for _, width in inputs))
+    name, width = next((item for item in inputs if item[1] % size), inputs[0])
+    if written_size < _CODES_PER_WORD:
+        return Verdict("no", f"{name}: {width} inputs, no multiple of {_CODES_PER_WORD}")
+    smaller_groups = "" if written_size == size else f"in groups of {written_size} ({name}: {width} inputs); "
+    odd = [index for index, remaining, _ in pruned.layers if len(remaining.ffn_channels) % written_size]
     if odd:
-        return Verdict(
-            "yes", f"{said}channels of zeros are added in {format_plural_count(len(odd), 'layer')}", f"align: {written}"
-        )
-    return Verdict("yes", f"{said}every width is a multiple")
+        padded_layers = f"channels of zeros are added in {format_plural_count(len(odd), 'layer')}"
+        return Verdict("yes", f"{smaller_groups}{padded_layers}", f"align: {written_size}")
+    return Verdict("yes", f"{smaller_groups}every width is a multiple")

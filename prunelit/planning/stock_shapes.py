@@ -1,7 +1,7 @@
-"""Which stock class of transformers, if any, can have the widths that a plan leaves: foretold from the plan alone.
+"""Judges which stock class of transformers, if any, can have the widths that a plan leaves; from the plan alone.
 
-The writers find it out by building the class (`prunelit.export.uniform`). Here there is no model to build, so it is
-written down by family; a contract test holds the two together over all families and kinds of cut (transformers 5.23).
+The writers find it out by building the class (`prunelit.export.uniform`). Here there is no model to build, so the rules
+are written down by family. A contract test compares the two over all families and kinds of cut (transformers 5.23).
 """
 
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ Answer = Literal["yes", "no", "?"]
 _HEAD_SIZE_DERIVED = frozenset(
     {"biogpt", "falcon", "gpt2", "gpt_neox", "gptj", "helium", "opt", "persimmon", "stablelm"}
 )
-# Of these, configs without a number of KV heads: there are as many as query heads, unless the dense model shares them.
+# Of these, configs without a number of KV heads: it equals that of query heads, unless the dense model shares KV heads.
 _KV_HEADS_DERIVED = _HEAD_SIZE_DERIVED - {"helium", "stablelm"}
-# Configs that refuse heads which do not divide the hidden size. A Llama can be written as a Mistral.
+# Configs that refuse a number of heads that does not divide the hidden size. A Llama can be written as a Mistral.
 _HEADS_DIVIDE = frozenset(
     {"arcee", "cwm", "gemma2", "gemma3_text", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "vaultgemma"}
 )
@@ -37,7 +37,7 @@ _BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
 
 
 class Verdict(NamedTuple):
-    """Yes, no or unknown; why; the option that would change it."""
+    """Whether something can hold a pruned model: the answer, the reason, and the option that would change it."""
 
     answer: Answer
     why: str
@@ -46,7 +46,20 @@ class Verdict(NamedTuple):
 
 @dataclass(frozen=True)
 class PrunedShape:
-    """What a plan leaves, without the layers that go altogether."""
+    """The shape of a pruned model as its plan says, without the layers that are removed entirely.
+
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> layer = LayerShape(4, 2, 8, 64, 3, 512, 512, 96, 3104, 6176)
+        >>> model = ModelShape("llama", "tiny", 32, 50000, 0, 4, "", (layer, layer))
+        >>> plan = PruningPlan("made", model, (LayerPlan.dense(layer), LayerPlan((0, 1), (0,), (0, 1, 2, 3))))
+        >>> sorted(PrunedShape(plan).channels)
+        [4, 64]
+        >>> judge_stock_class(PrunedShape(plan)).why
+        'heads and FFN widths differ between layers'
+        >>> compute_padded_widths(plan)
+        (4, 2, 64)
+    """
 
     plan: PruningPlan
 
@@ -57,144 +70,188 @@ class PrunedShape:
 
     @cached_property
     def layers(self) -> list[tuple[int, LayerPlan, LayerShape]]:
-        """The layers that stay: number in the dense model, what is kept, dense shape."""
+        """The remaining layers: number in the dense model, remaining units, dense shape."""
         pairs = enumerate(zip(self.plan.layers, self.plan.model.layers, strict=True))
-        return [(index, kept, shape) for index, (kept, shape) in pairs if not kept.removed]
+        return [(index, remaining, shape) for index, (remaining, shape) in pairs if not remaining.removed]
 
     @property
     def attentions(self) -> list[tuple[int, LayerPlan, LayerShape]]:
-        """Those of `layers` that keep their attention."""
+        """The layers of `layers` that keep their attention."""
         return [item for item in self.layers if not item[1].attention_removed]
 
     @property
     def query_heads(self) -> set[int]:
-        """Numbers of query heads that occur."""
-        return {len(kept.query_heads) for _, kept, _ in self.attentions}
+        """The different numbers of query heads."""
+        return {len(remaining.query_heads) for _, remaining, _ in self.attentions}
 
     @property
     def channels(self) -> set[int]:
-        """FFN widths that occur."""
-        return {len(kept.ffn_channels) for _, kept, _ in self.layers if not kept.mlp_removed}
+        """The different FFN widths."""
+        return {len(remaining.ffn_channels) for _, remaining, _ in self.layers if not remaining.mlp_removed}
 
     @property
     def half_layers(self) -> list[str]:
-        """Blocks that went without their layer, as "A7" and "M7"."""
+        """Blocks that are removed while their layer remains, as "A7" and "M7"."""
         return [
-            f"{'A' if kept.attention_removed else 'M'}{index}"
-            for index, kept, _ in self.layers
-            if kept.attention_removed != kept.mlp_removed
+            f"{'A' if remaining.attention_removed else 'M'}{index}"
+            for index, remaining, _ in self.layers
+            if remaining.attention_removed != remaining.mlp_removed
         ]
 
     @property
     def biases(self) -> frozenset[str]:
-        """Blocks whose output projection is given a bias somewhere."""
-        added = [("attention", kept.attention_bias) for _, kept, _ in self.layers]
-        return frozenset(name for name, there in added + [("mlp", k.mlp_bias) for _, k, _ in self.layers] if there)
+        """Blocks ("attention", "mlp") whose output projection gets a bias in some layer."""
+        added = [("attention", remaining.attention_bias) for _, remaining, _ in self.layers]
+        added += [("mlp", remaining.mlp_bias) for _, remaining, _ in self.layers]
+        return frozenset(name for name, has_bias in added if has_bias)
 
     @property
     def had_attention_bias(self) -> bool:
-        """Whether the dense model's heads cost more than their weights."""
+        """Whether the dense model's attention has biases: its heads cost more than their weights."""
         hidden = self.plan.model.hidden_size
         return any(shape.query_head_cost > 2 * hidden * shape.head_dim for _, _, shape in self.attentions)
 
     @property
     def had_mlp_bias(self) -> bool:
-        """Whether the dense model's channels cost more than their weights."""
+        """Whether the dense model's FFN has biases: its channels cost more than their weights."""
         hidden = self.plan.model.hidden_size
         return any(shape.channel_cost > shape.ffn_matrices * hidden for _, _, shape in self.layers)
 
     @property
     def has_config_head_size(self) -> bool:
-        """The head size is what a config without one would say: hidden size / heads."""
-        return all(len(kept.query_heads) * s.head_dim == self.plan.model.hidden_size for _, kept, s in self.attentions)
+        """Whether the head size is what a config without one derives: hidden size / heads."""
+        return all(
+            len(remaining.query_heads) * s.head_dim == self.plan.model.hidden_size
+            for _, remaining, s in self.attentions
+        )
 
 
-def judge_stock_class(cut: PrunedShape) -> Verdict:
-    """Whether a stock class holds the result as it is."""
-    if cut.family not in ARCHITECTURES:
-        return Verdict("?", f"{cut.family}: not one of prunelit's families; the writer tries it")
-    if not cut.plan.is_uniform:
-        return refuse_unequal_layers(cut)
-    _, kept, shape = cut.layers[0]
-    heads, hidden = len(kept.query_heads), cut.plan.model.hidden_size
-    if not _allows_heads(cut, heads, shape.head_dim):
-        if cut.family in _HEAD_SIZE_DERIVED:
+def judge_stock_class(pruned: PrunedShape) -> Verdict:
+    """Judge whether a stock class can hold the pruned model as it is.
+
+    Example: see `PrunedShape`.
+    """
+    if pruned.family not in ARCHITECTURES:
+        return Verdict("?", f"{pruned.family}: not one of prunelit's families; the writer tries it")
+    if not pruned.plan.is_uniform:
+        return refuse_unequal_layers(pruned)
+    _, remaining, shape = pruned.layers[0]
+    heads, hidden = len(remaining.query_heads), pruned.plan.model.hidden_size
+    if not _allows_heads(pruned, heads, shape.head_dim):
+        if pruned.family in _HEAD_SIZE_DERIVED:
             return Verdict(
-                "no", f"its config takes head size = {hidden} / heads, not {shape.head_dim}", suggest_keeping_heads(cut)
+                "no",
+                f"its config takes head size = {hidden} / heads, not {shape.head_dim}",
+                suggest_keeping_heads(pruned),
             )
         return Verdict("no", f"its config refuses {heads} heads at hidden size {hidden}", "another ratio or unit")
-    if not allows_added_biases(cut):
-        return refuse_added_biases(cut)
-    as_mistral = cut.family == "llama" and hidden % heads
+    if not allows_added_biases(pruned):
+        return refuse_added_biases(pruned)
+    as_mistral = pruned.family == "llama" and hidden % heads
     return Verdict(
         "yes", "all layers alike" + (f"; as Mistral: {heads} heads do not divide {hidden}" if as_mistral else "")
     )
 
 
 def compute_padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
-    """Query heads, KV groups and channels of every layer of a padded model: those of the largest, kind by kind."""
-    cut = PrunedShape(plan)
-    groups = max((len(kept.kv_groups) for _, kept, _ in cut.attentions), default=0)
-    in_group = max((len(kept.query_heads) // len(kept.kv_groups) for _, kept, _ in cut.attentions), default=0)
+    """Compute the widths of all layers of a padded model: for each kind of unit, the largest number in any layer.
+
+    Returns:
+        Query heads, KV groups and channels. If the family's config does not take that number of heads, the next that it
+        takes.
+
+    Example: see `PrunedShape`.
+    """
+    pruned = PrunedShape(plan)
+    groups = max((len(remaining.kv_groups) for _, remaining, _ in pruned.attentions), default=0)
+    in_group = max(
+        (len(remaining.query_heads) // len(remaining.kv_groups) for _, remaining, _ in pruned.attentions), default=0
+    )
     heads, hidden = groups * in_group, plan.model.hidden_size
-    dim = max((shape.head_dim for _, _, shape in cut.attentions), default=1)
-    if not _allows_heads(cut, heads, dim):  # up to a number of heads that the config takes
+    dim = max((shape.head_dim for _, _, shape in pruned.attentions), default=1)
+    if not _allows_heads(pruned, heads, dim):
         heads = hidden // dim
-        own = cut.family in _KV_HEADS_DERIVED and all(shape.group_size == 1 for _, _, shape in cut.attentions)
-        fitting = (n for n in range(groups, heads + 1) if heads % n == 0 and heads // n >= in_group)
-        groups = heads if own else next(fitting, groups)
-    return heads, groups, max(cut.channels, default=1)
+        equal_groups = pruned.family in _KV_HEADS_DERIVED and all(
+            shape.group_size == 1 for _, _, shape in pruned.attentions
+        )
+        fitting = (count for count in range(groups, heads + 1) if heads % count == 0 and heads // count >= in_group)
+        groups = heads if equal_groups else next(fitting, groups)
+    return heads, groups, max(pruned.channels, default=1)
 
 
-def _allows_heads(cut: PrunedShape, heads: int, dim: int) -> bool:
-    """Whether the family's stock config can have so many heads of this size."""
-    hidden = cut.plan.model.hidden_size
-    if cut.family in _HEAD_SIZE_DERIVED:
+def _allows_heads(pruned: PrunedShape, heads: int, dim: int) -> bool:
+    """Whether the family's stock config can have this number of heads of this size."""
+    hidden = pruned.plan.model.hidden_size
+    if pruned.family in _HEAD_SIZE_DERIVED:
         return heads * dim == hidden
     if not heads:
         return True
-    return cut.family not in _HEADS_DIVIDE or hidden % heads == 0 or _fits_mistral(cut)
+    return pruned.family not in _HEADS_DIVIDE or hidden % heads == 0 or _fits_mistral(pruned)
 
 
-def _fits_mistral(cut: PrunedShape) -> bool:
-    """A Llama without biases computes what a Mistral does."""
-    return cut.family == "llama" and not (cut.biases or cut.had_attention_bias or cut.had_mlp_bias)
+def _fits_mistral(pruned: PrunedShape) -> bool:
+    """Whether the model can be written as a Mistral: a Llama without biases computes the same."""
+    return pruned.family == "llama" and not (pruned.biases or pruned.had_attention_bias or pruned.had_mlp_bias)
 
 
-def allows_added_biases(cut: PrunedShape) -> bool:
-    """Whether the family's config can have the biases that the plan adds."""
-    return not cut.biases or cut.biases in _BIAS_SWITCHES.get(cut.family, ())
+def allows_added_biases(pruned: PrunedShape) -> bool:
+    """Whether the family's config can have the biases that the plan adds.
+
+    Example: see `PrunedShape`.
+    """
+    return not pruned.biases or pruned.biases in _BIAS_SWITCHES.get(pruned.family, ())
 
 
-def refuse_added_biases(cut: PrunedShape) -> Verdict:
-    """The verdict where it can not."""
-    return Verdict("no", f"no config of {cut.family} has the added biases", "repair: none")
+def refuse_added_biases(pruned: PrunedShape) -> Verdict:
+    """Build the verdict for biases that the config cannot have.
+
+    Example: see `PrunedShape`.
+    """
+    return Verdict("no", f"no config of {pruned.family} has the added biases", "repair: none")
 
 
-def refuse_unequal_layers(cut: PrunedShape) -> Verdict:
-    """Why layers are not alike, and the option that would make them so."""
-    if cut.half_layers:
+def refuse_unequal_layers(pruned: PrunedShape) -> Verdict:
+    """Build the verdict for layers that differ: what differs, and the option that makes them alike.
+
+    Example: see `PrunedShape`.
+    """
+    if pruned.half_layers:
         return Verdict(
-            "no", f"blocks went without their layer: {format_first_items(cut.half_layers)}", "a method that cuts widths"
+            "no",
+            f"blocks went without their layer: {format_first_items(pruned.half_layers)}",
+            "a method that cuts widths",
         )
-    heads = {kept.widths[:2] for _, kept, _ in cut.layers}
-    kinds = [("heads", len(heads) > 1), ("FFN widths", len(cut.channels) > 1)]
-    what = " and ".join(name for name, differ in kinds if differ) or "head sizes"
-    return Verdict("no", f"{what} differ between layers", "scope: layer, protect: []")
+    heads = {remaining.widths[:2] for _, remaining, _ in pruned.layers}
+    kinds = [("heads", len(heads) > 1), ("FFN widths", len(pruned.channels) > 1)]
+    differing = " and ".join(name for name, differ in kinds if differ) or "head sizes"
+    return Verdict("no", f"{differing} differ between layers", "scope: layer, protect: []")
 
 
-def suggest_keeping_heads(cut: PrunedShape) -> str:
-    """The options under which no heads go: scope "layer" cuts floor(ratio * groups) KV groups."""
-    most = max((shape.kv_groups for _, _, shape in cut.attentions), default=1)
+def suggest_keeping_heads(pruned: PrunedShape) -> str:
+    """Suggest options that remove no heads: scope "layer" removes floor(ratio * groups) KV groups.
+
+    Example: see `PrunedShape`.
+    """
+    most = max((shape.kv_groups for _, _, shape in pruned.attentions), default=1)
     return f"scope: layer, ratio below {1 / most:.3g}: no heads go"
 
 
 def format_plural_count(number: int, thing: str) -> str:
-    """ "1 layer", "2 layers"."""
+    """Format a count with its noun.
+
+    Example:
+        >>> format_plural_count(1, "layer"), format_plural_count(2, "layer")
+        ('1 layer', '2 layers')
+    """
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def format_first_items(items: list[int] | list[str]) -> str:
-    """The first few, for a message."""
-    said = ", ".join(map(str, items[:6]))
-    return said if len(items) <= 6 else f"{said}, ..."
+    """Format the first six items for a message.
+
+    Example:
+        >>> format_first_items(list(range(9)))
+        '0, 1, 2, 3, 4, 5, ...'
+    """
+    text = ", ".join(map(str, items[:6]))
+    return text if len(items) <= 6 else f"{text}, ..."

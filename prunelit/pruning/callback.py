@@ -16,10 +16,9 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import fingerprint_batches, fingerprint_weights
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.data import loading, text
+from prunelit.data import loading
 from prunelit.model.modes import move_to_device
 from prunelit.pruning.job import (
     check_own_processes,
@@ -37,7 +36,9 @@ from prunelit.pruning.job import (
     take_batches,
 )
 from prunelit.pruning.method import PruningMethod, Repair
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadPlan, NoCalibration
+from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights
 from prunelit.runtime.messages import log_on_rank_zero
 
 __all__ = ["PruningCallback", "Repair"]
@@ -50,8 +51,8 @@ class PruningCallback(PruningMethod, Callback):
 
     Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`,
     so a killed run does not compute them again. A job without a `default_root_dir` of its own (it would be the working
-    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the weights
-    of the changed decoder layers, about the size of the cut model.
+    directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the
+    weights of the changed decoder layers, about the size of the cut model.
 
     Arguments: see `PruningMethod`.
 
@@ -225,7 +226,9 @@ class PruningCallback(PruningMethod, Callback):
             "source": [source],
             "windows": sum(len(batch["input_ids"]) for batch in batches),
             "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
-            "fingerprint": text.fingerprint_token_ids(torch.cat([batch["input_ids"].flatten() for batch in batches])),
+            "fingerprint": fingerprints.fingerprint_token_ids(
+                torch.cat([batch["input_ids"].flatten() for batch in batches])
+            ),
         }
         return batches
 

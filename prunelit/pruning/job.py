@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import EventListener
+from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from prunelit.runtime.torch_files import check_torch_file
 
 

@@ -19,14 +19,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
-from prunelit.calibration.fingerprints import (
-    compute_digest,
-    fingerprint_batches,
-    fingerprint_model,
-    fingerprint_package,
-    fingerprint_source,
-    hash_tensors,
-)
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Cost, LayerScores
@@ -39,9 +31,18 @@ from prunelit.planning import latency
 from prunelit.pruning import registry
 from prunelit.pruning.context import PruningContext
 from prunelit.repair import bias, reconstruct
+from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
+from prunelit.runtime.fingerprints import (
+    compute_digest,
+    fingerprint_batches,
+    fingerprint_model,
+    fingerprint_package,
+    fingerprint_source,
+    hash_tensors,
+)
 from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.timing import time_stage
 
@@ -419,7 +420,7 @@ class PruningMethod(EventSource):
             "source": [sources] if isinstance(sources, str) else list(sources),
             "windows": len(ids),
             "seqlen": self.seqlen,
-            "fingerprint": text.fingerprint_token_ids(ids),
+            "fingerprint": fingerprints.fingerprint_token_ids(ids),
         }
         return split_into_batches(ids)
 

@@ -95,7 +95,7 @@ def method_class(name: str) -> Any:
         try:
             return getattr(importlib.import_module(module), class_name)
         except (ImportError, AttributeError, SyntaxError) as error:
-            raise BadOption(f"method {name!r}: can not be imported: {error}") from error
+            raise BadOption(f"method {name!r}: cannot be imported: {error}") from error
     raise BadOption(f"method {name!r}: expected one of {', '.join(methods())}{suggest_name(name, methods())}")
 
 

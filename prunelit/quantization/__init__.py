@@ -1,1 +1,1 @@
-"""4-bit linears: rounding, storing and reading them."""
+"""4-bit linears: quantising, saving and reading them."""

@@ -6,7 +6,8 @@ alpha (q - beta), `zero` here is -alpha beta, in the units of the weight:
 
     W~ = alpha q + zero
 
-The same numbers, but nothing is divided by alpha: a constant group (alpha 0) is exact, and a merge is one addition.
+The weights are the same, but nothing is divided by alpha: a constant group (alpha 0) is exact, and merging an adapter
+is one addition.
 
 Legend: O outputs, I inputs, S group size, G groups, r rank.
 """
@@ -26,10 +27,13 @@ _MAX_CODE = 15
 
 
 def check_group_size(group_size: int) -> None:
-    """Raise unless the group size is one of GROUP_SIZES.
+    """Check that the group size is one of GROUP_SIZES.
 
     Raises:
-        BadOption: with the sizes to choose from.
+        BadOption: lists the sizes to choose from.
+
+    Example:
+        >>> check_group_size(32)
     """
     if type(group_size) is not int or group_size not in GROUP_SIZES:
         sizes = ", ".join(map(str, GROUP_SIZES))
@@ -37,11 +41,18 @@ def check_group_size(group_size: int) -> None:
 
 
 def compute_error_bound(group_size: int) -> float:
-    """Largest relative Frobenius error that min-max rounding to 4 bits makes on weights of any distribution.
+    """Compute the largest relative Frobenius error of min-max rounding to 4 bits, for weights of any distribution.
 
     Rounding errors spread evenly over a step have the mean square alpha^2 / 12, so a group adds S range^2 / (12 15^2);
-    its own square sum is at least max^2 + min^2 >= range^2 / 2. The quotient is S / 1350. Normal weights stay near half
-    of the bound; a result above it is a wrong result.
+    the sum of squares of its weights is at least max^2 + min^2 >= range^2 / 2. The quotient is S / 1350. For normally
+    distributed weights the error is near half of the bound; an error above the bound shows a defect.
+
+    Args:
+        group_size: S.
+
+    Example:
+        >>> round(compute_error_bound(32), 3)
+        0.154
     """
     return (group_size / (6 * _MAX_CODE**2)) ** 0.5
 
@@ -52,20 +63,25 @@ def round_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 
     Args:
         weight: [O, I], floating point.
-        group_size: S; where it does not divide I, the last group is narrower: only real columns count.
+        group_size: S; if it does not divide I, the last group is narrower.
 
     Returns:
-        Codes uint8 [O, I] in 0..15; scale and zero, float32 [O, G]. Every weight is at most scale / 2 away from
+        Codes, uint8 [O, I] in 0..15; scale and zero, float32 [O, G]. Every weight is at most scale / 2 away from
         scale * code + zero; groups of one value are exact.
 
     Raises:
-        BadOption: the group size is none of GROUP_SIZES.
+        BadOption: the group size is not one of GROUP_SIZES.
+
+    Example:
+        >>> codes, scale, zero = round_to_int4(torch.arange(16.0)[None], group_size=16)
+        >>> codes.tolist(), scale.item(), zero.item()
+        ([[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]], 1.0, 0.0)
     """
     check_group_size(group_size)
     rows, width = weight.shape
     missing = -width % group_size
     values = weight.detach().float()
-    if missing:  # the last column again: it moves neither minimum nor maximum
+    if missing:  # repeat the last column, which changes neither minimum nor maximum
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1)
     grouped = values.reshape(rows, -1, group_size)
     low, high = grouped.aminmax(dim=-1)
@@ -76,13 +92,13 @@ def round_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 
 
 def _pack_codes(codes: Tensor, group_size: int) -> Tensor:
-    """Two codes a byte, the even column in the low half: [O, I] -> [O, G S / 2]; missing columns have code 0."""
+    """Pack two codes into a byte, the even column in the low half: [O, I] -> [O, G S / 2]; padding has code 0."""
     padded = functional.pad(codes, (0, -codes.shape[1] % group_size))
     return padded[:, ::2] | padded[:, 1::2] << 4
 
 
 def _unpack_weight(packed: Tensor, scale: Tensor, zero: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """The weight [O, I] that packed codes stand for, computed in float32."""
+    """Compute the weight [O, I] of packed codes, in float32."""
     rows, groups = scale.shape
     weight = torch.empty(*packed.shape, 2, dtype=torch.float32, device=packed.device)
     weight[..., 0], weight[..., 1] = packed & 15, packed >> 4
@@ -91,7 +107,7 @@ def _unpack_weight(packed: Tensor, scale: Tensor, zero: Tensor, width: int, dtyp
 
 
 class _Int4Product(torch.autograd.Function):
-    """x W~^T with a gradient for x alone. Backward unpacks again, so no unpacked weight lives from one to the other."""
+    """x W~^T with a gradient for x only. Backward unpacks again, so no unpacked weight is kept between the passes."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, width: int) -> Tensor:
@@ -108,20 +124,30 @@ class _Int4Product(torch.autograd.Function):
 
 
 class Int4Linear(nn.Module):
-    """A frozen linear of 4-bit codes: y = x W~^T + b, with a gradient for x (and b) alone.
+    """A frozen linear with 4-bit codes: y = x W~^T + b, with gradients for x and b only.
 
     Args:
-        in_features: I; need not be a multiple of the group size.
+        in_features: I; does not have to be a multiple of the group size.
         out_features: O.
         group_size: S, one of GROUP_SIZES.
-        bias: whether there is one, a parameter.
-        compute_dtype: dtype of the product; None: that of the input, or autocast's.
+        bias: whether it has a bias, a parameter.
+        compute_dtype: dtype of the product; None: the dtype of the input, or of autocast.
         device: of all tensors.
 
-    Buffers: `packed` uint8 [O, G S / 2]; `scale` and `zero` float32 [O, G], which stay float32 when the module is cast.
+    Attributes:
+        packed: buffer, uint8 [O, G S / 2], two codes per byte.
+        scale: buffer, float32 [O, G]; stays float32 when the module is cast.
+        zero: buffer, float32 [O, G]; stays float32 when the module is cast.
 
     Raises:
-        BadOption: the group size is none of GROUP_SIZES.
+        BadOption: the group size is not one of GROUP_SIZES.
+
+    Example:
+        >>> linear = Int4Linear.from_weight(torch.arange(16.0)[None], group_size=16)
+        >>> linear(torch.ones(1, 16))
+        tensor([[120.]])
+        >>> linear.dequantize_weight().shape
+        torch.Size([1, 16])
     """
 
     packed: Tensor
@@ -142,8 +168,8 @@ class Int4Linear(nn.Module):
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         self.compute_dtype = compute_dtype
         groups = -(-in_features // group_size)
-        bytes_a_row = groups * group_size // 2
-        self.register_buffer("packed", torch.zeros(out_features, bytes_a_row, dtype=torch.uint8, device=device))
+        bytes_per_row = groups * group_size // 2
+        self.register_buffer("packed", torch.zeros(out_features, bytes_per_row, dtype=torch.uint8, device=device))
         for name in ("scale", "zero"):
             self.register_buffer(name, torch.zeros(out_features, groups, dtype=torch.float32, device=device))
         self.bias = nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
@@ -156,10 +182,10 @@ class Int4Linear(nn.Module):
         group_size: int = 32,
         compute_dtype: torch.dtype | None = None,
     ) -> "Int4Linear":
-        """Quantise a weight [O, I]; the bias [O] is taken over as it is.
+        """Quantise a weight [O, I]; the bias [O] is used as it is.
 
         Raises:
-            BadOption: the group size is none of GROUP_SIZES.
+            BadOption: the group size is not one of GROUP_SIZES.
         """
         codes, scale, zero = round_to_int4(weight, group_size)
         return cls.from_parts(_pack_codes(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
@@ -174,14 +200,14 @@ class Int4Linear(nn.Module):
         bias: nn.Parameter | None = None,
         compute_dtype: torch.dtype | None = None,
     ) -> "Int4Linear":
-        """A linear of tensors as it holds them (see the class), of any group size: as files have it."""
+        """Build a linear from its tensors (see the class), with any group size, as files have them."""
         linear = cls(in_features, len(packed), GROUP_SIZES[0], False, compute_dtype, "meta")
         linear.group_size = 2 * packed.shape[1] // scale.shape[1]
         linear.packed, linear.scale, linear.zero, linear.bias = packed, scale, zero, bias
         return linear
 
     def dequantize_weight(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight W~ [O, I]."""
+        """Compute the weight W~ [O, I]."""
         return _unpack_weight(self.packed, self.scale, self.zero, self.in_features, dtype)
 
     @torch.no_grad()
@@ -190,17 +216,18 @@ class Int4Linear(nn.Module):
         self.zero += update.to(self.zero.device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O] in the dtype of x, or autocast's."""
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        inner = self.compute_dtype or dtype
-        y = cast(Tensor, _Int4Product.apply(x.to(inner), self.packed, self.scale, self.zero, self.in_features))
+        """[..., I] -> [..., O] in the dtype of x, or of autocast."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        compute_dtype = self.compute_dtype or dtype
+        y = cast(Tensor, _Int4Product.apply(x.to(compute_dtype), self.packed, self.scale, self.zero, self.in_features))
         if self.bias is not None:
-            y = y + self.bias.to(inner)
+            y = y + self.bias.to(compute_dtype)
         return y.to(dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Int4Linear":
-        # A cast of the model (`.to(bfloat16)`, precision="bf16-true") would round the scales; casts skip integers.
+        # Casting the model (`.to(bfloat16)`, precision="bf16-true") would round the scales. Casts skip integers, so the
+        # scales are seen as integers meanwhile.
         for name in ("scale", "zero"):
             setattr(self, name, getattr(self, name).view(torch.int32))
         super()._apply(fn, recurse)
@@ -209,7 +236,7 @@ class Int4Linear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        """What the module shows of itself."""
+        """Describe the module for `repr`."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"group_size={self.group_size}"
@@ -217,7 +244,7 @@ class Int4Linear(nn.Module):
 
 
 class GroupLora(nn.Module):
-    """A low-rank adapter on an INT4 linear that sees every group of inputs as one number (QA-LoRA, arXiv 2309.14717).
+    """A low-rank adapter on an INT4 linear that pools every group of inputs (QA-LoRA, arXiv 2309.14717).
 
         y = W~ x + s B A pool(x),   s = alpha / r,   pool(x)[g] = sum of the inputs of group g / S
 
@@ -227,8 +254,15 @@ class GroupLora(nn.Module):
     Args:
         base_layer: the INT4 linear.
         rank: r.
-        alpha: updates are scaled by alpha / r.
+        alpha: the update is scaled by alpha / r.
         dropout: on the pooled inputs.
+
+    Example:
+        >>> adapter = GroupLora(Int4Linear.from_weight(torch.arange(16.0)[None], group_size=16), rank=1, alpha=1)
+        >>> adapter(torch.ones(1, 16)).item()  # B starts at zero
+        120.0
+        >>> isinstance(adapter.merge(), Int4Linear)
+        True
     """
 
     def __init__(self, base_layer: Int4Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -254,9 +288,12 @@ class GroupLora(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> Int4Linear:
-        """Move the adapter into the zeros of its INT4 linear, in place, and return that; the adapter is zero then.
+        """Add the adapter to the zeros of its INT4 linear, in place; the adapter is zero afterwards.
 
-        No unpacked weight is made, codes and scales stay, and outputs stay up to float32 rounding.
+        Codes and scales stay as they are, no weight is unpacked, and outputs are the same up to float32 rounding.
+
+        Returns:
+            The INT4 linear.
         """
         update = self.lora_B.float() @ self.lora_A.float()
         self.base_layer.add_to_zeros(self.scaling / self.base_layer.group_size * update)
@@ -264,5 +301,5 @@ class GroupLora(nn.Module):
         return self.base_layer
 
     def extra_repr(self) -> str:
-        """What the module shows of itself."""
+        """Describe the module for `repr`."""
         return f"rank={self.rank}, scaling={self.scaling:g}"

@@ -6,9 +6,9 @@
 
     W~ = scales * code + qbiases
 
-It is the one 4-bit layout of transformers with a float offset that can be saved, and loads without a package for
-quantisation on any device: kernels on Apple GPUs, plain linears in the dtype of `scales` everywhere else. One group
-size S holds for the whole model, and divides every width; any divisor of ours is the same numbers, scales repeated.
+It is the only 4-bit layout of transformers with a float offset that can be saved and that loads on any device without a
+quantisation package: with kernels on Apple GPUs, as plain linears in the dtype of `scales` elsewhere. The whole model
+has one group size S, which divides every width. A linear with larger groups is written with its scales repeated.
 
 Legend: O outputs, I inputs, S group size.
 """
@@ -31,40 +31,53 @@ from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 
 QUANT_METHOD = "metal"
 CODES_PER_WORD = 8
-"""Codes in one number, so group sizes are multiples of it."""
+"""Codes in one uint32; group sizes are multiples of it."""
 
 
 def read_int4_config(folder: str | Path) -> dict[str, Any] | None:
-    """`quantization_config` of a folder in this layout; None for any other folder.
+    """Read `quantization_config` of a folder in this layout; None for any other folder.
 
     Raises:
-        SourceNotFound: its group size is none.
+        SourceNotFound: its group size is not a positive multiple of 8.
+
+    Example:
+        >>> read_int4_config("no_such_folder") is None
+        True
     """
-    found = read_model_config(folder).get("quantization_config")
-    if not isinstance(found, dict) or found.get("quant_method") != QUANT_METHOD or found.get("bits") != 4:
+    config = read_model_config(folder).get("quantization_config")
+    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD or config.get("bits") != 4:
         return None
-    size = found.get("group_size")
+    size = config.get("group_size")
     if type(size) is not int or size < CODES_PER_WORD or size % CODES_PER_WORD:
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: config.json: group_size: expected a multiple of {CODES_PER_WORD}, got "
-            f"{size!r:.40}"
+            f"model {str(folder)!r}: cannot be loaded: config.json: group_size: expected a multiple of "
+            f"{CODES_PER_WORD}, got {size!r:.40}"
         )
-    return found
+    return config
 
 
 def find_common_group_size(model: Any) -> int:
-    """The largest group size that a model's own groups and its widths are multiples of.
+    """Find the largest group size that divides the model's own groups and its widths.
 
-    FFN channels do not count: channels of zeros can be added to them.
+    FFN widths are not considered, because channels of zeros can be added to them.
 
     Args:
         model: int4, without adapters.
 
     Raises:
-        BadQuantisation: below 8, or there are linears of GPT-2's kind; says which linear, and what to do.
+        BadQuantisation: it would be below 8, or there are Conv1D linears; names the linear and says what to do.
+
+    Example:
+        >>> from prunelit.quantization.quantize import quantize_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> linears = quantize_model(model, "int4", group_size=32)
+        >>> find_common_group_size(model)
+        16
     """
     down = get_architecture(model.config).down
-    found = 0
+    size = 0
     for linear in list_decoder_linears(model):
         module: Any = linear.module
         if getattr(module, CONV1D_MARK, False):
@@ -72,76 +85,92 @@ def find_common_group_size(model: Any) -> int:
                 f"{linear.name}: int4: expected a linear with weights [out, in], got Conv1D, which no reader takes in "
                 "4 bits; use format uniform or hetero"
             )
-        found = math.gcd(found, module.group_size, 0 if _is_down_projection(linear, down) else module.in_features)
-        if found < CODES_PER_WORD:
+        size = math.gcd(size, module.group_size, 0 if _is_down_projection(linear, down) else module.in_features)
+        if size < CODES_PER_WORD:
             raise BadQuantisation(
-                f"{linear.name}: int4: expected inputs in multiples of {CODES_PER_WORD}, got {module.in_features}; use format "
-                "uniform or hetero"
+                f"{linear.name}: int4: expected inputs in multiples of {CODES_PER_WORD}, got {module.in_features}; "
+                "use format uniform or hetero"
             )
-    return found
+    return size
 
 
 def make_int4_tensors(
     linear: Int4Linear, size: int, outputs: int, inputs: int, parts: int, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A linear as the file has it, by the last part of the name; the bias too.
+    """Make the tensors of a linear as the file has them, by the last part of their names; the bias too.
 
     Args:
         linear: O outputs, I inputs; its group size is a multiple of `size`.
         size: the file's group size.
         outputs: rows in the file, at least O.
-        inputs: columns in the file, the next multiple of `size` from I on.
-        parts: how many blocks of rows the linear has; rows of zeros are added to each.
+        inputs: columns in the file: I, rounded up to a multiple of `size`.
+        parts: number of equal blocks of rows in the linear, 2 for a fused gate and up; rows of zeros are added to each.
         dtype: of scales, zeros and bias.
+
+    Example:
+        >>> linear = Int4Linear(in_features=32, out_features=4)
+        >>> tensors = make_int4_tensors(linear, size=16, outputs=4, inputs=32, parts=1, dtype=torch.float32)
+        >>> {name: tuple(values.shape) for name, values in tensors.items()}
+        {'weight': (4, 4), 'scales': (4, 2), 'qbiases': (4, 2)}
     """
     repeat, groups = linear.group_size // size, inputs // size
     codes = pad_row_blocks(linear.packed[:, : inputs // 2], outputs, parts)
-    found = {"weight": codes.contiguous().view(torch.uint32)}
+    tensors = {"weight": codes.contiguous().view(torch.uint32)}
     for name, values in (("scales", linear.scale), ("qbiases", linear.zero)):
-        own = values.repeat_interleave(repeat, 1)[:, :groups].to(dtype)
-        found[name] = pad_row_blocks(own, outputs, parts).contiguous()
+        file_values = values.repeat_interleave(repeat, 1)[:, :groups].to(dtype)
+        tensors[name] = pad_row_blocks(file_values, outputs, parts).contiguous()
     if linear.bias is not None:
-        found["bias"] = pad_row_blocks(linear.bias.detach()[:, None], outputs, parts)[:, 0].to(dtype).contiguous()
-    return found
+        tensors["bias"] = pad_row_blocks(linear.bias.detach()[:, None], outputs, parts)[:, 0].to(dtype).contiguous()
+    return tensors
 
 
 def pad_row_blocks(values: Tensor, rows: int, parts: int = 1) -> Tensor:
-    """Rows of zeros added at the end of each of the equal parts of a matrix, until it has `rows`."""
-    more = (rows - len(values)) // parts
-    return functional.pad(values.unflatten(0, (parts, -1)), (0, 0, 0, more)).flatten(0, 1) if more else values
+    """Add rows of zeros at the end of each of the equal parts of a matrix, until it has `rows`.
+
+    Example:
+        >>> pad_row_blocks(torch.ones(2, 1), rows=4, parts=2).flatten()
+        tensor([1., 0., 1., 0.])
+    """
+    added = (rows - len(values)) // parts
+    return functional.pad(values.unflatten(0, (parts, -1)), (0, 0, 0, added)).flatten(0, 1) if added else values
 
 
 @torch.no_grad()
 def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
-    """The model of a folder in this layout, its linears still in 4 bits.
+    """Read the model of a folder in this layout; its linears stay in 4 bits.
 
     Args:
         folder: local, with safetensors.
-        kind: class with per-layer shapes, None for a stock folder.
-        dtype: of everything else; "auto": as saved.
+        kind: class with per-layer shapes; None for a stock folder.
+        dtype: of all other weights; "auto": as saved.
+
+    Returns:
+        The model, frozen and in eval mode.
 
     Raises:
-        SourceNotFound: weights are missing, or of another shape.
+        SourceNotFound: weights are missing, or have another shape than the config says.
+
+    Example: see `prunelit.load`.
     """
     files, config = SafetensorsFolder(folder), read_model_config(folder)
-    own = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
-    model = build_meta_model(folder, kind, own, torch.device("cpu"))
+    other_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
+    model = build_meta_model(folder, kind, other_dtype, torch.device("cpu"))
     del model.config.quantization_config
     names = files.match_names(model)
     for name, module in list(model.named_modules()):
         weight = names.get(f"{name}.weight", "")
-        beside = [f"{weight.removesuffix('weight')}{last}" for last in ("scales", "qbiases")]
-        if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in beside):
-            codes, scale, zero = (files.map_tensor(key) for key in (weight, *beside))
+        offset_names = [f"{weight.removesuffix('weight')}{last}" for last in ("scales", "qbiases")]
+        if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in offset_names):
+            codes, scale, zero = (files.map_tensor(key) for key in (weight, *offset_names))
             if codes.shape != (module.out_features, module.in_features // CODES_PER_WORD):
                 raise _make_shape_error(
                     folder, weight, f"[{module.out_features}, {module.in_features // CODES_PER_WORD}]", codes
                 )
             groups = module.in_features // config["quantization_config"]["group_size"]
             if not scale.shape == zero.shape == (module.out_features, groups):
-                wanted = f"scales and qbiases [{module.out_features}, {groups}]"
+                expected = f"scales and qbiases [{module.out_features}, {groups}]"
                 raise _make_shape_error(
-                    folder, name, wanted, scale if scale.shape != (module.out_features, groups) else zero
+                    folder, name, expected, scale if scale.shape != (module.out_features, groups) else zero
                 )
             packed = codes.clone().view(torch.uint8)
             parts = (packed, scale.float().clone(), zero.float().clone())
@@ -160,10 +189,10 @@ def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, nn.Parameter(value) if isinstance(empty, nn.Parameter) else value)
     model.tie_weights(missing_keys=missing, recompute_mapping=False)
-    if lost := [name for name, value in model.state_dict().items() if value.is_meta]:
+    if unread := [name for name, value in model.state_dict().items() if value.is_meta]:
         raise SourceNotFound(
-            f"model {str(folder)!r}: can not be loaded: expected all weights, got none for {len(lost)} of them "
-            f"({lost[0]}, ...); the files are incomplete or belong to another config"
+            f"model {str(folder)!r}: cannot be loaded: expected all weights, got none for {len(unread)} of them "
+            f"({unread[0]}, ...); the files are incomplete or belong to another config"
         )
     return model.requires_grad_(False).eval()
 
@@ -172,7 +201,7 @@ def _is_down_projection(linear: DecoderLinear, down: str) -> bool:
     return linear.kind == "ffn" and linear.path.split(".")[-1] == down
 
 
-def _make_shape_error(folder: Path, name: str, wanted: str, got: Tensor) -> SourceNotFound:
+def _make_shape_error(folder: Path, name: str, expected: str, got: Tensor) -> SourceNotFound:
     return SourceNotFound(
-        f"model {str(folder)!r}: {name}: expected {wanted}, got {list(got.shape)}; the files belong to another config"
+        f"model {str(folder)!r}: {name}: expected {expected}, got {list(got.shape)}; the files belong to another config"
     )

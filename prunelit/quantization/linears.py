@@ -1,4 +1,4 @@
-"""The prunable linears of a model, by layer and block: plain, quantised, or with adapters on them."""
+"""Lists the prunable linears of a model by layer and block, whether plain, quantised or with adapters."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +14,15 @@ LinearKind = Literal["attention", "ffn"]
 
 
 class DecoderLinear(NamedTuple):
-    """A prunable linear: number of its layer, its block, path below the layer, path below the model, module."""
+    """A prunable linear.
+
+    Attributes:
+        layer: number of its layer.
+        kind: its block.
+        path: path below the layer.
+        name: path below the model.
+        module: the linear, or the adapter around it.
+    """
 
     layer: int
     kind: LinearKind
@@ -24,14 +32,20 @@ class DecoderLinear(NamedTuple):
 
 
 def list_decoder_linears(model: Any) -> list[DecoderLinear]:
-    """The prunable linears of a causal LM's layers in order: plain, quantised or with adapters; no removed blocks.
+    """List the prunable linears of a causal LM, layer by layer; removed blocks have none.
 
     Args:
-        model: transformers model, or the PEFT model around it; paths are those of the former.
+        model: transformers model, or the PEFT model around it; the paths are those of the transformers model.
 
     Raises:
         UnknownArchitecture: no declaration for the model.
-        DeclarationMismatch: no decoder layers where the declaration has them.
+        DeclarationMismatch: the model has no decoder layers where the declaration says.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> [linear.path for linear in list_decoder_linears(LlamaForCausalLM(LlamaConfig(**sizes)))][-2:]
+        ['mlp.up_proj', 'mlp.down_proj']
     """
     model = unwrap_peft_model(model)
     names = get_architecture(model.config)
@@ -43,9 +57,9 @@ def list_decoder_linears(model: Any) -> list[DecoderLinear]:
         )
     qkv = (names.fused_qkv,) if names.fused_qkv else (names.query, names.key, names.value)
     ffn_in = (names.fused_gate_up,) if names.fused_gate_up else (names.gate, names.up)
-    below = names.mlp and f"{names.mlp}."
+    prefix = names.mlp and f"{names.mlp}."
     paths: list[tuple[LinearKind, str]] = [("attention", f"{names.attention}.{name}") for name in (*qkv, names.output)]
-    paths += [("ffn", f"{below}{name}") for name in (*ffn_in, names.down) if name]
+    paths += [("ffn", f"{prefix}{name}") for name in (*ffn_in, names.down) if name]
     return [
         DecoderLinear(index, kind, path, f"{names.layers}.{index}.{path}", module)
         for index, layer in enumerate(layers)
@@ -57,19 +71,34 @@ def list_decoder_linears(model: Any) -> list[DecoderLinear]:
 
 
 def get_linear_widths(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear: plain, Conv1D, quantised or with an adapter."""
+    """Get outputs and inputs of a linear: plain, Conv1D, quantised or with an adapter.
+
+    Example:
+        >>> get_linear_widths(nn.Linear(in_features=2, out_features=3))
+        (3, 2)
+    """
     if is_conv1d(module):
         return module.nf, module.nx
     return module.out_features, module.in_features
 
 
 def has_adapters(model: Any) -> bool:
-    """Whether a model carries adapters: PEFT's, or those of int4."""
+    """Whether a model has adapters: PEFT's, or those on INT4 linears.
+
+    Example:
+        >>> has_adapters(nn.Linear(2, 2))
+        False
+    """
     return hasattr(model, "peft_config") or any(isinstance(module, GroupLora) for module in model.modules())
 
 
 def get_quantization(model: nn.Module) -> Literal["nf4", "int4"] | None:
-    """What a model's linears were quantised to; None where they are plain."""
+    """Get the format that a model's linears are quantised to; None if they are plain.
+
+    Example:
+        >>> get_quantization(nn.Sequential(Int4Linear(32, 4)))
+        'int4'
+    """
     for module in model.modules():
         if isinstance(module, Int4Linear):
             return "int4"
@@ -79,10 +108,22 @@ def get_quantization(model: nn.Module) -> Literal["nf4", "int4"] | None:
 
 
 def unwrap_peft_model(model: Any) -> Any:
-    """The transformers model below PEFT's."""
+    """Get the transformers model below a PEFT model; any other model is returned as it is.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> unwrap_peft_model(linear) is linear
+        True
+    """
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def is_nf4(module: nn.Module) -> bool:
-    """bitsandbytes' linear, and not PEFT's of the same name around it; told without importing either."""
+    """Whether a module is bitsandbytes' 4-bit linear, and not PEFT's adapter of the same name around it.
+
+    Example:
+        >>> is_nf4(nn.Linear(2, 2))
+        False
+    """
+    # By name, because bitsandbytes is optional and slow to import.
     return type(module).__name__ == "Linear4bit" and not hasattr(module, "base_layer")

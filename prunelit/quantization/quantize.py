@@ -1,8 +1,8 @@
-"""4-bit bases under adapters: group-wise INT4 (`prunelit.quantization.int4`) or NF4 (bitsandbytes; QLoRA, arXiv 2305.14314).
+"""Quantises a base under adapters to 4 bits: group-wise INT4 (`prunelit.quantization.int4`) or NF4 (bitsandbytes).
 
-On CPUs bitsandbytes gives wrong weights, without an error, for many widths that pruning leaves. So widths are checked
-before anything is quantised, and every linear is compared with its original before it replaces it. On CUDA widths are
-not restricted (that path has not been run here).
+NF4 is the data type of QLoRA (arXiv 2305.14314). On CPUs bitsandbytes gives wrong weights, without an error, for many
+widths that pruning leaves. So widths are checked before anything is quantised, and every linear is compared with its
+original before it replaces it. On CUDA widths are not restricted (that path has not been run here).
 """
 
 import logging
@@ -27,16 +27,24 @@ from prunelit.runtime.progress import track_progress
 
 Base = Literal["none", "nf4", "int4"]
 BASES = ("none", "nf4", "int4")
-_NF4_BLOCK = 64  # other sizes are wrong on CPUs at more widths
-_NF4_ERROR_BOUND = 0.15  # right results are near 0.09, wrong ones were 0.2 to 1.2
-CONV1D_MARK = "prunelit_conv1d"  # on quantised modules that stand for transformers' Conv1D
+_NF4_BLOCK = 64  # on CPUs, other sizes give wrong weights at more widths
+_NF4_ERROR_BOUND = 0.15  # correct results are near 0.09, wrong ones were 0.2 to 1.2
+CONV1D_MARK = "prunelit_conv1d"
+"""Attribute of quantised modules that replace transformers' Conv1D."""
 
-# Said at import on CPUs where an optional kernel of the hub is missing; PEFT imports bitsandbytes too.
+# bitsandbytes warns at import on CPUs that lack an optional kernel of the hub; PEFT imports bitsandbytes too.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Misfit(NamedTuple):
-    """A linear whose inputs are no multiple of what its base wants; `align` would make them one, where it can."""
+    """A linear whose number of inputs does not suit its base.
+
+    Attributes:
+        name: path of the linear.
+        in_features: its inputs.
+        multiple: what the inputs should be a multiple of.
+        align: value of the pruning option `align` that would make them one; None if they are not FFN channels.
+    """
 
     name: str
     in_features: int
@@ -45,7 +53,7 @@ class Misfit(NamedTuple):
 
 
 class QuantizedLinear(NamedTuple):
-    """A linear that was quantised, and its relative error |W~ - W| / |W| (Frobenius)."""
+    """A linear that was quantised, and its relative error |W~ - W| / |W| in the Frobenius norm."""
 
     name: str
     out_features: int
@@ -54,10 +62,19 @@ class QuantizedLinear(NamedTuple):
 
 
 def check_base_options(base: str, group_size: int = 32) -> None:
-    """Check the options of `quantize_model` before a model is there.
+    """Check the options of `quantize_model` before a model is loaded.
+
+    Args:
+        base: one of BASES.
+        group_size: of int4.
 
     Raises:
-        BadOption: no such base or group size, or bitsandbytes is not installed.
+        BadOption: the base or group size is unknown, or bitsandbytes is not installed.
+
+    Example:
+        >>> check_base_options("int8")
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: base: expected one of none, nf4, int4, got 'int8'
     """
     if base not in BASES:
         raise BadOption(f"base: expected one of {', '.join(BASES)}, got {base!r}")
@@ -67,45 +84,61 @@ def check_base_options(base: str, group_size: int = 32) -> None:
 
 
 def find_misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
-    """Linears that a base does not take as they are.
+    """Find the linears whose number of inputs does not suit a base.
 
-    With int4 their last group is padded, which costs memory and nothing else. With nf4 on a CPU `check_base_shapes` refuses
-    them. `align` is the option of pruning methods (kept FFN widths are multiples of it) that would fit the linear; None
-    where hidden size or heads are what does not divide.
+    With int4 their last group is padded, which costs memory and nothing else. With nf4 on a CPU `check_base_shapes`
+    refuses them; on CUDA they are not misfits.
 
     Args:
-        model: dense or cut, not yet quantised.
-        base: "none" and, on CUDA, "nf4" have no misfits.
+        model: dense or pruned, not yet quantised.
+        base: "none" has no misfits.
         group_size: of int4.
+
+    Raises:
+        BadOption: see `check_base_options`.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> [(misfit.in_features, misfit.align) for misfit in find_misfits(model, "int4", group_size=64)][-1]
+        (32, 64)
     """
     check_base_options(base, group_size)
     if base == "none":
         return []
-    wanted = _NF4_BLOCK if base == "nf4" else group_size
+    multiple = _NF4_BLOCK if base == "nf4" else group_size
     down = get_architecture(model.config).down
-    found = []
+    misfits = []
     for linear in list_decoder_linears(model):
         width = get_linear_widths(linear.module)[1]
-        if width % wanted and (base == "int4" or get_weight_out_in(linear.module).device.type == "cpu"):
+        if width % multiple and (base == "int4" or get_weight_out_in(linear.module).device.type == "cpu"):
             from_channels = linear.kind == "ffn" and linear.path.split(".")[-1] == down
-            found.append(Misfit(linear.name, width, wanted, wanted if from_channels else None))
-    return found
+            misfits.append(Misfit(linear.name, width, multiple, multiple if from_channels else None))
+    return misfits
 
 
 def check_base_shapes(model: Any, base: Base, group_size: int = 32) -> None:
-    """Raise where a base would be wrong at some width; call it as soon as the model is cut.
+    """Check that a base gives correct weights at every width of a model; call it as soon as the model is pruned.
+
+    Args:
+        model: dense or pruned, not yet quantised.
+        base: one of BASES.
+        group_size: of int4.
 
     Raises:
-        BadOption: no such base or group size, or bitsandbytes is not installed.
-        BadQuantisation: nf4 on a CPU with inputs that are no multiple of 64.
+        BadOption: see `check_base_options`.
+        BadQuantisation: nf4 on a CPU with inputs that are not a multiple of 64.
+
+    Example: see `find_misfits`.
     """
-    found = find_misfits(model, base, group_size)
-    if found and base == "nf4":
-        first = found[0]
+    misfits = find_misfits(model, base, group_size)
+    if misfits and base == "nf4":
+        first = misfits[0]
         remedy = f"cut with align: {first.align}, or " if first.align else ""
         raise BadQuantisation(
             f"{first.name}: nf4 on a CPU: expected inputs in multiples of {first.multiple}, got {first.in_features} "
-            f"({len(found)} such linears); {remedy}use base int4 or none"
+            f"({len(misfits)} such linears); {remedy}use base int4 or none"
         )
 
 
@@ -119,23 +152,32 @@ def quantize_model(
 ) -> list[QuantizedLinear]:
     """Replace every prunable linear of the decoder layers by a 4-bit one, in place, and freeze the model.
 
-    Embeddings, norms and the output projection stay as they are. Every linear is dequantised and compared with its
-    original first. One linear at a time; the full-precision weight is freed as soon as nothing else holds it.
+    Embeddings, norms and the output projection stay as they are. Every new linear is dequantised and compared with its
+    original before it replaces it. This is done one linear at a time, so the full-precision weights are freed one by
+    one.
 
     Args:
-        model: dense or cut, without adapters.
-        base: "none" leaves the model alone.
+        model: dense or pruned, without adapters.
+        base: "none" leaves the model as it is.
         group_size: inputs per group of int4; nf4 has blocks of 64.
-        compute_dtype: dtype of the products; None: int4 that of the input, nf4 that of the weight.
-        double_quant: nf4's own statistics are quantised too.
+        compute_dtype: dtype of the products; None: the dtype of the input with int4, of the weight with nf4.
+        double_quant: whether nf4's statistics are quantised too.
 
     Returns:
         One record per linear, in the order of the layers.
 
     Raises:
-        BadOption: no such base or group size, or bitsandbytes is not installed.
-        BadQuantisation: widths that nf4 does not take (nothing was changed then), a model that is quantised or has
-            adapters already, or a linear that came out wrong (those before it are replaced).
+        BadOption: see `check_base_options`.
+        BadQuantisation: nf4 does not take a width, or the model is quantised or has adapters already (nothing is
+            changed then); or a linear's error is too large (the linears before it are replaced).
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> records = quantize_model(model, "int4", group_size=16)
+        >>> len(records), records[0].name
+        (7, 'model.layers.0.self_attn.q_proj')
     """
     check_base_options(base, group_size)
     if base == "none":
@@ -145,7 +187,7 @@ def quantize_model(
     check_base_shapes(model, base, group_size)
     model.requires_grad_(False)
     records = []
-    names = [linear.name for linear in list_decoder_linears(model)]  # a list of modules would hold all weights
+    names = [linear.name for linear in list_decoder_linears(model)]  # a list of modules would keep all weights alive
     for name in track_progress(names, f"rounding to {base}", unit="linear"):
         old = find(model, name)
         weight = get_weight_out_in(old)
@@ -163,22 +205,31 @@ def quantize_model(
         setattr(new, CONV1D_MARK, is_conv1d(old))
         replace_module(model, name, new)
     if base == "nf4":
-        model.is_loaded_in_4bit = True  # PEFT takes its 4-bit adapters where it finds this
+        model.is_loaded_in_4bit = True  # PEFT chooses its 4-bit adapters by this attribute
     return records
 
 
 @torch.no_grad()
 def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """Make every 4-bit linear a plain one again, in place: what stock formats hold.
+    """Replace every 4-bit linear by a plain one with the rounded weights, in place, as stock formats need it.
 
-    The weights are the rounded ones. For int4 after `lora.merge_adapters`; out of nf4 with adapters goes `lora.merge_into_full_precision`.
+    Adapters on int4 are merged first by `prunelit.recovery.lora.merge_adapters`; a model of nf4 with adapters goes
+    through `prunelit.recovery.lora.merge_into_full_precision` instead.
 
     Args:
-        model: quantised, without adapters; a plain one is returned as it is.
-        dtype: of the weights; None: that of the model's first floating-point parameter.
+        model: quantised, without adapters; a plain model is reis_transposed as it is.
+        dtype: of the weights; None: the dtype of the model's first floating-point parameter.
 
     Raises:
         BadQuantisation: the model still has adapters.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> records = quantize_model(model, "int4", group_size=16)
+        >>> type(dequantize_model(model).model.layers[0].mlp.down_proj).__name__
+        'Linear'
     """
     if has_adapters(model):
         raise BadQuantisation("dequantised: expected a model without adapters, got some; merge them first")
@@ -192,45 +243,56 @@ def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 
 def measure_base_memory(model: nn.Module) -> dict[str, float]:
-    """What the base costs in memory, for reports.
+    """Measure the memory of the base and count parameters, for reports.
 
     Returns:
-        trainable_parameters; parameters, adapters included; base_bytes of everything but adapters, with scales, zeros
-        and nf4's statistics; bytes_per_base_parameter, where a 4-bit linear counts O I parameters.
+        trainable_parameters; parameters, with adapters; base_bytes: everything but adapters, with scales, zeros and
+        nf4's statistics; bytes_per_base_parameter, where a 4-bit linear counts as O I parameters.
+
+    Example:
+        >>> measure_base_memory(nn.Linear(2, 2))["bytes_per_base_parameter"]
+        4.0
     """
-    trainable = base = adapters = held = 0
-    seen: set[int] = set()  # tied weights, and tables that all nf4 linears share
+    trainable = base = adapters = base_bytes = 0
+    counted: set[int] = set()  # ids of tied weights, and of tables that all nf4 linears share
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             base += module.in_features * module.out_features
-            held += sum(_count_bytes(buffer) for buffer in module.buffers(recurse=False))
-        for own, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen:
+            base_bytes += sum(_count_bytes(buffer) for buffer in module.buffers(recurse=False))
+        for own_name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in counted:
                 continue
-            seen.add(id(parameter))
+            counted.add(id(parameter))
             state = getattr(parameter, "quant_state", None)
             count = state.shape.numel() if state is not None else parameter.numel()
             trainable += count if parameter.requires_grad else 0
-            if "lora_" in f"{name}.{own}":
+            if "lora_" in f"{name}.{own_name}":
                 adapters += count
             else:
                 base += count
-                held += _count_bytes(parameter)
-                held += sum(_count_bytes(tensor) for tensor in _collect_nf4_statistics(state) if id(tensor) not in seen)
-                seen.update(map(id, _collect_nf4_statistics(state)))
+                base_bytes += _count_bytes(parameter)
+                base_bytes += sum(
+                    _count_bytes(tensor) for tensor in _collect_nf4_statistics(state) if id(tensor) not in counted
+                )
+                counted.update(map(id, _collect_nf4_statistics(state)))
     return {
         "trainable_parameters": trainable,
         "parameters": base + adapters,
-        "base_bytes": held,
-        "bytes_per_base_parameter": held / base,
+        "base_bytes": base_bytes,
+        "bytes_per_base_parameter": base_bytes / base,
     }
 
 
 def import_bitsandbytes(needed_by: str = "base nf4") -> Any:
-    """The package.
+    """Import the optional package bitsandbytes.
+
+    Args:
+        needed_by: the option that needs it, for the message.
 
     Raises:
         BadOption: it is not installed.
+
+    Example: see `quantize_model`.
     """
     try:
         import bitsandbytes
@@ -240,11 +302,11 @@ def import_bitsandbytes(needed_by: str = "base nf4") -> Any:
 
 
 def _make_nf4_linear(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool) -> Any:
-    """A linear of bitsandbytes from a weight [O, I], on the weight's device."""
+    """Make a linear of bitsandbytes from a weight [O, I], on the weight's device."""
     nn4 = import_bitsandbytes().nn
     rows, width = weight.shape
     linear = nn4.Linear4bit(width, rows, False, compute_dtype, double_quant, "nf4", device="meta")
-    # It quantises when it is moved, and `module` is how the linear learns the statistics.
+    # Params4bit quantises when it is moved to a device, and hands the statistics to the linear through `module`.
     linear.weight = nn4.Params4bit(
         weight.contiguous(),
         requires_grad=False,
@@ -254,14 +316,14 @@ def _make_nf4_linear(weight: Tensor, bias: nn.Parameter | None, compute_dtype: t
         module=linear,
     )
     linear.bias = bias
-    # Evaluation on some CPUs would put the weights into another order, in bfloat16, for good: then merges are garbage,
-    # statistics change with every saved state, and, without double quantisation, all later outputs are wrong.
+    # In eval mode bitsandbytes would repack the weights on some CPUs, in bfloat16, and never undo it: then merges are
+    # wrong, saving changes the statistics, and, without double quantisation, all later outputs are wrong.
     linear.support_avx512bf16_for_cpu = False
     return linear.to(weight.device)
 
 
 def _dequantize_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [O, I] that a quantised linear stands for."""
+    """Compute the weight [O, I] of a quantised linear."""
     if isinstance(module, Int4Linear):
         return module.dequantize_weight(dtype or torch.float32)
     state = module.weight.quant_state
@@ -271,13 +333,13 @@ def _dequantize_weight(module: Any, dtype: torch.dtype | None = None) -> Tensor:
     return cast(Tensor, weight.to(dtype or weight.dtype))
 
 
-def _measure_relative_error(weight: Tensor, other: Tensor) -> float:
-    difference, norm = (other.float() - weight.float()).norm().item(), weight.float().norm().item()
+def _measure_relative_error(weight: Tensor, rounded: Tensor) -> float:
+    difference, norm = (rounded.float() - weight.float()).norm().item(), weight.float().norm().item()
     return difference / norm if norm else difference
 
 
 def _check_relative_error(record: QuantizedLinear, base: str, bound: float) -> None:
-    if not record.error <= bound:  # NaN too
+    if not record.error <= bound:  # also catches NaN
         remedy = "cut with align: 64, or use base int4 or none" if base == "nf4" else "use base none"
         raise BadQuantisation(
             f"{record.name}: {base}: expected weights within a relative error of {bound:.3f} after quantising, got "
@@ -286,14 +348,14 @@ def _check_relative_error(record: QuantizedLinear, base: str, bound: float) -> N
 
 
 def _make_plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
-    """A plain linear (or Conv1D, where it was one) with the weight of a quantised one."""
+    """Make a plain linear, or Conv1D if it was one, with the weight of a quantised linear."""
     from transformers.pytorch_utils import Conv1D
 
     weight = _dequantize_weight(module, dtype)
-    turned = getattr(module, CONV1D_MARK, False)
-    linear: Any = Conv1D(1, 1) if turned else nn.Linear(1, 1, bias=module.bias is not None, device="meta")
+    is_transposed = getattr(module, CONV1D_MARK, False)
+    linear: Any = Conv1D(1, 1) if is_transposed else nn.Linear(1, 1, bias=module.bias is not None, device="meta")
     linear.requires_grad_(False)
-    set_linear(linear, weight.T.contiguous() if turned else weight.contiguous(), _cast_bias(module.bias, dtype))
+    set_linear(linear, weight.T.contiguous() if is_transposed else weight.contiguous(), _cast_bias(module.bias, dtype))
     return cast(nn.Module, linear)
 
 
@@ -306,7 +368,7 @@ def _count_bytes(tensor: Tensor) -> int:
 
 
 def _collect_nf4_statistics(state: Any) -> list[Tensor]:
-    """Tensors that an nf4 weight needs beside its codes."""
-    inner = getattr(state, "state2", None)
-    found = [getattr(part, name, None) for part in (state, inner) for name in ("absmax", "code", "offset")]
-    return [tensor for tensor in found if isinstance(tensor, Tensor)]
+    """Collect the tensors that an nf4 weight needs besides its codes."""
+    inner_state = getattr(state, "state2", None)  # the statistics of double quantisation
+    values = [getattr(part, name, None) for part in (state, inner_state) for name in ("absmax", "code", "offset")]
+    return [value for value in values if isinstance(value, Tensor)]

@@ -1,4 +1,4 @@
-"""A 4-bit or adapted model seen otherwise, made of the same tensors: with plain linears, without adapters."""
+"""Copies of a model that share its tensors, but have plain linears, or no adapters."""
 
 from typing import Any
 
@@ -13,46 +13,60 @@ from prunelit.quantization.quantize import CONV1D_MARK
 
 
 def view_as_plain_linears(model: Any, multiple: int = 1) -> Any:
-    """A 4-bit model as it would be with plain linears, which take no memory here: for shapes, classes and costs.
+    """Copy a 4-bit model with plain linears on the meta device, to read off shapes, classes and costs.
 
     Args:
-        model: int4 or nf4, without adapters; a plain one is returned as it is.
-        multiple: FFN widths are rounded up to it, as if channels of zeros were added.
+        model: int4 or nf4, without adapters; a plain model is returned as it is.
+        multiple: FFN widths are rounded up to a multiple of it, as if channels of zeros were added.
+
+    Example:
+        >>> from prunelit.quantization.quantize import quantize_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> linears = quantize_model(model, "int4", group_size=16)
+        >>> view_as_plain_linears(model).model.layers[0].mlp.down_proj.weight.device
+        device(type='meta')
     """
     if get_quantization(model) is None:
         return model
-    other = copy_sharing_tensors(model)
+    copied = copy_sharing_tensors(model)
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    for linear in list_decoder_linears(other):
+    for linear in list_decoder_linears(copied):
         outputs, inputs = get_linear_widths(linear.module)
-        replace_module(other, linear.name, _make_empty_linear(linear.module, outputs, inputs, dtype))
-    decoder = Decoder(other)
+        replace_module(copied, linear.name, _make_empty_linear(linear.module, outputs, inputs, dtype))
+    decoder = Decoder(copied)
     for layer in decoder:
         channels = layer.shape.ffn_channels
-        more = -channels % multiple
-        if more:
-            for into in layer.ffn_in:
-                outputs, inputs = get_linear_widths(into)
-                _resize_empty_linear(into, outputs + outputs // channels * more, inputs)
-            _resize_empty_linear(layer.down, get_linear_widths(layer.down)[0], channels + more)
-            set_counters(layer.module, decoder.architecture, other.config, 0, 0, channels + more)
-    return other
+        added = -channels % multiple
+        if added:
+            for linear_in in layer.ffn_in:
+                outputs, inputs = get_linear_widths(linear_in)
+                _resize_empty_linear(linear_in, outputs + outputs // channels * added, inputs)
+            _resize_empty_linear(layer.down, get_linear_widths(layer.down)[0], channels + added)
+            set_counters(layer.module, decoder.architecture, copied.config, 0, 0, channels + added)
+    return copied
 
 
 def view_without_adapters(model: Any) -> Any:
-    """The model without its adapters: a copy that shares all tensors; itself where there are none.
+    """Copy a model without its adapters; a model without adapters is returned as it is.
 
     Args:
-        model: PEFT's, or int4 with adapters.
+        model: a PEFT model, or an int4 model with adapters.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> view_without_adapters(linear) is linear
+        True
     """
     if not has_adapters(model):
         return model
-    other = copy_sharing_tensors(model)
-    if hasattr(other, "peft_config"):
-        return other.unload()
-    for linear in list_decoder_linears(other):
-        replace_module(other, linear.name, getattr(linear.module, "base_layer", linear.module))
-    return other
+    copied = copy_sharing_tensors(model)
+    if hasattr(copied, "peft_config"):
+        return copied.unload()
+    for linear in list_decoder_linears(copied):
+        replace_module(copied, linear.name, getattr(linear.module, "base_layer", linear.module))
+    return copied
 
 
 def _make_empty_linear(module: Any, outputs: int, inputs: int, dtype: torch.dtype) -> nn.Module:

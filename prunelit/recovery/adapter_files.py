@@ -10,7 +10,6 @@ Legend: O outputs, I inputs, S group size, G groups, r rank.
 import copy
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,23 +17,21 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
 from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder
-from prunelit.model.quiet import silence_transformers
-from prunelit.quantization.int4 import GroupLora, Int4Linear
+from prunelit.quantization.int4 import GroupLora
 from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
-from prunelit.quantization.linears import get_linear_widths, get_quantization, list_decoder_linears, unwrap_peft_model
+from prunelit.quantization.linears import get_linear_widths, list_decoder_linears, unwrap_peft_model
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.recovery.lora import build_peft_config
 from prunelit.runtime.errors import BadAdapter
-from prunelit.runtime.progress import show_stage
 
 CONFIG_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
+KEY_PREFIX = "base_model.model."
 ShapeByName = Mapping[str, tuple[int, int]]
 """Shapes [O, I] of linears by name."""
 
@@ -78,7 +75,7 @@ def write_adapter(model: Any, folder: Path, base: str, padded_base: Any = None) 
     tensors = {}
     for name, (a, b) in adapters.items():
         for part, value in (("lora_A", a), ("lora_B", b)):
-            tensors[f"{_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
+            tensors[f"{KEY_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read; other files follow the umask.
     (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)
@@ -218,7 +215,7 @@ def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
-                name, _, part = key.removeprefix(_PREFIX).rpartition(".lora_")
+                name, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
                 if part == "A.weight":
                     inputs[name] = file.get_slice(key).get_shape()[1]
                 elif part == "B.weight":

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunelit.data import instructions as instruction_data
 from prunelit.data import loading, sources, text
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NotEnoughText
 
 
@@ -243,10 +244,10 @@ def _take_windows_evenly(windows_by_source: Sequence[Tensor], count: int) -> tup
 
 
 def _fingerprint_windows(windows: Tensor) -> set[str]:
-    return {text.fingerprint_token_ids(window) for window in windows}
+    return {fingerprints.fingerprint_token_ids(window) for window in windows}
 
 
 def _drop_known_windows(windows: Tensor, known_prints: set[str]) -> Tensor:
     """Drop the windows whose fingerprint is known."""
-    is_new = [text.fingerprint_token_ids(window) not in known_prints for window in windows]
+    is_new = [fingerprints.fingerprint_token_ids(window) not in known_prints for window in windows]
     return windows[torch.tensor(is_new, dtype=torch.bool)] if len(windows) else windows

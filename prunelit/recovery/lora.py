@@ -6,7 +6,6 @@ On plain and NF4 linears the adapters are PEFT's, so they are saved in PEFT's fo
 Source: Hu et al., "LoRA", arXiv 2106.09685; the placement on every prunable linear is that of LLM-Pruner's recovery.
 """
 
-import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -22,13 +21,11 @@ from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import (
     DecoderLinear,
-    get_linear_widths,
     get_quantization,
     has_adapters,
     list_decoder_linears,
 )
 from prunelit.runtime.errors import BadOption, BadQuantisation
-from prunelit.runtime.progress import show_stage
 
 BLOCK_KINDS = ("attention", "ffn")
 RanksByBlock = Mapping[str, int] | Sequence[Mapping[str, int]]
@@ -240,95 +237,6 @@ def group_parameters(
         {"name": "ffn", "params": [p for p in trainable if id(p) in ffn], "lr": ffn_learning_rate},
     ]
     return [group for group in groups if group["params"]]
-
-
-def merge_adapters(model: Any) -> nn.Module:
-    """Merge a model's adapters into its weights, in place.
-
-    On int4 the adapters go into the zeros of the groups: the model stays in 4 bits and gives the same outputs.
-
-    Args:
-        model: a PEFT model, an int4 model with adapters, or a model without adapters.
-
-    Returns:
-        The transformers model; `model` itself where it has no adapters.
-
-    Raises:
-        BadQuantisation: adapters on nf4. Merging there rounds again, which loses much of the adapter. After an
-            evaluation on a CPU, bitsandbytes also holds the weights in another order, and the result is garbage.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
-        >>> adapted = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), rank=4, alpha=8, dropout=0.0)
-        >>> type(merge_adapters(adapted)).__name__
-        'LlamaForCausalLM'
-    """
-    if not has_adapters(model):
-        return cast(nn.Module, model)
-    if get_quantization(model) == "nf4":
-        raise BadQuantisation(
-            "merge_adapters: expected adapters on a base in full precision or int4, got nf4, which cannot take them "
-            "without loss; give prunelit.recovery.lora.merge_into_full_precision the pruned model in full precision"
-        )
-    if hasattr(model, "merge_and_unload"):
-        with show_stage("merging the adapters"):
-            return cast(nn.Module, model.merge_and_unload())
-    for linear in list_decoder_linears(model):
-        if isinstance(linear.module, GroupLora):
-            replace_module(model, linear.name, linear.module.merge())
-    return cast(nn.Module, model)
-
-
-def merge_into_full_precision(full_base: Any, adapted: Any) -> nn.Module:
-    """Merge PEFT adapters into another copy of their base in full precision; this is the way out of nf4.
-
-    The result differs from the nf4 model by the rounding error of the nf4 weights, which the adapters had learnt to
-    undo.
-
-    Args:
-        full_base: the pruned model in full precision, without adapters; changed in place.
-        adapted: the PEFT model with the adapters; it is not changed.
-
-    Returns:
-        `full_base` with the adapters in its weights.
-
-    Raises:
-        BadQuantisation: `full_base` is quantised or has adapters, `adapted` has no PEFT adapters, or their shapes
-            differ.
-
-    Example: see `RecoveryModule.merge_model`.
-    """
-    if has_adapters(full_base) or get_quantization(full_base) is not None:
-        raise BadQuantisation(
-            "merge_into_full_precision: full_base: expected a plain model, got adapters or 4-bit linears; "
-            "load the pruned model again"
-        )
-    if not hasattr(adapted, "peft_config"):
-        raise BadQuantisation(
-            "merge_into_full_precision: adapted: expected a PEFT model, got none; "
-            "merge int4 with prunelit.recovery.lora.merge_adapters"
-        )
-    base_widths, adapted_widths = (
-        {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)} for model in (full_base, adapted)
-    )
-    for name in sorted(base_widths.keys() | adapted_widths.keys()):
-        if base_widths.get(name) != adapted_widths.get(name):
-            raise BadQuantisation(
-                f"merge_into_full_precision: {name}: expected [out, in] {adapted_widths.get(name)} as under the "
-                f"adapters, got {base_widths.get(name)}; prune full_base with the same plan"
-            )
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    config = copy.deepcopy(adapted.peft_config["default"])
-    config.fan_in_fan_out = any(is_conv1d(linear.module) for linear in list_decoder_linears(full_base))
-    # Only the adapters: collecting the whole state dict makes bitsandbytes put the nf4 weights into another order.
-    adapters = {name: parameter for name, parameter in adapted.named_parameters() if "lora_" in name}
-    adapter_state = get_peft_model_state_dict(adapted, adapters, save_embedding_layers=False)
-    with show_stage("merging the adapters"):
-        peft_model: Any = get_peft_model(full_base, config)
-        set_peft_model_state_dict(peft_model, adapter_state)
-        return cast(nn.Module, peft_model.merge_and_unload())
 
 
 def _list_linear_ranks(linears: Sequence[DecoderLinear], rank: int, ranks: RanksByBlock | None) -> list[int]:

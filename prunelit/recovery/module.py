@@ -21,7 +21,7 @@ from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.quantization import quantize, views
-from prunelit.recovery import lora
+from prunelit.recovery import lora, merge
 from prunelit.recovery.losses import (
     compute_cross_entropy,
     compute_hidden_distance,
@@ -288,8 +288,8 @@ class RecoveryModule(LightningModule):
         """
         self.gather_model()
         if self._full_precision_model:
-            self.model = lora.merge_into_full_precision(self._full_precision_model.pop(), self.model).to(self.device)
-        self.model = lora.merge_adapters(self.model)
+            self.model = merge.merge_into_full_precision(self._full_precision_model.pop(), self.model).to(self.device)
+        self.model = merge.merge_adapters(self.model)
         return self.model
 
     def measure_base_memory(self) -> dict[str, float]:

@@ -9,7 +9,7 @@ from prunelit.data import loading
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.linears import get_quantization
-from prunelit.recovery import adapter_files
+from prunelit.recovery import adapter_files, merge
 from prunelit.runtime.errors import BadOption
 
 DEFAULT_GROUP_SIZE = 32
@@ -73,7 +73,7 @@ def prepare_export_model(
     if stored_size is not None and not keeps_4_bits:
         say(f"{Path(model).name}: INT4 in groups of {stored_size}; its rounded weights are written in full precision")
     if adapter is not None:
-        network = adapter_files.merge_adapter_folder(network, adapter)
+        network = merge.merge_adapter_folder(network, adapter)
         say(f"adapter {adapter!r}: merged")
     if get_quantization(network) is None:
         Decoder(network).check_finite()

@@ -1,1 +1,1 @@
-"""What every part of a process needs: errors, progress, files, ranks and time; it knows no model."""
+"""What every part of a process needs: errors, events, progress, files, ranks and timing; it knows no model."""

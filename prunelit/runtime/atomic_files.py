@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written beside their target, forced onto the disk, then moved into place.
+"""Files and folders that are complete or absent: written beside their target, forced onto the disk, then moved there.
 
 Every writer of the package goes through this module. What a killed process left beside a target is removed by the next
 process that writes to the same target.

@@ -1,4 +1,4 @@
-"""Ranks: who this process is, its share of the work, and sums over all of them."""
+"""Ranks: the rank of this process, its share of the work, and sums over all ranks."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -10,18 +10,38 @@ Item = TypeVar("Item")
 
 
 def get_rank() -> int:
-    """This process's rank; 0 where there is one process."""
+    """Get the rank of this process; 0 if there is only one.
+
+    Example:
+        >>> get_rank()
+        0
+    """
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def take_rank_share(items: Sequence[Item], rank: int | None = None) -> list[Item]:
-    """This rank's part (or another's) of a list that all ranks hold: every world-size-th item; all in one process."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    return list(items)[get_rank() if rank is None else rank :: world]
+    """Take a rank's share of a list that all ranks hold: every n-th item, where n is the number of ranks.
+
+    Args:
+        items: the same on all ranks.
+        rank: whose share; None: this rank's.
+
+    Example:
+        >>> take_rank_share(["a", "b"])
+        ['a', 'b']
+    """
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return list(items)[get_rank() if rank is None else rank :: ranks]
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """Sum over ranks, in place and returned; the tensor itself in a single process."""
+    """Sum a tensor over all ranks, in place, and return it; all ranks must call this.
+
+    Example:
+        >>> import torch
+        >>> sum_over_ranks(torch.ones(2))
+        tensor([1., 1.])
+    """
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor

@@ -1,7 +1,7 @@
-"""Every error that a user can cause, as a type.
+"""Error types, one for every kind of error that a user can cause.
 
 The command line prints the message of a `PrunelitError` on one line and exits with 2; Python code catches the type.
-A message holds four things: the name of what is wrong, what was expected, what came, what to do.
+A message says four things: the name of what is wrong, what was expected, what it got, and what to do.
 """
 
 import difflib
@@ -10,19 +10,29 @@ from pathlib import Path
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean 'x'?", or nothing where no known name is near."""
-    near = difflib.get_close_matches(name, sorted(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """Suggest the known name that is nearest to `name`, as the end of an error message; "" if none is near.
+
+    Example:
+        >>> suggest_name("ratoi", ["ratio", "scope"])
+        "; did you mean 'ratio'?"
+    """
+    matches = difflib.get_close_matches(name, sorted(known), n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def suggest_file(path: str | Path) -> str:
-    """`nearest` among what lies beside a path that is not there."""
+    """Suggest the nearest file beside a path that does not exist, as `suggest_name` does.
+
+    Example:
+        >>> suggest_file("/no/such/folder/file.txt")
+        ''
+    """
     missing = Path(path).expanduser()
     try:
-        near = difflib.get_close_matches(missing.name, sorted(item.name for item in missing.parent.iterdir()), n=1)
+        matches = difflib.get_close_matches(missing.name, sorted(item.name for item in missing.parent.iterdir()), n=1)
     except OSError:
         return ""
-    return f"; did you mean {str(Path(path).with_name(near[0]))!r}?" if near else ""
+    return f"; did you mean {str(Path(path).with_name(matches[0]))!r}?" if matches else ""
 
 
 class PrunelitError(Exception):
@@ -42,7 +52,7 @@ class DeclarationMismatch(PrunelitError):
 
 
 class SourceNotFound(PrunelitError):
-    """A model or text source can not be found or read."""
+    """A model or text source cannot be found or read."""
 
 
 class NotEnoughText(PrunelitError):
@@ -54,7 +64,7 @@ class NonFinite(PrunelitError):
 
 
 class InfeasibleBudget(PrunelitError):
-    """The budget can not be met with the units that may be cut."""
+    """The budget cannot be met with the units that may be pruned."""
 
 
 class BadPlan(PrunelitError):
@@ -62,7 +72,7 @@ class BadPlan(PrunelitError):
 
 
 class OutputNotWritable(PrunelitError):
-    """An output folder can not be created, is not empty, or can not be written."""
+    """An output folder cannot be created, is not empty, or cannot be written."""
 
 
 class NoModel(PrunelitError):
@@ -74,15 +84,15 @@ class NoCalibration(PrunelitError):
 
 
 class BadQuantisation(PrunelitError):
-    """A linear can not be quantised faithfully, or a quantised model can not do what is asked of it."""
+    """A linear cannot be quantised within the error bound, or a quantised model does not support an operation."""
 
 
 class DoesNotFit(PrunelitError):
-    """An export format can not hold the shapes of a model."""
+    """An export format cannot hold the shapes of a model."""
 
 
 class NotProved(PrunelitError):
-    """What was written is not the model in memory; it was removed."""
+    """An exported model differs from the model in memory; the export was removed."""
 
 
 class OutOfMemory(PrunelitError):
@@ -90,4 +100,4 @@ class OutOfMemory(PrunelitError):
 
 
 class BadAdapter(PrunelitError):
-    """Saved adapters can not be read, or do not fit the model that they are to be merged into."""
+    """Saved adapters cannot be read, or do not fit the model that they are merged into."""

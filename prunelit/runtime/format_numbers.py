@@ -1,4 +1,4 @@
-"""How numbers are written in tables, pictures and pages."""
+"""Formats numbers for tables, figures and pages."""
 
 import math
 from collections.abc import Mapping
@@ -6,26 +6,53 @@ from typing import Any
 
 
 def format_perplexity(perplexity: float, like: float | None = None) -> str:
-    """A perplexity with three digits, more where it is larger (22.9, 102, 9386); as many decimals as `like` has."""
+    """Format a perplexity with three significant digits, or all digits before the point if there are more.
+
+    Args:
+        perplexity: the number.
+        like: another perplexity whose number of decimals is used, so that both line up.
+
+    Example:
+        >>> format_perplexity(22.94), format_perplexity(9386.2), format_perplexity(9.5, like=22.9)
+        ('22.9', '9386', '9.5')
+    """
     if not math.isfinite(perplexity):
         return "inf"
-    size = perplexity if like is None else like
-    digits = 2 if size < 9.995 else 1 if size < 99.95 else 0
-    return f"{perplexity:.{digits}f}"
+    magnitude = perplexity if like is None else like
+    decimals = 2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0
+    return f"{perplexity:.{decimals}f}"
 
 
 def exponentiate_nll(text: Mapping[str, Any]) -> float:
-    """exp(nll) of one measurement; infinite where no float holds it."""
+    """Compute exp(nll) of one measurement, its perplexity; infinite if a float cannot hold it.
+
+    Args:
+        text: with "nll", the mean negative log-likelihood in nats per token.
+
+    Example:
+        >>> exponentiate_nll({"nll": 0.0}), exponentiate_nll({"nll": 1000.0})
+        (1.0, inf)
+    """
     return math.exp(text["nll"]) if text["nll"] < 700 else math.inf
 
 
 def format_percent(ratio: float) -> str:
-    """0.125 -> "12.5%"."""
+    """Format a ratio as a percentage.
+
+    Example:
+        >>> format_percent(0.125)
+        '12.5%'
+    """
     return f"{round(100 * ratio, 6):g}%"
 
 
 def format_count(count: float) -> str:
-    """1,234,567 -> 1.23 M."""
+    """Format a large count with three digits and M, G or T; below a million in full.
+
+    Example:
+        >>> format_count(1234567), format_count(1234)
+        ('1.23 M', '1,234')
+    """
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g} {letter}"
@@ -33,7 +60,12 @@ def format_count(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as people say them: 40 ms, 3.2 s, 4 min 5 s, 2 h 10 min."""
+    """Format seconds in the units that people use.
+
+    Example:
+        >>> [format_duration(seconds) for seconds in (0.04, 3.2, 245, 7800)]
+        ['40 ms', '3.2 s', '4 min 5 s', '2 h 10 min']
+    """
     if seconds < 0.0995:
         return f"{1e3 * seconds:.2g} ms"
     if seconds < 59.95:

@@ -1,7 +1,7 @@
-"""One style of progress: what takes longer than a second says what it is, how far it is and how long it will take.
+"""Progress in one style: work of more than a second shows its name, how far it is and how long it will take.
 
-Shown on a terminal and on rank zero, silent elsewhere. With --verbose everything finished is also a line with its
-seconds, on a terminal or not.
+Progress is shown on a terminal and on rank zero only. With --verbose every finished piece of work is also logged with
+its seconds, on a terminal or not.
 """
 
 import logging
@@ -15,47 +15,69 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 VERBOSE_VARIABLE = "PRUNELIT_VERBOSE"
-"""Environment variable of --verbose: further ranks and new processes inherit it."""
+"""Environment variable that --verbose sets, so that other ranks and new processes inherit it."""
 _log = logging.getLogger("prunelit")
 _silent: list[bool] = []
 _BAR_OPTIONS: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
 
 
 def is_verbose() -> bool:
-    """Whether --verbose was given."""
+    """Whether --verbose was given.
+
+    Example:
+        >>> is_verbose() == bool(os.environ.get(VERBOSE_VARIABLE))
+        True
+    """
     return bool(os.environ.get(VERBOSE_VARIABLE))
 
 
 def is_rank_zero() -> bool:
-    """Whether this process speaks for all."""
+    """Whether this process is rank zero of its machine, which writes messages for all.
+
+    Example:
+        >>> is_rank_zero()
+        True
+    """
     return int(os.environ.get("LOCAL_RANK", "0") or 0) == 0
 
 
 def silence_progress() -> None:
-    """Show nothing in this process from now on: another one shows that it is at work."""
+    """Show no progress in this process from now on, because the process that started it shows its own.
+
+    Example: see `is_progress_shown`.
+    """
     _silent.append(True)
 
 
 def is_progress_shown() -> bool:
-    """Whether someone is looking: standard error is a terminal, and this is rank zero."""
+    """Whether progress is shown: standard error is a terminal, and this is rank zero.
+
+    Example:
+        >>> is_progress_shown() in (True, False)
+        True
+    """
     return not _silent and is_rank_zero() and sys.stderr is not None and sys.stderr.isatty()
 
 
 def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:
-    """Iterate with a progress bar that says `what`, how far it is (in `unit`s) and how long it will take.
+    """Iterate with a progress bar that shows the name of the work, how far it is and how long it will take.
 
     Args:
         items: to iterate over.
         what: name of the work.
-        unit: of an item, singular.
-        total: of items, where they have no length.
+        unit: name of one item.
+        total: number of items, if `items` has no length.
+
+    Example:
+        >>> [2 * number for number in track_progress(range(3), "doubling", unit="number")]
+        [0, 2, 4]
     """
     from tqdm.auto import tqdm
 
     if total is None:
-        with suppress(TypeError):  # a generator
+        with suppress(TypeError):  # a generator has no length
             total = len(items)  # type: ignore[arg-type]
-    start, done = time.perf_counter(), 0
+    start, count = time.perf_counter(), 0
     with (
         tqdm(total=total, desc=what, unit=unit, disable=not is_progress_shown(), **_BAR_OPTIONS) as bar,
         _redraw_every_second(_ProgressBar(bar)),
@@ -63,13 +85,23 @@ def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: in
         for item in items:
             yield item
             bar.update()
-            done += 1
-    _log.debug("%s: %d x %s, %.1f s", what, done, unit, time.perf_counter() - start)
+            count += 1
+    _log.debug("%s: %d x %s, %.1f s", what, count, unit, time.perf_counter() - start)
 
 
 @contextmanager
 def show_stage(what: str) -> Iterator[None]:
-    """Say what is being done, and for how long by now, where no count is known; what is inside takes its place."""
+    """Show the name of the work inside the context and its seconds so far, where no number of items is known.
+
+    Progress that is shown inside takes its place.
+
+    Args:
+        what: name of the work.
+
+    Example:
+        >>> with show_stage("adding"):
+        ...     total = 1 + 1
+    """
     start = time.perf_counter()
     with _redraw_every_second(_ElapsedLine(what)):
         yield
@@ -77,28 +109,28 @@ def show_stage(what: str) -> Iterator[None]:
 
 
 class _ProgressBar:
-    """A bar of tqdm, which stays when another one opens inside it."""
+    """A bar of tqdm; it stays visible when another display opens inside it."""
 
     def __init__(self, bar: Any) -> None:
         self.bar = bar
 
     def show(self) -> None:
-        """Draw it again: the time moves on though no item is done."""
+        """Redraw the bar, because its time changes even if no item is finished."""
         self.bar.refresh()
 
     def hide(self) -> None:
-        """It stays."""
+        """Do nothing: the bar stays visible."""
 
 
 class _ElapsedLine:
-    """A line with the time since it was made, which goes when something opens inside it."""
+    """A line with the time since it was created; it is hidden while another display is open inside it."""
 
     def __init__(self, what: str) -> None:
         self.what, self.start = what, time.time()
         self.line: Any = None
 
     def show(self) -> None:
-        """Draw it again."""
+        """Draw the line, or redraw it."""
         from tqdm.auto import tqdm
 
         if self.line is None:
@@ -107,41 +139,44 @@ class _ElapsedLine:
         self.line.refresh()
 
     def hide(self) -> None:
-        """Leave no trace of it."""
+        """Remove the line from the terminal."""
         if self.line is not None:
             self.line.close()
         self.line = None
 
 
 _open_displays: list[_ProgressBar | _ElapsedLine] = []
-"""What is shown, innermost last."""
+"""The open displays, innermost last."""
 _lock = threading.RLock()
 
 
 @contextmanager
-def _redraw_every_second(shown_now: _ProgressBar | _ElapsedLine) -> Iterator[None]:
-    """Inside, it is the innermost, and drawn every second by a thread: the work itself does not come back."""
+def _redraw_every_second(display: _ProgressBar | _ElapsedLine) -> Iterator[None]:
+    """Make a display the innermost one inside the context, and redraw it every second.
+
+    A thread redraws it, because the work itself may not return for minutes.
+    """
     if not is_progress_shown():
         yield
         return
-    over = threading.Event()
+    finished = threading.Event()
 
-    def run() -> None:
-        while not over.wait(1):
+    def redraw() -> None:
+        while not finished.wait(1):
             with _lock:
-                if _open_displays and _open_displays[-1] is shown_now:
-                    shown_now.show()
+                if _open_displays and _open_displays[-1] is display:
+                    display.show()
 
-    thread = threading.Thread(target=run, name="prunelit-progress", daemon=True)
+    thread = threading.Thread(target=redraw, name="prunelit-progress", daemon=True)
     with _lock:
         if _open_displays:
             _open_displays[-1].hide()
-        _open_displays.append(shown_now)
+        _open_displays.append(display)
     thread.start()
     try:
         yield
     finally:
-        over.set()
+        finished.set()
         with _lock:
-            _open_displays.remove(shown_now)
-            shown_now.hide()
+            _open_displays.remove(display)
+            display.hide()

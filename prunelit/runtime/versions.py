@@ -1,4 +1,4 @@
-"""Versions of what numbers depend on, for whatever is written down."""
+"""Versions of the packages that results depend on, for records and reports."""
 
 import platform
 from importlib import metadata
@@ -7,11 +7,19 @@ _PACKAGES = ("prunelit", "torch", "lightning", "transformers", "peft", "datasets
 
 
 def collect_versions(*more: str) -> dict[str, str]:
-    """Versions of Python, of the packages that numbers depend on, and of some more; those that are installed."""
-    found = {"python": platform.python_version()}
+    """Collect the versions of Python and of the installed packages that results depend on.
+
+    Args:
+        more: further package names.
+
+    Example:
+        >>> list(collect_versions())[:3]
+        ['python', 'prunelit', 'torch']
+    """
+    versions = {"python": platform.python_version()}
     for name in (*_PACKAGES, *more):
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions

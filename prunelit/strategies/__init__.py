@@ -1,4 +1,4 @@
-"""How a model is spread over processes."""
+"""Lightning strategies that shard a model over processes."""
 
 from prunelit.strategies.sharding import DecoderFSDP, DecoderFSDP2
 

@@ -1,12 +1,13 @@
-"""All that is known here about how a model is spread over processes.
+"""Shards a model over processes, layer by layer.
 
-A method cuts before a strategy wraps, so nothing else needs to know. Wrapped is every decoder layer by itself, whatever
-the family calls it: adapters, frozen and trained parameters of a layer are gathered together.
+A method prunes before a strategy wraps the model, so no other code needs to know about sharding. Every decoder layer is
+wrapped by itself, whatever the family calls it: adapters, frozen and trained parameters of a layer are gathered
+together.
 
     DDP                     nothing to do
     DecoderFSDP             Lightning's FSDP (torch FSDP1), a GPU only
-    DecoderFSDP2            Lightning's ModelParallelStrategy (torch FSDP2, `fully_shard`) over all processes: spread by
-                            `prepare_for_sharding`, in `configure_model`
+    DecoderFSDP2            Lightning's ModelParallelStrategy (torch FSDP2, `fully_shard`) over all processes;
+                            `prepare_for_sharding` shards it, in `configure_model`
 """
 
 from typing import Any
@@ -23,10 +24,14 @@ _LAYER_MARK = "_prunelit_decoder_layer"
 
 
 class DecoderFSDP(FSDPStrategy):
-    """FSDP that wraps every decoder layer, whose class a YAML file can not know.
+    """FSDP that wraps every decoder layer; the class of the layer does not have to be known in the YAML file.
 
     Args:
-        kwargs: of Lightning's FSDPStrategy; `use_orig_params` stays True, since adapters train beside frozen weights.
+        kwargs: of Lightning's FSDPStrategy; `use_orig_params` stays True, because adapters train beside frozen weights.
+
+    Example:
+        >>> type(DecoderFSDP()).__mro__[1].__name__
+        'FSDPStrategy'
     """
 
     def __init__(self, **kwargs: Any):
@@ -34,55 +39,83 @@ class DecoderFSDP(FSDPStrategy):
 
 
 class DecoderFSDP2(ModelParallelStrategy):
-    """FSDP2 over all processes of all nodes; Lightning's "auto" would spread weights over nodes and tensors within one.
+    """FSDP2 over all processes of all nodes, without tensor parallelism, because pruned shapes differ by layer.
 
-    Tensors are not split within a layer: the cut shapes differ by layer.
+    Lightning's own default ("auto") would shard over nodes and split tensors within each node.
 
     Args:
-        save_distributed_checkpoint: a folder with a file for each process, saved faster, instead of one file.
+        save_distributed_checkpoint: save a folder with one file per process, which is faster, instead of one file.
         kwargs: of Lightning's ModelParallelStrategy.
+
+    Example:
+        >>> type(DecoderFSDP2()).__mro__[1].__name__
+        'ModelParallelStrategy'
     """
 
     def __init__(self, save_distributed_checkpoint: bool = False, **kwargs: Any):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=save_distributed_checkpoint, **kwargs)
 
     def setup_environment(self) -> None:
+        # Lightning would set "auto" to the number of nodes.
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
 
 def should_wrap_module(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """torch FSDP's wrap policy: go into everything, wrap what `mark_decoder_layers` has marked."""
+    """The wrap policy for torch FSDP: visit every module, and wrap those that `mark_decoder_layers` has marked.
+
+    Args:
+        module: the module in question.
+        recurse: torch asks whether to visit the module's children, not whether to wrap it.
+        nonwrapped_numel: parameters that are not wrapped yet; ignored.
+
+    Example:
+        >>> should_wrap_module(nn.Linear(2, 2), recurse=False, nonwrapped_numel=0)
+        False
+    """
     return recurse or getattr(module, _LAYER_MARK, False)
 
 
 def mark_decoder_layers(model: nn.Module) -> None:
-    """Mark the decoder layers of a causal LM for `should_wrap_module`."""
+    """Mark the decoder layers of a causal LM for `should_wrap_module`.
+
+    Example: see `prunelit.model.decoder.Decoder`.
+    """
     for layer in Decoder(model):
         setattr(layer.module, _LAYER_MARK, True)
 
 
 def is_sharded_strategy(strategy: Any) -> bool:
-    """Whether parameters are spread over processes: then those of a layer share one dtype, and none is shared between
-    models."""
+    """Whether a strategy shards parameters; then a layer's parameters need one dtype, and models cannot share any.
+
+    Example:
+        >>> is_sharded_strategy(DecoderFSDP()), is_sharded_strategy(None)
+        (True, False)
+    """
     return isinstance(strategy, FSDPStrategy | ModelParallelStrategy)
 
 
 def prepare_for_sharding(model: nn.Module, dtype: torch.dtype, mesh: Any = None) -> nn.Module:
-    """Make a model ready to be spread, in place; with a mesh, spread it by torch's `fully_shard`.
+    """Prepare a model for sharding, in place; with a mesh, shard it by torch's `fully_shard`.
 
     Args:
-        model: the cut model, with its adapters, its layers marked.
-        dtype: of all weights: what is gathered together shares one, so adapters take that of the base.
-        mesh: Lightning's device mesh, of FSDP2; FSDP1 wraps by itself.
+        model: the pruned model, with its adapters, its layers marked.
+        dtype: of all weights; weights that are gathered together need one dtype, so adapters get that of the base.
+        mesh: Lightning's device mesh, for FSDP2; FSDP1 wraps the model itself.
 
     Returns:
-        The model `copy_to_meta_device`, to be filled by `gather_full_weights`.
+        A copy of the model on the meta device, which `gather_full_weights` fills.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> prepare_for_sharding(LlamaForCausalLM(LlamaConfig(**sizes)), torch.bfloat16).lm_head.weight.device
+        device(type='meta')
     """
     from torch.distributed.fsdp import fully_shard
 
     for parameter in model.parameters():
-        if parameter.is_floating_point():  # not the buffers: rotary tables stay in float32
+        if parameter.is_floating_point():  # buffers are left out: rotary tables stay in float32
             parameter.data = parameter.data.to(dtype)
     empty = copy_to_meta_device(model)
     if mesh is not None:
@@ -92,19 +125,24 @@ def prepare_for_sharding(model: nn.Module, dtype: torch.dtype, mesh: Any = None)
 
 
 def gather_full_weights(module: Any, empty: nn.Module) -> nn.Module:
-    """A sharded model's weights in one piece, on the CPU of every process.
+    """Gather the full weights of a sharded model, on the CPU of every process; all processes must call this.
 
     Args:
-        module: what holds it as `model`, as the strategy has wrapped it; all processes call.
-        empty: what `prepare_for_sharding` returned; filled and returned.
+        module: the LightningModule that holds the model as `model`, as the strategy has wrapped it.
+        empty: the model that `prepare_for_sharding` returned; it is filled in place.
+
+    Returns:
+        `empty`, on the CPU.
+
+    Example: see `prepare_for_sharding`.
     """
     from transformers import PreTrainedModel
 
     state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True))
     weights = ((name, value) for name, value in state.items() if isinstance(value, torch.Tensor))
-    mine = {name.removeprefix("model."): value.cpu() for name, value in weights if name.startswith("model.")}
-    empty.load_state_dict(mine, assign=True)
-    for module in empty.modules():
-        if isinstance(module, PreTrainedModel):
-            module.tie_weights()
+    model_weights = {name.removeprefix("model."): value.cpu() for name, value in weights if name.startswith("model.")}
+    empty.load_state_dict(model_weights, assign=True)
+    for submodule in empty.modules():
+        if isinstance(submodule, PreTrainedModel):
+            submodule.tie_weights()
     return empty.to("cpu")

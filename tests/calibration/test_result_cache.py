@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.fingerprints import fingerprint_batches, fingerprint_model, fingerprint_tokenizer
 from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.scores import LayerScores
@@ -23,6 +22,7 @@ from prunelit.pruning.context import PruningContext
 from prunelit.pruning.job import check_same_on_ranks
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption, BadPlan, OutputNotWritable
+from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_model, fingerprint_tokenizer
 from tests.observed import batches_for
 from tests.tiny import tiny, tiny_tokenizer
 

@@ -182,4 +182,5 @@ def test_a_method_is_one_short_file_with_a_card(name):
     method, kind = methods()[name], method_class(name)
     assert issubclass(kind, PruningCallback) and kind.__name__ == method.class_name
     assert "Source:" in method.card and f"callbacks/{name}.yaml" in method.card and method.summary.endswith(".")
-    assert (ROOT / "tests" / "callbacks" / f"test_{name}.py").is_file()
+    tests = ROOT / "tests" / "callbacks"
+    assert (tests / (f"{name}/test_callback.py" if path.stem == "callback" else f"test_{name}.py")).is_file()

@@ -20,7 +20,6 @@ import torch
 import yaml
 
 from prunelit.__main__ import main
-from prunelit.calibration.fingerprints import fingerprint_model as fingerprint
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
 from prunelit.compare import cell, figures, tables
@@ -33,6 +32,7 @@ from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.fingerprints import fingerprint_model as fingerprint
 from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer
@@ -600,7 +600,7 @@ def test_out_of_memory_names_the_knob(
         ({"methods": [{"method": "random", "options": {"seed": 1}}]}, ["seed", "seeds"]),
         ({"methods": [{"method": "random", "options": ["align"]}]}, ["options", "align"]),
         ({"methods": [f"{NAME}.Closed"], "options": {}}, ["Closed", "seed", "kwargs"]),
-        ({"methods": [f"{NAME}.Missing"]}, ["Missing", "can not be imported"]),
+        ({"methods": [f"{NAME}.Missing"]}, ["Missing", "cannot be imported"]),
         ({"options": {"aling": 1}}, ["aling", "did you mean 'align'"]),
         ({"options": {"seqlen": 1}}, ["seqlen", "calibration.seqlen"]),
         ({"ratios": [0.1, 1.5]}, ["ratio", "1.5"]),

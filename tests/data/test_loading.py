@@ -70,7 +70,7 @@ def test_a_folder_without_a_config_says_what_it_holds(files, tmp_path):
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "no_such_model"}', '{"model_type": "llama"}'])
 def test_a_damaged_folder_is_one_line(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(SourceNotFound, match="can not be loaded") as error:
+    with pytest.raises(SourceNotFound, match="cannot be loaded") as error:
         loading.load(tmp_path)
     assert one_line(error)
 
@@ -116,7 +116,7 @@ def test_missing_weights_are_refused_and_not_made_up(tmp_path):
     ],
 )
 def test_a_config_that_contradicts_itself_or_the_weights_is_one_line(values, tmp_path):
-    with pytest.raises(PrunelitError, match="can not be loaded") as error:
+    with pytest.raises(PrunelitError, match="cannot be loaded") as error:
         loading.load(edited(tmp_path, **values))
     assert one_line(error)
 
@@ -126,7 +126,7 @@ def test_a_truncated_weight_file_is_one_line(share, tmp_path):
     tiny("llama").save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: int(share * weights.stat().st_size)])
-    with pytest.raises(SourceNotFound, match="can not be loaded") as error:
+    with pytest.raises(SourceNotFound, match="cannot be loaded") as error:
         loading.load(tmp_path)
     assert one_line(error)
 
@@ -139,6 +139,6 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 
 def test_a_model_without_a_tokenizer_is_one_line(tmp_path):
     tiny("llama").save_pretrained(tmp_path)
-    with pytest.raises(SourceNotFound, match="its tokenizer can not be loaded") as error:
+    with pytest.raises(SourceNotFound, match="its tokenizer cannot be loaded") as error:
         loading.load_tokenizer(tmp_path)
     assert one_line(error)

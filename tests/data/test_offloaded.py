@@ -325,7 +325,7 @@ def test_sources_that_can_not_be_streamed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceNotFound, match=rf"{name}: expected \[96, 72\], got \[95, 72\]"):
         offloaded.load_offloaded(folder)
     file.write_bytes(b"nothing")
-    with pytest.raises(SourceNotFound, match="can not be loaded"):
+    with pytest.raises(SourceNotFound, match="cannot be loaded"):
         offloaded.load_offloaded(folder)
     file.unlink()
     with pytest.raises(SourceNotFound, match=r"expected a local folder with model.safetensors"):

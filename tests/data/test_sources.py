@@ -106,7 +106,7 @@ def leftovers(folder):
 @pytest.mark.parametrize("config", ["{", "[]"])
 def test_a_config_that_is_none_is_found_before_anything_is_loaded(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(SourceNotFound, match=r"can not be loaded: config\.json") as error:
+    with pytest.raises(SourceNotFound, match=r"cannot be loaded: config\.json") as error:
         sources.check_model_source(str(tmp_path))
     assert one_line(error)
 
@@ -154,7 +154,7 @@ def test_a_hub_id_without_a_network_fails_within_seconds(monkeypatch):
     sources.check_model_source("owner/name")  # may exist: only loading can tell
     for attempt in (loading.load, loading.load_tokenizer):
         start = time.perf_counter()
-        with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a local folder") as error:
+        with pytest.raises(SourceNotFound, match=r"hub\.invalid cannot be reached; pass a local folder") as error:
             attempt("owner/name")
         assert time.perf_counter() - start < 8 and one_line(error)
 
@@ -188,7 +188,7 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
 def test_a_damaged_gguf_file_leaves_nothing(share, cache, tmp_path, gguf_file):
     damaged, content = tmp_path / "damaged.gguf", gguf_file.read_bytes()
     damaged.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(SourceNotFound, match="can not be read as GGUF") as error:
+    with pytest.raises(SourceNotFound, match="cannot be read as GGUF") as error:
         loading.load(damaged)
     assert one_line(error) and leftovers(cache / "gguf") == []
 

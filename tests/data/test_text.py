@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 
 from prunelit.data import text
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound
 from tests.data.test_loading import one_line
 from tests.tiny import tiny_tokenizer
@@ -31,7 +32,7 @@ def _own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """A hub that can not be reached, as on a machine without a network."""
+    """A hub that cannot be reached, as on a machine without a network."""
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
@@ -196,9 +197,9 @@ def test_a_text_longer_than_the_tokenizers_limit_is_no_warning(tmp_path, caplog)
 def test_fingerprint_tells_texts_apart():
     ids = torch.arange(12).view(3, 4)
     assert (
-        text.fingerprint_token_ids(ids)
-        == text.fingerprint_token_ids(ids.clone())
-        != text.fingerprint_token_ids(ids + 1)
+        fingerprints.fingerprint_token_ids(ids)
+        == fingerprints.fingerprint_token_ids(ids.clone())
+        != fingerprints.fingerprint_token_ids(ids + 1)
     )
 
 
@@ -247,7 +248,7 @@ def test_a_file_that_can_not_be_read_is_one_line(tmp_path, logged, name, content
 
 def test_a_broken_gzip_is_one_line(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"not gzip")
-    with pytest.raises(SourceNotFound, match="can not be read") as error:
+    with pytest.raises(SourceNotFound, match="cannot be read") as error:
         text.read_source_text(str(tmp_path / "a.txt.gz"))
     assert one_line(error)
 
@@ -289,7 +290,7 @@ def test_options_out_of_range_are_refused(options):
 def test_a_hub_id_without_a_network_fails_within_seconds(source, offline):
     text.check_text_source(source)  # may exist: only reading can tell
     start = time.perf_counter()
-    with pytest.raises(SourceNotFound, match=r"hub\.invalid can not be reached; pass a \.parquet") as error:
+    with pytest.raises(SourceNotFound, match=r"hub\.invalid cannot be reached; pass a \.parquet") as error:
         text.read_source_text(source)
     assert time.perf_counter() - start < 8 and one_line(error)
 

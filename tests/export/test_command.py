@@ -1,4 +1,4 @@
-"""`python -m prunelit export`: from any source to any format, with a proof; one line where it can not."""
+"""`python -m prunelit export`: from any source to any format, with a proof; one line where it cannot."""
 
 import json
 from pathlib import Path

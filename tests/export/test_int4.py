@@ -17,7 +17,8 @@ from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
 from prunelit.quantization.linears import list_decoder_linears
-from prunelit.recovery.lora import add_lora, merge_adapters
+from prunelit.recovery.lora import add_lora
+from prunelit.recovery.merge import merge_adapters
 from prunelit.runtime.errors import DoesNotFit, NotProved
 from tests.tiny import FAMILIES, cut, keep, tiny, tokens
 

@@ -1,4 +1,4 @@
-"""What is saved loads again equal, in plain transformers and in prunelit; what can not be saved leaves nothing."""
+"""What is saved loads again equal, in plain transformers and in prunelit; what cannot be saved leaves nothing."""
 
 import json
 import os
@@ -316,7 +316,7 @@ def test_a_config_that_can_not_have_them_becomes_hetero(family: str, tmp_path: P
 
 
 def test_only_biases_may_be_spare() -> None:
-    """Zeros stand for them; the gains of norms that a model lacks can not be made up."""
+    """Zeros stand for them; the gains of norms that a model lacks cannot be made up."""
     model, other = tiny("llama"), tiny("qwen3", rope_parameters={"rope_theta": 10000.0, "rope_type": "default"})
     surplus = {name.rsplit(".", 2)[1] for name in other.state_dict().keys() - model.state_dict().keys()}
     assert surplus == {"q_norm", "k_norm"} and not model.state_dict().keys() - other.state_dict().keys()

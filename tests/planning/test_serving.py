@@ -177,7 +177,7 @@ def test_the_table(target: str, layers: tuple[LayerPlan, ...], family: str, answ
 
 
 def test_int4_rows_are_what_the_writer_takes() -> None:
-    assert (serving_file.GROUP_SIZES, serving_file._CODES) == (GROUP_SIZES, CODES_PER_WORD)
+    assert (serving_file.GROUP_SIZES, serving_file._CODES_PER_WORD) == (GROUP_SIZES, CODES_PER_WORD)
 
 
 def test_int4_groups_name_the_width_that_does_not_divide() -> None:

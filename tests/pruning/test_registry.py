@@ -62,7 +62,7 @@ def test_it_is_refused_when_it_is_asked_for(capsys: pytest.CaptureFixture[str], 
     refused(call(capsys, "prune", "--model", "m", "--method", "mine", "--ratio", "0.2", "--out", "o"), "'mine'", SAID)
     path = "prunelit.callbacks.mine.Mine"
     given = ["prune", "--model", "m", "--method", path, "--ratio", "0.2", "--out", "o"]
-    refused(call(capsys, *given), path, "can not be imported", "mine.py, line 3")
+    refused(call(capsys, *given), path, "cannot be imported", "mine.py, line 3")
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from prunelit.model.decoder import Decoder
 from prunelit.quantization import quantize, views
 from prunelit.quantization.int4_folder import find_common_group_size
 from prunelit.quantization.linears import get_quantization
-from prunelit.recovery import adapter_files
-from prunelit.recovery.lora import add_lora, merge_adapters
+from prunelit.recovery import adapter_files, merge
+from prunelit.recovery.lora import add_lora
+from prunelit.recovery.merge import merge_adapters
 from prunelit.runtime.errors import BadAdapter, SourceNotFound
 from tests.tiny import keep, tiny, tokens
 
@@ -103,11 +104,11 @@ def test_group_adapters_merge_into_zeros_from_their_folder(family: str, size: in
     adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     four_bit = loading.load(folder / "base", four_bit=True)
     codes = [module.packed.clone() for module in four_bit.modules() if hasattr(module, "packed")]
-    again = adapter_files.merge_adapter_folder(four_bit, folder / "adapter")
+    again = merge.merge_adapter_folder(four_bit, folder / "adapter")
     assert get_quantization(again) == "int4" and near(logits(again), wanted)
     after = [module.packed for module in again.modules() if hasattr(module, "packed")]
     assert all(torch.equal(a, b) for a, b in zip(codes, after, strict=True))
-    assert near(logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
+    assert near(logits(merge.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
@@ -115,7 +116,7 @@ def test_plain_adapters_merge_from_their_folder(family: str, tmp_path: Path) -> 
     model = adapted(family, "none")
     folder, wanted = saved(model, tmp_path / "run"), logits(model)
     adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
-    assert near(logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
+    assert near(logits(merge.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter")), wanted)
 
 
 def test_an_adapter_that_tells_a_group_apart_is_not_merged_into_zeros(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_an_adapter_that_tells_a_group_apart_is_not_merged_into_zeros(tmp_path: 
     quantize.quantize_model(base, "int4", 16)
     before = logits(base)
     with pytest.raises(BadAdapter, match="one value for all inputs of an INT4 group of 16, got several"):
-        adapter_files.merge_adapter_folder(base, folder / "adapter")
+        merge.merge_adapter_folder(base, folder / "adapter")
     assert torch.equal(logits(base), before)
 
 
@@ -140,7 +141,7 @@ def test_another_cut_is_refused_before_a_model_is_loaded(
     with pytest.raises(BadAdapter, match=reason):
         adapter_files.check_adapter(mine / "adapter", str(other / "base"))
     with pytest.raises(BadAdapter, match=reason):  # where the source is no folder
-        adapter_files.merge_adapter_folder(model, mine / "adapter")
+        merge.merge_adapter_folder(model, mine / "adapter")
     adapter_files.check_adapter(mine / "adapter", "owner/name")
 
 
@@ -171,8 +172,8 @@ def test_broken_adapters_are_said(break_it: Any, reason: str, tmp_path: Path) ->
 def test_rank_stabilised_scaling_is_pefts(tmp_path: Path) -> None:
     folder = saved(adapted("llama", "int4", more=0), tmp_path / "run")
     _edit(folder / "adapter", use_rslora=True)
-    plain = logits(adapter_files.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter"))
-    zeros = logits(adapter_files.merge_adapter_folder(loading.load(folder / "base", four_bit=True), folder / "adapter"))
+    plain = logits(merge.merge_adapter_folder(loading.load(folder / "base"), folder / "adapter"))
+    zeros = logits(merge.merge_adapter_folder(loading.load(folder / "base", four_bit=True), folder / "adapter"))
     assert near(zeros, plain)
 
 
@@ -181,6 +182,6 @@ def test_a_damaged_base_is_one_line(change: Any, tmp_path: Path) -> None:
     folder = saved(adapted("llama", "none"), tmp_path / "run")
     file = folder / "base" / "model.safetensors"
     file.write_bytes(change(file.read_bytes()))
-    with pytest.raises(SourceNotFound, match=r"can not be loaded: model\.safetensors") as error:
+    with pytest.raises(SourceNotFound, match=r"cannot be loaded: model\.safetensors") as error:
         adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     assert "\n" not in str(error.value)

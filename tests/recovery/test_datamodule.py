@@ -8,6 +8,7 @@ import torch
 
 from prunelit.data import loading, text
 from prunelit.recovery.datamodule import TextDataModule, WindowLoader
+from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound
 from tests.tiny import tiny_tokenizer
 
@@ -27,7 +28,7 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def rows(windows: torch.Tensor) -> set[str]:
-    return {text.fingerprint_token_ids(window) for window in windows}
+    return {fingerprints.fingerprint_token_ids(window) for window in windows}
 
 
 def test_roles_share_no_window(data: Any) -> None:

@@ -17,14 +17,8 @@ from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.quantization.quantize import quantize_model
-from prunelit.recovery.lora import (
-    add_lora,
-    allocate_ranks_by_cut,
-    check_ranks,
-    group_parameters,
-    merge_adapters,
-    merge_into_full_precision,
-)
+from prunelit.recovery.lora import add_lora, allocate_ranks_by_cut, check_ranks, group_parameters
+from prunelit.recovery.merge import merge_adapters, merge_into_full_precision
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from tests.tiny import cut, keep, tiny, tokens
 

@@ -11,7 +11,8 @@ from prunelit.cli.export import run
 from prunelit.data import loading
 from prunelit.quantization import quantize, views
 from prunelit.recovery import adapter_files, prepare
-from prunelit.recovery.lora import add_lora, merge_adapters
+from prunelit.recovery.lora import add_lora
+from prunelit.recovery.merge import merge_adapters
 from prunelit.runtime.errors import BadAdapter, BadOption
 from tests.tiny import tiny, tiny_tokenizer
 

@@ -14,7 +14,8 @@ from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
-from prunelit.recovery.lora import add_lora, merge_adapters
+from prunelit.recovery.lora import add_lora
+from prunelit.recovery.merge import merge_adapters
 from prunelit.repair import bias
 from prunelit.runtime.errors import BadPlan, NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny, tokens

@@ -145,7 +145,7 @@ def test_the_ridge_grows_until_there_is_a_factor():
 def test_float64_takes_over_where_float32_is_not_accurate(monkeypatch):
     torch.manual_seed(0)
     base = torch.randn(300, 1)
-    x = base + 1e-4 * torch.randn(300, 6)  # float32 can not tell the columns' squares apart
+    x = base + 1e-4 * torch.randn(300, 6)  # float32 cannot tell the columns' squares apart
     truth = torch.randn(3, 6)
     equations = NormalEquations(6, 3)
     for part in x.double().split(50):  # sums as exact as they can be

@@ -1,4 +1,4 @@
-"""A record holds what a run told, and nothing that JSON can not."""
+"""A record holds what a run told, and nothing that JSON cannot."""
 
 import pytest
 from hypothesis import example, given

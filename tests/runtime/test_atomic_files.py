@@ -98,7 +98,7 @@ def test_an_old_target_goes_where_the_new_one_has_arrived(dead: int, tmp_path: P
 
 @contextmanager
 def room_for(size: int) -> Iterator[None]:
-    """Files can not grow beyond `size` bytes: what a full disk does, for one process."""
+    """Files cannot grow beyond `size` bytes: what a full disk does, for one process."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
@@ -111,7 +111,7 @@ def room_for(size: int) -> Iterator[None]:
 @pytest.mark.parametrize("size", [500, 50_000])
 def test_a_full_disk_is_one_line_and_keeps_the_old(format: str, size: int, tmp_path: Path) -> None:
     old(tmp_path / "m")
-    with room_for(size), pytest.raises(OutputNotWritable, match=r"m': can not be written: .*large") as error:
+    with room_for(size), pytest.raises(OutputNotWritable, match=r"m': cannot be written: .*large") as error:
         save(tiny("llama"), tmp_path / "m", format=format, overwrite=True)
     assert "\n" not in str(error.value)
     assert names(tmp_path) == ["m"] and (tmp_path / "m" / "old.txt").read_text() == "old"
@@ -127,7 +127,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_comes(tmp_path: Path, monkeypatc
             saving(folder)
 
     monkeypatch.setattr(tokenizer, "save_pretrained", late)
-    with pytest.raises(OutputNotWritable, match="m': can not be written: File too large"):
+    with pytest.raises(OutputNotWritable, match="m': cannot be written: File too large"):
         save(tiny("llama"), tmp_path / "m", tokenizer)
     assert names(tmp_path) == []
 
@@ -143,7 +143,7 @@ def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "replace", refuse)
     with (
-        pytest.raises(OutputNotWritable, match="can not be replaced: Operation not permitted"),
+        pytest.raises(OutputNotWritable, match="cannot be replaced: Operation not permitted"),
         replace_folder(tmp_path / "m") as folder,
     ):
         (folder / "new.txt").write_text("new")

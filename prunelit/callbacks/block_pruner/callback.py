@@ -13,7 +13,6 @@ one, see `prunelit.callbacks.block_pruner.search`.
 from typing import Any, get_args
 
 from prunelit.calibration.batches import take_sequences
-from prunelit.calibration.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
 from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.core.plan import PruningPlan
@@ -21,6 +20,7 @@ from prunelit.planning.block_sets import IGNORED_OPTIONS, BlockChoice, RemovalGo
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
+from prunelit.runtime.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 
 
 class BlockPruner(PruningCallback):

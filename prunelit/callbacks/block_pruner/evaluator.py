@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.callbacks.block_pruner.journal import Journal, SetLoss
@@ -25,6 +24,7 @@ from prunelit.model.per_layer import remove_attention, remove_mlp
 from prunelit.planning.block_sets import Block, BlockSet
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration
+from prunelit.runtime.fingerprints import compute_digest, fingerprint_batches, fingerprint_model
 
 _TOKENS_PER_LOGIT_CHUNK = 512
 

@@ -92,7 +92,7 @@ def write_deci(job: ExportJob) -> dict[str, Any]:
     Example: `prunelit.export.write_model(model, "folder", tokenizer, format="deci")` calls it.
     """
     check_deci(job.model, job.tokenizer)
-    decoder = Decoder(job.model)
+    decoder = job.get_decoder()
     layers, biased = _list_layer_sizes(decoder), _find_biased_roles(decoder)
     weights = _build_deci_weights(decoder, layers, biased)
     save_torch_state_dict(weights, job.path, max_shard_size=job.max_shard_size, metadata={"format": "pt"})

@@ -79,7 +79,7 @@ def prove_gguf(write_file: Callable[[Any, Any, Path, str], object], job: ExportJ
     texts = [*TEXTS, LEADING_SPACE_TEXT, *chat, *COMBINING_MARK_TEXTS]
     # For a SentencePiece vocabulary, llama.cpp puts a space before every text and behind special tokens. SentencePiece
     # and old tokenizers do the same; those of transformers 5 do not.
-    excused_texts = COMBINING_MARK_TEXTS
+    excused_texts: tuple[str, ...] = COMBINING_MARK_TEXTS
     if tokenizer.is_sentencepiece_bpe(job.tokenizer):
         excused_texts = (*COMBINING_MARK_TEXTS, LEADING_SPACE_TEXT, *chat)
     with tempfile.TemporaryDirectory(prefix=".exact-", dir=job.path.parent) as scratch:

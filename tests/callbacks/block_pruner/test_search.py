@@ -357,9 +357,9 @@ class Landscape(BlockEvaluator):
         super().__init__(decoder_of(layers), [{"input_ids": tokens(1, 2)}])
         self.value, self.runs = value, runs
 
-    def _run(self, removed, base, limit):
+    def _evaluate(self, removed, base, limit):
         if self.runs:
-            super()._run(removed, base, math.inf)
+            super()._evaluate(removed, base, math.inf)
         return SetLoss(self.value(removed))
 
 

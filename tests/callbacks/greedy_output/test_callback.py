@@ -118,7 +118,7 @@ def test_an_explicit_threshold_says_how_many_heads_go_and_channels_make_up_the_r
         assert gone == [set(attention_similarity.find_candidates(matrix, tau)) for matrix in matrices]
         assert gone == [{4}] * 3 if tau < 1 else [set(range(8))] * 3
         assert ratio <= plan.predicted["ratio_of_block_parameters"] < ratio + 0.02
-    # Channels can not go all the way, nor may heads: what is similar goes first, as far as the ratio asks.
+    # Channels cannot go all the way, nor may heads: what is similar goes first, as far as the ratio asks.
     few = pruned(copy.deepcopy(dense), ratio=0.05, scope="global", tau=1.0)
     assert all(len(layer.ffn_channels) == 96 for layer in few.layers)
     assert 0.05 <= few.predicted["ratio_of_block_parameters"] < 0.08

@@ -79,7 +79,7 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     facts = assert_reads_back(model, tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert (config.model_type, config.architectures) == ("nemotron-nas", ["DeciLMForCausalLM"])
-    # 4 heads in 2 groups and 3 in 1 have room among 4; layer 0 has one KV head of zeros, since it can not be without
+    # 4 heads in 2 groups and 3 in 1 have room among 4; layer 0 has one KV head of zeros, since it cannot be without
     assert (config.num_attention_heads, config.head_dim) == (4, 8)
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [4, 2, 4]
     assert [block.attention.no_op for block in config.block_configs] == [False] * 3
