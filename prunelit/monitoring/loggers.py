@@ -52,10 +52,7 @@ def check_wandb_installed(option: str) -> None:
 def set_quiet_wandb_defaults() -> None:
     """Put `WANDB_QUIET` into the environment of later runs; variables that are set already stay.
 
-    Example:
-        >>> set_quiet_wandb_defaults()
-        >>> "WANDB_CONSOLE" in os.environ
-        True
+    Example: see `prunelit.monitoring.dashboard.Dashboard`, which calls it before W&B starts.
     """
     for name, value in WANDB_QUIET.items():
         text = str(value).lower() if isinstance(value, bool) else value

@@ -538,9 +538,9 @@ def test_a_model_that_loses_its_mind_is_a_failed_cell(
 ) -> None:
     cut = PruningCallback.cut
 
-    def poison(self: Any, decoder: Any, plan: Any, batches: Any) -> None:
-        cut(self, decoder, plan, batches)
-        decoder.model.get_input_embeddings().weight.data[5:].fill_(float("nan"))
+    def poison(self: Any, context: Any, plan: Any) -> None:
+        cut(self, context, plan)
+        context.decoder.model.get_input_embeddings().weight.data[5:].fill_(float("nan"))
 
     monkeypatch.setattr(PruningCallback, "cut", poison)
     code, out, _ = call(capsys, *config(source, data, tmp_path, ratios=[0.3], methods=["random"]))
