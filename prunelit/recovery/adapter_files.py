@@ -1,8 +1,8 @@
-"""Adapters in PEFT's format: write a folder that `PeftModel.from_pretrained` loads onto the pruned base, and merge one.
+"""Adapters in PEFT's format: what `PeftModel.from_pretrained` loads onto the cut base, and merging such a folder.
 
 An adapter on INT4 groups reads the mean of every group: pool(x)[g] = sum of the group / S. Pooling is linear, so the
-same adapter on plain linears has A[:, g] / S for every input of group g; it is saved in this form. Any saved adapter
-whose A is constant within every group merges into INT4 zeros without loss.
+same adapter on plain linears has A[:, g] / S for every input of group g, and is saved like that. A saved adapter whose
+A is the same all over every group merges into INT4 zeros without loss, wherever it comes from.
 
 Legend: O outputs, I inputs, S group size, G groups, r rank.
 """
@@ -33,26 +33,21 @@ from prunelit.runtime.errors import BadAdapter
 CONFIG_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 ShapeByName = Mapping[str, tuple[int, int]]
-"""Shapes [O, I] of linears by name."""
 
 
 @torch.no_grad()
-def write_adapter(model: Any, folder: Path, base: str, padded_base: Any = None) -> None:
+def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None:
     """Write a model's adapters into an empty folder.
 
     Args:
-        model: a PEFT model, or an int4 model with adapters.
-        folder: an empty folder.
-        base: folder of the base, which the configuration names.
-        padded_base: the base as it is saved, where channels of zeros were added to it; None: as it is under the
-            adapters.
-
-    Example: see `prunelit.recovery.finish.save_adapter`.
+        model: PEFT's, or int4 with adapters.
+        folder: an empty one.
+        base: what the configuration calls the base, a folder.
+        wide: the base as it is saved, where channels of zeros were added to it; None: as it is under the adapters.
     """
-    adapters: dict[str, tuple[Tensor, Tensor]] = {}
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
     fused = get_architecture(unwrap_peft_model(model).config).fused_gate_up
-    saved_base = padded_base if padded_base is not None else model
-    shapes = {linear.name: get_linear_widths(linear.module) for linear in list_decoder_linears(saved_base)}
+    shapes = {x.name: get_linear_widths(x.module) for x in list_decoder_linears(wide if wide is not None else model)}
     for linear in list_decoder_linears(model):
         module: Any = linear.module
         if isinstance(module, GroupLora):
@@ -64,30 +59,28 @@ def write_adapter(model: Any, folder: Path, base: str, padded_base: Any = None) 
         else:
             continue
         (outputs, inputs), parts = shapes[linear.name], 2 if linear.path.split(".")[-1] == fused else 1
-        # Added inputs are always zero, so any column may stand for them. A copy of the last one keeps the columns of a
-        # group equal, as `merge_adapter_folder` needs on int4.
+        # Added inputs are zero, so any column serves: the last again keeps a group's columns equal.
         a = torch.cat([pair[0], pair[0][:, -1:].expand(-1, inputs - pair[0].shape[1])], 1)
-        adapters[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
-    config = _build_adapter_config(model, adapters)
+        pairs[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
+    config = _build_adapter_config(model, pairs)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
     tensors = {}
-    for name, (a, b) in adapters.items():
+    for name, (a, b) in pairs.items():
         for part, value in (("lora_A", a), ("lora_B", b)):
             tensors[f"{KEY_PREFIX}{name}.{part}.weight"] = value.detach().cpu().contiguous().clone()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read; other files follow the umask.
-    (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)
+    (folder / WEIGHTS).chmod((folder / CONFIG_FILE).stat().st_mode)  # it is written for its owner's eyes only
 
 
-def _build_adapter_config(model: Any, adapters: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
-    """Build the `peft.LoraConfig` of the adapters (A [r, I], B [O, r]); int4 adapters get the one PEFT would use."""
+def _build_adapter_config(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> Any:
+    """The configuration that the adapters have, or would have with PEFT."""
     linears = list_decoder_linears(model)
     if hasattr(model, "peft_config"):
         config = copy.deepcopy(model.peft_config["default"])
     else:
-        ranks = [len(adapters[linear.name][0]) for linear in linears]
+        ranks = [len(pairs[linear.name][0]) for linear in linears]
         rank = Counter(ranks).most_common(1)[0][0]
         scaling = cast(GroupLora, linears[0].module).scaling
         config = build_peft_config(model, ranks, rank, scaling * rank)
@@ -97,95 +90,25 @@ def _build_adapter_config(model: Any, adapters: Mapping[str, tuple[Tensor, Tenso
 
 
 def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
-    """Check a saved adapter, and that it fits a model source, from the files alone; no model is loaded.
+    """Check a saved adapter, and that it fits a model source, as far as files tell: no model is loaded.
 
     Args:
-        folder: folder of the adapter.
-        source: model source; its shapes are checked only if it is a local folder with safetensors.
+        folder: of the adapter.
+        source: model source; only a local folder with safetensors is looked into.
 
     Raises:
-        BadAdapter: the adapter is missing, unreadable, of another kind than LoRA, or made for other shapes.
-
-    Example: `python -m prunelit export --model BASE --adapter FOLDER ...` calls it first.
+        BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
     """
     path = Path(folder).expanduser()
-    _read_adapter_settings(path)
-    adapter_shapes = _read_adapter_shapes(path)
-    base_shapes = _read_model_shapes(Path(source).expanduser())
-    if base_shapes:
-        _check_shapes_match(folder, adapter_shapes, base_shapes, source)
+    read_adapter_settings(path)
+    shapes = read_adapter_shapes(path)
+    base = _read_model_shapes(Path(source).expanduser())
+    if base:
+        check_shapes_match(folder, shapes, base, source)
 
 
-@torch.no_grad()
-def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
-    """Merge a saved adapter into the weights of its base, in place.
-
-    Args:
-        model: the base, plain or int4. On int4 the adapter goes into the zeros of the groups.
-        folder: folder of the adapter.
-
-    Returns:
-        The transformers model without adapters.
-
-    Raises:
-        BadAdapter: see `check_adapter`; or the adapter treats the inputs of an INT4 group differently.
-
-    Example: see `prunelit.recovery.prepare.prepare_export_model`.
-    """
-    path = Path(folder).expanduser()
-    settings = _read_adapter_settings(path)
-    model_shapes = {linear.name: get_linear_widths(linear.module) for linear in list_decoder_linears(model)}
-    _check_shapes_match(folder, _read_adapter_shapes(path), model_shapes, "the model")
-    if get_quantization(model) == "int4":
-        return _merge_into_zeros(model, path, settings)
-    from peft import PeftModel
-
-    try:
-        with show_stage("merging the adapter"), silence_transformers(), warnings.catch_warnings():
-            # PEFT only warns of missing tensors, and would go on with adapters at random.
-            warnings.filterwarnings("error", "Found missing adapter keys")
-            return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise BadAdapter(f"adapter {str(folder)!r}: cannot be loaded onto the model: {reason}") from error
-
-
-def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:
-    """Add (alpha / r) B A of every group to the zero of the group, in place, and return the model."""
-    tensors = load_file(folder / WEIGHTS)
-    for linear in list_decoder_linears(model):
-        key = f"{_PREFIX}{linear.name}.lora_%s.weight"
-        if key % "A" not in tensors:
-            continue
-        module = cast(Int4Linear, linear.module)
-        a, b = tensors[key % "A"].float(), tensors[key % "B"].float()
-        size = module.group_size
-        # The last group may have fewer inputs; copies of its last column fill it up.
-        grouped = torch.cat([a, a[:, -1:].expand(-1, -a.shape[1] % size)], 1).unflatten(1, (-1, size))
-        if not torch.equal(grouped, grouped[..., :1].expand_as(grouped)):
-            raise BadAdapter(
-                f"adapter {str(folder)!r}: {linear.name}: expected one value for all inputs of an INT4 group of "
-                f"{size}, got several, which zeros cannot hold; use format uniform or hetero, or train with base int4"
-            )
-        module.add_to_zeros(_get_adapter_scaling(settings, linear.name) * (b @ grouped[..., 0]))
-    return model
-
-
-def _get_adapter_scaling(settings: Any, name: str) -> float:
-    """Return alpha / r of a module, or alpha / sqrt(r) with use_rslora; rank and alpha follow PEFT's patterns."""
-    from peft.utils.other import get_pattern_key
-
-    rank = settings.rank_pattern.get(get_pattern_key(settings.rank_pattern, name), settings.r)
-    alpha = settings.alpha_pattern.get(get_pattern_key(settings.alpha_pattern, name), settings.lora_alpha)
-    return float(alpha / (rank**0.5 if settings.use_rslora else rank))
-
-
-def _read_adapter_settings(folder: Path) -> Any:
-    """Read the configuration of a saved adapter.
-
-    Raises:
-        BadAdapter: missing, unreadable, or no plain LoRA.
-    """
+def read_adapter_settings(folder: Path) -> Any:
+    """The configuration of a saved adapter."""
     from peft import LoraConfig
 
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS).is_file():
@@ -204,31 +127,27 @@ def _read_adapter_settings(folder: Path) -> Any:
     return settings
 
 
-def _read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Read the shapes [O, I] of the linears that an adapter is for, by name, from the header of its file.
-
-    Raises:
-        BadAdapter: the file is unreadable, or its tensors are no pairs of A and B.
-    """
-    inputs: dict[str, int] = {}
-    outputs: dict[str, int] = {}
+def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
+    """[O, I] of the linears that an adapter is for, by name, from the header of its file."""
+    a: dict[str, int] = {}
+    b: dict[str, int] = {}
     try:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 name, _, part = key.removeprefix(KEY_PREFIX).rpartition(".lora_")
                 if part == "A.weight":
-                    inputs[name] = file.get_slice(key).get_shape()[1]
+                    a[name] = file.get_slice(key).get_shape()[1]
                 elif part == "B.weight":
-                    outputs[name] = file.get_slice(key).get_shape()[0]
+                    b[name] = file.get_slice(key).get_shape()[0]
     except (OSError, SafetensorError) as error:
         raise BadAdapter(f"adapter {str(folder)!r}: {WEIGHTS} cannot be read: {error}") from error
-    if not inputs or inputs.keys() != outputs.keys():
+    if not a or a.keys() != b.keys():
         raise BadAdapter(f"adapter {str(folder)!r}: expected pairs of lora_A and lora_B in {WEIGHTS}, got others")
-    return {name: (outputs[name], inputs[name]) for name in inputs}
+    return {name: (b[name], a[name]) for name in a}
 
 
 def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """Read the shapes [O, I] of the matrices in a model folder, by name; {} where it is no local folder."""
+    """[O, I] of the matrices in a model folder, by name; nothing where the folder is not local."""
     if not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE)):
         return {}
     codes = CODES_PER_WORD if read_int4_config(folder) else 1
@@ -241,27 +160,16 @@ def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def _check_shapes_match(folder: Any, adapter_shapes: ShapeByName, base_shapes: ShapeByName, where: str) -> None:
-    """Check that the linears of an adapter are those of a base.
-
-    Args:
-        folder: folder of the adapter, for the message.
-        adapter_shapes: shapes of the linears that the adapter is for.
-        base_shapes: shapes of the base's linears.
-        where: "the model", or the model source. A source may use other names than the model that is loaded from it, so
-            with a source that has none of the adapter's names nothing is checked.
-
-    Raises:
-        BadAdapter: a linear is missing, or has another shape.
-    """
-    if not adapter_shapes.keys() & base_shapes.keys():
+def check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
+    """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later."""
+    if not shapes.keys() & base.keys():
         if where == "the model":
             raise BadAdapter(
-                f"adapter {str(folder)!r}: none of its linears is in the model ({next(iter(adapter_shapes))}, ...)"
+                f"adapter {str(folder)!r}: none of its linears is in the model ({next(iter(shapes))}, ...)"
             )
         return
-    for name, expected in adapter_shapes.items():
-        got = base_shapes.get(name)
+    for name, expected in shapes.items():
+        got = base.get(name)
         if got is None or (got != expected and got[::-1] != expected):  # Conv1D is stored as [in, out]
             raise BadAdapter(
                 f"adapter {str(folder)!r}: {name}: expected a linear of {list(expected)} in {where}, got "
