@@ -1,4 +1,4 @@
-"""What a format is, and which there are."""
+"""The formats, and the data that their writers and proofs share."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -10,10 +10,10 @@ from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption, suggest_name
 
-# One module of this package each; imported when it is used.
 FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")
+"""Names of the formats; each is a module of this package that is imported when it is used."""
 AUTO_FORMATS = ("uniform", "hetero")
-"""What format "auto" tries, in this order."""
+"""Formats that "auto" tries, in this order."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,14 @@ class ExportJob:
     """A model to write and to prove.
 
     Attributes:
-        model: a causal LM, cut or dense; no adapters.
-        place: an empty folder, or the file to write for a format with a suffix; not the final target.
-        tokenizer: of the model, or None.
-        plan: by which the model was cut, or None.
-        kind: one of `Format.kinds`; "" where the format has none.
-        max_shard_size: of one weight file, as "5GB".
-        fresh_process: prove in a new process, as its users will load it; else in this one, which is faster.
+        model: a causal LM, pruned or dense, without adapters.
+        path: an empty folder, or the file to write for a format with a suffix; a temporary one beside the target.
+        tokenizer: the model's tokenizer, or None.
+        plan: the plan that was applied to the model, or None.
+        kind: type of the weights, one of `Format.kinds`; "" where the format has none.
+        max_shard_size: largest size of one weight file, as "5GB".
+        fresh_process: prove in a new process, as users will load the model; otherwise in this one, which is faster.
+        decoders: holds the model's decoder once it is built, see `get_decoder`.
     """
 
     model: Any
@@ -40,7 +41,7 @@ class ExportJob:
     decoders: list[Decoder] = field(default_factory=list, repr=False)
 
     def get_decoder(self) -> Decoder:
-        """The decoder of the model; it is built once for all that read it, also in copies of the job."""
+        """Return the decoder of the model; it is built once, also for copies of the job, which share the list."""
         if not self.decoders:
             self.decoders.append(Decoder(self.model))
         return self.decoders[0]
@@ -48,15 +49,15 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        format: which one.
-        path: where.
+        format: name of the format.
+        path: the folder or file that was written.
         proof: the verdict, as in proof.json.
-        size: of what was written, as `measure.size`.
-        dense: size of the dense model in the same dtype, where there is a plan.
-        facts: what the format's `write` had to say.
+        size: size of the written model, as of `measure_model_size`.
+        dense: size of the dense model in the same dtype; None without a plan.
+        facts: facts that the format's `write` returned.
     """
 
     format: str
@@ -77,21 +78,21 @@ def _accept_any_model(model: Any, tokenizer: Any) -> None:
 
 @dataclass(frozen=True)
 class Format:
-    """One way to write a model; see the package's docstring.
+    """A way to write a model; see the package's docstring.
 
     Attributes:
-        name: on the command line.
-        loads: Python (or shell) that loads the result, for the card; "PATH" stands for where it is.
-        write: Job -> facts. Raises `DoesNotFit`.
-        prove: Job -> verdict.
-        suffix: of the one file that the format is; "" for a folder.
-        kinds: number formats of the weights to choose from (`--type`), the default first; empty: the model's own dtype.
+        name: name on the command line.
+        load_snippet: Python that loads the result, for the card; "PATH" stands for its path.
+        write: ExportJob -> facts. Raises `DoesNotFit`.
+        prove: ExportJob -> verdict.
+        suffix: suffix of the file, for a format that is one file; "" for a folder.
+        kinds: types of the weights to choose from (`--type`), the default first; empty: the model's own dtype.
         library: `library_name` on the hub.
-        ready: raises a `PrunelitError` where something is not installed; called before a model is loaded.
-        provable: the same, for what only the proof needs.
-        check: (model, tokenizer) -> None; raises `DoesNotFit`, with the words of `write`, where the format cannot hold
-            the model. It reads shapes and configs, no weight, so it can be asked before a model is trained.
-        streams: whether it writes a model whose layers are on disk.
+        check_installed: raises a `PrunelitError` if a package is missing; called before a model is loaded.
+        check_proof_installed: the same for packages that only the proof needs.
+        check: (model, tokenizer) -> None; raises the `DoesNotFit` of `write` where the format cannot hold the model. It
+            reads shapes and configs, no weight, so it can be called before a model is trained.
+        accepts_streamed: whether it writes a model whose layers are on disk.
     """
 
     name: str
@@ -108,12 +109,19 @@ class Format:
 
 
 def load_export_format(name: str) -> Format:
-    """The format of a name.
+    """Import the module of a format and return the format.
+
+    Args:
+        name: one of `FORMATS`.
 
     Raises:
-        BadOption: there is none.
+        BadOption: there is no such format.
+
+    Example:
+        >>> load_export_format("gguf").suffix
+        '.gguf'
     """
     if name not in FORMATS:
         raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{suggest_name(name, FORMATS)}")
-    format: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
-    return format
+    export_format: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
+    return export_format

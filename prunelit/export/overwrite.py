@@ -1,7 +1,7 @@
-"""What an output may replace: what prunelit wrote, and nothing that is in use.
+"""Check outputs: prunelit replaces only folders that it wrote, and nothing that is in use.
 
-The mark of our folders is proof.json, which is in every folder that is written, proved or not. A plan alone is no mark:
-`plan --out` puts one anywhere.
+A folder that prunelit wrote is recognised by its proof.json, which is written with or without a proof. A plan alone
+does not mark a folder, since `plan --out` writes one anywhere.
 """
 
 import json
@@ -17,23 +17,33 @@ from prunelit.runtime.errors import OutputNotWritable
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _OLDER_OUTPUT_FILES = ({"config.json", "report.json"}, {_ADAPTER_CONFIG})
-"""What stands beside plan.json in folders of versions that did not write proof.json: of `prune`, and of adapters."""
+"""Files beside plan.json in folders of versions that did not write proof.json: those of `prune`, and of adapters."""
 
 
 def check_output(
     target: str | os.PathLike[str], overwrite: bool = False, file: bool = False, reads: Collection[str] = ()
 ) -> None:
-    """Create the parents of an output that is written anew and check that it can be, before any work is done.
+    """Check that an output can be written, before any work is done, and create its parent folders.
 
     Args:
         target: a folder, or a file.
-        overwrite: it may be there already: a file, or a folder that prunelit wrote (`is_prunelit_output`).
-        file: it is a file.
-        reads: sources that are read for it; those that are no path of this machine do not matter.
+        overwrite: whether it may replace a file, or a folder that prunelit wrote (`is_prunelit_output`).
+        file: whether the target is a file.
+        reads: sources that are read for the output; those that are no local paths are ignored.
 
     Raises:
-        OutputNotWritable: a file is in the way of a folder or the other way round; something is there, and `overwrite`
-            is off, or it is not prunelit's, or holds the working directory or one of `reads`; or writing is refused.
+        OutputNotWritable: a file is in the place of a folder, or a folder in that of a file; or the target exists and
+            must not be replaced: `overwrite` is off, prunelit did not write it, or it holds the working directory or
+            one of `reads`; or the system refuses writing.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     check_output(Path(folder, "new"))
+        ...     Path(folder, "words.txt").touch()
+        ...     check_output(folder, overwrite=True)  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        prunelit.runtime.errors.OutputNotWritable: output ...: expected an empty folder or one that prunelit wrote...
     """
     path = Path(target)
     with explain_refusal(path):
@@ -44,18 +54,24 @@ def check_output(
 
 
 def _check_replaceable_output(path: Path, overwrite: bool, file: bool, reads: Collection[str]) -> None:
-    name, whole = f"output {str(path)!r}", path.resolve()
-    held = {"the working directory": Path.cwd()}
-    held |= {f"{source!r}, which is read": Path(source).expanduser() for source in reads}
-    for what, place in held.items():
-        if os.path.exists(place) and place.resolve().is_relative_to(whole):
-            raise OutputNotWritable(f"{name}: expected a place of its own, got that of {what}; choose another path")
-    ours = file or is_prunelit_output(path)
+    """Check that an existing output may be replaced; arguments and errors are those of `check_output`."""
+    name, resolved = f"output {str(path)!r}", path.resolve()
+    paths_in_use = {"the working directory": Path.cwd()}
+    paths_in_use |= {f"{source!r}, which is read": Path(source).expanduser() for source in reads}
+    for description, used in paths_in_use.items():
+        # os.path.exists, since Path.exists raises where a source is no valid path (too long a name).
+        if os.path.exists(used) and used.resolve().is_relative_to(resolved):
+            raise OutputNotWritable(
+                f"{name}: expected a place of its own, got that of {description}; choose another path"
+            )
+    is_replaceable = file or is_prunelit_output(path)
     if not overwrite:
         expected = "a new file" if file else "a new or empty folder"
-        instead = " or pass --overwrite true" if ours else "; --overwrite true replaces only what prunelit wrote"
-        raise OutputNotWritable(f"{name}: expected {expected}; choose another path{instead}")
-    if not ours:
+        advice = "; --overwrite true replaces only what prunelit wrote"
+        if is_replaceable:
+            advice = " or pass --overwrite true"
+        raise OutputNotWritable(f"{name}: expected {expected}; choose another path{advice}")
+    if not is_replaceable:
         raise OutputNotWritable(
             f"{name}: expected an empty folder or one that prunelit wrote, got one without proof.json; choose another "
             "path, or remove it yourself"
@@ -63,7 +79,7 @@ def _check_replaceable_output(path: Path, overwrite: bool, file: bool, reads: Co
 
 
 def is_prunelit_output(folder: Path) -> bool:
-    """Whether prunelit wrote a folder's content, by the files in it; nothing else is read."""
+    """Tell from the files in a folder whether prunelit wrote it."""
     if {"format", "passed"} <= _read_json_object(folder / PROOF_FILE).keys():
         return True
     if not folder.is_dir():
@@ -74,12 +90,12 @@ def is_prunelit_output(folder: Path) -> bool:
         and _read_json_object(folder / "plan.json").get("format") == PLAN_FORMAT
     ):
         return True
-    # The adapters of an older run that cut nothing, beside the model that they were merged into.
+    # An older run that pruned nothing wrote its adapters without a plan, beside the model that they were merged into.
     return _ADAPTER_CONFIG in names and folder.name == "adapter" and is_prunelit_output(folder.parent / "model")
 
 
 def _read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; an empty one where there is none."""
+    """Read the object in a JSON file; {} where there is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

@@ -1,4 +1,4 @@
-"""uniform: a stock transformers class, wherever one holds the shapes of all layers."""
+"""Format uniform: a stock class of transformers, where one can hold the shapes of all layers."""
 
 import copy
 from collections.abc import Iterator
@@ -17,29 +17,38 @@ from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.model.per_layer import ADDED_BIASES
 from prunelit.runtime.errors import DoesNotFit
 
-# What configs and models raise on widths that they cannot have.
+# Errors that configs and models of transformers raise for widths that they cannot have.
 _CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, StrictDataclassError)
 
 
 def find_stock_class(kind: type) -> Any:
-    """The transformers class that a (possibly already pruned) model class stands on."""
+    """Find the transformers class that a model class, which may be a per-layer one, is derived from."""
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
 def build_stock_model(model: nn.Module | Decoder) -> Any:
-    """A stock class built with the cut widths on the meta device, whose parameter shapes equal the model's.
+    """Build a model of a stock class on the meta device, with the parameter names and shapes of a live model.
+
+    Args:
+        model: the live model, or its decoder.
 
     Returns:
-        The model on the meta device, or None where no stock class fits.
+        The model on the meta device; None where no stock class fits.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> build_stock_model(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))).device
+        device(type='meta')
     """
     decoder = as_decoder(model)
-    widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
-    if len(widths) != 1:
+    all_widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
+    if len(all_widths) != 1:
         return None
-    only = widths.pop()
-    if not only.query_heads or not only.ffn_channels:
+    widths = all_widths.pop()
+    if not widths.query_heads or not widths.ffn_channels:
         return None
-    for build, config, spare_biases in propose_stock_configs(decoder, only):
+    for build, config, spare_biases in propose_stock_configs(decoder, widths):
         shell = build_if_shapes_match(build, config, decoder.model, spare_biases)
         if shell is not None:
             return shell
@@ -47,7 +56,7 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
 
 
 class LayerWidths(NamedTuple):
-    """What all layers of a stock class have."""
+    """The widths that all layers of a stock class have."""
 
     query_heads: int
     kv_groups: int
@@ -56,16 +65,24 @@ class LayerWidths(NamedTuple):
 
     @classmethod
     def from_shape(cls, shape: LayerShape) -> Self:
-        """Those of a layer."""
+        """Take the widths of a layer."""
         return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
 
 def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
-    """Stock classes that may hold a model of these widths: class, config, and whether it may have biases to spare.
+    """Propose stock classes and configs that may hold a model.
 
-    The model's own class comes first. A Llama whose heads no longer divide the hidden size is a Mistral: the same
-    computation, and a config that accepts any number of heads. Where output projections were given biases, and the
-    family's config can have biases, it is told so; the class then has more of them, which are zeros in the file.
+    The model's own class comes first. For a Llama, Mistral comes next: it computes the same, and its config accepts a
+    number of heads that does not divide the hidden size. Where pruning added biases to output projections and the
+    family's config has an option for biases, it is switched on; the class then has more biases than the model, which
+    are zeros in the file.
+
+    Args:
+        decoder: the model.
+        widths: the widths that all layers must have.
+
+    Yields:
+        A class, a config, and whether the class may have biases that the model lacks.
     """
     import transformers
 
@@ -77,26 +94,26 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     }
     build: Any = type(model)
     config = copy.deepcopy(cast(Any, model.config))
-    if str(config.model_type).startswith(PRUNED):  # it was read from a folder with per-layer shapes
+    if str(config.model_type).startswith(PRUNED):  # the model was loaded from a folder with per-layer shapes
         build = find_stock_class(build)
-        own = ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
-        kept = {name: value for name, value in config.to_dict().items() if name not in own}
+        per_layer_options = ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
+        stock_options = {name: value for name, value in config.to_dict().items() if name not in per_layer_options}
         try:
-            config = build.config_class.from_dict(kept | settings)
+            config = build.config_class.from_dict(stock_options | settings)
         except _CONFIG_ERRORS:
             return
     for name, value in settings.items():
         if hasattr(config, name):
             setattr(config, name, value)
     if not isinstance(getattr(type(config), "head_dim", None), property):
-        # many families read it if it is there; what the others have instead shows in their shapes
+        # Many families read head_dim where it is set. The others ignore it, and the check of shapes refuses them.
         config.head_dim = settings["head_dim"] = widths.head_dim
     yield build, config, False
     if config.model_type == "llama":
-        kept = config.to_dict() | settings | {"sliding_window": None}
+        mistral_options = config.to_dict() | settings | {"sliding_window": None}
         for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
-            kept.pop(name, None)
-        yield transformers.MistralForCausalLM, transformers.MistralConfig(**kept), False
+            mistral_options.pop(name, None)
+        yield transformers.MistralForCausalLM, transformers.MistralConfig(**mistral_options), False
     linears = [(names.config_attention_bias, layer.output) for layer in decoder if layer.has_attention]
     linears += [(names.config_mlp_bias, layer.down) for layer in decoder if layer.has_mlp]
     switches = {name for name, linear in linears if linear.bias is not None and getattr(config, name, None) is False}
@@ -107,27 +124,32 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
 
 
 def build_if_shapes_match(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) -> Any:
-    """`build(config)` without memory if its parameters have the model's names and shapes, else None.
+    """Build a model on the meta device if its parameters have the names and shapes of another model.
 
     Args:
         build: class of a causal LM.
         config: its config.
-        model: what it is to hold.
-        spare_biases: it may have biases that the model lacks.
+        model: the model that it is to hold.
+        spare_biases: whether it may have biases that the model lacks.
+
+    Returns:
+        The model on the meta device; None where names or shapes differ, or the config is invalid.
+
+    Example: see `build_stock_model`.
     """
     shell = build_on_meta(build, config)
     if shell is None:
         return None
     expected = {(name, tensor.shape) for name, tensor in model.state_dict().items()}
-    shell_shapes = {(name, tensor.shape) for name, tensor in shell.state_dict().items()}
-    spare = {name for name, _ in shell_shapes - expected}
-    return (
-        None if expected - shell_shapes or (spare and not (spare_biases and all(map(_is_bias_name, spare)))) else shell
-    )
+    got = {(name, tensor.shape) for name, tensor in shell.state_dict().items()}
+    spare_names = {name for name, _ in got - expected}
+    if expected - got or (spare_names and not (spare_biases and all(map(_is_bias_name, spare_names)))):
+        return None
+    return shell
 
 
 def build_on_meta(build: Any, config: Any) -> Any:
-    """`build(config)` without memory, or None where the config does not allow it."""
+    """Build `build(config)` on the meta device; None where the class cannot have the config's widths."""
     try:
         config.validate()
         with torch.device("meta"):
@@ -144,13 +166,16 @@ def write_uniform(job: ExportJob) -> dict[str, Any]:
     """Write a model under a stock class.
 
     Raises:
-        DoesNotFit: no stock class holds it; says why.
+        DoesNotFit: no stock class can hold it; the message says why.
+
+    Example: `prunelit.export.write_model(model, "folder", tokenizer, format="uniform")` calls it.
     """
     write_model_as(_require_stock_model(job.get_decoder()), job)
     return {}
 
 
 def _require_stock_model(model: nn.Module | Decoder) -> Any:
+    """Build a stock model, or raise `DoesNotFit`."""
     shell = build_stock_model(model)
     if shell is None:
         raise DoesNotFit(
@@ -160,20 +185,25 @@ def _require_stock_model(model: nn.Module | Decoder) -> Any:
 
 
 def check_uniform(model: nn.Module, tokenizer: Any) -> None:
-    """As `write_uniform`, without writing."""
+    """Check that `write_uniform` can write a model, from shapes and config.
+
+    Raises:
+        DoesNotFit: see `write_uniform`.
+    """
     _require_stock_model(model)
 
 
 def _explain_misfit(model: nn.Module | Decoder) -> str:
-    """Why no stock class holds a model."""
-    first, *others = [layer.shape for layer in as_decoder(model)]
-    for index, shape in enumerate(others, 1):
-        if LayerWidths.from_shape(shape) != LayerWidths.from_shape(first):
+    """Explain why no stock class can hold a model."""
+    shape_0, *other_shapes = [layer.shape for layer in as_decoder(model)]
+    description_0 = _describe_shape(shape_0)
+    for index, shape in enumerate(other_shapes, 1):
+        if LayerWidths.from_shape(shape) != LayerWidths.from_shape(shape_0):
             return (
-                f"expected layers of one shape, got {_describe_shape(first)} in layer 0, {_describe_shape(shape)} in "
-                f"layer {index}"
+                f"expected layers of one shape, got {description_0} in layer 0, {_describe_shape(shape)} in layer "
+                f"{index}"
             )
-    return f"expected a stock class with the model's parameters, got none with {_describe_shape(first)} and its biases"
+    return f"expected a stock class with the model's parameters, got none with {description_0} and its biases"
 
 
 def _describe_shape(shape: LayerShape) -> str:

@@ -1,4 +1,4 @@
-"""save(model, folder): the plainest format that fits, written to the side, proved, and moved into place."""
+"""Write a model: the simplest format that fits, written beside the target, proved, and moved into place."""
 
 import json
 import logging
@@ -39,13 +39,28 @@ def check_export_request(
     stream: bool = False,
     reads: Collection[str] = (),
 ) -> None:
-    """Check what can be checked without a model; `stream`: its layers will be on disk; `reads`: see `check_output`.
+    """Check the arguments of `write_model` before there is a model.
+
+    Args:
+        target: as of `write_model`.
+        format: as of `write_model`.
+        kind: as of `write_model`.
+        overwrite: as of `write_model`.
+        max_shard_size: as of `write_model`.
+        unproved: as of `write_model`.
+        stream: whether the model's layers will be on disk.
+        reads: sources that are read for the model, see `check_output`.
 
     Raises:
         DoesNotFit: the format takes models in memory only.
         BadOption: an unknown format, kind or size of shards; a kind for a format that has none.
         OutputNotWritable: see `check_output`.
-        PrunelitError: the format, or without `unproved` its proof, needs something that is not installed.
+        PrunelitError: the format, or its proof unless `unproved`, needs a package that is not installed.
+
+    Example:
+        >>> check_export_request("folder", max_shard_size="5")
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: max_shard_size: expected a size as '5GB' or '500MB', got '5'
     """
     chosen = load_export_format(AUTO_FORMATS[0] if format == "auto" else format)
     if kind and kind not in chosen.kinds:
@@ -61,16 +76,18 @@ def check_export_request(
 
 
 def check_format_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
-    """Check that a format can hold a model, without writing it: from shapes and config, no weight is read.
+    """Check that a format can hold a model, from shapes and config; no weight is read and nothing is written.
 
     Args:
-        model: as of `write_model`; linears may be without memory.
+        model: as of `write_model`; its linears may be on the meta device.
         tokenizer: as of `write_model`.
-        format: "auto" always fits.
+        format: as of `write_model`; "auto" always fits.
 
     Raises:
         BadOption: an unknown format.
-        DoesNotFit: it cannot.
+        DoesNotFit: the format cannot hold the model.
+
+    Example: see `save`.
     """
     if format != "auto":
         load_export_format(format).check(model, tokenizer)
@@ -97,13 +114,31 @@ def save(
     overwrite: bool = False,
     **more: Any,
 ) -> str:
-    """`write_model`, for those who want to know the format only.
+    """Write a model as `write_model` does, and return the name of the format.
+
+    Args:
+        model: as of `write_model`.
+        folder: the target of `write_model`.
+        tokenizer: as of `write_model`.
+        plan: as of `write_model`.
+        format: as of `write_model`.
+        overwrite: as of `write_model`.
+        more: further arguments of `write_model`.
 
     Returns:
-        The format written.
+        The format that was written.
 
     Raises:
         PrunelitError: see `write_model`.
+
+    Example:
+        >>> import tempfile
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save(model, Path(folder, "small"))
+        'uniform'
     """
     return write_model(model, folder, tokenizer, plan, format, overwrite, **more).format
 
@@ -121,46 +156,51 @@ def write_model(
     report: Mapping[str, Any] | None = None,
     unproved: bool = False,
 ) -> ExportResult:
-    """Write a cut (or dense) causal LM so that it loads again with equal logits.
+    """Write a pruned (or dense) causal LM so that it loads again with equal logits.
 
-    The target appears complete or not at all. `prunelit.load` reads the folders; plain transformers reads "uniform" and
-    "padded", and "hetero" with `trust_remote_code=True`.
+    The target appears as a whole or not at all. `prunelit.load` reads the folders. Plain transformers reads "uniform"
+    and "padded", and "hetero" with `trust_remote_code=True`.
 
     Args:
-        model: what `surgery.apply` left, or its `Decoder`; no adapters; plain, or int4.
-        target: a folder; or a file, where the format is one and `target` has its suffix.
+        model: a model, pruned by `prunelit.apply` or dense, or its `Decoder`; plain or int4, without adapters.
+        target: a folder; or a file, for a format that is one file and a `target` with its suffix.
         tokenizer: saved beside the model if given.
         plan: saved as plan.json if given.
         format: "auto" takes "uniform" where a stock class holds the shapes, else "hetero", and "int4" for a model in
-            4 bits; others: see `formats`.
+            4 bits; for the others see `formats`.
         overwrite: replace what is there: a file, or a folder that prunelit wrote.
-        kind: number format of the weights, for formats that have several; "" for the first of them.
-        max_shard_size: of one weight file, as "5GB".
-        fresh_process: prove in a new process, with plain transformers, generation included; otherwise it is read back
-            in this one, which is faster.
-        report: of the run that made it (report.json), for the model card.
+        kind: type of the weights, for formats that have several; "" for the first of them.
+        max_shard_size: largest size of one weight file, as "5GB".
+        fresh_process: prove in a new process, with plain transformers and with generation; otherwise the model is read
+            back in this process, which is faster.
+        report: report.json of the run that made the model, for the model card.
         unproved: leave out the proof; the verdict then says so.
+
+    Returns:
+        Format, path, sizes and verdict.
 
     Raises:
         BadOption: an unknown format, kind or size of shards.
         OutputNotWritable: see `check_output`, or the disk refused while writing.
-        DoesNotFit: the format cannot hold the model's shapes.
+        DoesNotFit: the format cannot hold the model.
         NotProved: what was written is not the same model; nothing was kept.
+
+    Example: see `save`.
     """
     decoders = [model] if isinstance(model, Decoder) else []
     model = model.model if isinstance(model, Decoder) else model
     check_export_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
-    tried = AUTO_FORMATS if format == "auto" else (format,)
+    candidates = AUTO_FORMATS if format == "auto" else (format,)
     if base := get_quantization(model):
         if base == "int4" and format == "auto":
-            tried = ("int4",)
+            candidates = ("int4",)
         elif base != format:
             raise DoesNotFit(
                 f"format {format!r}: expected plain linears, got {base}; call "
                 "prunelit.quantization.quantize.dequantize_model first"
             )
-    path = Path(target).resolve()  # "." has a name then, and a link is followed, not replaced
-    for name in tried:
+    path = Path(target).resolve()  # so that "." has a name, and a link is followed, not replaced
+    for name in candidates:
         chosen = load_export_format(name)
         job = ExportJob(
             *(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), "")),
@@ -170,22 +210,23 @@ def write_model(
             with replace_folder(path, _is_single_file(chosen, path)) as folder:
                 return _write_and_prove(chosen, job, folder, report or {}, unproved)
         except DoesNotFit:
-            if name == tried[-1]:
+            if name == candidates[-1]:
                 raise
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {reason}") from error
-    raise AssertionError(tried)
+            raise OutputNotWritable(f"output {str(path)!r}: can not be written: {reason}") from error
+    raise AssertionError(candidates)
 
 
 def _measure_size(job: ExportJob) -> dict[str, int]:
+    """Measure the size of the model; a quantised one has no decoder."""
     return metrics.measure_model_size(job.model if get_quantization(job.model) else job.get_decoder())
 
 
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # the tokenizers library raises nothing narrower
+    except Exception as error:  # the tokenizers library raises a plain Exception, with the system's message in it
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
 
 
@@ -196,17 +237,17 @@ def _write_and_prove(
 
     Args:
         chosen: the format.
-        job: with the target as its place.
-        folder: an empty one, at the side of the target.
-        report: for the card.
-        unproved: do not prove it.
+        job: the job, whose path is the target.
+        folder: an empty folder beside the target.
+        report: report of the run, for the card.
+        unproved: whether to leave out the proof.
 
     Raises:
-        NotProved: it is not the same model.
+        NotProved: what was written is not the same model.
     """
-    target, file = job.path, _is_single_file(chosen, job.path)
-    place = folder / (target.name if file else f"model{chosen.suffix}") if chosen.suffix else folder
-    job = replace(job, path=place)
+    target, is_file = job.path, _is_single_file(chosen, job.path)
+    path = folder / (target.name if is_file else f"model{chosen.suffix}") if chosen.suffix else folder
+    job = replace(job, path=path)
     with show_stage(f"writing {chosen.name}"):
         facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
@@ -217,18 +258,19 @@ def _write_and_prove(
         raise NotProved(f"output: {proof['why']}; nothing was kept")
     dense = None
     if job.plan is not None:
-        element = next(job.model.parameters()).element_size()
-        dense = metrics.compute_dense_size(replace(job.plan.model, bytes_per_element=element))
-    written = ExportResult(chosen.name, target, proof, facts.get("size") or _measure_size(job), dense, facts)
-    name = f"{target.stem}.{PROOF_FILE}" if file else PROOF_FILE
-    (folder / name).write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
-    if not file:
-        (folder / CARD_FILE).write_text(render_model_card(written, chosen, job, report), encoding="utf-8")
+        element_size = next(job.model.parameters()).element_size()
+        dense = metrics.compute_dense_size(replace(job.plan.model, bytes_per_element=element_size))
+    result = ExportResult(chosen.name, target, proof, facts.get("size") or _measure_size(job), dense, facts)
+    proof_file = folder / (f"{target.stem}.{PROOF_FILE}" if is_file else PROOF_FILE)
+    proof_file.write_text(json.dumps(proof, indent=2) + "\n", encoding="utf-8")
+    if not is_file:
+        (folder / CARD_FILE).write_text(render_model_card(result, chosen, job, report), encoding="utf-8")
         if job.plan is not None:
             job.plan.save(folder / "plan.json")
-    for made in folder.iterdir():  # safetensors are written for their owner's eyes only
-        if made.is_file():
-            made.chmod((folder / name).stat().st_mode)
+    # safetensors makes files that only their owner can read; other files follow the umask.
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(proof_file.stat().st_mode)
     if "note" in facts:
         _log.info(facts["note"])
-    return written
+    return result

@@ -1,4 +1,4 @@
-"""The end of a recovery: the adapters are saved as they are, merged, and the merged model is saved."""
+"""The end of a recovery: the adapters are saved, then merged, and the merged model is saved."""
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -40,14 +40,14 @@ _MERGE_TARGETS = {
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run leaves its model and adapters, and in which form.
+    """The folder in which a run saves its model and adapters, and the form in which it does.
 
     Attributes:
-        path: of the run.
+        path: the folder of the run.
         tokenizer: saved beside the models; None where the job has none.
-        plan: of the cut, saved beside the models; None where nothing was cut.
-        format: of the saved model: "auto", or one of those of `python -m prunelit export`.
-        save_base: whether the pruned model before recovery is saved too: the saved adapters are useless without it.
+        plan: the plan that was applied, saved beside the models; None where nothing was pruned.
+        format: format of the saved model: "auto", or one of those of `python -m prunelit export`.
+        save_base: whether the pruned model before recovery is saved too; the saved adapters are useless without it.
     """
 
     path: Path
@@ -58,17 +58,22 @@ class RunFolder:
 
 
 def check_run_format_fits(module: RecoveryModule, tokenizer: Any, format: str) -> None:
-    """Check before training that the format of a run can hold the model which will be saved.
+    """Check before training that a format can hold the model that will be saved.
+
+    Args:
+        module: the module, with its adapters.
+        tokenizer: the tokenizer that will be saved.
+        format: as of `RunFolder`.
 
     Raises:
-        DoesNotFit: it cannot.
+        DoesNotFit: the format cannot hold the model.
     """
     if format == "auto":
         return
     base = views.view_without_adapters(module.model)
-    # Only int4 is written without making the linears plain.
-    shapes = base if format == "int4" else views.view_as_plain_linears(base)
-    export.check_format_fits(shapes, tokenizer, format)
+    # All formats but int4 are written from plain linears; the view has their shapes without memory.
+    written = base if format == "int4" else views.view_as_plain_linears(base)
+    export.check_format_fits(written, tokenizer, format)
 
 
 def merge_and_save_adapters(
@@ -77,14 +82,14 @@ def merge_and_save_adapters(
     """Save the adapters of a trained module as they are, merge them, and report what merging changed.
 
     Args:
-        module: after training; every rank calls, rank zero writes.
-        run: where the adapters are saved.
-        windows: validation windows [N, S], on which the merge is judged; None: made up tokens.
-        report: of the run; gets "merge", and "base_format" and "base" where they apply.
-        time_stage: of whoever reports the run.
+        module: the trained module. Every rank must call, rank zero writes.
+        run: the folder in which the adapters are saved.
+        windows: validation windows [N, S], on which the merge is measured; None: fixed tokens.
+        report: report of the run; "merge" is added, and "base_format" and "base" where they apply.
+        time_stage: times a stage of the run by its name.
 
     Returns:
-        The transformers model without adapters. It stays in 4 bits where `run.format` holds that.
+        The transformers model without adapters. It stays in 4 bits where `run.format` allows it.
     """
     adapted = module.model
     if not has_adapters(adapted):
@@ -109,7 +114,12 @@ def merge_and_save_adapters(
 
 
 def save_recovered_model(model: nn.Module, run: RunFolder, report: dict[str, Any]) -> ExportResult:
-    """Save the merged model as `run.path`/model, with its proof from a new process; rank zero calls.
+    """Save the merged model as `run.path`/model, with a proof in a new process; only rank zero may call it.
+
+    Args:
+        model: the merged model.
+        run: the folder of the run.
+        report: report of the run, for the model card.
 
     Raises:
         PrunelitError: see `prunelit.export.write_model`.
@@ -123,16 +133,30 @@ def save_recovered_model(model: nn.Module, run: RunFolder, report: dict[str, Any
 
 
 def choose_probe_tokens(windows: Tensor | None, model: Any) -> Tensor:
-    """Token ids [2, <= 128] on which a merge is judged: validation text where there is some, else made up."""
+    """Choose token ids [2, <= 128] on which a merge is measured.
+
+    Args:
+        windows: validation windows [N, S], of which the first are taken; None: fixed tokens.
+        model: gives the vocabulary of the fixed tokens.
+
+    Example:
+        >>> choose_probe_tokens(Tensor(8, 256), model=None).shape
+        torch.Size([2, 128])
+    """
     return metrics.make_fixed_tokens(model, _LENGTH, 0) if windows is None else windows[:_ROWS, :_LENGTH]
 
 
 def describe_merge(base: str, difference: Mapping[str, Any]) -> str:
-    """One line on what a merge changed.
+    """Describe in one line what a merge changed.
 
     Args:
-        base: what was under the adapters: "none", "nf4" or "int4".
-        difference: of `metrics.measure_logit_difference`, with losses.
+        base: the base under the adapters: "none", "nf4" or "int4".
+        difference: result of `metrics.measure_logit_difference`, with losses.
+
+    Example:
+        >>> numbers = {"loss_before": 2.5, "loss_after": 2.5, "relative": 1e-7, "tokens": 256}
+        >>> describe_merge("none", numbers).split(";")[0]
+        'adapters merged into the weights: loss 2.5000 before, 2.5000 after'
     """
     return (
         f"adapters merged {_MERGE_TARGETS[base]}: loss {difference['loss_before']:.4f} before, "
@@ -142,15 +166,15 @@ def describe_merge(base: str, difference: Mapping[str, Any]) -> str:
 
 
 def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, Any]) -> str | None:
-    """Save the adapters in PEFT's format as `run.path`/adapter, and the model that they are for as `run.path`/base.
+    """Save the adapters in PEFT's format as `run.path`/adapter, and their base model as `run.path`/base.
 
     Args:
-        module: not merged yet.
-        run: where they are saved.
-        report: for the card of the base.
+        module: the trained module, not merged yet.
+        run: the folder of the run.
+        report: report of the run, for the card of the base.
 
     Returns:
-        The format of the base; None where there are no adapters, or the base was not asked for.
+        The format of the base; None where there are no adapters, or the base is not saved.
 
     Raises:
         OutputNotWritable: see `check_output`.
@@ -162,7 +186,7 @@ def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, An
     if get_quantization(base) == "int4":
         try:
             padded_base = views.view_as_plain_linears(base, int4_folder.find_common_group_size(base))
-        except BadQuantisation:  # no reader takes it in 4 bits
+        except BadQuantisation:  # no group size fits all linears, so the int4 format cannot hold it
             base = quantize.dequantize_model(base)
     folder = run.path / "base"
     if run.save_base:
@@ -177,7 +201,7 @@ def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, An
 
 
 def _can_save_as_int4(model: nn.Module, format: str) -> bool:
-    """Whether an int4 model is saved in 4 bits; says why where its widths prevent it."""
+    """Tell whether an int4 model can be saved in 4 bits; the reason is logged where its widths prevent it."""
     if format not in ("auto", "int4"):
         return False
     try:

@@ -1,9 +1,9 @@
-"""RecoveryModule: fine-tune a cut model back to quality. The model, the loss, the optimiser; no pruning here.
+"""RecoveryModule: fine-tune a pruned model back to quality. It holds the model, the loss and the optimiser.
 
-What is trained: adapters on a base in full precision or quantised, or all weights. Towards what: the tokens of a text,
-or the dense model's distributions (`prunelit.recovery.losses`). In what order things are built is Lightning's:
+It trains adapters on a base in full precision or quantised, or all weights. The loss is on the tokens of a text, or on
+the distance from the dense model's distributions (`prunelit.recovery.losses`). Lightning sets the order of building:
 
-    load_model (callbacks cut here) -> configure_model: dense teacher, quantise, adapters -> optimiser -> restore
+    load_model (callbacks prune here) -> configure_model: dense teacher, quantise, adapters -> optimiser -> restore
 """
 
 import random
@@ -38,36 +38,41 @@ _OPTIMIZER_CLASSES = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8b
 class RecoveryModule(LightningModule):
     """LoRA (or full) fine-tuning of a causal LM on next tokens.
 
-    Attach a pruning callback to the Trainer and the model is cut before adapters, optimiser and strategy see it.
-    Checkpoints hold the trainable weights only; the plan is in them too, in the callback's state.
+    Attach a pruning callback to the Trainer, and the model is pruned before adapters, optimiser and strategy see it.
+    Checkpoints hold the trainable weights only, and the plan in the callback's state.
 
     Args:
         model: model source, see `prunelit.data.sources`.
         dtype: dtype of the base weights; adapters are float32.
         lora_rank: rank of the adapters; 0 trains all weights instead.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank.
-        lora_dropout: dropout on the adapters' input.
-        learning_rate: peak, reached after the warm-up; then a cosine to 0.
-        weight_decay: AdamW's.
+        lora_dropout: dropout probability on the adapters' input.
+        learning_rate: peak learning rate, reached after the warm-up; it then falls to 0 as a cosine.
+        weight_decay: weight decay of AdamW.
         warmup: share of the optimiser steps that warm up linearly.
         gradient_checkpointing: recompute activations in the backward pass (less memory, about a third slower).
         loss: "cross_entropy" on the next tokens, or "distill": divergence from the dense model's distributions, which
-            costs its forward pass; what is frozen and was not cut, the two models share.
-        temperature: of the distillation.
-        label_share: of the cross-entropy in the loss "distill", in [0, 1].
-        hidden_weight: of the relative squared error of the hidden states after every layer, in the loss "distill".
-        base: "none" leaves the weights under the adapters as they are; "nf4" (bitsandbytes, QLoRA) and "int4" (groups
-            with float zero points, into which adapters merge without loss) hold them in 4 bits (see
-            `prunelit.quantization.quantize`).
-            With nf4 every process keeps the cut weights in a scratch file too: adapters are merged into those.
+            costs its forward pass. Both models share the weights that are frozen and were not pruned.
+        temperature: temperature of the distillation.
+        label_share: share of the cross-entropy in the loss "distill", in [0, 1).
+        hidden_weight: weight of the relative squared error of the hidden states after every layer, in the loss
+            "distill".
+        base: "none" leaves the weights under the adapters as they are. "nf4" (bitsandbytes, QLoRA) and "int4" (groups
+            with float zero points, into which adapters merge without loss) hold them in 4 bits, see
+            `prunelit.quantization.quantize`. With nf4 every process also keeps the pruned weights in a scratch file,
+            into which the adapters are merged.
         group_size: inputs per group of int4: 16, 32, 64 or 128.
         ffn_lora_rank: rank in FFN blocks; None: lora_rank.
-        rank_rule: "even", or "by_cut": more rank where more was cut, at no more adapter parameters.
-        ffn_learning_rate: peak in FFN blocks; None: learning_rate.
-        optimizer: "adamw" (torch), or of bitsandbytes "adamw8bit", "paged_adamw8bit" (pages on CUDA only).
+        rank_rule: "even", or "by_cut": a higher rank where more was pruned, with no more adapter parameters.
+        ffn_learning_rate: peak learning rate in FFN blocks; None: learning_rate.
+        optimizer: "adamw" (torch), or of bitsandbytes "adamw8bit" or "paged_adamw8bit" (pages on CUDA only).
 
     Raises:
-        BadOption, SourceNotFound: on construction, before the model is loaded.
+        BadOption: an option out of range; on construction, before the model is loaded.
+        SourceNotFound: no such model source; on construction too.
+
+    Example: `python -m prunelit fit --model MODEL --data.train words.txt`, or in Python
+    `trainer.fit(RecoveryModule("MODEL"), TextDataModule("MODEL"))`.
     """
 
     def __init__(
@@ -104,8 +109,8 @@ class RecoveryModule(LightningModule):
             ("ffn_learning_rate", ffn_learning_rate or 0.0, 0, None),
         ):
             if value < low or (high is not None and value >= high):
-                expected = f"in [{low}, {high})" if high is not None else f"of at least {low}"
-                raise BadOption(f"model.{name}: expected a number {expected}, got {value}")
+                allowed = f"in [{low}, {high})" if high is not None else f"of at least {low}"
+                raise BadOption(f"model.{name}: expected a number {allowed}, got {value}")
         if loss not in ("cross_entropy", "distill"):
             raise BadOption(f"model.loss: expected cross_entropy or distill, got {loss!r}")
         if not 0 < temperature < float("inf"):
@@ -126,21 +131,21 @@ class RecoveryModule(LightningModule):
             quantize.import_bitsandbytes(f"model.optimizer {optimizer}")
         sources.check_model_source(model)
         self.save_hyperparameters()
-        self.strict_loading = (
-            False  # a checkpoint holds trainable weights only; on_load_checkpoint checks that all came
-        )
+        # A checkpoint holds trainable weights only; on_load_checkpoint checks that none of these is missing.
+        self.strict_loading = False
         self.model: Any = None
-        self._teacher: list[Any] = []  # in a list, so that it is no part of this module: nothing saves or wraps it
+        # In lists, so that torch does not register them as submodules, which Lightning would save, move and wrap.
+        self._teacher: list[Any] = []
+        self._meta_model: list[Any] = []  # the unsharded model on the meta device
+        self._full_precision_model: list[Any] = []  # the pruned model before nf4, its weights on disk
         self._configured = False
-        self._meta_model: list[Any] = []  # of a sharded model, without memory; in a list as well
-        self._full_precision_model: list[Any] = []  # the cut model before nf4, its weights on disk
-        self._hidden_state_pairs: list[tuple[int, int]] = []  # hidden states of the cut and of the dense model
+        self._hidden_state_pairs: list[tuple[int, int]] = []  # indices of hidden states: pruned model, dense model
         self.val_perplexity = Perplexity(ignore_index=-100)
         self._random_states: dict[str, Any] | None = None
 
     @property
     def hparams_initial(self) -> Any:
-        """What loggers are told of the options: of a model on this machine its name, not its path."""
+        """The options for loggers; of a local model they get the name, not the path."""
         options = super().hparams_initial
         options["model"] = Path(str(options["model"])).name or "model"
         return options
@@ -148,7 +153,7 @@ class RecoveryModule(LightningModule):
     # Building, in the order in which Lightning calls --------------------------------------------------------------
 
     def load_model(self) -> None:
-        """Load the base model, once. Pruning callbacks call this in their `setup`, which comes before ours."""
+        """Load the base model, once. Pruning callbacks call this in their `setup`, which runs before this module's."""
         if self.model is None:
             self.model = loading.load(self.hparams["model"], self.hparams["dtype"]).train()
 
@@ -156,7 +161,10 @@ class RecoveryModule(LightningModule):
         self.load_model()
 
     def configure_model(self) -> None:
-        """The dense teacher, adapters, and what a strategy needs; once, and the callbacks have cut by now."""
+        """Load the dense teacher, quantise, add adapters, and prepare for the strategy, once.
+
+        Lightning calls this after `setup`, so the callbacks have pruned the model by now.
+        """
         if self._configured:
             return
         self._configured, options = True, self.hparams
@@ -180,6 +188,7 @@ class RecoveryModule(LightningModule):
             ]
 
     def _choose_ranks(self) -> lora.RanksByBlock | None:
+        """Choose the ranks of the adapters; None: `lora_rank` everywhere."""
         options = self.hparams
         plans = list(get_applied_plans(self.model).values())
         if options["rank_rule"] == "by_cut" and plans:
@@ -188,24 +197,24 @@ class RecoveryModule(LightningModule):
         return {"ffn": options["ffn_lora_rank"]} if options["ffn_lora_rank"] else None
 
     def _load_teacher(self) -> None:
-        """The teacher, frozen. What no method cuts and nothing trains is the cut model's own."""
+        """Load the dense model as a frozen teacher. It shares parameters that are neither pruned nor trained."""
         dense = loading.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
         if self.hparams["lora_rank"] and not sharding.is_sharded_strategy(self.trainer.strategy):
             student_parameters = dict(self.model.named_parameters(remove_duplicate=False))
             for path, module in dense.named_modules():
                 for name, parameter in list(module.named_parameters(prefix=path, recurse=False)):
-                    own = student_parameters.get(name)
-                    if own is not None and own.shape == parameter.shape and torch.equal(own, parameter):
-                        setattr(module, name.rpartition(".")[2], own)
-        kept = list(range(dense.config.num_hidden_layers))
+                    shared = student_parameters.get(name)
+                    if shared is not None and shared.shape == parameter.shape and torch.equal(shared, parameter):
+                        setattr(module, name.rpartition(".")[2], shared)
+        remaining = list(range(dense.config.num_hidden_layers))
         for plan in get_applied_plans(self.model).values():
-            kept = [kept[index] for index, layer in enumerate(plan.layers) if not layer.removed]
-        # hidden_states[i] leaves layer i - 1, but the last one the final norm.
-        self._hidden_state_pairs = [*((j + 1, layer + 1) for j, layer in enumerate(kept[:-1])), (-1, -1)]
+            remaining = [remaining[index] for index, layer in enumerate(plan.layers) if not layer.removed]
+        # hidden_states[i] is the output of layer i - 1; the last one is the output of the final norm.
+        self._hidden_state_pairs = [*((j + 1, layer + 1) for j, layer in enumerate(remaining[:-1])), (-1, -1)]
         self._teacher = [dense]
 
     def configure_optimizers(self) -> Any:
-        """The optimiser of what is trainable; linear warm-up, then cosine to zero, per step."""
+        """Build the optimiser of the trainable parameters; per step a linear warm-up, then a cosine to zero."""
         from transformers import get_cosine_schedule_with_warmup
 
         options = self.hparams
@@ -220,64 +229,62 @@ class RecoveryModule(LightningModule):
     # Steps --------------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Mapping[str, Tensor], batch_index: int) -> Tensor:
-        """The loss of a batch; padding does not count."""
-        loss = (
-            self._compute_cross_entropy(batch)
-            if self.hparams["loss"] == "cross_entropy"
-            else self._compute_distillation_loss(batch)
-        )
+        """Compute the loss of a batch; padding does not count."""
+        is_distilled = self.hparams["loss"] == "distill"
+        loss = self._compute_distillation_loss(batch) if is_distilled else self._compute_cross_entropy(batch)
         self.log("train_loss", loss.detach(), prog_bar=True)
         return loss
 
     def _compute_cross_entropy(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return compute_cross_entropy(
-            self.model(**select_model_inputs(batch), use_cache=False).logits, derive_labels(batch)
-        )
+        logits = self.model(**select_model_inputs(batch), use_cache=False).logits
+        return compute_cross_entropy(logits, derive_labels(batch))
 
     def _compute_distillation_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """From the dense model: divergence, hidden states, and a share of cross-entropy."""
+        """Compute the divergence from the dense model, with the distance of hidden states and a share of labels."""
         options, labels = self.hparams, derive_labels(batch)
-        share, hidden = options["label_share"], options["hidden_weight"] > 0
-        dense = self._teacher[0].to(self.device)
-        outputs = {"use_cache": False, "output_hidden_states": hidden}
+        label_share, uses_hidden = options["label_share"], options["hidden_weight"] > 0
+        teacher_model = self._teacher[0].to(self.device)
+        outputs_options = {"use_cache": False, "output_hidden_states": uses_hidden}
         with torch.no_grad():
-            teacher = dense(**select_model_inputs(batch), **outputs)
-        student = self.model(**select_model_inputs(batch), **outputs)
-        loss = (1 - share) * compute_kl_divergence(student.logits, teacher.logits, labels, options["temperature"])
-        if share:
-            loss = loss + share * compute_cross_entropy(student.logits, labels)
-        if hidden:
-            student_states, teacher_states = zip(
-                *((student.hidden_states[i], teacher.hidden_states[j]) for i, j in self._hidden_state_pairs),
-                strict=True,
-            )
-            loss = loss + options["hidden_weight"] * compute_hidden_distance(student_states, teacher_states, labels)
+            teacher = teacher_model(**select_model_inputs(batch), **outputs_options)
+        student = self.model(**select_model_inputs(batch), **outputs_options)
+        kl_divergence = compute_kl_divergence(student.logits, teacher.logits, labels, options["temperature"])
+        loss = (1 - label_share) * kl_divergence
+        if label_share:
+            loss = loss + label_share * compute_cross_entropy(student.logits, labels)
+        if uses_hidden:
+            student_hidden = [student.hidden_states[i] for i, _ in self._hidden_state_pairs]
+            teacher_hidden = [teacher.hidden_states[j] for _, j in self._hidden_state_pairs]
+            distance = compute_hidden_distance(student_hidden, teacher_hidden, labels)
+            loss = loss + options["hidden_weight"] * distance
         return loss
 
     def validation_step(self, batch: Mapping[str, Tensor], batch_index: int) -> None:
-        """Perplexity over all validation tokens."""
+        """Update the perplexity over all validation tokens."""
         logits = self.model(**select_model_inputs(batch), use_cache=False).logits[:, :-1].float()
         self.val_perplexity.update(logits, derive_labels(batch)[:, 1:])
         self.log("val_perplexity", self.val_perplexity, prog_bar=True)
 
     def gather_model(self) -> Any:
-        """The model with its adapters, all of it on this process; all ranks call."""
+        """Return the model with its adapters and all of its weights on this process; every rank must call it."""
         if self._meta_model:
             self.model = sharding.gather_full_weights(self.trainer.strategy.model, self._meta_model.pop())
         return self.model
 
     def get_pruned_model(self) -> Any:
-        """The model below the adapters, sharing their base's tensors; for nf4 the cut weights in full precision."""
-        return (
-            self._full_precision_model[0]
-            if self._full_precision_model
-            else views.view_without_adapters(self.gather_model())
-        )
+        """Return the pruned model without adapters, which shares the base's tensors.
+
+        For nf4 it is the pruned model in full precision. Every rank must call it.
+        """
+        if self._full_precision_model:
+            return self._full_precision_model[0]
+        return views.view_without_adapters(self.gather_model())
 
     def merge_model(self) -> Any:
-        """The transformers model with the adapters merged in; all ranks call.
+        """Merge the adapters, and return the transformers model; every rank must call it.
 
-        Without loss, and still 4-bit, on int4; out of nf4 into the cut weights in full precision.
+        On int4 nothing is lost, and the model stays in 4 bits. Adapters on nf4 are merged into the pruned weights in
+        full precision.
         """
         self.gather_model()
         if self._full_precision_model:
@@ -286,43 +293,43 @@ class RecoveryModule(LightningModule):
         return self.model
 
     def measure_base_memory(self) -> dict[str, float]:
-        """What the model costs in memory and how much of it is trained, see `quantize.measure_base_memory`."""
+        """Measure the model's memory and its share of trained parameters, see `quantize.measure_base_memory`."""
         return quantize.measure_base_memory(self.model)
 
     # Checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep trainable weights only, and the random states that dropout goes on from."""
+        """Reduce the checkpoint to the trainable weights, and add the random states, from which dropout continues."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
         checkpoint["random_states"] = _capture_random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Check that the checkpoint has exactly our trainable weights, before they are loaded.
+        """Check that the checkpoint has exactly the trainable weights of this module, before they are loaded.
 
         Raises:
-            BadPlan: missing, unknown, or of another shape: made with another model, plan or rank.
+            BadPlan: a weight is missing, unknown or of another shape: another model, plan or rank.
         """
-        trainable = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        saved = {name: value.shape for name, value in checkpoint["state_dict"].items()}
-        for name in sorted(trainable.keys() | saved.keys()):
-            if trainable.get(name) != saved.get(name):
+        expected_shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
+        saved_shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        for name in sorted(expected_shapes.keys() | saved_shapes.keys()):
+            expected, saved = expected_shapes.get(name), saved_shapes.get(name)
+            if expected != saved:
                 raise BadPlan(
-                    f"checkpoint: {name}: expected shape {_format_shape(trainable.get(name))}, got "
-                    f"{_format_shape(saved.get(name))}; it was made with another model, plan or lora_rank: resume "
-                    "with the configuration of that run"
+                    f"checkpoint: {name}: expected shape {_format_shape(expected)}, got {_format_shape(saved)}; "
+                    "it was made with another model, plan or lora_rank: resume with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")
 
     def on_train_start(self) -> None:
-        """Random states come back last, after everything that draws numbers while a run is set up."""
+        """Restore the random states last, after everything that draws random numbers while a run is set up."""
         if self._random_states is not None:
             _restore_random_states(self._random_states)
             self._random_states = None
 
 
 def _get_optimizer_class(name: str) -> Any:
-    """The class; those of bitsandbytes keep their state in 8 bits."""
+    """Return the class of an optimiser; those of bitsandbytes keep their state in 8 bits."""
     if name == "adamw":
         return torch.optim.AdamW
     import bitsandbytes
@@ -335,6 +342,7 @@ def _format_shape(shape: Any) -> str:
 
 
 def _capture_random_states() -> dict[str, Any]:
+    """Return the states of all random generators; tensors and plain numbers only, so `weights_only` loads them."""
     kind, keys, position, has_gauss, gauss = cast(tuple[Any, ...], numpy.random.get_state())
     return {
         "torch": torch.get_rng_state(),
@@ -345,6 +353,7 @@ def _capture_random_states() -> dict[str, Any]:
 
 
 def _restore_random_states(states: dict[str, Any]) -> None:
+    """Restore what `_capture_random_states` returned."""
     torch.set_rng_state(states["torch"].cpu())
     if states["cuda"] and torch.cuda.is_available():
         torch.cuda.set_rng_state_all([state.cpu() for state in states["cuda"]])

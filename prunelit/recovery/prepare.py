@@ -1,4 +1,4 @@
-"""From a model source to what `export` writes: an adapter merged into it, its linears plain or in 4 bits."""
+"""From a model source to the model that `export` writes: an adapter is merged, and linears are plain or in 4 bits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,29 @@ DEFAULT_GROUP_SIZE = 32
 
 
 def check_export_source(model: str, format: str, group_size: int | None, adapter: str | None) -> None:
-    """Check what can be checked without a model.
+    """Check a model source and an adapter for `prepare_export_model`; no model is loaded.
+
+    Args:
+        model: model source.
+        format: format to be written.
+        group_size: as of `prepare_export_model`.
+        adapter: as of `prepare_export_model`.
 
     Raises:
-        BadOption: a group size that is none, or without a model to quantise.
-        BadAdapter: see `adapters.check`.
+        BadOption: no such group size, or a group size without a model to quantise.
+        BadAdapter: see `check_adapter`.
+
+    Example:
+        >>> check_export_source("folder", "int4", group_size=32, adapter=None)
+        >>> check_export_source("folder", "int4", group_size=33, adapter=None)
+        Traceback (most recent call last):
+        prunelit.runtime.errors.BadOption: group_size: expected one of 16, 32, 64, 128 (inputs per INT4 group), got 33
     """
     if group_size is not None:
         quantize.check_base_options("int4", group_size)
-        stored = _get_stored_group_size(model)
-        if format != "int4" or stored is not None:
-            got = f"format {format!r}" if format != "int4" else f"a folder in groups of {stored}"
+        stored_size = _get_stored_group_size(model)
+        if format != "int4" or stored_size is not None:
+            got = f"format {format!r}" if format != "int4" else f"a folder in groups of {stored_size}"
             raise BadOption(f"group_size: expected format int4 and a model in full precision with it, got {got}")
     if adapter is not None:
         adapter_files.check_adapter(adapter, model)
@@ -38,23 +50,28 @@ def prepare_export_model(
     """Load a model, merge an adapter into it, and quantise it where the format is in 4 bits.
 
     Args:
-        model: source.
-        dtype: as of `models.load`.
-        format: to be written; "int4" and "auto" keep the 4 bits of an int4 folder, all others make it plain.
-        group_size: of a model in full precision that is to become int4; None: 32.
+        model: model source.
+        dtype: as of `prunelit.load`.
+        format: format to be written; "int4" and "auto" keep the 4 bits of an int4 folder, others need plain linears.
+        group_size: inputs per group, if a model in full precision is to become int4; None: 32.
         adapter: folder in PEFT's format, or None.
-        say: takes sentences about what was lost on the way.
+        say: is called with sentences about merging and rounding.
+
+    Returns:
+        The transformers model.
 
     Raises:
         BadAdapter: the adapter does not fit.
-        BadQuantisation: a linear comes out wrong.
+        BadQuantisation: the rounding error of a linear is too large.
         NonFinite: NaN or infinity in the weights.
+
+    Example: `python -m prunelit export --model MODEL --format int4 --out FOLDER` calls it.
     """
-    stored = _get_stored_group_size(model)
-    keep = format in ("int4", "auto")
-    network = loading.load(model, dtype, four_bit=keep)
-    if stored is not None and not keep:
-        say(f"{Path(model).name}: INT4 in groups of {stored}; its rounded weights are written in full precision")
+    stored_size = _get_stored_group_size(model)
+    keeps_4_bits = format in ("int4", "auto")
+    network = loading.load(model, dtype, four_bit=keeps_4_bits)
+    if stored_size is not None and not keeps_4_bits:
+        say(f"{Path(model).name}: INT4 in groups of {stored_size}; its rounded weights are written in full precision")
     if adapter is not None:
         network = merge.merge_adapter_folder(network, adapter)
         say(f"adapter {adapter!r}: merged")
@@ -63,9 +80,9 @@ def prepare_export_model(
     if format == "int4" and get_quantization(network) is None:
         size = group_size or DEFAULT_GROUP_SIZE
         ids = metrics.make_fixed_tokens(network)
-        before = metrics.compute_logits(network, ids)
+        logits_before = metrics.compute_logits(network, ids)
         records = quantize.quantize_model(network, "int4", size)
-        difference = metrics.measure_logit_difference(before, metrics.compute_logits(network, ids))
+        difference = metrics.measure_logit_difference(logits_before, metrics.compute_logits(network, ids))
         say(
             f"rounded to nearest in groups of {size}, which is not lossless: weights differ by "
             f"{sum(record.error for record in records) / len(records):.1%} (mean over linears), logits by "
@@ -75,6 +92,6 @@ def prepare_export_model(
 
 
 def _get_stored_group_size(model: str) -> int | None:
-    """Group size of an int4 folder."""
-    config = int4_folder.read_int4_config(Path(model).expanduser())
-    return None if config is None else int(config["group_size"])
+    """Return the group size of an int4 folder; None for any other model source."""
+    settings = int4_folder.read_int4_config(Path(model).expanduser())
+    return None if settings is None else int(settings["group_size"])
