@@ -36,7 +36,6 @@ ALLOWED = {
         "strategies",
         "report",
         "calibration",
-        "data",
         "export",
         "pruning",
         "recovery",

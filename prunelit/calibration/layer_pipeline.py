@@ -34,7 +34,10 @@ GIB = 2**30
 
 
 def list_layer_linears(layer: Layer) -> list[nn.Module]:
-    """List the linears of a layer whose weights stay on disk: q, k, v, o and the FFN, as far as the layer has them."""
+    """List the linears of a layer whose weights stay on disk: q, k, v, o and the FFN, as far as the layer has them.
+
+    Example: see `prunelit.data.offloaded`, which uses it.
+    """
     attention = [*layer.qkv, layer.output] if layer.has_attention else []
     return attention + ([*layer.ffn_in, layer.down] if layer.has_mlp else [])
 
@@ -44,6 +47,8 @@ class OffloadedPartialForward(PartialForward):
 
     Args:
         decoder: the offloaded model.
+
+    Example: `OffloadedPartialForward` is used further down in this module.
     """
 
     def _detect_tuple_outputs(self) -> list[bool]:
@@ -157,6 +162,8 @@ def estimate_layer_memory(decoder: Decoder, tokens: int = 0) -> tuple[int, int]:
     Returns:
         Bytes that are always in memory, and bytes that the largest layer adds: its weights as stored and in float32,
         and the activations of `tokens` tokens.
+
+    Example: see `tests/data/test_offloaded.py`.
     """
     in_layers = {id(linear.weight) for layer in decoder for linear in list_layer_linears(layer)}
     tensors = {id(x): x for x in (*decoder.model.parameters(), *decoder.model.buffers()) if id(x) not in in_layers}
@@ -179,6 +186,8 @@ def estimate_activation_bytes(shape: LayerShape, hidden: int, size: int) -> int:
         shape: of the layer.
         hidden: hidden size of the model.
         size: bytes of one activation in the model's dtype.
+
+    Example: `estimate_activation_bytes` is used further down in this module.
     """
     attention, channels = shape.query_heads * shape.head_dim, shape.ffn_channels
     values = 8 * hidden + 2 * (attention + 2 * shape.kv_groups * shape.head_dim) + 4 * channels
@@ -195,6 +204,8 @@ def compute_logits_by_layer(model: nn.Module, ids: Tensor) -> Tensor:
 
     Returns:
         [B, S, V] logits, in the model's dtype.
+
+    Example: see `tests/data/test_offloaded.py`.
     """
     decoder = Decoder(model)
     partial_forward, batch, hidden = OffloadedPartialForward(decoder), {"input_ids": ids}, None

@@ -25,13 +25,18 @@ def measure_model_size(model: nn.Module | Decoder) -> dict[str, int]:
 
     A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
     products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
+
+    Example: see `tests/calibration/test_metrics.py`.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(views.view_as_plain_linears(model))
     return compute_dense_size(decoder.shape)
 
 
 def compute_dense_size(shape: ModelShape) -> dict[str, int]:
-    """`measure_model_size` of a model of this shape."""
+    """`measure_model_size` of a model of this shape.
+
+    Example: see `prunelit.export.write`, which uses it.
+    """
     as_it_is = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
     names = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
     return {name: int(as_it_is.predicted[name]) for name in names}
@@ -60,6 +65,8 @@ def perplexity(
     Raises:
         NotEnoughText: no windows, or windows of one token.
         BadOption: the model has no places for so many tokens, see `prunelit.model.context_length`.
+
+    Example: see `tests/calibration/test_metrics.py`.
     """
     if windows.dim() != 2 or not len(windows) or windows.shape[1] < 2:
         raise NotEnoughText(f"perplexity: expected windows [N, S] with N >= 1 and S >= 2, got {list(windows.shape)}")
@@ -96,7 +103,10 @@ def _pad_own_share(batches: Sequence[Tensor]) -> list[tuple[Tensor, bool]]:
 
 
 def convert_nll_to_perplexity(nll: float) -> float:
-    """exp, infinity where it overflows."""
+    """exp, infinity where it overflows.
+
+    Example: see `prunelit.callbacks.block_pruner.evaluator`, which uses it.
+    """
     return math.exp(nll) if nll < 700 else math.inf
 
 
@@ -107,6 +117,8 @@ def make_fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
         model: a transformers model.
         length: tokens of each row, less where the model has fewer positions.
         room: positions that are left for tokens to generate.
+
+    Example: see `tests/export/proof/test_compare.py`.
     """
     longest = context_length.get_context_limit(model.config) or length + room
     length = max(2, min(length, longest - room))
@@ -116,7 +128,10 @@ def make_fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
 
 @torch.no_grad()
 def compute_logits(model: Any, ids: Tensor) -> Tensor:
-    """[N, S, V] of token ids [N, S], in evaluation mode, float32 on the CPU."""
+    """[N, S, V] of token ids [N, S], in evaluation mode, float32 on the CPU.
+
+    Example: see `prunelit.export.deci.writer`, which uses it.
+    """
     with use_eval_mode(model):
         logits: Tensor = model(input_ids=ids.to(next(model.parameters()).device), use_cache=False).logits
     return logits.float().cpu()
@@ -133,6 +148,8 @@ def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None =
     Returns:
         {"tokens", "largest_logit", "largest_difference", "relative" (Frobenius)}, with ids also {"loss_before",
         "loss_after"} (mean, nats).
+
+    Example: see `prunelit.export.proof.compare`, which uses it.
     """
     first, second = before.float().cpu(), after.float().cpu()
     difference = {
@@ -150,7 +167,10 @@ def measure_logit_difference(before: Tensor, after: Tensor, ids: Tensor | None =
 
 
 def describe_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None = None) -> dict[str, Any]:
-    """What must stand beside a perplexity for it to be comparable."""
+    """What must stand beside a perplexity for it to be comparable.
+
+    Example: see `tests/calibration/test_metrics.py`.
+    """
     return {
         "text": list(sources),
         "windows": len(windows),
@@ -163,7 +183,10 @@ def describe_protocol(sources: Sequence[str], windows: Tensor, dtype: str, strid
 
 
 def format_text_table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A small aligned text table of {row: {column: number}}."""
+    """A small aligned text table of {row: {column: number}}.
+
+    Example: see `tests/calibration/test_metrics.py`.
+    """
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
     cells = [["", *(name.replace("_", " ") for name in columns)]]
     for name, row in rows.items():

@@ -45,6 +45,8 @@ def run(command: str, arguments: list[str]) -> int:
 
     Returns:
         The exit code.
+
+    Example: see `tests/cli/test_dashboard.py`.
     """
     parser = build_parser(command, "lay out a W&B project for pruning runs: workspace and report")
     parser.add_function_arguments(create_dashboard, None, sub_configs=False)

@@ -94,6 +94,8 @@ def run(command: str, arguments: list[str]) -> int:
 
     Raises:
         PrunelitError: bad input.
+
+    Example: see `tests/cli/test_dashboard.py`.
     """
     parser = build_parser(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
     parser.add_argument(

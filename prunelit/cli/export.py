@@ -45,6 +45,8 @@ def export_model(
 
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
+
+    Example: `export_model` is used further down in this module.
     """
     sources.check_model_source(model)
     reads = [source for source in (model, adapter) if source is not None]
@@ -81,7 +83,10 @@ def _load_run_files(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """`python -m prunelit export`."""
+    """`python -m prunelit export`.
+
+    Example: see `tests/cli/test_dashboard.py`.
+    """
     parser = build_parser(command, "write a model in another format, with the proof that it is the same")
     parser.add_function_arguments(export_model, None, sub_configs=False)
     options = parse_command_line(parser, arguments)

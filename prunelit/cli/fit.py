@@ -211,6 +211,8 @@ def run(command: str, arguments: list[str]) -> int:
 
     Raises:
         PrunelitError: bad input, or the disk is full.
+
+    Example: see `tests/cli/test_fit.py`.
     """
     parser_options = {"exit_on_error": False, "epilog": HELP_EPILOG}
     _check_resume_checkpoint(peek_option("ckpt_path", arguments))

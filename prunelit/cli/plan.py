@@ -38,7 +38,10 @@ from prunelit.runtime.text_files import write_text
 
 
 class FitJob(NamedTuple):
-    """What `fit` runs: a Trainer, a RecoveryModule and a TextDataModule, built but not run."""
+    """What `fit` runs: a Trainer, a RecoveryModule and a TextDataModule, built but not run.
+
+    Example: see `prunelit.cli.fit`, which uses it.
+    """
 
     trainer: Any
     module: Any
@@ -72,6 +75,8 @@ def make_model_plan(
 
     Returns:
         The plan, and the time that it saves if asked for.
+
+    Example: `make_model_plan` is used further down in this module.
     """
     given_plan: PruningPlan | None = method.given_plan
     if model is not None:
@@ -107,6 +112,8 @@ def make_job_plan(job: FitJob, measured: bool) -> PlanResult:
 
     Raises:
         BadOption: there is not exactly one pruning callback.
+
+    Example: `make_job_plan` is used further down in this module.
     """
     method, source = find_pruner(job.trainer, "plan"), str(job.module.hparams["model"])
     assert method is not None
@@ -166,6 +173,8 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
         arguments: command line after it.
         job_of: what builds the job of a `fit` command line.
 
+
+    Example: see `tests/cli/test_plan.py`.
     """
     start = time.perf_counter()
     if _is_fit_config(arguments):

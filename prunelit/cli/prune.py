@@ -62,6 +62,8 @@ def prune_model(
 
     Returns:
         The content of report.json.
+
+    Example: `prune_model` is used further down in this module.
     """
     check_prunable_source(model)
     offloaded.check_streaming_options(model, stream, memory_gib, method.repair)
@@ -135,7 +137,10 @@ def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPl
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """`python -m prunelit prune`."""
+    """`python -m prunelit prune`.
+
+    Example: see `tests/cli/test_dashboard.py`.
+    """
     parser = build_parser(command, "cut a model and save it, no training")
     kind = add_method_options(parser, arguments, "llm_bip")
     parser.add_function_arguments(prune_model, None, skip={"method", "sources"}, sub_configs=False)

@@ -32,6 +32,8 @@ class LayerPlan:
 
     `attention_bias`, `mlp_bias`: the block's output projection, which has no bias, is given one by the repair that goes
     with the cut (see `prunelit.repair.bias`); the cut alone does not.
+
+    Example: see `tests/core/test_plan.py`.
     """
 
     query_heads: tuple[int, ...]
@@ -320,7 +322,10 @@ def _parse_units(place: str, units: Sequence[int] | str, size: int) -> tuple[int
 
 
 def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
-    """The plans by which callbacks have cut a live model, in order; written there by whoever cuts."""
+    """The plans by which callbacks have cut a live model, in order; written there by whoever cuts.
+
+    Example: see `tests/recovery/test_module.py`.
+    """
     plans: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
     return plans
 

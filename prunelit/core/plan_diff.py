@@ -15,6 +15,8 @@ class PlanDifference(NamedTuple):
         only_first: units that remain in the first plan only.
         only_second: units that remain in the second plan only.
         widths: number of remaining units in each plan; for a bias, whether each plan adds one.
+
+    Example: see `prunelit.report.plan_card`, which uses it.
     """
 
     layer: int

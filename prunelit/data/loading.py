@@ -92,6 +92,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
     Raises:
         SourceNotFound: as for `load`, or the source has no tokenizer.
+
+    Example: see `tests/data/test_loading.py`.
     """
     folder = resolve_model_source(str(source))
     if Path(folder).is_dir() and not any(_TOKENIZER_FILE.search(item.name) for item in Path(folder).iterdir()):
@@ -138,7 +140,10 @@ def make_per_layer_class(base: Any, architecture: Architecture) -> Any:
 
 
 def find_saved_class(folder: str) -> Any:
-    """Return the model class of a folder that prunelit saved with per-layer shapes, or None for any other folder."""
+    """Return the model class of a folder that prunelit saved with per-layer shapes, or None for any other folder.
+
+    Example: see `prunelit.data.offloaded`, which uses it.
+    """
     base = _find_base_class(folder)
     if base is None:
         return None
@@ -188,6 +193,8 @@ def load_on_device(source: str, dtype: Dtype, device: str) -> Any:
 
     Raises:
         BadOption, SourceNotFound: as for `load` and `choose_device`.
+
+    Example: see `prunelit.cli.plan`, which uses it.
     """
     target_device = choose_device(device)
     model = load(source, dtype)

@@ -38,6 +38,8 @@ def check_streamable_source(source: str) -> None:
 
     Raises:
         SourceNotFound: the source is not a local folder with safetensors.
+
+    Example: `check_streamable_source` is used further down in this module.
     """
     path = Path(source).expanduser()
     if not any((path / name).is_file() for name in (INDEX_FILE, SINGLE)):
@@ -76,7 +78,10 @@ def check_streaming_options(source: str, stream: bool, memory_gib: float | None,
 
 
 def is_streamed(model: nn.Module) -> bool:
-    """Whether a model has weights that stay on disk."""
+    """Whether a model has weights that stay on disk.
+
+    Example: see `prunelit.export.model_files`, which uses it.
+    """
     return any(isinstance(parameter, LazyWeight) for parameter in model.parameters())
 
 

@@ -47,7 +47,10 @@ UNREADABLE_ERRORS = (
 
 
 def get_cache_folder() -> Path:
-    """Return the folder of converted and unpacked models; it need not exist yet."""
+    """Return the folder of converted and unpacked models; it need not exist yet.
+
+    Example: see `tests/data/test_sources.py`.
+    """
     base = os.environ.get("PRUNELIT_CACHE")
     if base:
         return Path(base)
@@ -101,6 +104,8 @@ def check_prunable_source(source: str) -> None:
     Raises:
         SourceNotFound: as for `check_model_source`.
         UnknownArchitecture: the model's family is not supported, or not with these settings.
+
+    Example: see `tests/data/test_sources.py`.
     """
     check_model_source(source)
     if (config := _read_config(source)) is not None:
@@ -122,6 +127,8 @@ def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> Non
 
     Raises:
         BadOption: the model has no positions for so many tokens.
+
+    Example: see `prunelit.cli.evaluate`, which uses it.
     """
     if (config := _read_config(source)) is not None:
         check_position_table(config, tokens, name)
@@ -148,6 +155,8 @@ def resolve_model_source(source: str) -> str:
 
     Raises:
         SourceNotFound: the source is missing or unreadable, or its hub or package index cannot be reached.
+
+    Example: see `tests/data/test_sources.py`.
     """
     check_model_source(source)
     path = Path(source).expanduser()
@@ -177,6 +186,8 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
 
     Raises:
         SourceNotFound: the id is not in the cache, and the hub cannot be reached.
+
+    Example: see `tests/evaluation/test_tasks.py`.
     """
     from huggingface_hub import constants
 

@@ -74,6 +74,8 @@ def read_source_text(source: str) -> str:
     Raises:
         SourceNotFound: the source is missing, unreadable, or has no column of text.
         NotEnoughText: the source has no text.
+
+    Example: see `tests/data/test_text.py`.
     """
     check_text_source(source)
     if source == BUILTIN_TEXT:
@@ -103,6 +105,8 @@ def tokenise_source(source: str, tokenizer: Any) -> Tensor:
 
     Raises:
         SourceNotFound, NotEnoughText: as for `read_source_text`.
+
+    Example: see `tests/data/test_text.py`.
     """
     content = read_source_text(source)
     with show_stage(f"tokenising {source}"):
@@ -181,6 +185,8 @@ def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> Non
     Raises:
         BadOption: the stride is outside 1 .. seqlen, or there are several sources. Perplexity with a stride counts all
             tokens of the first window, and several sources have several first windows.
+
+    Example: see `prunelit.evaluation.perplexities`, which uses it.
     """
     if stride is not None and (not 1 <= stride <= seqlen or len(sources) > 1):
         raise BadOption(
@@ -234,6 +240,8 @@ def read_dataset(source: str, what: str = "text") -> Any:
 
     Raises:
         SourceNotFound: the source is missing or unreadable.
+
+    Example: see `prunelit.data.instructions`, which uses it.
     """
     path = Path(source).expanduser()
     with show_stage(f"reading {source}"), silence_datasets():
@@ -255,7 +263,10 @@ def read_dataset(source: str, what: str = "text") -> Any:
 
 @contextmanager
 def silence_datasets() -> Iterator[None]:
-    """Silence the progress bars and the log of `datasets`; callers report errors in one line of their own."""
+    """Silence the progress bars and the log of `datasets`; callers report errors in one line of their own.
+
+    Example: see `prunelit.evaluation.zero_shot`, which uses it.
+    """
     import datasets
 
     log, had_bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()

@@ -29,6 +29,8 @@ class ExportJob:
         max_shard_size: largest size of one weight file, as "5GB".
         fresh_process: prove in a new process, as users will load the model; otherwise in this one, which is faster.
         decoders: holds the model's decoder once it is built, see `get_decoder`.
+
+    Example: see `tests/export/test_int4.py`.
     """
 
     model: Any
@@ -58,6 +60,8 @@ class ExportResult:
         size: size of the written model, as of `measure_model_size`.
         dense: size of the dense model in the same dtype; None without a plan.
         facts: facts that the format's `write` returned.
+
+    Example: see `prunelit.cli.export`, which uses it.
     """
 
     format: str
@@ -93,6 +97,8 @@ class Format:
         check: (model, tokenizer) -> None; raises the `DoesNotFit` of `write` where the format cannot hold the model. It
             reads shapes and configs, no weight, so it can be called before a model is trained.
         accepts_streamed: whether it writes a model whose layers are on disk.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
     """
 
     name: str

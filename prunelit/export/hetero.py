@@ -64,6 +64,8 @@ def add_modelling_file(model: nn.Module | Decoder, folder: Path) -> None:
     Args:
         model: the live model.
         folder: the folder; config.json is changed in place.
+
+    Example: see `tests/export/proof/test_compare.py`.
     """
     decoder = as_decoder(model)
     base, names = find_stock_class(type(decoder.model)), decoder.architecture.names
@@ -165,6 +167,8 @@ def check_hetero(model: nn.Module, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: see `build_per_layer_model`.
+
+    Example: `check_hetero` is used further down in this module.
     """
     build_per_layer_model(model)
 

@@ -74,6 +74,8 @@ def check_int4(model: Any, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: see `write_int4`.
+
+    Example: `check_int4` is used further down in this module.
     """
     _get_group_size(model)
 
@@ -135,6 +137,8 @@ def prove_int4(job: ExportJob) -> dict[str, Any]:
 
     Raises:
         NotProved: the folder cannot be loaded.
+
+    Example: `prove_int4` is used further down in this module.
     """
     dtype = next(p.dtype for p in job.model.parameters() if p.is_floating_point())
     config = read_model_config(job.path)

@@ -22,7 +22,10 @@ _ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def get_model_family(decoder: Decoder) -> str:
-    """Return the `model_type` of the dense model."""
+    """Return the `model_type` of the dense model.
+
+    Example: see `prunelit.export.gguf.layout`, which uses it.
+    """
     return str(decoder.config.model_type).removeprefix(PRUNED)
 
 
@@ -60,6 +63,8 @@ def compute_rope_factors(decoder: Decoder, format: str) -> Tensor | None:
 
     Raises:
         DoesNotFit: a rope that changes with the length of the text, scales attention, or covers part of the head only.
+
+    Example: see `tests/export/gguf/test_writer.py`.
     """
     rotary, rope = find(decoder.model, "model.rotary_emb"), decoder.config.rope_parameters
     kind = str(rope.get("rope_type", "default"))
@@ -86,6 +91,8 @@ def get_head_dim(decoder: Decoder) -> int:
 
     Raises:
         DoesNotFit: no layer has attention.
+
+    Example: see `prunelit.export.deci.writer`, which uses it.
     """
     head_dims = {layer.shape.head_dim for layer in decoder if layer.has_attention}
     if len(head_dims) != 1:
@@ -97,6 +104,8 @@ def compute_context_limit(decoder: Decoder) -> int:
     """Compute the number of tokens up to which full attention equals the model's own.
 
     This is the model's context length, or its sliding window if that is smaller: the written graphs have no window.
+
+    Example: see `prunelit.export.deci.writer`, which uses it.
     """
     config = decoder.config
     window = getattr(config, "sliding_window", None)
@@ -115,6 +124,8 @@ def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] 
 
     Raises:
         DoesNotFit: the format cannot express the model; the message names a format that can.
+
+    Example: see `prunelit.export.deci.writer`, which uses it.
     """
     family, config = get_model_family(decoder), decoder.config
     if family not in families:
@@ -130,5 +141,8 @@ def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] 
 
 
 def has_tied_embeddings(model: Any) -> bool:
-    """Tell whether the output head shares the tensor of the token table."""
+    """Tell whether the output head shares the tensor of the token table.
+
+    Example: see `prunelit.export.deci.writer`, which uses it.
+    """
     return bool(model.get_output_embeddings().weight.data_ptr() == model.get_input_embeddings().weight.data_ptr())

@@ -79,7 +79,10 @@ def _check_replaceable_output(path: Path, overwrite: bool, file: bool, reads: Co
 
 
 def is_prunelit_output(folder: Path) -> bool:
-    """Tell from the files in a folder whether prunelit wrote it."""
+    """Tell from the files in a folder whether prunelit wrote it.
+
+    Example: see `tests/export/test_overwrite.py`.
+    """
     if {"format", "passed"} <= _read_json_object(folder / PROOF_FILE).keys():
         return True
     if not folder.is_dir():

@@ -228,6 +228,8 @@ def check_padded(model: nn.Module, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: no stock class of the family has such widths.
+
+    Example: `check_padded` is used further down in this module.
     """
     _build_padded_shell(copies.copy_to_meta_device(model))
 

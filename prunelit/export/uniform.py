@@ -22,7 +22,10 @@ _CONFIG_ERRORS = (ValueError, TypeError, RuntimeError, AttributeError, StrictDat
 
 
 def find_stock_class(kind: type) -> Any:
-    """Find the transformers class that a model class, which may be a per-layer one, is derived from."""
+    """Find the transformers class that a model class, which may be a per-layer one, is derived from.
+
+    Example: see `prunelit.export.hetero`, which uses it.
+    """
     return next(base for base in kind.__mro__ if base.__module__.startswith("transformers.models."))
 
 
@@ -56,7 +59,10 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
 
 
 class LayerWidths(NamedTuple):
-    """The widths that all layers of a stock class have."""
+    """The widths that all layers of a stock class have.
+
+    Example: see `prunelit.export.padded`, which uses it.
+    """
 
     query_heads: int
     kv_groups: int
@@ -83,6 +89,8 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
 
     Yields:
         A class, a config, and whether the class may have biases that the model lacks.
+
+    Example: see `prunelit.export.padded`, which uses it.
     """
     import transformers
 
@@ -149,7 +157,10 @@ def build_if_shapes_match(build: Any, config: Any, model: nn.Module, spare_biase
 
 
 def build_on_meta(build: Any, config: Any) -> Any:
-    """Build `build(config)` on the meta device; None where the class cannot have the config's widths."""
+    """Build `build(config)` on the meta device; None where the class cannot have the config's widths.
+
+    Example: see `prunelit.export.hetero`, which uses it.
+    """
     try:
         config.validate()
         with torch.device("meta"):
@@ -189,6 +200,8 @@ def check_uniform(model: nn.Module, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: see `write_uniform`.
+
+    Example: `check_uniform` is used further down in this module.
     """
     _require_stock_model(model)
 

@@ -214,7 +214,7 @@ def write_model(
                 raise
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise OutputNotWritable(f"output {str(path)!r}: can not be written: {reason}") from error
+            raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {reason}") from error
     raise AssertionError(candidates)
 
 

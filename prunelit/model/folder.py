@@ -21,6 +21,8 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         SourceNotFound: it is not a JSON object.
+
+    Example: see `tests/cli/test_once.py`.
     """
     path = Path(folder) / "config.json"
     try:
@@ -54,6 +56,8 @@ def build_meta_model(folder: Path, kind: Any, dtype: torch.dtype, device: torch.
         kind: class of a causal LM with per-layer shapes; None: the one that config.json names.
         dtype: of the parameters.
         device: of the computed tables (rotary frequencies).
+
+    Example: see `prunelit.data.offloaded`, which uses it.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -77,6 +81,8 @@ class SafetensorsFolder:
 
     Raises:
         SourceNotFound: a file is missing or damaged.
+
+    Example: see `prunelit.data.offloaded`, which uses it.
     """
 
     def __init__(self, folder: Path):

@@ -21,6 +21,8 @@ def check_plan_fits(decoder: Decoder, plan: PruningPlan) -> None:
 
     Raises:
         BadPlan: another family, number of layers or width; says the first difference.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     made_for, shape_now = plan.model, decoder.shape
     for name in ("model_type", "hidden_size"):
@@ -59,6 +61,8 @@ def apply(model: nn.Module | Decoder, plan: PruningPlan) -> None:
 
     Raises:
         BadPlan: the plan was made for another model; nothing has been changed then.
+
+    Example: see `tests/model/test_copies.py`.
     """
     decoder = as_decoder(model)
     check_plan_fits(decoder, plan)
@@ -66,7 +70,10 @@ def apply(model: nn.Module | Decoder, plan: PruningPlan) -> None:
 
 
 def apply_checked_plan(decoder: Decoder, plan: PruningPlan) -> None:
-    """`apply` of a plan that is known to fit; the weights may be without memory."""
+    """`apply` of a plan that is known to fit; the weights may be without memory.
+
+    Example: see `prunelit.cli.prune`, which uses it.
+    """
     for layer, kept in zip(decoder, plan.layers, strict=True):
         prune_layer(layer, kept, decoder.config)
     finish_pruning(decoder, plan)
@@ -80,6 +87,8 @@ def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
         layer: as it is before the cut; look at its module afresh afterwards.
         kept: what of it stays.
         config: of the model.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     if layer.has_attention:
         _prune_attention(layer, kept)
@@ -89,7 +98,10 @@ def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
 
 
 def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
-    """After every layer was cut: drop layers without blocks, close holes in the KV cache, write widths that agree."""
+    """After every layer was cut: drop layers without blocks, close holes in the KV cache, write widths that agree.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
+    """
     settle(decoder.model, decoder.architecture)
     if plan.is_uniform:
         _write_config_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
@@ -111,7 +123,10 @@ def _write_config_widths(decoder: Decoder, kept: LayerPlan) -> None:
 
 @torch.no_grad()
 def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
-    """Zero what `plan` would cut instead of cutting it: the same outputs, dense shapes. For tests and comparisons."""
+    """Zero what `plan` would cut instead of cutting it: the same outputs, dense shapes. For tests and comparisons.
+
+    Example: see `tests/callbacks/test_wanda_sp.py`.
+    """
     decoder = as_decoder(model)
     check_plan_fits(decoder, plan)
     for layer, kept in zip(decoder, plan.layers, strict=True):

@@ -70,6 +70,8 @@ class RunReport(Recorder, EventSource):
 
     Raises:
         BadOption: an empty prompt.
+
+    Example: see `tests/export/test_overwrite.py`.
     """
 
     def __init__(

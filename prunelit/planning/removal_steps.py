@@ -32,6 +32,8 @@ class RemovalStep:
         units: indices of the KV groups, query heads or channels that the step removes.
         removed_before: units of the sequence that are removed before the step (see `RemovalSequence.unit_count`).
         removed_after: units of the sequence that are removed after the step.
+
+    Example: `RemovalStep` is used further down in this module.
     """
 
     score: float

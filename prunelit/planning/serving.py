@@ -63,6 +63,8 @@ class ServingRow(NamedTuple):
         why: the reason.
         option: the option of pruning that turns a "no" into a "yes", or avoids padding with zeros; "" if there is none.
         known: how the answer is known, see the module.
+
+    Example: see `tests/planning/test_serving.py`.
     """
 
     target: str

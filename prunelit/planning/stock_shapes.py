@@ -37,7 +37,10 @@ _BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
 
 
 class Verdict(NamedTuple):
-    """Whether something can hold a pruned model: the answer, the reason, and the option that would change it."""
+    """Whether something can hold a pruned model: the answer, the reason, and the option that would change it.
+
+    Example: see `prunelit.planning.serving`, which uses it.
+    """
 
     answer: Answer
     why: str

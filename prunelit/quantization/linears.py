@@ -22,6 +22,8 @@ class DecoderLinear(NamedTuple):
         path: path below the layer.
         name: path below the model.
         module: the linear, or the adapter around it.
+
+    Example: see `prunelit.quantization.int4_folder`, which uses it.
     """
 
     layer: int

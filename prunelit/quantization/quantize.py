@@ -44,6 +44,8 @@ class Misfit(NamedTuple):
         in_features: its inputs.
         multiple: what the inputs should be a multiple of.
         align: value of the pruning option `align` that would make them one; None if they are not FFN channels.
+
+    Example: `Misfit` is used further down in this module.
     """
 
     name: str
@@ -53,7 +55,10 @@ class Misfit(NamedTuple):
 
 
 class QuantizedLinear(NamedTuple):
-    """A linear that was quantised, and its relative error |W~ - W| / |W| in the Frobenius norm."""
+    """A linear that was quantised, and its relative error |W~ - W| / |W| in the Frobenius norm.
+
+    Example: `QuantizedLinear` is used further down in this module.
+    """
 
     name: str
     out_features: int

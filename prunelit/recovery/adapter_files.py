@@ -44,6 +44,8 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
         folder: an empty one.
         base: what the configuration calls the base, a folder.
         wide: the base as it is saved, where channels of zeros were added to it; None: as it is under the adapters.
+
+    Example: see `tests/recovery/test_adapter_files.py`.
     """
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     fused = get_architecture(unwrap_peft_model(model).config).fused_gate_up
@@ -98,6 +100,8 @@ def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
 
     Raises:
         BadAdapter: missing, unreadable, of another kind than LoRA, or made for other shapes.
+
+    Example: see `tests/recovery/test_adapter_files.py`.
     """
     path = Path(folder).expanduser()
     read_adapter_settings(path)
@@ -108,7 +112,10 @@ def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
 
 
 def read_adapter_settings(folder: Path) -> Any:
-    """The configuration of a saved adapter."""
+    """The configuration of a saved adapter.
+
+    Example: see `prunelit.recovery.merge`, which uses it.
+    """
     from peft import LoraConfig
 
     if not (folder / CONFIG_FILE).is_file() or not (folder / WEIGHTS).is_file():
@@ -128,7 +135,10 @@ def read_adapter_settings(folder: Path) -> Any:
 
 
 def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
-    """[O, I] of the linears that an adapter is for, by name, from the header of its file."""
+    """[O, I] of the linears that an adapter is for, by name, from the header of its file.
+
+    Example: see `prunelit.recovery.merge`, which uses it.
+    """
     a: dict[str, int] = {}
     b: dict[str, int] = {}
     try:
@@ -161,7 +171,10 @@ def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def check_shapes_match(folder: Any, shapes: ShapeByName, base: ShapeByName, where: str) -> None:
-    """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later."""
+    """Raise where an adapter's linears are not those of a base; a base that names none of them is left to later.
+
+    Example: see `prunelit.recovery.merge`, which uses it.
+    """
     if not shapes.keys() & base.keys():
         if where == "the model":
             raise BadAdapter(

@@ -48,6 +48,8 @@ class RunFolder:
         plan: the plan that was applied, saved beside the models; None where nothing was pruned.
         format: format of the saved model: "auto", or one of those of `python -m prunelit export`.
         save_base: whether the pruned model before recovery is saved too; the saved adapters are useless without it.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
     """
 
     path: Path
@@ -67,6 +69,8 @@ def check_run_format_fits(module: RecoveryModule, tokenizer: Any, format: str) -
 
     Raises:
         DoesNotFit: the format cannot hold the model.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
     """
     if format == "auto":
         return
@@ -90,6 +94,8 @@ def merge_and_save_adapters(
 
     Returns:
         The transformers model without adapters. It stays in 4 bits where `run.format` allows it.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
     """
     adapted = module.model
     if not has_adapters(adapted):
@@ -123,6 +129,8 @@ def save_recovered_model(model: nn.Module, run: RunFolder, report: dict[str, Any
 
     Raises:
         PrunelitError: see `prunelit.export.write_model`.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
     """
     return export.write_model(
         *(model, run.path / "model", run.tokenizer, run.plan, run.format),
@@ -178,6 +186,8 @@ def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, An
 
     Raises:
         OutputNotWritable: see `check_output`.
+
+    Example: `save_adapter` is used further down in this module.
     """
     adapted, base_format, padded_base = module.gather_model(), None, None
     if not has_adapters(adapted):

@@ -45,6 +45,8 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
 
     Raises:
         BadAdapter: see `check_adapter`; or an adapter that tells the inputs of an INT4 group apart.
+
+    Example: see `tests/recovery/test_adapter_files.py`.
     """
     path = Path(folder).expanduser()
     settings = read_adapter_settings(path)

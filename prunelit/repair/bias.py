@@ -98,6 +98,8 @@ def declare_biases(decoder: Decoder, plan: PruningPlan, added: bool) -> PruningP
 
     Returns:
         A plan with the same remaining units.
+
+    Example: see `tests/repair/test_bias.py`.
     """
     if plan.model.layers != tuple(layer.shape for layer in decoder):
         return plan
@@ -118,6 +120,8 @@ def make_bias_cost(decoder: Decoder) -> Cost:
 
     Returns:
         A function of (layer shape, query heads, KV groups, FFN channels) to parameters.
+
+    Example: see `tests/repair/test_bias.py`.
     """
     bias_sizes = {}
     for layer in decoder:
@@ -142,6 +146,8 @@ def list_lost_inputs(layer: Layer, layer_plan: LayerPlan) -> Iterator[tuple[Acti
 
     Yields:
         The point at the projection's input, the projection, and which inputs it loses, bool [C].
+
+    Example: see `prunelit.callbacks.wanda_sp`, which uses it.
     """
     shape = layer.shape
     if layer.has_attention and 0 < len(layer_plan.query_heads) < shape.query_heads:

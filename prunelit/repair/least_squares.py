@@ -39,6 +39,8 @@ class Fit:
         bias: [K], to be added to its bias; None for a linear without one.
         ridge: the ridge that was used.
         before, after: relative error of the outputs, ||E|| / ||targets||, without and with the correction.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
 
     weight: Tensor

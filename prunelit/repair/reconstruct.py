@@ -133,6 +133,8 @@ def find_first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
 
     Returns:
         Index of the layer; the number of layers if none loses units.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     pairs = zip(layers, decoder, strict=True)
     changes = [layer_plan.widths != LayerPlan.dense(layer.shape).widths for layer_plan, layer in pairs]
@@ -155,6 +157,8 @@ def accumulate_equations(
             stream.
         visitor: also receives the activations of this pass.
         hold_heads: see `PairedStreams.run_cut_stream`.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     linear, inputs, output = get_output_projection(streams.layer, block)
     outputs, width = get_weight_out_in(linear).shape
@@ -174,7 +178,10 @@ def accumulate_equations(
 
 
 def get_output_projection(layer: Layer, block: BlockName) -> tuple[nn.Module, ActivationPoint, ActivationPoint]:
-    """Return a block's output projection and the points at its input and its output."""
+    """Return a block's output projection and the points at its input and its output.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
+    """
     if block == "attention":
         return layer.output, "heads", "attention_output"
     return layer.down, "channels", "mlp_output"
@@ -204,6 +211,8 @@ def record_layer_fit(layer: int, block: str, fit: Fit) -> dict[str, Any]:
         layer: index of the layer.
         block: name of the block.
         fit: the fit of its output projection.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     _log.debug("layer %d: %s: error %.4f -> %.4f (ridge %g)", layer, block, fit.before, fit.after, fit.ridge)
     return {"layer": layer, "block": block, "before": fit.before, "after": fit.after, "ridge": fit.ridge}

@@ -67,6 +67,8 @@ def replace_folder(target: Path, file: bool = False, keep_existing: bool = False
 
     Raises:
         OutputNotWritable: the folder cannot be made or moved.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
     """
     staging = temporary_path(target)
     try:
@@ -98,6 +100,8 @@ def check_folder(target: str | os.PathLike[str]) -> None:
 
     Raises:
         OutputNotWritable: a file is in the way, or writing is refused.
+
+    Example: see `tests/export/test_overwrite.py`.
     """
     path = Path(target)
     with explain_refusal(path):
@@ -110,6 +114,8 @@ def check_kind(path: Path, file: bool) -> None:
 
     Raises:
         OutputNotWritable: there is a folder in the place of a file, or the other way round.
+
+    Example: see `prunelit.export.overwrite`, which uses it.
     """
     remove_leftovers(path.resolve())
     if path.exists() and path.is_dir() == file:
@@ -118,7 +124,10 @@ def check_kind(path: Path, file: bool) -> None:
 
 
 def try_writing(path: Path) -> None:
-    """Make the parents of a target and write a file that vanishes: what is refused at the end is refused now."""
+    """Make the parents of a target and write a file that vanishes: what is refused at the end is refused now.
+
+    Example: see `prunelit.export.overwrite`, which uses it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
         pass
@@ -126,7 +135,10 @@ def try_writing(path: Path) -> None:
 
 @contextmanager
 def explain_refusal(path: Path) -> Iterator[None]:
-    """Turn what the system says of an output into one `OutputNotWritable`."""
+    """Turn what the system says of an output into one `OutputNotWritable`.
+
+    Example: see `prunelit.export.overwrite`, which uses it.
+    """
     try:
         yield
     except (FileExistsError, NotADirectoryError) as error:
@@ -139,19 +151,28 @@ def explain_refusal(path: Path) -> Iterator[None]:
 
 
 def temporary_path(path: Path, suffix: str = "") -> Path:
-    """The path beside `path` that this process writes to."""
+    """The path beside `path` that this process writes to.
+
+    Example: `temporary_path` is used further down in this module.
+    """
     return path.with_name(f"{_get_prefix(path)}{os.getpid()}{suffix}")
 
 
 def find_leftovers(path: Path, suffix: str = "") -> list[Path]:
-    """What processes of this machine that have ended left beside `path`, under names of `temporary_path`."""
+    """What processes of this machine that have ended left beside `path`, under names of `temporary_path`.
+
+    Example: `find_leftovers` is used further down in this module.
+    """
     prefix = _get_prefix(path)
     candidates = [left for left in path.parent.iterdir() if left.name.startswith(prefix) and left.name.endswith(suffix)]
     return [left for left in candidates if not _is_running(left.name.removeprefix(prefix).removesuffix(suffix))]
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove what ended processes left beside a folder; put its old content back if it is nowhere else."""
+    """Remove what ended processes left beside a folder; put its old content back if it is nowhere else.
+
+    Example: `remove_leftovers` is used further down in this module.
+    """
     if not target.parent.is_dir():
         return
     for left in find_leftovers(target, _OLD):

@@ -36,68 +36,119 @@ def suggest_file(path: str | Path) -> str:
 
 
 class PrunelitError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base of all errors raised on purpose.
+
+    Example: see `tests/cli/test_console.py`.
+    """
 
 
 class BadOption(PrunelitError):
-    """An option has a value outside its range."""
+    """An option has a value outside its range.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
+    """
 
 
 class UnknownArchitecture(PrunelitError):
-    """No declaration exists for this `model_type`."""
+    """No declaration exists for this `model_type`.
+
+    Example: see `tests/core/test_architectures.py`.
+    """
 
 
 class DeclarationMismatch(PrunelitError):
-    """A declaration names modules or shapes that the loaded model does not have."""
+    """A declaration names modules or shapes that the loaded model does not have.
+
+    Example: see `tests/core/test_architectures.py`.
+    """
 
 
 class SourceNotFound(PrunelitError):
-    """A model or text source cannot be found or read."""
+    """A model or text source cannot be found or read.
+
+    Example: see `tests/callbacks/block_pruner/test_callback.py`.
+    """
 
 
 class NotEnoughText(PrunelitError):
-    """A text source is shorter than one window."""
+    """A text source is shorter than one window.
+
+    Example: see `tests/calibration/test_metrics.py`.
+    """
 
 
 class NonFinite(PrunelitError):
-    """NaN or infinity in weights, activations or scores."""
+    """NaN or infinity in weights, activations or scores.
+
+    Example: see `tests/calibration/test_observe.py`.
+    """
 
 
 class InfeasibleBudget(PrunelitError):
-    """The budget cannot be met with the units that may be pruned."""
+    """The budget cannot be met with the units that may be pruned.
+
+    Example: see `tests/callbacks/block_pruner/test_callback.py`.
+    """
 
 
 class BadPlan(PrunelitError):
-    """A pruning plan contradicts itself, or does not fit the model it is applied to."""
+    """A pruning plan contradicts itself, or does not fit the model it is applied to.
+
+    Example: see `tests/calibration/test_result_cache.py`.
+    """
 
 
 class OutputNotWritable(PrunelitError):
-    """An output folder cannot be created, is not empty, or cannot be written."""
+    """An output folder cannot be created, is not empty, or cannot be written.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
+    """
 
 
 class NoModel(PrunelitError):
-    """A LightningModule holds no transformers model when callbacks are set up."""
+    """A LightningModule holds no transformers model when callbacks are set up.
+
+    Example: see `tests/pruning/test_attach.py`.
+    """
 
 
 class NoCalibration(PrunelitError):
-    """No calibration batches: no text source, no `calibration_dataloader()`, no train batches with `input_ids`."""
+    """No calibration batches: no text source, no `calibration_dataloader()`, no train batches with `input_ids`.
+
+    Example: see `tests/calibration/test_observe.py`.
+    """
 
 
 class BadQuantisation(PrunelitError):
-    """A linear cannot be quantised within the error bound, or a quantised model does not support an operation."""
+    """A linear cannot be quantised within the error bound, or a quantised model does not support an operation.
+
+    Example: see `tests/quantization/test_int4_folder.py`.
+    """
 
 
 class DoesNotFit(PrunelitError):
-    """An export format cannot hold the shapes of a model."""
+    """An export format cannot hold the shapes of a model.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
+    """
 
 
 class NotProved(PrunelitError):
-    """An exported model differs from the model in memory; the export was removed."""
+    """An exported model differs from the model in memory; the export was removed.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
+    """
 
 
 class OutOfMemory(PrunelitError):
-    """The GPU or the machine has no memory left."""
+    """The GPU or the machine has no memory left.
+
+    Example: see `tests/cli/test_console.py`.
+    """
 
 
 class BadAdapter(PrunelitError):
-    """Saved adapters cannot be read, or do not fit the model that they are merged into."""
+    """Saved adapters cannot be read, or do not fit the model that they are merged into.
+
+    Example: see `tests/evaluation/test_run.py`.
+    """

@@ -5,14 +5,20 @@ from typing import Any, Protocol
 
 
 class EventListener(Protocol):
-    """Told what happens."""
+    """Told what happens.
+
+    Example: see `prunelit.pruning.context`, which uses it.
+    """
 
     def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
         """One event; see the module."""
 
 
 class EventSource:
-    """Something that works, and tells its listeners about it."""
+    """Something that works, and tells its listeners about it.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
+    """
 
     def __init__(self) -> None:
         self.listeners: list[EventListener] = []

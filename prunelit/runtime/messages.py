@@ -12,6 +12,8 @@ def log_on_rank_zero(message: str) -> None:
     """Log a line at level INFO, on the first process only.
 
     Before the processes are connected the launcher's LOCAL_RANK tells which one is first.
+
+    Example: see `prunelit.monitoring.checkpoints`, which uses it.
     """
     if get_rank() == 0 and is_rank_zero():
         _log.info(message)

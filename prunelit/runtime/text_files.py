@@ -12,6 +12,8 @@ def write_json(path: Path, content: Any) -> None:
 
     Raises:
         OutputNotWritable: see `write_text`.
+
+    Example: see `prunelit.cli.dashboard`, which uses it.
     """
     write_text(path, json.dumps(content, indent=2) + "\n")
 
@@ -21,5 +23,7 @@ def write_text(path: Path, content: str) -> None:
 
     Raises:
         OutputNotWritable: the disk refuses; the old file is unchanged.
+
+    Example: see `tests/runtime/test_atomic_files.py`.
     """
     replace_file(path, lambda temporary: temporary.write_text(content, encoding="utf-8"))

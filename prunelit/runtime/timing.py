@@ -37,7 +37,10 @@ def time_stage(name: str, seconds: dict[str, float], emit: Callable[..., object]
 
 
 def measure_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call, all of its work on the device included: CUDA events on a GPU, else the wall clock."""
+    """Seconds of one call, all of its work on the device included: CUDA events on a GPU, else the wall clock.
+
+    Example: see `tests/runtime/test_timing.py`.
+    """
     if device.type == "cuda":
         with torch.cuda.device(device):
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -64,12 +67,14 @@ def run_in_rounds(runs: Sequence[Callable[[], Result]], repeats: int, what: str)
 
     Returns:
         For each call what it returned, round by round.
+
+    Example: see `tests/runtime/test_timing.py`.
     """
-    found: list[list[Result]] = [[] for _ in runs]
+    results: list[list[Result]] = [[] for _ in runs]
     for run in runs:
         run()  # the first run of a shape sets up kernels and buffers
     for turn in track_progress(range(repeats), what, unit="round"):
-        pairs = list(zip(runs, found, strict=True))
-        for run, seen in reversed(pairs) if turn % 2 else pairs:
-            seen.append(run())
-    return found
+        pairs = list(zip(runs, results, strict=True))
+        for run, results_of_call in reversed(pairs) if turn % 2 else pairs:
+            results_of_call.append(run())
+    return results

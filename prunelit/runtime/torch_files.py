@@ -20,6 +20,8 @@ def write_torch_file(path: Path, content: Any) -> None:
 
     Raises:
         OutputNotWritable: the disk refuses; the old file is unchanged.
+
+    Example: see `tests/monitoring/test_checkpoints.py`.
     """
     replace_file(path, lambda temporary: _save_or_raise(temporary, content))
 
@@ -39,6 +41,8 @@ def find_file_damage(path: Path) -> str | None:
     """What is wrong with a file that `torch.save` wrote: "missing", "cut short", "damaged (where)"; None: it is whole.
 
     The file is a zip archive with a CRC-32 for every record; all of them are computed again.
+
+    Example: see `tests/monitoring/test_checkpoints.py`.
     """
     try:
         stat = path.stat()
@@ -64,6 +68,8 @@ def check_torch_file(path: Path) -> None:
 
     Raises:
         SourceNotFound: it is missing, cut short or damaged; names the newest whole one beside it.
+
+    Example: see `prunelit.cli.fit`, which uses it.
     """
     wrong = find_file_damage(path)
     if wrong is None:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 METHODS = tuple(methods())
 GQA = ("llama", "phi3", "qwen3", "falcon")
 WHOLE_BLOCKS = ("block_pruner", "shortgpt")
-MOST_LINES = 150
+MOST_LINES = 200
 
 
 def batches_for(model):

@@ -38,6 +38,8 @@ def record_dense_streams(decoder: Decoder, batches: Sequence[Batch]) -> list[Ten
 
     Returns:
         [B, S, H] of every batch, on the CPU.
+
+    Example: see `tests/callbacks/best/test_distill.py`.
     """
     partial_forward, layer_count = PartialForward(decoder), len(decoder.layers)
     with use_eval_mode(decoder.model):

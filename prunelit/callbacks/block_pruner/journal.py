@@ -22,6 +22,8 @@ class SetLoss(NamedTuple):
     Attributes:
         nll: mean negative log-likelihood, in nats.
         exact: whether `nll` is the loss; otherwise it is a lower bound, from an evaluation that stopped early.
+
+    Example: see `tests/callbacks/block_pruner/test_search.py`.
     """
 
     nll: float

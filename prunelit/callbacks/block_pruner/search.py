@@ -49,6 +49,8 @@ class SearchResult:
         nll: mean negative log-likelihood of the dense model, then after each step of the search, in nats.
         record: for the plan: order, perplexities, and the work of this search and of a plain search, which evaluates
             every candidate in every step through all layers.
+
+    Example: `SearchResult` is used further down in this module.
     """
 
     removed: list[Block]

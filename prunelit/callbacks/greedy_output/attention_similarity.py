@@ -130,6 +130,8 @@ def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[
     Returns:
         [Q, Q] of every layer; None for a layer without attention, and for all layers where the model does not return
         its attention probabilities (with a warning).
+
+    Example: see `tests/callbacks/greedy_output/test_attention_similarity.py`.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     most_heads = max((layer.shape.query_heads for layer in decoder), default=1)
@@ -163,6 +165,8 @@ def measure_layer_divergence(streams: PairedStreams, batches: Sequence[Batch]) -
 
     Returns:
         [Q, Q]; None where the model does not return its attention probabilities.
+
+    Example: see `tests/callbacks/greedy_output/test_attention_similarity.py`.
     """
     layer, decoder = streams.layer, streams.decoder
     divergence = Divergence(layer.shape.query_heads, decoder.device)
@@ -275,6 +279,8 @@ class Cell:
         divergence: [M][M].
         moments: [M], larger = stays.
         most: number of units that may be removed.
+
+    Example: see `tests/callbacks/greedy_output/test_attention_similarity.py`.
     """
 
     divergence: Sequence[Sequence[float]]
@@ -351,6 +357,8 @@ def choose_heads(
 
     Returns:
         `layer_plan` with as many other heads.
+
+    Example: see `tests/callbacks/greedy_output/test_attention_similarity.py`.
     """
     size, groups, moments = shape.group_size, shape.kv_groups, cast(Tensor, scores.heads)
     limit = limit if divergence is not None else 0.0
@@ -405,6 +413,8 @@ def rank_groups_globally(
 
     Returns:
         Scores of every layer, to select units of all layers in one list.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     heads = [None if s.heads is None else removal_steps.standardize_scores(s.heads.double().cpu()) for s in scores]
     cells: list[Cell] = []

@@ -55,6 +55,8 @@ def score_second_moments(decoder: Decoder, batches: Sequence[Batch], moment: Mom
 
     Raises:
         NonFinite, NoCalibration: see `prunelit.calibration.observe.observe`.
+
+    Example: see `tests/callbacks/greedy_output/test_second_moment.py`.
     """
     sums = Sums(len(decoder.layers))
     points = tuple(point for block_points in MOMENT_POINTS[moment].values() for point in block_points)
@@ -72,6 +74,8 @@ def accumulate_squares(sums: Sums, layer: Layer, x: Mapping[str, Tensor]) -> Non
         sums: receives one sum per point.
         layer: of the activations.
         x: {point: activations [T, width]}.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     for point, activations in x.items():
         values = [activations.float()]
@@ -96,6 +100,8 @@ def compute_moment_scores(layer: Layer, means: Mapping[str, Tensor], moment: Mom
 
     Returns:
         Scores of the kinds of unit whose points are there, float64.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     heads = channels = None
     shape, names = layer.shape, layer.architecture

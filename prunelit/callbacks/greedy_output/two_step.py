@@ -37,7 +37,10 @@ _MLP_INPUT: ActivationPoint = "mlp_input"
 
 
 class UnitChooser(Protocol):
-    """Chooses the remaining units of a module from the activations that the reconstructed prefix gives it."""
+    """Chooses the remaining units of a module from the activations that the reconstructed prefix gives it.
+
+    Example: `UnitChooser` is used further down in this module.
+    """
 
     def list_points(self, block: BlockName) -> tuple[ActivationPoint, ...]:
         """List the points of a block that `accumulate` reads."""
@@ -81,6 +84,8 @@ def reconstruct_two_step(
 
     Raises:
         NoCalibration: there are no batches, or nothing but padding.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     layers = find(decoder.model, decoder.architecture.layers)
     plans, start = list(layer_plans), find_first_changed(layer_plans, decoder)
@@ -111,6 +116,8 @@ def install_layers(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Mod
         decoder: the dense model, changed in place.
         plan: the plan whose layers were reconstructed.
         modules: the layers; None: the dense layer stays.
+
+    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
     """
     device, layers = decoder.device, find(decoder.model, decoder.architecture.layers)
     for index, module in enumerate(modules):

@@ -46,6 +46,8 @@ def compute_deci_logits(folder: Path, ids: Tensor) -> Tensor:
 
     Raises:
         SystemExit: the folder is no DeciLM, or its weights do not match its config.
+
+    Example: see `tests/export/deci/test_writer.py`.
     """
     from transformers import AutoConfig
 

@@ -115,6 +115,8 @@ def check_deci(model: nn.Module, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: see `write_deci`.
+
+    Example: `check_deci` is used further down in this module.
     """
     decoder = Decoder(model)
     check_llama_layers(decoder, "deci")

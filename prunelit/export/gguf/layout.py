@@ -49,6 +49,8 @@ class LlamaCppGraph(NamedTuple):
         per_layer: it reads head counts and FFN widths per layer.
         qk_norm: it has norms on queries and keys.
         square_attention: Q * D must be H.
+
+    Example: `LlamaCppGraph` is used further down in this module.
     """
 
     rotates_neighbours: bool
@@ -82,7 +84,10 @@ GRAPHS_OF_FAMILY = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
 
 
 class LayerSizes(NamedTuple):
-    """Sizes of one layer in the file; they include heads and channels of zeros that were added."""
+    """Sizes of one layer in the file; they include heads and channels of zeros that were added.
+
+    Example: see `prunelit.export.gguf.writer`, which uses it.
+    """
 
     query_heads: int
     kv_groups: int
@@ -94,6 +99,8 @@ class TensorEntry(NamedTuple):
     """A tensor of the file: its name, its shape [out, in] or [size], and a function that returns its values.
 
     The values are made when they are written, so that one tensor is copied at a time.
+
+    Example: see `prunelit.export.gguf.writer`, which uses it.
     """
 
     name: str

@@ -31,6 +31,8 @@ def start_llama_server(file: str, exact: bool, context: int, threads: int) -> An
         exact: whether to compute in float32, see the module's docstring.
         context: tokens of the context.
         threads: CPU threads.
+
+    Example: `start_llama_server` is used further down in this module.
     """
     import xllamacpp
 
@@ -70,6 +72,8 @@ def generate_greedily(
     Returns:
         Steps {"id", "logprobs": {id: logprob}}, and the milliseconds of each step but the first, which reads the
         prompt.
+
+    Example: `generate_greedily` is used further down in this module.
     """
     steps: list[dict[str, Any]] = []
     milliseconds = []
@@ -93,7 +97,10 @@ def generate_greedily(
 
 
 def tokenize_on_server(server: Any, text: str) -> list[int]:
-    """Tokenise a text; special tokens in it are recognised, and none are added."""
+    """Tokenise a text; special tokens in it are recognised, and none are added.
+
+    Example: `tokenize_on_server` is used further down in this module.
+    """
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     request = urllib.request.Request(f"{server.listening_address}/tokenize", body, {"Content-Type": "application/json"})
     # Without proxies: HTTP_PROXY of the environment must not apply to the loopback interface.
@@ -111,6 +118,8 @@ def run_gguf_file(question: dict[str, Any], file: str, exact: bool) -> dict[str,
 
     Returns:
         One entry of the answer, see the module's docstring.
+
+    Example: `run_gguf_file` is used further down in this module.
     """
     context = max(map(len, question["prompts"])) + question["new_tokens"] + 8
     server = start_llama_server(file, exact, context, question["threads"])

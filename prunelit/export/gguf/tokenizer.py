@@ -69,6 +69,8 @@ class Vocabulary(NamedTuple):
         add_bos: the token that starts a text is put before it.
         add_eos: the token that ends a text is put behind it.
         chat_template: the default chat template (Jinja).
+
+    Example: see `tests/calibration/test_metrics.py`.
     """
 
     kind: str
@@ -139,7 +141,10 @@ def read_vocabulary(tokenizer: Any, model: Any) -> Vocabulary:
 
 
 def is_sentencepiece_bpe(tokenizer: Any) -> bool:
-    """Tell whether a fast tokenizer is BPE over characters with byte fallback, as SentencePiece trains it."""
+    """Tell whether a fast tokenizer is BPE over characters with byte fallback, as SentencePiece trains it.
+
+    Example: see `prunelit.export.gguf.proof`, which uses it.
+    """
     return bool(_parse_tokenizer_json(tokenizer)["model"].get("byte_fallback"))
 
 

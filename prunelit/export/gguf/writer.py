@@ -59,6 +59,8 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
 
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for the model, or there is no tokenizer.
+
+    Example: `check_gguf` is used further down in this module.
     """
     if tokenizer is None:
         raise DoesNotFit("format 'gguf': expected a model with a tokenizer, got none; the file holds both")

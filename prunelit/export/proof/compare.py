@@ -156,6 +156,8 @@ def run_reload_script(question: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         NotProved: the folder cannot be loaded or run; the message holds the last line of that process.
+
+    Example: see `tests/export/proof/test_compare.py`.
     """
     _log.info("written; loading it again in a new process")
     answer = new_process.run_proof_script(

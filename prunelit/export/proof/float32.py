@@ -39,6 +39,8 @@ def restore_rope(model: Any) -> None:
 
     `model.to(dtype)` casts buffers too, so in a model that was cast to 16 bits these frequencies have lost precision,
     and a cast back to float32 does not restore them.
+
+    Example: `restore_rope` is used further down in this module.
     """
     rotary = find(model, "model.rotary_emb")
     recomputed = type(rotary)(config=model.config).to(rotary.inv_freq.device)

@@ -27,6 +27,8 @@ def run_reloaded_model(model: Any, ids: Tensor, new_tokens: int) -> dict[str, An
         "cached", "uncached": greedy tokens [B, N] with the KV cache and without it, as lists.
         "cache_difference": the largest difference of the logits of both runs, up to their first different token.
         "buffers": the model's buffers, which are computed on loading and not saved.
+
+    Example: see `tests/export/proof/test_compare.py`.
     """
     from transformers import GenerationConfig
 
@@ -71,6 +73,8 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ValueError: the folder lacks weights of some parameters, which transformers would initialise at random.
+
+    Example: see `tests/monitoring/test_checkpoints.py`.
     """
     from transformers import AutoModelForCausalLM
 
