@@ -1,9 +1,13 @@
-"""apply(model, plan): the only code that deletes weights.
+"""The cut: `apply(model, plan)`. Only this module removes units, layers and blocks from a model.
+
+Other modules that prune layer by layer call its public parts: `prune_layer`, then `finish_pruning` once at the end.
 
 Legend: Q query heads, G KV groups, D head size, F FFN channels.
 """
 
 import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
-from prunelit.model.per_layer import keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
+from prunelit.model.per_layer import find, keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
 from prunelit.model.unit_indices import expand_head_rows, index_ffn_rows, index_qkv_blocks
 from prunelit.runtime.errors import BadPlan
 
@@ -119,6 +123,47 @@ def _write_config_widths(decoder: Decoder, kept: LayerPlan) -> None:
     for name, value in widths.items():
         if hasattr(config, name):
             setattr(config, name, value)
+
+
+@contextmanager
+def remove_blocks_temporarily(decoder: Decoder, blocks: Iterable[tuple[int, str]]) -> Iterator[None]:
+    """Put the stubs of a cut in place of whole blocks while the context is open, and the blocks back afterwards.
+
+    Args:
+        decoder: the model.
+        blocks: (layer index, "attention" or "mlp") of every block.
+
+    Example: see `prunelit.callbacks.block_pruner.evaluator`, which measures the model without some of its blocks.
+    """
+    blocks = list(blocks)
+    layers = [decoder.layers[index].module for index in {index for index, _ in blocks}]
+    children_before = [(module, dict(module.named_children())) for layer in layers for module in layer.modules()]
+    try:
+        for index, kind in blocks:
+            remove = remove_attention if kind == "attention" else remove_mlp
+            remove(decoder.layers[index].module, decoder.architecture)
+        yield
+    finally:
+        for module, children in children_before:
+            for name, child in children.items():
+                setattr(module, name, child)
+
+
+def replace_layers(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Module | None]) -> None:
+    """Put layers that were pruned one by one, as copies, in place of the dense ones, and finish the cut.
+
+    Args:
+        decoder: the dense model, changed in place.
+        plan: by which the layers were pruned.
+        modules: the pruned layers; None: the dense layer stays.
+
+    Example: see `prunelit.callbacks.greedy_output.two_step`, which prunes copies.
+    """
+    device, layers = decoder.device, cast(nn.ModuleList, find(decoder.model, decoder.architecture.layers))
+    for index, module in enumerate(modules):
+        if module is not None:
+            layers[index] = module.to(device)
+    finish_pruning(decoder, plan)
 
 
 @torch.no_grad()

@@ -7,8 +7,7 @@ Legend: B batch, S sequence, H hidden, V vocabulary, L layers.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -20,7 +19,7 @@ from prunelit.calibration.partial_forward import PartialForward
 from prunelit.callbacks.block_pruner.journal import Journal, SetLoss
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
-from prunelit.model.per_layer import remove_attention, remove_mlp
+from prunelit.model.surgery import remove_blocks_temporarily
 from prunelit.planning.block_sets import Block, BlockSet
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration
@@ -178,7 +177,7 @@ class BlockEvaluator:
         """Evaluate one set from the last cached stream of `base` before the first change."""
         start = self._prepare_streams(removed, base)
         total, layer_count = 0.0, self.count_layers(removed, start)
-        with self._mask_blocks(removed):
+        with remove_blocks_temporarily(self.decoder, removed):
             for number, batch in enumerate(self.batches):
                 hidden = self._cached_streams[start][1][number].to(self.decoder.device) if start else None
                 total += self._sum_losses(number, self.partial_forward.run_layers(batch, hidden, start))
@@ -206,7 +205,7 @@ class BlockEvaluator:
                 continue
             start = layer - self.spacing
             streams = []
-            with self._mask_blocks(key):
+            with remove_blocks_temporarily(self.decoder, key):
                 for number, batch in enumerate(self.batches):
                     hidden = self._cached_streams[start][1][number].to(self.decoder.device) if start else None
                     streams.append(self.partial_forward.run_layers(batch, hidden, start, layer).to("cpu"))
@@ -214,21 +213,6 @@ class BlockEvaluator:
                     self._layer_sequences += layer_count * len(batch["input_ids"])
             self._cached_streams[layer] = key, streams
         return start_layer
-
-    @contextmanager
-    def _mask_blocks(self, removed: BlockSet) -> Iterator[None]:
-        """Put stubs in place of the blocks while the context is open, and the blocks back afterwards."""
-        layers = [self.decoder.layers[index].module for index in {block.layer for block in removed}]
-        children_before = [(module, dict(module.named_children())) for layer in layers for module in layer.modules()]
-        try:
-            for index, kind in removed:
-                remove = remove_attention if kind == "attention" else remove_mlp
-                remove(self.decoder.layers[index].module, self.decoder.architecture)
-            yield
-        finally:
-            for module, children in children_before:
-                for name, child in children.items():
-                    setattr(module, name, child)
 
     def _sum_losses(self, number: int, logits: Tensor) -> float:
         """Sum the mean negative log-likelihoods of the sequences of a batch.

@@ -152,7 +152,7 @@ class GreedyOutput(PruningCallback):
             modules = reconstructed[1]
         else:  # the plan is given, or comes from the cache
             modules = two_step.reconstruct_two_step(decoder, plan.layers, batches, refit_kept=self.refit_kept)[1]
-        two_step.install_layers(decoder, plan, modules)
+        surgery.replace_layers(decoder, plan, modules)
 
 
 class _PrefixChooser:

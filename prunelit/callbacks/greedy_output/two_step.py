@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import ActivationPoint
 from prunelit.calibration.paired_streams import PairedStreams
-from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.core.plan import LayerPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.model.per_layer import find
@@ -80,7 +80,7 @@ def reconstruct_two_step(
 
     Returns:
         The remaining units of every layer, and the reconstructed and cut layers in host memory (None for layers that
-        are left alone). `install_layers` puts them in the model.
+        are left alone). `prunelit.model.surgery.replace_layers` puts them in the model.
 
     Raises:
         NoCalibration: there are no batches, or nothing but padding.
@@ -107,23 +107,6 @@ def reconstruct_two_step(
             layers[index] = dense_module
         modules[index] = module.cpu()
     return tuple(plans), modules
-
-
-def install_layers(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Module | None]) -> None:
-    """Replace the dense layers by those of `reconstruct_two_step`.
-
-    Args:
-        decoder: the dense model, changed in place.
-        plan: the plan whose layers were reconstructed.
-        modules: the layers; None: the dense layer stays.
-
-    Example: see `prunelit.callbacks.greedy_output.callback`, which uses it.
-    """
-    device, layers = decoder.device, find(decoder.model, decoder.architecture.layers)
-    for index, module in enumerate(modules):
-        if module is not None:
-            layers[index] = module.to(device)
-    surgery.finish_pruning(decoder, plan)
 
 
 def _list_targets(layer: Layer) -> tuple[ActivationPoint, ...]:
