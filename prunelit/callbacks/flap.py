@@ -102,7 +102,7 @@ class FLAP(PruningCallback):
         scored_means, self._scored_means = self._scored_means, None
         # A plan that is given, or comes from the cache, was not scored here.
         if self.repair == "bias" and scored_means is not None and scored_means[0] is decoder:
-            bias.apply_bias_compensation(decoder.model, plan, batches, scored_means[1])
+            bias.apply_bias_compensation(decoder, plan, batches, scored_means[1])
         else:
             super().cut(context, plan)
 

@@ -122,7 +122,7 @@ class Best(PruningCallback):
             )
         own_batches = take_rank_share(all_batches)
         dense_streams = distill.record_dense_streams(decoder, own_batches) if self.epochs else []
-        reconstruct.apply_least_squares(decoder.model, plan, all_batches, ridge=self.ridge)
+        reconstruct.apply_least_squares(decoder, plan, all_batches, ridge=self.ridge)
         cut = Decoder(decoder.model)
         distill.distill_layers(
             cut, own_batches, dense_streams, self.epochs, self.learning_rate, self.denoise, seed=self.seed
