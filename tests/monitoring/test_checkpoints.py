@@ -341,7 +341,7 @@ def _arm(at: str, folder: Path) -> None:
 
     compare.run_reload_script = reload.reload_and_run  # as in tests/conftest.py
     counted(LLMBIP, "score", "score")
-    counted(reconstruct, "apply", "repair")
+    counted(reconstruct, "apply_least_squares", "repair")
     if place == "full disk":
         limited = torch_files.write_torch_file
 

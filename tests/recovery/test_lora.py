@@ -280,7 +280,7 @@ def test_nf4_adapters_are_merged_into_the_full_base(family: str) -> None:
     assert losses[-1] < losses[0]
     assert {type(linear.module).__module__ for linear in list_decoder_linears(adapted)} == {"peft.tuners.lora.bnb"}
     nf4 = logits(adapted.eval())
-    with pytest.raises(BadQuantisation, match=r"got nf4.* prunelit\.recovery\.lora\.merge_into"):
+    with pytest.raises(BadQuantisation, match=r"got nf4.* prunelit\.recovery\.merge\.merge_into"):
         merge_adapters(adapted)
     result = merge_into_full_precision(full, adapted)
     assert result is full and not any("lora" in name for name, _ in full.named_modules())

@@ -42,14 +42,15 @@ def old(folder: Path) -> None:
 
 _SLOW = """
 import sys, time
-from prunelit import export, models
-from prunelit.export import proof
+from prunelit import export
+from prunelit.data.loading import load
+from prunelit.export.proof import compare
 def wait(question):
     sys.stdout.write("written\\n")
     sys.stdout.flush()
     time.sleep(600)
-proof.in_new_process = wait
-export.save(models.load(sys.argv[1]), sys.argv[2], overwrite=True, fresh_process=True)
+compare.run_reload_script = wait
+export.save(load(sys.argv[1]), sys.argv[2], overwrite=True, fresh_process=True)
 """
 
 
