@@ -292,7 +292,9 @@ def test_what_needs_the_whole_model_is_refused_in_one_line(
     method: Callable[[], PruningCallback], tmp_path: Path
 ) -> None:
     far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"))
-    with pytest.raises(BadOption, match=r"^stream: expected a method that observes .*; choose another method, or leave out"):
+    with pytest.raises(
+        BadOption, match=r"^stream: expected a method that observes .*; choose another method, or leave out"
+    ):
         method().prune(far, BATCHES)
 
 
