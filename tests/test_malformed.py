@@ -269,7 +269,7 @@ FILES: list[Row] = [
         "model: x\nmethod: flap\nform: exact",
     ),
     ("prune --config {yaml}", ["protect: expected a list, as [0], got 0"], "model: x\nratio: 0.2\nprotect: 0"),
-    (PRUNE + " --plan {other_plan}", ["plan: expected no options", "got align, ratio; the plan says"]),
+    (PRUNE + " --plan {other_plan}", ["plan: expected no options", "got align, ratio; the plan names these units"]),
     (REPLAY + " --plan {other_plan} --scope global --protect=0", ["got scope, protect;"]),
     (REPLAY + " --plan {other_plan} --method flap --metric IFV", ["got metric;"]),
     (REPLAY + " --plan {other_plan} --method llm_bip --form exact", ["got form;"]),
