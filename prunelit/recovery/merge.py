@@ -116,6 +116,7 @@ def merge_adapters(model: Any) -> nn.Module:
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> from prunelit.recovery.lora import add_lora
         >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
         >>> adapted = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)), rank=4, alpha=8, dropout=0.0)
         >>> type(merge_adapters(adapted)).__name__
