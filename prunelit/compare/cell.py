@@ -214,7 +214,7 @@ class CellRunner:
                 "speedup": dense_seconds / pruned_seconds,
             }
         if self.plans:
-            _save_or_raise(plan.save, self._build_path(cell, key, "plans"))
+            plan.save(self._build_path(cell, key, "plans"))
         return result
 
 
@@ -287,7 +287,7 @@ def _read_cell(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _write_cell(path: Path, content: Mapping[str, Any]) -> None:
-    _save_or_raise(lambda target: write_json(target, content), path)
+    write_json(path, content)
 
 
 def _save_or_raise(save: Any, path: Path) -> None:

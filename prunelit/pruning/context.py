@@ -6,7 +6,7 @@ from typing import Any
 
 from prunelit.calibration.batches import Batch
 from prunelit.model.decoder import Decoder
-from prunelit.runtime.events import EventListener
+from prunelit.runtime.events import EventListener, emit_to_listeners
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,4 @@ class PruningContext:
 
     def emit(self, event: str, **facts: Any) -> None:
         """Tell every listener of an event."""
-        for listener in self.listeners:
-            listener.on_event(event, facts)
+        emit_to_listeners(self.listeners, event, facts)

@@ -1,6 +1,6 @@
 """Events: whoever works tells its listeners what happened. `prunelit.report.record` lists them with their facts."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 
@@ -14,6 +14,15 @@ class EventListener(Protocol):
         """One event; see the module."""
 
 
+def emit_to_listeners(listeners: Iterable[EventListener], event: str, facts: Mapping[str, Any]) -> None:
+    """Tell every listener of an event.
+
+    Example: see `EventSource.emit`.
+    """
+    for listener in listeners:
+        listener.on_event(event, facts)
+
+
 class EventSource:
     """Something that works, and tells its listeners about it.
 
@@ -25,5 +34,4 @@ class EventSource:
 
     def emit(self, event: str, **facts: Any) -> None:
         """Pass an event on."""
-        for listener in self.listeners:
-            listener.on_event(event, facts)
+        emit_to_listeners(self.listeners, event, facts)
