@@ -17,7 +17,7 @@ VOCABULARY = 96
 # Separate and fused q/k/v in both layouts, Conv1D, tied heads, parallel blocks, norms after, no mlp module. Of tests
 # that run on every family, the fast ones are those on these (conftest.py).
 DIVERSE = ("llama", "phi3", "gpt2", "gpt_neox", "opt", "olmo2", "gemma2", "cohere")
-KINDS = ("kv_group", "query_head", "channel", "attention", "mlp", "layer")
+KINDS = ("kv_group", "query_head", "channel", "attention", "mixer", "mlp", "layer")
 
 # 9 query heads in 3 KV groups: groups of more than two heads, so a wrong order of rows shows.
 _SIZES = {"hidden_size": 72, "num_hidden_layers": 3, "num_attention_heads": 9, "max_position_embeddings": 64}
@@ -33,15 +33,34 @@ class Row(NamedTuple):
 
     model_type: str
     config: Mapping[str, Any] = {}
-    lacks: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ("mixer",)
     sizes: Mapping[str, Any] = _LLAMA
 
 
-_MHA, _TIED_HEADS = ("query_head",), ("kv_group", "query_head")
+_MHA, _TIED_HEADS = ("query_head", "mixer"), ("kv_group", "query_head", "mixer")
+
+_MAMBA = {
+    "mamba_d_state": 8,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 36,
+    "mamba_n_groups": 1,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+}
+_DELTA_NET = {
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+# Every second layer has an attention, and the others a mixer in its place.
+_HYBRID = {"num_hidden_layers": 4}
+_LINEAR = {**_HYBRID, "layer_types": ["linear_attention", "full_attention"] * 2}
 
 FAMILIES: dict[str, Row] = {
     "apertus": Row("apertus", {"max_position_embeddings": 65536}),
     "arcee": Row("arcee"),
+    "bamba": Row("bamba", {**_HYBRID, **_MAMBA, "attn_layer_indices": [1, 3]}, ()),
     "biogpt": Row("biogpt", {"intermediate_size": 96}, _MHA, _SIZES),
     "cohere": Row("cohere"),
     "cohere-qk_norm": Row("cohere", {"use_qk_norm": True}),
@@ -55,8 +74,19 @@ FAMILIES: dict[str, Row] = {
         {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1, "bias": True},
         sizes=_FALCON,
     ),
-    "falcon-multi_query": Row("falcon", {"multi_query": True}, ("kv_group",), _FALCON),
+    "falcon-multi_query": Row("falcon", {"multi_query": True}, ("kv_group", "mixer"), _FALCON),
     "falcon-sequential": Row("falcon", {"multi_query": False, "parallel_attn": False}, _MHA, _FALCON),
+    "falcon_h1": Row(
+        "falcon_h1",
+        {
+            **_MAMBA,
+            "mamba_d_ssm": 144,
+            "attention_out_multiplier": 0.7,
+            "mlp_multipliers": [1.0, 0.6],
+            "key_multiplier": 0.5,
+        },
+        ("attention", "mixer"),  # they share a place in the cache
+    ),
     "gemma": Row("gemma"),
     "gemma2": Row("gemma2", _SLIDING),
     "gemma3_text": Row("gemma3_text", _SLIDING),
@@ -67,6 +97,18 @@ FAMILIES: dict[str, Row] = {
     "gpt_neox-sequential": Row("gpt_neox", {"intermediate_size": 96, "use_parallel_residual": False}, _MHA, _SIZES),
     "gptj": Row("gptj", {"rotary_dim": 4}, _MHA, _GPT),
     "granite": Row("granite", {"residual_multiplier": 0.5}),
+    "granitemoehybrid": Row(
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            **_LINEAR,
+            "num_local_experts": 0,
+            "num_experts_per_tok": 0,
+            "shared_intermediate_size": 96,
+            "residual_multiplier": 0.5,
+        },
+        (),
+    ),
     "helium": Row("helium"),
     "hunyuan_v1_dense": Row("hunyuan_v1_dense"),
     "hyperclovax": Row("hyperclovax"),
@@ -74,6 +116,7 @@ FAMILIES: dict[str, Row] = {
     "internlm3": Row("internlm3"),
     "iquestcoder": Row("iquestcoder"),
     "jais2": Row("jais2"),
+    "lfm2": Row("lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}, ()),
     "llama": Row("llama"),
     "llama-biases": Row("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": Row("llama", {"num_key_value_heads": 9}, _MHA),
@@ -83,14 +126,32 @@ FAMILIES: dict[str, Row] = {
     "mistral-sliding": Row("mistral", {"sliding_window": 4}),
     "nemotron": Row("nemotron"),
     "olmo": Row("olmo"),
+    "nemotron_h": Row(
+        "nemotron_h",
+        {
+            "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "linear_attention"],
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 36,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "intermediate_size": 96,
+        },
+        (),
+    ),
     "olmo2": Row("olmo2", lacks=_TIED_HEADS),
     "olmo3": Row("olmo3", _SLIDING, _TIED_HEADS),
+    "olmo_hybrid": Row("olmo_hybrid", {**_LINEAR, **_DELTA_NET}, ("kv_group", "query_head")),
     "opt": Row("opt", {"ffn_dim": 96, "word_embed_proj_dim": 72}, _MHA, _SIZES),
     "persimmon": Row("persimmon", {"intermediate_size": 96}, _MHA, _SIZES),
     "phi": Row("phi"),
     "phi3": Row("phi3"),
     "qwen2": Row("qwen2"),
     "qwen3": Row("qwen3"),
+    "qwen2_5_vl_text": Row("qwen2_5_vl_text"),
+    "qwen3_5_text": Row("qwen3_5_text", {**_LINEAR, **_DELTA_NET}, ()),
+    "qwen3_next": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, "mlp_only_layers": [0, 1, 2, 3]}, ()),
+    "qwen3_vl_text": Row("qwen3_vl_text"),
     "qwen3-wide_heads": Row("qwen3", {"head_dim": 16}),
     "seed_oss": Row("seed_oss"),
     "smollm3": Row("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -137,13 +198,15 @@ def keep(
     groups: tuple[int, ...] | None = None,
     heads_in_group: tuple[int, ...] | None = None,
     channels: tuple[int, ...] | None = None,
+    mixer: bool | None = None,
 ) -> LayerPlan:
     """What a layer keeps: KV groups, the given query heads of each, channels; None keeps all, () removes the block."""
     size = shape.group_size
     groups = tuple(range(shape.kv_groups)) if groups is None else groups
     heads_in_group = tuple(range(size)) if heads_in_group is None else heads_in_group
     heads = tuple(group * size + head for group in groups for head in heads_in_group)
-    return LayerPlan(heads, groups, tuple(range(shape.ffn_channels)) if channels is None else channels)
+    channels = tuple(range(shape.ffn_channels)) if channels is None else channels
+    return LayerPlan(heads, groups, channels, mixer=shape.has_mixer if mixer is None else mixer)
 
 
 def cut(model: Any, kind: str) -> PruningPlan:
@@ -155,23 +218,25 @@ def cut(model: Any, kind: str) -> PruningPlan:
 
     def layer(kind: str, index: int, shape: LayerShape) -> LayerPlan:
         match kind:
-            case "kv_group" if shape.heads_prunable:
+            case "kv_group" if shape.heads_prunable and shape.kv_groups:
                 return keep(shape, groups=some(shape.kv_groups, shape.kv_groups - 1 - index % 2))
-            case "query_head" if shape.heads_prunable:  # other heads in every group
+            case "query_head" if shape.heads_prunable and shape.kv_groups:  # other heads in every group
                 size, groups = shape.group_size, tuple(range(shape.kv_groups))
                 heads = (group * size + head for group in groups for head in some(size, size - 1))
-                return LayerPlan(tuple(heads), groups, tuple(range(shape.ffn_channels)))
-            case "channel":
+                return replace(LayerPlan.dense(shape), query_heads=tuple(heads), kv_groups=groups)
+            case "channel" if shape.ffn_channels:
                 return keep(shape, channels=some(shape.ffn_channels, 40 + 8 * index))
-            case "attention" if index != 1:
+            case "attention" if index != 1 and shape.attention_removable:
                 return keep(shape, groups=())
+            case "mixer" if index != 0 and shape.attention_removable:
+                return keep(shape, mixer=False)
             case "mlp" if index != 1:
                 return keep(shape, channels=())
             case "layer" if index == 1:
-                return keep(shape, groups=(), channels=())
+                return keep(shape, groups=(), channels=(), mixer=False)
             case "mixed":
-                attention = layer(("attention", "kv_group", "query_head")[index], index, shape)
-                ffn = layer(("channel", "channel", "mlp")[index], index, shape)
+                attention = layer(("attention", "kv_group", "query_head")[index % 3], index, shape)
+                ffn = layer(("channel", "channel", "mlp")[index % 3], index, shape)
                 return replace(attention, ffn_channels=ffn.ffn_channels)
         return LayerPlan.dense(shape)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import LayerPlan, ModelShape, PruningPlan
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
@@ -123,7 +124,7 @@ def make_fixed_tokens(model: Any, length: int = 32, room: int = 8) -> Tensor:
     longest = context_length.get_context_limit(model.config) or length + room
     length = max(2, min(length, longest - room))
     ids = torch.arange(2 * length, device=next(model.parameters()).device).view(2, length)
-    return (ids * 7 + 3) % int(model.config.vocab_size)
+    return (ids * 7 + 3) % int(get_decoder_config(model.config).vocab_size)
 
 
 @torch.no_grad()

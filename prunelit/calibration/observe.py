@@ -165,6 +165,8 @@ def _attach_hooks(
         }
         up = None if names.fused_gate_up else cast(nn.Module, find(layer.mlp, names.up))
         outputs |= {"gate": layer.activation, "up": up, "mlp_output": layer.down}
+    if point == "gate" and layer.has_mlp and names.functional_activation:
+        return [layer.ffn_in[0].register_forward_hook(partial(_store_activated, layer.activation, store_output))]
     if point == "up" and layer.has_mlp and names.fused_gate_up:
         return [layer.ffn_in[0].register_forward_hook(partial(_store_second_half, store_output))]
     if (module := inputs.get(point)) is not None:
@@ -174,6 +176,16 @@ def _attach_hooks(
     if (module := outputs.get(point)) is not None:
         return [module.register_forward_hook(partial(store_output, point))]
     return []
+
+
+def _store_activated(
+    activation: nn.Module,
+    store_output: Callable[..., None],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    output: Tensor,
+) -> None:
+    store_output("gate", module, args, activation(output))
 
 
 def _store_second_half(

@@ -16,7 +16,6 @@ from prunelit.calibration.observe import ActivationPoint
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
-from prunelit.model.per_layer import find
 from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
 from prunelit.runtime.errors import NoCalibration
 
@@ -70,15 +69,11 @@ class PairedStreams:
                 for _, batch in self.own_batches
             ]
         self._dense_streams = list(self.cut_streams)
-        self.layer = self._get_layer(start)
-
-    def _get_layer(self, index: int) -> Layer:
-        architecture = self.decoder.architecture
-        return Layer(index, find(self.decoder.model, architecture.layers)[index], architecture)
+        self.layer = self.decoder.build_layer(start)
 
     def refresh_layer(self) -> Layer:
         """Read the current layer again after it was cut or replaced, and return it."""
-        self.layer = self._get_layer(self.layer.index)
+        self.layer = self.decoder.build_layer(self.layer.index)
         return self.layer
 
     @torch.no_grad()
@@ -89,7 +84,7 @@ class PairedStreams:
             index: of the layer; the one after the layer that was left last.
             points: points of the layer whose activations become targets.
         """
-        self.layer, self.held_heads = self._get_layer(index), []
+        self.layer, self.held_heads = self.decoder.build_layer(index), []
         inner_points = [point for point in points if point != "layer_output"]
         self._targets = {point: [] for point in inner_points}
         for place, hidden in enumerate(self._dense_streams):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch, get_padding_mask
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
-from prunelit.model.per_layer import find
 
 
 class _SpanEnd(Exception):
@@ -94,7 +93,7 @@ class PartialForward:
 
     @property
     def _layers(self) -> nn.ModuleList:
-        return cast(nn.ModuleList, find(self.decoder.model, self.decoder.architecture.layers))
+        return self.decoder.layer_modules
 
     @contextmanager
     def _bypass_layers(self, layers: nn.ModuleList, skipped: dict[int, Callable[..., Tensor]]) -> Iterator[None]:

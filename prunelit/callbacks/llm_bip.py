@@ -89,16 +89,16 @@ class _Bound:
 
     def __init__(self, layer: Layer, config: Any, propagate_ffn: bool):
         self.layer, self.architecture = layer, layer.architecture
-        scale_name = self.architecture.residual_scale
-        self.scale = float(getattr(config, scale_name)) if scale_name else 1.0
+        self.attention_scale = layer.get_residual_scale(config, "attention") if layer.has_attention else 1.0
+        self.mlp_scale = layer.get_residual_scale(config, "mlp") if layer.has_mlp else 1.0
         # In a parallel block the FFN does not read the output of attention.
         self.through_ffn = propagate_ffn and layer.has_attention and layer.has_mlp and not self.architecture.parallel
         self.gated = self.through_ffn and self.architecture.gate is not None
         self.slope = estimate_lipschitz(layer.activation) if self.through_ffn else 0.0
 
-    def _measure_columns(self, linear: nn.Module, post_norm: str) -> Tensor:
+    def _measure_columns(self, linear: nn.Module, post_norm: str, scale: float) -> Tensor:
         """Return |weight| of an output projection, scaled as its output reaches the residual stream, [H, inputs]."""
-        return get_weight_out_in(linear).detach().abs().float() * self.scale * self.layer.get_gain(post_norm)[:, None]
+        return get_weight_out_in(linear).detach().abs().float() * scale * self.layer.get_gain(post_norm)[:, None]
 
     def compute_statistics(self, x: Mapping[str, Tensor], exact: bool) -> dict[str, Tensor]:
         """Sum the statistics of one batch over its tokens.
@@ -127,7 +127,7 @@ class _Bound:
                 else:
                     inner = [x[point].abs().float() * output_scale[:, None] for point in ("up", "gate") if self.gated]
                     weight = self._weigh_ffn(output_scale[:, None], *inner) * input_scale[:, None]  # [T, H]
-                    output = self._measure_columns(layer.output, "attention_post_norm")
+                    output = self._measure_columns(layer.output, "attention_post_norm", self.attention_scale)
                     statistics["through"] = (magnitude * (weight @ output)).sum(0)
         return statistics
 
@@ -136,9 +136,9 @@ class _Bound:
         heads = channels = None
         layer = self.layer
         if layer.has_mlp:
-            channels = means["channels"] * self._measure_columns(layer.down, "mlp_post_norm").sum(0)
+            channels = means["channels"] * self._measure_columns(layer.down, "mlp_post_norm", self.mlp_scale).sum(0)
         if layer.has_attention:
-            output = self._measure_columns(layer.output, "attention_post_norm")  # [H, C]
+            output = self._measure_columns(layer.output, "attention_post_norm", self.attention_scale)  # [H, C]
             score = means["direct"] * output.sum(0)
             if "through" in means:
                 score = score + means["through"]

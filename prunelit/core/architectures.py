@@ -1,5 +1,8 @@
 """Declarations of model families: the names of a decoder layer's modules, one entry per family.
 
+A model of text and images holds a decoder of one of these families; its config holds that of the decoder as
+`text_config`, and the family of the decoder is all that has to be declared.
+
 To add a family, add one line to `ARCHITECTURES`: its `model_type` and whatever differs from the Llama layout. No other
 code in prunelit knows a family by name. `prunelit.model.decoder` checks a declaration against the loaded model, and the
 contract tests in `tests/core/test_architectures.py` run on every entry.
@@ -8,6 +11,7 @@ contract tests in `tests/core/test_architectures.py` run on every entry.
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from prunelit.runtime.errors import UnknownArchitecture
@@ -24,26 +28,37 @@ class Architecture:
         layers: path from the causal LM to its list of decoder layers.
         attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself.
         query, key, value, output: projections inside `attention`.
+        gated_query: the rows of every query head are twice the head size: the query, then a gate on the head's output.
         fused_qkv: one linear in place of query, key and value. Its rows are laid out as `qkv_layout` says:
             "concat" = all query heads, all key heads, all value heads;
             "grouped" = for each KV group, its query heads, its key head, its value head.
         gate, up, down: linears of the FFN; `gate=None` for a plain (not gated) FFN.
         fused_gate_up: one linear in place of gate and up, gate rows first.
         activation: the module whose output is act(gate), or act(up) in a plain FFN.
-        attention_norm, mlp_norm: norms that feed one block only, and are removed with it.
+        functional_activation: class of torch.nn that computes what an FFN without such a module computes by a function.
+        mixer: in hybrid models, the residual block that stands in a layer's place of attention, or beside it: linear
+            attention, Mamba, a convolution. It remains whole, or is removed as a block.
+        attention_norm, mlp_norm: norms that feed one block only, and are removed with it; a mixer has the norms
+            that an attention in its place would have.
         attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
         shared_norm: one norm that feeds both blocks; removed only with the whole layer.
         parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
         norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
         residual_scale: config attribute that multiplies every block's output before the residual addition.
+        block_scales: the same for one block ("attention", "mlp"): path of the number in the layer.
         head_dim: attribute of the attention module with the size of one head.
         heads_prunable: False if a norm runs over all heads together, so that no head can be removed exactly.
         per_head: parameters or module lists inside `attention` with one entry per head: path -> "query" | "kv".
         config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
+        config_exact_widths: config values with which `config_ffn` is the width itself, not what it is computed from.
         config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
             projection among them; a config without the attribute has no such choice.
         position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
+        fixed_layers: config attribute of the whole multimodal model (dotted path) with one entry for each of the first
+            decoder layers that get features of the tower by their number; these layers cannot be removed.
+        layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
+            a module are applied in order.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
 
@@ -58,6 +73,7 @@ class Architecture:
     key: str = "k_proj"
     value: str = "v_proj"
     output: str = "o_proj"
+    gated_query: bool = False
     fused_qkv: str | None = None
     qkv_layout: Literal["concat", "grouped"] = "concat"
     mlp: str = "mlp"
@@ -66,6 +82,8 @@ class Architecture:
     down: str = "down_proj"
     fused_gate_up: str | None = None
     activation: str = "act_fn"
+    functional_activation: str | None = None
+    mixer: str | None = None
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None
@@ -75,16 +93,20 @@ class Architecture:
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
     residual_scale: str | None = None
+    block_scales: Mapping[Literal["attention", "mlp"], str] = field(default_factory=dict)
     head_dim: str = "head_dim"
     heads_prunable: bool = True
     per_head: Mapping[str, Literal["query", "kv"]] = field(default_factory=dict)
     config_heads: str = "num_attention_heads"
     config_kv_heads: str = "num_key_value_heads"
     config_ffn: str = "intermediate_size"
+    config_exact_widths: Mapping[str, Any] = field(default_factory=dict)
     config_attention_bias: str = "attention_bias"
     config_mlp_bias: str = "mlp_bias"
     position_table: bool = False
     layer_config: bool = False
+    fixed_layers: str | None = None
+    layer_variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
 
@@ -98,7 +120,7 @@ class Architecture:
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table")
+        left_out = ("requires", "variants", "position_table", "fixed_layers")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -156,6 +178,7 @@ _OPT = Architecture(
 ARCHITECTURES: dict[str, Architecture] = {
     "apertus": replace(_PLAIN_FFN, attention_norm="attention_layernorm", mlp_norm="feedforward_layernorm"),
     "arcee": _PLAIN_FFN,
+    "bamba": replace(_LLAMA, mixer="mamba", mlp="feed_forward", mlp_norm="pre_ff_layernorm"),
     "biogpt": replace(_OPT, layers="biogpt.layers", config_ffn="intermediate_size"),
     "cohere": replace(_PARALLEL, per_head={"q_norm.weight": "query", "k_norm.weight": "kv"}),
     "cohere2": _PARALLEL,
@@ -197,6 +220,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             ),
         ),
     ),
+    "falcon_h1": replace(
+        _LLAMA,
+        mixer="mamba",  # beside the attention, which it shares its norm with
+        mlp="feed_forward",
+        mlp_norm="pre_ff_layernorm",
+        block_scales={"attention": "attn_out_multiplier", "mlp": "feed_forward.down_multiplier"},
+    ),
     "gemma": replace(_LLAMA, norm_offset=1.0),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -236,6 +266,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         parallel=True,
         variants=(({"use_parallel_residual": False}, {"parallel": False}),),
     ),
+    "granitemoehybrid": replace(
+        _LLAMA,
+        mixer="mamba",
+        mlp="shared_mlp",
+        fused_gate_up="input_linear",
+        down="output_linear",
+        activation="activation",
+        residual_scale="residual_multiplier",
+        config_ffn="shared_intermediate_size",
+        requires={"num_local_experts": 0},
+    ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
@@ -248,14 +289,53 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
     "jais2": replace(_PLAIN_FFN, norm="layer"),
+    "lfm2": replace(
+        _LLAMA,
+        mixer="conv",
+        output="out_proj",
+        mlp="feed_forward",
+        gate="w1",
+        up="w3",
+        down="w2",
+        functional_activation="SiLU",
+        attention_norm="operator_norm",
+        mlp_norm="ffn_norm",
+        config_exact_widths={"block_auto_adjust_ff_dim": False},
+    ),
     "llama": _LLAMA,
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
     "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
+    "nemotron_h": replace(
+        _PLAIN_FFN,
+        mixer="mixer",  # one block a layer; experts stay whole like a mixer
+        attention_norm="norm",
+        mlp_norm=None,
+        layer_variants=(
+            ("mixer.q_proj", {"attention": "mixer", "mixer": None}),
+            ("mixer.up_proj", {"mlp": "mixer", "mixer": None, "attention_norm": None, "mlp_norm": "norm"}),
+        ),
+    ),
     "olmo": replace(_LLAMA, norm="layer"),
     "olmo2": replace(_POST_NORM, heads_prunable=False),
     "olmo3": replace(_POST_NORM, heads_prunable=False),
+    "olmo_hybrid": replace(
+        _POST_NORM,
+        mixer="linear_attn",
+        heads_prunable=False,
+        layer_variants=(
+            (
+                "linear_attn",
+                {
+                    "attention_norm": "input_layernorm",
+                    "mlp_norm": "post_attention_layernorm",
+                    "attention_post_norm": None,
+                    "mlp_post_norm": None,
+                },
+            ),
+        ),
+    ),
     "opt": replace(_OPT, requires={"do_layer_norm_before": True}),
     "persimmon": replace(
         _PLAIN_FFN,
@@ -276,7 +356,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_config=True,  # it splits the fused rows at config.num_attention_heads * head_dim
     ),
     "qwen2": _LLAMA,
+    "qwen2_5_vl_text": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
+    "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
+    "qwen3_vl_text": replace(_LLAMA, fixed_layers="vision_config.deepstack_visual_indexes"),
     "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
     "stablelm": replace(
@@ -295,11 +379,28 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+def get_decoder_config(config: Any) -> Any:
+    """Get the config of the decoder: the `text_config` of a multimodal model's config, or the config itself.
+
+    Args:
+        config: a transformers config, or the content of config.json with attributes for names.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> config = SimpleNamespace(model_type="llava", text_config={"model_type": "llama"})
+        >>> get_decoder_config(config).model_type
+        'llama'
+    """
+    inner = getattr(config, "text_config", None)
+    return SimpleNamespace(**inner) if isinstance(inner, dict) else inner or config
+
+
 def get_architecture(config: Any) -> Architecture:
     """Get the declaration for a transformers config, with the variants that the config's values select.
 
     Args:
-        config: only its attributes are read. The prefix `PRUNED` of `model_type` is ignored.
+        config: only its attributes are read; of a multimodal model those of its decoder. The prefix `PRUNED` of
+            `model_type` is ignored.
 
     Raises:
         UnknownArchitecture: no entry for `config.model_type`, or the config has a value that the entry does not cover.
@@ -309,6 +410,7 @@ def get_architecture(config: Any) -> Architecture:
         >>> get_architecture(SimpleNamespace(model_type="llama")).linears
         ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
     """
+    config = get_decoder_config(config)
     model_type = str(getattr(config, "model_type", None)).removeprefix(PRUNED)
     if model_type not in ARCHITECTURES:
         near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)

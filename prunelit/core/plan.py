@@ -23,7 +23,7 @@ from prunelit.runtime.text_files import write_text
 __all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "get_applied_plans"]
 
 PLAN_FORMAT = "prunelit-plan/1"
-_ADDED_BIAS_KEY = "added_bias"
+_ADDED_BIAS_KEY, _WHOLE_MIXER = "added_bias", "whole"
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class LayerPlan:
 
     `attention_bias`, `mlp_bias`: the block's output projection, which has no bias, is given one by the repair that goes
     with the cut (see `prunelit.repair.bias`); the cut alone does not.
+    `mixer`: the layer's mixer stays; False where it goes, or there is none.
 
     Example: see `tests/core/test_plan.py`.
     """
@@ -41,6 +42,7 @@ class LayerPlan:
     ffn_channels: tuple[int, ...]
     attention_bias: bool = False
     mlp_bias: bool = False
+    mixer: bool = False
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -57,12 +59,22 @@ class LayerPlan:
 
     @property
     def removed(self) -> bool:
-        return self.attention_removed and self.mlp_removed
+        return self.attention_removed and self.mlp_removed and not self.mixer
+
+    def list_removed_blocks(self, shape: LayerShape) -> list[str]:
+        """List the blocks of the dense layer that are removed: of "attention", "mixer" and "mlp"."""
+        blocks = (
+            ("attention", shape.kv_groups > 0, not self.kv_groups),
+            ("mixer", shape.has_mixer, not self.mixer),
+            ("mlp", shape.ffn_channels > 0, not self.ffn_channels),
+        )
+        return [name for name, was_there, is_gone in blocks if was_there and is_gone]
 
     @classmethod
     def dense(cls, shape: LayerShape) -> "LayerPlan":
         """Keep everything."""
-        return cls(tuple(range(shape.query_heads)), tuple(range(shape.kv_groups)), tuple(range(shape.ffn_channels)))
+        units = (shape.query_heads, shape.kv_groups, shape.ffn_channels)
+        return cls(*(tuple(range(count)) for count in units), mixer=shape.has_mixer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -137,7 +149,7 @@ class PruningPlan:
         """Parameters left in the decoder layers."""
         biases = sum(kept.attention_bias + kept.mlp_bias for kept in self.layers) * self.model.hidden_size
         pairs = zip(self.layers, self.model.layers, strict=True)
-        return biases + sum(shape.parameters_at(*kept.widths) for kept, shape in pairs)
+        return biases + sum(shape.parameters_at(*kept.widths, kept.mixer) for kept, shape in pairs)
 
     @property
     def predicted(self) -> dict[str, float]:
@@ -145,7 +157,7 @@ class PruningPlan:
         dense = self.model.block_parameters
         removed = dense - self.kept_block_parameters
         kept = list(zip(self.layers, self.model.layers, strict=True))
-        macs = sum(s.macs_at(self.model.hidden_size, *k.widths) for k, s in kept)
+        macs = sum(s.macs_at(self.model.hidden_size, *k.widths, k.mixer) for k, s in kept)
         kv_elements = sum(s.kv_elements_at(len(k.kv_groups)) for k, s in kept)
         return {
             "parameters": self.model.parameters - removed,
@@ -158,15 +170,20 @@ class PruningPlan:
 
     @property
     def is_uniform(self) -> bool:
-        """All layers that stay have the same number of heads, groups and channels."""
-        shapes = {(*k.widths, s.head_dim) for k, s in zip(self.layers, self.model.layers, strict=True) if not k.removed}
-        return len(shapes) == 1 and not any(k.attention_removed != k.mlp_removed for k in self.layers)
+        """All layers that stay have the same number of heads, groups and channels, and no block was removed alone.
+
+        Layers that have a mixer in place of attention, or are one block each, are compared in what they have.
+        """
+        pairs = [(k, s) for k, s in zip(self.layers, self.model.layers, strict=True) if not k.removed]
+        heads = {(*k.widths[:2], s.head_dim) for k, s in pairs if not k.attention_removed}
+        channels = {k.widths[2] for k, _ in pairs if not k.mlp_removed}
+        return len(heads) <= 1 and len(channels) <= 1 and all(_is_complete(k, s) for k, s in pairs)
 
     @property
     def digest(self) -> str:
         """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
         layers = [{name: value for name, value in asdict(layer).items() if value is not False} for layer in self.layers]
-        content = [asdict(self.model), layers]
+        content = [self.model.to_dict(), layers]
         return compute_digest(json.dumps(content, sort_keys=True))
 
     # For people ----------------------------------------------------------------------------------------------------
@@ -241,7 +258,7 @@ class PruningPlan:
 
     def to_json(self) -> str:
         """JSON text, one layer a line; indices as ranges ("0-2, 5"), a removed block is null."""
-        model = asdict(self.model)
+        model = self.model.to_dict()
         shapes = model.pop("layers")
         head = {
             "format": PLAN_FORMAT,
@@ -259,7 +276,8 @@ class PruningPlan:
                 else _encode_block(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
                 "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, channels=layer.ffn_channels),
             }
-            for layer in self.layers
+            | ({"mixer": _WHOLE_MIXER if layer.mixer else None} if shape.has_mixer else {})
+            for layer, shape in zip(self.layers, self.model.layers, strict=True)
         ]
         return plan_json.format_plan_json(head, {"dense_layers": shapes, "layers": layers})
 
@@ -314,6 +332,13 @@ class PruningPlan:
             raise BadPlan(f"{path}: {error}") from error
 
 
+def _is_complete(kept: LayerPlan, shape: LayerShape) -> bool:
+    """Whether a layer that stays has its blocks, also those that an earlier cut may have taken."""
+    if shape.one_block:
+        return True
+    return not kept.mlp_removed and (kept.mixer or not kept.attention_removed) and not kept.list_removed_blocks(shape)
+
+
 def _parse_units(place: str, units: Sequence[int] | str, size: int) -> tuple[int, ...]:
     """Indices below `size` from a list of numbers, or from text as plan files have it; none where the list is empty."""
     if not units:
@@ -347,7 +372,10 @@ def _build_dataclass(kind: Any, where: str, data: Any, **more: Any) -> Any:
 
 
 def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
-    plan_json.check_object_names(where, layer, ("attention", "mlp"))
+    plan_json.check_object_names(where, layer, ("attention", "mlp"), ("mixer",) if shape.has_mixer else ())
+    mixer = layer.get("mixer", _WHOLE_MIXER)
+    if mixer not in (None, _WHOLE_MIXER):
+        raise BadPlan(f"{where}: mixer: expected {_WHOLE_MIXER!r}, or null where it goes, got {mixer!r:.40}")
     units = {"query_heads": shape.query_heads, "kv_groups": shape.kv_groups, "channels": shape.ffn_channels}
 
     def block(name: str, *kinds: str) -> list[Any]:
@@ -361,7 +389,7 @@ def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
 
     heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
     channels, mlp_bias = block("mlp", "channels")
-    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias)
+    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias, shape.has_mixer and mixer is not None)
 
 
 def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
@@ -387,6 +415,19 @@ def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
                 f"plan: layer {index}: {name}: added_bias: expected true or false, and false for a removed block, "
                 f"got {added!r:.40}"
             )
+    if type(kept.mixer) is not bool or (kept.mixer and not shape.has_mixer):
+        raise BadPlan(f"plan: layer {index}: mixer: expected False in a layer without one, got {kept.mixer!r:.40}")
+    removed_blocks = kept.list_removed_blocks(shape)
+    if kept.removed and shape.fixed:
+        raise BadPlan(
+            f"plan: layer {index}: expected at least one block of it to remain, got none; the model adds features of "
+            "images to its first layers by their number, so these cannot be removed"
+        )
+    if not kept.removed and not shape.attention_removable and {"attention", "mixer"} & set(removed_blocks):
+        raise BadPlan(
+            f"plan: layer {index}: attention and mixer share a place in the cache; expected both, or the whole layer "
+            f"removed, got {' and '.join(removed_blocks)} removed"
+        )
     if bool(kept.kv_groups) != bool(kept.query_heads):
         raise BadPlan(
             f"plan: layer {index}: expected KV groups and query heads, or neither (attention removed), "

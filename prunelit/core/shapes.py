@@ -1,6 +1,6 @@
 """Sizes and costs of the layers of a dense model, as plain numbers. Plans hold them, so a plan needs no model."""
 
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from prunelit.runtime.errors import BadPlan
@@ -36,6 +36,11 @@ class LayerShape:
     mlp_cost: int  # the whole FFN block with the norms that go with it
     shared_cost: int = 0  # norms that go only with the whole layer
     heads_prunable: bool = True
+    mixer_cost: int = 0  # a block in place of attention, or beside it, that stays whole or goes; with its norms
+    gated_query: bool = False  # each query head has a gate, with as many rows of q again
+    fixed: bool = False  # the layer has to stay: what else the model computes counts layers
+    attention_removable: bool = True  # False where a mixer beside it shares its place in the cache
+    one_block: bool = False  # the family's layers are one block each
 
     @property
     def group_size(self) -> int:
@@ -44,13 +49,25 @@ class LayerShape:
 
     @property
     def parameters(self) -> int:
-        return self.attention_cost + self.mlp_cost + self.shared_cost
+        return self.attention_cost + self.mlp_cost + self.mixer_cost + self.shared_cost
+
+    @property
+    def has_mixer(self) -> bool:
+        return self.mixer_cost > 0
 
     # What the layer costs at other widths; 0 heads or 0 channels: the block is removed -------------------------------
 
-    def parameters_at(self, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
-        """Count parameters; a removed block takes its norms with it, and a layer without blocks has none."""
-        if not query_heads and not ffn_channels:
+    def parameters_at(self, query_heads: int, kv_groups: int, ffn_channels: int, mixer: bool = True) -> int:
+        """Count parameters; a removed block takes its norms with it, and a layer without blocks has none.
+
+        Args:
+            query_heads: that remain; 0: the attention is removed, or the layer has none.
+            kv_groups: that remain.
+            ffn_channels: that remain; 0: the FFN is removed, or the layer has none.
+            mixer: whether the mixer remains, if the layer has one.
+        """
+        mixer_cost = self.mixer_cost if mixer else 0
+        if not query_heads and not ffn_channels and not mixer_cost:
             return 0
         attention = mlp = 0
         if query_heads:
@@ -58,12 +75,16 @@ class LayerShape:
             attention -= self.kv_head_cost * (self.kv_groups - kv_groups)
         if ffn_channels:
             mlp = self.mlp_cost - self.channel_cost * (self.ffn_channels - ffn_channels)
-        return attention + mlp + self.shared_cost
+        return attention + mlp + mixer_cost + self.shared_cost
 
-    def macs_at(self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
-        """Count multiply-accumulates with weights, per token."""
-        attention = 2 * self.head_dim * (query_heads + kv_groups)  # rows of q, k, v and columns of o
-        return hidden_size * (attention + self.ffn_matrices * ffn_channels)
+    def macs_at(
+        self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int, mixer: bool = True
+    ) -> int:
+        """Count multiply-accumulates with weights, per token; a mixer is taken to use each of its weights once."""
+        query_rows = 2 if self.gated_query else 1
+        attention = self.head_dim * ((query_rows + 1) * query_heads + 2 * kv_groups)  # rows of q, k, v; columns of o
+        mixer_macs = self.mixer_cost if mixer else 0
+        return hidden_size * (attention + self.ffn_matrices * ffn_channels) + mixer_macs
 
     def kv_elements_at(self, kv_groups: int) -> int:
         """Count elements of the KV cache, per token."""
@@ -92,6 +113,24 @@ class ModelShape:
     @property
     def block_parameters(self) -> int:
         return sum(layer.parameters for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain data; those that only some families need are left out where they say nothing.
+
+        So the plans of other families, and their digests, stay as they were before there were such fields.
+        """
+        return asdict(self) | {"layers": [_drop_added_defaults(asdict(layer)) for layer in self.layers]}
+
+
+_ADDED_FIELDS = {
+    item.name: item.default
+    for item in fields(LayerShape)
+    if item.name in ("mixer_cost", "gated_query", "fixed", "attention_removable", "one_block")
+}
+
+
+def _drop_added_defaults(data: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name not in _ADDED_FIELDS or value != _ADDED_FIELDS[name]}
 
 
 def check_field_types(where: str, data: Any) -> None:

@@ -11,8 +11,8 @@ import torch
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture
 from prunelit.data.option_types import Dtype
 from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
-from prunelit.model.folder import read_model_config
-from prunelit.model.per_layer import PerLayerConfig, PerLayerModel
+from prunelit.model.folder import find_auto_class, read_model_config
+from prunelit.model.per_layer import PerLayerConfig, PerLayerModel, nest_per_layer_config
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization import int4_folder, quantize
 from prunelit.runtime.errors import BadOption, SourceNotFound
@@ -49,7 +49,7 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         >>> load(folder, "bfloat16").dtype
         torch.bfloat16
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     if isinstance(dtype, str) and dtype not in ("auto", *DTYPES):
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
@@ -61,9 +61,11 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
                 model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
                 return model if four_bit else quantize.dequantize_model(model)
             saved_class = find_saved_class(folder)
-            model_class: Any = saved_class or AutoModelForCausalLM
             # Without an answer transformers would stop and ask whether to trust remote code.
-            options = {} if saved_class else {"trust_remote_code": False}
+            options: dict[str, Any] = {} if saved_class else {"trust_remote_code": False}
+            if saved_class is None:
+                options["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model_class: Any = saved_class or find_auto_class(options["config"])
             model, loading_info = model_class.from_pretrained(
                 folder, dtype=target_dtype, output_loading_info=True, **options
             )
@@ -115,12 +117,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             ) from error
 
 
-def make_per_layer_class(base: Any, architecture: Architecture) -> Any:
-    """Make a causal LM class with per-layer shapes, and its config class.
+def make_per_layer_class(base: Any, architecture: Architecture, decoder_config: Any = None) -> Any:
+    """Make a class of models with per-layer shapes, and its config class.
 
     Args:
-        base: class of the causal LM, such as `transformers.LlamaForCausalLM`.
-        architecture: its declaration.
+        base: class of the causal LM or multimodal model, such as `transformers.LlamaForCausalLM`.
+        architecture: declaration of its decoder.
+        decoder_config: config class of the decoder inside a multimodal model; None for a causal LM.
 
     Returns:
         A subclass of `base` whose layers have the shapes that its config lists.
@@ -130,11 +133,13 @@ def make_per_layer_class(base: Any, architecture: Architecture) -> Any:
         >>> make_per_layer_class(transformers.LlamaForCausalLM, Architecture()).__name__
         'PrunedLlamaForCausalLM'
     """
-    config_class = type(
-        f"Pruned{base.config_class.__name__}",
-        (PerLayerConfig, base.config_class),
-        {"model_type": f"{PRUNED}{base.config_class.model_type}", "__module__": __name__},
-    )
+    outer: Any = base.config_class
+    config_attributes = {"model_type": f"{PRUNED}{outer.model_type}", "__module__": __name__}
+    if decoder_config is None:
+        config_class = type(f"Pruned{outer.__name__}", (PerLayerConfig, outer), config_attributes)
+    else:
+        config_attributes["sub_configs_defaults"] = nest_per_layer_config(outer, decoder_config, PRUNED)
+        config_class = type(f"Pruned{outer.__name__}", (outer,), config_attributes)
     attributes = {"config_class": config_class, "names": architecture.names, "__module__": __name__}
     return type(f"Pruned{base.__name__}", (PerLayerModel, base), attributes)
 
@@ -147,8 +152,12 @@ def find_saved_class(folder: str) -> Any:
     base = _find_base_class(folder)
     if base is None:
         return None
-    config = make_per_layer_class(base, Architecture()).config_class.from_pretrained(folder)
-    return make_per_layer_class(base, get_architecture(config))
+    from transformers import CONFIG_MAPPING
+
+    inner = read_model_config(folder).get("text_config")
+    decoder_config = CONFIG_MAPPING[str(inner["model_type"]).removeprefix(PRUNED)] if inner else None
+    config = make_per_layer_class(base, Architecture(), decoder_config).config_class.from_pretrained(folder)
+    return make_per_layer_class(base, get_architecture(config), decoder_config)
 
 
 def _find_base_class(folder: str) -> Any:
@@ -156,7 +165,8 @@ def _find_base_class(folder: str) -> Any:
     import transformers
 
     config = read_model_config(folder)
-    if "per_layer_config" not in config or not str(config.get("model_type", "")).startswith(PRUNED):
+    has_layers = "per_layer_config" in (config.get("text_config") or config)
+    if not has_layers or not str(config.get("model_type", "")).startswith(PRUNED):
         return None
     return getattr(transformers, str(config["architectures"][0]).removeprefix("Pruned"))
 

@@ -138,8 +138,7 @@ def _read_config(source: str) -> SimpleNamespace | None:
     """Read the config.json of a local folder; None for other sources."""
     path = Path(source).expanduser()
     config = read_model_config(path) if path.is_dir() else {}
-    # With a text_config, as of a model of text and images, loading takes one config of several in the file.
-    return SimpleNamespace(**config) if config.get("model_type") and "text_config" not in config else None
+    return SimpleNamespace(**config) if config.get("model_type") else None
 
 
 def resolve_model_source(source: str) -> str:

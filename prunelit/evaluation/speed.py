@@ -100,7 +100,7 @@ class ModelTimer:
         self.device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(0)
         length = max(speed.prompt, speed.tokens_in_cache)
-        vocabulary = int(self.network.config.vocab_size)
+        vocabulary = int(self.network.get_input_embeddings().weight.shape[0])
         self.token_ids = torch.randint(vocabulary, (speed.batch, length), generator=generator).to(self.device)
         parameters = inspect.signature(self.network.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as in `generate`

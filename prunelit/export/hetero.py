@@ -8,7 +8,7 @@ import json
 import pprint
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -20,6 +20,7 @@ from prunelit.export.proof.compare import prove_folder
 from prunelit.export.uniform import build_if_shapes_match, build_on_meta, find_stock_class
 from prunelit.model import per_layer
 from prunelit.model.decoder import Decoder, as_decoder
+from prunelit.model.folder import find_auto_class
 from prunelit.model.per_layer import ADDED_BIASES, find
 from prunelit.runtime.errors import DoesNotFit
 
@@ -43,13 +44,16 @@ def build_per_layer_model(model: nn.Module | Decoder) -> Any:
     decoder = as_decoder(model)
     base = find_stock_class(type(decoder.model))
     shapes = [layer.shape for layer in decoder if layer.has_attention]
-    build = make_per_layer_class(base, decoder.architecture)
+    build = make_per_layer_class(base, decoder.architecture, _find_decoder_config_class(decoder))
     # The global number of heads must lead to the model's head size: some families read head_dim from the config, others
     # divide the hidden size by the number of heads.
     for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
         settings = _build_config_settings(decoder, heads)
-        _declare_added_biases(settings, decoder, build_on_meta(build, build.config_class.from_dict(settings)))
-        shell = build_if_shapes_match(build, build.config_class.from_dict(settings), decoder.model)
+        config_class = build.config_class
+        shell = build_on_meta(build, config_class.from_dict(_wrap_decoder_settings(settings, decoder)))
+        _declare_added_biases(settings, decoder, shell)
+        config = config_class.from_dict(_wrap_decoder_settings(settings, decoder))
+        shell = build_if_shapes_match(build, config, decoder.model)
         if shell is not None:
             return shell
     raise DoesNotFit(
@@ -73,10 +77,16 @@ def add_modelling_file(model: nn.Module | Decoder, folder: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
         "AutoConfig": f"{_MODELLING_MODULE}.Pruned{base.config_class.__name__}",
-        "AutoModelForCausalLM": f"{_MODELLING_MODULE}.Pruned{base.__name__}",
+        find_auto_class(decoder.model.config).__name__: f"{_MODELLING_MODULE}.Pruned{base.__name__}",
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / f"{_MODELLING_MODULE}.py").write_text(_render_modelling_file(base, names), encoding="utf-8")
+    source = _render_modelling_file(base, names, _find_decoder_config_class(decoder))
+    (folder / f"{_MODELLING_MODULE}.py").write_text(source, encoding="utf-8")
+
+
+def _find_decoder_config_class(decoder: Decoder) -> Any:
+    """Find the stock config class of the decoder inside a multimodal model; None in a causal LM."""
+    return None if decoder.config is cast(Any, decoder.model).config else find_stock_class(type(decoder.config))
 
 
 def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
@@ -96,12 +106,19 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     for index, (layer, shape) in enumerate(zip(decoder, shapes, strict=True)):
         widths = {key: getattr(shape, name) for key, name in keys.items()}
         different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != settings[key]}
-        blocks = (("attention", layer.has_attention), ("mlp", layer.has_mlp))
-        removed = [name for name, remains in blocks if not remains]
+        removed = layer.list_removed_blocks()
         if different or removed:
             per_layer_settings[index] = different | ({"skip": removed} if removed else {})
     settings.pop(ADDED_BIASES, None)
-    return settings | {"per_layer_config": per_layer_settings, "model_type": None, "auto_map": None}
+    return settings | {"per_layer_config": per_layer_settings}
+
+
+def _wrap_decoder_settings(settings: dict[str, Any], decoder: Decoder) -> dict[str, Any]:
+    """Build the config of the whole model around that of its decoder; the classes set their own `model_type`."""
+    inner = {name: value for name, value in settings.items() if name not in ("model_type", "auto_map")}
+    outer = cast(Any, decoder.model).config
+    whole = inner if outer is decoder.config else outer.to_dict() | {"text_config": inner}
+    return whole | {"model_type": None, "auto_map": None}
 
 
 def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any) -> None:
@@ -116,6 +133,7 @@ def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any
     if shell is None:
         return
     for layer, shell_layer in zip(decoder, find(shell, names.layers), strict=True):
+        names = layer.architecture
         attention, mlp = find(shell_layer, names.attention), find(shell_layer, names.mlp)
         pairs = {
             "attention": (layer.output, find(attention, names.output)) if layer.has_attention else None,
@@ -127,20 +145,33 @@ def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any
             settings[ADDED_BIASES] = []  # transformers' schema requires a global value beside a per-layer one
 
 
-def _render_modelling_file(base: Any, names: dict[str, Any]) -> str:
-    """Render the modelling file: the source of prunelit/model/per_layer.py, then the two classes of this family."""
+def _render_modelling_file(base: Any, names: dict[str, Any], decoder_config: Any) -> str:
+    """Render the modelling file: the source of prunelit/model/per_layer.py, then the two classes of this family.
+
+    Args:
+        base: stock class of the model.
+        names: of the decoder's modules.
+        decoder_config: stock config class of the decoder inside a multimodal model; None for a causal LM.
+    """
     config = base.config_class
+    imports = dict.fromkeys((config, base, *((decoder_config,) if decoder_config else ())))
+    import_lines = "\n".join(f"from {kind.__module__} import {kind.__name__}  # noqa: E402" for kind in imports)
+    if decoder_config is None:
+        config_bases, nested = f"PerLayerConfig, {config.__name__}", ""
+    else:
+        config_bases = config.__name__
+        arguments = f'{config.__name__}, {decoder_config.__name__}, "{PRUNED}"'
+        nested = f"\n    sub_configs_defaults = nest_per_layer_config({arguments})"
     shared_source = Path(per_layer.__file__).read_text(encoding="utf-8")
     return f"""{shared_source}
 
 # Generated by prunelit for this folder -------------------------------------------------------------------------------
 
-from {config.__module__} import {config.__name__}  # noqa: E402
-from {base.__module__} import {base.__name__}  # noqa: E402
+{import_lines}
 
 
-class Pruned{config.__name__}(PerLayerConfig, {config.__name__}):
-    model_type = "{PRUNED}{config.model_type}"
+class Pruned{config.__name__}({config_bases}):
+    model_type = "{PRUNED}{config.model_type}"{nested}
 
 
 class Pruned{base.__name__}(PerLayerModel, {base.__name__}):

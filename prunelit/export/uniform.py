@@ -8,7 +8,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from prunelit.core.architectures import PRUNED
+from prunelit.core.architectures import PRUNED, get_decoder_config
 from prunelit.core.plan import LayerShape
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
@@ -45,11 +45,8 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
         device(type='meta')
     """
     decoder = as_decoder(model)
-    all_widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
-    if len(all_widths) != 1:
-        return None
-    widths = all_widths.pop()
-    if not widths.query_heads or not widths.ffn_channels:
+    widths = find_common_widths(decoder)
+    if widths is None:
         return None
     for build, config, spare_biases in propose_stock_configs(decoder, widths):
         shell = build_if_shapes_match(build, config, decoder.model, spare_biases)
@@ -75,6 +72,19 @@ class LayerWidths(NamedTuple):
         return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
 
 
+def find_common_widths(decoder: Decoder) -> LayerWidths | None:
+    """Find the widths that all attentions and FFNs of a decoder have; None where they differ or a block was removed.
+
+    Example: see `build_stock_model`.
+    """
+    if any(layer.list_removed_blocks() for layer in decoder):
+        return None
+    shapes = [layer.shape for layer in decoder]
+    heads = {(shape.query_heads, shape.kv_groups, shape.head_dim) for shape in shapes if shape.kv_groups}
+    channels = {shape.ffn_channels for shape in shapes if shape.ffn_channels}
+    return LayerWidths(*heads.pop(), channels.pop()) if len(heads) == len(channels) == 1 else None
+
+
 def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
     """Propose stock classes and configs that may hold a model.
 
@@ -95,29 +105,29 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     import transformers
 
     model, names = decoder.model, decoder.architecture
-    settings: dict[str, int] = {
+    settings: dict[str, Any] = {
         names.config_heads: widths.query_heads,
         names.config_kv_heads: widths.kv_groups,
         names.config_ffn: widths.ffn_channels,
+        **names.config_exact_widths,
     }
     build: Any = type(model)
-    config = copy.deepcopy(cast(Any, model.config))
-    if str(config.model_type).startswith(PRUNED):  # the model was loaded from a folder with per-layer shapes
+    whole = copy.deepcopy(cast(Any, model.config))
+    if str(whole.model_type).startswith(PRUNED):  # the model was loaded from a folder with per-layer shapes
         build = find_stock_class(build)
-        per_layer_options = ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
-        stock_options = {name: value for name, value in config.to_dict().items() if name not in per_layer_options}
         try:
-            config = build.config_class.from_dict(stock_options | settings)
+            whole = build.config_class.from_dict(_drop_per_layer_options(whole.to_dict(), settings))
         except _CONFIG_ERRORS:
             return
+    config = get_decoder_config(whole)
     for name, value in settings.items():
         if hasattr(config, name):
             setattr(config, name, value)
     if not isinstance(getattr(type(config), "head_dim", None), property):
         # Many families read head_dim where it is set. The others ignore it, and the check of shapes refuses them.
         config.head_dim = settings["head_dim"] = widths.head_dim
-    yield build, config, False
-    if config.model_type == "llama":
+    yield build, whole, False
+    if whole.model_type == "llama":
         mistral_options = config.to_dict() | settings | {"sliding_window": None}
         for name in ("model_type", "architectures", "attention_bias", "mlp_bias", "pretraining_tp"):
             mistral_options.pop(name, None)
@@ -128,7 +138,21 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     for name in switches:
         setattr(config, name, True)
     if switches:
-        yield build, config, True
+        yield build, whole, True
+
+
+def _drop_per_layer_options(options: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The content of a per-layer config, of a decoder or around one, as a stock config class takes it."""
+    kept = {
+        name: value
+        for name, value in options.items()
+        if name not in ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
+    }
+    if not isinstance(options.get("text_config"), dict):
+        return kept | settings
+    inner = options["text_config"]
+    model_type = str(inner["model_type"]).removeprefix(PRUNED)
+    return kept | {"text_config": _drop_per_layer_options(inner, settings) | {"model_type": model_type}}
 
 
 def build_if_shapes_match(build: Any, config: Any, model: nn.Module, spare_biases: bool = False) -> Any:

@@ -3,7 +3,7 @@
 import warnings
 from typing import Any
 
-from prunelit.core.architectures import ARCHITECTURES, PRUNED
+from prunelit.core.architectures import ARCHITECTURES, PRUNED, get_decoder_config
 from prunelit.runtime.errors import BadOption
 
 
@@ -18,6 +18,7 @@ def get_context_limit(config: Any) -> int | None:
         >>> get_context_limit(SimpleNamespace(max_position_embeddings=2048))
         2048
     """
+    config = get_decoder_config(config)
     # GPT-2's config.json says n_positions; its config class maps the other name to it.
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     return int(positions) if positions else None
@@ -42,7 +43,7 @@ def check_position_table(config: Any, tokens: int, name: str = "seqlen") -> None
         prunelit.runtime.errors.BadOption: seqlen: expected at most 8 tokens (the model's positions), got 9; lower it
     """
     limit = get_context_limit(config)
-    family = ARCHITECTURES.get(str(getattr(config, "model_type", None)).removeprefix(PRUNED))
+    family = ARCHITECTURES.get(str(getattr(get_decoder_config(config), "model_type", None)).removeprefix(PRUNED))
     if limit and tokens > limit and family is not None and family.position_table:
         raise BadOption(f"{name}: expected at most {limit} tokens (the model's positions), got {tokens}; lower it")
 

@@ -5,15 +5,16 @@ Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
 
 import hashlib
 from collections.abc import Iterator
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from prunelit.core.architectures import Architecture, get_architecture
+from prunelit.core.architectures import Architecture, get_architecture, get_decoder_config
 from prunelit.core.plan import LayerShape, ModelShape
 from prunelit.model.lazy_weight import LazyWeight
-from prunelit.model.per_layer import find
+from prunelit.model.per_layer import find, find_layers_path, is_absent, resolve_layer_names
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
 
 _SIGNS_PER_TENSOR = 64
@@ -43,31 +44,39 @@ def get_weight_out_in(module: nn.Module) -> Tensor:
 class Layer:
     """One decoder layer: its blocks, linears and norms by role.
 
-    `attention` or `mlp` may be a stub left by earlier pruning; then `shape` has 0 heads or 0 channels.
+    `attention`, `mlp` or `mixer` may be a stub left by earlier pruning, or None where the family's layer has no such
+    block; then `shape` has 0 heads, 0 channels or no cost of a mixer.
 
     Attributes:
         index: number of the layer in the model.
         module: the layer's module.
-        architecture: the family's declaration.
+        architecture: the family's declaration, as it holds for this layer.
         qkv: the linears of query, key and value, or the fused one; only if `has_attention`.
         output: the output projection of the attention; only if `has_attention`.
         ffn_in: gate and up, or the fused one, or up alone; only if `has_mlp`.
         down: the last linear of the FFN; only if `has_mlp`.
-        activation: the module whose output is act(gate), or act(up); only if `has_mlp`.
+        activation: the module whose output is act(gate), or act(up), or a copy of it where the model calls a function;
+            only if `has_mlp`.
         shape: sizes and costs of the layer.
 
     Example: see `Decoder`.
     """
 
-    def __init__(self, index: int, module: nn.Module, architecture: Architecture):
+    def __init__(self, index: int, module: nn.Module, architecture: Architecture, is_fixed: bool = False):
         self.index = index
         self.module = module
-        self.architecture = architecture
-        self.attention: nn.Module = self._require_attribute(module, architecture.attention)
-        self.mlp: nn.Module = self._require_attribute(module, architecture.mlp)
-        self.has_attention = not getattr(self.attention, "prunelit_removed", False)
-        self.has_mlp = not getattr(find(self.mlp, architecture.down) or self.mlp, "prunelit_removed", False)
-        a = architecture
+        self.architecture = a = cast(Architecture, resolve_layer_names(module, architecture))
+        self.is_fixed = is_fixed
+        self.mixer: nn.Module | None = find(module, a.mixer)
+        # Layers of other families have an attention and an FFN, and a declaration that names none is wrong.
+        find_block = find if architecture.mixer else self._require_attribute
+        self.attention: Any = find_block(module, a.attention)
+        self.mlp: Any = find_block(module, a.mlp)
+        if architecture.mixer and self.attention is None and self.mixer is None and self.mlp is None:
+            self._require_attribute(module, architecture.mixer)
+        self.has_attention = not is_absent(self.attention)
+        self.has_mixer = not is_absent(self.mixer)
+        self.has_mlp = self.mlp is not None and not is_absent(find(self.mlp, a.down) or self.mlp)
         if self.has_attention:
             qkv = [a.fused_qkv] if a.fused_qkv else [a.query, a.key, a.value]
             self.qkv = [self._require_linear(self.attention, name) for name in qkv]
@@ -77,16 +86,35 @@ class Layer:
             ffn_in = [a.fused_gate_up] if a.fused_gate_up else [name for name in (a.gate, a.up) if name]
             self.ffn_in = [self._require_linear(self.mlp, name) for name in ffn_in]
             self.down = self._require_linear(self.mlp, a.down)
-            self.activation = cast(nn.Module, self._require_attribute(self.mlp, a.activation))
+            self.activation: nn.Module = (
+                getattr(nn, a.functional_activation)()
+                if a.functional_activation
+                else self._require_attribute(self.mlp, a.activation)
+            )
         for name in (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm, a.shared_norm):
-            if name is not None:
+            if name is not None and (self.mlp is not None or name not in (a.mlp_norm, a.mlp_post_norm)):
                 self._require_attribute(module, name)
         self.shape = self._measure_shape()
+
+    def list_removed_blocks(self) -> list[str]:
+        """List the blocks that an earlier cut removed: of "attention", "mixer" and "mlp"."""
+        blocks = (
+            ("attention", self.attention, self.has_attention),
+            ("mixer", self.mixer, self.has_mixer),
+            ("mlp", self.mlp, self.has_mlp),
+        )
+        return [name for name, block, is_present in blocks if block is not None and not is_present]
 
     def get_norm(self, role: str) -> nn.Module | None:
         """Get the norm in a role ("mlp_norm", "attention_post_norm", ...); None if the family has none there."""
         norm = find(self.module, getattr(self.architecture, role))
         return None if isinstance(norm, nn.Identity) else cast("nn.Module | None", norm)
+
+    def get_residual_scale(self, config: Any, block: Literal["attention", "mlp"]) -> float:
+        """Get the factor by which a block's output is multiplied before the residual addition."""
+        name, path = self.architecture.residual_scale, self.architecture.block_scales.get(block)
+        scale = float(getattr(config, name)) if name else 1.0
+        return scale * float(self._require_attribute(self.module, path)) if path else scale
 
     def get_gain(self, role: str) -> Tensor:
         """Get |gain| of the norm in a role, float32 [H]; ones if there is no norm, or one without weights."""
@@ -143,25 +171,25 @@ class Layer:
             DeclarationMismatch: the weights contradict the declaration.
         """
         a = self.architecture
-        heads = groups = dim = channels = head_cost = kv_cost = channel_cost = attention_cost = mlp_cost = 0
+        heads = groups = dim = channels = head_cost = kv_cost = channel_cost = 0
+        attention_cost = mlp_cost = mixer_cost = 0
         if self.has_attention:
             dim = self.head_dim
             heads, rest = divmod(get_weight_out_in(self.output).shape[1], dim)
             rows = [get_weight_out_in(linear).shape[0] for linear in self.qkv]
             kv_rows = rows[0] - heads * dim if a.fused_qkv else rows[1] + rows[2]
             groups, kv_rest = divmod(kv_rows, 2 * dim)
-            if rest or kv_rest or not groups or heads % groups or (not a.fused_qkv and rows[0] != heads * dim):
+            query_rows = (2 if a.gated_query else 1) * dim  # of one head
+            if rest or kv_rest or not groups or heads % groups or (not a.fused_qkv and rows[0] != heads * query_rows):
                 raise DeclarationMismatch(
                     f"layer {self.index}: rows of q, k, v {rows} and columns of o {heads * dim + rest} do not make "
                     f"whole heads of {dim}; correct the entry in prunelit/core/architectures.py"
                 )
             hidden = get_weight_out_in(self.output).shape[0]
             q_bias, kv_bias = self.qkv[0].bias is not None, self.qkv[-1].bias is not None
-            head_cost = dim * (2 * hidden + q_bias) + self._count_per_head("query")
+            head_cost = query_rows * (hidden + q_bias) + dim * hidden + self._count_per_head("query")
             kv_cost = dim * (2 * hidden + 2 * kv_bias) + self._count_per_head("kv")
-            attention_cost = _count_parameters(self.attention) + _count_parameters(
-                self.get_norm("attention_norm"), self.get_norm("attention_post_norm")
-            )
+            attention_cost = _count_parameters(self.attention)
         if self.has_mlp:
             channels = get_weight_out_in(self.down).shape[1]
             hidden = get_weight_out_in(self.down).shape[0]
@@ -176,8 +204,15 @@ class Layer:
             channel_cost = hidden + sum(rows_per_channel * (hidden + (n.bias is not None)) for n in self.ffn_in)
             mlp_modules = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
             mlp_cost = _count_parameters(*mlp_modules, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
-        shared_cost = _count_parameters(self.module) - attention_cost - mlp_cost
-        if self.has_attention and self.has_mlp and shared_cost != _count_parameters(self.get_norm("shared_norm")):
+        mixing_norms = (self.get_norm("attention_norm"), self.get_norm("attention_post_norm"))
+        if self.has_mixer:
+            mixer_cost = _count_parameters(self.mixer) + (0 if self.has_attention else _count_parameters(*mixing_norms))
+        elif self.has_attention:
+            attention_cost += _count_parameters(*mixing_norms)
+        shared_norms = (self.get_norm("shared_norm"), *(mixing_norms if self.has_mixer and self.has_attention else ()))
+        shared_cost = _count_parameters(self.module) - attention_cost - mixer_cost - mlp_cost
+        is_whole = (self.has_attention or self.has_mixer) and self.has_mlp
+        if is_whole and shared_cost != _count_parameters(*shared_norms):
             without_role = [
                 name
                 for name, child in self.module.named_children()
@@ -200,6 +235,11 @@ class Layer:
             mlp_cost,
             shared_cost,
             a.heads_prunable,
+            mixer_cost,
+            gated_query=a.gated_query and self.has_attention,
+            fixed=self.is_fixed,
+            attention_removable=not (self.has_attention and self.has_mixer),
+            one_block=(self.attention is not None) + (self.mixer is not None) + (self.mlp is not None) == 1,
         )
 
     def _count_per_head(self, kind: str) -> int:
@@ -212,11 +252,45 @@ class Layer:
         return total
 
 
-class Decoder:
-    """A causal LM with the declaration of its family resolved and checked.
+def find_architecture(model: Any) -> Architecture:
+    """Find the declaration of a model's decoder; its `layers` lead from the whole model to the decoder layers.
 
     Args:
-        model: transformers causal LM, not wrapped by PEFT.
+        model: transformers causal LM, or a multimodal model with one inside; not wrapped by PEFT.
+
+    Raises:
+        UnknownArchitecture: no declaration for the decoder.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> find_architecture(LlamaForCausalLM(LlamaConfig(**sizes))).layers
+        'model.layers'
+    """
+    architecture = get_architecture(model.config)
+    return replace(architecture, layers=find_layers_path(model, architecture.layers))
+
+
+def count_fixed_layers(model: Any, architecture: Architecture) -> int:
+    """Count the first decoder layers that cannot be removed, see `Architecture.fixed_layers`.
+
+    Example: see `Decoder`, which uses it.
+    """
+    entries = find(model.config, architecture.fixed_layers)
+    return len(entries) if isinstance(entries, list | tuple) else 0
+
+
+class Decoder:
+    """The decoder of a model, with the declaration of its family resolved and checked.
+
+    Args:
+        model: transformers causal LM, or a multimodal model with a decoder of a declared family inside; not wrapped by
+            PEFT.
+
+    Attributes:
+        model: the whole model.
+        config: of the decoder: a part of a multimodal model's config.
+        architecture: declaration of the decoder's family, with the path from the whole model to its layers.
 
     Raises:
         BadOption: not a transformers model.
@@ -244,18 +318,28 @@ class Decoder:
                 f"model: expected one without adapters, got a {type(model).__name__}; prune before adapters are added"
             )
         self.model = model
-        self.config: Any = model.config
-        self.architecture = get_architecture(self.config)
+        self.config: Any = get_decoder_config(model.config)
+        self.architecture = find_architecture(model)
         layers = find(model, self.architecture.layers)
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise DeclarationMismatch(
                 f"{type(model).__name__}: expected a list of decoder layers at {self.architecture.layers!r}, "
                 f"got {type(layers).__name__}; pass a causal LM, or correct the entry in prunelit/core/architectures.py"
             )
-        self.layers = [Layer(index, module, self.architecture) for index, module in enumerate(layers)]
+        self._fixed_count = count_fixed_layers(model, self.architecture)
+        self.layers = [self.build_layer(index) for index in range(len(layers))]
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
+
+    @property
+    def layer_modules(self) -> nn.ModuleList:
+        """The modules of the layers as they are now."""
+        return cast(nn.ModuleList, find(self.model, self.architecture.layers))
+
+    def build_layer(self, index: int) -> Layer:
+        """Look at one layer as it is now, such as after a cut."""
+        return Layer(index, self.layer_modules[index], self.architecture, index < self._fixed_count)
 
     @property
     def device(self) -> torch.device:
@@ -263,7 +347,7 @@ class Decoder:
 
     @property
     def backbone(self) -> nn.Module:
-        """The model without its output projection, as calibration runs it."""
+        """The model without its output projection, as calibration runs it; a multimodal model with its tower."""
         return cast(nn.Module, getattr(self.model, "base_model", self.model))
 
     @property
@@ -272,7 +356,7 @@ class Decoder:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return ModelShape(
             model_type=str(self.config.model_type),
-            name=str(getattr(self.config, "_name_or_path", "") or type(self.model).__name__).rstrip("/").split("/")[-1],
+            name=str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__).rstrip("/").split("/")[-1],
             hidden_size=int(self.config.hidden_size),
             parameters=_count_parameters(self.model),
             head_macs=head.weight.numel() if head is not None else 0,

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from prunelit.core.architectures import PRUNED, get_decoder_config
 from prunelit.runtime.errors import SourceNotFound
 
 INDEX_FILE, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -47,6 +48,32 @@ def _read_text_once(path: Path, *version: int) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def find_auto_class(config: Any) -> Any:
+    """Find the class of transformers by which a folder is loaded whole, with the tower of a multimodal model.
+
+    For some multimodal configs `AutoModelForCausalLM` is a class of the decoder alone.
+
+    Args:
+        config: a transformers config.
+
+    Returns:
+        AutoModelForCausalLM, AutoModelForImageTextToText or AutoModelForMultimodalLM.
+
+    Example:
+        >>> from transformers import Gemma3Config, LlamaConfig
+        >>> find_auto_class(LlamaConfig()).__name__, find_auto_class(Gemma3Config()).__name__
+        ('AutoModelForCausalLM', 'AutoModelForImageTextToText')
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM
+
+    if get_decoder_config(config) is not config:
+        model_type = str(config.model_type).removeprefix(PRUNED)
+        for auto_class in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            if any(kind.model_type == model_type for kind in auto_class._model_mapping):
+                return auto_class
+    return AutoModelForCausalLM
+
+
 @torch.no_grad()
 def build_meta_model(folder: Path, kind: Any, dtype: torch.dtype, device: torch.device) -> Any:
     """Build the model of a folder; its parameters and saved buffers take no memory.
@@ -59,11 +86,11 @@ def build_meta_model(folder: Path, kind: Any, dtype: torch.dtype, device: torch.
 
     Example: see `prunelit.data.offloaded`, which uses it.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     config = (kind.config_class if kind else AutoConfig).from_pretrained(folder)
     with torch.device("meta"):
-        model = (kind._from_config if kind else AutoModelForCausalLM.from_config)(config, dtype=dtype)
+        model = (kind._from_config if kind else find_auto_class(config).from_config)(config, dtype=dtype)
     model.config.name_or_path = model.name_or_path = str(folder)
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -7,6 +7,7 @@ library only. `prunelit.load` uses this very module instead and runs no code fro
 `names` is an `Architecture`, or anything with the same attributes. Q query heads, G KV groups, D head size, F channels.
 """
 
+import copy
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -25,8 +26,9 @@ _COUNTERS = {
 }
 ADDED_BIASES = "added_biases"
 """Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
-# Config attributes with one entry per layer.
+# Config attributes with one entry per layer, and those with the numbers of the layers that have an attention.
 _PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes")
+_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs")
 
 
 class RemovedAttention(nn.Module):
@@ -36,6 +38,15 @@ class RemovedAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
+
+
+class RemovedMixer(nn.Module):
+    """In place of a removed mixer: adds nothing to the residual stream and stores no state."""
+
+    prunelit_removed = True
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
 
 
 class RemovedMLP(nn.Module):
@@ -78,15 +89,67 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
     setattr(find(root, parent), name, module)
 
 
+def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
+    """`names` for one layer of a family whose layers differ: with the overrides that its modules select."""
+    matching = [overrides for path, overrides in names.layer_variants if find(layer, path) is not None]
+    if not matching:
+        return names
+    resolved = copy.copy(names)
+    for overrides in matching:
+        vars(resolved).update(overrides)
+    return resolved
+
+
+def is_absent(module: Any) -> bool:
+    """Whether a block is not there: the layer has none, or it was removed."""
+    return module is None or getattr(module, "prunelit_removed", False)
+
+
+def _get_decoder_config(config: Any) -> Any:
+    """The config of the text decoder: a part of a multimodal model's config, or the config itself."""
+    return getattr(config, "text_config", None) or config
+
+
+def find_layers_path(model: Any, layers: str) -> str:
+    """The path from a whole model to its decoder layers.
+
+    Args:
+        model: a causal LM, or a multimodal model with a decoder inside.
+        layers: the path as it is in a causal LM of the decoder's family.
+    """
+    if _get_decoder_config(model.config) is model.config or isinstance(find(model, layers), nn.ModuleList):
+        return layers
+    decoder = model.get_decoder()
+    path = next((name for name, module in model.named_modules() if module is decoder), "")
+    # The decoder inside is a causal LM, or what a causal LM holds as its backbone.
+    inner = layers if find(decoder, layers) is not None else layers.partition(".")[2]
+    return f"{path}.{inner}".removeprefix(".")
+
+
 def remove_attention(layer: nn.Module, names: Any) -> None:
     """Remove a layer's attention block with the norms that feed or follow it alone."""
+    names = resolve_layer_names(layer, names)
     replace_module(layer, names.attention, RemovedAttention())
-    for norm in (names.attention_norm, names.attention_post_norm):
-        replace_module(layer, norm, nn.Identity())
+    _remove_mixing_norms(layer, names)
+
+
+def remove_mixer(layer: nn.Module, names: Any) -> None:
+    """Remove a layer's mixer with the norms that feed or follow it alone."""
+    names = resolve_layer_names(layer, names)
+    replace_module(layer, names.mixer, RemovedMixer())
+    _remove_mixing_norms(layer, names)
+
+
+def _remove_mixing_norms(layer: nn.Module, names: Any) -> None:
+    """Remove the norms around attention and mixer once neither is there."""
+    if is_absent(find(layer, names.attention)) and is_absent(find(layer, names.mixer)):
+        for norm in (names.attention_norm, names.attention_post_norm):
+            replace_module(layer, norm, nn.Identity())
 
 
 def remove_mlp(layer: nn.Module, names: Any) -> None:
     """Remove a layer's FFN block with the norms that feed or follow it alone."""
+    names = resolve_layer_names(layer, names)
     if names.mlp:
         replace_module(layer, names.mlp, RemovedMLP())
     else:  # the linears sit in the layer: the first passes its input on, the last returns zeros
@@ -98,6 +161,7 @@ def remove_mlp(layer: nn.Module, names: Any) -> None:
 
 def set_counters(layer: nn.Module, names: Any, config: Any, query_heads: int, kv_groups: int, channels: int) -> None:
     """Make the integers that a layer's modules keep match its weights; 0 leaves that block's counters alone."""
+    names = resolve_layer_names(layer, names)
     attention, mlp = find(layer, names.attention), find(layer, names.mlp)
     if query_heads:
         values = {
@@ -131,43 +195,60 @@ def settle(model: Any, names: Any) -> None:
     """After blocks were removed: drop layers that hold nothing, and leave no hole in the KV cache.
 
     The cache finds the number of past tokens in its first layer. Where all layers are of one type, the attentions that
-    remain are numbered 0, 1, ...; where types differ (sliding and full), positions carry the type, so the numbers stay
-    and the removed ones are declared to the cache as layers that store nothing.
+    remain are numbered 0, 1, ...; where types differ (sliding and full, attention and mixer), positions carry the type,
+    so the numbers stay and the removed ones are declared to the cache as layers that store nothing.
     """
-    config = model.config
+    config = _get_decoder_config(model.config)
     layers = find(model, names.layers)
-
-    def lacks_attention(layer: nn.Module) -> bool:
-        return isinstance(find(layer, names.attention), RemovedAttention)
-
-    def lacks_mlp(layer: nn.Module) -> bool:
-        return isinstance(find(layer, names.mlp or names.down), RemovedMLP)
-
-    kept = [index for index, layer in enumerate(layers) if not (lacks_attention(layer) and lacks_mlp(layer))]
+    blocks = [_find_blocks(layer, names) for layer in layers]  # attention, mixer and FFN of every layer
+    kept = [index for index, present in enumerate(blocks) if not all(map(is_absent, present))]
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1 or any(mixer is not None for _, mixer, _ in blocks)
     if len(kept) < len(layers):
         parent, _, name = names.layers.rpartition(".")
         for attribute in _PER_LAYER_LISTS:
             values = getattr(config, attribute, None)
-            if isinstance(values, list) and len(values) == len(layers):
+            if isinstance(values, list) and len(values) == len(layers) and not _is_derived(config, attribute):
                 setattr(config, attribute, [values[index] for index in kept])
+        for attribute in _LAYER_NUMBERS:
+            values = getattr(config, attribute, None)
+            if isinstance(values, list):
+                setattr(config, attribute, [kept.index(index) for index in values if index in kept])
         training = layers.training
         layers = nn.ModuleList(layers[index] for index in kept)
         layers.training = training
         setattr(find(model, parent), name, layers)
         config.num_hidden_layers = len(kept)
-    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1
-    if mixed and any(lacks_attention(layer) for layer in layers):
-        config.kv_sharing_modes = ["reuse" if lacks_attention(layer) else "own" for layer in layers]
+        blocks = [blocks[index] for index in kept]
+    # A layer of one block by design, such as an FFN alone, has no place in the cache to begin with.
+    emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
+    if mixed and any(emptied):
+        config.kv_sharing_modes = ["reuse" if is_empty else "own" for is_empty in emptied]
     elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
         config.kv_sharing_modes = None
-    if mixed:
-        numbers: Sequence[int] = range(len(layers))
-    else:
-        numbers = [sum(not lacks_attention(before) for before in layers[:index]) for index in range(len(layers))]
-    for number, layer in zip(numbers, layers, strict=True):
-        attention = find(layer, names.attention)
-        if hasattr(attention, "layer_idx"):
-            attention.layer_idx = number
+    numbers = list(range(len(layers)))
+    if not mixed:
+        numbers = [sum(not empty for empty in emptied[:index]) for index in numbers]
+    for number, present in zip(numbers, blocks, strict=True):
+        for block in present:
+            if isinstance(getattr(block, "layer_idx", None), int):
+                block.layer_idx = number
+
+
+def _is_derived(config: Any, attribute: str) -> bool:
+    """Whether a config computes an attribute from others."""
+    name = (getattr(config, "attribute_map", None) or {}).get(attribute, attribute)
+    return isinstance(getattr(type(config), name, None), property)
+
+
+def _find_blocks(layer: nn.Module, names: Any) -> tuple[Any, Any, Any]:
+    """Attention, mixer and FFN of a layer: the module, its stub where it was removed, or None where there is none."""
+    names = resolve_layer_names(layer, names)
+    return find(layer, names.attention), find(layer, names.mixer), find(layer, names.mlp or names.down)
+
+
+def _stores_nothing(attention: Any, mixer: Any) -> bool:
+    """Whether attention or mixer was removed, and no other block of the layer uses its place in the cache."""
+    return not (attention is None and mixer is None) and is_absent(attention) and is_absent(mixer)
 
 
 def _biased(linear: Any) -> None:
@@ -187,21 +268,25 @@ def _resized(linear: Any, out_features: int | None, in_features: int | None) -> 
 
 def build_layer_shapes(model: Any, names: Any) -> None:
     """Give the layers of a freshly built dense model the shapes of `config.per_layer_config`, weights still empty."""
-    config = model.config
-    for layer, own in zip(find(model, names.layers), config.per_layer_config, strict=True):
+    config, model_names = _get_decoder_config(model.config), names
+    for layer, own in zip(find(model, model_names.layers), config.per_layer_config, strict=True):
+        names = resolve_layer_names(layer, model_names)
         skipped, biased = getattr(own, "skip", ()), getattr(own, ADDED_BIASES, ())
+        attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         heads, groups = getattr(own, names.config_heads), getattr(own, names.config_kv_heads)
         channels = getattr(own, names.config_ffn)
+        if "mixer" in skipped:
+            remove_mixer(layer, names)
         if "attention" in skipped:
             remove_attention(layer, names)
+        if attention is None or "attention" in skipped:
             heads = groups = 0
         else:
-            attention = find(layer, names.attention)
             dim = getattr(attention, names.head_dim)
             if names.fused_qkv:
                 _resized(find(attention, names.fused_qkv), (heads + 2 * groups) * dim, None)
             else:
-                _resized(find(attention, names.query), heads * dim, None)
+                _resized(find(attention, names.query), heads * dim * (2 if names.gated_query else 1), None)
                 _resized(find(attention, names.key), groups * dim, None)
                 _resized(find(attention, names.value), groups * dim, None)
             _resized(find(attention, names.output), None, heads * dim)
@@ -211,9 +296,9 @@ def build_layer_shapes(model: Any, names: Any) -> None:
                 keep_entries(attention, path, range(heads if kind == "query" else groups))
         if "mlp" in skipped:
             remove_mlp(layer, names)
+        if mlp is None or "mlp" in skipped:
             channels = 0
         else:
-            mlp = find(layer, names.mlp)
             if names.fused_gate_up:
                 _resized(find(mlp, names.fused_gate_up), 2 * channels, None)
             else:
@@ -261,6 +346,22 @@ class PerLayerConfig:
         """Head counts need not divide the hidden size: every layer has its own."""
 
 
+def nest_per_layer_config(outer: Any, decoder: Any, prefix: str) -> dict[str, Any]:
+    """The kinds of configs inside a multimodal config class, with one for layers of different shape for its decoder.
+
+    Args:
+        outer: config class of the multimodal model.
+        decoder: stock config class of its decoder.
+        prefix: of the `model_type` of the new class.
+    """
+    # The new class has the name of the stock one: by this name transformers finds the model class of the decoder.
+    attributes = {"model_type": f"{prefix}{decoder.model_type}", "__module__": __name__}
+    spec = copy.copy(outer.sub_configs_defaults["text_config"])
+    spec.config_class = type(decoder.__name__, (PerLayerConfig, decoder), attributes)
+    spec.model_type, spec.init_kwargs = decoder.model_type, {}
+    return {**outer.sub_configs_defaults, "text_config": spec}
+
+
 class PerLayerModel:
     """Mixed into a family's causal LM: builds it dense (on the meta device when loading), then shapes every layer."""
 
@@ -268,4 +369,6 @@ class PerLayerModel:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any):
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        build_layer_shapes(self, types.SimpleNamespace(**self.names))
+        names = types.SimpleNamespace(**self.names)
+        names.layers = find_layers_path(self, names.layers)
+        build_layer_shapes(self, names)

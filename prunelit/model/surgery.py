@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
-from prunelit.model.per_layer import find, keep_entries, remove_attention, remove_mlp, set_counters, set_linear, settle
+from prunelit.model.per_layer import (
+    keep_entries,
+    remove_attention,
+    remove_mixer,
+    remove_mlp,
+    set_counters,
+    set_linear,
+    settle,
+)
 from prunelit.model.unit_indices import expand_head_rows, index_ffn_rows, index_qkv_blocks
 from prunelit.runtime.errors import BadPlan
 
@@ -96,6 +104,8 @@ def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
     """
     if layer.has_attention:
         _prune_attention(layer, kept)
+    if layer.has_mixer and not kept.mixer:
+        remove_mixer(layer.module, layer.architecture)
     if layer.has_mlp:
         _prune_mlp(layer, kept)
     set_counters(layer.module, layer.architecture, config, *kept.widths)
@@ -108,21 +118,27 @@ def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
     """
     settle(decoder.model, decoder.architecture)
     if plan.is_uniform:
-        _write_config_widths(decoder, next(layer for layer in plan.layers if not layer.removed))
+        _write_config_widths(decoder, plan)
 
 
-def _write_config_widths(decoder: Decoder, kept: LayerPlan) -> None:
+def _write_config_widths(decoder: Decoder, plan: PruningPlan) -> None:
     """Write the widths that all layers share into the config.
 
     Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly.
     """
     names, config = decoder.architecture, decoder.config
-    widths = {names.config_ffn: len(kept.ffn_channels)}
-    if isinstance(vars(config).get("head_dim"), int):
-        widths |= {names.config_heads: len(kept.query_heads), names.config_kv_heads: len(kept.kv_groups)}
+    widths: dict[str, Any] = dict(names.config_exact_widths)
+    if ffn := next((kept for kept in plan.layers if not kept.mlp_removed), None):
+        widths[names.config_ffn] = len(ffn.ffn_channels)
+    attention = next((kept for kept in plan.layers if not kept.attention_removed), None)
+    if attention and isinstance(vars(config).get("head_dim"), int):
+        widths |= {names.config_heads: len(attention.query_heads), names.config_kv_heads: len(attention.kv_groups)}
     for name, value in widths.items():
         if hasattr(config, name):
             setattr(config, name, value)
+
+
+_REMOVE_BLOCK = {"attention": remove_attention, "mixer": remove_mixer, "mlp": remove_mlp}
 
 
 @contextmanager
@@ -131,7 +147,7 @@ def remove_blocks_temporarily(decoder: Decoder, blocks: Iterable[tuple[int, str]
 
     Args:
         decoder: the model.
-        blocks: (layer index, "attention" or "mlp") of every block.
+        blocks: (layer index, "attention", "mixer" or "mlp") of every block.
 
     Example: see `prunelit.callbacks.block_pruner.evaluator`, which measures the model without some of its blocks.
     """
@@ -140,8 +156,7 @@ def remove_blocks_temporarily(decoder: Decoder, blocks: Iterable[tuple[int, str]
     children_before = [(module, dict(module.named_children())) for layer in layers for module in layer.modules()]
     try:
         for index, kind in blocks:
-            remove = remove_attention if kind == "attention" else remove_mlp
-            remove(decoder.layers[index].module, decoder.architecture)
+            _REMOVE_BLOCK[kind](decoder.layers[index].module, decoder.architecture)
         yield
     finally:
         for module, children in children_before:
@@ -159,7 +174,7 @@ def replace_layers(decoder: Decoder, plan: PruningPlan, modules: Sequence[nn.Mod
 
     Example: see `prunelit.callbacks.greedy_output.two_step`, which prunes copies.
     """
-    device, layers = decoder.device, cast(nn.ModuleList, find(decoder.model, decoder.architecture.layers))
+    device, layers = decoder.device, decoder.layer_modules
     for index, module in enumerate(modules):
         if module is not None:
             layers[index] = module.to(device)
@@ -178,6 +193,8 @@ def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
         if layer.has_attention:
             columns = expand_head_rows(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
             _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
+        if layer.has_mixer and not kept.mixer:
+            cast(nn.Module, layer.mixer).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
         if layer.has_mlp:
             _zero_pruned_columns(
                 layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm")

@@ -30,7 +30,8 @@ def index_qkv_blocks(layer: Layer) -> list[dict[UnitKind, Tensor]]:
     heads, groups, size = shape.query_heads, shape.kv_groups, shape.group_size
     query, group = torch.arange(heads)[:, None], torch.arange(groups)[:, None]
     if not names.fused_qkv:
-        return [{"query": query}, {"kv": group}, {"kv": group}]
+        rows = torch.cat([2 * query, 2 * query + 1], 1) if names.gated_query else query
+        return [{"query": rows}, {"kv": group}, {"kv": group}]
     if names.qkv_layout == "concat":  # all query heads, all key heads, all value heads
         return [{"query": query, "kv": torch.cat([heads + group, heads + groups + group], 1)}]
     key = group * (size + 2) + size  # per group: its query heads, its key head, its value head

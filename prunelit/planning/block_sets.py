@@ -1,6 +1,6 @@
 """Sets of whole blocks: which blocks may be removed, how much they cost, and when a removal goal is met.
 
-A block is the attention or the FFN of one layer.
+A block is the attention, the FFN or, in hybrid models, the mixer of one layer.
 """
 
 from collections.abc import Collection, Mapping
@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
-BlockKind = Literal["attention", "mlp"]
+BlockKind = Literal["attention", "mlp", "mixer"]
 BlockChoice = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
@@ -19,8 +19,11 @@ IGNORED_OPTIONS = ("scope", "unit", "min_kept", "uniform_heads")
 table sets one `align` for all its rows, and widths that stay whole are not rounded anyway."""
 
 
+_LETTERS: dict[BlockKind, str] = {"attention": "A", "mlp": "M", "mixer": "X"}
+
+
 class Block(NamedTuple):
-    """The attention or the FFN of one layer; written as A7 or M7.
+    """The attention, the FFN or the mixer of one layer; written as A7, M7 or X7.
 
     Example:
         >>> str(Block(7, "attention"))
@@ -31,7 +34,7 @@ class Block(NamedTuple):
     kind: BlockKind
 
     def __str__(self) -> str:
-        return f"{self.kind[0].upper()}{self.layer}"
+        return f"{_LETTERS[self.kind]}{self.layer}"
 
     @classmethod
     def parse(cls, name: str) -> "Block":
@@ -41,7 +44,7 @@ class Block(NamedTuple):
             >>> Block.parse("M7")
             Block(layer=7, kind='mlp')
         """
-        kinds: dict[str, BlockKind] = {"A": "attention", "M": "mlp"}
+        kinds = {letter: kind for kind, letter in _LETTERS.items()}
         return cls(int(name[1:]), kinds[name[0]])
 
 
@@ -49,11 +52,12 @@ BlockSet = frozenset[Block]
 
 
 def list_blocks(shape: ModelShape, kinds: BlockChoice = "mix", protect: Collection[int] = ()) -> list[Block]:
-    """List the blocks of a model: every attention by layer, then every FFN by layer.
+    """List the blocks of a model: every attention by layer, then every mixer, then every FFN.
 
     Args:
         shape: the dense model.
-        kinds: "mix" lists both kinds, "attention" or "mlp" only one.
+        kinds: "mix" lists all kinds; "attention" lists attentions, and the mixers that stand in place of one; "mlp"
+            lists FFNs.
         protect: layers whose blocks are left out; negative numbers count from the end.
 
     Raises:
@@ -71,11 +75,16 @@ def list_blocks(shape: ModelShape, kinds: BlockChoice = "mix", protect: Collecti
             raise BadOption(f"protect: expected layer numbers in [{-layers}, {layers}), got {layer}")
     unprotected = [(i, layer) for i, layer in enumerate(shape.layers) if i not in protect and i - layers not in protect]
     attention = [Block(i, "attention") for i, layer in unprotected if layer.kv_groups and kinds != "mlp"]
-    return attention + [Block(i, "mlp") for i, layer in unprotected if layer.ffn_channels and kinds != "attention"]
+    mixers = [Block(i, "mixer") for i, layer in unprotected if layer.has_mixer and kinds != "mlp"]
+    ffns = [Block(i, "mlp") for i, layer in unprotected if layer.ffn_channels and kinds != "attention"]
+    return attention + mixers + ffns
 
 
 def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
-    """Whether a model still works without these blocks: one block stays, and one attention if there was any.
+    """Whether a model still works without these blocks.
+
+    One block stays, and one attention if there was any; a layer that is fixed keeps a block; where attention and mixer
+    share a place in the cache, both stay or the whole layer goes.
 
     Example:
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
@@ -85,8 +94,23 @@ def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
         >>> can_remove_blocks(model, [Block(0, "attention"), Block(1, "attention")])
         False
     """
-    attention = list_blocks(shape, "attention")
-    return len(removed) < len(list_blocks(shape)) and (not attention or not set(attention) <= set(removed))
+    removed = set(removed)
+    attention = {block for block in list_blocks(shape, "attention") if block.kind == "attention"}
+    if len(removed) >= len(list_blocks(shape)) or (attention and attention <= removed):
+        return False
+    return all(
+        _can_remove_layer_blocks(layer, {block.kind for block in removed if block.layer == index})
+        for index, layer in enumerate(shape.layers)
+        if layer.fixed or not layer.attention_removable
+    )
+
+
+def _can_remove_layer_blocks(layer: LayerShape, removed: Collection[BlockKind]) -> bool:
+    """Whether a layer with restrictions may lose these blocks."""
+    present = (("attention", layer.kv_groups), ("mixer", layer.has_mixer), ("mlp", layer.ffn_channels))
+    if {kind for kind, is_present in present if is_present} <= set(removed):
+        return not layer.fixed
+    return layer.attention_removable or not {"attention", "mixer"} & set(removed)
 
 
 def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[LayerPlan]:
@@ -102,7 +126,8 @@ def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[L
     for index, layer in enumerate(shape.layers):
         dense = LayerPlan.dense(layer)
         heads, groups = ((), ()) if (index, "attention") in removed else (dense.query_heads, dense.kv_groups)
-        plans.append(LayerPlan(heads, groups, () if (index, "mlp") in removed else dense.ffn_channels))
+        channels = () if (index, "mlp") in removed else dense.ffn_channels
+        plans.append(LayerPlan(heads, groups, channels, mixer=dense.mixer and (index, "mixer") not in removed))
     return plans
 
 
@@ -121,19 +146,20 @@ def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: Block
         3104
     """
 
-    def count_cost(layer: LayerShape, heads: int, groups: int, channels: int) -> int:
+    def count_cost(layer: LayerShape, heads: int, groups: int, channels: int, mixer: bool) -> int:
         if budget == "kv_bytes":
             return layer.kv_elements_at(groups)
         if budget == "macs":
-            return layer.macs_at(shape.hidden_size, heads, groups, channels)
-        return layer.parameters_at(heads, groups, channels)
+            return layer.macs_at(shape.hidden_size, heads, groups, channels, mixer)
+        return layer.parameters_at(heads, groups, channels, mixer)
 
     total = 0
     for index, layer in enumerate(shape.layers):
         # The difference of whole layers, because the norm that both blocks share goes only with the second of them.
-        attention, mlp = (index, "attention") not in removed, (index, "mlp") not in removed
-        total += count_cost(layer, layer.query_heads, layer.kv_groups, layer.ffn_channels)
-        total -= count_cost(layer, attention * layer.query_heads, attention * layer.kv_groups, mlp * layer.ffn_channels)
+        attention, mixer, mlp = ((index, kind) not in removed for kind in ("attention", "mixer", "mlp"))
+        heads, groups, channels = layer.query_heads, layer.kv_groups, layer.ffn_channels
+        total += count_cost(layer, heads, groups, channels, True)
+        total -= count_cost(layer, attention * heads, attention * groups, mlp * channels, mixer)
     return total
 
 
@@ -213,7 +239,7 @@ class RemovalGoal:
         """
         if self.count is not None and self.count > units:
             raise self.make_infeasible_error(str(units))
-        attention = list_blocks(shape, "attention")
+        attention = [block for block in list_blocks(shape, "attention") if block.kind == "attention"]
         removable_sets = [set(candidates) - {remaining} for remaining in attention] or [set(candidates)]
         largest_share = max(self.compute_share(shape, blocks) for blocks in removable_sets)
         if self.ratio is not None and self.ratio > largest_share:

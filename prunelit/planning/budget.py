@@ -331,5 +331,5 @@ def _build_layer_plans(
             if head // shape.group_size in groups and (unit == "kv_group" or head not in attention)
         ]
         channels = [channel for channel in range(shape.ffn_channels) if channel not in ffn]
-        plans.append(LayerPlan(tuple(heads), tuple(groups), tuple(channels)))
+        plans.append(LayerPlan(tuple(heads), tuple(groups), tuple(channels), mixer=shape.has_mixer))
     return tuple(plans)

@@ -12,7 +12,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -150,9 +150,9 @@ def _measure_curves(
     attention_plans = [_keep_first_units(shape, unit, count, 0) for count in head_counts]
     # A layer without attention has no cache to decode with, so the FFN is timed beside the smallest attention, whose
     # own seconds are subtracted.
-    smallest = attention_plans[0] if attention_plans else LayerPlan((), (), ())
+    smallest = attention_plans[0] if attention_plans else LayerPlan((), (), (), mixer=shape.has_mixer)
     widths = _spread_widths(shape.ffn_channels, points, align)
-    ffn_plans = [LayerPlan(smallest.query_heads, smallest.kv_groups, tuple(range(width))) for width in widths]
+    ffn_plans = [replace(smallest, ffn_channels=tuple(range(width))) for width in widths]
     runs = [timer(*_isolate_layer(decoder, shape, plan)) for plan in attention_plans + ffn_plans]
     medians = [statistics.median(seconds) for seconds in run_in_rounds(runs, repeats, "measuring latency")]
     attention_seconds, ffn_seconds = medians[: len(attention_plans)], medians[len(attention_plans) :]
@@ -174,7 +174,7 @@ def _keep_first_units(shape: LayerShape, unit: Unit, number: int, channels: int)
     groups = range(number if unit == "kv_group" else shape.kv_groups)
     in_group = range(shape.group_size if unit == "kv_group" else number)
     heads = tuple(group * shape.group_size + head for group in groups for head in in_group)
-    return LayerPlan(heads, tuple(groups), tuple(range(channels)))
+    return LayerPlan(heads, tuple(groups), tuple(range(channels)), mixer=shape.has_mixer)
 
 
 def _isolate_layer(decoder: Decoder, shape: LayerShape, plan: LayerPlan) -> tuple[nn.Module, int]:
@@ -189,7 +189,7 @@ def _isolate_layer(decoder: Decoder, shape: LayerShape, plan: LayerPlan) -> tupl
     # A deep copy that shares the tensors takes no memory, and surgery replaces tensors instead of changing them.
     tensors = [*decoder.model.parameters(), *decoder.model.buffers()]
     model = copy.deepcopy(decoder.model, {id(tensor): tensor for tensor in tensors})
-    layers = [LayerPlan((), (), ())] * len(decoder.layers)
+    layers = [LayerPlan.dense(each.shape) if each.shape.fixed else LayerPlan((), (), ()) for each in decoder]
     layers[index] = plan
     if plan.attention_removed:
         helper = next((layer for layer in decoder if layer.has_attention), None)

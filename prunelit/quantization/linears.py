@@ -4,9 +4,9 @@ from typing import Any, Literal, NamedTuple
 
 from torch import nn
 
-from prunelit.core.architectures import get_architecture
-from prunelit.model.decoder import is_conv1d
-from prunelit.model.per_layer import find
+from prunelit.core.architectures import Architecture
+from prunelit.model.decoder import find_architecture, is_conv1d
+from prunelit.model.per_layer import find, resolve_layer_names
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.runtime.errors import DeclarationMismatch
 
@@ -50,26 +50,30 @@ def list_decoder_linears(model: Any) -> list[DecoderLinear]:
         ['mlp.up_proj', 'mlp.down_proj']
     """
     model = unwrap_peft_model(model)
-    names = get_architecture(model.config)
+    names = find_architecture(model)
     layers = find(model, names.layers)
     if not isinstance(layers, nn.ModuleList):
         raise DeclarationMismatch(
             f"{type(model).__name__}: expected a list of decoder layers at {names.layers!r}, "
             f"got {type(layers).__name__}; pass a causal LM, or correct the entry in prunelit/core/architectures.py"
         )
-    qkv = (names.fused_qkv,) if names.fused_qkv else (names.query, names.key, names.value)
-    ffn_in = (names.fused_gate_up,) if names.fused_gate_up else (names.gate, names.up)
-    prefix = names.mlp and f"{names.mlp}."
-    paths: list[tuple[LinearKind, str]] = [("attention", f"{names.attention}.{name}") for name in (*qkv, names.output)]
-    paths += [("ffn", f"{prefix}{name}") for name in (*ffn_in, names.down) if name]
     return [
         DecoderLinear(index, kind, path, f"{names.layers}.{index}.{path}", module)
         for index, layer in enumerate(layers)
-        for kind, path in paths
+        for kind, path in _list_linear_paths(resolve_layer_names(layer, names))
         if (module := find(layer, path)) is not None
         and not isinstance(module, nn.Identity)
         and not getattr(module, "prunelit_removed", False)
     ]
+
+
+def _list_linear_paths(names: Architecture) -> list[tuple[LinearKind, str]]:
+    """List the paths of the linears below a layer; not every layer has each of them."""
+    qkv = (names.fused_qkv,) if names.fused_qkv else (names.query, names.key, names.value)
+    ffn_in = (names.fused_gate_up,) if names.fused_gate_up else (names.gate, names.up)
+    prefix = names.mlp and f"{names.mlp}."
+    paths: list[tuple[LinearKind, str]] = [("attention", f"{names.attention}.{name}") for name in (*qkv, names.output)]
+    return paths + [("ffn", f"{prefix}{name}") for name in (*ffn_in, names.down) if name]
 
 
 def get_linear_widths(module: Any) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from prunelit.core.architectures import get_architecture
 from prunelit.core.plan import PruningPlan
-from prunelit.model.decoder import Decoder, is_conv1d
+from prunelit.model.decoder import Decoder, find_architecture, is_conv1d
 from prunelit.model.per_layer import replace_module
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import (
@@ -117,7 +117,7 @@ def build_peft_config(model: Any, ranks: Sequence[int], rank: int, alpha: float,
     """
     from peft import LoraConfig
 
-    linears, architecture = list_decoder_linears(model), get_architecture(model.config)
+    linears, architecture = list_decoder_linears(model), find_architecture(model)
     patterns = _build_rank_patterns(linears, ranks, rank, architecture.layers)
     linear_names = {linear.name for linear in linears}
     # PEFT selects modules by the last part of their name. Where FFN linears sit in the layer itself (OPT), a removed

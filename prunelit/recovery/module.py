@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics.text import Perplexity
 
+from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
@@ -206,7 +207,7 @@ class RecoveryModule(LightningModule):
                     shared = student_parameters.get(name)
                     if shared is not None and shared.shape == parameter.shape and torch.equal(shared, parameter):
                         setattr(module, name.rpartition(".")[2], shared)
-        remaining = list(range(dense.config.num_hidden_layers))
+        remaining = list(range(get_decoder_config(dense.config).num_hidden_layers))
         for plan in get_applied_plans(self.model).values():
             remaining = [remaining[index] for index, layer in enumerate(plan.layers) if not layer.removed]
         # hidden_states[i] is the output of layer i - 1; the last one is the output of the final norm.

@@ -164,10 +164,7 @@ def accumulate_equations(
     outputs, width = get_weight_out_in(linear).shape
     equations = NormalEquations(width, outputs, linear.bias is not None, streams.decoder.device)
     # Some families scale a block's output before they add it to the residual stream.
-    scale_name = streams.layer.architecture.residual_scale
-    scale = 1.0
-    if scale_name and target_point != output:
-        scale = float(getattr(streams.decoder.config, scale_name))
+    scale = 1.0 if target_point == output else streams.layer.get_residual_scale(streams.decoder.config, block)
     points, visit = visitor or ((), None)
     for place, x in streams.run_cut_stream((inputs, output, target_point, *points), hold_heads):
         error = (widen_to_float32(streams.get_target(target_point, place)) - x[target_point]) / scale

@@ -134,15 +134,14 @@ def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
 def _describe_layer_widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:
     pairs = zip(kept.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
     counts = [f"{remaining}/{dense_count}" if remaining else "-" for remaining, dense_count in pairs]
-    removed_blocks = [
-        name for name, is_removed in (("attention", kept.attention_removed), ("FFN", kept.mlp_removed)) if is_removed
-    ]
+    removed_blocks = ["FFN" if name == "mlp" else name for name in kept.list_removed_blocks(shape)]
     biased_blocks = [
         name for name, is_added in (("attention", kept.attention_bias), ("FFN", kept.mlp_bias)) if is_added
     ]
-    removal = "layer gone" if kept.removed else f"{removed_blocks[0]} gone" if removed_blocks else ""
+    removal = "layer gone" if kept.removed else f"{' and '.join(removed_blocks)} gone" if removed_blocks else ""
+    mixer = "mixer stays" if kept.mixer else ""
     bias = f"bias added: {', '.join(biased_blocks)}" if biased_blocks else ""
-    return *counts, "; ".join(filter(None, (removal, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
+    return *counts, "; ".join(filter(None, (mixer, removal, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
 
 
 def _describe_time(plan: PruningPlan, measured: MeasuredLatency | None) -> str:

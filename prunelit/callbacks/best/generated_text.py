@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
+from prunelit.core.architectures import get_decoder_config
 from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.progress import track_progress
@@ -63,7 +64,8 @@ def generate_text(model: nn.Module, tokens: int, length: int = 128, seed: int = 
 def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     """Sample token ids [rows, length], none of them a special token."""
     device = next(model.parameters()).device
-    special_tokens = _list_special_tokens(model.config, model.generation_config)
+    vocabulary = int(get_decoder_config(model.config).vocab_size)
+    special_tokens = _list_special_tokens(vocabulary, model.config, model.generation_config)
     settings = {
         "do_sample": True,
         "temperature": 1.0,
@@ -77,7 +79,7 @@ def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     # generate() draws from the global generators, whose state fork_rng restores.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        allowed = torch.ones(model.config.vocab_size)
+        allowed = torch.ones(vocabulary)
         allowed[special_tokens] = 0
         first_tokens = torch.multinomial(allowed, rows, replacement=True)[:, None].to(device)
         with use_generation_config(model, **settings):
@@ -85,12 +87,15 @@ def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     return ids.cpu()
 
 
-def _list_special_tokens(*configs: Any) -> list[int]:
-    """List the token ids of padding, start and end of text in a model's config and generation config."""
-    # The end-of-turn token of a chat model is in its generation config only.
+def _list_special_tokens(vocabulary: int, config: Any, generation_config: Any) -> list[int]:
+    """List the token ids of padding, start and end of text, and those that stand for pictures."""
     special: set[int] = set()
-    for config in configs:
+    # The end-of-turn token of a chat model is in its generation config only.
+    for each in (config, get_decoder_config(config), generation_config):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = getattr(config, name, None)
+            ids = getattr(each, name, None)
             special.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    return sorted(i for i in special if 0 <= i < configs[0].vocab_size)
+    if get_decoder_config(config) is not config:
+        names = (name for name in vars(config) if name.endswith(("_token_id", "_token_index")))
+        special.update(value for name in names if isinstance(value := getattr(config, name), int))
+    return sorted(i for i in special if 0 <= i < vocabulary)

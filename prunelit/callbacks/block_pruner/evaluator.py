@@ -147,6 +147,7 @@ class BlockEvaluator:
         """
         return sum(
             (layer.has_attention and (layer.index, "attention") not in removed)
+            or (layer.has_mixer and (layer.index, "mixer") not in removed)
             or (layer.has_mlp and (layer.index, "mlp") not in removed)
             for layer in self.decoder.layers[start:]
         )

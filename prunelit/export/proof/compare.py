@@ -21,6 +21,7 @@ from prunelit.data import loading, offloaded
 from prunelit.export import layer_files
 from prunelit.export.formats import ExportJob
 from prunelit.export.proof import new_process, reload
+from prunelit.model.folder import find_auto_class
 from prunelit.runtime.versions import collect_versions
 
 _log = logging.getLogger("prunelit")
@@ -130,6 +131,7 @@ def _compute_logits_elsewhere(
     answer = run_reload_script(
         {
             "folder": str(job.path),
+            "auto_class": find_auto_class(job.model.config).__name__,
             "remote_code": remote_code,
             "dtype": str(dtype).removeprefix("torch."),
             "device": str(ids.device),
@@ -141,7 +143,7 @@ def _compute_logits_elsewhere(
     )
     expected = _compute_logits_as_reloaded(job.model, ids, dtype, answer["buffers"])
     placement = f'device_map="{ids.device}", ' if placed else ""
-    loader = f"AutoModelForCausalLM.from_pretrained(..., {placement}trust_remote_code={remote_code}) in a new process"
+    loader = f"{find_auto_class(job.model.config).__name__}.from_pretrained(..., {placement}trust_remote_code={remote_code}) in a new process"
     return expected, answer["logits"], {"loader": loader} | _judge_cache_difference(answer, expected, dtype)
 
 

@@ -18,7 +18,7 @@ def run_reloaded_model(model: Any, ids: Tensor, new_tokens: int) -> dict[str, An
     """Compute logits of token ids, and greedy continuations with the KV cache and without it.
 
     Args:
-        model: a causal LM of transformers.
+        model: a model of transformers that writes text.
         ids: token ids [B, S].
         new_tokens: tokens N to generate for each row.
 
@@ -65,7 +65,7 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
     """Load a folder and run the model.
 
     Args:
-        question: {"folder", "remote_code": whether it comes with a modelling file, "dtype", "device", "placed": whether
+        question: {"folder", "auto_class": name of the class that loads it, "remote_code": whether it comes with a modelling file, "dtype", "device", "placed": whether
             it is loaded directly onto the device, "tokens": ids [B, S], "new_tokens"}.
 
     Returns:
@@ -76,7 +76,7 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
 
     Example: see `tests/monitoring/test_checkpoints.py`.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     options = {
         "dtype": getattr(torch, question["dtype"]),
@@ -85,7 +85,8 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
     }
     if question["placed"]:
         options["device_map"] = question["device"]
-    loaded: Any = AutoModelForCausalLM.from_pretrained(question["folder"], **options)
+    auto_class: Any = getattr(transformers, question["auto_class"])
+    loaded: Any = auto_class.from_pretrained(question["folder"], **options)
     model, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise ValueError(f"no weights for {len(missing)} parameters ({missing[0]}, ...)")

@@ -66,10 +66,7 @@ def draw_plan_map(plan: PruningPlan) -> "Figure":
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     use_whole_number_ticks(panels[0].yaxis)
-    has_removed_block = any(
-        (kept.attention_removed and shape.kv_groups) or (kept.mlp_removed and shape.ffn_channels)
-        for kept, shape in _pair_layers(plan)
-    )
+    has_removed_block = any(kept.list_removed_blocks(shape) for kept, shape in _pair_layers(plan))
     add_legend(figure, [("kept", KEPT), ("removed", REMOVED), *[("whole block removed", BLOCK)] * has_removed_block])
     return figure
 

@@ -39,14 +39,10 @@ def _summarize_kept_units(record: Record) -> str:
         if dense_count:
             counts.append(f"{kept_count:,} of {dense_count:,} {unit_name}")
     pairs = list(zip(plan.layers, plan.model.layers, strict=True))
-    attention_layers = [
-        index for index, (kept, shape) in enumerate(pairs) if kept.attention_removed and shape.kv_groups
-    ]
-    ffn_layers = [index for index, (kept, shape) in enumerate(pairs) if kept.mlp_removed and shape.ffn_channels]
     removed_blocks = [
-        f"{unit_name} of layers {format_index_ranges(indices)}"
-        for unit_name, indices in (("attention", attention_layers), ("FFN", ffn_layers))
-        if indices
+        f"{block_name} of layers {format_index_ranges(indices)}"
+        for kind, block_name in (("attention", "attention"), ("mixer", "mixer"), ("mlp", "FFN"))
+        if (indices := [i for i, (kept, shape) in enumerate(pairs) if kind in kept.list_removed_blocks(shape)])
     ]
     removal_note = f"; removed: {', '.join(removed_blocks)}" if removed_blocks else ""
     return f"{', '.join(counts)} remain in {len(plan.layers)} layers{removal_note}."
