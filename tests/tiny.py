@@ -116,7 +116,9 @@ FAMILIES: dict[str, Row] = {
     "internlm3": Row("internlm3"),
     "iquestcoder": Row("iquestcoder"),
     "jais2": Row("jais2"),
-    "lfm2": Row("lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}, ()),
+    "lfm2": Row(
+        "lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}, ()
+    ),
     "llama": Row("llama"),
     "llama-biases": Row("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": Row("llama", {"num_key_value_heads": 9}, _MHA),

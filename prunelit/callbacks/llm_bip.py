@@ -159,7 +159,7 @@ class _Bound:
         Returns:
             [..., H].
         """
-        down = self._measure_columns(self.layer.down, "mlp_post_norm").sum(0)  # [F]
+        down = self._measure_columns(self.layer.down, "mlp_post_norm", self.mlp_scale).sum(0)  # [F]
         weights = [get_weight_out_in(linear).detach().abs().float() for linear in self.layer.ffn_in]  # [F, H] each
         if up is None or gate is None:
             weight = self.slope * output_scale * (down @ weights[0])

@@ -73,8 +73,8 @@ class LayerPlan:
     @classmethod
     def dense(cls, shape: LayerShape) -> "LayerPlan":
         """Keep everything."""
-        units = (shape.query_heads, shape.kv_groups, shape.ffn_channels)
-        return cls(*(tuple(range(count)) for count in units), mixer=shape.has_mixer)
+        heads, groups, channels = map(range, (shape.query_heads, shape.kv_groups, shape.ffn_channels))
+        return cls(tuple(heads), tuple(groups), tuple(channels), mixer=shape.has_mixer)
 
 
 @dataclass(frozen=True, repr=False)
@@ -269,16 +269,7 @@ class PruningPlan:
             "predicted": self.predicted,
             "model": model,
         }
-        layers = [
-            {
-                "attention": None
-                if layer.attention_removed
-                else _encode_block(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads),
-                "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, channels=layer.ffn_channels),
-            }
-            | ({"mixer": _WHOLE_MIXER if layer.mixer else None} if shape.has_mixer else {})
-            for layer, shape in zip(self.layers, self.model.layers, strict=True)
-        ]
+        layers = [_encode_layer(*pair) for pair in zip(self.layers, self.model.layers, strict=True)]
         return plan_json.format_plan_json(head, {"dense_layers": shapes, "layers": layers})
 
     @classmethod
@@ -353,6 +344,18 @@ def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
     """
     plans: dict[str, PruningPlan] = vars(model).setdefault("_prunelit_plans", {})
     return plans
+
+
+def _encode_layer(layer: LayerPlan, shape: LayerShape) -> dict[str, Any]:
+    """A layer as plain data; a removed block is None, and only layers that had a mixer say what became of it."""
+    attention = _encode_block(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads)
+    data: dict[str, Any] = {
+        "attention": None if layer.attention_removed else attention,
+        "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, channels=layer.ffn_channels),
+    }
+    if shape.has_mixer:
+        data["mixer"] = _WHOLE_MIXER if layer.mixer else None
+    return data
 
 
 def _encode_block(bias: bool, **kept: tuple[int, ...]) -> dict[str, Any]:

@@ -77,9 +77,7 @@ class LayerShape:
             mlp = self.mlp_cost - self.channel_cost * (self.ffn_channels - ffn_channels)
         return attention + mlp + mixer_cost + self.shared_cost
 
-    def macs_at(
-        self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int, mixer: bool = True
-    ) -> int:
+    def macs_at(self, hidden_size: int, query_heads: int, kv_groups: int, ffn_channels: int, mixer: bool = True) -> int:
         """Count multiply-accumulates with weights, per token; a mixer is taken to use each of its weights once."""
         query_rows = 2 if self.gated_query else 1
         attention = self.head_dim * ((query_rows + 1) * query_heads + 2 * kv_groups)  # rows of q, k, v; columns of o

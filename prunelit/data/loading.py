@@ -134,7 +134,7 @@ def make_per_layer_class(base: Any, architecture: Architecture, decoder_config: 
         'PrunedLlamaForCausalLM'
     """
     outer: Any = base.config_class
-    config_attributes = {"model_type": f"{PRUNED}{outer.model_type}", "__module__": __name__}
+    config_attributes: dict[str, Any] = {"model_type": f"{PRUNED}{outer.model_type}", "__module__": __name__}
     if decoder_config is None:
         config_class = type(f"Pruned{outer.__name__}", (PerLayerConfig, outer), config_attributes)
     else:

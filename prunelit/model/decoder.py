@@ -356,7 +356,9 @@ class Decoder:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
         return ModelShape(
             model_type=str(self.config.model_type),
-            name=str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__).rstrip("/").split("/")[-1],
+            name=str(getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__)
+            .rstrip("/")
+            .split("/")[-1],
             hidden_size=int(self.config.hidden_size),
             parameters=_count_parameters(self.model),
             head_macs=head.weight.numel() if head is not None else 0,

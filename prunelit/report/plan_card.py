@@ -141,7 +141,9 @@ def _describe_layer_widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...
     removal = "layer gone" if kept.removed else f"{' and '.join(removed_blocks)} gone" if removed_blocks else ""
     mixer = "mixer stays" if kept.mixer else ""
     bias = f"bias added: {', '.join(biased_blocks)}" if biased_blocks else ""
-    return *counts, "; ".join(filter(None, (mixer, removal, bias))) or ("whole" if kept == LayerPlan.dense(shape) else "")
+    return *counts, "; ".join(filter(None, (mixer, removal, bias))) or (
+        "whole" if kept == LayerPlan.dense(shape) else ""
+    )
 
 
 def _describe_time(plan: PruningPlan, measured: MeasuredLatency | None) -> str:

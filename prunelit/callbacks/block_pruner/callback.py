@@ -29,7 +29,7 @@ class BlockPruner(PruningCallback):
     Args:
         ratio: least share of the decoder layers' budget to remove; give either this or `count`.
         count: number of blocks to remove, as in the paper.
-        blocks: kinds of block that may be removed: "mix" (all), "attention" (with the mixers of hybrid models) or "mlp".
+        blocks: kinds of block that may be removed: "mix" (all), "attention" (and mixers) or "mlp".
         search: "lazy" skips candidates whose last known value is far above the best; "greedy" is exactly the paper's
             search; "beam" continues with the best `beam_width` sets of each step; "swap" is "lazy", then exchanges
             removed blocks for remaining ones while that helps.

@@ -143,7 +143,8 @@ def _compute_logits_elsewhere(
     )
     expected = _compute_logits_as_reloaded(job.model, ids, dtype, answer["buffers"])
     placement = f'device_map="{ids.device}", ' if placed else ""
-    loader = f"{find_auto_class(job.model.config).__name__}.from_pretrained(..., {placement}trust_remote_code={remote_code}) in a new process"
+    auto_class = find_auto_class(job.model.config).__name__
+    loader = f"{auto_class}.from_pretrained(..., {placement}trust_remote_code={remote_code}) in a new process"
     return expected, answer["logits"], {"loader": loader} | _judge_cache_difference(answer, expected, dtype)
 
 

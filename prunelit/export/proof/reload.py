@@ -65,8 +65,9 @@ def reload_and_run(question: dict[str, Any]) -> dict[str, Any]:
     """Load a folder and run the model.
 
     Args:
-        question: {"folder", "auto_class": name of the class that loads it, "remote_code": whether it comes with a modelling file, "dtype", "device", "placed": whether
-            it is loaded directly onto the device, "tokens": ids [B, S], "new_tokens"}.
+        question: {"folder", "auto_class": name of the class that loads it, "remote_code": whether it comes with a
+            modelling file, "dtype", "device", "placed": whether it is loaded directly onto the device, "tokens": ids
+            [B, S], "new_tokens"}.
 
     Returns:
         The result of `run_reloaded_model`.
