@@ -25,6 +25,7 @@ def export_model(
     max_shard_size: str = "5GB",
     overwrite: bool = False,
     unproved: bool = False,
+    text_only: bool = False,
 ) -> writers.ExportResult:
     """Write a model in another format, with the proof that it is the same.
 
@@ -42,6 +43,8 @@ def export_model(
         max_shard_size: of one weight file, as 5GB or 500MB.
         overwrite: replace what is there, a file or a folder that prunelit wrote, once the new one is proved.
         unproved: leave out the proof, as where the program that it needs is not installed.
+        text_only: of a model of text and images write the causal LM inside it, without the tower; gguf and deci hold
+            nothing else.
 
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
@@ -62,6 +65,7 @@ def export_model(
         fresh_process=True,
         report=report,
         unproved=unproved,
+        text_only=text_only,
     )
 
 

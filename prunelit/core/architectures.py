@@ -57,6 +57,8 @@ class Architecture:
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
         fixed_layers: config attribute of the whole multimodal model (dotted path) with one entry for each of the first
             decoder layers that get features of the tower by their number; these layers cannot be removed.
+        text_family: for a decoder that transformers has inside a multimodal model only: the `model_type` of a causal LM
+            that computes the same on text.
         layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
             a module are applied in order.
         requires: config attributes and the value that the declaration relies on.
@@ -106,6 +108,7 @@ class Architecture:
     position_table: bool = False
     layer_config: bool = False
     fixed_layers: str | None = None
+    text_family: str | None = None
     layer_variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
@@ -120,7 +123,7 @@ class Architecture:
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers")
+        left_out = ("requires", "variants", "position_table", "fixed_layers", "text_family")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -356,11 +359,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_config=True,  # it splits the fused rows at config.num_attention_heads * head_dim
     ),
     "qwen2": _LLAMA,
-    "qwen2_5_vl_text": _LLAMA,
+    "qwen2_5_vl_text": replace(_LLAMA, text_family="qwen2"),
     "qwen3": _LLAMA,
     "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
     "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
-    "qwen3_vl_text": replace(_LLAMA, fixed_layers="vision_config.deepstack_visual_indexes"),
+    "qwen3_vl_text": replace(
+        _LLAMA, fixed_layers="vision_config.deepstack_visual_indexes", text_family="qwen3"
+    ),
     "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
     "stablelm": replace(

@@ -8,6 +8,7 @@ from typing import Any
 
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
+from prunelit.model.folder import find_auto_class
 from prunelit.runtime.errors import BadOption, suggest_name
 
 FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")
@@ -97,6 +98,7 @@ class Format:
         check: (model, tokenizer) -> None; raises the `DoesNotFit` of `write` where the format cannot hold the model. It
             reads shapes and configs, no weight, so it can be called before a model is trained.
         accepts_streamed: whether it writes a model whose layers are on disk.
+        text_only: whether it holds causal LMs only; of a multimodal model the causal LM inside is written.
 
     Example: see `tests/runtime/test_atomic_files.py`.
     """
@@ -112,6 +114,22 @@ class Format:
     check_proof_installed: Callable[[], None] = _require_nothing
     check: Callable[[Any, Any], None] = _accept_any_model
     accepts_streamed: bool = False
+    text_only: bool = False
+
+    def render_load_snippet(self, config: Any) -> str:
+        """Render `load_snippet` for a model: a multimodal one is loaded by another class, with its processor.
+
+        Args:
+            config: config of the model that is written.
+        """
+        auto_class = find_auto_class(config).__name__
+        if self.text_only or auto_class == "AutoModelForCausalLM":
+            return self.load_snippet
+        replacements = {"AutoModelForCausalLM": auto_class, "AutoTokenizer": "AutoProcessor", "tokenizer": "processor"}
+        snippet = self.load_snippet
+        for name, other_name in replacements.items():
+            snippet = snippet.replace(name, other_name)
+        return snippet
 
 
 def load_export_format(name: str) -> Format:

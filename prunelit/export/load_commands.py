@@ -3,9 +3,11 @@
 import json
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
+from prunelit.model.folder import read_model_config
 from prunelit.planning.serving import list_serving_options
 
 _LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "gguf")
@@ -28,7 +30,8 @@ def list_load_commands(name: str, path: Path, plan: PruningPlan | None) -> list[
         As its format, deci, is loaded: llm = LLM("out", trust_remote_code=True)
     """
     python_path, shell_path = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
-    snippet = load_export_format(name).load_snippet.replace("PATH", python_path)
+    config = SimpleNamespace(**read_model_config(path))
+    snippet = load_export_format(name).render_load_snippet(config).replace("PATH", python_path)
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:
         commands.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{python_path}")'))

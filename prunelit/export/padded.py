@@ -14,11 +14,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from prunelit.core.architectures import get_decoder_config
 from prunelit.calibration import metrics
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
-from prunelit.export.uniform import LOAD_SNIPPET, LayerWidths, build_on_meta, propose_stock_configs
+from prunelit.export.uniform import (
+    LOAD_SNIPPET,
+    LayerWidths,
+    build_on_meta,
+    find_common_widths,
+    propose_stock_configs,
+)
 from prunelit.model import copies
 from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
 from prunelit.model.per_layer import find
@@ -71,8 +78,8 @@ def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tens
     for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):
             # Pruning marks layers without attention as "reuse", so that the cache skips them. Here none lacks it.
-            if getattr(config, "kv_sharing_modes", None) is not None:
-                config.kv_sharing_modes = None
+            if getattr(get_decoder_config(config), "kv_sharing_modes", None) is not None:
+                get_decoder_config(config).kv_sharing_modes = None
             shell = build_on_meta(build, config)
             weights = None if shell is None else _scatter_weights(decoder, shell, widths)
             if weights is not None:
@@ -113,8 +120,7 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
         padded = Decoder(shell)
     except DeclarationMismatch:  # a class that takes some of its widths from other options, as Helium does
         return None
-    padded_widths = {LayerWidths.from_shape(layer.shape) for layer in padded}
-    if padded_widths != {widths} or len(padded.layers) != len(decoder.layers):
+    if find_common_widths(padded) != widths or len(padded.layers) != len(decoder.layers):
         return None
     weights = decoder.model.state_dict()
     shapes = {name: x.shape for name, x in shell.state_dict().items()}
@@ -145,12 +151,14 @@ def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str,
         queries, groups = _map_head_places(layer, widths)
         total_q, total_kv = widths.query_heads, widths.kv_groups
         if not a.fused_qkv:
-            for name, places, total in (
-                (a.query, queries, total_q),
-                (a.key, groups, total_kv),
-                (a.value, groups, total_kv),
+            query_rows = (2 if a.gated_query else 1) * dim  # of one head
+            for name, places, total, rows_per_head in (
+                (a.query, queries, total_q, query_rows),
+                (a.key, groups, total_kv, dim),
+                (a.value, groups, total_kv, dim),
             ):
-                yield f"{a.attention}.{name}", 0, _expand_head_rows(places, dim), total * dim
+                rows = _expand_head_rows(places, rows_per_head)
+                yield f"{a.attention}.{name}", 0, rows, total * rows_per_head
         elif a.qkv_layout == "concat":
             head_places = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
             rows = _expand_head_rows(head_places, dim)

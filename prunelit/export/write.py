@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,17 @@ from prunelit.export.formats import AUTO_FORMATS, ExportJob, ExportResult, Forma
 from prunelit.export.overwrite import check_output
 from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.model.decoder import Decoder
+from prunelit.model.text_model import extract_text_model, is_multimodal
 from prunelit.quantization.linears import get_quantization
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from prunelit.runtime.progress import show_stage
 
 _log = logging.getLogger("prunelit")
+_PROCESSOR_FILES = (
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _UNPROVED_VERDICT = {"passed": None, "why": "not proved, as asked", "loader": "nothing: it was not proved, as asked"}
 
 
@@ -90,7 +96,8 @@ def check_format_fits(model: nn.Module, tokenizer: Any, format: str) -> None:
     Example: see `save`.
     """
     if format != "auto":
-        load_export_format(format).check(model, tokenizer)
+        chosen = load_export_format(format)
+        chosen.check(extract_text_model(model) if chosen.text_only else model, tokenizer)
 
 
 def _check_accepts_streamed(chosen: Format, stream: bool) -> None:
@@ -155,6 +162,7 @@ def write_model(
     fresh_process: bool = False,
     report: Mapping[str, Any] | None = None,
     unproved: bool = False,
+    text_only: bool = False,
 ) -> ExportResult:
     """Write a pruned (or dense) causal LM so that it loads again with equal logits.
 
@@ -175,6 +183,7 @@ def write_model(
             back in this process, which is faster.
         report: report.json of the run that made the model, for the model card.
         unproved: leave out the proof; the verdict then says so.
+        text_only: of a multimodal model write the causal LM inside it. GGUF and deci hold nothing else.
 
     Returns:
         Format, path, sizes and verdict.
@@ -189,6 +198,8 @@ def write_model(
     """
     decoders = [model] if isinstance(model, Decoder) else []
     model = model.model if isinstance(model, Decoder) else model
+    if is_multimodal(model) and (text_only or (format != "auto" and load_export_format(format).text_only)):
+        model, decoders = extract_text_model(model), []
     check_export_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
     candidates = AUTO_FORMATS if format == "auto" else (format,)
     if base := get_quantization(model):
@@ -223,6 +234,21 @@ def _measure_size(job: ExportJob) -> dict[str, int]:
     return metrics.measure_model_size(job.model if get_quantization(job.model) else job.get_decoder())
 
 
+def _copy_processor_files(source: str, folder: Path) -> None:
+    """Copy the settings by which a processor makes pictures into numbers, as far as the source has them.
+
+    Args:
+        source: folder or hub id that the model was loaded from.
+        folder: of the written model; what is there stays.
+    """
+    from transformers.utils import cached_file
+
+    for name in _PROCESSOR_FILES:
+        path = cached_file(source, name, _raise_exceptions_for_missing_entries=False) if source else None
+        if path is not None and not (folder / name).exists():
+            shutil.copyfile(path, folder / name)
+
+
 def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
     try:
         tokenizer.save_pretrained(folder)
@@ -252,6 +278,8 @@ def _write_and_prove(
         facts = chosen.write(job)
     if not chosen.suffix and job.tokenizer is not None:
         _save_tokenizer(job.tokenizer, folder)
+    if not chosen.suffix and is_multimodal(job.model):
+        _copy_processor_files(str(job.model.config.name_or_path), folder)
     with show_stage(f"proving {chosen.name}"):
         proof = {"format": chosen.name, **(_UNPROVED_VERDICT if unproved else chosen.prove(job))}
     if not proof["passed"] and not unproved:

@@ -21,6 +21,7 @@ from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
+from prunelit.model.text_model import list_tower_parameters
 from prunelit.quantization import quantize, views
 from prunelit.recovery import lora, merge
 from prunelit.recovery.losses import (
@@ -40,7 +41,8 @@ class RecoveryModule(LightningModule):
     """LoRA (or full) fine-tuning of a causal LM on next tokens.
 
     Attach a pruning callback to the Trainer, and the model is pruned before adapters, optimiser and strategy see it.
-    Checkpoints hold the trainable weights only, and the plan in the callback's state.
+    Checkpoints hold the trainable weights only, and the plan in the callback's state. Of a multimodal model the decoder
+    is trained; the rest is frozen, since text gives it no gradient.
 
     Args:
         model: model source, see `prunelit.data.sources`.
@@ -171,6 +173,8 @@ class RecoveryModule(LightningModule):
         self._configured, options = True, self.hparams
         if options["loss"] == "distill":
             self._load_teacher()
+        for parameter in list_tower_parameters(self.model):
+            parameter.requires_grad_(False)
         sharding.mark_decoder_layers(self.model)
         if options["base"] == "nf4":
             self._full_precision_model = [copies.copy_to_disk(self.model, sources.get_cache_folder() / "scratch")]

@@ -335,4 +335,4 @@ from vllm import LLM  # not run by prunelit: see the proof below
 
 llm = LLM("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("deci", _LOAD_SNIPPET, write_deci, prove_deci, library="vllm", check=check_deci)
+FORMAT = Format("deci", _LOAD_SNIPPET, write_deci, prove_deci, library="vllm", check=check_deci, text_only=True)

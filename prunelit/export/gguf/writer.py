@@ -210,4 +210,5 @@ FORMAT = Format(
     _check_gguf_installed,
     _check_xllamacpp_installed,
     check_gguf,
+    text_only=True,
 )
