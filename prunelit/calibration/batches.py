@@ -6,6 +6,7 @@ Legend: N sequences, B sequences of one batch, S tokens of a sequence.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from prunelit.runtime.errors import BadOption, NoCalibration
@@ -14,7 +15,15 @@ TOKENS_PER_BATCH = 2048
 """Tokens of one forward pass without gradients: enough to keep a machine busy, few enough to fit in its memory."""
 
 Batch = Mapping[str, Tensor]
-"""`input_ids` [B, S] and, where some tokens are padding, `attention_mask` [B, S] with 0 at the padding."""
+"""`input_ids` [B, S]; where some tokens are padding, `attention_mask` [B, S] with 0 at the padding; for a multimodal
+model what its tower reads, see `TOWER_INPUTS`."""
+TOWER_INPUTS = (
+    *("pixel_values", "pixel_attention_mask", "pixel_values_videos", "image_sizes", "image_grid_thw", "video_grid_thw"),
+    *("image_position_ids", "token_type_ids", "mm_token_type_ids", "input_features", "input_features_mask"),
+)
+"""Names under which processors of transformers return pictures, videos and sound, and where these are in the text."""
+PER_TOKEN_INPUTS = ("token_type_ids", "mm_token_type_ids")
+"""Those of `TOWER_INPUTS` that have an entry for every token."""
 BATCHES_HINT = "make them with method.make_batches(text, tokenizer)"
 """Advice in the error messages about missing or malformed batches."""
 
@@ -31,7 +40,6 @@ def check_calibration_batches(batches: Any, needed: bool) -> None:
         NoCalibration: `needed` is true and the sequence is empty.
 
     Example:
-        >>> import torch
         >>> check_calibration_batches([{"input_ids": torch.zeros(2, 8, dtype=torch.long)}], needed=True)
         >>> check_calibration_batches("some text", needed=True)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
@@ -58,7 +66,6 @@ def get_padding_mask(batch: Batch) -> Tensor | None:
     """Return the padding mask of a batch [B, S], or None where no token is padding.
 
     Example:
-        >>> import torch
         >>> ids = torch.tensor([[5, 6, 0]])
         >>> get_padding_mask({"input_ids": ids, "attention_mask": torch.tensor([[1, 1, 0]])})
         tensor([[1, 1, 0]])
@@ -69,11 +76,61 @@ def get_padding_mask(batch: Batch) -> Tensor | None:
     return None if mask is None or bool(mask.all()) else mask
 
 
+def select_tower_inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Select what the tower of a multimodal model reads; nothing where a batch holds text alone.
+
+    Example:
+        >>> ids, pixels = torch.tensor([[5, 6]]), torch.zeros(1, 3, 4, 4)
+        >>> list(select_tower_inputs({"input_ids": ids, "pixel_values": pixels}))
+        ['pixel_values']
+        >>> select_tower_inputs({"input_ids": ids, "token_type_ids": ids})
+        {}
+    """
+    if not any(name.startswith(("pixel_values", "input_features")) for name in batch):
+        return {}
+    return {name: batch[name] for name in TOWER_INPUTS if isinstance(batch.get(name), Tensor)}
+
+
+def get_model_inputs(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """Get the arguments of a forward pass over a batch: token ids, a mask where there is padding, and pictures.
+
+    Args:
+        batch: the batch.
+        device: of the model.
+
+    Example:
+        >>> ids = torch.tensor([[5, 6]])
+        >>> list(get_model_inputs({"input_ids": ids, "attention_mask": torch.ones(1, 2)}, torch.device("cpu")))
+        ['input_ids']
+    """
+    mask = get_padding_mask(batch)
+    inputs = {"input_ids": batch["input_ids"], **({} if mask is None else {"attention_mask": mask})}
+    return {name: values.to(device) for name, values in (inputs | select_tower_inputs(batch)).items()}
+
+
+def select_rows(batch: Batch, rows: Sequence[int]) -> Batch:
+    """Select sequences of a batch.
+
+    Raises:
+        BadOption: the batch holds several sequences with pictures; these do not say which picture is whose.
+
+    Example:
+        >>> select_rows({"input_ids": torch.tensor([[5, 6], [7, 8]])}, [1])
+        {'input_ids': tensor([[7, 8]])}
+    """
+    tower_inputs, count = select_tower_inputs(batch), len(batch["input_ids"])
+    if tower_inputs and count > 1:
+        raise BadOption(
+            f"batches: expected one sequence a batch where batches hold pictures, got {count}; {BATCHES_HINT}"
+        )
+    text = {name: batch[name][list(rows)] for name in ("input_ids", "attention_mask") if name in batch}
+    return text | tower_inputs
+
+
 def count_real_tokens(batch: Mapping[str, Any]) -> int:
     """Count the tokens of a batch that are not padding.
 
     Example:
-        >>> import torch
         >>> count_real_tokens({"input_ids": torch.zeros(2, 8)})
         16
     """
@@ -85,7 +142,6 @@ def split_into_batches(windows: Tensor) -> list[Batch]:
     """Split windows of token ids [N, S] into batches of about `TOKENS_PER_BATCH` tokens.
 
     Example:
-        >>> import torch
         >>> [len(batch["input_ids"]) for batch in split_into_batches(torch.zeros(5, 1024))]
         [2, 2, 1]
     """
@@ -103,7 +159,6 @@ def take_sequences(batches: Sequence[Batch], sequences: int | None) -> list[Batc
         The batches that hold these sequences; the last one may be shorter than it was.
 
     Example:
-        >>> import torch
         >>> batches = split_into_batches(torch.zeros(5, 1024))
         >>> [len(batch["input_ids"]) for batch in take_sequences(batches, 3)]
         [2, 1]
@@ -112,5 +167,6 @@ def take_sequences(batches: Sequence[Batch], sequences: int | None) -> list[Batc
     for batch in batches:
         remaining = None if sequences is None else sequences - sum(len(b["input_ids"]) for b in selected)
         if remaining is None or remaining > 0:
-            selected.append({name: values[:remaining] for name, values in batch.items()})
+            rows = range(len(batch["input_ids"]))[:remaining]
+            selected.append(batch if len(rows) == len(batch["input_ids"]) else select_rows(batch, rows))
     return selected

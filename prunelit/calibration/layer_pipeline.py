@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.observe import ForwardStep
-from prunelit.calibration.partial_forward import PartialForward
+from prunelit.calibration.partial_forward import PartialForward, count_outputs
 from prunelit.core.plan import LayerShape
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.lazy_weight import load_lazy_weights
@@ -51,9 +51,9 @@ class OffloadedPartialForward(PartialForward):
     Example: `OffloadedPartialForward` is used further down in this module.
     """
 
-    def _detect_tuple_outputs(self) -> list[bool]:
+    def _detect_output_counts(self) -> list[int]:
         # A probing pass over the whole model would need all its weights; `run_layer` finds out layer by layer.
-        return [False] * len(self.decoder.layers)
+        return [0] * len(self.decoder.layers)
 
     def run_layer(self, layer: Layer, batch: Batch, hidden: Tensor | None) -> Tensor:
         """Run one layer, whose weights are in memory.
@@ -67,10 +67,10 @@ class OffloadedPartialForward(PartialForward):
             [B, S, H] residual stream leaving the layer.
         """
 
-        def detect_tuple(module: nn.Module, args: Any, output: Any) -> None:
-            self._returns_tuple[layer.index] = isinstance(output, tuple)
+        def detect_count(module: nn.Module, args: Any, output: Any) -> None:
+            self._output_counts[layer.index] = count_outputs(output)
 
-        handle = layer.module.register_forward_hook(detect_tuple, prepend=True)
+        handle = layer.module.register_forward_hook(detect_count, prepend=True)
         try:
             return self.run_layers(batch, hidden, layer.index, layer.index + 1)
         finally:

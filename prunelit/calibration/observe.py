@@ -13,7 +13,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
+from prunelit.calibration.batches import (
+    BATCHES_HINT,
+    Batch,
+    count_real_tokens,
+    get_model_inputs,
+    get_padding_mask,
+)
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
@@ -139,9 +145,7 @@ def _run_all_layers(decoder: Decoder, batches: Sequence[Batch], what: str) -> Ge
     """Yield a single step: every batch passes all layers in one forward call."""
 
     def run(batch: Batch) -> object:
-        mask = get_padding_mask(batch)
-        extra = {} if mask is None else {"attention_mask": mask.to(decoder.device)}
-        return decoder.backbone(input_ids=batch["input_ids"].to(decoder.device), use_cache=False, **extra)
+        return decoder.backbone(use_cache=False, **get_model_inputs(batch, decoder.device))
 
     yield decoder.layers, ((batch, partial(run, batch)) for batch in track_progress(batches, what))
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, get_padding_mask
+from prunelit.calibration.batches import Batch, get_model_inputs
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
 
@@ -42,7 +42,7 @@ class PartialForward:
 
     def __init__(self, decoder: Decoder):
         self.decoder = decoder
-        self._returns_tuple = self._detect_tuple_outputs()
+        self._output_counts = self._detect_output_counts()
 
     def run_layers(self, batch: Batch, hidden: Tensor | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """Run layers `start` ... `stop - 1`, or all layers from `start` on and the output projection.
@@ -61,7 +61,7 @@ class PartialForward:
         Raises:
             ValueError: `hidden` and `start` do not go together, or `stop` is not after `start`.
         """
-        layers, device = self._layers, self.decoder.device
+        layers = self._layers
         outputs: list[Tensor] = []
 
         def return_hidden(*args: Any, **kwargs: Any) -> Tensor:
@@ -78,12 +78,10 @@ class PartialForward:
             raise ValueError(f"stop: expected a layer after {start}, got {stop}")
         skipped = {index: return_hidden if index == start - 1 else _pass_hidden for index in range(start)}
         handle = layers[stop - 1].register_forward_hook(stop_pass) if stop is not None else None
-        mask = get_padding_mask(batch)
-        extra = {} if mask is None else {"attention_mask": mask.to(device)}
         module = self.decoder.model if stop is None else self.decoder.backbone
         try:
             with self._bypass_layers(layers, skipped):
-                output = module(input_ids=batch["input_ids"].to(device), use_cache=False, **extra)
+                output = module(use_cache=False, **get_model_inputs(batch, self.decoder.device))
             return cast(Tensor, output.logits)
         except _SpanEnd:
             return outputs[0]
@@ -100,7 +98,8 @@ class PartialForward:
         """Replace the forward methods of the skipped layers while the context is open; their hooks still run."""
         own_forwards = {index: layers[index].__dict__.get("forward") for index in skipped}
         for index, forward in skipped.items():
-            layers[index].forward = _wrap_in_tuple(forward) if self._returns_tuple[index] else forward
+            count = self._output_counts[index]
+            layers[index].forward = _wrap_in_tuple(forward, count) if count else forward
         try:
             yield
         finally:
@@ -111,14 +110,17 @@ class PartialForward:
                     layers[index].forward = own_forward
 
     @torch.no_grad()
-    def _detect_tuple_outputs(self) -> list[bool]:
+    def _detect_output_counts(self) -> list[int]:
         """Detect which layers return a tuple, in a forward pass over two tokens.
 
         transformers' families differ: some layers return the hidden states, others a tuple that begins with them.
+
+        Returns:
+            For every layer the length of the tuple, or 0.
         """
-        returns_tuple: list[bool] = []
+        counts: list[int] = []
         handles = [
-            layer.register_forward_hook(lambda module, args, output: returns_tuple.append(isinstance(output, tuple)))
+            layer.register_forward_hook(lambda module, args, output: counts.append(count_outputs(output)))
             for layer in self._layers
         ]
         try:
@@ -127,12 +129,22 @@ class PartialForward:
         finally:
             for handle in handles:
                 handle.remove()
-        return returns_tuple
+        return counts
+
+
+def count_outputs(output: Any) -> int:
+    """Count what a layer returns: the length of a tuple; 0 for the hidden states alone.
+
+    Example:
+        >>> count_outputs((1, None)), count_outputs(1)
+        (2, 0)
+    """
+    return len(output) if isinstance(output, tuple) else 0
 
 
 def _pass_hidden(*args: Any, **kwargs: Any) -> Tensor:
     return cast(Tensor, args[0] if args else kwargs["hidden_states"])
 
 
-def _wrap_in_tuple(forward: Callable[..., Tensor]) -> Callable[..., tuple[Tensor]]:
-    return lambda *args, **kwargs: (forward(*args, **kwargs),)
+def _wrap_in_tuple(forward: Callable[..., Tensor], count: int) -> Callable[..., tuple[Any, ...]]:
+    return lambda *args, **kwargs: (forward(*args, **kwargs), *[None] * (count - 1))

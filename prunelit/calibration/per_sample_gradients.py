@@ -7,19 +7,20 @@ computed. The peak memory is the model, the activations of one sequence and one 
 Legend: S tokens of a sequence; slices, and E elements of a slice, as in `prunelit.model.unit_indices`.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
-from prunelit.calibration.batches import Batch
+from prunelit.calibration.batches import PER_TOKEN_INPUTS, Batch, select_rows, select_tower_inputs
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
+from prunelit.model.text_model import list_picture_tokens
 from prunelit.model.unit_indices import LinearSlices, collect_layer_slices
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration, NonFinite
@@ -29,7 +30,27 @@ from prunelit.runtime.progress import track_progress
 _FLOAT16_LOSS_SCALE = 1024.0
 
 
-def split_into_samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | None]]:
+class Sample(NamedTuple):
+    """One sequence of the calibration set.
+
+    Attributes:
+        ids: [S] token ids.
+        mask: [S], False at padding; None: no padding.
+        tower_inputs: what the tower of a multimodal model reads beside them.
+
+    Example: see `split_into_samples`.
+    """
+
+    ids: Tensor
+    mask: Tensor | None
+    tower_inputs: Mapping[str, Tensor] = {}
+
+    def count_tokens(self) -> int:
+        """Count the tokens that are not padding."""
+        return len(self.ids) if self.mask is None else int(self.mask.sum())
+
+
+def split_into_samples(batches: Sequence[Batch]) -> list[Sample]:
     """Split batches into single sequences, trimmed of the padding at their ends.
 
     Sequences without a token to predict are left out.
@@ -38,19 +59,20 @@ def split_into_samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | 
         batches: calibration batches.
 
     Returns:
-        (ids [S], mask [S]) of every sequence; the mask is None where no padding is left.
+        Every sequence; its mask is None where no padding is left.
 
     Raises:
         NoCalibration: no sequence has two adjacent tokens.
+        BadOption: a batch holds several sequences with pictures.
 
     Example:
         >>> ids, mask = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[0, 1, 1, 1]])
         >>> split_into_samples([{"input_ids": ids, "attention_mask": mask}])
-        [(tensor([5, 6, 7]), None)]
+        [Sample(ids=tensor([5, 6, 7]), mask=None, tower_inputs={})]
     """
-    samples: list[tuple[Tensor, Tensor | None]] = []
+    samples: list[Sample] = []
     for batch in batches:
-        mask = batch.get("attention_mask")
+        mask, tower_inputs = batch.get("attention_mask"), select_tower_inputs(select_rows(batch, [0]))
         for row, ids in enumerate(batch["input_ids"]):
             real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask[row].bool()
             positions = real.nonzero().flatten()
@@ -59,7 +81,8 @@ def split_into_samples(batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor | 
             span = slice(int(positions[0]), int(positions[-1]) + 1)
             unpadded = bool(real[span].all())
             if unpadded or bool((real[span][1:] & real[span][:-1]).any()):
-                samples.append((ids[span], None if unpadded else real[span]))
+                own_inputs = {n: x[:, span] if n in PER_TOKEN_INPUTS else x for n, x in tower_inputs.items()}
+                samples.append(Sample(ids[span], None if unpadded else real[span], own_inputs))
     if not samples:
         raise NoCalibration("calibration: expected a sequence of at least two tokens, got none")
     return samples
@@ -118,8 +141,8 @@ def visit_sample_gradients(
         _collect_gradients(decoder.model, linear_slices, visit_linear),
         _checkpoint_layers(decoder.layers if checkpointing else ()),
     ):
-        for sample, (ids, mask) in track_progress(own_samples, what):
-            loss = compute_sample_loss(decoder, ids, mask)
+        for sample, sequence in track_progress(own_samples, what):
+            loss = compute_sample_loss(decoder, sequence)
             if not torch.isfinite(loss):
                 raise NonFinite(
                     f"sample {sample}: expected a finite loss on the calibration text, got {loss.item()}; check the "
@@ -128,13 +151,12 @@ def visit_sample_gradients(
             (loss * scale).backward()  # type: ignore[no-untyped-call]
 
 
-def compute_sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, reduction: str = "mean") -> Tensor:
-    """Compute the next-token cross-entropy of one sequence.
+def compute_sample_loss(decoder: Decoder, sample: Sample, reduction: str = "mean") -> Tensor:
+    """Compute the next-token cross-entropy of one sequence; places of pictures are not predicted.
 
     Args:
         decoder: the model.
-        ids: [S] token ids.
-        mask: [S], False at padding; None: no padding.
+        sample: the sequence.
         reduction: "mean" or "sum" over the targets.
 
     Returns:
@@ -143,12 +165,16 @@ def compute_sample_loss(decoder: Decoder, ids: Tensor, mask: Tensor | None, redu
     Example: see `prunelit.callbacks.best.fisher`, which uses it.
     """
     # A clone: autograd cannot save a tensor for the backward pass that was made in inference mode.
-    ids = ids.clone().to(decoder.device)
-    extra = {} if mask is None else {"attention_mask": mask.clone().long().to(ids.device)[None]}
+    ids, mask = sample.ids.clone().to(decoder.device), sample.mask
+    extra = {name: values.clone().to(ids.device) for name, values in sample.tower_inputs.items()}
+    if mask is not None:
+        extra["attention_mask"] = mask.clone().long().to(ids.device)[None]
     logits = decoder.model(input_ids=ids[None], use_cache=False, **extra).logits[0, :-1]
     targets = ids[1:]
-    if mask is not None:
-        is_target = (mask[1:] & mask[:-1]).to(ids.device)
+    is_target = torch.ones_like(targets, dtype=torch.bool) if mask is None else (mask[1:] & mask[:-1]).to(ids.device)
+    if sample.tower_inputs:
+        is_target &= ~torch.isin(targets, torch.tensor(list_picture_tokens(decoder.model.config), device=ids.device))
+    if not is_target.all():
         logits, targets = logits[is_target], targets[is_target]
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return nn.functional.cross_entropy(wide, targets, reduction=reduction)

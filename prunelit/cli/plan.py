@@ -96,7 +96,7 @@ def make_model_plan(
         check_sequence_length(model, method.seqlen)
         for source in sources:
             text.check_text_source(source)
-        batches = method.make_batches(list(sources), loading.load_tokenizer(model))
+        batches = method.make_batches(list(sources), loading.load_text_reader(model))
     network = (
         offloaded.load_offloaded(model, dtype, choose_device(device), memory_gib)
         if stream

@@ -15,7 +15,7 @@ from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
 from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line
 from prunelit.core.plan import PruningPlan
-from prunelit.data import loading, offloaded, text
+from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
@@ -83,8 +83,9 @@ def prune_model(
     )
     method.listeners.append(record)
     with method.time_stage("text"):
-        tokenizer = loading.load_tokenizer(model)
-        batches = method.make_batches(list(sources), tokenizer) if method.needs_text() else []
+        reader = loading.load_text_reader(model)
+        tokenizer = reader.tokenizer if pictures.is_processor(reader) else reader
+        batches = method.make_batches(list(sources), reader) if method.needs_text() else []
     with method.time_stage("load_model"):
         if stream:
             network = offloaded.load_offloaded(model, dtype, target_device, memory_gib, scratch=Path(out).parent)

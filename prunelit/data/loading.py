@@ -117,6 +117,34 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             ) from error
 
 
+def load_text_reader(source: str | os.PathLike[str]) -> Any:
+    """Load what makes a model's inputs of text: its tokenizer, or the processor of a model that reads pictures too.
+
+    Args:
+        source: a model source, see `prunelit.data.sources`.
+
+    Returns:
+        A transformers processor where the source is a folder with one, else a tokenizer.
+
+    Raises:
+        SourceNotFound: as for `load_tokenizer`.
+
+    Example: see `prunelit.cli.prune`, which makes calibration batches with it.
+    """
+    folder = Path(resolve_model_source(str(source)))
+    if not any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json")):
+        return load_tokenizer(source)
+    with show_stage(f"loading the processor of {shorten_source(source)}"), silence_transformers():
+        from transformers import AutoProcessor
+
+        try:
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
+        except UNREADABLE_ERRORS as error:
+            raise SourceNotFound(
+                f"model {str(source)!r}: its processor cannot be loaded: {summarise_error(error)}"
+            ) from error
+
+
 def make_per_layer_class(base: Any, architecture: Architecture, decoder_config: Any = None) -> Any:
     """Make a class of models with per-layer shapes, and its config class.
 

@@ -199,7 +199,8 @@ def write_model(
     decoders = [model] if isinstance(model, Decoder) else []
     model = model.model if isinstance(model, Decoder) else model
     if is_multimodal(model) and (text_only or (format != "auto" and load_export_format(format).text_only)):
-        model, decoders = extract_text_model(model), []
+        text_model: nn.Module = extract_text_model(model)
+        model, decoders = text_model, []
     check_export_request(target, format, kind, overwrite, max_shard_size, unproved, offloaded.is_streamed(model))
     candidates = AUTO_FORMATS if format == "auto" else (format,)
     if base := get_quantization(model):

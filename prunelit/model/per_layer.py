@@ -58,6 +58,16 @@ class RemovedMLP(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+class RemovedNorm(nn.Identity):
+    """In place of a norm that went with its block; some families ask their norms for the dtype of the weight."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        weight = getattr(norm, "weight", None)
+        if weight is not None:
+            self.weight = weight.detach().new_empty(0)
+
+
 class _LayerConfig:
     """The model's config as one attention module sees it: live, but for that module's own head counts."""
 
@@ -144,7 +154,13 @@ def _remove_mixing_norms(layer: nn.Module, names: Any) -> None:
     """Remove the norms around attention and mixer once neither is there."""
     if is_absent(find(layer, names.attention)) and is_absent(find(layer, names.mixer)):
         for norm in (names.attention_norm, names.attention_post_norm):
-            replace_module(layer, norm, nn.Identity())
+            _remove_norm(layer, norm)
+
+
+def _remove_norm(layer: nn.Module, path: str | None) -> None:
+    norm = find(layer, path)
+    if isinstance(norm, nn.Module):
+        replace_module(layer, path, RemovedNorm(norm))
 
 
 def remove_mlp(layer: nn.Module, names: Any) -> None:
@@ -156,7 +172,7 @@ def remove_mlp(layer: nn.Module, names: Any) -> None:
         replace_module(layer, names.up, nn.Identity())
         replace_module(layer, names.down, RemovedMLP())
     for norm in (names.mlp_norm, names.mlp_post_norm):
-        replace_module(layer, norm, nn.Identity())
+        _remove_norm(layer, norm)
 
 
 def set_counters(layer: nn.Module, names: Any, config: Any, query_heads: int, kv_groups: int, channels: int) -> None:

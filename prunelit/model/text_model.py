@@ -24,6 +24,24 @@ def is_multimodal(model: Any) -> bool:
     return config is not None and get_decoder_config(config) is not config
 
 
+def list_picture_tokens(config: Any) -> list[int]:
+    """List the token ids that stand for pictures, videos or sound in a text, and those around them.
+
+    Args:
+        config: of a multimodal model; that of a causal LM has none.
+
+    Example:
+        >>> from transformers import LlavaConfig
+        >>> list_picture_tokens(LlavaConfig())
+        [32000]
+    """
+    if get_decoder_config(config) is config:
+        return []
+    text_tokens = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
+    names = [name for name in vars(config) if name.endswith(("_token_id", "_token_index")) and name not in text_tokens]
+    return sorted({value for name in names if isinstance(value := getattr(config, name), int)})
+
+
 def list_tower_parameters(model: Any) -> list[nn.Parameter]:
     """List the parameters of a multimodal model outside its decoder, embedding and output projection.
 
@@ -82,7 +100,7 @@ def extract_text_model(model: Any) -> Any:
         )
     config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
-        text_model: Any = AutoModelForCausalLM._model_mapping[type(config)](config)
+        text_model: Any = AutoModelForCausalLM.from_config(config)
     setattr(text_model, text_model.base_model_prefix, decoder)
     text_model.set_output_embeddings(head)
     text_model.config.name_or_path = text_model.name_or_path = str(model.config.name_or_path)

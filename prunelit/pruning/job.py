@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch
+from prunelit.calibration.batches import Batch, select_tower_inputs
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
@@ -216,7 +216,7 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
 
     Args:
         loader: yields batches; the first one without `input_ids` ends the search. None: there are none.
-        sequences: most rows over all batches; the last batch is cut.
+        sequences: most rows over all batches; the last batch is cut, unless it holds pictures.
 
     Example:
         >>> loader = [{"input_ids": torch.zeros(4, 8, dtype=torch.long)}] * 3
@@ -231,7 +231,11 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
         if room <= 0:
             break
         names = [name for name in ("input_ids", "attention_mask") if isinstance(batch.get(name), Tensor)]
-        batches.append({name: batch[name][:room].detach().cpu() for name in names})
+        if pictures := select_tower_inputs(batch):  # they cannot be told apart, so the batch is taken whole
+            taken = {name: batch[name] for name in names} | pictures
+        else:
+            taken = {name: batch[name][:room] for name in names}
+        batches.append({name: values.detach().cpu() for name, values in taken.items()})
     return batches
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from prunelit.calibration.batches import Batch, check_calibration_batches, count
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Cost, LayerScores
-from prunelit.data import text
+from prunelit.data import pictures, text
 from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
 from prunelit.model.decoder import Decoder, as_decoder
@@ -414,15 +415,36 @@ class PruningMethod(EventSource):
         return time_stage(name, self.seconds, self.emit)
 
     def make_batches(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
-        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`."""
+        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`.
+
+        With the processor of a multimodal model in place of a tokenizer, a source whose rows have pictures gives
+        batches of one row, see `prunelit.data.pictures`.
+        """
+        names = [sources] if isinstance(sources, str) else list(sources)
+        if pictures.is_processor(tokenizer):
+            if len(names) == 1 and pictures.has_pictures(names[0]):
+                return self._make_picture_batches(names[0], tokenizer)
+            tokenizer = tokenizer.tokenizer
         ids = text.draw_windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
         self._calibration_record = {
-            "source": [sources] if isinstance(sources, str) else list(sources),
+            "source": names,
             "windows": len(ids),
             "seqlen": self.seqlen,
             "fingerprint": fingerprints.fingerprint_token_ids(ids),
         }
         return split_into_batches(ids)
+
+    def _make_picture_batches(self, source: str, processor: Any) -> list[Batch]:
+        batches = pictures.make_picture_batches(source, processor, self.windows, self.seed)
+        self._calibration_record = {
+            "source": [source],
+            "windows": len(batches),
+            "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
+            "fingerprint": fingerprints.fingerprint_token_ids(
+                torch.cat([batch["input_ids"].flatten() for batch in batches])
+            ),
+        }
+        return batches
 
 
 def _check_ranks_agree(plan: PruningPlan) -> None:

@@ -137,7 +137,10 @@ def find_first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
     Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     pairs = zip(layers, decoder, strict=True)
-    changes = [layer_plan.widths != LayerPlan.dense(layer.shape).widths for layer_plan, layer in pairs]
+    changes = [
+        layer_plan.widths != LayerPlan.dense(layer.shape).widths or layer_plan.mixer != layer.has_mixer
+        for layer_plan, layer in pairs
+    ]
     return changes.index(True) if True in changes else len(changes)
 
 

@@ -121,7 +121,7 @@ def fingerprint_tokenizer(tokenizer: Any) -> str | None:
 
 
 def fingerprint_batches(batches: "Sequence[Mapping[str, Tensor]]") -> str:
-    """Hash the tokens and masks of batches.
+    """Hash the tokens, masks and pictures of batches.
 
     Example:
         >>> import torch
@@ -133,7 +133,7 @@ def fingerprint_batches(batches: "Sequence[Mapping[str, Tensor]]") -> str:
     sha256 = hashlib.sha256()
     for batch in batches:
         for name in sorted(batch):
-            values = batch[name].to("cpu", torch.int64)
+            values = batch[name].to("cpu", torch.float32 if batch[name].is_floating_point() else torch.int64)
             sha256.update(f"{name} {list(values.shape)}".encode() + values.numpy().tobytes())
     return sha256.hexdigest()[:16]
 

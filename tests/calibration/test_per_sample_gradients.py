@@ -109,7 +109,7 @@ def test_a_hole_in_the_mask_is_neither_context_nor_target():
 def test_sequences_without_a_target_are_left_out():
     ids = torch.full((3, 4), 5)
     mask = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0]])
-    assert [len(row) for row, _ in split_into_samples([{"input_ids": ids, "attention_mask": mask}])] == [2]
+    assert [len(sample.ids) for sample in split_into_samples([{"input_ids": ids, "attention_mask": mask}])] == [2]
     with pytest.raises(NoCalibration, match="two tokens"):
         split_into_samples([{"input_ids": ids[:1], "attention_mask": mask[:1]}])
     with pytest.raises(NoCalibration, match="two tokens"):

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch
+from prunelit.calibration.batches import Batch, select_rows
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.callbacks.best.denoise import estimate_signal
 from prunelit.model.decoder import Decoder
@@ -84,7 +84,7 @@ def distill_layers(
     if not epochs:
         return []
     rows = [
-        ({name: x[i : i + 1] for name, x in batch.items()}, target[i : i + 1])
+        (select_rows(batch, [i]), target[i : i + 1])
         for batch, target in zip(batches, targets, strict=True)
         for i in range(len(batch["input_ids"]))
     ]

@@ -57,7 +57,7 @@ def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores
         (torch.Size([2]), torch.Size([24]))
     """
     sums, samples = Sums(len(decoder.layers)), split_into_samples(batches)
-    tokens = sum(len(ids) if mask is None else int(mask.sum()) for ids, mask in samples)
+    tokens = sum(sample.count_tokens() for sample in samples)
     handles: list[RemovableHandle] = [
         decoder.layers[0].module.register_forward_pre_hook(_start_graph, with_kwargs=True)
     ]
@@ -71,8 +71,8 @@ def score_fisher(decoder: Decoder, batches: Sequence[Batch]) -> list[LayerScores
         for parameter, _ in requires_grad:
             parameter.requires_grad_(False)
         with torch.enable_grad(), use_eval_mode(decoder.model):
-            for ids, mask in track_progress(take_rank_share(samples), "sensitivity"):
-                loss = compute_sample_loss(decoder, ids, mask, reduction="sum")
+            for sample in track_progress(take_rank_share(samples), "sensitivity"):
+                loss = compute_sample_loss(decoder, sample, reduction="sum")
                 if not torch.isfinite(loss):
                     raise NonFinite(f"calibration: expected a finite loss, got {loss.item()}; check the model file")
                 loss.backward()  # type: ignore[no-untyped-call]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.core.architectures import get_decoder_config
+from prunelit.model.text_model import list_picture_tokens
 from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.progress import track_progress
@@ -95,7 +96,5 @@ def _list_special_tokens(vocabulary: int, config: Any, generation_config: Any) -
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             ids = getattr(each, name, None)
             special.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    if get_decoder_config(config) is not config:
-        names = (name for name in vars(config) if name.endswith(("_token_id", "_token_index")))
-        special.update(value for name in names if isinstance(value := getattr(config, name), int))
+    special.update(list_picture_tokens(config))
     return sorted(i for i in special if 0 <= i < vocabulary)

@@ -20,6 +20,7 @@ from prunelit.callbacks.block_pruner.journal import Journal, SetLoss
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.surgery import remove_blocks_temporarily
+from prunelit.model.text_model import list_picture_tokens
 from prunelit.planning.block_sets import Block, BlockSet
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration
@@ -67,7 +68,8 @@ class BlockEvaluator:
     def __init__(self, decoder: Decoder, batches: Sequence[Batch], journal: str | None = None, cache_gib: float = 2.0):
         self.decoder, self.batches = decoder, list(batches)
         self.partial_forward = PartialForward(decoder)
-        self._token_weights = [_weigh_predictions(batch) for batch in self.batches]
+        picture_tokens = list_picture_tokens(decoder.model.config)
+        self._token_weights = [_weigh_predictions(batch, picture_tokens) for batch in self.batches]
         self.sequence_count = sum(round(float(weights.sum())) for weights in self._token_weights)
         if not self.sequence_count:
             raise NoCalibration("calibration: expected sequences of at least two tokens, got none")
@@ -234,9 +236,13 @@ class BlockEvaluator:
         return float(total)
 
 
-def _weigh_predictions(batch: Batch) -> Tensor:
-    """Return 1 / (predicted tokens of the sequence) for predicted tokens, else 0; float64 [B, S - 1]."""
+def _weigh_predictions(batch: Batch, picture_tokens: Sequence[int]) -> Tensor:
+    """Return 1 / (predicted tokens of the sequence) for predicted tokens, else 0; float64 [B, S - 1].
+
+    Places of pictures are not predicted.
+    """
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     is_real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    predicted = (is_real[:, 1:] & is_real[:, :-1]).double().cpu()
+    is_predicted = is_real[:, 1:] & is_real[:, :-1] & ~torch.isin(ids[:, 1:], torch.tensor(picture_tokens).to(ids))
+    predicted = is_predicted.double().cpu()
     return predicted / predicted.sum(1, keepdim=True).clamp(min=1)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, count_real_tokens
+from prunelit.calibration.batches import Batch, count_real_tokens, select_rows
 from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, LayerShape
 from prunelit.core.scores import LayerScores
@@ -212,8 +212,7 @@ def _sample_windows(batches: Sequence[Batch], heads: int) -> Iterator[tuple[int,
         rows_at_once = max(1, _SCORES_AT_ONCE // (heads * length * length))
         for start in range(0, len(rows), rows_at_once):
             sampled_rows = rows[start : start + rows_at_once]
-            names = [name for name in ("input_ids", "attention_mask") if name in batch]
-            yield number, sampled_rows, {name: batch[name][sampled_rows] for name in names}
+            yield number, sampled_rows, select_rows(batch, sampled_rows)
 
 
 @contextmanager
