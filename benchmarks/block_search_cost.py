@@ -12,26 +12,28 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import yaml
 
+from prunelit.calibration.batches import Batch
 from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.search import search_blocks
+from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
 from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, RemovalGoal, can_remove_blocks, list_blocks
+from prunelit.planning.block_sets import Block, BlockChoice, RemovalGoal, can_remove_blocks, list_blocks
 from prunelit.pruning.registry import method_class
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
-SEARCHES = ("lazy", "greedy", "beam", "swap")
+SEARCHES = get_args(SearchMethod)
 
 
 def main() -> None:
@@ -70,7 +72,9 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search: str) -> dict[str, Any]:
+def measured(
+    options: argparse.Namespace, decoder: Decoder, batches: Sequence[Batch], search: SearchMethod | Literal["plain"]
+) -> JsonObject:
     """One search with an evaluator of its own: order, perplexity, work."""
     start = time.perf_counter()
     if search == "plain":
@@ -90,7 +94,7 @@ def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search
     }
 
 
-def plain(evaluator: BlockEvaluator, count: int, blocks: Any) -> tuple[list[Block], float]:
+def plain(evaluator: BlockEvaluator, count: int, blocks: BlockChoice) -> tuple[list[Block], float]:
     """The paper's search: attention blocks by layer, then FFNs; the lowest perplexity, the first of equals."""
     shape, order = evaluator.decoder.shape, list[Block]()
     nll = evaluator.evaluate_sets([frozenset()])[0].nll

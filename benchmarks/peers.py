@@ -31,9 +31,11 @@ from torch.utils.data import DataLoader
 
 from prunelit.calibration import metrics
 from prunelit.data import loading, text
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
+Network = Any
+"""A Llama. Torch knows the type of none of its parts."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -60,7 +62,7 @@ def main() -> None:
         for name, each in wanted["texts"].items()
     }
     path = options.out / "peers.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    result: JsonObject = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     result |= {
         "command": "python benchmarks/peers.py --peers PEERS --data FOLDER",
         "model": wanted["model"],
@@ -91,11 +93,11 @@ def perplexities(network: nn.Module, windows: dict[str, Tensor]) -> dict[str, fl
     return {name: metrics.perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
 
 
-def block_parameters(network: Any) -> int:
+def block_parameters(network: Network) -> int:
     return sum(parameter.numel() for parameter in network.model.layers.parameters())
 
 
-def optipfair(network: Any, ratio: float, calibration: Tensor | None) -> tuple[nn.Module, float]:
+def optipfair(network: Network, ratio: float, calibration: Tensor | None) -> tuple[nn.Module, float]:
     """FFN neurons only, so a larger share of them."""
     from optipfair import prune_model
 
@@ -109,7 +111,7 @@ def optipfair(network: Any, ratio: float, calibration: Tensor | None) -> tuple[n
     return cut, percentage
 
 
-def torch_pruning(network: Any, ratio: float, hidden: bool, text: Tensor | None = None) -> tuple[nn.Module, float]:
+def torch_pruning(network: Network, ratio: float, hidden: bool, text: Tensor | None = None) -> tuple[nn.Module, float]:
     """Bisection over its one ratio: the smallest that removes enough. With a text: by Taylor importance on it."""
     whole = block_parameters(network)
     slopes = None if text is None else gradients(network, text)
@@ -127,7 +129,7 @@ def torch_pruning(network: Any, ratio: float, hidden: bool, text: Tensor | None 
     return best
 
 
-def gradients(network: Any, text: Tensor) -> list[Tensor]:
+def gradients(network: Network, text: Tensor) -> list[Tensor]:
     """Of the mean loss over the calibration windows, for every parameter; computed once for all ratios."""
     if not GRADIENTS:
         for ids in text.split(4):
@@ -137,7 +139,7 @@ def gradients(network: Any, text: Tensor) -> list[Tensor]:
     return GRADIENTS
 
 
-def _torch_pruned(network: Any, ratio: float, hidden: bool, slopes: list[Tensor] | None) -> nn.Module:
+def _torch_pruned(network: Network, ratio: float, hidden: bool, slopes: list[Tensor] | None) -> nn.Module:
     import torch_pruning as tp
 
     if slopes is None:

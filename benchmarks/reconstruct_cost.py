@@ -13,11 +13,12 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
+from transformers import PreTrainedModel
 
+from prunelit.calibration.batches import Batch
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
@@ -69,7 +70,7 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
+def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, PruningPlan, list[Batch]]:
     method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
     batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
     model = loading.load(options.model, "float32")

@@ -97,7 +97,7 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
     dtype = models.DTYPES[options.dtype]
-    loading: dict[str, Any] = {"dtype": dtype}
+    loading: dict[str, object] = {"dtype": dtype}
     if options.base == "nf4":
         loading["device_map"] = "cpu"
         loading["quantization_config"] = BitsAndBytesConfig(
@@ -137,10 +137,10 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     starts: list[float] = []
 
     class Clock(Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
+        def on_train_batch_start(self, *_: object) -> None:
             starts.append(time.perf_counter())
 
-        def on_train_end(self, *_: Any) -> None:
+        def on_train_end(self, *_: object) -> None:
             starts.append(time.perf_counter())
 
     module = RecoveryModule(

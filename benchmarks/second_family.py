@@ -12,12 +12,12 @@ cells are kept in --out; the table goes to benchmarks/results/second_family.json
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from calibration_cost import QUICKSTART, ROOT
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from recovery_recipes import prunelit, shown
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -103,7 +103,7 @@ class Training(LightningModule):
     def __init__(self, vocab_size: int, steps: int):
         super().__init__()
         self.steps = steps
-        self.model: Any = GPTNeoXForCausalLM(
+        self.model = GPTNeoXForCausalLM(
             GPTNeoXConfig(
                 vocab_size=vocab_size,
                 hidden_size=256,
@@ -119,7 +119,7 @@ class Training(LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, self.steps, pct_start=0.05)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -9,7 +9,7 @@ Source: Liu et al., "LLM-QAT", arXiv 2305.17888 (a random first token, then samp
 Legend: B sequences of a batch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,9 @@ from prunelit.calibration.batches import Batch
 from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.progress import track_progress
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 _ROWS_PER_CHUNK = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
 
@@ -85,12 +88,12 @@ def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     return ids.cpu()
 
 
-def _list_special_tokens(*configs: Any) -> list[int]:
+def _list_special_tokens(config: "PreTrainedConfig", generation_config: "GenerationConfig") -> list[int]:
     """List the token ids of padding, start and end of text in a model's config and generation config."""
     # The end-of-turn token of a chat model is in its generation config only.
     special: set[int] = set()
-    for config in configs:
+    for settings in (config, generation_config):
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = getattr(config, name, None)
+            ids = getattr(settings, name, None)
             special.update(ids if isinstance(ids, list) else [ids] if isinstance(ids, int) else [])
-    return sorted(i for i in special if 0 <= i < configs[0].vocab_size)
+    return sorted(i for i in special if 0 <= i < config.vocab_size)
