@@ -41,7 +41,7 @@ ALLOWED = {
         "recovery",
         "evaluation",
     },
-    "compare": {"runtime", "model", "report", "calibration", "data", "pruning", "monitoring"},
+    "compare": {"runtime", "model", "report", "calibration", "data", "pruning"},
     "cli": {
         "runtime",
         "core",
@@ -69,7 +69,6 @@ ONLY: dict[str, set[str]] = {
     "runtime.atomic_files": set(),
     "runtime.text_files": set(),
     "runtime.versions": set(),
-    "runtime.format_numbers": set(),
     "runtime.parser_messages": set(),
     "runtime.progress": {"tqdm"},
     "core.architectures": set(),
@@ -83,6 +82,7 @@ ONLY: dict[str, set[str]] = {
     "model.per_layer": {"torch", "transformers"},
     "pruning.registry": set(),
     "report.plan_card": set(),
+    "report.format_numbers": set(),
     "cli.method_cards": set(),
     "monitoring.scrub": set(),
 }

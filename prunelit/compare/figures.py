@@ -18,7 +18,7 @@ from prunelit.report.figures.style import (
     encode_svg,
     format_log_axis,
 )
-from prunelit.runtime.format_numbers import exponentiate_nll
+from prunelit.report.format_numbers import exponentiate_nll
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

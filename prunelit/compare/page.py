@@ -7,9 +7,9 @@ import yaml
 from prunelit.compare import figures
 from prunelit.compare.report_content import ComparisonReport
 from prunelit.compare.tables import build_comparison_sections, find_best_rows
+from prunelit.report.format_numbers import format_percent
 from prunelit.report.page import html
 from prunelit.report.page.parts import Code, Fact, Page, PagePicture, Section
-from prunelit.runtime.format_numbers import format_percent
 
 _CONFIG = ("source", "rows", "ratios", "seeds", "calibration", "texts", "options", "latency")
 

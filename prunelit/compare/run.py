@@ -43,16 +43,16 @@ from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
-from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.pruning.callback import PruningCallback
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.progress import track_progress
 from prunelit.runtime.text_files import write_json, write_text
 from prunelit.runtime.versions import collect_versions
+from prunelit.runtime.wandb_settings import check_wandb_installed
 
 _log = logging.getLogger("prunelit")
 

@@ -7,9 +7,9 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prunelit.compare.report_content import CellEntry, CellResult, ComparisonReport, DenseResult
+from prunelit.report.format_numbers import exponentiate_nll, format_percent, format_perplexity
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Notes, Section, Table
-from prunelit.runtime.format_numbers import exponentiate_nll, format_percent, format_perplexity
 
 _MISSING = "\N{EN DASH}"
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from prunelit.compare.report_content import ComparisonReport
 from prunelit.compare.tables import compute_mean_log_ratio
-from prunelit.monitoring.loggers import WANDB_QUIET
+from prunelit.report.format_numbers import exponentiate_nll, format_percent
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.format_numbers import exponentiate_nll, format_percent
+from prunelit.runtime.wandb_settings import WANDB_QUIET
 
 if TYPE_CHECKING:
     from wandb.sdk.wandb_run import Run

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Completions, Notes, Part, Section, Table
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.text_files import JsonObject
 
 EvaluationReport = JsonObject

@@ -14,58 +14,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal, TypedDict
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from prunelit.monitoring import scrub
-from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_text
+from prunelit.runtime.wandb_settings import WANDB_QUIET
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-class QuietSettings(TypedDict):
-    """Settings of W&B that stop it from sending what the user did not ask it to send.
-
-    Example: see `prunelit.compare.wandb`, which uses it.
-    """
-
-    console: Literal["off"]
-    disable_code: bool
-    disable_git: bool
-    x_disable_meta: bool
-    x_save_requirements: bool
-    host: str
-
-
-WANDB_QUIET: QuietSettings = {
-    "console": "off",
-    "disable_code": True,
-    "disable_git": True,
-    "x_disable_meta": True,
-    "x_save_requirements": False,
-    "host": "-",
-}
-"""Settings that stop W&B from sending the command line, the host name, the installed packages and printed text."""
-
-
-def check_wandb_installed(option: str) -> None:
-    """Check that wandb is installed, before any work is done.
-
-    Args:
-        option: the option that needs wandb, for the message.
-
-    Raises:
-        BadOption: it is not installed.
-
-    Example: see `prunelit.cli.dashboard.create_dashboard`.
-    """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise BadOption(f"{option}: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
 
 
 def set_quiet_wandb_defaults() -> None:

@@ -14,12 +14,12 @@ from pathlib import Path
 from prunelit.core.plan import PruningPlan
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.figures import PICTURES, draw_picture
+from prunelit.report.format_numbers import format_count, format_duration, format_percent, format_perplexity
 from prunelit.report.page import html
 from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.plan_card import list_layer_rows
 from prunelit.report.record import STATES, Record, Stage
-from prunelit.runtime.format_numbers import format_count, format_duration, format_percent, format_perplexity
 from prunelit.runtime.text_files import JsonObject, write_text
 
 _ROWS = {

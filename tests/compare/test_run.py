@@ -31,9 +31,9 @@ from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import methods
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.fingerprints import fingerprint_model as fingerprint
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer
 

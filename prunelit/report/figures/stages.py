@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import KEPT, clear_background, create_figure
+from prunelit.report.format_numbers import format_duration
 from prunelit.report.record import Record, Stage
-from prunelit.runtime.format_numbers import format_duration
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

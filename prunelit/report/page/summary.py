@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable
 from statistics import median
 
 from prunelit.core.plan_json import format_index_ranges
+from prunelit.report.format_numbers import format_duration, format_perplexity
 from prunelit.report.record import Record, Stage
-from prunelit.runtime.format_numbers import format_duration, format_perplexity
 
 
 def summarize_picture(name: str, record: Record) -> str:
