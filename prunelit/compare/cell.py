@@ -13,7 +13,7 @@ import re
 import statistics
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +32,8 @@ from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device, use_eval_mode
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime import fingerprints, timing
-from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.runtime.atomic_files import explain_refusal
+from prunelit.runtime.errors import NonFinite, PrunelitError
 from prunelit.runtime.fingerprints import compute_digest, fingerprint_model
 from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
@@ -146,7 +147,8 @@ class CellRunner:
         try:
             if "journal" in cell.row.accepts and "journal" not in cell.row.options:
                 journal = self._build_journal_path(cell, key)
-                _save_or_raise(lambda path: path.parent.mkdir(exist_ok=True), journal)
+                with explain_refusal(journal):
+                    journal.parent.mkdir(exist_ok=True)
                 method = cell.row.build_method(cell.ratio, cell.seed, self.calibration, journal=str(journal))
             method.cache = None if self.again else ResultCache(self.folder / "kept")
             result = self._prune_and_measure(cell, method, key)
@@ -293,13 +295,6 @@ def _read_cell(path: Path, key: Mapping[str, object]) -> Any:
 
 def _write_cell(path: Path, content: Mapping[str, object]) -> None:
     write_json(path, content)
-
-
-def _save_or_raise(save: Callable[[Path], object], path: Path) -> None:
-    try:
-        save(path)
-    except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {error.strerror or error}") from error
 
 
 def _synchronize_device(device: torch.device) -> None:
