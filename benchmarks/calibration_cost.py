@@ -22,10 +22,9 @@ import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
+from prunelit import PruningCallback, load, load_tokenizer
 from prunelit.calibration.batches import Batch
-from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
-from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
@@ -78,8 +77,8 @@ def new(options: argparse.Namespace) -> PruningCallback:
 
 def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, PruningCallback, list[Batch]]:
     method = new(options)
-    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
-    return loading.load(options.model, "float32"), method, batches
+    batches = method.make_batches(BUILTIN_TEXT, load_tokenizer(options.model))
+    return load(options.model, "float32"), method, batches
 
 
 @torch.no_grad()

@@ -29,8 +29,8 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prunelit.calibration import metrics
-from prunelit.data import loading, text
+from prunelit import load, load_tokenizer, perplexity
+from prunelit.data import text
 from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
@@ -50,22 +50,22 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.append(options.peers)
 
-    wanted = yaml.safe_load(options.config.read_text())
-    tokenizer = loading.load_tokenizer(wanted["model"])
-    dense = loading.load(wanted["model"], "float32")
-    given = wanted["calibration"]
+    config = yaml.safe_load(options.config.read_text())
+    tokenizer = load_tokenizer(config["model"])
+    dense = load(config["model"], "float32")
+    given = config["calibration"]
     calibration = text.draw_windows(
         [str(options.data / name) for name in given["text"]], tokenizer, given["seqlen"], given["windows"], seed=0
     )
     windows = {
         name: text.draw_windows(str(options.data / each["text"]), tokenizer, each["seqlen"], each["windows"])
-        for name, each in wanted["texts"].items()
+        for name, each in config["texts"].items()
     }
     path = options.out / "peers.json"
     result: JsonObject = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     result |= {
         "command": "python benchmarks/peers.py --peers PEERS --data FOLDER",
-        "model": wanted["model"],
+        "model": config["model"],
         "calibration": {"windows": len(calibration), "seqlen": given["seqlen"], "seed": 0},
         "versions": collect_versions() | {name: metadata.version(name) for name in ("torch-pruning", "optipfair")},
     }
@@ -80,17 +80,20 @@ def main() -> None:
             start = time.perf_counter()
             network, knob = PEERS[peer](network, ratio, calibration)
             seconds = time.perf_counter() - start
-            left = 1 - block_parameters(network) / block_parameters(dense)
-            found = perplexities(network, windows)
-            row = {"peer": peer, "ratio": ratio, "knob": knob, "removed": left, "seconds": seconds, "perplexity": found}
-            row["mean_log_ratio"] = sum(math.log(found[t] / result["dense"][t]) for t in found) / len(found)
+            removed_share = 1 - block_parameters(network) / block_parameters(dense)
+            perplexity_by_text = perplexities(network, windows)
+            log_ratios = [math.log(value / result["dense"][name]) for name, value in perplexity_by_text.items()]
+            row = {
+                **{"peer": peer, "ratio": ratio, "knob": knob, "removed": removed_share, "seconds": seconds},
+                **{"perplexity": perplexity_by_text, "mean_log_ratio": sum(log_ratios) / len(log_ratios)},
+            }
             result["rows"].append(row)
             write_json(path, result)
             print(json.dumps(row), flush=True)
 
 
 def perplexities(network: nn.Module, windows: dict[str, Tensor]) -> dict[str, float]:
-    return {name: metrics.perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
+    return {name: perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
 
 
 def block_parameters(network: Network) -> int:

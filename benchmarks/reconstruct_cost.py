@@ -18,13 +18,9 @@ import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
 from transformers import PreTrainedModel
 
+from prunelit import Decoder, Magnitude, PruningContext, PruningPlan, load, load_tokenizer
 from prunelit.calibration.batches import Batch
-from prunelit.core.plan import PruningPlan
-from prunelit.data import loading
 from prunelit.data.text import BUILTIN_TEXT
-from prunelit.model.decoder import Decoder
-from prunelit.pruning.context import PruningContext
-from prunelit.pruning.registry import method_class
 from prunelit.repair import reconstruct
 from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
@@ -71,9 +67,9 @@ def main() -> None:
 
 
 def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, PruningPlan, list[Batch]]:
-    method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
-    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
-    model = loading.load(options.model, "float32")
+    method = Magnitude(options.ratio, windows=options.windows, seqlen=options.seqlen)
+    batches = method.make_batches(BUILTIN_TEXT, load_tokenizer(options.model))
+    model = load(options.model, "float32")
     return model, method.plan(PruningContext(Decoder(model), ())), batches
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit.calibration import metrics
-from prunelit.data import loading, text
+from prunelit import load, load_tokenizer, perplexity
+from prunelit.data import text
 from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
@@ -77,9 +77,9 @@ def main() -> None:
         done = folder.with_name(f"{folder.name}.json")
         if name in options.only and not done.is_file():
             run(name, options, data, plan, folder)
-            found = perplexities(str(folder / "model"), data)
+            recovered = perplexities(str(folder / "model"), data)
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            row = {"perplexity": found, "mean_log_ratio": mean_log_ratio(found, dense)}
+            row = {"perplexity": recovered, "mean_log_ratio": mean_log_ratio(recovered, dense)}
             write_json(done, row | {"train_seconds": report["seconds"]["train"], "memory": report["memory"]})
         if done.is_file():
             rows[name] = json.loads(done.read_text(encoding="utf-8"))
@@ -137,16 +137,16 @@ def prunelit(*arguments: str) -> None:
 
 def perplexities(source: str, data: Path) -> dict[str, float]:
     """In float32, whatever it was trained in."""
-    model, tokenizer = loading.load(source, "float32"), loading.load_tokenizer(source)
-    found = {}
+    model, tokenizer = load(source, "float32"), load_tokenizer(source)
+    perplexity_by_text = {}
     for name, file in TEXTS.items():
         ids = text.draw_windows([str(data / file)], tokenizer, 1024, WINDOWS[name])
-        found[name] = metrics.perplexity(model, ids, 2, name)["perplexity"]
-    return found
+        perplexity_by_text[name] = perplexity(model, ids, 2, name)["perplexity"]
+    return perplexity_by_text
 
 
-def mean_log_ratio(found: dict[str, float], dense: dict[str, float]) -> float:
-    return sum(math.log(found[name] / dense[name]) for name in dense) / len(dense)
+def mean_log_ratio(measured: dict[str, float], dense: dict[str, float]) -> float:
+    return sum(math.log(measured[name] / dense[name]) for name in dense) / len(dense)
 
 
 def kept(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:

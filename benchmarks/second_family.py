@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from prunelit.data import loading, text
+from prunelit import load_tokenizer
+from prunelit.data import text
 from prunelit.runtime.text_files import write_json
 
 TRAIN = ["wikitext2/tok_train.parquet", "ptb/train.parquet", "books/novels.parquet"]
@@ -52,8 +53,8 @@ def main() -> None:
     (options.out / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     where = options.out / "compare"
     prunelit("compare", "--config", str(options.out / "compare.yaml"), "--data", str(options.data), "--out", str(where))
-    found = json.loads((where / "compare.json").read_text())
-    result = found | {
+    comparison = json.loads((where / "compare.json").read_text())
+    result = comparison | {
         "command": " ".join(["python benchmarks/second_family.py --data FOLDER", *shown()]),
         "model": "GPT-NeoX trained here",
         "source": None,  # a folder of this machine
@@ -67,7 +68,7 @@ def train(data: Path, steps: int, folder: Path) -> None:
     words = [text.read_source_text(str(data / name)) for name in TRAIN]
     rows = text.read_dataset(str(data / INSTRUCTIONS))
     words.append("\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows))
-    tokenizer = loading.load_tokenizer(QUICKSTART).train_new_from_iterator(
+    tokenizer = load_tokenizer(QUICKSTART).train_new_from_iterator(
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096
     )
     windows = torch.cat(
