@@ -236,6 +236,7 @@ def test_a_new_package_needs_an_entry() -> None:
         "import prunelit.core.plan, prunelit.planning.serving, prunelit.core.architectures, prunelit.runtime.progress",
         "import prunelit.pruning.registry, prunelit.cli.method_cards, prunelit.report.plan_card",
         "import prunelit; prunelit.PruningPlan; prunelit.Architecture",
+        "import prunelit.__main__, prunelit.cli.main",
     ],
 )
 def test_import_loads_no_torch(statement: str) -> None:

@@ -19,7 +19,7 @@ _MODULES = {"validate": "prunelit.cli.fit"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:
-    """Run a command of `prunelit.__main__.COMMANDS`.
+    """Run a command of `prunelit.cli.main.COMMANDS`.
 
     Args:
         command: its name.

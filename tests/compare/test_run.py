@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 
-from prunelit.__main__ import main
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
+from prunelit.cli.main import main
 from prunelit.compare import cell, figures, tables
 from prunelit.compare.cell import measure_prefill_seconds
 from prunelit.compare.config import parse_method_rows
