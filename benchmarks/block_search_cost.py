@@ -12,26 +12,26 @@ import json
 import platform
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
 import torch
 import yaml
 
+from prunelit import BlockPruner, Decoder, load, load_tokenizer
+from prunelit.calibration.batches import Batch
 from prunelit.calibration.metrics import convert_nll_to_perplexity
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
-from prunelit.callbacks.block_pruner.search import search_blocks
-from prunelit.data import loading
+from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
 from prunelit.data.text import BUILTIN_TEXT
-from prunelit.model.decoder import Decoder
-from prunelit.planning.block_sets import Block, RemovalGoal, can_remove_blocks, list_blocks
-from prunelit.pruning.registry import method_class
-from prunelit.runtime.text_files import write_json
+from prunelit.planning.block_sets import Block, BlockChoice, RemovalGoal, can_remove_blocks, list_blocks
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
-SEARCHES = ("lazy", "greedy", "beam", "swap")
+SEARCHES = get_args(SearchMethod)
 
 
 def main() -> None:
@@ -46,9 +46,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
-    method = method_class("block_pruner")(count=options.count, windows=options.windows, seqlen=options.seqlen)
-    batches = method.make_batches(options.text, loading.load_tokenizer(options.model))
-    decoder = Decoder(loading.load(options.model, "float32").to(options.device))
+    method = BlockPruner(count=options.count, windows=options.windows, seqlen=options.seqlen)
+    batches = method.make_batches(options.text, load_tokenizer(options.model))
+    decoder = Decoder(load(options.model, "float32").to(options.device))
     full, *others = [
         measured(options, decoder, batches, search) for search in ("plain", *dict.fromkeys(options.search))
     ]
@@ -70,7 +70,9 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search: str) -> dict[str, Any]:
+def measured(
+    options: argparse.Namespace, decoder: Decoder, batches: Sequence[Batch], search: SearchMethod | Literal["plain"]
+) -> JsonObject:
     """One search with an evaluator of its own: order, perplexity, work."""
     start = time.perf_counter()
     if search == "plain":
@@ -78,8 +80,8 @@ def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search
         order, nll = plain(evaluator, options.count, options.blocks)
     else:
         evaluator = BlockEvaluator(decoder, batches)
-        found = search_blocks(evaluator, RemovalGoal(count=options.count), options.blocks, search)
-        order, nll = found.removed, found.nll[-1]
+        result = search_blocks(evaluator, RemovalGoal(count=options.count), options.blocks, search)
+        order, nll = result.removed, result.nll[-1]
     return {
         "search": search,
         "order": [str(block) for block in order],
@@ -90,7 +92,7 @@ def measured(options: argparse.Namespace, decoder: Decoder, batches: Any, search
     }
 
 
-def plain(evaluator: BlockEvaluator, count: int, blocks: Any) -> tuple[list[Block], float]:
+def plain(evaluator: BlockEvaluator, count: int, blocks: BlockChoice) -> tuple[list[Block], float]:
     """The paper's search: attention blocks by layer, then FFNs; the lowest perplexity, the first of equals."""
     shape, order = evaluator.decoder.shape, list[Block]()
     nll = evaluator.evaluate_sets([frozenset()])[0].nll

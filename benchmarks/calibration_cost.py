@@ -14,13 +14,16 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
+from torch import nn
+from transformers import PreTrainedModel
 
-from prunelit.data import loading
+from prunelit import PruningCallback, load, load_tokenizer
+from prunelit.calibration.batches import Batch
 from prunelit.data.text import BUILTIN_TEXT
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.environment import get_peak_memory_mib
@@ -68,23 +71,23 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def new(options: argparse.Namespace) -> Any:
+def new(options: argparse.Namespace) -> PruningCallback:
     return method_class(options.method)(0.2, windows=options.windows, seqlen=options.seqlen)
 
 
-def prepare(options: argparse.Namespace) -> tuple[Any, Any, Any]:
+def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, PruningCallback, list[Batch]]:
     method = new(options)
-    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
-    return loading.load(options.model, "float32"), method, batches
+    batches = method.make_batches(BUILTIN_TEXT, load_tokenizer(options.model))
+    return load(options.model, "float32"), method, batches
 
 
 @torch.no_grad()
-def plain(model: Any, batches: Any) -> None:
+def plain(model: nn.Module, batches: Sequence[Batch]) -> None:
     for batch in batches:
         model(**batch, use_cache=False)
 
 
-def timed(work: Any) -> float:
+def timed(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -29,11 +29,13 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from prunelit.calibration import metrics
-from prunelit.data import loading, text
-from prunelit.runtime.text_files import write_json
+from prunelit import load, load_tokenizer, perplexity
+from prunelit.data import text
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
+Network = Any
+"""A Llama. Torch knows the type of none of its parts."""
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,22 +50,22 @@ def main() -> None:
     options = parser.parse_args()
     sys.path.append(options.peers)
 
-    wanted = yaml.safe_load(options.config.read_text())
-    tokenizer = loading.load_tokenizer(wanted["model"])
-    dense = loading.load(wanted["model"], "float32")
-    given = wanted["calibration"]
+    config = yaml.safe_load(options.config.read_text())
+    tokenizer = load_tokenizer(config["model"])
+    dense = load(config["model"], "float32")
+    given = config["calibration"]
     calibration = text.draw_windows(
         [str(options.data / name) for name in given["text"]], tokenizer, given["seqlen"], given["windows"], seed=0
     )
     windows = {
         name: text.draw_windows(str(options.data / each["text"]), tokenizer, each["seqlen"], each["windows"])
-        for name, each in wanted["texts"].items()
+        for name, each in config["texts"].items()
     }
     path = options.out / "peers.json"
-    result: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {"rows": []}
+    result: JsonObject = json.loads(path.read_text()) if path.is_file() else {"rows": []}
     result |= {
         "command": "python benchmarks/peers.py --peers PEERS --data FOLDER",
-        "model": wanted["model"],
+        "model": config["model"],
         "calibration": {"windows": len(calibration), "seqlen": given["seqlen"], "seed": 0},
         "versions": collect_versions() | {name: metadata.version(name) for name in ("torch-pruning", "optipfair")},
     }
@@ -78,24 +80,27 @@ def main() -> None:
             start = time.perf_counter()
             network, knob = PEERS[peer](network, ratio, calibration)
             seconds = time.perf_counter() - start
-            left = 1 - block_parameters(network) / block_parameters(dense)
-            found = perplexities(network, windows)
-            row = {"peer": peer, "ratio": ratio, "knob": knob, "removed": left, "seconds": seconds, "perplexity": found}
-            row["mean_log_ratio"] = sum(math.log(found[t] / result["dense"][t]) for t in found) / len(found)
+            removed_share = 1 - block_parameters(network) / block_parameters(dense)
+            perplexity_by_text = perplexities(network, windows)
+            log_ratios = [math.log(value / result["dense"][name]) for name, value in perplexity_by_text.items()]
+            row = {
+                **{"peer": peer, "ratio": ratio, "knob": knob, "removed": removed_share, "seconds": seconds},
+                **{"perplexity": perplexity_by_text, "mean_log_ratio": sum(log_ratios) / len(log_ratios)},
+            }
             result["rows"].append(row)
             write_json(path, result)
             print(json.dumps(row), flush=True)
 
 
 def perplexities(network: nn.Module, windows: dict[str, Tensor]) -> dict[str, float]:
-    return {name: metrics.perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
+    return {name: perplexity(network, ids, 4, name)["perplexity"] for name, ids in windows.items()}
 
 
-def block_parameters(network: Any) -> int:
+def block_parameters(network: Network) -> int:
     return sum(parameter.numel() for parameter in network.model.layers.parameters())
 
 
-def optipfair(network: Any, ratio: float, calibration: Tensor | None) -> tuple[nn.Module, float]:
+def optipfair(network: Network, ratio: float, calibration: Tensor | None) -> tuple[nn.Module, float]:
     """FFN neurons only, so a larger share of them."""
     from optipfair import prune_model
 
@@ -109,7 +114,7 @@ def optipfair(network: Any, ratio: float, calibration: Tensor | None) -> tuple[n
     return cut, percentage
 
 
-def torch_pruning(network: Any, ratio: float, hidden: bool, text: Tensor | None = None) -> tuple[nn.Module, float]:
+def torch_pruning(network: Network, ratio: float, hidden: bool, text: Tensor | None = None) -> tuple[nn.Module, float]:
     """Bisection over its one ratio: the smallest that removes enough. With a text: by Taylor importance on it."""
     whole = block_parameters(network)
     slopes = None if text is None else gradients(network, text)
@@ -127,7 +132,7 @@ def torch_pruning(network: Any, ratio: float, hidden: bool, text: Tensor | None 
     return best
 
 
-def gradients(network: Any, text: Tensor) -> list[Tensor]:
+def gradients(network: Network, text: Tensor) -> list[Tensor]:
     """Of the mean loss over the calibration windows, for every parameter; computed once for all ratios."""
     if not GRADIENTS:
         for ids in text.split(4):
@@ -137,7 +142,7 @@ def gradients(network: Any, text: Tensor) -> list[Tensor]:
     return GRADIENTS
 
 
-def _torch_pruned(network: Any, ratio: float, hidden: bool, slopes: list[Tensor] | None) -> nn.Module:
+def _torch_pruned(network: Network, ratio: float, hidden: bool, slopes: list[Tensor] | None) -> nn.Module:
     import torch_pruning as tp
 
     if slopes is None:

@@ -13,17 +13,14 @@ import json
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from calibration_cost import QUICKSTART, ROOT, child, plain, timed
+from transformers import PreTrainedModel
 
-from prunelit.core.plan import PruningPlan
-from prunelit.data import loading
+from prunelit import Decoder, Magnitude, PruningContext, PruningPlan, load, load_tokenizer
+from prunelit.calibration.batches import Batch
 from prunelit.data.text import BUILTIN_TEXT
-from prunelit.model.decoder import Decoder
-from prunelit.pruning.context import PruningContext
-from prunelit.pruning.registry import method_class
 from prunelit.repair import reconstruct
 from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
@@ -69,10 +66,10 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def prepare(options: argparse.Namespace) -> tuple[Any, PruningPlan, Any]:
-    method = method_class("magnitude")(options.ratio, windows=options.windows, seqlen=options.seqlen)
-    batches = method.make_batches(BUILTIN_TEXT, loading.load_tokenizer(options.model))
-    model = loading.load(options.model, "float32")
+def prepare(options: argparse.Namespace) -> tuple[PreTrainedModel, PruningPlan, list[Batch]]:
+    method = Magnitude(options.ratio, windows=options.windows, seqlen=options.seqlen)
+    batches = method.make_batches(BUILTIN_TEXT, load_tokenizer(options.model))
+    model = load(options.model, "float32")
     return model, method.plan(PruningContext(Decoder(model), ())), batches
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit.data import loading as models
+from prunelit import TextDataModule
 from prunelit.data import sources
-from prunelit.recovery.datamodule import TextDataModule
+from prunelit.data.loading import DTYPES
 from prunelit.runtime.environment import get_peak_memory_mib
 from prunelit.runtime.text_files import write_json
 from prunelit.runtime.versions import collect_versions
@@ -49,21 +49,22 @@ def main() -> None:
     if options.only:
         print(json.dumps(plain(options) if options.only == "plain" else ours(options)))
         return
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    runs_by_side: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(options.rounds):
         for side in SIDES:
-            found[side].append(child(side))
+            runs_by_side[side].append(child(side))
     tokens = options.batch * options.seqlen
-    rounds = list(zip(found["plain"], found["prunelit"], strict=True))
+    rounds = list(zip(runs_by_side["plain"], runs_by_side["prunelit"], strict=True))
     result = {
         "command": "python " + " ".join([f"benchmarks/{Path(__file__).name}", *sys.argv[1:]]),
         "tokens_per_second": {
-            side: round(tokens / statistics.median(run["step"] for run in runs), 1) for side, runs in found.items()
+            side: round(tokens / statistics.median(run["step"] for run in runs), 1)
+            for side, runs in runs_by_side.items()
         },
-        "speed_ratio": spread([theirs["step"] / mine["step"] for theirs, mine in rounds]),
-        "peak_memory_mib": {side: min(run["memory"] for run in runs) for side, runs in found.items()},
-        "memory_ratio": spread([theirs["memory"] / mine["memory"] for theirs, mine in rounds]),
-        "last_loss": {side: runs[-1]["loss"] for side, runs in found.items()},
+        "speed_ratio": spread([plain_run["step"] / own_run["step"] for plain_run, own_run in rounds]),
+        "peak_memory_mib": {side: min(run["memory"] for run in runs) for side, runs in runs_by_side.items()},
+        "memory_ratio": spread([plain_run["memory"] / own_run["memory"] for plain_run, own_run in rounds]),
+        "last_loss": {side: runs[-1]["loss"] for side, runs in runs_by_side.items()},
         "machine": {"processor": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "versions": collect_versions(),
     }
@@ -96,8 +97,8 @@ def plain(options: argparse.Namespace) -> dict[str, float]:
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, get_cosine_schedule_with_warmup
 
-    dtype = models.DTYPES[options.dtype]
-    loading: dict[str, Any] = {"dtype": dtype}
+    dtype = DTYPES[options.dtype]
+    loading: dict[str, object] = {"dtype": dtype}
     if options.base == "nf4":
         loading["device_map"] = "cpu"
         loading["quantization_config"] = BitsAndBytesConfig(
@@ -132,15 +133,15 @@ def ours(options: argparse.Namespace) -> dict[str, float]:
     """The same through RecoveryModule and a Trainer."""
     from lightning.pytorch import Callback, Trainer
 
-    from prunelit.recovery.module import RecoveryModule
+    from prunelit import RecoveryModule
 
     starts: list[float] = []
 
     class Clock(Callback):
-        def on_train_batch_start(self, *_: Any) -> None:
+        def on_train_batch_start(self, *_: object) -> None:
             starts.append(time.perf_counter())
 
-        def on_train_end(self, *_: Any) -> None:
+        def on_train_end(self, *_: object) -> None:
             starts.append(time.perf_counter())
 
     module = RecoveryModule(

@@ -15,21 +15,21 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from calibration_cost import QUICKSTART, ROOT
 
-from prunelit.calibration import metrics
-from prunelit.data import loading, text
-from prunelit.runtime.text_files import write_json
+from prunelit import load, load_tokenizer, perplexity
+from prunelit.data import text
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 CUT = ["--method", "flap", "--ratio", "0.3", "--scope", "global", "--align", "32", "--windows", "64", "--seqlen", "512"]
 TRAIN = ["wikitext2/raw_train_1mb.parquet", "books/novels.parquet"]
 TEXTS = {"wikitext2": "wikitext2/raw_test.parquet", "ptb": "ptb/valid.parquet", "c4": "c4/c4_en_150.jsonl.gz"}
 WINDOWS = {"wikitext2": 16, "ptb": 8, "c4": 8}
-RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
+RECIPES: dict[str, tuple[str, dict[str, float | str]]] = {
     "LoRA r 8, cross-entropy, 1e-4 (LLM-Pruner's)": ("lora", {"learning_rate": 1e-4}),
     "LoRA r 8, cross-entropy, 5e-4": ("lora", {"learning_rate": 5e-4}),
     "LoRA r 8, distillation, 5e-4": ("distill", {"lora_rank": 8, "lora_alpha": 16, "learning_rate": 5e-4}),
@@ -71,15 +71,15 @@ def main() -> None:
         prunelit(*command, *CUT, "--repair", "none", "--overwrite", "true")
     dense = kept(out / "dense.json", lambda: perplexities(options.model, data))
     cut = kept(out / "cut.json", lambda: perplexities(str(plan.parent), data))
-    rows = {"the cut model": {"perplexity": cut, "mean_log_ratio": mean_log_ratio(cut, dense)}}
+    rows: dict[str, JsonObject] = {"the cut model": {"perplexity": cut, "mean_log_ratio": mean_log_ratio(cut, dense)}}
     for name in RECIPES:
         folder = out / f"{options.steps}x{options.batch}x{options.seqlen} {options.precision} {name}"
         done = folder.with_name(f"{folder.name}.json")
         if name in options.only and not done.is_file():
             run(name, options, data, plan, folder)
-            found = perplexities(str(folder / "model"), data)
+            recovered = perplexities(str(folder / "model"), data)
             report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-            row = {"perplexity": found, "mean_log_ratio": mean_log_ratio(found, dense)}
+            row = {"perplexity": recovered, "mean_log_ratio": mean_log_ratio(recovered, dense)}
             write_json(done, row | {"train_seconds": report["seconds"]["train"], "memory": report["memory"]})
         if done.is_file():
             rows[name] = json.loads(done.read_text(encoding="utf-8"))
@@ -137,19 +137,19 @@ def prunelit(*arguments: str) -> None:
 
 def perplexities(source: str, data: Path) -> dict[str, float]:
     """In float32, whatever it was trained in."""
-    model, tokenizer = loading.load(source, "float32"), loading.load_tokenizer(source)
-    found = {}
+    model, tokenizer = load(source, "float32"), load_tokenizer(source)
+    perplexity_by_text = {}
     for name, file in TEXTS.items():
         ids = text.draw_windows([str(data / file)], tokenizer, 1024, WINDOWS[name])
-        found[name] = metrics.perplexity(model, ids, 2, name)["perplexity"]
-    return found
+        perplexity_by_text[name] = perplexity(model, ids, 2, name)["perplexity"]
+    return perplexity_by_text
 
 
-def mean_log_ratio(found: dict[str, float], dense: dict[str, float]) -> float:
-    return sum(math.log(found[name] / dense[name]) for name in dense) / len(dense)
+def mean_log_ratio(measured: dict[str, float], dense: dict[str, float]) -> float:
+    return sum(math.log(measured[name] / dense[name]) for name in dense) / len(dense)
 
 
-def kept(path: Path, compute: Any) -> dict[str, float]:
+def kept(path: Path, compute: Callable[[], dict[str, float]]) -> dict[str, float]:
     if not path.is_file():
         write_json(path, compute())
     return dict(json.loads(path.read_text(encoding="utf-8")))

@@ -12,18 +12,19 @@ cells are kept in --out; the table goes to benchmarks/results/second_family.json
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from calibration_cost import QUICKSTART, ROOT
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from recovery_recipes import prunelit, shown
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from prunelit.data import loading, text
+from prunelit import load_tokenizer
+from prunelit.data import text
 from prunelit.runtime.text_files import write_json
 
 TRAIN = ["wikitext2/tok_train.parquet", "ptb/train.parquet", "books/novels.parquet"]
@@ -52,8 +53,8 @@ def main() -> None:
     (options.out / "compare.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     where = options.out / "compare"
     prunelit("compare", "--config", str(options.out / "compare.yaml"), "--data", str(options.data), "--out", str(where))
-    found = json.loads((where / "compare.json").read_text())
-    result = found | {
+    comparison = json.loads((where / "compare.json").read_text())
+    result = comparison | {
         "command": " ".join(["python benchmarks/second_family.py --data FOLDER", *shown()]),
         "model": "GPT-NeoX trained here",
         "source": None,  # a folder of this machine
@@ -67,7 +68,7 @@ def train(data: Path, steps: int, folder: Path) -> None:
     words = [text.read_source_text(str(data / name)) for name in TRAIN]
     rows = text.read_dataset(str(data / INSTRUCTIONS))
     words.append("\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows))
-    tokenizer = loading.load_tokenizer(QUICKSTART).train_new_from_iterator(
+    tokenizer = load_tokenizer(QUICKSTART).train_new_from_iterator(
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096
     )
     windows = torch.cat(
@@ -103,7 +104,7 @@ class Training(LightningModule):
     def __init__(self, vocab_size: int, steps: int):
         super().__init__()
         self.steps = steps
-        self.model: Any = GPTNeoXForCausalLM(
+        self.model = GPTNeoXForCausalLM(
             GPTNeoXConfig(
                 vocab_size=vocab_size,
                 hidden_size=256,
@@ -119,7 +120,7 @@ class Training(LightningModule):
         self.log("loss", loss, prog_bar=True)
         return loss
 
-    def configure_optimizers(self) -> Any:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, self.steps, pct_start=0.05)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 
-from prunelit.__main__ import main
+from prunelit.cli.main import main
 from prunelit.core.plan import ModelShape, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.model.decoder import Decoder

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from prunelit.__main__ import main
+from prunelit.cli.main import main
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder
 from tests.tiny import tiny, tiny_tokenizer

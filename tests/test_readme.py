@@ -14,8 +14,8 @@ import pytest
 from lightning.pytorch import Trainer
 
 import prunelit
-from prunelit.__main__ import main
 from prunelit.calibration.batches import split_into_batches
+from prunelit.cli.main import main
 from prunelit.data.text import draw_windows
 from tests.tiny import tiny, tiny_tokenizer
 

@@ -12,7 +12,7 @@ Legend: T tokens, H hidden, C = Q * D attention-output channels, F FFN channels.
 
 import copy
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from prunelit.model.decoder import Layer, get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _OBSERVED_POINTS: tuple[ActivationPoint, ...] = (
     "heads",
@@ -87,7 +90,7 @@ class LLMBIP(PruningCallback):
 class _Bound:
     """The bound of one layer: statistics to sum over tokens, and the scores that follow from their means."""
 
-    def __init__(self, layer: Layer, config: Any, propagate_ffn: bool):
+    def __init__(self, layer: Layer, config: "PreTrainedConfig", propagate_ffn: bool):
         self.layer, self.architecture = layer, layer.architecture
         self.attention_scale = layer.get_residual_scale(config, "attention") if layer.has_attention else 1.0
         self.mlp_scale = layer.get_residual_scale(config, "mlp") if layer.has_mlp else 1.0

@@ -55,7 +55,7 @@ def check_config_files(arguments: list[str]) -> None:
         read_config_file(path)
 
 
-def read_config_file(path: str) -> Mapping[str, Any]:
+def read_config_file(path: str) -> Mapping[str, object]:
     """Read the options of a config file.
 
     Args:
@@ -125,7 +125,7 @@ def find_misspelling(arguments: list[str], known: Collection[str]) -> str | None
 
 
 def _find_wrong_names(
-    options: Mapping[Any, Any], prefix: str, all_names: Collection[str], leaves: Collection[str]
+    options: Mapping[str, object], prefix: str, all_names: Collection[str], leaves: Collection[str]
 ) -> Iterator[str]:
     """Yield what is wrong with the names in a config file, level by level."""
     siblings = {name.removeprefix(prefix).partition(".")[0] for name in all_names if name.startswith(prefix)}
@@ -142,7 +142,7 @@ def _find_wrong_names(
                 yield from _find_wrong_class(name, entry)
 
 
-def _find_wrong_class(option: str, entry: Any) -> Iterator[str]:
+def _find_wrong_class(option: str, entry: object) -> Iterator[str]:
     """Yield what is wrong with an entry {class_path, init_args} of the Trainer's section."""
     from jsonargparse import ArgumentParser  # a slow import that `plan show` does not need
 

@@ -11,9 +11,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -111,7 +111,7 @@ def _unwrap_parser_error(command: str, error: ValueError) -> PrunelitError | Non
     return PrunelitError(f"{command}: {class_path}: {condense_message(str(root))}")
 
 
-class _StderrHandler(logging.StreamHandler[Any]):
+class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes above progress bars, to the `sys.stderr` of now: tests and notebooks replace it between commands."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -119,11 +119,11 @@ class _StderrHandler(logging.StreamHandler[Any]):
             super().emit(record)
 
     @property
-    def stream(self) -> Any:
+    def stream(self) -> TextIO:
         return sys.stderr
 
     @stream.setter
-    def stream(self, value: Any) -> None:
+    def stream(self, value: TextIO) -> None:
         """Ignore the stream that the base class's constructor sets."""
 
 
@@ -154,7 +154,7 @@ def configure_logging() -> None:
         warnings.showwarning = _show_warning
 
 
-_original_show_warning: list[Any] = []
+_original_show_warning: list[Callable[..., None]] = []
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:

@@ -5,9 +5,9 @@ from pathlib import Path
 from prunelit.cli.console import print_result
 from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.monitoring import workspace
-from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
+from prunelit.runtime.wandb_settings import check_wandb_installed
 
 
 def create_dashboard(project: str, entity: str = "", out: str | None = None) -> list[str]:

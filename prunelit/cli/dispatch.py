@@ -6,17 +6,20 @@ for.
 
 import importlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.cli import config_files
 from prunelit.cli.console import condense_errors, configure_logging
 from prunelit.runtime.progress import show_stage
 
+if TYPE_CHECKING:
+    from prunelit.cli.plan import FitJob
+
 _MODULES = {"validate": "prunelit.cli.fit"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:
-    """Run a command of `prunelit.__main__.COMMANDS`.
+    """Run a command of `prunelit.cli.main.COMMANDS`.
 
     Args:
         command: its name.
@@ -41,6 +44,6 @@ def run_command(command: str, arguments: list[str]) -> int:
         return run(command, arguments, **extra_arguments)
 
 
-def _build_fit_job(arguments: list[str]) -> Any:
+def _build_fit_job(arguments: list[str]) -> "FitJob":
     """Build the job of a `fit` command line."""
     return importlib.import_module("prunelit.cli.fit").build_fit_job(arguments)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from prunelit import export
 from prunelit.calibration import metrics
@@ -23,7 +22,7 @@ from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.model.modes import move_to_device
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 _MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
@@ -39,7 +38,7 @@ def evaluate_perplexity(
     device: str = "auto",
     stride: int | None = None,
     adapter: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure perplexity of any model on any text.
 
     Args:

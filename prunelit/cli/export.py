@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
@@ -12,6 +11,7 @@ from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
 from prunelit.recovery import prepare
+from prunelit.runtime.text_files import JsonObject
 
 
 def export_model(
@@ -69,7 +69,7 @@ def export_model(
     )
 
 
-def _load_run_files(folder: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
+def _load_run_files(folder: Path) -> tuple[PruningPlan | None, JsonObject]:
     """The plan by which a folder's model was cut, and the report of the run: beside it, or above `model/`."""
     if not (folder / "plan.json").is_file():
         return None, {}

@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary, ProgressBar, TQDMProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
@@ -77,7 +78,7 @@ class PrunelitCLI(LightningCLI):
         parser.add_lightning_class_args(RunReport, "report")
         parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; answer an unknown name, at any level, with the nearest known one."""
         try:
             super().parse_arguments(parser, args)
@@ -111,7 +112,7 @@ class PrunelitCLI(LightningCLI):
             pruners[0].init_args.plan_file = config.plan
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
-    def _set_progress_defaults(self, config: Any) -> None:
+    def _set_progress_defaults(self, config: Namespace) -> None:
         """Use prunelit's progress bar and no table of modules, unless the config asks for others."""
         callback_classes = [pydoc.locate(entry.class_path) for entry in config.trainer.callbacks or ()]
         display_classes = [

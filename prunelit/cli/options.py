@@ -5,10 +5,10 @@ import json
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from prunelit.data import text
 from prunelit.data.option_types import Sources
@@ -16,6 +16,9 @@ from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.parser_messages import condense_message
 from prunelit.runtime.progress import show_stage
+
+if TYPE_CHECKING:
+    from prunelit.pruning.callback import PruningCallback
 
 HELP_EPILOG = "--verbose, anywhere: stages with their seconds, what libraries say, the traceback of an error"
 """Last line in the help of every command."""
@@ -46,7 +49,7 @@ def build_parser(command: str, description: str) -> ArgumentParser:
     return parser
 
 
-def parse_command_line(parser: ArgumentParser, arguments: list[str], nested_options: Collection[str] = ()) -> Any:
+def parse_command_line(parser: ArgumentParser, arguments: list[str], nested_options: Collection[str] = ()) -> Namespace:
     """Parse a command line. An unknown option is answered with the nearest one; lists may be written `--text a b`.
 
     Args:
@@ -85,7 +88,7 @@ def parse_command_line(parser: ArgumentParser, arguments: list[str], nested_opti
         raise PrunelitError(f"{command}: {message}{hint}") from error
 
 
-def add_method_options(parser: ArgumentParser, arguments: list[str], default: str) -> Any:
+def add_method_options(parser: ArgumentParser, arguments: list[str], default: str) -> "type[PruningCallback]":
     """Add --method, --plan, --text and the options of the chosen method.
 
     Args:
@@ -154,7 +157,7 @@ def _check_options_are_read(unread: Collection[str], arguments: list[str]) -> No
         )
 
 
-def build_method(cls: Any, options: Any, others: Collection[str]) -> Any:
+def build_method(cls: "type[PruningCallback]", options: Namespace, others: Collection[str]) -> "PruningCallback":
     """Build the method that parsed options ask for.
 
     Args:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import yaml
+from torch import nn
 
 from prunelit import export
 from prunelit.cli.console import print_result
@@ -30,11 +31,16 @@ from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
 from prunelit.model.modes import move_to_device
 from prunelit.planning import latency
-from prunelit.pruning.callback import find_pruner
+from prunelit.pruning.callback import PruningCallback, find_pruner
 from prunelit.pruning.job import find_model
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.text_files import write_text
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+    from prunelit.recovery.datamodule import TextDataModule
 
 
 class FitJob(NamedTuple):
@@ -43,9 +49,9 @@ class FitJob(NamedTuple):
     Example: see `prunelit.cli.fit`, which uses it.
     """
 
-    trainer: Any
-    module: Any
-    data: Any
+    trainer: Any  # a Trainer, whose data module and callbacks Lightning does not declare
+    module: "LightningModule"
+    data: "TextDataModule"
 
 
 PlanResult = tuple[PruningPlan, MeasuredLatency | None]
@@ -54,7 +60,7 @@ PlanResult = tuple[PruningPlan, MeasuredLatency | None]
 def make_model_plan(
     model: str | None,
     sources: Sequence[str],
-    method: Any,
+    method: PruningCallback,
     dtype: Dtype = "auto",
     device: str = "auto",
     stream: bool = False,
@@ -132,7 +138,7 @@ def make_job_plan(job: FitJob, measured: bool) -> PlanResult:
         return plan, _measure_latency(network, method, plan)
 
 
-def _measure_latency(network: Any, method: Any, plan: PruningPlan) -> MeasuredLatency:
+def _measure_latency(network: nn.Module, method: PruningCallback, plan: PruningPlan) -> MeasuredLatency:
     """Seconds of the layers at the planned widths, between a few that are measured."""
     decoder = Decoder(network)
     surgery.check_plan_fits(decoder, plan)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -23,19 +23,23 @@ from prunelit.export import load_commands
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.pruning.callback import PruningCallback
 from prunelit.report import run_page
 from prunelit.report.record import Record
 from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
 from prunelit.runtime.errors import BadOption
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def prune_model(
     model: str,
     sources: Sequence[str],
     out: str,
-    method: Any,
+    method: PruningCallback,
     dtype: Dtype = "auto",
     device: str = "auto",
     overwrite: bool = False,
@@ -43,7 +47,7 @@ def prune_model(
     memory_gib: float | None = None,
     format: str = "auto",
     max_shard_size: str = "5GB",
-) -> dict[str, Any]:
+) -> JsonObject:
     """Cut a model and save it, no training.
 
     Args:
@@ -128,7 +132,7 @@ def prune_model(
     return report
 
 
-def _check_format(tokenizer: Any, format: str, decoder: Decoder, plan: PruningPlan) -> None:
+def _check_format(tokenizer: "PreTrainedTokenizerBase", format: str, decoder: Decoder, plan: PruningPlan) -> None:
     """Refuse a plan whose result `format` cannot hold."""
     with warnings.catch_warnings(action="ignore"):  # the cut itself warns
         surgery.check_plan_fits(decoder, plan)
@@ -148,7 +152,7 @@ def run(command: str, arguments: list[str]) -> int:
     options = parse_command_line(parser, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
     method = build_method(kind, options, same)
-    if options.plan and not options.method and method.repair == "none":
+    if options.plan and not options.method and method.repair == "none" and method.given_plan is not None:
         _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}

@@ -27,13 +27,15 @@ from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH, split_into_batches
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.compare.config import Calibration, Cell, Latency
+from prunelit.compare.report_content import CellResult, DenseResult, TextResult
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device, use_eval_mode
 from prunelit.pruning.callback import PruningCallback
 from prunelit.runtime import fingerprints, timing
-from prunelit.runtime.errors import NonFinite, OutputNotWritable, PrunelitError
+from prunelit.runtime.atomic_files import explain_refusal
+from prunelit.runtime.errors import NonFinite, PrunelitError
 from prunelit.runtime.fingerprints import compute_digest, fingerprint_model
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 _FORMAT = "prunelit-cell/1"
@@ -78,7 +80,7 @@ class CellRunner:
 
     # Cache on disk ------------------------------------------------------------------------------------------------
 
-    def compute_key(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+    def compute_key(self, cell: Cell, method: PruningCallback) -> dict[str, object]:
         """Collect everything that determines a cell's result."""
         # The fingerprint of the windows covers the first three; a plan file is never set; a journal only saves time.
         ignored_options = ("calibration", "windows", "seqlen", "plan_file", "journal")
@@ -92,32 +94,32 @@ class CellRunner:
         # Through JSON, so that tuples become lists as in the file with which the key is compared.
         return dict(json.loads(json.dumps(key, default=str)))
 
-    def load_result(self, cell: Cell, method: PruningCallback) -> dict[str, Any]:
+    def load_result(self, cell: Cell, method: PruningCallback) -> CellResult:
         """Load what is known of a cell; its "status" is "finished", "failed" or "missing"."""
         key = self.compute_key(cell, method)
-        result = _read_cell(self._build_path(cell, key), key)
+        result: CellResult = _read_cell(self._build_path(cell, key), key)
         if result["status"] == "finished" and self.plans and not self._build_path(cell, key, "plans").is_file():
             return {"status": "missing"}
         return result
 
-    def _build_path(self, cell: Cell, key: Mapping[str, Any], kind: str = "cells") -> Path:
+    def _build_path(self, cell: Cell, key: Mapping[str, object], kind: str = "cells") -> Path:
         stem = re.sub(r"[^\w.-]", "_", f"{cell.row.method}-{cell.ratio:g}-{cell.seed}")
         return self.folder / kind / f"{stem}-{_digest_key(key)}.json"
 
-    def _build_journal_path(self, cell: Cell, key: Mapping[str, Any]) -> Path:
+    def _build_journal_path(self, cell: Cell, key: Mapping[str, object]) -> Path:
         """Build the path of a search's journal; all ratios of a row share it, so a longer search continues it."""
         identity = [key["model"], key["dtype"], key["device"], key["calibration"], cell.row.label]
         return self.folder / "kept" / f"{cell.row.method}-{compute_digest(json.dumps(identity))}.jsonl"
 
     # Runs --------------------------------------------------------------------------------------------------------
 
-    def measure_dense(self) -> dict[str, Any]:
+    def measure_dense(self) -> DenseResult:
         """Measure each text on the dense model once: {"texts": {name: perplexity, nll, tokens}, "size"}."""
-        result_by_text = {}
+        result_by_text: dict[str, TextResult] = {}
         for name, windows in self.windows.items():
             key = self._common | {"text": _fingerprint_windows(windows)}
             path = self.folder / "cells" / f"dense-{_digest_key(key)}.json"
-            entry = _read_cell(path, key)
+            entry: JsonObject = _read_cell(path, key)
             if entry["status"] != "finished":
                 with move_to_device(self.dense, self.device):
                     entry = {
@@ -128,7 +130,7 @@ class CellRunner:
             result_by_text[name] = entry["found"]
         return {"texts": result_by_text, "size": metrics.measure_model_size(self.dense)}
 
-    def run_cell(self, cell: Cell) -> dict[str, Any]:
+    def run_cell(self, cell: Cell) -> CellResult:
         """Prune, measure and save one cell; an error of the method is saved as a failed cell.
 
         Results of a method that its other ratios can use (scores, the journal of a search) are cached in kept/.
@@ -141,11 +143,12 @@ class CellRunner:
         """
         method = cell.row.build_method(cell.ratio, cell.seed, self.calibration)
         key = self.compute_key(cell, method)
-        result: dict[str, Any]
+        result: dict[str, object]
         try:
             if "journal" in cell.row.accepts and "journal" not in cell.row.options:
                 journal = self._build_journal_path(cell, key)
-                _save_or_raise(lambda path: path.parent.mkdir(exist_ok=True), journal)
+                with explain_refusal(journal):
+                    journal.parent.mkdir(exist_ok=True)
                 method = cell.row.build_method(cell.ratio, cell.seed, self.calibration, journal=str(journal))
             method.cache = None if self.again else ResultCache(self.folder / "kept")
             result = self._prune_and_measure(cell, method, key)
@@ -164,9 +167,9 @@ class CellRunner:
         _write_cell(self._build_path(cell, key), {"key": key, **result, "versions": self._versions})
         return self.load_result(cell, method)
 
-    def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, Any]) -> dict[str, Any]:
+    def _prune_and_measure(self, cell: Cell, method: PruningCallback, key: Mapping[str, object]) -> dict[str, object]:
         """Prune a copy of the dense model, then measure perplexity, size and, if asked for, latency."""
-        calibration: dict[str, Any] = {}
+        calibration: dict[str, object] = {}
         batches = []
         if method.needs_text():
             windows = self.calibration_windows[cell.seed]
@@ -196,7 +199,7 @@ class CellRunner:
         }
         seconds["measure"] = time.perf_counter() - start
         removed_shares = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
-        result = {
+        result: dict[str, object] = {
             "texts": texts,
             "size": metrics.measure_model_size(network),
             **removed_shares,
@@ -259,23 +262,27 @@ def measure_prefill_seconds(networks: Sequence[nn.Module], tokens: int, repeats:
     return [statistics.median(seconds) for seconds in seconds_by_model]
 
 
-def _measure_perplexity(network: nn.Module, windows: Tensor, title: str) -> dict[str, Any]:
+def _measure_perplexity(network: nn.Module, windows: Tensor, title: str) -> TextResult:
     """Measure {"nll", "perplexity" (null where it exceeds a float), "tokens"} of one text."""
-    result: dict[str, Any] = metrics.perplexity(network, windows, max(1, TOKENS_PER_BATCH // windows.shape[1]), title)
+    result = metrics.perplexity(network, windows, max(1, TOKENS_PER_BATCH // windows.shape[1]), title)
     if not math.isfinite(result["nll"]):
         raise NonFinite(f"{title}: expected a finite loss, got {result['nll']}; the cut model's activations overflow")
-    return result | {"perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None}
+    return {
+        "perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None,
+        "nll": result["nll"],
+        "tokens": int(result["tokens"]),
+    }
 
 
 def _fingerprint_windows(windows: Tensor) -> str:
     return f"{fingerprints.fingerprint_token_ids(windows)}-{windows.shape[1]}"
 
 
-def _digest_key(key: Mapping[str, Any]) -> str:
+def _digest_key(key: Mapping[str, object]) -> str:
     return compute_digest(json.dumps(key, sort_keys=True))
 
 
-def _read_cell(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
+def _read_cell(path: Path, key: Mapping[str, object]) -> Any:
     """Read a cell's file; its status is "missing" if it is damaged or has another key."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -286,15 +293,8 @@ def _read_cell(path: Path, key: Mapping[str, Any]) -> dict[str, Any]:
     return content | {"status": "failed" if "failed" in content else "finished"}
 
 
-def _write_cell(path: Path, content: Mapping[str, Any]) -> None:
+def _write_cell(path: Path, content: Mapping[str, object]) -> None:
     write_json(path, content)
-
-
-def _save_or_raise(save: Any, path: Path) -> None:
-    try:
-        save(path)
-    except OSError as error:
-        raise OutputNotWritable(f"output {str(path)!r}: cannot be written: {error.strerror or error}") from error
 
 
 def _synchronize_device(device: torch.device) -> None:

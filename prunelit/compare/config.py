@@ -5,7 +5,7 @@ A *cell* is one row at one ratio and one seed.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from jsonargparse import ArgumentParser
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # Lightning takes seconds to import, and `evaluate` needs onl
     from prunelit.pruning.callback import PruningCallback
 from prunelit.data.option_types import parse_options
 
+Value = TypeVar("Value")
 _SET_BY_TABLE = {
     "ratio": "ratios",
     "seed": "seeds",
@@ -89,7 +90,7 @@ class MethodRow:
 
     label: str
     method: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     accepts: Collection[str]
 
     def build_method(self, ratio: float, seed: int, calibration: Calibration, **extra: Any) -> "PruningCallback":
@@ -132,7 +133,7 @@ class Cell:
         return f"{self.row.label}, {100 * self.ratio:g}%, seed {self.seed}"
 
 
-def parse_method_rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list[MethodRow]:
+def parse_method_rows(methods: Sequence[object], common: Mapping[str, object]) -> list[MethodRow]:
     """Check the rows of a table.
 
     Args:
@@ -174,8 +175,8 @@ def parse_method_rows(methods: Sequence[Any], common: Mapping[str, Any]) -> list
 
 
 def _parse_row_options(
-    label: str, method: str, row_options: Mapping[str, Any], common: Mapping[str, Any]
-) -> tuple[dict[str, Any], set[str]]:
+    label: str, method: str, row_options: Mapping[str, object], common: Mapping[str, object]
+) -> tuple[dict[str, object], set[str]]:
     """Check the types of a row's options; return them and the names that its method accepts."""
     from prunelit.pruning.callback import PruningCallback
 
@@ -225,7 +226,7 @@ def select_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) 
     return [row for row in method_rows if not labels or row.label in labels]
 
 
-def check_distinct_values(name: str, values: Sequence[Any]) -> list[Any]:
+def check_distinct_values(name: str, values: Sequence[Value]) -> list[Value]:
     """Check ratios or seeds: at least one, none twice. The methods check their range.
 
     Args:

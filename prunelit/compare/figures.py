@@ -1,11 +1,12 @@
 """Figures of a comparison: perplexity against parameters and, where it was timed, against latency."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+from prunelit.compare.report_content import ComparisonReport
 from prunelit.report.figures.style import (
     DENSE,
     INK,
@@ -17,7 +18,11 @@ from prunelit.report.figures.style import (
     encode_svg,
     format_log_axis,
 )
-from prunelit.runtime.format_numbers import exponentiate_nll
+from prunelit.report.format_numbers import exponentiate_nll
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MARKERS = "osD^v<>PX*hp"
 # Colour-blind readers can tell these apart by lightness; they stand out on light and dark backgrounds.
@@ -27,9 +32,6 @@ _COLOURS = (
 )
 _LEGEND_ROW_HEIGHT = 0.19  # inches
 _HIGHEST_SHOWN = 60.0  # times the dense perplexity; worse results are outside the figure
-
-ComparisonReport = Mapping[str, Any]
-"""The content of compare.json, see `prunelit.compare.run`."""
 
 
 def list_axes(report: ComparisonReport) -> dict[str, str]:
@@ -76,7 +78,7 @@ def write_comparison_figures(report: ComparisonReport, folder: Path) -> list[Pat
     return written
 
 
-def draw_comparison(report: ComparisonReport, axis: str, texts: Sequence[str] | None = None) -> Any:
+def draw_comparison(report: ComparisonReport, axis: str, texts: Sequence[str] | None = None) -> "Figure":
     """Draw one panel for each text and one line for each row; the line joins the means of the seeds (small points).
 
     Args:
@@ -104,7 +106,7 @@ def draw_comparison(report: ComparisonReport, axis: str, texts: Sequence[str] | 
     return figure
 
 
-def _draw_panel(panel: Any, report: ComparisonReport, axis: str, text: str) -> None:
+def _draw_panel(panel: "Axes", report: ComparisonReport, axis: str, text: str) -> None:
     dense_position = 1.0 if axis == "latency" else report["dense"]["size"]["parameters"] / 1e6
     dense_perplexity = exponentiate_nll(report["dense"]["texts"][text])
     panel.axhline(dense_perplexity, color=DENSE, linewidth=0.9, linestyle="--")
@@ -116,8 +118,8 @@ def _draw_panel(panel: Any, report: ComparisonReport, axis: str, text: str) -> N
                 panel.plot(*zip(*points, strict=True), marker, color=colour, markersize=2.5, alpha=0.6)
             means.append([sum(values) / len(points) for values in zip(*points, strict=True)])
         if means:
-            style = {"color": colour, "marker": marker, "linewidth": 1.3, "markersize": 4.5}
-            panel.plot(*zip(*means, strict=True), label=method_row["label"], **style)
+            line = zip(*means, strict=True)
+            panel.plot(*line, label=method_row["label"], color=colour, marker=marker, linewidth=1.3, markersize=4.5)
     panel.set_yscale("log")
     lowest, highest = panel.get_ylim()
     panel.set_ylim(lowest, min(highest, _HIGHEST_SHOWN * dense_perplexity))

@@ -5,10 +5,11 @@ import math
 import yaml
 
 from prunelit.compare import figures
-from prunelit.compare.tables import ComparisonReport, build_comparison_sections, find_best_rows
+from prunelit.compare.report_content import ComparisonReport
+from prunelit.compare.tables import build_comparison_sections, find_best_rows
+from prunelit.report.format_numbers import format_percent
 from prunelit.report.page import html
 from prunelit.report.page.parts import Code, Fact, Page, PagePicture, Section
-from prunelit.runtime.format_numbers import format_percent
 
 _CONFIG = ("source", "rows", "ratios", "seeds", "calibration", "texts", "options", "latency")
 
@@ -69,5 +70,6 @@ def _summarize_text(report: ComparisonReport, text: str) -> str:
 
 
 def _render_config(report: ComparisonReport) -> str:
-    chosen = {name: report[name] for name in _CONFIG if report.get(name) is not None}
+    content: dict[str, object] = dict(report)
+    chosen = {name: content[name] for name in _CONFIG if content.get(name) is not None}
     return str(yaml.safe_dump(chosen, sort_keys=False, allow_unicode=True))

@@ -35,6 +35,7 @@ from prunelit.compare.config import (
     parse_method_rows,
     select_rows,
 )
+from prunelit.compare.report_content import CellEntry, CellResult, ComparisonReport
 from prunelit.data import loading, text
 from prunelit.data import sources as model_source
 from prunelit.data.eval_texts import EvaluationText, resolve_text_sources
@@ -42,16 +43,16 @@ from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.model import context_length
 from prunelit.model.decoder import Decoder
-from prunelit.monitoring.loggers import check_wandb_installed
 from prunelit.pruning.callback import PruningCallback
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption, OutputNotWritable, PrunelitError
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.progress import track_progress
 from prunelit.runtime.text_files import write_json, write_text
 from prunelit.runtime.versions import collect_versions
+from prunelit.runtime.wandb_settings import check_wandb_installed
 
 _log = logging.getLogger("prunelit")
 
@@ -73,7 +74,7 @@ def compare_methods(
     wandb_project: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-) -> dict[str, Any]:
+) -> ComparisonReport:
     """Prune one model by several methods and measure each result on several texts.
 
     Args:
@@ -179,7 +180,7 @@ def _run_missing_cells(
     cells: Sequence[tuple[Cell, PruningCallback]],
     selected_rows: Sequence[MethodRow],
     again: bool,
-    report: dict[str, Any],
+    report: ComparisonReport,
 ) -> None:
     """Run the cells that are not finished, and update compare.json and compare.md after each of them."""
     selected = [pair for pair in cells if pair[0].row in selected_rows]
@@ -207,7 +208,7 @@ def _make_report_head(
     calibration: Calibration,
     texts: Mapping[str, EvaluationText],
     runner: CellRunner,
-) -> dict[str, Any]:
+) -> ComparisonReport:
     """Build the part of compare.json that is known before a cell is run; sources are as the user wrote them."""
     dtype = str(next(runner.dense.parameters()).dtype).removeprefix("torch.")
     protocol = {
@@ -240,14 +241,21 @@ def _make_report_head(
 
 
 def _write_comparison(
-    runner: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: dict[str, Any]
+    runner: CellRunner, cells: Sequence[tuple[Cell, PruningCallback]], report: ComparisonReport
 ) -> None:
     """Write all cells of the folder; another process may be running other rows of the same table."""
     report["cells"] = []
     for cell, method in cells:
         result = runner.load_result(cell, method)
-        identity = {"label": cell.row.label, "method": cell.row.method, "ratio": cell.ratio, "seed": cell.seed}
-        entry = identity | {name: value for name, value in result.items() if name not in ("key", "traceback")}
+        entry: CellEntry = {
+            "label": cell.row.label,
+            "method": cell.row.method,
+            "ratio": cell.ratio,
+            "seed": cell.seed,
+            **result,
+        }
+        entry.pop("key", None)
+        entry.pop("traceback", None)
         if result["status"] == "finished":
             entry["mean_log_ratio"] = tables.compute_mean_log_ratio(result, report["dense"])
         report["cells"].append(entry)
@@ -258,7 +266,7 @@ def _write_comparison(
         raise OutputNotWritable(f"output {str(runner.folder)!r}: {error.strerror or error}") from error
 
 
-def _describe_result(result: dict[str, Any], report: dict[str, Any]) -> str:
+def _describe_result(result: CellResult, report: ComparisonReport) -> str:
     """Describe the result of one cell in one line."""
     if result["status"] != "finished":
         return f"failed: {result['failed']}"
@@ -267,7 +275,7 @@ def _describe_result(result: dict[str, Any], report: dict[str, Any]) -> str:
     return f"{perplexities}, mean log ratio {measure:.3f}, {result['seconds']['prune']:.0f} s to prune"
 
 
-def _log_other_versions(results: Sequence[Mapping[str, Any]]) -> None:
+def _log_other_versions(results: Sequence[CellResult]) -> None:
     """Log which reused cells were made with other versions of the libraries."""
     current = collect_versions()
     outdated = [cell for cell in results if cell.get("versions", current) != current]

@@ -4,20 +4,17 @@ It uses the content of compare.json alone and needs no model.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from prunelit.compare.report_content import CellEntry, CellResult, ComparisonReport, DenseResult
+from prunelit.report.format_numbers import exponentiate_nll, format_percent, format_perplexity
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Notes, Section, Table
-from prunelit.runtime.format_numbers import exponentiate_nll, format_percent, format_perplexity
-
-ComparisonReport = Mapping[str, Any]
-"""The content of compare.json, see `prunelit.compare.run`."""
 
 _MISSING = "\N{EN DASH}"
 
 
-def compute_mean_log_ratio(cell: Mapping[str, Any], dense: Mapping[str, Any]) -> float:
+def compute_mean_log_ratio(cell: CellResult, dense: DenseResult) -> float:
     """Compute the mean over the texts of ln(perplexity / dense perplexity), in nats; 0 is the dense model.
 
     Args:
@@ -79,14 +76,14 @@ def build_comparison_sections(report: ComparisonReport) -> list[Section]:
     texts, dense = list(report["texts"]), report["dense"]
     perplexities = " / ".join(format_perplexity(exponentiate_nll(dense["texts"][name])) for name in texts)
 
-    def format_perplexities(cells: Sequence[Mapping[str, Any]]) -> str:
+    def format_perplexities(cells: Sequence[CellEntry]) -> str:
         parts_of_tables = ([exponentiate_nll(cell["texts"][name]) for cell in cells] for name in texts)
         return " / ".join(format_spread(values, format_perplexity) for values in parts_of_tables)
 
-    def format_seconds(cells: Sequence[Mapping[str, Any]]) -> str:
+    def format_seconds(cells: Sequence[CellEntry]) -> str:
         return format_spread([cell["seconds"]["prune"] for cell in cells], _format_decimals(1))
 
-    def format_speedup(cells: Sequence[Mapping[str, Any]]) -> str:
+    def format_speedup(cells: Sequence[CellEntry]) -> str:
         return format_spread([cell["latency"]["speedup"] for cell in cells], _format_decimals(2))
 
     parts_of_tables: list[parts.Part] = [
@@ -138,19 +135,19 @@ def find_best_rows(report: ComparisonReport) -> dict[float, tuple[str, float]]:
     return best
 
 
-def _format_log_ratios(dense: Mapping[str, Any]) -> Callable[[Sequence[Mapping[str, Any]]], str]:
+def _format_log_ratios(dense: DenseResult) -> Callable[[Sequence[CellEntry]], str]:
     return lambda cells: format_spread([compute_mean_log_ratio(cell, dense) for cell in cells], _format_decimals(3))
 
 
-def _compute_mean(values: Any) -> float:
+def _compute_mean(values: Iterable[float]) -> float:
     listed = list(values)
     return float(sum(listed) / len(listed))
 
 
 def build_ratio_table(
     report: ComparisonReport,
-    content: Callable[[Sequence[Mapping[str, Any]]], str],
-    best: Callable[[Sequence[Mapping[str, Any]]], float] | None = None,
+    content: Callable[[Sequence[CellEntry]], str],
+    best: Callable[[Sequence[CellEntry]], float] | None = None,
 ) -> Table:
     """Build a table with one row for each method and one column for each ratio.
 
@@ -180,7 +177,7 @@ def build_ratio_table(
     return Table(["method", *map(format_percent, report["ratios"])], rows, frozenset(highlighted))
 
 
-def _select_finished_cells(report: ComparisonReport, label: str, ratio: float) -> list[Mapping[str, Any]]:
+def _select_finished_cells(report: ComparisonReport, label: str, ratio: float) -> list[CellEntry]:
     """Select the finished cells of a row at a ratio, one for each seed."""
     return [
         cell
@@ -259,7 +256,7 @@ def _list_exceptions(report: ComparisonReport) -> list[str]:
     return lines + ([f"{missing} of {len(report['cells'])} cells have not been run"] if missing else [])
 
 
-def _format_options(options: Mapping[str, Any]) -> str:
+def _format_options(options: Mapping[str, object]) -> str:
     return ", ".join(f"{name} {value}" for name, value in options.items())
 
 

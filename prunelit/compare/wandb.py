@@ -7,14 +7,19 @@ import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from prunelit.compare.tables import ComparisonReport, compute_mean_log_ratio, exponentiate_nll, format_percent
-from prunelit.monitoring.loggers import WANDB_QUIET
+from prunelit.compare.report_content import ComparisonReport
+from prunelit.compare.tables import compute_mean_log_ratio
+from prunelit.report.format_numbers import exponentiate_nll, format_percent
 from prunelit.runtime.errors import BadOption
+from prunelit.runtime.wandb_settings import WANDB_QUIET
+
+if TYPE_CHECKING:
+    from wandb.sdk.wandb_run import Run
 
 
-def open_wandb_run(project: str, name: str, folder: Path, stack: ExitStack) -> Any:
+def open_wandb_run(project: str, name: str, folder: Path, stack: ExitStack) -> "Run":
     """Open a run before the long work, so that a missing key is found at once. An error later closes it as failed.
 
     Args:
@@ -45,7 +50,7 @@ def open_wandb_run(project: str, name: str, folder: Path, stack: ExitStack) -> A
     return run
 
 
-def log_comparison(run: Any, report: ComparisonReport, pictures: Sequence[Path]) -> None:
+def log_comparison(run: "Run", report: ComparisonReport, pictures: Sequence[Path]) -> None:
     """Log a finished comparison to an open run.
 
     Args:
@@ -59,15 +64,16 @@ def log_comparison(run: Any, report: ComparisonReport, pictures: Sequence[Path])
 
     texts, dense = list(report["texts"]), report["dense"]
     protocol_keys = ("windows", "sequence_length", "dtype", "fingerprint")
+    content: dict[str, object] = dict(report)
     run.config.update(
-        {name: report[name] for name in ("model", "ratios", "seeds", "latency", "versions")}
+        {name: content[name] for name in ("model", "ratios", "seeds", "latency", "versions")}
         | {"texts": {text: {name: report["texts"][text][name] for name in protocol_keys} for text in texts}}
     )
-    columns: list[Any] = (
-        ["method", "ratio", "seed", "status", "parameters", "removed", "mean log ratio", "prune seconds"]
-        + ["speed-up"] * bool(report["latency"])
-        + [f"perplexity {text}" for text in texts]
-    )
+    columns: list[str | int] = [
+        *("method", "ratio", "seed", "status", "parameters", "removed", "mean log ratio", "prune seconds"),
+        *["speed-up"] * bool(report["latency"]),
+        *(f"perplexity {text}" for text in texts),
+    ]
     table = wandb.Table(columns=columns)
     table.add_data(
         *("dense", 0.0, None, "finished", dense["size"]["parameters"], 0.0, 0.0, 0.0, *[1.0] * bool(report["latency"])),

@@ -363,9 +363,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3": _LLAMA,
     "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
     "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
-    "qwen3_vl_text": replace(
-        _LLAMA, fixed_layers="vision_config.deepstack_visual_indexes", text_family="qwen3"
-    ),
+    "qwen3_vl_text": replace(_LLAMA, fixed_layers="vision_config.deepstack_visual_indexes", text_family="qwen3"),
     "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
     "stablelm": replace(

@@ -1,15 +1,15 @@
 """An evaluation as tables, from the content of evaluate.json alone. Each measurement protocol has its own table."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.report.page import parts
 from prunelit.report.page.parts import Completions, Notes, Part, Section, Table
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
+from prunelit.runtime.text_files import JsonObject
 
-EvaluationReport = Mapping[str, Any]
+EvaluationReport = JsonObject
 """The content of evaluate.json, see `prunelit.evaluation.run`."""
 
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
@@ -59,7 +59,7 @@ def _make_table(rows: Sequence[Sequence[str]]) -> Table:
     return Table(rows[0], rows[1:])
 
 
-def _format_model_name(entry: Mapping[str, Any]) -> str:
+def _format_model_name(entry: JsonObject) -> str:
     return f"`{entry['source']}`" + (f" with adapter `{entry['adapter']}`" if entry["adapter"] else "")
 
 
@@ -85,7 +85,7 @@ def _list_perplexity_parts(report: EvaluationReport) -> list[Part]:
     ]
 
 
-def build_perplexity_table(texts: Mapping[str, Mapping[str, Any]]) -> list[Part]:
+def build_perplexity_table(texts: Mapping[str, JsonObject]) -> list[Part]:
     """Build one table of perplexities, with the protocol above it and the texts below it.
 
     Args:
@@ -161,7 +161,7 @@ def _list_zero_shot_parts(report: EvaluationReport) -> list[Part]:
     return [lead, _make_table(rows), Notes(notes)]
 
 
-def _format_with_error(metrics: Mapping[str, Any], metric: str) -> str:
+def _format_with_error(metrics: Mapping[str, float | None], metric: str) -> str:
     error = metrics[f"{metric}_stderr"]
     return f"{metrics[metric]:.3f}" + ("" if error is None else f" ± {error:.3f}")
 

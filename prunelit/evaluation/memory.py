@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
@@ -23,10 +23,24 @@ from prunelit.model.modes import move_to_device
 from prunelit.runtime import progress
 from prunelit.runtime.errors import PrunelitError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def measure_peak_memory(subject: EvaluatedModel, speed: Speed) -> dict[str, Any]:
+class PeakMemory(TypedDict):
+    """Peak memory of one model at work: "of" is "GPU" or "process".
+
+    Example: see `measure_peak_memory`.
+    """
+
+    peak_bytes: int
+    of: str
+    loading_counts: bool
+
+
+def measure_peak_memory(subject: EvaluatedModel, speed: Speed) -> PeakMemory:
     """Measure the peak memory of prefill and decode.
 
     Args:
@@ -55,7 +69,7 @@ def measure_peak_memory(subject: EvaluatedModel, speed: Speed) -> dict[str, Any]
         ) from error
 
 
-def _measure_peak_in_process(subject: EvaluatedModel, speed: Speed, threads: int) -> dict[str, Any]:
+def _measure_peak_in_process(subject: EvaluatedModel, speed: Speed, threads: int) -> PeakMemory:
     progress.silence_progress()  # the parent's progress bar is on the same terminal
     torch.set_num_threads(threads)
     device = choose_device(subject.device)
@@ -75,7 +89,7 @@ def _measure_peak_in_process(subject: EvaluatedModel, speed: Speed, threads: int
         }
 
 
-def _prefill_and_decode(network: Any, speed: Speed) -> None:
+def _prefill_and_decode(network: "PreTrainedModel", speed: Speed) -> None:
     timer = ModelTimer(network, speed)
     timer.prefill(speed.prompt)
     timer.decode(timer.context)

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from prunelit.evaluation.markdown import EvaluationReport, build_evaluation_sections
+from prunelit.report.format_numbers import exponentiate_nll, format_count, format_perplexity
 from prunelit.report.page import html
 from prunelit.report.page.parts import Fact, Page
-from prunelit.runtime.format_numbers import exponentiate_nll, format_count, format_perplexity
 
 
 def render_evaluation_page(report: EvaluationReport) -> str:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from prunelit.data import text
 from prunelit.data.eval_texts import EvaluationText
 from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NonFinite
+from prunelit.runtime.text_files import JsonObject
 
 SHARED_PROTOCOL_KEYS = ("sequence_length", "stride", "dtype", "mean")
 """Keys of the protocol that must be equal within a table. Texts are columns, so their windows may differ."""
@@ -51,7 +52,18 @@ class Text(EvaluationText):
         return [source] if isinstance(source, str) else list(source)
 
 
-def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | None, title: str) -> dict[str, Any]:
+class TextResult(TypedDict):
+    """Perplexity of one model on one text: None where it exceeds a float; `nll` is the mean, in nats per token.
+
+    Example: see `measure_text_perplexity`.
+    """
+
+    perplexity: float | None
+    nll: float
+    tokens: int
+
+
+def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | None, title: str) -> TextResult:
     """Measure perplexity on one text.
 
     Args:
@@ -77,15 +89,19 @@ def measure_text_perplexity(network: nn.Module, windows: Tensor, stride: int | N
         14
     """
     batch_size = max(1, TOKENS_PER_BATCH // windows.shape[1])
-    result: dict[str, Any] = metrics.perplexity(network, windows, batch_size, title, stride)
+    result = metrics.perplexity(network, windows, batch_size, title, stride)
     if not math.isfinite(result["nll"]):
         raise NonFinite(
             f"{title}: expected a finite loss, got {result['nll']}; activations overflow, try --dtype float32"
         )
-    return result | {"perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None}
+    return {
+        "perplexity": result["perplexity"] if math.isfinite(result["perplexity"]) else None,
+        "nll": result["nll"],
+        "tokens": int(result["tokens"]),
+    }
 
 
-def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> dict[str, Any]:
+def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, stride: int | None) -> JsonObject:
     """Describe how a perplexity was measured; only results with equal protocols can be compared.
 
     Args:
@@ -107,7 +123,7 @@ def describe_text_protocol(sources: Sequence[str], windows: Tensor, dtype: str, 
     return protocol | {"fingerprint": fingerprints.fingerprint_token_ids(windows)}
 
 
-def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Mapping[str, Any]]]:
+def group_by_protocol(texts: Mapping[str, JsonObject]) -> list[dict[str, JsonObject]]:
     """Group the texts of a result by protocol, one group for each table.
 
     Args:
@@ -118,13 +134,13 @@ def group_by_protocol(texts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, 
         >>> [list(group) for group in group_by_protocol(texts)]
         [['a', 'c'], ['b']]
     """
-    groups: dict[tuple[Any, ...], dict[str, Mapping[str, Any]]] = {}
+    groups: dict[tuple[object, ...], dict[str, JsonObject]] = {}
     for name, entry in texts.items():
         groups.setdefault(_get_shared_values(entry["protocol"]), {})[name] = entry
     return list(groups.values())
 
 
-def check_common_protocol(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def check_common_protocol(texts: Mapping[str, JsonObject]) -> dict[str, object]:
     """Check that all texts of a table were measured alike.
 
     Args:
@@ -141,7 +157,7 @@ def check_common_protocol(texts: Mapping[str, Mapping[str, Any]]) -> dict[str, A
         >>> check_common_protocol({"a": {"protocol": protocol}}) == protocol
         True
     """
-    common: Mapping[str, Any] | None = None
+    common: JsonObject | None = None
     for name, entry in texts.items():
         common = common or entry["protocol"]
         if _get_shared_values(entry["protocol"]) != _get_shared_values(common):
@@ -175,5 +191,5 @@ def check_same_tokens(name: str, windows: Tensor, other_windows: Tensor) -> None
         )
 
 
-def _get_shared_values(protocol: Mapping[str, Any]) -> tuple[Any, ...]:
+def _get_shared_values(protocol: JsonObject) -> tuple[object, ...]:
     return tuple(protocol.get(key) for key in SHARED_PROTOCOL_KEYS)

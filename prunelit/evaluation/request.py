@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import NotRequired, TypedDict
 
 from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.evaluation import tasks
@@ -44,7 +44,30 @@ class EvaluationRequest:
     samples: Samples | None = None
 
 
-def prepare_text_request(texts: Mapping[str, Any], data: str | None) -> dict[str, Any]:
+class TextRequest(TypedDict):
+    """The arguments of `EvaluationRequest` about texts.
+
+    Example: see `EvaluationRequest`.
+    """
+
+    texts: dict[str, Text]
+    data: str | None
+    sources: dict[str, list[str]]
+
+
+class TaskRequest(TypedDict):
+    """The arguments of `EvaluationRequest` about tasks.
+
+    Example: see `prepare_task_request`.
+    """
+
+    limit: int | None
+    batch_size: int
+    definitions: NotRequired[dict[str, str]]
+    files: NotRequired[dict[str, Path]]
+
+
+def prepare_text_request(texts: Mapping[str, object], data: str | None) -> TextRequest:
     """Check the texts for perplexity and resolve their sources.
 
     Args:
@@ -69,7 +92,7 @@ def prepare_text_request(texts: Mapping[str, Any], data: str | None) -> dict[str
 
 def prepare_task_request(
     names: list[str], folder: str | None, definitions: Path, limit: int | None, batch_size: int
-) -> dict[str, Any]:
+) -> TaskRequest:
     """Check the zero-shot tasks and find their rows.
 
     Args:
@@ -94,7 +117,7 @@ def prepare_task_request(
         if value is not None and value < 1:
             raise BadOption(f"{name}: expected at least 1, got {value}" + "; null takes all" * (name == "limit"))
     chosen = tasks.select_tasks(names)
-    request: dict[str, Any] = {"limit": limit, "batch_size": batch_size}
+    request: TaskRequest = {"limit": limit, "batch_size": batch_size}
     if not chosen:
         return request
     harness_tasks = tasks.find_harness_tasks()

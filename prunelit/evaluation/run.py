@@ -15,7 +15,7 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -26,24 +26,64 @@ from prunelit.data.loading import choose_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
 from prunelit.evaluation.markdown import render_evaluation_markdown
+from prunelit.evaluation.memory import PeakMemory
 from prunelit.evaluation.page import render_evaluation_page
-from prunelit.evaluation.perplexities import Text
+from prunelit.evaluation.perplexities import Text, TextResult
 from prunelit.evaluation.request import EvaluationRequest, prepare_task_request, prepare_text_request
 from prunelit.evaluation.samples import Samples
-from prunelit.evaluation.speed import Speed
+from prunelit.evaluation.speed import Speed, Timings
 from prunelit.evaluation.subject import EvaluatedModel
+from prunelit.evaluation.zero_shot import TaskResult
 from prunelit.model.modes import move_to_device
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.fingerprints import fingerprint_model, fingerprint_tokenizer
-from prunelit.runtime.text_files import write_json, write_text
+from prunelit.runtime.text_files import JsonObject, write_json, write_text
 from prunelit.runtime.versions import collect_versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _log = logging.getLogger("prunelit")
 _FORMAT = "prunelit-evaluation/1"
 Result = TypeVar("Result")
+
+
+class ModelKey(TypedDict):
+    """The part of a cache key that identifies a model and how it is run.
+
+    Example: see `Evaluation`.
+    """
+
+    format: str
+    model: str
+    tokenizer: str | None
+    dtype: str
+    device: str
+
+
+class ModelResults(TypedDict):
+    """What was measured of one model.
+
+    Example: see `Evaluation`.
+    """
+
+    size: dict[str, int]
+    texts: dict[str, TextResult]
+    tasks: dict[str, TaskResult]
+    samples: NotRequired[list[str]]
+
+
+class SpeedResults(TypedDict):
+    """Peak memory and times of the models, by their roles.
+
+    Example: see `Evaluation`.
+    """
+
+    memory: dict[str, PeakMemory]
+    models: dict[str, Timings]
 
 
 def evaluate_model(
@@ -64,7 +104,7 @@ def evaluate_model(
     out: str | None = None,
     dtype: Dtype = "auto",
     device: str = "auto",
-) -> dict[str, Any]:
+) -> JsonObject:
     """Evaluate a model, alone or against the dense model.
 
     Args:
@@ -151,12 +191,12 @@ class Evaluation:
             for tokenizer in self.tokenizers.values():
                 request.samples.check_chat_template(tokenizer)
         self.windows = {name: self._draw_windows(name, text_options) for name, text_options in request.texts.items()}
-        self._model_keys: dict[str, dict[str, Any]] = {}
+        self._model_keys: dict[str, ModelKey] = {}
 
-    def measure_all(self) -> dict[str, Any]:
+    def measure_all(self) -> JsonObject:
         """Measure everything, and return the content of evaluate.json."""
-        results: dict[str, dict[str, Any]] = {}
-        networks: dict[str, Any] = {}
+        results: dict[str, ModelResults] = {}
+        networks: dict[str, PreTrainedModel] = {}
         for role, subject in self.subjects.items():
             network = subject.load_model()
             self._model_keys[role] = self._build_model_key(role, network)
@@ -168,7 +208,7 @@ class Evaluation:
             if self.request.speed:  # the two models are timed in turn, so both stay in memory
                 networks[role] = network
         arguments = sys.argv[1:] if sys.argv[1:2] == ["evaluate"] else ["evaluate"]
-        report: dict[str, Any] = {"command": shlex.join(["python", "-m", "prunelit", *arguments])}
+        report: JsonObject = {"command": shlex.join(["python", "-m", "prunelit", *arguments])}
         for role, subject in self.subjects.items():
             report[role] = {"source": subject.source, "adapter": subject.adapter, **results[role]["size"]}
         if self.request.texts:
@@ -194,7 +234,7 @@ class Evaluation:
         perplexities.check_same_tokens(name, windows[0], windows[-1])
         return windows[0]
 
-    def _build_model_key(self, role: str, network: Any) -> dict[str, Any]:
+    def _build_model_key(self, role: str, network: "PreTrainedModel") -> ModelKey:
         """Build the part of a cache key that identifies a model and how it is run."""
         return {
             "format": _FORMAT,
@@ -204,7 +244,7 @@ class Evaluation:
             "device": self.device.type,
         }
 
-    def _recall_or_compute(self, name: str, key: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
+    def _recall_or_compute(self, name: str, key: Mapping[str, object], compute: Callable[[], Result]) -> Result:
         if self.cache is None:
             return compute()
         result, was_cached = self.cache.get_or_compute(name, key, compute)
@@ -212,12 +252,15 @@ class Evaluation:
             _log.info("%s: finished earlier", name)
         return result
 
-    def _measure_one_model(self, role: str, network: Any) -> dict[str, Any]:
-        results: dict[str, Any] = {"size": metrics.measure_model_size(network)}
-        results["texts"] = {name: self._measure_text(role, name, network) for name in self.request.texts}
+    def _measure_one_model(self, role: str, network: "PreTrainedModel") -> ModelResults:
+        results: ModelResults = {
+            "size": metrics.measure_model_size(network),
+            "texts": {name: self._measure_text(role, name, network) for name in self.request.texts},
+            "tasks": {},
+        }
         evaluators: list[zero_shot.ZeroShotEvaluator] = []  # created for the first task that is not cached
 
-        def measure_task(name: str) -> dict[str, Any]:
+        def measure_task(name: str) -> TaskResult:
             if not evaluators:
                 evaluators.append(zero_shot.ZeroShotEvaluator(network, self.tokenizers[role], self.request.batch_size))
             result = evaluators[0].run_task(name, self.request.definitions[name], self.request.limit)
@@ -238,7 +281,7 @@ class Evaluation:
             )
         return results
 
-    def _measure_text(self, role: str, name: str, network: Any) -> dict[str, Any]:
+    def _measure_text(self, role: str, name: str, network: "PreTrainedModel") -> TextResult:
         windows, stride = self.windows[name], self.request.texts[name].stride
         key = self._model_keys[role] | {
             "text": fingerprints.fingerprint_token_ids(windows),
@@ -250,7 +293,7 @@ class Evaluation:
             f"text-{role}", key, lambda: perplexities.measure_text_perplexity(network, windows, stride, title)
         )
 
-    def _build_task_key(self, role: str, name: str) -> dict[str, Any]:
+    def _build_task_key(self, role: str, name: str) -> dict[str, object]:
         path = self.request.files.get(name)
         return self._model_keys[role] | {
             "task": name,
@@ -262,11 +305,11 @@ class Evaluation:
 
     # Results of both models -------------------------------------------------------------------------------------------
 
-    def _report_perplexity(self, results: Mapping[str, Any]) -> dict[str, Any]:
-        entries: dict[str, Any] = {}
+    def _report_perplexity(self, results: Mapping[str, ModelResults]) -> dict[str, JsonObject]:
+        entries: dict[str, JsonObject] = {}
         for name, options in self.request.texts.items():
             windows, dtype = self.windows[name], self._model_keys["model"]["dtype"]
-            entry = {
+            entry: JsonObject = {
                 "protocol": perplexities.describe_text_protocol(
                     options.list_sources(self.request.data), windows, dtype, options.stride
                 )
@@ -277,10 +320,10 @@ class Evaluation:
             entries[name] = entry
         return entries
 
-    def _report_zero_shot(self, results: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_zero_shot(self, results: Mapping[str, ModelResults]) -> JsonObject:
         entries = {}
         for name in self.request.definitions:
-            entry: dict[str, Any] = {role: results[role]["tasks"][name] for role in results}
+            entry: JsonObject = {role: results[role]["tasks"][name] for role in results}
             if "against" in entry:
                 entry["difference"] = zero_shot.compute_metric_differences(entry["model"], entry["against"])
             entries[name] = entry
@@ -298,10 +341,10 @@ class Evaluation:
             "averages": zero_shot.average_over_tasks(list(entries.values())),
         }
 
-    def _report_speed(self, options: Speed, networks: Mapping[str, Any]) -> dict[str, Any]:
+    def _report_speed(self, options: Speed, networks: "Mapping[str, PreTrainedModel]") -> JsonObject:
         key = {"models": self._model_keys, "speed": asdict(options), "hardware": describe_hardware(self.device)}
 
-        def compute() -> dict[str, Any]:
+        def compute() -> SpeedResults:
             peak_memory = {
                 role: memory.measure_peak_memory(subject, options) for role, subject in self.subjects.items()
             }
@@ -312,7 +355,7 @@ class Evaluation:
             return {"memory": peak_memory, "models": timings}
 
         measured = self._recall_or_compute("speed", key, compute)
-        result: dict[str, Any] = {
+        result: JsonObject = {
             "protocol": asdict(options)
             | {"context": options.tokens_in_cache, "dtype": self._model_keys["model"]["dtype"]},
             **{role: measured["models"][role] | measured["memory"][role] for role in measured["models"]},

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +11,9 @@ from prunelit.model.context_length import get_context_limit
 from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import track_progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 PROMPTS = (
     "The capital of France is",
@@ -48,7 +51,7 @@ class Samples:
         if self.new_tokens < 1:
             raise BadOption(f"sample_tokens: expected at least 1, got {self.new_tokens}")
 
-    def check_chat_template(self, tokenizer: Any) -> None:
+    def check_chat_template(self, tokenizer: "PreTrainedTokenizerBase") -> None:
         """Check that a tokenizer has a chat template where `chat` needs one.
 
         Raises:
@@ -59,7 +62,7 @@ class Samples:
 
 
 @torch.no_grad()
-def generate_completions(network: nn.Module, tokenizer: Any, samples: Samples) -> list[str]:
+def generate_completions(network: nn.Module, tokenizer: "PreTrainedTokenizerBase", samples: Samples) -> list[str]:
     """Complete every prompt greedily. A completion ends at the model's end token or at the end of its context.
 
     Args:
@@ -76,7 +79,7 @@ def generate_completions(network: nn.Module, tokenizer: Any, samples: Samples) -
     Example: see `prunelit.evaluation.run.evaluate_model`.
     """
     samples.check_chat_template(tokenizer)
-    model: Any = network
+    model: Any = network  # torch does not know that it generates
     device = next(network.parameters()).device
     options = {
         "do_sample": False,
@@ -98,14 +101,15 @@ def generate_completions(network: nn.Module, tokenizer: Any, samples: Samples) -
                 )
             with use_generation_config(model, **options, max_new_tokens=new_tokens):
                 token_ids = model.generate(input_ids=prompt_ids, attention_mask=torch.ones_like(prompt_ids))
-            completions.append(tokenizer.decode(token_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True))
+            completions.append(str(tokenizer.decode(token_ids[0, prompt_ids.shape[1] :], skip_special_tokens=True)))
     return completions
 
 
-def _tokenize_prompt(prompt: str, tokenizer: Any, chat: bool) -> torch.Tensor:
+def _tokenize_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase", chat: bool) -> torch.Tensor:
     """Tokenize a prompt: [1, S] token ids."""
     if chat:
         message = [{"role": "user", "content": prompt}]
+        encoded: Any  # what the template returns depends on its switches
         encoded = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=True, return_dict=True)
     else:
         encoded = tokenizer(prompt)

@@ -14,10 +14,10 @@ import inspect
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunelit.calibration import metrics
 from prunelit.model.context_length import get_context_limit
@@ -26,8 +26,11 @@ from prunelit.model.modes import use_eval_mode
 from prunelit.runtime import timing
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import show_stage
+from prunelit.runtime.text_files import JsonObject
 
-RATES = {"prefill": "prefill_seconds", "decode": "decode_seconds"}
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedModel
+
 _LEAST_SHARE = 0.5  # of the promised gain; below it a model is "removed but not faster"
 _LEAST_PROMISE = 1.02  # a smaller promise is within the noise of most machines
 
@@ -68,7 +71,7 @@ class Speed:
         """Tokens in the cache when decode begins."""
         return self.prompt if self.context is None else self.context
 
-    def check_positions(self, network: Any) -> None:
+    def check_positions(self, network: "PreTrainedModel") -> None:
         """Check that a model's context holds all tokens.
 
         Raises:
@@ -78,6 +81,24 @@ class Speed:
         longest = max(self.prompt, self.tokens_in_cache + self.new_tokens)
         if limit and longest > limit:
             raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {longest}")
+
+
+class Timings(TypedDict):
+    """What `measure_speed` returns of one model; the two lists hold one value per round.
+
+    Example: see `measure_speed`.
+    """
+
+    prefill_seconds: list[float]
+    decode_seconds: list[float]
+    time_to_first_token_seconds: float
+    prefill_tokens_per_second: float
+    decode_tokens_per_second: float
+    kv_bytes: int
+    kv_bytes_predicted: int
+    weight_bytes: int
+    prefill_macs: int
+    decode_bytes: int
 
 
 class ModelTimer:
@@ -93,21 +114,21 @@ class ModelTimer:
     Example: see `measure_speed`.
     """
 
-    def __init__(self, network: nn.Module, speed: Speed):
+    def __init__(self, network: "PreTrainedModel", speed: Speed):
         speed.check_positions(network)
-        self.network = cast(Any, network)
+        self.network = network
         self.speed = speed
         self.device = next(network.parameters()).device
         generator = torch.Generator().manual_seed(0)
         length = max(speed.prompt, speed.tokens_in_cache)
-        vocabulary = int(self.network.get_input_embeddings().weight.shape[0])
+        vocabulary = cast(Tensor, self.network.get_input_embeddings().weight).shape[0]
         self.token_ids = torch.randint(vocabulary, (speed.batch, length), generator=generator).to(self.device)
         parameters = inspect.signature(self.network.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as in `generate`
         self.context = self.prefill(speed.tokens_in_cache)[1]
 
     @torch.no_grad()
-    def prefill(self, tokens: int) -> tuple[Tensor, Any]:
+    def prefill(self, tokens: int) -> tuple[Tensor, "Cache"]:
         """Read the first tokens of the text.
 
         Returns:
@@ -118,7 +139,7 @@ class ModelTimer:
         return output.logits[:, -1:].argmax(-1), output.past_key_values
 
     @torch.no_grad()
-    def decode(self, cache: Any) -> None:
+    def decode(self, cache: "Cache") -> None:
         """Generate `new_tokens` tokens after a cache, which grows."""
         token = self.token_ids[:, :1]
         with use_eval_mode(self.network):
@@ -139,7 +160,7 @@ class ModelTimer:
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if isinstance(tensor, Tensor))
 
 
-def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, dict[str, Any]]:
+def measure_speed(networks: Mapping[str, "PreTrainedModel"], speed: Speed) -> dict[str, Timings]:
     """Time several models in turn.
 
     Args:
@@ -167,11 +188,12 @@ def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, 
     seconds_by_model = timing.run_in_rounds(
         [timer.measure_seconds for timer in timers.values()], speed.repeats, "measuring speed"
     )
-    results = {}
+    results: dict[str, Timings] = {}
     for (name, timer), rounds in zip(timers.items(), seconds_by_model, strict=True):
         prefill, decode = ([pair[column] for pair in rounds] for column in (0, 1))
         first_token_seconds, step_seconds = statistics.median(prefill), statistics.median(decode) / speed.new_tokens
         size = metrics.measure_model_size(timer.network)
+        prefill_macs, decode_bytes = _count_work(timer, size, speed)
         results[name] = {
             "prefill_seconds": prefill,
             "decode_seconds": decode,
@@ -181,12 +203,13 @@ def measure_speed(networks: Mapping[str, nn.Module], speed: Speed) -> dict[str, 
             "kv_bytes": timer.count_kv_bytes(),
             "kv_bytes_predicted": size["kv_bytes_per_token"] * speed.tokens_in_cache * speed.batch,
             "weight_bytes": sum(weight.numel() * weight.element_size() for weight in timer.network.parameters()),
-            **_count_work(timer, size, speed),
+            "prefill_macs": prefill_macs,
+            "decode_bytes": decode_bytes,
         }
     return results
 
 
-def _count_work(timer: ModelTimer, size: Mapping[str, int], speed: Speed) -> dict[str, int]:
+def _count_work(timer: ModelTimer, size: Mapping[str, int], speed: Speed) -> tuple[int, int]:
     """Count multiply-accumulates of a prefill, and bytes that one step of decode reads."""
     network = timer.network
     head_macs = Decoder(network).shape.head_macs
@@ -194,17 +217,15 @@ def _count_work(timer: ModelTimer, size: Mapping[str, int], speed: Speed) -> dic
     weight_bytes = sum(weight.numel() * weight.element_size() for weight in network.parameters())
     embedding = network.get_input_embeddings().weight
     output = network.get_output_embeddings()
-    if output is None or output.weight is not embedding:  # decode reads only the embedding rows of its tokens
+    is_tied = output is not None and output.weight is embedding
+    if isinstance(embedding, Tensor) and not is_tied:  # decode reads only the embedding rows of its tokens
         weight_bytes -= embedding.numel() * embedding.element_size()
     cache_bytes = size["kv_bytes_per_token"] * speed.tokens_in_cache * speed.batch
-    return {
-        "prefill_macs": (size["macs_per_token"] - head_macs) * speed.prompt * speed.batch
-        + head_macs * positions_with_logits,
-        "decode_bytes": weight_bytes + cache_bytes,
-    }
+    prefill_macs = (size["macs_per_token"] - head_macs) * speed.prompt * speed.batch + head_macs * positions_with_logits
+    return prefill_macs, weight_bytes + cache_bytes
 
 
-def compute_speed_ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def compute_speed_ratios(model: Timings, dense: Timings) -> dict[str, JsonObject]:
     """Compute how many times as fast as the dense model a model is, round by round, and what its counts promise.
 
     Args:
@@ -219,15 +240,15 @@ def compute_speed_ratios(model: Mapping[str, Any], dense: Mapping[str, Any]) -> 
         >>> {name: (ratio["median"], ratio["promised"]) for name, ratio in compute_speed_ratios(model, dense).items()}
         {'prefill': (2.0, 2.0), 'decode': (1.0, 2.0)}
     """
-    ratios = {}
-    for kind, work in (("prefill", "prefill_macs"), ("decode", "decode_bytes")):
-        rounds = [
-            dense_seconds / model_seconds
-            for model_seconds, dense_seconds in zip(model[RATES[kind]], dense[RATES[kind]], strict=True)
-        ]
+    ratios: dict[str, JsonObject] = {}
+    ratio_of_macs = dense["prefill_macs"] / model["prefill_macs"]
+    ratio_of_bytes = dense["decode_bytes"] / model["decode_bytes"]
+    for kind, seconds, dense_seconds, promised, unit in (
+        ("prefill", model["prefill_seconds"], dense["prefill_seconds"], ratio_of_macs, "MACs"),
+        ("decode", model["decode_seconds"], dense["decode_seconds"], ratio_of_bytes, "bytes read"),
+    ):
+        rounds = [slow / fast for fast, slow in zip(seconds, dense_seconds, strict=True)]
         low, median, high = _compute_quartiles(rounds)
-        promised = dense[work] / model[work]
-        unit = {"prefill": "MACs", "decode": "bytes read"}[kind]
         ratios[kind] = {
             "median": median,
             "low": low,

@@ -1,7 +1,7 @@
 """A model to evaluate: any source, with a PEFT adapter merged into it where one is given."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.data import sources
 from prunelit.data.loading import choose_device, load_on_device
@@ -9,6 +9,9 @@ from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
 from prunelit.recovery import adapter_files, merge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class EvaluatedModel:
             return "float32"  # the same rule as in `load_on_device`
         return own_dtype or None
 
-    def load_model(self) -> Any:
+    def load_model(self) -> "PreTrainedModel":
         """Load the model on the CPU and merge its adapter; all weights are finite.
 
         Raises:

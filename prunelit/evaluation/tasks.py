@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -20,6 +20,7 @@ from prunelit.runtime.text_files import write_text
 
 _SUFFIXES = (".jsonl.gz", ".jsonl")
 TaskRow = Mapping[str, Any]
+"""A JSON object of a task's file."""
 
 
 @dataclass(frozen=True)
@@ -57,29 +58,29 @@ class TaskField:
     """
 
     description: str
-    accepts: Callable[[Any, TaskRow], bool]
+    accepts: Callable[[object, TaskRow], bool]
 
 
-def _is_text(value: Any, row: TaskRow) -> bool:
+def _is_text(value: object, row: TaskRow) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _accept_numbers_below(count: Callable[[TaskRow], int]) -> Callable[[Any, TaskRow], bool]:
-    def accepts(value: Any, row: TaskRow) -> bool:
+def _accept_numbers_below(count: Callable[[TaskRow], int]) -> Callable[[object, TaskRow], bool]:
+    def accepts(value: object, row: TaskRow) -> bool:
         number = int(value) if isinstance(value, str) and value.strip().isdigit() else value
         return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count(row)
 
     return accepts
 
 
-def _are_choices(value: Any, row: TaskRow) -> bool:
+def _are_choices(value: object, row: TaskRow) -> bool:
     texts, labels = (value.get("text"), value.get("label")) if isinstance(value, Mapping) else (None, None)
     if not isinstance(texts, list) or not isinstance(labels, list):
         return False
     return len(texts) == len(labels) > 1 and all(isinstance(word, str) for word in texts + labels)
 
 
-def _is_choice_label(value: Any, row: TaskRow) -> bool:
+def _is_choice_label(value: object, row: TaskRow) -> bool:
     return isinstance(value, str) and _are_choices(row.get("choices"), row) and value.strip() in row["choices"]["label"]
 
 
@@ -89,7 +90,7 @@ _CHOICE_FIELDS = {
     "choices": TaskField("{text: [...], label: [...]} of one length", _are_choices),
     "answerKey": TaskField("one of choices.label", _is_choice_label),
 }
-_TEXT_WITH_GAP = TaskField("text with a gap _", lambda value, row: _is_text(value, row) and "_" in value)
+_TEXT_WITH_GAP = TaskField("text with a gap _", lambda value, row: _is_text(value, row) and "_" in str(value))
 _ENDINGS_LIST = TaskField(
     "a list of two texts or more",
     lambda value, row: isinstance(value, list) and len(value) > 1 and all(_is_text(text, row) for text in value),
@@ -213,7 +214,7 @@ def find_task_files(names: Sequence[str], folder: str) -> dict[str, Path]:
 
 def _check_task_rows(name: str, path: Path) -> None:
     """Check every row of a task file; the message names line and field."""
-    open_file: Callable[..., Any] = gzip.open if path.suffix == ".gz" else open
+    open_file: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
     line_number = 0
     try:
         with open_file(path, "rt", encoding="utf-8") as file:

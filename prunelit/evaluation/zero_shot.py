@@ -6,22 +6,39 @@ Running the harness directly with the same folder, task, batch size and dtype gi
 import logging
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from prunelit.data.text import describe_error, silence_datasets
 from prunelit.evaluation import paired
 from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.fingerprints import compute_digest
 from prunelit.runtime.progress import show_stage
+from prunelit.runtime.text_files import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 METRICS = ("acc", "acc_norm")
 AVERAGES = {
     "acc": "acc",
     "acc_norm": "acc_norm, and acc where the harness defines no acc_norm",
 }
+
+
+class TaskResult(TypedDict):
+    """What a model reaches on one task; `right` holds one 0 or 1 per item for each metric.
+
+    Example: see `ZeroShotEvaluator.run_task`.
+    """
+
+    items: int
+    metrics: dict[str, float | None]
+    right: dict[str, list[float]]
+    version: str
+    fingerprint: str
 
 
 class ZeroShotEvaluator:
@@ -35,7 +52,7 @@ class ZeroShotEvaluator:
     Example: see `prunelit.evaluation.run.evaluate_model`.
     """
 
-    def __init__(self, network: Any, tokenizer: Any, batch_size: int):
+    def __init__(self, network: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", batch_size: int):
         with _silence_harness():
             from lm_eval.models.huggingface import HFLM
 
@@ -47,7 +64,7 @@ class ZeroShotEvaluator:
 
             self._model = Model(pretrained=network, backend="causal", tokenizer=tokenizer, batch_size=batch_size)
 
-    def run_task(self, name: str, definition: str, limit: int | None) -> dict[str, Any]:
+    def run_task(self, name: str, definition: str, limit: int | None) -> TaskResult:
         """Run one task.
 
         Args:
@@ -98,7 +115,7 @@ def get_harness_version() -> str:
     return metadata.version("lm_eval")
 
 
-def compute_metric_differences(result: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+def compute_metric_differences(result: TaskResult, baseline: TaskResult) -> dict[str, dict[str, float]]:
     """Compute the paired difference of two models for each metric.
 
     Args:
@@ -119,7 +136,7 @@ def compute_metric_differences(result: Mapping[str, Any], baseline: Mapping[str,
     }
 
 
-def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+def average_over_tasks(tasks: Sequence[JsonObject]) -> dict[str, JsonObject]:
     """Average metrics over tasks with equal weights, in the two conventions of the field (see `AVERAGES`).
 
     Args:
@@ -134,7 +151,7 @@ def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
         >>> round(averages["acc"]["model"], 3), round(averages["acc_norm"]["model"], 3)
         (0.6, 0.6)
     """
-    averages: dict[str, dict[str, Any]] = {}
+    averages: dict[str, JsonObject] = {}
     for metric in AVERAGES:
         task_metrics = [metric if metric in task["model"]["metrics"] else "acc" for task in tasks]
         averages[metric] = {
@@ -153,7 +170,7 @@ def average_over_tasks(tasks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str
     return averages
 
 
-def _parse_harness_number(value: Any) -> float | None:
+def _parse_harness_number(value: object) -> float | None:
     """Convert a number of the harness, which writes "N/A" for the standard error of a single item."""
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

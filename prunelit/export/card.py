@@ -46,7 +46,8 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         _render_title(name, job.plan),
-        f"## Load\n\n```python\n{chosen.render_load_snippet(job.model.config)}\n```" + (f"\n\n{_format_sentence(note)}" if note else ""),
+        f"## Load\n\n```python\n{chosen.render_load_snippet(job.model.config)}\n```"
+        + (f"\n\n{_format_sentence(note)}" if note else ""),
         _render_sizes(written, job.plan),
         _render_method(job.plan),
         _render_quality(report),

@@ -14,8 +14,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from prunelit.core.architectures import get_decoder_config
 from prunelit.calibration import metrics
+from prunelit.core.architectures import get_decoder_config
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder

@@ -5,6 +5,7 @@
 `python -m prunelit fit` does this by itself. Sharded checkpoints (folders) are written by their strategy, not here.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from prunelit.pruning.job import is_local_path
@@ -40,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         {'step': 1}
     """
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, object], path: str | Path, storage_options: object = None) -> None:
         """Write a checkpoint.
 
         Raises:
@@ -54,9 +56,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self,
         path: str | Path,
-        map_location: Any = lambda storage, location: storage,  # on the CPU, as in the base class
+        # On the CPU, as in the base class.
+        map_location: Callable[..., object] | None = lambda storage, location: storage,
         weights_only: bool | None = None,
-    ) -> dict[str, Any]:
+    ) -> dict[str, object]:
         """Read a checkpoint.
 
         Raises:
@@ -86,7 +89,7 @@ class SaveOnSigterm(Callback):
         self._gradients: dict[str, Tensor] | None = None
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         """Note whether the optimiser has stepped; Lightning always steps on the last batch of an epoch."""
         stepped = (
@@ -94,7 +97,7 @@ class SaveOnSigterm(Callback):
         ) % trainer.accumulate_grad_batches == 0 or batch_idx + 1 == trainer.num_training_batches
         self._accumulating = not stepped
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
         """Save the gradients of an unfinished accumulation step."""
         if self._accumulating and not is_sharded_strategy(trainer.strategy):
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}

@@ -20,7 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
@@ -34,6 +34,8 @@ from prunelit.pruning.job import find_model, find_resume_path, find_tokenizer, r
 from prunelit.report.figures import PICTURES, draw_picture, encode_png
 from prunelit.report.record import STATES, Record
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
+from prunelit.runtime.events import Facts
+from prunelit.runtime.text_files import JsonObject
 from prunelit.strategies import sharding
 
 Artifacts = Literal["none", "plan", "model"]
@@ -106,7 +108,7 @@ class Dashboard(Recorder):
                 self._resume_record(read_callback_states(resumed).get(self.state_key, {}))
         self._write_completions(trainer, trainer.lightning_module, "dense")
 
-    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Facts) -> None:
         """Store an event and log what it says."""
         is_logged = event == "measured" and self.record.measured.get(facts["name"]) == facts["row"]
         super().on_event(event, facts)
@@ -171,7 +173,7 @@ class Dashboard(Recorder):
         if stage == "fit":
             self.attach(trainer)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> JsonObject:
         """Return the record, and the runs of the loggers to which it was sent."""
         if not self._loggers:
             return {}
@@ -179,7 +181,7 @@ class Dashboard(Recorder):
         log_state = {"loggers": loggers.list_logger_runs(self._loggers), "shown": shown, "plan": self._logged_digest}
         return {"record": self.record.to_json(), **log_state}
 
-    def _resume_record(self, state: Mapping[str, Any]) -> None:
+    def _resume_record(self, state: JsonObject) -> None:
         """Restore the record where the loggers continue the same runs; ignore a state of another version."""
         if state.get("loggers") != loggers.list_logger_runs(self._loggers):
             return
@@ -283,7 +285,7 @@ def list_shareable_files(folder: Path, plan: str) -> dict[str, Path | str]:
 def _remove_paths(plan: PruningPlan) -> PruningPlan:
     """Return the plan as it may leave the machine: paths become file names."""
 
-    def remove_path(value: Any) -> Any:
+    def remove_path(value: object) -> object:
         if isinstance(value, str):
             return Path(value).name if "/" in value or "\\" in value else value
         return [remove_path(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -9,44 +9,21 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING
 
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from prunelit.monitoring import scrub
-from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_text
+from prunelit.runtime.wandb_settings import WANDB_QUIET
 
-WANDB_QUIET: dict[str, Any] = {
-    "console": "off",
-    "disable_code": True,
-    "disable_git": True,
-    "x_disable_meta": True,
-    "x_save_requirements": False,
-    "host": "-",
-}
-"""Settings that stop W&B from sending the command line, the host name, the installed packages and printed text."""
-
-
-def check_wandb_installed(option: str) -> None:
-    """Check that wandb is installed, before any work is done.
-
-    Args:
-        option: the option that needs wandb, for the message.
-
-    Raises:
-        BadOption: it is not installed.
-
-    Example: see `prunelit.cli.dashboard.create_dashboard`.
-    """
-    try:
-        import wandb  # noqa: F401
-    except ImportError as error:
-        raise BadOption(f"{option}: expected wandb to be installed: pip install 'prunelit[wandb]'") from error
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def set_quiet_wandb_defaults() -> None:
@@ -55,7 +32,7 @@ def set_quiet_wandb_defaults() -> None:
     Example: see `prunelit.monitoring.dashboard.Dashboard`, which calls it before W&B starts.
     """
     for name, value in WANDB_QUIET.items():
-        text = str(value).lower() if isinstance(value, bool) else value
+        text = str(value).lower() if isinstance(value, bool) else str(value)
         os.environ.setdefault("WANDB_" + name.removeprefix("x").upper(), text)
 
 
@@ -114,7 +91,9 @@ def guard_hyperparameters(loggers: Iterable[Logger]) -> None:
             logger.log_hyperparams = partial(_log_plain_hyperparameters, logger.log_hyperparams)  # type: ignore[method-assign]
 
 
-def _log_plain_hyperparameters(log: Any, hyperparameters: Any) -> None:
+def _log_plain_hyperparameters(
+    log: Callable[[dict[str, object]], object], hyperparameters: Mapping[str, object] | Namespace
+) -> None:
     log(scrub.keep_plain_values(hyperparameters if isinstance(hyperparameters, Mapping) else vars(hyperparameters)))
 
 
@@ -144,7 +123,7 @@ def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str
             logger.log_metrics(dict(values), position)
 
 
-def log_summary(loggers: Iterable[Logger], values: Mapping[str, Any]) -> None:
+def log_summary(loggers: Iterable[Logger], values: Mapping[str, float]) -> None:
     """Log single numbers of the whole run, where the logger has a place for them.
 
     Args:
@@ -186,7 +165,7 @@ def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, 
 
 
 def log_table(
-    loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], step: int
+    loggers: Iterable[Logger], name: str, columns: Sequence[str], rows: Sequence[Sequence[object]], step: int
 ) -> None:
     """Log a table.
 
@@ -221,7 +200,7 @@ def log_table(
             write_text(Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}.csv", buffer.getvalue())
 
 
-def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any]) -> None:
+def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, object]) -> None:
     """Tell W&B what a run starts from: an artifact that holds a description and no file.
 
     W&B links artifacts on its server only. Offline, the metadata of the run's own artifacts names what they come from.
@@ -245,7 +224,7 @@ def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata:
 
 
 def log_artifact(
-    loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, Any], content: Mapping[str, Path | str]
+    loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, object], content: Mapping[str, Path | str]
 ) -> None:
     """Log files that a run has made.
 
@@ -275,11 +254,11 @@ def log_artifact(
                 logger.experiment.log_artifact(new_artifact)
 
 
-def _decode_png(png: bytes) -> Any:
+def _decode_png(png: bytes) -> "Image":
     from PIL import Image
 
     return Image.open(io.BytesIO(png)).convert("RGB")
 
 
-def _escape_table_cell(value: Any) -> str:
+def _escape_table_cell(value: object) -> str:
     return str(value).replace("|", "\\|").replace("\n", "<br>")

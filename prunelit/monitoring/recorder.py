@@ -2,15 +2,16 @@
 
 import time
 from collections.abc import Mapping
-from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from prunelit.calibration.batches import count_real_tokens
 from prunelit.report.record import Record
 from prunelit.runtime.distributed import get_rank
+from prunelit.runtime.events import Facts
 
 
 class Recorder(Callback):
@@ -36,7 +37,7 @@ class Recorder(Callback):
         self._metrics_before_validation: dict[str, float] = {}
         self._validation_metrics: set[str] = set()
 
-    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Facts) -> None:
         """Store an event; `prunelit.report.record` lists the events."""
         if get_rank() == 0:
             self.record.on_event(event, facts)
@@ -47,7 +48,7 @@ class Recorder(Callback):
         self.record.training = [entry for entry in self.record.training if entry["step"] <= trainer.global_step]
 
     def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         if not trainer.is_global_zero:
             return

@@ -14,12 +14,14 @@ import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from prunelit import export
 from prunelit.calibration import metrics
+from prunelit.core.plan import PruningPlan
 from prunelit.evaluation import samples
 from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
@@ -48,10 +50,13 @@ from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
 from prunelit.runtime.fingerprints import fingerprint_batches
 from prunelit.runtime.messages import log_on_rank_zero
-from prunelit.runtime.text_files import write_json
+from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.timing import time_stage
 from prunelit.runtime.versions import collect_versions
 from prunelit.strategies import sharding
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger("prunelit")
 _COMPLETION_TOKENS = 24
@@ -86,7 +91,7 @@ class RunReport(Recorder, EventSource):
         self.batch_size = batch_size
         self.format = format
         self.save_base = save_base
-        self.report: dict[str, Any] = {}
+        self.report: JsonObject = {}
         self.seconds: dict[str, float] = {}
         self._identity: dict[str, str | None] = {}
 
@@ -192,11 +197,11 @@ class RunReport(Recorder, EventSource):
             files = "report.html report.json plan.json config.yaml"
             sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {folders} {files}\n")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, str | None]:
         """Fingerprints of the dense model and the tokenizer."""
         return dict(self._identity)
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, str | None]) -> None:
         """Check them; a sharded checkpoint cannot be read before.
 
         Raises:
@@ -204,11 +209,11 @@ class RunReport(Recorder, EventSource):
         """
         check_same_job(state_dict, self._identity)
 
-    def _measure_state(self, name: str, model: Any, size: dict[str, int]) -> None:
+    def _measure_state(self, name: str, model: nn.Module, size: dict[str, int]) -> None:
         if name in self.report:
             return
         with self._time_stage(f"evaluate_{name}"):
-            row: dict[str, Any] = {"perplexity": None}
+            row: dict[str, float | None] = {"perplexity": None}
             if self._windows is not None:
                 measured = metrics.perplexity(model, self._windows, self.batch_size, f"perplexity, {name}")
                 row["perplexity"] = measured["perplexity"]
@@ -216,7 +221,7 @@ class RunReport(Recorder, EventSource):
             self.report[name] = row | size
             self.emit("measured", name=name, row=self.report[name])
 
-    def _write_completions(self, name: str, model: Any, trainer: Trainer) -> None:
+    def _write_completions(self, name: str, model: nn.Module, trainer: Trainer) -> None:
         """Write completions for the page. They stay in this folder: they are not told to other listeners."""
         tokenizer = _get_tokenizer(trainer)
         if self._samples is None or tokenizer is None or sharding.is_sharded_strategy(trainer.strategy):
@@ -227,8 +232,8 @@ class RunReport(Recorder, EventSource):
                 texts = samples.generate_completions(model, tokenizer, self._samples)
             self.record.on_event("completions", {"prompts": self._samples.prompts, "name": name, "texts": texts})
 
-    def _describe_protocol(self, model: Any, data: Any) -> dict[str, Any]:
-        if self._windows is None:
+    def _describe_protocol(self, model: nn.Module, data: object) -> JsonObject:
+        if self._windows is None or not isinstance(data, TextDataModule):
             return {}
         sources = data.validation_sources or data.train_sources
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
@@ -236,7 +241,7 @@ class RunReport(Recorder, EventSource):
             "fingerprint": fingerprints.fingerprint_token_ids(self._windows)
         }
 
-    def _load_earlier_measurements(self, resumed: bool) -> dict[str, Any]:
+    def _load_earlier_measurements(self, resumed: bool) -> JsonObject:
         """Measurements of an earlier run in this folder: of the same dense model on the same text; of the cut model
         only where that run is resumed."""
         try:
@@ -264,7 +269,7 @@ class RunReport(Recorder, EventSource):
         earlier.facts |= self.record.facts
         self.record = earlier
 
-    def _get_plan(self, trainer: Trainer) -> Any:
+    def _get_plan(self, trainer: Trainer) -> PruningPlan | None:
         pruner = find_pruner(trainer)
         return pruner.applied_plan if pruner else None
 
@@ -292,7 +297,7 @@ class RunReport(Recorder, EventSource):
         run_page.write_run_page(self.record, self._folder)
 
 
-def _get_tokenizer(trainer: Trainer) -> Any:
+def _get_tokenizer(trainer: Trainer) -> "PreTrainedTokenizerBase | None":
     return getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
 
 

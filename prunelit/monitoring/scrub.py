@@ -3,13 +3,12 @@
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.+-]{0,23}")
 _SECRET = re.compile(r"key|token|secret|passw|credential|prompt|text|user|host", re.IGNORECASE)
 
 
-def keep_plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
+def keep_plain_values(values: Mapping[str, object]) -> dict[str, object]:
     """Keep the plain values of a mapping, and of the mappings inside it.
 
     A string is kept if it is one short word, names no existing file, and its name does not suggest a secret or a text.
@@ -29,7 +28,7 @@ def keep_plain_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _keep_plain_value(name: str, value: Any) -> Any:
+def _keep_plain_value(name: str, value: object) -> object:
     """Return a plain value unchanged, and None for any other."""
     if isinstance(value, bool | int | float):
         return value

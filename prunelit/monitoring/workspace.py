@@ -5,11 +5,17 @@ back as data; the rendering by W&B's server was never checked, and `save_workspa
 """
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING
 
 from prunelit.monitoring.dashboard import AXES, METRICS
 from prunelit.report.record import STATES
 from prunelit.runtime.errors import BadOption
+from prunelit.runtime.text_files import JsonObject
+
+if TYPE_CHECKING:
+    import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
+    from wandb_workspaces.reports.v2.interface import BlockTypes, PanelTypes
 
 NAME = "prunelit"
 _TITLES = {
@@ -30,7 +36,7 @@ _PICTURES = {
 }
 
 
-def build_panels(section: str) -> list[Any]:
+def build_panels(section: str) -> "list[PanelTypes]":
     """Build the panels of a section: its figures, then a line or bar for each number.
 
     Args:
@@ -43,7 +49,7 @@ def build_panels(section: str) -> list[Any]:
     """
     import wandb_workspaces.reports.v2 as wr
 
-    panels: list[Any] = [wr.MediaBrowser(title=key, media_keys=[key]) for key in _PICTURES[section]]
+    panels: list[PanelTypes] = [wr.MediaBrowser(title=key, media_keys=[key]) for key in _PICTURES[section]]
     if section == "quality":
         for quantity in ("perplexity", "parameters"):
             names = [f"quality/{state}_{quantity}" for state in STATES]
@@ -63,7 +69,7 @@ def build_panels(section: str) -> list[Any]:
     return panels
 
 
-def build_workspace(entity: str, project: str) -> Any:
+def build_workspace(entity: str, project: str) -> "ws.Workspace":
     """Build a `wandb_workspaces.workspaces.Workspace`; its `save()` creates it on the server.
 
     Args:
@@ -78,7 +84,7 @@ def build_workspace(entity: str, project: str) -> Any:
     return ws.Workspace(entity=entity, project=project, name=NAME, sections=sections)
 
 
-def build_wandb_report(entity: str, project: str) -> Any:
+def build_wandb_report(entity: str, project: str) -> "wr.Report":
     """Build a `wandb_workspaces.reports.v2.Report` with a heading and the panels of each section.
 
     Args:
@@ -90,13 +96,13 @@ def build_wandb_report(entity: str, project: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     runs = wr.Runset(entity=entity, project=project)
-    blocks: list[Any] = [wr.P("What was cut, what it cost, and what came back.")]
+    blocks: list[BlockTypes] = [wr.P("What was cut, what it cost, and what came back.")]
     for name, title in _TITLES.items():
         blocks += [wr.H2(title), wr.PanelGrid(runsets=[runs], panels=build_panels(name))]
     return wr.Report(entity=entity, project=project, title=f"{NAME}: {project}", blocks=blocks)
 
 
-def dump_workspace(entity: str, project: str) -> dict[str, Any]:
+def dump_workspace(entity: str, project: str) -> JsonObject:
     """Return the workspace as the JSON that the server would receive. (Writing out a report needs an API key.)
 
     Args:
@@ -106,7 +112,7 @@ def dump_workspace(entity: str, project: str) -> dict[str, Any]:
     Example: see `prunelit.cli.dashboard.create_dashboard`.
     """
     # `_to_model` is private, but the only way to get a layout without a server; a test notices if it disappears.
-    content: dict[str, Any] = json.loads(
+    content: JsonObject = json.loads(
         build_workspace(entity, project)._to_model().model_dump_json(by_alias=True, exclude_none=True)
     )
     return content

@@ -15,7 +15,7 @@ Legend: O outputs, I inputs, S group size.
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,17 @@ from prunelit.quantization.int4 import Int4Linear
 from prunelit.quantization.linears import DecoderLinear, list_decoder_linears
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
+from prunelit.runtime.text_files import JsonObject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 QUANT_METHOD = "metal"
 CODES_PER_WORD = 8
 """Codes in one uint32; group sizes are multiples of it."""
 
 
-def read_int4_config(folder: str | Path) -> dict[str, Any] | None:
+def read_int4_config(folder: str | Path) -> JsonObject | None:
     """Read `quantization_config` of a folder in this layout; None for any other folder.
 
     Raises:
@@ -56,7 +60,7 @@ def read_int4_config(folder: str | Path) -> dict[str, Any] | None:
     return config
 
 
-def find_common_group_size(model: Any) -> int:
+def find_common_group_size(model: nn.Module) -> int:
     """Find the largest group size that divides the model's own groups and its widths.
 
     FFN widths are not considered, because channels of zeros can be added to them.
@@ -79,7 +83,7 @@ def find_common_group_size(model: Any) -> int:
     down = get_architecture(model.config).down
     size = 0
     for linear in list_decoder_linears(model):
-        module: Any = linear.module
+        module: Any = linear.module  # torch knows the type of no attribute
         if getattr(module, CONV1D_MARK, False):
             raise BadQuantisation(
                 f"{linear.name}: int4: expected a linear with weights [out, in], got Conv1D, which no reader takes in "
@@ -136,7 +140,7 @@ def pad_row_blocks(values: Tensor, rows: int, parts: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def read_int4_folder(folder: Path, kind: Any, dtype: torch.dtype | str) -> Any:
+def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: torch.dtype | str) -> "PreTrainedModel":
     """Read the model of a folder in this layout; its linears stay in 4 bits.
 
     Args:

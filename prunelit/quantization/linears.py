@@ -33,7 +33,7 @@ class DecoderLinear(NamedTuple):
     module: nn.Module
 
 
-def list_decoder_linears(model: Any) -> list[DecoderLinear]:
+def list_decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """List the prunable linears of a causal LM, layer by layer; removed blocks have none.
 
     Args:
@@ -76,19 +76,20 @@ def _list_linear_paths(names: Architecture) -> list[tuple[LinearKind, str]]:
     return paths + [("ffn", f"{prefix}{name}") for name in (*ffn_in, names.down) if name]
 
 
-def get_linear_widths(module: Any) -> tuple[int, int]:
+def get_linear_widths(module: nn.Module) -> tuple[int, int]:
     """Get outputs and inputs of a linear: plain, Conv1D, quantised or with an adapter.
 
     Example:
         >>> get_linear_widths(nn.Linear(in_features=2, out_features=3))
         (3, 2)
     """
+    linear: Any = module  # torch knows the type of no attribute
     if is_conv1d(module):
-        return module.nf, module.nx
-    return module.out_features, module.in_features
+        return linear.nf, linear.nx
+    return linear.out_features, linear.in_features
 
 
-def has_adapters(model: Any) -> bool:
+def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters: PEFT's, or those on INT4 linears.
 
     Example:
@@ -113,7 +114,7 @@ def get_quantization(model: nn.Module) -> Literal["nf4", "int4"] | None:
     return None
 
 
-def unwrap_peft_model(model: Any) -> Any:
+def unwrap_peft_model(model: nn.Module) -> nn.Module:
     """Get the transformers model below a PEFT model; any other model is returned as it is.
 
     Example:
@@ -121,7 +122,8 @@ def unwrap_peft_model(model: Any) -> Any:
         >>> unwrap_peft_model(linear) is linear
         True
     """
-    return model.get_base_model() if hasattr(model, "peft_config") else model
+    peft_model: Any = model  # torch knows the type of no attribute
+    return peft_model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def is_nf4(module: nn.Module) -> bool:

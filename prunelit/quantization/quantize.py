@@ -6,7 +6,8 @@ original before it replaces it. On CUDA widths are not restricted (that path has
 """
 
 import logging
-from typing import Any, Literal, NamedTuple, cast
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from prunelit.runtime.errors import BadOption, BadQuantisation
 from prunelit.runtime.progress import track_progress
 
 Base = Literal["none", "nf4", "int4"]
+Model = TypeVar("Model", bound=nn.Module)
 BASES = ("none", "nf4", "int4")
 _NF4_BLOCK = 64  # on CPUs, other sizes give wrong weights at more widths
 _NF4_ERROR_BOUND = 0.15  # correct results are near 0.09, wrong ones were 0.2 to 1.2
@@ -88,7 +90,7 @@ def check_base_options(base: str, group_size: int = 32) -> None:
         import_bitsandbytes()
 
 
-def find_misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
+def find_misfits(model: nn.Module, base: Base, group_size: int = 32) -> list[Misfit]:
     """Find the linears whose number of inputs does not suit a base.
 
     With int4 their last group is padded, which costs memory and nothing else. With nf4 on a CPU `check_base_shapes`
@@ -123,7 +125,7 @@ def find_misfits(model: Any, base: Base, group_size: int = 32) -> list[Misfit]:
     return misfits
 
 
-def check_base_shapes(model: Any, base: Base, group_size: int = 32) -> None:
+def check_base_shapes(model: nn.Module, base: Base, group_size: int = 32) -> None:
     """Check that a base gives correct weights at every width of a model; call it as soon as the model is pruned.
 
     Args:
@@ -149,7 +151,7 @@ def check_base_shapes(model: Any, base: Base, group_size: int = 32) -> None:
 
 @torch.no_grad()
 def quantize_model(
-    model: Any,
+    model: nn.Module,
     base: Base,
     group_size: int = 32,
     compute_dtype: torch.dtype | None = None,
@@ -197,7 +199,7 @@ def quantize_model(
         old = find(model, name)
         weight = get_weight_out_in(old)
         if base == "int4":
-            new: Any = Int4Linear.from_weight(weight, old.bias, group_size, compute_dtype)
+            new: nn.Module = Int4Linear.from_weight(weight, old.bias, group_size, compute_dtype)
         else:
             new = _make_nf4_linear(weight, old.bias, compute_dtype or weight.dtype, double_quant)
         bound = compute_error_bound(group_size) if base == "int4" else _NF4_ERROR_BOUND
@@ -210,12 +212,13 @@ def quantize_model(
         setattr(new, CONV1D_MARK, is_conv1d(old))
         replace_module(model, name, new)
     if base == "nf4":
-        model.is_loaded_in_4bit = True  # PEFT chooses its 4-bit adapters by this attribute
+        marked: Any = model  # torch knows the type of no attribute
+        marked.is_loaded_in_4bit = True  # PEFT chooses its 4-bit adapters by this attribute
     return records
 
 
 @torch.no_grad()
-def dequantize_model(model: Any, dtype: torch.dtype | None = None) -> Any:
+def dequantize_model(model: Model, dtype: torch.dtype | None = None) -> Model:
     """Replace every 4-bit linear by a plain one with the rounded weights, in place, as stock formats need it.
 
     Adapters on int4 are merged first by `prunelit.recovery.lora.merge_adapters`; a model of nf4 with adapters goes
@@ -288,7 +291,7 @@ def measure_base_memory(model: nn.Module) -> dict[str, float]:
     }
 
 
-def import_bitsandbytes(needed_by: str = "base nf4") -> Any:
+def import_bitsandbytes(needed_by: str = "base nf4") -> ModuleType:
     """Import the optional package bitsandbytes.
 
     Args:
@@ -306,7 +309,9 @@ def import_bitsandbytes(needed_by: str = "base nf4") -> Any:
     return bitsandbytes
 
 
-def _make_nf4_linear(weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool) -> Any:
+def _make_nf4_linear(
+    weight: Tensor, bias: nn.Parameter | None, compute_dtype: torch.dtype, double_quant: bool
+) -> nn.Module:
     """Make a linear of bitsandbytes from a weight [O, I], on the weight's device."""
     nn4 = import_bitsandbytes().nn
     rows, width = weight.shape
@@ -352,16 +357,16 @@ def _check_relative_error(record: QuantizedLinear, base: str, bound: float) -> N
         )
 
 
-def _make_plain_linear(module: Any, dtype: torch.dtype) -> nn.Module:
+def _make_plain_linear(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Make a plain linear, or Conv1D if it was one, with the weight of a quantised linear."""
     from transformers.pytorch_utils import Conv1D
 
     weight = _dequantize_weight(module, dtype)
-    is_transposed = getattr(module, CONV1D_MARK, False)
-    linear: Any = Conv1D(1, 1) if is_transposed else nn.Linear(1, 1, bias=module.bias is not None, device="meta")
+    is_transposed, bias = getattr(module, CONV1D_MARK, False), getattr(module, "bias", None)
+    linear: nn.Module = Conv1D(1, 1) if is_transposed else nn.Linear(1, 1, bias=bias is not None, device="meta")
     linear.requires_grad_(False)
-    set_linear(linear, weight.T.contiguous() if is_transposed else weight.contiguous(), _cast_bias(module.bias, dtype))
-    return cast(nn.Module, linear)
+    set_linear(linear, weight.T.contiguous() if is_transposed else weight.contiguous(), _cast_bias(bias, dtype))
+    return linear
 
 
 def _cast_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -372,7 +377,7 @@ def _count_bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _collect_nf4_statistics(state: Any) -> list[Tensor]:
+def _collect_nf4_statistics(state: object) -> list[Tensor]:
     """Collect the tensors that an nf4 weight needs besides its codes."""
     inner_state = getattr(state, "state2", None)  # the statistics of double quantisation
     values = [getattr(part, name, None) for part in (state, inner_state) for name in ("absmax", "code", "offset")]

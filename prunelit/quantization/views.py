@@ -1,6 +1,6 @@
 """Copies of a model that share its tensors, but have plain linears, or no adapters."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,8 +11,10 @@ from prunelit.model.per_layer import replace_module, set_counters, set_linear
 from prunelit.quantization.linears import get_linear_widths, get_quantization, has_adapters, list_decoder_linears
 from prunelit.quantization.quantize import CONV1D_MARK
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def view_as_plain_linears(model: Any, multiple: int = 1) -> Any:
+
+def view_as_plain_linears(model: Model, multiple: int = 1) -> Model:
     """Copy a 4-bit model with plain linears on the meta device, to read off shapes, classes and costs.
 
     Args:
@@ -48,7 +50,7 @@ def view_as_plain_linears(model: Any, multiple: int = 1) -> Any:
     return copied
 
 
-def view_without_adapters(model: Any) -> Any:
+def view_without_adapters(model: nn.Module) -> nn.Module:
     """Copy a model without its adapters; a model without adapters is returned as it is.
 
     Args:
@@ -69,7 +71,7 @@ def view_without_adapters(model: Any) -> Any:
     return copied
 
 
-def _make_empty_linear(module: Any, outputs: int, inputs: int, dtype: torch.dtype) -> nn.Module:
+def _make_empty_linear(module: nn.Module, outputs: int, inputs: int, dtype: torch.dtype) -> nn.Module:
     from transformers.pytorch_utils import Conv1D
 
     bias = getattr(module, "bias", None) is not None

@@ -14,7 +14,8 @@ has a constant input of 1.
 import copy
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -81,10 +82,10 @@ class NormalEquations:
 
     def __init__(self, inputs: int, outputs: int, bias: bool = False, device: torch.device | None = None):
         self.inputs, self.bias = inputs, bias
-        float64: dict[str, Any] = {"dtype": torch.float64, "device": device}
-        self.gram = torch.zeros(inputs + bias, inputs + bias, **float64)  # [N, N]
-        self.cross = torch.zeros(inputs + bias, outputs, **float64)  # [N, K]
-        self.squares = torch.zeros(3, **float64)  # squared error, squared targets, number of rows
+        make_zeros = partial(torch.zeros, dtype=torch.float64, device=device)
+        self.gram = make_zeros(inputs + bias, inputs + bias)  # [N, N]
+        self.cross = make_zeros(inputs + bias, outputs)  # [N, K]
+        self.squares = make_zeros(3)  # squared error, squared targets, number of rows
         self._summed = False
 
     @torch.no_grad()

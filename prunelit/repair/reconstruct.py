@@ -10,7 +10,7 @@ Legend: T tokens without padding.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, TypedDict, get_args
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,19 @@ ActivationVisitor = tuple[Sequence[ActivationPoint], Callable[[Mapping[str, Tens
 """Points to observe, and a function that receives {point: activations [T, width]} of every batch."""
 
 
+class FitRecord(TypedDict):
+    """What a refit did to one linear, for reports: its layer and block, relative errors of its outputs, and the ridge.
+
+    Example: see `apply_least_squares`.
+    """
+
+    layer: int
+    block: str
+    before: float
+    after: float
+    ridge: float
+
+
 @torch.no_grad()
 def apply_least_squares(
     model: nn.Module | Decoder,
@@ -42,7 +55,7 @@ def apply_least_squares(
     how: str = "least_squares",
     target: FitTarget = "residual",
     ridge: float = 1e-2,
-) -> list[dict[str, Any]]:
+) -> list[FitRecord]:
     """Cut a model in place and refit its remaining output projections, layer by layer.
 
     From the first layer that is cut on, the attention output projection and then the down projection of every layer are
@@ -84,7 +97,8 @@ def apply_least_squares(
     check_ridge(ridge)
     decoder = as_decoder(model)
     surgery.check_plan_fits(decoder, plan)
-    start, records = find_first_changed(plan.layers, decoder), []
+    start = find_first_changed(plan.layers, decoder)
+    records: list[FitRecord] = []
     if start < len(decoder.layers):
         streams = PairedStreams(decoder, batches, start)
         for index in track_progress(range(start, len(decoder.layers)), "repairing", unit="layer"):
@@ -204,7 +218,7 @@ def _choose_target_points(layer: Layer, layer_plan: LayerPlan, target: FitTarget
     return points
 
 
-def record_layer_fit(layer: int, block: str, fit: Fit) -> dict[str, Any]:
+def record_layer_fit(layer: int, block: str, fit: Fit) -> FitRecord:
     """Log a fit at debug level and return it as a record for reports.
 
     Args:

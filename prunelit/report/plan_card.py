@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.plan_diff import PlanDifference
@@ -29,7 +29,7 @@ class MeasuredLatency(NamedTuple):
 
     dense: float
     planned: float
-    record: Mapping[str, Any]
+    record: Mapping[str, object]
 
 
 def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None) -> str:

@@ -21,9 +21,11 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.runtime.events import Facts
+from prunelit.runtime.text_files import JsonObject
 
 FORMAT = "prunelit-record/1"
 SCORE_KINDS = ("heads", "channels")
@@ -31,6 +33,40 @@ STATES = ("dense", "pruned", "recovered")
 """States of a model that are measured, in order."""
 _BINS = 48
 _WIDE_RANGE = 10.0  # highest / lowest score from which on bins are logarithmic
+
+
+class Evaluation(TypedDict):
+    """One evaluation of a block search: names of the blocks that are out, and of those tried, with their perplexity.
+
+    Example: see `prunelit.report.figures.search`, which draws it.
+    """
+
+    removed: list[str]
+    candidate: list[str]
+    perplexity: float
+    exact: bool
+
+
+class Removal(TypedDict):
+    """A block that a search has removed: all blocks so far in order, the perplexity, evaluations until then.
+
+    Example: see `prunelit.report.figures.search`, which draws it.
+    """
+
+    order: list[str]
+    perplexity: float
+    after: NotRequired[int]
+
+
+class Stage(TypedDict):
+    """A stage of a run: its seconds, and the peak memory so far of the process (or GPU).
+
+    Example: see `prunelit.report.figures.stages`, which draws it.
+    """
+
+    name: str
+    seconds: float
+    memory_mib: NotRequired[dict[str, float]]
 
 
 @dataclass
@@ -126,25 +162,26 @@ class Record:
     title: str = ""
     plan: PruningPlan | None = None
     scores: dict[str, list[Histogram | None]] = field(default_factory=dict)
-    search: list[dict[str, Any]] = field(default_factory=list)
-    decided: list[dict[str, Any]] = field(default_factory=list)
-    measured: dict[str, dict[str, Any]] = field(default_factory=dict)
-    stages: list[dict[str, Any]] = field(default_factory=list)
-    training: list[dict[str, Any]] = field(default_factory=list)
-    completions: list[dict[str, Any]] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
+    search: list[Evaluation] = field(default_factory=list)
+    decided: list[Removal] = field(default_factory=list)
+    measured: dict[str, JsonObject] = field(default_factory=dict)
+    stages: list[Stage] = field(default_factory=list)
+    training: list[dict[str, float]] = field(default_factory=list)
+    completions: list[dict[str, str]] = field(default_factory=list)
+    facts: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._raw: Mapping[str, Sequence[Sequence[float] | None]] = {}
 
-    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Facts) -> None:
         """Store an event; ignore events that this version does not know."""
         if event == "scores":
             self._raw = {kind: facts[kind] for kind in SCORE_KINDS}
         elif event == "planned":
             self._add_plan(facts["plan"])
         elif event in ("evaluation", "removed", "stage"):
-            {"evaluation": self.search, "removed": self.decided, "stage": self.stages}[event].append(dict(facts))
+            rows: dict[str, list[Any]] = {"evaluation": self.search, "removed": self.decided, "stage": self.stages}
+            rows[event].append(dict(facts))
             if event == "removed":
                 self.decided[-1]["after"] = len(self.search)
         elif event == "measured":
@@ -174,7 +211,7 @@ class Record:
     def to_json(self) -> str:
         """Write the record as JSON for `from_json`."""
         field_names = [name for name in self.__dataclass_fields__ if name not in ("plan", "scores")]
-        content: dict[str, Any] = {"format": FORMAT} | {name: getattr(self, name) for name in field_names}
+        content: JsonObject = {"format": FORMAT} | {name: getattr(self, name) for name in field_names}
         content["plan"] = None if self.plan is None else json.loads(self.plan.to_json())
         content["scores"] = {
             kind: [None if histogram is None else vars(histogram) for histogram in layers]

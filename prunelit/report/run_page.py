@@ -8,20 +8,19 @@ The page can be drawn again from record.json:
     Path("again.html").write_text(render_run_page(record))
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from prunelit.core.plan import PruningPlan
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.figures import PICTURES, draw_picture
+from prunelit.report.format_numbers import format_count, format_duration, format_percent, format_perplexity
 from prunelit.report.page import html
 from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.plan_card import list_layer_rows
-from prunelit.report.record import STATES, Record
-from prunelit.runtime.format_numbers import format_count, format_duration, format_percent, format_perplexity
-from prunelit.runtime.text_files import write_text
+from prunelit.report.record import STATES, Record, Stage
+from prunelit.runtime.text_files import JsonObject, write_text
 
 _ROWS = {
     "perplexity": "perplexity",
@@ -150,7 +149,7 @@ def _list_size_parts(record: Record) -> Iterator[Part]:
         yield _describe_protocol(protocol)
 
 
-def _describe_protocol(protocol: Mapping[str, Any]) -> str:
+def _describe_protocol(protocol: JsonObject) -> str:
     tokens = f", {protocol['tokens']:,} predicted tokens" if "tokens" in protocol else ""
     return (
         f"Perplexity on {', '.join(protocol['text'])}: {protocol['windows']} windows of {protocol['sequence_length']} "
@@ -220,7 +219,7 @@ def _list_provenance_parts(record: Record) -> Iterator[Part]:
         yield Table(["stage", "time", "peak memory so far"], rows)
 
 
-def _format_peak_memory(stage: Mapping[str, Any]) -> str:
+def _format_peak_memory(stage: Stage) -> str:
     memory = stage.get("memory_mib") or {}
     names = {"cuda": "GPU", "process": "process"}
     return ", ".join(f"{memory[key] / 1024:.2f} GiB ({name})" for key, name in names.items() if key in memory)

@@ -4,9 +4,19 @@ import os
 import platform
 import resource
 import sys
-from typing import Any
+from typing import TypedDict
 
 import torch
+
+
+class Hardware(TypedDict):
+    """What `describe_hardware` returns.
+
+    Example: see `describe_hardware`.
+    """
+
+    device: str
+    threads: int
 
 
 def get_peak_memory_mib() -> dict[str, float]:
@@ -27,7 +37,7 @@ def get_peak_memory_mib() -> dict[str, float]:
     return peaks
 
 
-def describe_hardware(device: torch.device) -> dict[str, Any]:
+def describe_hardware(device: torch.device) -> Hardware:
     """Describe the hardware of a device.
 
     Returns:

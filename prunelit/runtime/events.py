@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+Facts = Mapping[str, Any]
+"""What an event says: names and values, which differ from event to event."""
+
 
 class EventListener(Protocol):
     """Told what happens.
@@ -10,11 +13,11 @@ class EventListener(Protocol):
     Example: see `prunelit.pruning.context`, which uses it.
     """
 
-    def on_event(self, event: str, facts: Mapping[str, Any]) -> None:
+    def on_event(self, event: str, facts: Facts) -> None:
         """One event; see the module."""
 
 
-def emit_to_listeners(listeners: Iterable[EventListener], event: str, facts: Mapping[str, Any]) -> None:
+def emit_to_listeners(listeners: Iterable[EventListener], event: str, facts: Facts) -> None:
     """Tell every listener of an event.
 
     Example: see `EventSource.emit`.

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # plans are hashed without torch
     from torch import Tensor, nn
@@ -107,7 +107,7 @@ def hash_tensors(model: "nn.Module") -> dict[str, str]:
     return digests
 
 
-def fingerprint_tokenizer(tokenizer: Any) -> str | None:
+def fingerprint_tokenizer(tokenizer: object) -> str | None:
     """Hash the vocabulary of a tokenizer with its special tokens; None where it has no `get_vocab`.
 
     Example:

@@ -11,14 +11,24 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm as ProgressBar
 
 T = TypeVar("T")
 VERBOSE_VARIABLE = "PRUNELIT_VERBOSE"
 """Environment variable that --verbose sets, so that other ranks and new processes inherit it."""
 _log = logging.getLogger("prunelit")
 _silent: list[bool] = []
-_BAR_OPTIONS: dict[str, Any] = {"leave": False, "dynamic_ncols": True}
+
+
+class _BarOptions(TypedDict):
+    leave: bool
+    dynamic_ncols: bool
+
+
+_BAR_OPTIONS: _BarOptions = {"leave": False, "dynamic_ncols": True}
 
 
 def is_verbose() -> bool:
@@ -111,7 +121,7 @@ def show_stage(what: str) -> Iterator[None]:
 class _ProgressBar:
     """A bar of tqdm; it stays visible when another display opens inside it."""
 
-    def __init__(self, bar: Any) -> None:
+    def __init__(self, bar: "ProgressBar[NoReturn]") -> None:
         self.bar = bar
 
     def show(self) -> None:
@@ -127,7 +137,7 @@ class _ElapsedLine:
 
     def __init__(self, what: str) -> None:
         self.what, self.start = what, time.time()
-        self.line: Any = None
+        self.line: ProgressBar[NoReturn] | None = None
 
     def show(self) -> None:
         """Draw the line, or redraw it."""

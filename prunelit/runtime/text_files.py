@@ -6,8 +6,11 @@ from typing import Any
 
 from prunelit.runtime.atomic_files import replace_file
 
+JsonObject = dict[str, Any]
+"""A JSON object; whoever makes it says what its names are."""
 
-def write_json(path: Path, content: Any) -> None:
+
+def write_json(path: Path, content: object) -> None:
     """Write JSON atomically.
 
     Raises:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -36,7 +36,7 @@ def time_stage(name: str, seconds: dict[str, float], emit: Callable[..., object]
     emit("stage", name=name, seconds=taken, memory_mib=get_peak_memory_mib())
 
 
-def measure_seconds(run: Callable[[], Any], device: torch.device) -> float:
+def measure_seconds(run: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, all of its work on the device included: CUDA events on a GPU, else the wall clock.
 
     Example: see `tests/runtime/test_timing.py`.

@@ -7,7 +7,6 @@ for every record.
 import zipfile
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from prunelit.runtime.atomic_files import replace_file
 from prunelit.runtime.errors import SourceNotFound
 
 
-def write_torch_file(path: Path, content: Any) -> None:
+def write_torch_file(path: Path, content: object) -> None:
     """`torch.save` through `replace_file`: a file of this name is complete.
 
     Raises:
@@ -26,7 +25,7 @@ def write_torch_file(path: Path, content: Any) -> None:
     replace_file(path, lambda temporary: _save_or_raise(temporary, content))
 
 
-def _save_or_raise(path: Path, content: Any) -> None:
+def _save_or_raise(path: Path, content: object) -> None:
     try:
         with path.open("wb") as file:
             torch.save(content, file)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunelit.__main__ import main
 from prunelit.cli import dispatch
 from prunelit.cli.console import condense_errors, configure_logging
+from prunelit.cli.main import main
 from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
 from prunelit.runtime.parser_messages import condense_message

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from prunelit.__main__ import main
+from prunelit.cli.main import main
 from prunelit.monitoring import workspace
 from prunelit.monitoring.dashboard import AXES, IMAGES, METRICS
 

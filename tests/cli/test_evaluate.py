@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from prunelit.__main__ import main
+from prunelit.cli.main import main
 from tests.evaluation.rows import rows, write
 
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from prunelit.__main__ import COMMANDS, main
 from prunelit.callbacks import PruningCallback
 from prunelit.cli import fit
+from prunelit.cli.main import COMMANDS, main
 from prunelit.data import loading
 from prunelit.pruning.registry import methods
 from prunelit.runtime.parser_messages import condense_message
@@ -240,7 +240,7 @@ def test_validate_runs_the_validation_loop_and_cuts_nothing(
 
 def test_the_front_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from prunelit.__main__ import main;"
+        "import sys; from prunelit.cli.main import main;"
         "main(['--help']); main(['methods']); main(['methods', 'llm_bip']);"
         "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules); sys.exit(bool(heavy))"
     )

@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from prunelit.__main__ import main
 from prunelit.cli import method_cards
+from prunelit.cli.main import main
 from prunelit.cli.method_cards import answer_methods_command, list_method_options
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption

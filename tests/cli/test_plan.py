@@ -307,7 +307,7 @@ def test_show_and_diff_import_nothing_heavy(tmp_path: Path) -> None:
     plan_of().save(tmp_path / "plan.json")
     path = str(tmp_path / "plan.json")
     code = (
-        "import sys; from prunelit.__main__ import main;"
+        "import sys; from prunelit.cli.main import main;"
         f"codes = main(['plan', 'show', {path!r}]), main(['plan', 'diff', {path!r}, {path!r}]);"
         "heavy = {'torch', 'lightning', 'transformers', 'jsonargparse'} & set(sys.modules);"
         "sys.exit(bool(heavy) or any(codes))"

@@ -19,9 +19,9 @@ import pytest
 import torch
 import yaml
 
-from prunelit.__main__ import main
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.callbacks.random import Random
+from prunelit.cli.main import main
 from prunelit.compare import cell, figures, tables
 from prunelit.compare.cell import measure_prefill_seconds
 from prunelit.compare.config import parse_method_rows
@@ -31,9 +31,9 @@ from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import methods
+from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.fingerprints import fingerprint_model as fingerprint
-from prunelit.runtime.format_numbers import exponentiate_nll, format_perplexity
 from tests.cli.test_fit import call, refused
 from tests.tiny import tiny, tiny_tokenizer
 

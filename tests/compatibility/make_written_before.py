@@ -28,8 +28,8 @@ import torch
 import yaml
 
 import prunelit
-from prunelit.__main__ import main as prunelit_command
 from prunelit.callbacks import FLAP, LLMBIP, BlockPruner
+from prunelit.cli.main import main as prunelit_command
 from tests.tiny import tiny, tiny_tokenizer
 
 FOLDER = Path(__file__).with_name("written_before")

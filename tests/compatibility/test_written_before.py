@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import prunelit
-from prunelit.__main__ import main
 from prunelit.callbacks import FLAP, LLMBIP
+from prunelit.cli.main import main
 from tests.compatibility import make_written_before as made
 
 BEFORE = made.FOLDER

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from prunelit.__main__ import main
 from prunelit.calibration import layer_pipeline, observe
 from prunelit.callbacks import LLMBIP, Magnitude, PruningCallback, Random
 from prunelit.callbacks.best.callback import Best
@@ -24,6 +23,7 @@ from prunelit.callbacks.saap.callback import SAAP
 from prunelit.callbacks.shortgpt import ShortGPT
 from prunelit.callbacks.taylor import Taylor
 from prunelit.callbacks.wanda_sp import WandaSp
+from prunelit.cli.main import main
 from prunelit.data import loading, offloaded
 from prunelit.export import layer_files as writer
 from prunelit.export import save

@@ -21,8 +21,8 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from safetensors.torch import load_file
 
-from prunelit.__main__ import main
 from prunelit.callbacks import LLMBIP, Magnitude
+from prunelit.cli.main import main
 from prunelit.monitoring import checkpoints
 from prunelit.monitoring.checkpoints import AtomicCheckpointIO, SaveOnSigterm
 from prunelit.recovery.datamodule import TextDataModule

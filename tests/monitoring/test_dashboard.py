@@ -17,7 +17,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
-from prunelit.__main__ import main
+from prunelit.cli.main import main
 from prunelit.monitoring.dashboard import IMAGES, METRICS, Dashboard, list_shareable_files
 from prunelit.monitoring.loggers import guard_hyperparameters
 from prunelit.pruning.registry import method_class, methods

@@ -8,8 +8,8 @@ import pytest
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from prunelit.__main__ import main
 from prunelit.callbacks import LLMBIP
+from prunelit.cli.main import main
 from prunelit.monitoring.run_report import RunReport
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule

@@ -9,7 +9,7 @@ Source: Liu et al., "LLM-QAT", arXiv 2305.17888 (a random first token, then samp
 Legend: B sequences of a batch.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +17,13 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.core.architectures import get_decoder_config
-from prunelit.model.text_model import list_picture_tokens
 from prunelit.model.modes import use_eval_mode, use_generation_config
+from prunelit.model.text_model import list_picture_tokens
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.progress import track_progress
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig
 
 _ROWS_PER_CHUNK = 64  # sequences sampled together: enough to keep a machine busy, few enough for their KV cache
 
@@ -88,7 +91,9 @@ def _sample_tokens(model: Any, rows: int, length: int, seed: int) -> Tensor:
     return ids.cpu()
 
 
-def _list_special_tokens(vocabulary: int, config: Any, generation_config: Any) -> list[int]:
+def _list_special_tokens(
+    vocabulary: int, config: "PreTrainedConfig", generation_config: "GenerationConfig"
+) -> list[int]:
     """List the token ids of padding, start and end of text, and those that stand for pictures."""
     special: set[int] = set()
     # The end-of-turn token of a chat model is in its generation config only.

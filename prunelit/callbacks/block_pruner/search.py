@@ -15,8 +15,8 @@ import logging
 import math
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypedDict, cast
 
 import torch.distributed as dist
 
@@ -40,6 +40,21 @@ MARGIN = 0.002
 _log = logging.getLogger("prunelit")
 
 
+class SearchRecord(TypedDict):
+    """A search for the plan: order, perplexities, its work and that of a plain search; see `SearchResult`.
+
+    Example: `SearchRecord` is used further down in this module.
+    """
+
+    order: list[str]
+    perplexity: list[float]
+    evaluations: int
+    recalled: int
+    evaluations_full: int
+    layer_runs: float
+    layer_runs_full: float
+
+
 @dataclass
 class SearchResult:
     """Result of a search.
@@ -55,7 +70,7 @@ class SearchResult:
 
     removed: list[Block]
     nll: list[float]
-    record: dict[str, Any] = field(default_factory=dict)
+    record: SearchRecord
 
 
 def search_blocks(
@@ -253,7 +268,7 @@ class _Search:
         evaluator = self.evaluator
         evaluations = evaluator.evaluations - self.counts_at_start[0]
         layer_runs = evaluator.layer_runs - self.counts_at_start[1]
-        record: dict[str, Any] = {
+        record: SearchRecord = {
             "order": [str(block) for block in state.order],
             "perplexity": [convert_nll_to_perplexity(nll) for nll in state.nll_path],
             "evaluations": evaluations,

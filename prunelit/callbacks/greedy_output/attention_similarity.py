@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -224,7 +224,7 @@ def _watch_probabilities(
     # Fused kernels never form the probabilities; transformers looks the implementation up in the config at each call.
     implementation = config._attn_implementation
 
-    def visit_output(layer: Layer, module: nn.Module, args: Any, output: Any) -> None:
+    def visit_output(layer: Layer, module: nn.Module, args: object, output: object) -> None:
         weights = output[1] if isinstance(output, tuple) and len(output) > 1 else None
         if isinstance(weights, Tensor) and weights.dim() == 4 and weights.shape[1] == layer.shape.query_heads:
             visit(layer, weights)

@@ -1,7 +1,7 @@
 """A block search: perplexity after each removed block, and every evaluation of the search."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import (
     FAINT,
@@ -12,7 +12,7 @@ from prunelit.report.figures.style import (
     format_log_axis,
     use_whole_number_ticks,
 )
-from prunelit.report.record import Record
+from prunelit.report.record import Record, Removal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,14 +56,15 @@ def draw_search(record: Record) -> "Figure | None":
         ):
             if points:
                 # Thousands of points would make a large SVG, so they become one embedded image.
-                style: dict[str, Any] = {
-                    "rasterized": len(points) > _MOST_POINTS,
-                    "linestyle": "none",
-                    "marker": marker,
-                    "markersize": 2.8,
-                    "color": FAINT,
-                }
-                panel.plot(*zip(*points, strict=True), label=label, **style)
+                panel.plot(
+                    *zip(*points, strict=True),
+                    label=label,
+                    rasterized=len(points) > _MOST_POINTS,
+                    linestyle="none",
+                    marker=marker,
+                    markersize=2.8,
+                    color=FAINT,
+                )
         line = [(step.get("after", 0), step["perplexity"]) for step in decided]
         panel.plot(*zip(*line, strict=True), drawstyle="steps-post", color=REMOVED, linewidth=1.6, label="chosen")
         panel.set_yscale("log")
@@ -76,7 +77,7 @@ def draw_search(record: Record) -> "Figure | None":
     return figure
 
 
-def _draw_decisions(panel: "Axes", decided: list[dict[str, Any]]) -> None:
+def _draw_decisions(panel: "Axes", decided: list[Removal]) -> None:
     counts, values = [len(step["order"]) for step in decided], [step["perplexity"] for step in decided]
     panel.plot(counts, values, color=KEPT, marker="o", markersize=3.5, linewidth=1.6)
     panel.set_yscale("log")

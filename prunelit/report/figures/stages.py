@@ -1,10 +1,10 @@
 """Cost of a run: seconds and peak memory of every stage."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import KEPT, clear_background, create_figure
-from prunelit.report.record import Record
-from prunelit.runtime.format_numbers import format_duration
+from prunelit.report.format_numbers import format_duration
+from prunelit.report.record import Record, Stage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,9 +24,9 @@ def draw_stages(record: Record) -> "Figure | None":
         >>> len(draw_stages(record).axes[0].patches)
         1
     """
-    stages: dict[str, dict[str, Any]] = {}
+    stages: dict[str, Stage] = {}
     for stage in record.stages:  # a stage that ran twice is one bar
-        total = stages.setdefault(stage["name"], {"seconds": 0.0, "memory_mib": {}})
+        total = stages.setdefault(stage["name"], {"name": stage["name"], "seconds": 0.0, "memory_mib": {}})
         total["seconds"] += stage["seconds"]
         total["memory_mib"] = stage.get("memory_mib") or total["memory_mib"]
     if not stages:
@@ -45,7 +45,7 @@ def draw_stages(record: Record) -> "Figure | None":
     return figure
 
 
-def _label_stage(stage: dict[str, Any]) -> str:
+def _label_stage(stage: Stage) -> str:
     memory = stage["memory_mib"].get("cuda") or stage["memory_mib"].get("process")
     seconds = format_duration(stage["seconds"])
     return seconds if memory is None else f"{seconds}, {memory / 1024:.2f} GiB"

@@ -8,7 +8,7 @@ A figure is as wide as a phone's screen; a wide page shows figures side by side.
 import io
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -24,7 +24,7 @@ STATES = {"dense": DENSE, "pruned": PRUNED, "recovered": RECOVERED}
 WIDTH = 4.3
 """Inches. An SVG has 72 points per inch, and a browser shows a point as 4 / 3 CSS pixels."""
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[str, str | float] = {
     "font.size": 9,
     "font.family": "sans-serif",
     "axes.titlesize": 9,

@@ -1,7 +1,7 @@
 """Recovery: loss, perplexity and speed over the training steps."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from prunelit.report.figures.style import (
     DENSE,
@@ -93,8 +93,10 @@ def _draw_perplexity(panel: "Axes", points: list[tuple[int, float]], record: Rec
     if pruned and math.isfinite(pruned):
         points = [(0, pruned), *points]
         panel.plot([0], [pruned], "o", color=PRUNED, markersize=6, label="pruned")
-    style: dict[str, Any] = {"color": RECOVERED, "marker": _choose_marker(points), "markersize": 3, "linewidth": 1.6}
-    panel.plot(*zip(*points, strict=True), label="recovery", **style)
+    marker = _choose_marker(points)
+    panel.plot(
+        *zip(*points, strict=True), label="recovery", color=RECOVERED, marker=marker, markersize=3, linewidth=1.6
+    )
     if dense and math.isfinite(dense):
         panel.axhline(dense, color=DENSE, linestyle="--", linewidth=1.2, label="dense")
     panel.set_yscale("log")
@@ -109,5 +111,5 @@ def _choose_marker(points: list[tuple[int, float]]) -> str:
 
 
 def _read_curve(record: Record, name: str) -> list[tuple[int, float]]:
-    points = [(entry["step"], entry[name]) for entry in record.training if name in entry]
+    points = [(int(entry["step"]), entry[name]) for entry in record.training if name in entry]
     return [point for point in points if math.isfinite(point[1])]

@@ -3,12 +3,15 @@
 import re
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from markupsafe import Markup, escape
 
 from prunelit.report.page import inline
-from prunelit.report.page.parts import Code, Completions, Notes, Page, PagePicture, Table
+from prunelit.report.page.parts import Code, Completions, Notes, Page, PagePicture, Part, Table
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _TEMPLATE = "page.html.jinja"
 _WORD = 28  # letters after which a long word may be broken
@@ -38,7 +41,7 @@ def render_html(page: Page) -> str:
 
 
 @lru_cache(maxsize=1)
-def _load_template() -> Any:
+def _load_template() -> "Template":
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -67,7 +70,7 @@ def _insert_word_breaks(text: str) -> Markup:
     return Markup("<wbr>").join(escape(piece) for piece in _LONG_WORD.sub("\\g<0>\0", text).split("\0"))
 
 
-def _get_part_kind(part: Any) -> str:
+def _get_part_kind(part: Part) -> str:
     """Return the name of a part's type, by which the template chooses the markup."""
     kinds = {
         Table: "table",

@@ -1,7 +1,10 @@
 """The parts of a page as plain data without markup. `html.render_html` and `render_markdown` write them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Table(NamedTuple):
@@ -89,7 +92,7 @@ class PagePicture(NamedTuple):
     title: str
     caption: str
     summary: str
-    figure: Any
+    figure: "Figure"
 
 
 Part = str | Table | Notes | Code | Completions | PagePicture

@@ -3,11 +3,10 @@
 import math
 from collections.abc import Callable, Iterable
 from statistics import median
-from typing import Any
 
 from prunelit.core.plan_json import format_index_ranges
-from prunelit.report.record import Record
-from prunelit.runtime.format_numbers import format_duration, format_perplexity
+from prunelit.report.format_numbers import format_duration, format_perplexity
+from prunelit.report.record import Record, Stage
 
 
 def summarize_picture(name: str, record: Record) -> str:
@@ -118,7 +117,7 @@ def _summarize_stages(record: Record) -> str:
     return f"{total} in all; longest: {longest.replace('_', ' ')}, {longest_time}{peak}."
 
 
-def _describe_peak_memory(stages: Iterable[dict[str, Any]]) -> str:
+def _describe_peak_memory(stages: Iterable[Stage]) -> str:
     memories = [memory for stage in stages if (memory := stage.get("memory_mib"))]
     kind = "cuda" if any("cuda" in memory for memory in memories) else "process"
     peak = max((memory.get(kind, 0.0) for memory in memories), default=0.0)
@@ -129,7 +128,9 @@ def _describe_peak_memory(stages: Iterable[dict[str, Any]]) -> str:
 def _read_training_curve(record: Record, names: Iterable[str]) -> list[tuple[int, float]]:
     for name in names:
         points = [
-            (entry["step"], entry[name]) for entry in record.training if name in entry and math.isfinite(entry[name])
+            (int(entry["step"]), entry[name])
+            for entry in record.training
+            if name in entry and math.isfinite(entry[name])
         ]
         if points:
             return points

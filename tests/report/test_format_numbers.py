@@ -2,7 +2,7 @@
 
 import pytest
 
-from prunelit.runtime.format_numbers import format_count, format_duration, format_percent
+from prunelit.report.format_numbers import format_count, format_duration, format_percent
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,16 @@
 """Formats numbers for tables, figures and pages."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TypedDict
+
+
+class MeanLoss(TypedDict):
+    """A measurement with its mean negative log-likelihood in nats per token; it may hold more.
+
+    Example: see `exponentiate_nll`.
+    """
+
+    nll: float
 
 
 def format_perplexity(perplexity: float, like: float | None = None) -> str:
@@ -23,7 +31,7 @@ def format_perplexity(perplexity: float, like: float | None = None) -> str:
     return f"{perplexity:.{decimals}f}"
 
 
-def exponentiate_nll(text: Mapping[str, Any]) -> float:
+def exponentiate_nll(text: MeanLoss) -> float:
     """Compute exp(nll) of one measurement, its perplexity; infinite if a float cannot hold it.
 
     Args:
