@@ -1,0 +1,156 @@
+"""One contract for every multimodal model: its decoder is cut, its tower stays, and the whole model loads again."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+import prunelit
+from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.export.write import write_model
+from prunelit.model import surgery
+from prunelit.model.decoder import Decoder
+from prunelit.model.text_model import extract_text_model, list_picture_tokens, list_tower_parameters
+from prunelit.planning.block_sets import list_blocks
+from prunelit.pruning.registry import method_class
+from prunelit.runtime.errors import BadPlan
+from tests.tiny import cut, tiny_tokenizer, tokens
+from tests.tiny_multimodal import MULTIMODAL, inputs_with_picture, tiny_multimodal
+
+TOLERANCE = 1e-5  # of logits
+KINDS = ("kv_group", "query_head", "channel", "attention", "mlp", "layer", "mixed")
+
+
+@torch.no_grad()
+def logits(model: Any, **inputs: Tensor) -> Tensor:
+    return model(**inputs, use_cache=False).logits
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_cut_equals_masked_with_a_picture_and_without(family: str, kind: str) -> None:
+    model = tiny_multimodal(family)
+    plan, masked = cut(model, kind), copy.deepcopy(model)
+    dense = logits(model, **inputs_with_picture(family))
+    surgery.mask_pruned_units(masked, plan)
+    surgery.apply(model, plan)
+    with_picture = logits(model, **inputs_with_picture(family))
+    assert_close(with_picture, logits(masked, **inputs_with_picture(family)))
+    assert (with_picture - dense).abs().max() > 100 * TOLERANCE
+    assert_close(logits(model, input_ids=tokens()), logits(masked, input_ids=tokens()))
+    assert sum(parameter.numel() for parameter in model.parameters()) == plan.predicted["parameters"]
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_the_picture_counts(family: str) -> None:
+    """Otherwise the other tests would say nothing of the tower."""
+    model, inputs = tiny_multimodal(family), inputs_with_picture(family)
+    other = inputs | {"pixel_values": inputs["pixel_values"].flip(-1)}
+    assert (logits(model, **inputs) - logits(model, **other)).abs().max() > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_cache_changes_nothing(family: str) -> None:
+    model, inputs = tiny_multimodal(family), inputs_with_picture(family)
+    surgery.apply(model, cut(model, "mixed"))
+    options = {"max_new_tokens": 3, "do_sample": False, "suppress_tokens": list_picture_tokens(model.config)}
+    texts = [model.generate(**inputs, **options, use_cache=use_cache) for use_cache in (True, False)]
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_tower_stays_bit_for_bit(family: str) -> None:
+    model = tiny_multimodal(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batches = [inputs_with_picture(family), {"input_ids": tokens(2, 12)}]
+    method_class("flap")(ratio=0.25, align=8).prune(model, batches)
+    tower = {id(parameter) for parameter in list_tower_parameters(model)}
+    names = [name for name, parameter in model.named_parameters() if id(parameter) in tower]
+    assert names and all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in names)
+    assert not any("lm_head" in name or "embed_tokens" in name for name in names)
+
+
+@pytest.mark.parametrize("kind", ["query_head", "mixed"])
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_saved_equals_loaded(family: str, kind: str, tmp_path: Path) -> None:
+    model = tiny_multimodal(family)
+    plan = cut(model, kind)
+    surgery.apply(model, plan)
+    model.config.name_or_path = ""
+    name = write_model(model, tmp_path / "out", tiny_tokenizer(), plan).format
+    loaded = prunelit.load(tmp_path / "out")
+    assert_close(logits(loaded, **inputs_with_picture(family)), logits(model, **inputs_with_picture(family)))
+    if name == "uniform":  # the full class, and not one of the decoder alone
+        stock = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+        assert type(stock) is type(model)
+        assert_close(logits(stock, **inputs_with_picture(family)), logits(model, **inputs_with_picture(family)))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "AutoModelForImageTextToText" in card and "AutoProcessor" in card
+
+
+def test_per_layer_folder_names_both_types(tmp_path: Path) -> None:
+    model = tiny_multimodal("llava")
+    surgery.apply(model, cut(model, "mixed"))
+    write_model(model, tmp_path / "out", tiny_tokenizer())
+    config = prunelit.load(tmp_path / "out").config
+    assert (config.model_type, config.text_config.model_type) == ("pruned_llava", "pruned_llama")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gemma3", "llava", "qwen3_vl"])
+def test_plain_transformers_loads_layers_that_differ(family: str, tmp_path: Path) -> None:
+    model = tiny_multimodal(family)
+    surgery.apply(model, cut(model, "mixed"))
+    written = write_model(model, tmp_path / "out", tiny_tokenizer(), fresh_process=True)
+    assert written.format == "hetero" and written.proof["passed"]
+    assert written.proof["loader"].startswith("AutoModelForImageTextToText")
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_text_model_computes_the_same(family: str, tmp_path: Path) -> None:
+    model = tiny_multimodal(family)
+    surgery.apply(model, cut(model, "mixed"))
+    text_model = extract_text_model(model)
+    assert_close(logits(text_model, input_ids=tokens()), logits(model, input_ids=tokens()))
+    write_model(model, tmp_path / "out", tiny_tokenizer(), text_only=True)
+    loaded = prunelit.load(tmp_path / "out")
+    assert_close(logits(loaded, input_ids=tokens()), logits(model, input_ids=tokens()))
+    assert not list_tower_parameters(loaded)
+
+
+def test_layers_that_get_features_by_number_stay() -> None:
+    model = tiny_multimodal("qwen3_vl")
+    shape = Decoder(model).shape
+    assert [layer.fixed for layer in shape.layers] == [True, False, False]
+    dense = [LayerPlan.dense(layer) for layer in shape.layers]
+    with pytest.raises(BadPlan, match=r"layer 0: expected at least one block"):
+        PruningPlan("test", shape, (LayerPlan((), (), ()), *dense[1:]))
+    assert list_blocks(shape)
+    inputs = inputs_with_picture("qwen3_vl")
+    plan = method_class("shortgpt")(count=1, repair="none").prune(model, [inputs])
+    assert not plan.layers[0].removed and sum(layer.removed for layer in plan.layers) == 1
+
+
+@pytest.mark.parametrize("name", ["llm_bip", "wanda_sp", "taylor", "greedy_output", "block_pruner", "shortgpt"])
+def test_methods_read_pictures(name: str) -> None:
+    """A method that dropped the picture would plan as it does without one."""
+    plans = []
+    for flip in (False, True):
+        inputs = inputs_with_picture("internvl")
+        if flip:
+            inputs |= {"pixel_values": 5 * inputs["pixel_values"].flip(-1)}
+        method = method_class(name)(ratio=0.3, **({} if "align" in method_class(name).ignored_options else {"align": 1}))
+        events: list[Any] = []
+        method.listeners.append(type("Listener", (), {"on_event": lambda self, name, data, to=events: to.append(data)})())
+        model = tiny_multimodal("internvl")
+        method.prune(model, [inputs])
+        plans.append(repr([data for data in events if "heads" in data or "perplexity" in data]))
+    assert name == "shortgpt" or plans[0] != plans[1]
