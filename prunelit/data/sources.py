@@ -168,9 +168,9 @@ def _advise_on_adapter(folder: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return ""
     if kind != "LORA":
-        return f": a {kind} adapter of {base!r}; merge it into that model with PEFT first"
+        return f": {kind} adapters of {base!r}; merge them into that model with PEFT first"
     return (
-        f": a LoRA adapter of {base!r}; merge it first: python -m prunelit export --model {base} --adapter {folder} "
+        f": LoRA adapters of {base!r}; merge them first: python -m prunelit export --model {base} --adapter {folder} "
         "--format uniform --out DIR"
     )
 

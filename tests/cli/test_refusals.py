@@ -29,7 +29,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("command", ["prune", "plan", "fit", "plan of fit", "compare"])
+@pytest.mark.parametrize("command", ["prune", "plan", "fit", "plan of fit", "compare", "export"])
 @pytest.mark.parametrize(("config", "part"), FOLDERS, ids=["t5", "mixtral", "gptq", "classifier"])
 def test_commands_refuse_before_weights_are_read(
     capsys: pytest.CaptureFixture[str], folder: Path, command: str, config: dict[str, Any], part: str
@@ -41,7 +41,8 @@ def test_commands_refuse_before_weights_are_read(
         "plan": ["plan", "--model", str(folder), "--ratio", "0.2", "--out", str(out)],
         "fit": ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
         "plan of fit": ["plan", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
-        "compare": ["compare", "--model", str(folder), "--texts", "builtin:python-docs", "--out", str(out)],
+        "compare": ["compare", "--config", str(ROOT / "configs" / "compare-quick.yaml"), "--model", str(folder)],
+        "export": ["export", "--model", str(folder), "--format", "padded", "--out", str(out)],
     }
     code, printed, errors = call(capsys, *arguments[command])
     assert (code, printed) == (2, "")
@@ -54,4 +55,4 @@ def test_an_adapter_is_refused_with_the_name_of_its_base(capsys: pytest.CaptureF
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     code, _, errors = call(capsys, "prune", "--model", str(folder), "--ratio", "0.2", "--out", str(folder / "out"))
     assert code == 2 and errors.count("\n") == 1
-    assert "a LoRA adapter of 'owner/base'; merge it first: python -m prunelit export --model owner/base" in errors
+    assert "LoRA adapters of 'owner/base'; merge them first: python -m prunelit export --model owner/base" in errors
