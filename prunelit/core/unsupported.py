@@ -21,6 +21,19 @@ _ENCODERS = frozenset(
     {"albert", "bert", "big_bird", "camembert", "canine", "convbert", "deberta", "deberta-v2", "distilbert", "electra"}
     | {"ernie", "esm", "eurobert", "layoutlm", "layoutlmv3", "longformer", "modernbert", "mpnet", "nomic_bert"}
     | {"rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert", "xlm-roberta", "xlm-roberta-xl", "xmod"}
+    | {
+        "data2vec-text",
+        "esmc",
+        "flaubert",
+        "fnet",
+        "funnel",
+        "gte",
+        "ibert",
+        "jina_embeddings_v3",
+        "luke",
+        "mobilebert",
+    }
+    | {"megatron-bert", "mra", "nystromformer", "roc_bert", "tapas", "yoso"}
     | {"clip", "clip_text_model", "dinov2", "hubert", "siglip", "siglip_text_model", "vit", "wav2vec2"}
 )
 _DIFFUSION_LMS = frozenset({"dream", "llada", "llada_moe", "mdlm", "sdar", "sdar_moe"})
@@ -97,7 +110,7 @@ def describe_unsupported_setting(config: Any, name: str, required: Any) -> str:
     kind = describe_model_kind(config)
     return (
         f"model_type {str(config.model_type)!r}: expected {name} = {required!r} in its config, got "
-        f"{getattr(config, name)!r}{f', {kind}' if kind else ''}; models of this family with {required!r} are cut, as "
+        f"{getattr(config, name)!r}{f', {kind}' if kind else ''}; with {required!r} this family is cut, as "
         f"{_DECLARATIONS} declares"
     )
 
@@ -134,7 +147,7 @@ def describe_model_kind(config: Any) -> str:
         count = f"{experts} " if experts > 1 else ""
         return f"a mixture of {count}experts; experts are not cut yet, attention and dense FFNs of it neither"
     if getattr(config, "kv_lora_rank", None):
-        return "latent attention (kv_lora_rank), whose heads share one projection; nothing of it is cut yet"
+        return "latent attention (kv_lora_rank), whose heads share one projection; nothing of it is cut undeclared"
     if key := next((key for key in _NESTED_DECODERS if getattr(config, key, None)), None):
         return f"one in {key}, where text_config is read; convert it to transformers' own layout"
     if head := find_other_head(config):

@@ -11,7 +11,7 @@ from prunelit.planning.serving import MIXER_BESIDE_ATTENTION, list_family_format
 _MIXERS = {"linear_attn": "linear attention", "mamba": "Mamba", "conv": "convolution", "mixer": "Mamba or experts"}
 """{path in the layer: what stands there}; another path is shown as it is."""
 NOTES = (
-    "heads: KV groups, or query heads in every group (the same where it has one); no: a norm runs over all heads",
+    "heads: KV groups, or query heads in every group (the same where it has one); no: only the attention as a whole",
     "channels: of the FFN",
     "mixer: stands in an attention's place, or beside it (+ attention); it stays whole, or is removed as a block",
     "blocks: what can be removed; later layers: all but the first ones, which get features of the images",
@@ -61,7 +61,7 @@ def list_family_rows() -> list[FamilyRow]:
             mixer, blocks = f"{mixer} + attention", ["FFN"]
         row = FamilyRow(
             family,
-            "yes" if architecture.heads_prunable else "no",
+            "yes" if architecture.attention and architecture.heads_prunable else "no",
             "yes",
             mixer,
             ", ".join([*blocks, "later layers" if architecture.fixed_layers else "layer"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import transformers
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, AutoModelForMaskedLM
 
 from prunelit.core import unsupported
 from prunelit.core.architectures import ARCHITECTURES, Architecture, get_architecture, register
@@ -40,7 +40,7 @@ KINDS = [
     ({"model_type": "falcon_mamba"}, STATE_SPACE),
     ({"model_type": "LLaDA"}, "a diffusion LM,"),
     ({"model_type": "diffusion_gemma"}, "a diffusion LM,"),
-    ({"model_type": "minicpm3", "kv_lora_rank": 256}, "latent attention"),
+    ({"model_type": "a_latent_one", "kv_lora_rank": 256}, "latent attention"),
     ({"model_type": "internvl_chat", "llm_config": {"model_type": "qwen2"}}, "one in llm_config,"),
     ({"model_type": "a_new_one", "architectures": ["NewForTokenClassification"]}, "NewForTokenClassification,"),
     ({"model_type": "llava", "text_config": {"model_type": "bloom"}}, "'llava' with text_config of type 'bloom'"),
@@ -97,6 +97,11 @@ def test_what_has_no_such_marks_is_of_no_kind(config: dict[str, Any]) -> None:
 def test_configs_of_transformers_have_the_same_marks(model_type: str) -> None:
     config = CONFIG_MAPPING[model_type]()
     assert describe_model_kind(config) and describe_model_kind(SimpleNamespace(**config.to_dict()))
+
+
+def test_most_encoders_of_transformers_are_known() -> None:
+    kinds = {kind.model_type: describe_model_kind(kind()) for kind in AutoModelForMaskedLM._model_mapping}
+    assert sum(map(bool, kinds.values())) > 0.8 * len(kinds)
 
 
 @pytest.mark.parametrize("family", sorted(ARCHITECTURES))

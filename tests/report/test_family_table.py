@@ -5,7 +5,6 @@ import json
 import pytest
 from torch import nn
 
-from prunelit.__main__ import main
 from prunelit.cli.method_cards import answer_methods_command
 from prunelit.core.architectures import ARCHITECTURES, Architecture, register
 from prunelit.core.plan import PruningPlan
@@ -18,6 +17,7 @@ from prunelit.quantization import int4_folder, quantize
 from prunelit.report.family_table import HEADER, FamilyRow, list_family_rows, render_family_table
 from prunelit.runtime.errors import BadQuantisation, DoesNotFit
 from tests.family_page import COMMAND, PAGE, render_page
+from tests.test_configs import call
 from tests.tiny import FAMILIES, cut, keep, tiny
 
 ROWS = {row.family: row for row in list_family_rows()}
@@ -100,8 +100,7 @@ def test_a_registered_family_has_a_row() -> None:
 
 
 def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["methods", "--families"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    lines = call(capsys, "methods", "--families").splitlines()
     assert lines == render_family_table().splitlines()
     assert lines[0].split() == list(HEADER) and {line.split()[0] for line in lines if line} >= set(ROWS)
     assert max(map(len, lines)) <= 140
