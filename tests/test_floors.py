@@ -72,6 +72,7 @@ ONLY: dict[str, set[str]] = {
     "runtime.parser_messages": set(),
     "runtime.progress": {"tqdm"},
     "core.architectures": set(),
+    "core.unsupported": set(),
     "core.shapes": set(),
     "core.plan": set(),
     "core.plan_json": set(),
@@ -83,6 +84,7 @@ ONLY: dict[str, set[str]] = {
     "pruning.registry": set(),
     "report.plan_card": set(),
     "report.format_numbers": set(),
+    "report.family_table": set(),
     "cli.method_cards": set(),
     "monitoring.scrub": set(),
 }

@@ -51,7 +51,7 @@ def export_model(
 
     Example: `export_model` is used further down in this module.
     """
-    sources.check_model_source(model)
+    sources.check_prunable_source(model)
     reads = [source for source in (model, adapter) if source is not None]
     writers.check_export_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
     prepare.check_export_source(model, format, group_size, adapter)

@@ -103,13 +103,15 @@ class PrunelitCLI(LightningCLI):
             raise BadOption(f"trainer: {message}{suggest_name(str(strategy), known_strategies)}") from error
 
     def before_instantiate_classes(self) -> None:
-        """Pass `--plan` to the one pruning callback, and check the text length against the model."""
+        """Pass `--plan` to the one pruning callback; check the model for it, and the text length against the model."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         self._set_progress_defaults(config)
         pruners = [entry for entry in config.trainer.callbacks or () if _is_pruning_callback(entry.class_path)]
         check_single_pruner([entry.class_path.rpartition(".")[2] for entry in pruners], "plan" if config.plan else None)
         if config.plan:
             pruners[0].init_args.plan_file = config.plan
+        if pruners:
+            sources.check_prunable_source(config.model.model)
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _set_progress_defaults(self, config: Namespace) -> None:

@@ -1,6 +1,6 @@
 """`python -m prunelit methods`: a table of all methods, or the card of one, read from the syntax trees of their files.
 
-Only the standard library is imported, so the answer comes at once.
+With `--families` it is a table of the model families. No torch is imported, so the answer comes at once.
 """
 
 import ast
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from prunelit.pruning.registry import Method, list_broken_files, method_class, methods
+from prunelit.report.family_table import list_family_rows, render_family_table
 from prunelit.runtime.errors import BadOption
 
 _PACKAGE = Path(__file__).parents[1]
@@ -53,7 +54,8 @@ def answer_methods_command(arguments: list[str]) -> str:
     """Write what `python -m prunelit methods` prints.
 
     Args:
-        arguments: the command line after `methods`: nothing, or a method's name; with `--json` as data.
+        arguments: the command line after `methods`: nothing, a method's name, or `--families` for the table of model
+            families; with `--json` as data.
 
     Raises:
         BadOption: no such method, or more than one name.
@@ -65,7 +67,12 @@ def answer_methods_command(arguments: list[str]) -> str:
     names = [argument for argument in arguments if argument != "--json"]
     as_data = len(names) < len(arguments)
     if names and names[0] in ("-h", "--help"):
-        return "usage: python -m prunelit methods [NAME] [--json]       all methods, or the card of one; as data"
+        return (
+            "usage: python -m prunelit methods [NAME] [--json]       all methods, or the card of one; as data\n"
+            "       python -m prunelit methods --families [--json]   what is cut of each model family, and its formats"
+        )
+    if names == ["--families"]:
+        return json.dumps([row._asdict() for row in list_family_rows()], indent=1) if as_data else render_family_table()
     if len(names) > 1 or (names and names[0].startswith("-")):
         raise BadOption(f"methods: expected no argument, or one method's name and --json, got {' '.join(names)}")
     if not names:

@@ -8,12 +8,12 @@ code in prunelit knows a family by name. `prunelit.model.decoder` checks a decla
 contract tests in `tests/core/test_architectures.py` run on every entry.
 """
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any, Literal
 
+from prunelit.core.unsupported import describe_unsupported_config, describe_unsupported_setting
 from prunelit.runtime.errors import UnknownArchitecture
 
 PRUNED = "pruned_"
@@ -413,25 +413,16 @@ def get_architecture(config: Any) -> Architecture:
         >>> get_architecture(SimpleNamespace(model_type="llama")).linears
         ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
     """
-    config = get_decoder_config(config)
-    model_type = str(getattr(config, "model_type", None)).removeprefix(PRUNED)
+    decoder_config = get_decoder_config(config)
+    model_type = str(getattr(decoder_config, "model_type", None)).removeprefix(PRUNED)
     if model_type not in ARCHITECTURES:
-        near = difflib.get_close_matches(model_type, ARCHITECTURES, n=1)
-        hint = f" (nearest: {near[0]!r})" if near else ""
-        raise UnknownArchitecture(
-            f"model_type {model_type!r}: no declaration{hint}; expected one of {', '.join(sorted(ARCHITECTURES))}; "
-            f"add an entry {model_type!r} to ARCHITECTURES in prunelit/core/architectures.py, or before loading call "
-            f"prunelit.register({model_type!r}, prunelit.Architecture(...))"
-        )
+        raise UnknownArchitecture(describe_unsupported_config(config, decoder_config, ARCHITECTURES))
     architecture = ARCHITECTURES[model_type]
     for name, required in architecture.requires.items():
-        if getattr(config, name, required) != required:
-            raise UnknownArchitecture(
-                f"model_type {model_type!r}: the declaration needs config.{name} = {required!r}, "
-                f"got {getattr(config, name)!r}; this variant is not supported"
-            )
+        if getattr(decoder_config, name, required) != required:
+            raise UnknownArchitecture(describe_unsupported_setting(decoder_config, name, required))
     for condition, overrides in architecture.variants:
-        if all(getattr(config, name, None) == value for name, value in condition.items()):
+        if all(getattr(decoder_config, name, None) == value for name, value in condition.items()):
             architecture = replace(architecture, **overrides)
     return architecture
 

@@ -10,6 +10,7 @@ The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cach
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -18,21 +19,25 @@ import struct
 import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
-from prunelit.core.architectures import get_architecture
+from prunelit.core.architectures import get_architecture, get_decoder_config
+from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.model.context_length import check_position_table
 from prunelit.model.folder import read_model_config
 from prunelit.model.quiet import silence_transformers
+from prunelit.quantization.int4_folder import QUANT_METHOD
 from prunelit.runtime.atomic_files import replace_folder
-from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture, suggest_file
+from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture, suggest_file
 from prunelit.runtime.progress import show_stage
 
 _PACKAGE = re.compile(
@@ -81,7 +86,7 @@ def check_model_source(source: str) -> None:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             gguf_file = next(path.glob("*.gguf"), None)
-            hint = f"; pass {str(gguf_file)!r}" if gguf_file else ""
+            hint = f"; pass {str(gguf_file)!r}" if gguf_file else _advise_on_adapter(path)
             raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{hint}")
         if "block_configs" in read_model_config(path):
             raise SourceNotFound(
@@ -99,20 +104,30 @@ def check_prunable_source(source: str) -> None:
     """Check that a model source can be pruned, from its config.json alone.
 
     Args:
-        source: a model source; of others than local folders only the form is checked.
+        source: a model source; of others than local folders and hub ids in the cache only the form is checked.
 
     Raises:
         SourceNotFound: as for `check_model_source`.
-        UnknownArchitecture: the model's family is not supported, or not with these settings.
+        UnknownArchitecture: the model's family is not supported, or not with these settings, or it is a classifier.
+        BadQuantisation: the weights are in few bits, in another layout than that of prunelit.
 
     Example: see `tests/data/test_sources.py`.
     """
     check_model_source(source)
-    if (config := _read_config(source)) is not None:
+    config = _read_config(source)
+    if config is None:
+        return
+    if getattr(get_decoder_config(config), "model_type", None):  # else transformers chooses it while it loads
         try:
             get_architecture(config)
         except UnknownArchitecture as error:
             raise UnknownArchitecture(f"model {source!r}: {error}") from None
+    if reason := describe_other_head(config):
+        raise UnknownArchitecture(f"model {source!r}: {reason}")
+    if get_quantization_settings(config).get("quant_method") == QUANT_METHOD:
+        return  # an int4 folder, which is dequantised while it is loaded
+    if reason := describe_quantized_weights(config):
+        raise BadQuantisation(f"model {source!r}: {reason}")
 
 
 def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> None:
@@ -135,10 +150,29 @@ def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> Non
 
 
 def _read_config(source: str) -> SimpleNamespace | None:
-    """Read the config.json of a local folder; None for other sources."""
+    """Read the config.json of a local folder or of a hub id in the cache; None for other sources."""
     path = Path(source).expanduser()
+    if not path.exists() and not source.startswith("pypi:"):
+        with suppress(HFValidationError):
+            if isinstance(cached := try_to_load_from_cache(source, "config.json"), str):
+                path = Path(cached).parent
     config = read_model_config(path) if path.is_dir() else {}
     return SimpleNamespace(**config) if config.get("model_type") else None
+
+
+def _advise_on_adapter(folder: Path) -> str:
+    """Say what to do with a folder of adapters, as the end of an error message; "" for any other folder."""
+    try:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        base, kind = settings["base_model_name_or_path"], settings.get("peft_type")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    if kind != "LORA":
+        return f": {kind} adapters of {base!r}; merge them into that model with PEFT first"
+    return (
+        f": LoRA adapters of {base!r}; merge them first: python -m prunelit export --model {base} --adapter {folder} "
+        "--format uniform --out DIR"
+    )
 
 
 def resolve_model_source(source: str) -> str:

@@ -48,6 +48,10 @@ _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"})
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
 )
+LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | {"qwen3"}
+"""Families of which a GGUF file can be written."""
+MIXER_BESIDE_ATTENTION = frozenset({"falcon_h1"})
+"""Hybrids whose layers have an attention and a mixer; in the other ones a mixer stands in an attention's place."""
 _CODES_PER_WORD = 8  # 4-bit codes in a word: the smallest group size that is written
 DECI_FFN_MULTIPLE = 256
 """DeciLM's FFN widths are multiples of it."""
@@ -101,6 +105,31 @@ def list_serving_options(plan: PruningPlan) -> list[ServingRow]:
         ServingRow(name, *verdict, "unread" if verdict.answer == "?" else known)  # type: ignore[arg-type]
         for name, verdict, known in rows
     ]
+
+
+def list_family_formats(family: str) -> list[str]:
+    """List the export formats that can hold pruned models of a family, with the cuts that suit each format.
+
+    Args:
+        family: key of `ARCHITECTURES`.
+
+    Returns:
+        Names of formats, in the order of `prunelit.export.formats.FORMATS`.
+
+    Example:
+        >>> list_family_formats("qwen3"), list_family_formats("lfm2")
+        (['uniform', 'hetero', 'padded', 'gguf', 'int4'], ['uniform', 'hetero', 'int4'])
+    """
+    has_unequal_blocks = ARCHITECTURES[family].mixer is not None and family not in MIXER_BESIDE_ATTENTION
+    fits = {
+        "uniform": True,
+        "hetero": True,
+        "padded": not has_unequal_blocks,
+        "gguf": family in LLAMA_CPP_FAMILIES,
+        "deci": family in LLAMA_LIKE_FAMILIES,
+        "int4": family not in _CONV1D_FAMILIES,
+    }
+    return [name for name, can_hold in fits.items() if can_hold]
 
 
 def list_serving_notes(plan: PruningPlan) -> list[str]:
@@ -234,7 +263,7 @@ def _find_group_count(heads: int, groups: int, size: int) -> int:
 
 
 def _judge_llama_cpp(pruned: PrunedShape) -> Verdict:
-    if pruned.family not in LLAMA_LIKE_FAMILIES | {"qwen3"}:
+    if pruned.family not in LLAMA_CPP_FAMILIES:
         return Verdict(
             "?", f"prunelit writes no graph for {pruned.family}; llama.cpp's converter may, from a stock folder"
         )

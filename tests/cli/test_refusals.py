@@ -1,0 +1,58 @@
+"""A folder whose model is not cut is refused in one line, from its config.json: there are no weights in it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunelit.data import loading
+from tests.cli.test_fit import ROOT, call
+
+T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+GPTQ = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+CLASSIFIER = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+FOLDERS = [
+    (T5, "got an encoder-decoder; nothing of it is cut"),
+    (MIXTRAL, "got a mixture of 8 experts; experts are not cut yet"),
+    (GPTQ, "expected plain weights, got gptq in 4 bits; pass the model that it was made from"),
+    (CLASSIFIER, "expected a causal LM, got LlamaForSequenceClassification"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("load", "load_tokenizer"):
+        monkeypatch.setattr(loading, name, lambda *a, **options: pytest.fail("the folder was loaded"))
+    (tmp_path / "model").mkdir()
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "fit", "plan of fit", "compare", "export"])
+@pytest.mark.parametrize(("config", "part"), FOLDERS, ids=["t5", "mixtral", "gptq", "classifier"])
+def test_commands_refuse_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], folder: Path, command: str, config: dict[str, Any], part: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    out = folder.parent / "out"
+    arguments = {
+        "prune": ["prune", "--model", str(folder), "--ratio", "0.2", "--out", str(out)],
+        "plan": ["plan", "--model", str(folder), "--ratio", "0.2", "--out", str(out)],
+        "fit": ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
+        "plan of fit": ["plan", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
+        "compare": ["compare", "--config", str(ROOT / "configs" / "compare-quick.yaml"), "--model", str(folder)],
+        "export": ["export", "--model", str(folder), "--format", "padded", "--out", str(out)],
+    }
+    code, printed, errors = call(capsys, *arguments[command])
+    assert (code, printed) == (2, "")
+    assert errors.startswith("prunelit: error: model ") and errors.count("\n") == 1
+    assert part in errors and str(folder) in errors and not out.exists()
+
+
+def test_an_adapter_is_refused_with_the_name_of_its_base(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    settings = {"base_model_name_or_path": "owner/base", "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    code, _, errors = call(capsys, "prune", "--model", str(folder), "--ratio", "0.2", "--out", str(folder / "out"))
+    assert code == 2 and errors.count("\n") == 1
+    assert "LoRA adapters of 'owner/base'; merge them first: python -m prunelit export --model owner/base" in errors
