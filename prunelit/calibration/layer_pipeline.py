@@ -34,12 +34,14 @@ GIB = 2**30
 
 
 def list_layer_linears(layer: Layer) -> list[nn.Module]:
-    """List the linears of a layer whose weights stay on disk: q, k, v, o and the FFN, as far as the layer has them.
+    """List the linears of a layer whose weights stay on disk: q, k, v, o, the FFN and those of a mixer.
 
     Example: see `prunelit.data.offloaded`, which uses it.
     """
     attention = [*layer.qkv, layer.output] if layer.has_attention else []
-    return attention + ([*layer.ffn_in, layer.down] if layer.has_mlp else [])
+    mixer = cast(nn.Module, layer.mixer).modules() if layer.has_mixer else ()
+    ffn = [*layer.ffn_in, layer.down] if layer.has_mlp else []
+    return attention + [module for module in mixer if isinstance(module, nn.Linear)] + ffn
 
 
 class OffloadedPartialForward(PartialForward):
