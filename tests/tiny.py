@@ -38,6 +38,40 @@ class Row(NamedTuple):
 
 
 _MHA, _TIED_HEADS = ("query_head", "mixer"), ("kv_group", "query_head", "mixer")
+# The attention is a mixer, which stays whole or goes; in some families no layer can go.
+_WHOLE_ATTENTION_ONLY = ("kv_group", "query_head", "attention")
+_WHOLE_ATTENTION = (*_WHOLE_ATTENTION_ONLY, "layer")
+_LATENT = {
+    "num_key_value_heads": 9,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+_ROPE_BY_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+_TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "crop_size": 16,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_TINY_AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_blocks": 1,
+    "num_attention_heads": 2,
+    "ext_pw_out_channel": 16,
+    "depthwise_separable_out_channel": 16,
+    "nemo_conv_channels": 16,
+    "input_size": 16,
+}
 
 _MAMBA = {
     "mamba_d_state": 8,
@@ -65,7 +99,10 @@ FAMILIES: dict[str, Row] = {
     "cohere": Row("cohere"),
     "cohere-qk_norm": Row("cohere", {"use_qk_norm": True}),
     "cohere2": Row("cohere2", _SLIDING),
+    "cohere_compass_text": Row("cohere_compass_text", {**_SLIDING, "rope_parameters": _ROPE_BY_TYPE}),
+    "ctrl": Row("ctrl", {"dff": 96}, _MHA, {key: size for key, size in _GPT.items() if key != "n_inner"}),
     "cwm": Row("cwm", {"max_position_embeddings": 131072}),
+    "diffllama": Row("diffllama", {"num_attention_heads": 8, "num_key_value_heads": 4}, _WHOLE_ATTENTION),
     "ernie4_5": Row("ernie4_5"),
     "exaone4": Row("exaone4", _SLIDING),
     "falcon": Row("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}, sizes=_FALCON),
@@ -93,10 +130,25 @@ FAMILIES: dict[str, Row] = {
     "glm": Row("glm"),
     "glm4": Row("glm4"),
     "gpt2": Row("gpt2", lacks=_MHA, sizes=_GPT),
+    "gpt_bigcode": Row("gpt_bigcode", {"multi_query": True}, ("kv_group", "mixer"), _GPT),
+    "gpt_bigcode-mha": Row("gpt_bigcode", {"multi_query": False}, _MHA, _GPT),
+    "gpt_neo": Row(
+        "gpt_neo",
+        {
+            "intermediate_size": 96,
+            "window_size": 4,
+            "attention_types": [[["local"], 1], [["global"], 1], [["local"], 1]],
+            "num_layers": 3,
+            "num_heads": 9,
+        },
+        _MHA,
+        {"hidden_size": 72, "max_position_embeddings": 64},
+    ),
     "gpt_neox": Row("gpt_neox", {"intermediate_size": 96}, _MHA, _SIZES),
     "gpt_neox-sequential": Row("gpt_neox", {"intermediate_size": 96, "use_parallel_residual": False}, _MHA, _SIZES),
     "gptj": Row("gptj", {"rotary_dim": 4}, _MHA, _GPT),
     "granite": Row("granite", {"residual_multiplier": 0.5}),
+    "granite_swa": Row("granite_swa", {**_SLIDING, "residual_multiplier": 0.5, "layer_rope_theta": [10000.0, 0, 500.0]}),
     "granitemoehybrid": Row(
         "granitemoehybrid",
         {
@@ -119,13 +171,40 @@ FAMILIES: dict[str, Row] = {
     "lfm2": Row(
         "lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}, ()
     ),
+    "lfm3": Row(
+        "lfm3",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["conv", "full_attention", "sliding_attention"] * 2,
+            "sliding_window": 4,
+        },
+        (),
+    ),
+    "lfm3-no_gate": Row(
+        "lfm3",
+        {
+            **_HYBRID,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "use_attention_gate": False,
+            "use_sandwich_norm": False,
+        },
+        (),
+    ),
     "llama": Row("llama"),
     "llama-biases": Row("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": Row("llama", {"num_key_value_heads": 9}, _MHA),
+    "minicpm3": Row("minicpm3", {**_LATENT, "scale_depth": 1.4, "dim_model_base": 36}, _WHOLE_ATTENTION_ONLY),
     "ministral": Row("ministral"),
     "ministral3": Row("ministral3", {"max_position_embeddings": 262144}),
     "mistral": Row("mistral"),
     "mistral-sliding": Row("mistral", {"sliding_window": 4}),
+    "modernbert-decoder": Row(
+        "modernbert-decoder",
+        {"intermediate_size": 96, "layer_types": _SLIDING["layer_types"], "local_attention": 8},
+        _MHA,
+        _SIZES,
+    ),
+    "nanochat": Row("nanochat"),
     "nemotron": Row("nemotron"),
     "olmo": Row("olmo"),
     "nemotron_h": Row(
@@ -148,6 +227,7 @@ FAMILIES: dict[str, Row] = {
     "persimmon": Row("persimmon", {"intermediate_size": 96}, _MHA, _SIZES),
     "phi": Row("phi"),
     "phi3": Row("phi3"),
+    "phi4_multimodal": Row("phi4_multimodal", {"vision_config": _TINY_VISION, "audio_config": _TINY_AUDIO}),
     "qwen2": Row("qwen2"),
     "qwen3": Row("qwen3"),
     "qwen2_5_vl_text": Row("qwen2_5_vl_text"),
@@ -162,6 +242,16 @@ FAMILIES: dict[str, Row] = {
     "stablelm-qk_layernorm": Row("stablelm", {"qk_layernorm": True}),
     "starcoder2": Row("starcoder2"),
     "vaultgemma": Row("vaultgemma", _SLIDING),
+    "xglm": Row(
+        "xglm",
+        {"d_model": 72, "num_layers": 3, "attention_heads": 9, "ffn_dim": 96, "max_position_embeddings": 64},
+        _MHA,
+        {},
+    ),
+    "youtu": Row("youtu", {**_LATENT, "intermediate_size": 96}, _WHOLE_ATTENTION_ONLY, _SIZES),
+    "youtu-q_proj": Row(
+        "youtu", {**_LATENT, "intermediate_size": 96, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES
+    ),
 }
 SLIDING = tuple(name for name, row in FAMILIES.items() if "layer_types" in row.config)
 
@@ -186,6 +276,8 @@ def _build(family: str, **overrides: Any) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases are ones and zeros otherwise
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    if hasattr(model.base_model, "embed_tokens_extend"):  # towers, which text does not reach
+        model.base_model.embed_tokens_extend.requires_grad_(False)
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of text: as many tokens as asked for
     return model.eval()
 
@@ -234,7 +326,7 @@ def cut(model: Any, kind: str) -> PruningPlan:
                 return keep(shape, mixer=False)
             case "mlp" if index != 1:
                 return keep(shape, channels=())
-            case "layer" if index == 1:
+            case "layer" if index == 1 and not shape.fixed:
                 return keep(shape, groups=(), channels=(), mixer=False)
             case "mixed":
                 attention = layer(("attention", "kv_group", "query_head")[index % 3], index, shape)

@@ -26,7 +26,8 @@ class Architecture:
 
     Attributes:
         layers: path from the causal LM to its list of decoder layers.
-        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself.
+        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself;
+            None where a block can neither be cut nor removed, or the layer has none.
         query, key, value, output: projections inside `attention`.
         gated_query: the rows of every query head are twice the head size: the query, then a gate on the head's output.
         fused_qkv: one linear in place of query, key and value. Its rows are laid out as `qkv_layout` says:
@@ -38,6 +39,8 @@ class Architecture:
         functional_activation: class of torch.nn that computes what an FFN without such a module computes by a function.
         mixer: in hybrid models, the residual block that stands in a layer's place of attention, or beside it: linear
             attention, Mamba, a convolution. It remains whole, or is removed as a block.
+        mixer_is_attention: the mixer is an attention that cannot be cut by heads; it returns what an attention returns.
+        attention_removable: False where other layers read the keys and values that the attention or mixer computes.
         attention_norm, mlp_norm: norms that feed one block only, and are removed with it; a mixer has the norms
             that an attention in its place would have.
         attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
@@ -55,10 +58,11 @@ class Architecture:
             projection among them; a config without the attribute has no such choice.
         position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
-        fixed_layers: config attribute of the whole multimodal model (dotted path) with one entry for each of the first
-            decoder layers that get features of the tower by their number; these layers cannot be removed.
+        fixed_layers: config attribute of the whole model (dotted path) or of its decoder: a list with one entry for
+            each of the first layers that cannot be removed, or their number. Their number in the model matters to what
+            it computes: features of a tower go to them, or keys are shared between them.
         layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
-            a module are applied in order.
+            a module or to True are applied in order.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
 
@@ -68,7 +72,7 @@ class Architecture:
     """
 
     layers: str = "model.layers"
-    attention: str = "self_attn"
+    attention: str | None = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -76,7 +80,7 @@ class Architecture:
     gated_query: bool = False
     fused_qkv: str | None = None
     qkv_layout: Literal["concat", "grouped"] = "concat"
-    mlp: str = "mlp"
+    mlp: str | None = "mlp"
     gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -84,6 +88,8 @@ class Architecture:
     activation: str = "act_fn"
     functional_activation: str | None = None
     mixer: str | None = None
+    mixer_is_attention: bool = False
+    attention_removable: bool = True
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None
@@ -113,9 +119,10 @@ class Architecture:
     @property
     def linears(self) -> tuple[str, ...]:
         """Last names of the prunable linear layers, for adapters (PEFT `target_modules`)."""
-        attention = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
+        query_key_value = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
+        attention = (*query_key_value, self.output) if self.attention is not None else ()
         ffn = (self.fused_gate_up,) if self.fused_gate_up else (self.gate, self.up)
-        return tuple(dict.fromkeys(name for name in (*attention, self.output, *ffn, self.down) if name))
+        return tuple(dict.fromkeys(name for name in (*attention, *ffn, self.down) if name))
 
     @property
     def names(self) -> dict[str, Any]:
@@ -146,6 +153,20 @@ _PARALLEL = replace(
     _LLAMA, parallel=True, attention_norm=None, mlp_norm=None, shared_norm="input_layernorm", norm="layer"
 )
 _PLAIN_FFN = replace(_LLAMA, gate=None)
+# Layers of convolutions and of attentions.
+_LFM = replace(
+    _LLAMA,
+    mixer="conv",
+    mlp="feed_forward",
+    gate="w1",
+    up="w3",
+    down="w2",
+    functional_activation="SiLU",
+    attention_norm="operator_norm",
+    mlp_norm="ffn_norm",
+)
+# Attentions that cannot be cut by heads, such as those on latent keys and values.
+_ATTENTION_WHOLE = replace(_LLAMA, attention=None, mixer="self_attn", mixer_is_attention=True)
 _GPT = Architecture(
     layers="transformer.h",
     attention="attn",
@@ -182,7 +203,27 @@ ARCHITECTURES: dict[str, Architecture] = {
     "biogpt": replace(_OPT, layers="biogpt.layers", config_ffn="intermediate_size"),
     "cohere": replace(_PARALLEL, per_head={"q_norm.weight": "query", "k_norm.weight": "kv"}),
     "cohere2": _PARALLEL,
+    "cohere_compass_text": _PARALLEL,
+    "ctrl": Architecture(
+        layers="transformer.h",
+        attention="multi_head_attention",
+        query="Wq",
+        key="Wk",
+        value="Wv",
+        output="dense",
+        mlp="ffn",  # a torch.nn.Sequential
+        gate=None,
+        up="0",
+        activation="1",
+        down="2",
+        attention_norm="layernorm1",
+        mlp_norm="layernorm2",
+        norm="layer",
+        position_table=True,
+        config_ffn="dff",
+    ),
     "cwm": _LLAMA,
+    "diffllama": replace(_ATTENTION_WHOLE, fixed_layers="num_hidden_layers"),  # a constant of each depends on its number
     "ernie4_5": _LLAMA,
     "exaone4": _POST_NORM,
     "falcon": Architecture(
@@ -241,6 +282,13 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gpt2": replace(
         _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     ),
+    "gpt_bigcode": replace(
+        _GPT,
+        fused_qkv="c_attn",
+        requires={"add_cross_attention": False},
+        variants=(({"multi_query": False}, {"qkv_layout": "grouped"}),),
+    ),
+    "gpt_neo": replace(_GPT, attention="attn.attention", output="out_proj", config_ffn="intermediate_size"),
     "gptj": replace(
         _GPT,
         output="out_proj",
@@ -278,6 +326,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         requires={"num_local_experts": 0},
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    "granite_swa": replace(_LLAMA, residual_scale="residual_multiplier", per_head={"sinks": "query"}),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "hyperclovax": replace(
@@ -289,23 +338,33 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
     "jais2": replace(_PLAIN_FFN, norm="layer"),
-    "lfm2": replace(
-        _LLAMA,
-        mixer="conv",
-        output="out_proj",
-        mlp="feed_forward",
-        gate="w1",
-        up="w3",
-        down="w2",
-        functional_activation="SiLU",
-        attention_norm="operator_norm",
-        mlp_norm="ffn_norm",
-        config_exact_widths={"block_auto_adjust_ff_dim": False},
+    "lfm2": replace(_LFM, output="out_proj", config_exact_widths={"block_auto_adjust_ff_dim": False}),
+    "lfm3": replace(
+        _LFM,
+        attention_post_norm="post_operator_norm",
+        mlp_post_norm="post_ffn_norm",
+        per_head={"g_proj.weight": "query"},
     ),
     "llama": _LLAMA,
+    "minicpm3": replace(
+        _ATTENTION_WHOLE,
+        block_scales={"attention": "residual_scale", "mlp": "residual_scale"},
+    ),
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "modernbert-decoder": replace(
+        _LLAMA,
+        attention="attn",
+        output="Wo",
+        fused_gate_up="Wi",
+        down="Wo",
+        activation="act",
+        attention_norm="attn_norm",
+        mlp_norm="mlp_norm",
+        norm="layer",
+    ),
+    "nanochat": replace(_PLAIN_FFN, up="fc1", down="fc2", activation="activation_fn"),
     "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
     "nemotron_h": replace(
         _PLAIN_FFN,
@@ -355,6 +414,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="activation_fn",
         layer_config=True,  # it splits the fused rows at config.num_attention_heads * head_dim
     ),
+    "phi4_multimodal": replace(
+        _LLAMA,
+        fused_qkv="qkv_proj",
+        fused_gate_up="gate_up_proj",
+        activation="activation_fn",
+        layer_config=True,
+    ),
     "qwen2": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
     "qwen3": _LLAMA,
@@ -376,6 +442,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "starcoder2": replace(_PLAIN_FFN, up="c_fc", down="c_proj", activation="act", norm="layer"),
     "vaultgemma": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
+    "xglm": replace(_OPT, layers="model.layers", position_table=False, requires={"add_cross_attention": False}),
+    "youtu": _ATTENTION_WHOLE,
 }
 
 

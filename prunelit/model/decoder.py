@@ -202,7 +202,7 @@ class Layer:
                 )
             rows_per_channel = expected_rows // channels
             channel_cost = hidden + sum(rows_per_channel * (hidden + (n.bias is not None)) for n in self.ffn_in)
-            mlp_modules = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
+            mlp_modules = (*self.ffn_in, self.down, self.activation) if a.mlp == "" else (self.mlp,)
             mlp_cost = _count_parameters(*mlp_modules, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
         mixing_norms = (self.get_norm("attention_norm"), self.get_norm("attention_post_norm"))
         if self.has_mixer:
@@ -216,7 +216,7 @@ class Layer:
             without_role = [
                 name
                 for name, child in self.module.named_children()
-                if _count_parameters(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
+                if _count_parameters(child) and name not in (*vars(a).values(), str(a.attention).split(".")[0])
             ]
             raise DeclarationMismatch(
                 f"layer {self.index}: expected a role for every module with weights, got none for {without_role}; "
@@ -238,7 +238,7 @@ class Layer:
             mixer_cost,
             gated_query=a.gated_query and self.has_attention,
             fixed=self.is_fixed,
-            attention_removable=not (self.has_attention and self.has_mixer),
+            attention_removable=a.attention_removable and not (self.has_attention and self.has_mixer),
             one_block=(self.attention is not None) + (self.mixer is not None) + (self.mlp is not None) == 1,
         )
 
@@ -277,7 +277,9 @@ def count_fixed_layers(model: Any, architecture: Architecture) -> int:
     Example: see `Decoder`, which uses it.
     """
     entries = find(model.config, architecture.fixed_layers)
-    return len(entries) if isinstance(entries, list | tuple) else 0
+    if entries is None:
+        entries = find(get_decoder_config(model.config), architecture.fixed_layers)
+    return len(entries) if isinstance(entries, list | tuple) else int(entries or 0)
 
 
 class Decoder:

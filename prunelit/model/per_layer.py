@@ -23,12 +23,17 @@ _COUNTERS = {
     "num_kv_heads": "kv_groups",
     "num_key_value_groups": "group_size",
     "split_size": "query_width",
+    "embed_dim": "query_width",
 }
 ADDED_BIASES = "added_biases"
 """Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
 # Config attributes with one entry per layer, and those with the numbers of the layers that have an attention.
-_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes")
+_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes", "layer_rope_theta", "attention_layers")
 _LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs")
+# Integers of a block: its place in the cache.
+_CACHE_NUMBERS = ("layer_idx", "layer_id")
+# Config attributes that a model divides by the square root of its number of layers.
+_DIVIDED_BY_ROOT_OF_DEPTH = ("scale_depth",)
 
 
 class RemovedAttention(nn.Module):
@@ -91,7 +96,7 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
 
 def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
     """`names` for one layer of a family whose layers differ: with the overrides that its modules select."""
-    matching = [overrides for path, overrides in names.layer_variants if find(layer, path) is not None]
+    matching = [overrides for path, overrides in names.layer_variants if find(layer, path) not in (None, False)]
     if not matching:
         return names
     resolved = copy.copy(names)
@@ -136,7 +141,7 @@ def remove_attention(layer: nn.Module, names: Any) -> None:
 def remove_mixer(layer: nn.Module, names: Any) -> None:
     """Remove a layer's mixer with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    replace_module(layer, names.mixer, RemovedMixer())
+    replace_module(layer, names.mixer, RemovedAttention() if names.mixer_is_attention else RemovedMixer())
     _remove_mixing_norms(layer, names)
 
 
@@ -150,7 +155,7 @@ def _remove_mixing_norms(layer: nn.Module, names: Any) -> None:
 def remove_mlp(layer: nn.Module, names: Any) -> None:
     """Remove a layer's FFN block with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    if names.mlp:
+    if names.mlp != "":
         replace_module(layer, names.mlp, RemovedMLP())
     else:  # the linears sit in the layer: the first passes its input on, the last returns zeros
         replace_module(layer, names.up, nn.Identity())
@@ -200,9 +205,13 @@ def settle(model: Any, names: Any) -> None:
     """
     config = _get_decoder_config(model.config)
     layers = find(model, names.layers)
-    blocks = [_find_blocks(layer, names) for layer in layers]  # attention, mixer and FFN of every layer
+    per_layer_names = [resolve_layer_names(layer, names) for layer in layers]
+    blocks = [_find_blocks(*pair) for pair in zip(layers, per_layer_names, strict=True)]  # attention, mixer, FFN
     kept = [index for index, present in enumerate(blocks) if not all(map(is_absent, present))]
-    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1 or any(mixer is not None for _, mixer, _ in blocks)
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1 or any(
+        mixer is not None and not own.mixer_is_attention
+        for (_, mixer, _), own in zip(blocks, per_layer_names, strict=True)
+    )
     if len(kept) < len(layers):
         parent, _, name = names.layers.rpartition(".")
         for attribute in _PER_LAYER_LISTS:
@@ -217,11 +226,16 @@ def settle(model: Any, names: Any) -> None:
         layers = nn.ModuleList(layers[index] for index in kept)
         layers.training = training
         setattr(find(model, parent), name, layers)
+        for attribute in _DIVIDED_BY_ROOT_OF_DEPTH:
+            if getattr(config, attribute, None) is not None:
+                setattr(config, attribute, getattr(config, attribute) * (len(kept) / config.num_hidden_layers) ** 0.5)
         config.num_hidden_layers = len(kept)
         blocks = [blocks[index] for index in kept]
     # A layer of one block by design, such as an FFN alone, has no place in the cache to begin with.
     emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
-    if mixed and any(emptied):
+    if _is_derived(config, "kv_sharing_modes"):
+        pass  # the family shares keys and values itself, and only layers without a place in the cache lose theirs
+    elif mixed and any(emptied):
         config.kv_sharing_modes = ["reuse" if is_empty else "own" for is_empty in emptied]
     elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
         config.kv_sharing_modes = None
@@ -230,8 +244,9 @@ def settle(model: Any, names: Any) -> None:
         numbers = [sum(not empty for empty in emptied[:index]) for index in numbers]
     for number, present in zip(numbers, blocks, strict=True):
         for block in present:
-            if isinstance(getattr(block, "layer_idx", None), int):
-                block.layer_idx = number
+            for attribute in _CACHE_NUMBERS:
+                if isinstance(getattr(block, attribute, None), int):
+                    setattr(block, attribute, number)
 
 
 def _is_derived(config: Any, attribute: str) -> bool:
@@ -241,9 +256,12 @@ def _is_derived(config: Any, attribute: str) -> bool:
 
 
 def _find_blocks(layer: nn.Module, names: Any) -> tuple[Any, Any, Any]:
-    """Attention, mixer and FFN of a layer: the module, its stub where it was removed, or None where there is none."""
-    names = resolve_layer_names(layer, names)
-    return find(layer, names.attention), find(layer, names.mixer), find(layer, names.mlp or names.down)
+    """Attention, mixer and FFN of a layer: the module, its stub where it was removed, or None where there is none.
+
+    `names` are those of this layer.
+    """
+    mlp = names.down if names.mlp == "" else names.mlp
+    return find(layer, names.attention), find(layer, names.mixer), find(layer, mlp)
 
 
 def _stores_nothing(attention: Any, mixer: Any) -> bool:

@@ -194,11 +194,16 @@ def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
             columns = expand_head_rows(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
             _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
         if layer.has_mixer and not kept.mixer:
-            cast(nn.Module, layer.mixer).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            cast(nn.Module, layer.mixer).register_forward_hook(_zero_output)
         if layer.has_mlp:
             _zero_pruned_columns(
                 layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm")
             )
+
+
+def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: zeros in place of what a block returns, alone or first in a tuple."""
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 def _zero_pruned_columns(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:
