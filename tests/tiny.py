@@ -230,10 +230,8 @@ FAMILIES: dict[str, Row] = {
     "phi4_multimodal": Row("phi4_multimodal", {"vision_config": _TINY_VISION, "audio_config": _TINY_AUDIO}),
     "qwen2": Row("qwen2"),
     "qwen3": Row("qwen3"),
-    "qwen2_5_vl_text": Row("qwen2_5_vl_text"),
     "qwen3_5_text": Row("qwen3_5_text", {**_LINEAR, **_DELTA_NET}, ()),
     "qwen3_next": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, "mlp_only_layers": [0, 1, 2, 3]}, ()),
-    "qwen3_vl_text": Row("qwen3_vl_text"),
     "qwen3-wide_heads": Row("qwen3", {"head_dim": 16}),
     "seed_oss": Row("seed_oss"),
     "smollm3": Row("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -253,7 +251,7 @@ FAMILIES: dict[str, Row] = {
         "youtu", {**_LATENT, "intermediate_size": 96, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES
     ),
 }
-SLIDING = tuple(name for name, row in FAMILIES.items() if "layer_types" in row.config)
+SLIDING = tuple(name for name, row in FAMILIES.items() if "sliding_attention" in row.config.get("layer_types", ()))
 
 
 def tiny(family: str, **overrides: Any) -> Any:

@@ -153,6 +153,15 @@ _PARALLEL = replace(
     _LLAMA, parallel=True, attention_norm=None, mlp_norm=None, shared_norm="input_layernorm", norm="layer"
 )
 _PLAIN_FFN = replace(_LLAMA, gate=None)
+_FC = replace(_PLAIN_FFN, up="fc1", down="fc2", activation="activation_fn")
+# Norms before and after each block, and gate and up in one linear.
+_GLM4 = replace(
+    _LLAMA,
+    fused_gate_up="gate_up_proj",
+    activation="activation_fn",
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+)
 # Layers of convolutions and of attentions.
 _LFM = replace(
     _LLAMA,
@@ -222,6 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         position_table=True,
         config_ffn="dff",
     ),
+    "cosmos3_edge_text": _FC,
     "cwm": _LLAMA,
     "diffllama": replace(_ATTENTION_WHOLE, fixed_layers="num_hidden_layers"),  # a constant of each depends on its number
     "ernie4_5": _LLAMA,
@@ -272,13 +282,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
-    "glm4": replace(
-        _LLAMA,
-        fused_gate_up="gate_up_proj",
-        activation="activation_fn",
-        attention_post_norm="post_self_attn_layernorm",
-        mlp_post_norm="post_mlp_layernorm",
-    ),
+    "glm4": _GLM4,
+    "glm4v_text": _GLM4,
+    "glm_ocr_text": _GLM4,
     "gpt2": replace(
         _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     ),
@@ -326,9 +332,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         requires={"num_local_experts": 0},
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    # Features of pictures are added between layers by their number.
+    "granite4_vision_text": replace(
+        _LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"
+    ),
+    "granite_docling_text": replace(
+        _LLAMA, residual_scale="residual_multiplier", fixed_layers="vision_config.deepstack_visual_indexes"
+    ),
     "granite_swa": replace(_LLAMA, residual_scale="residual_multiplier", per_head={"sinks": "query"}),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
+    "hunyuan_vl_text": _LLAMA,
     "hyperclovax": replace(
         _LLAMA,
         attention_post_norm="post_norm1",
@@ -364,7 +378,24 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_norm="mlp_norm",
         norm="layer",
     ),
-    "nanochat": replace(_PLAIN_FFN, up="fc1", down="fc2", activation="activation_fn"),
+    "molmo2_text": replace(
+        _LLAMA,
+        variants=(
+            (
+                {"norm_after": True},
+                {
+                    "attention_norm": None,
+                    "mlp_norm": None,
+                    "attention_post_norm": "input_layernorm",
+                    "mlp_post_norm": "post_attention_layernorm",
+                },
+            ),
+            ({"qk_norm_type": "olmo"}, {"heads_prunable": False}),
+        ),
+    ),
+    # The gate on the attention's output is a linear of its own.
+    "muse_glimmer_text": replace(_SANDWICH, attention=None, mixer="self_attn", mixer_is_attention=True),
+    "nanochat": _FC,
     "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
     "nemotron_h": replace(
         _PLAIN_FFN,
@@ -406,6 +437,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="act",
         norm="layer",
     ),
+    "paddleocr_vl_text": _LLAMA,
     "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
     "phi3": replace(
         _LLAMA,
@@ -422,7 +454,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_config=True,
     ),
     "qwen2": _LLAMA,
+    "qwen2_5_omni_text": _LLAMA,
     "qwen2_5_vl_text": _LLAMA,
+    "qwen2_vl_text": _LLAMA,
     "qwen3": _LLAMA,
     "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
     "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),

@@ -120,9 +120,14 @@ class Layer:
         """Get |gain| of the norm in a role, float32 [H]; ones if there is no norm, or one without weights."""
         weight = find(self.get_norm(role), "weight") if self.get_norm(role) is not None else None
         if weight is None:
-            linear = self.output if self.has_attention else self.down
-            return torch.ones(get_weight_out_in(linear).shape[0], device=cast(Tensor, linear.weight).device)
+            return torch.ones_like(self._get_residual_like(), dtype=torch.float32)
         return (cast(Tensor, weight).detach().float() + self.architecture.norm_offset).abs()
+
+    def _get_residual_like(self) -> Tensor:
+        """Get a vector of the residual stream's width, on the layer's device."""
+        if self.has_attention or self.has_mlp:
+            return get_weight_out_in(self.output if self.has_attention else self.down).detach()[:, 0]
+        return cast(Tensor, find(self.get_norm("attention_norm"), "weight")).detach()
 
     def compute_inverse_norm(self, role: str, x: Tensor) -> Tensor:
         """Compute 1 / rms (LayerNorm: 1 / standard deviation) of every row of x [T, H], as the norm in a role does.

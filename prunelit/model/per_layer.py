@@ -27,9 +27,9 @@ _COUNTERS = {
 }
 ADDED_BIASES = "added_biases"
 """Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
-# Config attributes with one entry per layer, and those with the numbers of the layers that have an attention.
+# Config attributes with one entry per layer, and those with the numbers of some layers.
 _PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes", "layer_rope_theta", "attention_layers")
-_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs")
+_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs", "rope_scaling_layers")
 # Integers of a block: its place in the cache.
 _CACHE_NUMBERS = ("layer_idx", "layer_id")
 # Config attributes that a model divides by the square root of its number of layers.

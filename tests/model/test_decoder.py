@@ -31,22 +31,29 @@ def test_costs_are_those_of_the_parameters(family: str) -> None:
     for layer in decoder:
         each = layer.shape
         assert each.parameters == count(layer.module)
-        assert each.attention_cost == count(
-            layer.attention, layer.get_norm("attention_norm"), layer.get_norm("attention_post_norm")
-        )
-        # What goes with the whole layer alone is the norm that both blocks read. Nothing else is left over.
-        assert each.shared_cost == count(layer.get_norm("shared_norm"))
+        # Norms around the attention go with the block that stands there; where two do, with the whole layer, as the
+        # norm that both blocks read.
+        norms = (layer.get_norm("attention_norm"), layer.get_norm("attention_post_norm"))
+        blocks = [block for block in (layer.attention, layer.mixer) if block is not None]
+        block_norms, shared_norms = (norms, ()) if len(blocks) == 1 else ((), norms)
+        assert each.attention_cost == (count(layer.attention, *block_norms) if layer.has_attention else 0)
+        assert each.mixer_cost == (count(layer.mixer, *block_norms) if layer.has_mixer else 0)
+        assert each.shared_cost == count(layer.get_norm("shared_norm"), *shared_norms)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_those_of_the_config(family: str) -> None:
     row, model = FAMILIES[family], tiny(family)
-    for shape in Decoder(model).shape.layers:
-        assert shape.query_heads == model.config.num_attention_heads == 9
-        assert shape.kv_groups == (1 if "multi_query" in family else 9 if row.lacks == ("query_head",) else 3)
-        assert shape.head_dim == row.config.get("head_dim", 8)
-        assert shape.ffn_channels == 96
-        assert shape.heads_prunable is (family not in ("olmo2", "olmo3"))
+    for layer in Decoder(model):
+        shape = layer.shape
+        if layer.has_attention:
+            assert shape.query_heads == model.config.num_attention_heads == 9
+            assert shape.kv_groups == (1 if row.config.get("multi_query") else 9 if "query_head" in row.lacks[:1] else 3)
+            assert shape.head_dim == row.config.get("head_dim", 8)
+        else:
+            assert (shape.query_heads, shape.kv_groups, shape.head_dim) == (0, 0, 0)
+        assert shape.ffn_channels in ((0, 96) if shape.one_block else (96,))
+        assert shape.heads_prunable is (not family.startswith("olmo") or family == "olmo")
 
 
 # Cost of one query head (rows of q, columns of o), of one key and value head, and of one channel, for a width of 72.
