@@ -49,6 +49,20 @@ _LATENT = {
     "qk_nope_head_dim": 6,
     "v_head_dim": 8,
 }
+_SLIDING_4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 4,
+}
+# The last two layers use the keys and values of the two before them.
+_SHARED_KV = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 4,
+    "num_kv_shared_layers": 2,
+}
+_PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_GEMMA3N = {**_PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
 _ROPE_BY_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 500.0},
@@ -127,6 +141,33 @@ FAMILIES: dict[str, Row] = {
     "gemma": Row("gemma"),
     "gemma2": Row("gemma2", _SLIDING),
     "gemma3_text": Row("gemma3_text", _SLIDING),
+    "gemma3n_text": Row("gemma3n_text", {**_SHARED_KV, **_GEMMA3N}, ("attention", "layer")),
+    "gemma3n_text-sparse": Row(
+        "gemma3n_text", {**_SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]}, ("attention", "layer")
+    ),
+    "gemma4_text": Row("gemma4_text", {**_SHARED_KV, **_PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")),
+    "gemma4_text-no_sharing": Row(
+        "gemma4_text",
+        {**_SLIDING_4, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
+        ("attention", "mixer", "layer"),
+    ),
+    "gemma4_text-keys_as_values": Row(
+        "gemma4_text",
+        {
+            **_SLIDING_4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "global_head_dim": 16,
+        },
+        ("attention", "mixer", "layer"),
+    ),
+    "gemma4_text-double_ffn": Row(
+        "gemma4_text",
+        {**_SHARED_KV, **_PER_LAYER_INPUTS, "use_double_wide_mlp": True, "global_head_dim": 16},
+        ("attention", "layer"),
+    ),
+    "gemma4_unified_text": Row("gemma4_unified_text", {**_SHARED_KV, "global_head_dim": 16}, ("attention", "layer")),
     "glm": Row("glm"),
     "glm4": Row("glm4"),
     "gpt2": Row("gpt2", lacks=_MHA, sizes=_GPT),
@@ -251,7 +292,12 @@ FAMILIES: dict[str, Row] = {
         "youtu", {**_LATENT, "intermediate_size": 96, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES
     ),
 }
-SLIDING = tuple(name for name, row in FAMILIES.items() if "sliding_attention" in row.config.get("layer_types", ()))
+# Of layers of several types, some with a window, whose attentions can be removed.
+SLIDING = tuple(
+    name
+    for name, row in FAMILIES.items()
+    if "sliding_attention" in row.config.get("layer_types", ()) and "attention" not in row.lacks
+)
 
 
 def tiny(family: str, **overrides: Any) -> Any:

@@ -45,6 +45,7 @@ class Architecture:
             that an attention in its place would have.
         attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
         shared_norm: one norm that feeds both blocks; removed only with the whole layer.
+        layer_parts: modules with weights that are part of neither block; they stay with the layer.
         parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
         norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
         residual_scale: config attribute that multiplies every block's output before the residual addition.
@@ -95,6 +96,7 @@ class Architecture:
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     shared_norm: str | None = None
+    layer_parts: tuple[str, ...] = ()
     parallel: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
@@ -127,7 +129,7 @@ class Architecture:
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers")
+        left_out = ("requires", "variants", "position_table", "fixed_layers", "layer_parts")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -139,6 +141,21 @@ _SANDWICH = replace(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
     norm_offset=1.0,
+)
+_WHOLE_ATTENTION: dict[str, Any] = {"attention": None, "mixer": "self_attn", "mixer_is_attention": True}
+# Layers know their number: by it they share keys and values, and get inputs of their own. The cache follows the config,
+# which has no place for other holes in it than the layers that use the keys and values of others.
+_GEMMA4 = replace(
+    _SANDWICH,
+    norm_offset=0.0,
+    layer_parts=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"),
+    attention_removable=False,
+    fixed_layers="num_hidden_layers",
+    layer_variants=(
+        ("self_attn.use_alternative_attention", _WHOLE_ATTENTION),  # its keys are its values
+        ("self_attn.store_full_length_kv", _WHOLE_ATTENTION),  # others use them
+        ("self_attn.is_kv_shared_layer", {**_WHOLE_ATTENTION, "attention_removable": True}),
+    ),
 )
 # Norms only after each block; q_norm and k_norm run over all heads together, so no head can be removed exactly.
 _POST_NORM = replace(
@@ -175,7 +192,7 @@ _LFM = replace(
     mlp_norm="ffn_norm",
 )
 # Attentions that cannot be cut by heads, such as those on latent keys and values.
-_ATTENTION_WHOLE = replace(_LLAMA, attention=None, mixer="self_attn", mixer_is_attention=True)
+_ATTENTION_WHOLE = replace(_LLAMA, **_WHOLE_ATTENTION)
 _GPT = Architecture(
     layers="transformer.h",
     attention="attn",
@@ -281,6 +298,16 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": replace(_LLAMA, norm_offset=1.0),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
+    "gemma3n_text": replace(
+        _GEMMA4,
+        attention_norm=None,
+        shared_norm="input_layernorm",  # it feeds the attention and `laurel`
+        layer_parts=(*_GEMMA4.layer_parts, "altup", "laurel"),
+        # Sparse FFNs cut channels off below a quantile over all of them.
+        layer_variants=(*_GEMMA4.layer_variants, ("mlp.activation_sparsity", {"mlp": None})),
+    ),
+    "gemma4_text": replace(_GEMMA4, requires={"enable_moe_block": False}),
+    "gemma4_unified_text": _GEMMA4,
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
     "glm4": _GLM4,
     "glm4v_text": _GLM4,
@@ -394,7 +421,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     # The gate on the attention's output is a linear of its own.
-    "muse_glimmer_text": replace(_SANDWICH, attention=None, mixer="self_attn", mixer_is_attention=True),
+    "muse_glimmer_text": replace(_SANDWICH, **_WHOLE_ATTENTION),
     "nanochat": _FC,
     "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
     "nemotron_h": replace(

@@ -69,11 +69,12 @@ class Layer:
         self.is_fixed = is_fixed
         self.mixer: nn.Module | None = find(module, a.mixer)
         # Layers of other families have an attention and an FFN, and a declaration that names none is wrong.
-        find_block = find if architecture.mixer else self._require_attribute
-        self.attention: Any = find_block(module, a.attention)
-        self.mlp: Any = find_block(module, a.mlp)
-        if architecture.mixer and self.attention is None and self.mixer is None and self.mlp is None:
-            self._require_attribute(module, architecture.mixer)
+        has_mixers = bool(architecture.mixer or a.mixer)
+        find_block = find if has_mixers else self._require_attribute
+        self.attention: Any = None if a.attention is None else find_block(module, a.attention)
+        self.mlp: Any = None if a.mlp is None else find_block(module, a.mlp)
+        if has_mixers and self.attention is None and self.mixer is None and self.mlp is None:
+            self._require_attribute(module, str(architecture.mixer or a.mixer))
         self.has_attention = not is_absent(self.attention)
         self.has_mixer = not is_absent(self.mixer)
         self.has_mlp = self.mlp is not None and not is_absent(find(self.mlp, a.down) or self.mlp)
@@ -216,8 +217,9 @@ class Layer:
             attention_cost += _count_parameters(*mixing_norms)
         shared_norms = (self.get_norm("shared_norm"), *(mixing_norms if self.has_mixer and self.has_attention else ()))
         shared_cost = _count_parameters(self.module) - attention_cost - mixer_cost - mlp_cost
+        layer_parts = [find(self.module, name) for name in a.layer_parts]
         is_whole = (self.has_attention or self.has_mixer) and self.has_mlp
-        if is_whole and shared_cost != _count_parameters(*shared_norms):
+        if is_whole and shared_cost != _count_parameters(*shared_norms, *layer_parts):
             without_role = [
                 name
                 for name, child in self.module.named_children()
@@ -356,6 +358,19 @@ class Decoder:
     def backbone(self) -> nn.Module:
         """The model without its output projection, as calibration runs it; a multimodal model with its tower."""
         return cast(nn.Module, getattr(self.model, "base_model", self.model))
+
+    def spread_width(self, value: Any, width: Any) -> Any:
+        """Build the value of a config attribute with which all FFNs have a width, where the attribute may be a list.
+
+        Args:
+            value: the attribute's value now: one for all layers, or a list. Layers whose FFN is never cut keep theirs.
+            width: of all FFNs.
+
+        Example: see `prunelit.model.surgery`, which uses it.
+        """
+        if not isinstance(value, list | tuple):
+            return width
+        return [width if layer.has_mlp else entry for layer, entry in zip(self.layers, value, strict=True)]
 
     @property
     def shape(self) -> ModelShape:

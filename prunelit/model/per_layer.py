@@ -287,12 +287,14 @@ def _resized(linear: Any, out_features: int | None, in_features: int | None) -> 
 def build_layer_shapes(model: Any, names: Any) -> None:
     """Give the layers of a freshly built dense model the shapes of `config.per_layer_config`, weights still empty."""
     config, model_names = _get_decoder_config(model.config), names
-    for layer, own in zip(find(model, model_names.layers), config.per_layer_config, strict=True):
+    for index, (layer, own) in enumerate(zip(find(model, model_names.layers), config.per_layer_config, strict=True)):
         names = resolve_layer_names(layer, model_names)
         skipped, biased = getattr(own, "skip", ()), getattr(own, ADDED_BIASES, ())
         attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         heads, groups = getattr(own, names.config_heads), getattr(own, names.config_kv_heads)
         channels = getattr(own, names.config_ffn)
+        if isinstance(channels, list | tuple):  # a config with a list of widths
+            channels = channels[index]
         if "mixer" in skipped:
             remove_mixer(layer, names)
         if "attention" in skipped:

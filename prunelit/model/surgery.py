@@ -124,18 +124,20 @@ def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
 def _write_config_widths(decoder: Decoder, plan: PruningPlan) -> None:
     """Write the widths that all layers share into the config.
 
-    Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly.
+    Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly; and
+    where other attentions, which stay whole, have the config's number of heads.
     """
     names, config = decoder.architecture, decoder.config
     widths: dict[str, Any] = dict(names.config_exact_widths)
     if ffn := next((kept for kept in plan.layers if not kept.mlp_removed), None):
         widths[names.config_ffn] = len(ffn.ffn_channels)
     attention = next((kept for kept in plan.layers if not kept.attention_removed), None)
-    if attention and isinstance(vars(config).get("head_dim"), int):
+    has_whole_attention = any(layer.has_mixer and layer.architecture.mixer_is_attention for layer in decoder)
+    if attention and not has_whole_attention and isinstance(vars(config).get("head_dim"), int):
         widths |= {names.config_heads: len(attention.query_heads), names.config_kv_heads: len(attention.kv_groups)}
     for name, value in widths.items():
         if hasattr(config, name):
-            setattr(config, name, value)
+            setattr(config, name, decoder.spread_width(getattr(config, name), value))
 
 
 _REMOVE_BLOCK = {"attention": remove_attention, "mixer": remove_mixer, "mlp": remove_mlp}

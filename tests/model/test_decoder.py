@@ -9,6 +9,7 @@ from torch import nn
 
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in, is_conv1d
+from prunelit.model.per_layer import find
 from prunelit.runtime.errors import DeclarationMismatch, NonFinite
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny
 
@@ -38,7 +39,10 @@ def test_costs_are_those_of_the_parameters(family: str) -> None:
         block_norms, shared_norms = (norms, ()) if len(blocks) == 1 else ((), norms)
         assert each.attention_cost == (count(layer.attention, *block_norms) if layer.has_attention else 0)
         assert each.mixer_cost == (count(layer.mixer, *block_norms) if layer.has_mixer else 0)
-        assert each.shared_cost == count(layer.get_norm("shared_norm"), *shared_norms)
+        parts = [find(layer.module, name) for name in layer.architecture.layer_parts]
+        if layer.mlp is None and layer.architecture.down in dict(layer.module.mlp.named_children()):
+            parts += [layer.module.mlp, layer.get_norm("mlp_norm"), layer.get_norm("mlp_post_norm")]  # it stays whole
+        assert each.shared_cost == count(layer.get_norm("shared_norm"), *shared_norms, *parts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -49,7 +53,7 @@ def test_sizes_are_those_of_the_config(family: str) -> None:
         if layer.has_attention:
             assert shape.query_heads == model.config.num_attention_heads == 9
             assert shape.kv_groups == (1 if row.config.get("multi_query") else 9 if "query_head" in row.lacks[:1] else 3)
-            assert shape.head_dim == row.config.get("head_dim", 8)
+            assert shape.head_dim in (row.config.get("head_dim", 8), row.config.get("global_head_dim"))
         else:
             assert (shape.query_heads, shape.kv_groups, shape.head_dim) == (0, 0, 0)
         assert shape.ffn_channels in ((0, 96) if shape.one_block else (96,))
