@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration import metrics
+from prunelit.core.architectures import get_decoder_config
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
@@ -71,8 +72,9 @@ def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tens
     for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):
             # Pruning marks layers without attention as "reuse", so that the cache skips them. Here none lacks it.
-            if getattr(config, "kv_sharing_modes", None) is not None:
-                config.kv_sharing_modes = None
+            decoder_config = get_decoder_config(config)
+            if vars(decoder_config).get("kv_sharing_modes") is not None:
+                decoder_config.kv_sharing_modes = None
             shell = build_on_meta(build, config)
             weights = None if shell is None else _scatter_weights(decoder, shell, widths)
             if weights is not None:
@@ -91,11 +93,16 @@ def _propose_layer_widths(decoder: Decoder) -> Iterator[LayerWidths]:
     group_size, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
     channels = max(shape.ffn_channels for shape in shapes) or 1
     yield LayerWidths(groups * group_size, groups, dim, channels)
+    if not groups:
+        return
     heads = int(decoder.config.hidden_size) // dim
     for more_groups in range(groups, heads + 1):
         is_proposed = (heads, more_groups) == (groups * group_size, groups)
         if heads % more_groups == 0 and heads // more_groups >= group_size and not is_proposed:
             yield LayerWidths(heads, more_groups, dim, channels)
+    names, values = decoder.architecture, vars(decoder.config)  # attentions that stay whole have the config's numbers
+    if any(layer.architecture.mixer_is_attention for layer in decoder):
+        yield LayerWidths(values[names.config_heads], values[names.config_kv_heads], dim, channels)
 
 
 def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) -> dict[str, Tensor] | None:
@@ -113,8 +120,7 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
         padded = Decoder(shell)
     except DeclarationMismatch:  # a class that takes some of its widths from other options, as Helium does
         return None
-    padded_widths = {LayerWidths.from_shape(layer.shape) for layer in padded}
-    if padded_widths != {widths} or len(padded.layers) != len(decoder.layers):
+    if len(padded.layers) != len(decoder.layers) or not all(_has_widths(layer, widths) for layer in padded):
         return None
     weights = decoder.model.state_dict()
     shapes = {name: x.shape for name, x in shell.state_dict().items()}
@@ -131,6 +137,14 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
     if any(name not in shapes or shapes[name] != x.shape for name, x in weights.items()):
         return None
     return {name: weights[name] if name in weights else like.new_zeros(shape) for name, shape in shapes.items()}
+
+
+def _has_widths(layer: Layer, widths: LayerWidths) -> bool:
+    """Whether the blocks that a layer has are of these widths."""
+    actual = LayerWidths.from_shape(layer.shape)
+    return (not layer.has_attention or actual[:3] == widths[:3]) and (
+        not layer.has_mlp or actual.ffn_channels == widths.ffn_channels
+    )
 
 
 def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str, int, Tensor, int]]:

@@ -56,7 +56,8 @@ def test_sizes_are_those_of_the_config(family: str) -> None:
             assert shape.head_dim in (row.config.get("head_dim", 8), row.config.get("global_head_dim"))
         else:
             assert (shape.query_heads, shape.kv_groups, shape.head_dim) == (0, 0, 0)
-        assert shape.ffn_channels in ((0, 96) if shape.one_block else (96,))
+        doubled = 2 if row.config.get("use_double_wide_mlp") and layer.module.self_attn.is_kv_shared_layer else 1
+        assert shape.ffn_channels in ((0, 96) if shape.one_block else (96 * doubled,))
         assert shape.heads_prunable is (not family.startswith("olmo") or family == "olmo")
 
 
