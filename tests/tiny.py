@@ -143,9 +143,13 @@ FAMILIES: dict[str, Row] = {
     "gemma3_text": Row("gemma3_text", _SLIDING),
     "gemma3n_text": Row("gemma3n_text", {**_SHARED_KV, **_GEMMA3N}, ("attention", "layer")),
     "gemma3n_text-sparse": Row(
-        "gemma3n_text", {**_SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]}, ("attention", "layer")
+        "gemma3n_text",
+        {**_SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
+        ("attention", "layer"),
     ),
-    "gemma4_text": Row("gemma4_text", {**_SHARED_KV, **_PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")),
+    "gemma4_text": Row(
+        "gemma4_text", {**_SHARED_KV, **_PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")
+    ),
     "gemma4_text-no_sharing": Row(
         "gemma4_text",
         {**_SLIDING_4, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
@@ -189,7 +193,9 @@ FAMILIES: dict[str, Row] = {
     "gpt_neox-sequential": Row("gpt_neox", {"intermediate_size": 96, "use_parallel_residual": False}, _MHA, _SIZES),
     "gptj": Row("gptj", {"rotary_dim": 4}, _MHA, _GPT),
     "granite": Row("granite", {"residual_multiplier": 0.5}),
-    "granite_swa": Row("granite_swa", {**_SLIDING, "residual_multiplier": 0.5, "layer_rope_theta": [10000.0, 0, 500.0]}),
+    "granite_swa": Row(
+        "granite_swa", {**_SLIDING, "residual_multiplier": 0.5, "layer_rope_theta": [10000.0, 0, 500.0]}
+    ),
     "granitemoehybrid": Row(
         "granitemoehybrid",
         {

@@ -250,7 +250,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "cosmos3_edge_text": _FC,
     "cwm": _LLAMA,
-    "diffllama": replace(_ATTENTION_WHOLE, fixed_layers="num_hidden_layers"),  # a constant of each depends on its number
+    "diffllama": replace(
+        _ATTENTION_WHOLE, fixed_layers="num_hidden_layers"
+    ),  # a constant of each depends on its number
     "ernie4_5": _LLAMA,
     "exaone4": _POST_NORM,
     "falcon": Architecture(
@@ -360,9 +362,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     # Features of pictures are added between layers by their number.
-    "granite4_vision_text": replace(
-        _LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"
-    ),
+    "granite4_vision_text": replace(_LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"),
     "granite_docling_text": replace(
         _LLAMA, residual_scale="residual_multiplier", fixed_layers="vision_config.deepstack_visual_indexes"
     ),

@@ -100,12 +100,15 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     settings = decoder.config.to_dict()
     settings[names.config_heads] = heads
     settings[names.config_kv_heads] = settings.get(names.config_kv_heads) or heads
-    settings[names.config_ffn] = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
+    channels = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
+    whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
+    whole_model[names.config_ffn] = channels
+    settings[names.config_ffn] = decoder.spread_width(settings.get(names.config_ffn), channels)
     stock = {int(index): own for index, own in (settings.get("per_layer_config") or {}).items()}
     per_layer_settings = {}
     for index, (layer, shape) in enumerate(zip(decoder, shapes, strict=True)):
         widths = {key: getattr(shape, name) for key, name in keys.items()}
-        different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != settings[key]}
+        different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != whole_model[key]}
         removed = layer.list_removed_blocks()
         replaced = {"skip", ADDED_BIASES, names.config_ffn}
         if not (layer.has_mixer and layer.architecture.mixer_is_attention):

@@ -116,6 +116,8 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
     Returns:
         The weights by name; None where `shell` has other shapes, or a weight of the model has no place in it.
     """
+    if any(layer.has_attention and layer.head_dim != widths.head_dim for layer in decoder):
+        return None
     try:
         padded = Decoder(shell)
     except DeclarationMismatch:  # a class that takes some of its widths from other options, as Helium does
@@ -159,12 +161,13 @@ def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str,
         queries, groups = _map_head_places(layer, widths)
         total_q, total_kv = widths.query_heads, widths.kv_groups
         if not a.fused_qkv:
-            for name, places, total in (
-                (a.query, queries, total_q),
-                (a.key, groups, total_kv),
-                (a.value, groups, total_kv),
+            query_rows = 2 * dim if a.gated_query else dim
+            for name, places, total, rows_per_head in (
+                (a.query, queries, total_q, query_rows),
+                (a.key, groups, total_kv, dim),
+                (a.value, groups, total_kv, dim),
             ):
-                yield f"{a.attention}.{name}", 0, _expand_head_rows(places, dim), total * dim
+                yield f"{a.attention}.{name}", 0, _expand_head_rows(places, rows_per_head), total * rows_per_head
         elif a.qkv_layout == "concat":
             head_places = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
             rows = _expand_head_rows(head_places, dim)

@@ -56,7 +56,7 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
 
 
 class LayerWidths(NamedTuple):
-    """The widths that all layers of a stock class have; no heads where every attention stays whole.
+    """The widths that all layers of a stock class have; 0 where no layer has such a block.
 
     Example: see `prunelit.export.padded`, which uses it.
     """
@@ -82,9 +82,9 @@ def find_common_widths(decoder: Decoder) -> LayerWidths | None:
     shapes = [layer.shape for layer in decoder]
     heads = {(shape.query_heads, shape.kv_groups, shape.head_dim) for shape in shapes if shape.kv_groups}
     channels = {shape.ffn_channels for shape in shapes if shape.ffn_channels}
-    if len(heads) > 1 or len(channels) != 1:
+    if len(heads) > 1 or len(channels) > 1:
         return None
-    return LayerWidths(*(heads.pop() if heads else (0, 0, 0)), channels.pop())
+    return LayerWidths(*(heads.pop() if heads else (0, 0, 0)), channels.pop() if channels else 0)
 
 
 def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
@@ -107,7 +107,9 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     import transformers
 
     model, names = decoder.model, decoder.architecture
-    settings: dict[str, Any] = {names.config_ffn: widths.ffn_channels, **names.config_exact_widths}
+    settings: dict[str, Any] = dict(names.config_exact_widths)
+    if widths.ffn_channels:
+        settings[names.config_ffn] = widths.ffn_channels
     if widths.kv_groups:
         settings |= {names.config_heads: widths.query_heads, names.config_kv_heads: widths.kv_groups}
     build: Any = type(model)
@@ -119,7 +121,9 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
         except _CONFIG_ERRORS:
             return
     config = get_decoder_config(whole)
-    of_single_layers = getattr(config, "per_layer_attributes", None) or ()  # the family's config has them for each layer
+    of_single_layers = (
+        getattr(config, "per_layer_attributes", None) or ()
+    )  # the family's config has them for each layer
     for name, value in settings.items():
         if name not in of_single_layers and hasattr(config, name):
             setattr(config, name, decoder.spread_width(getattr(config, name), value))

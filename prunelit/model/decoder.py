@@ -370,7 +370,7 @@ class Decoder:
         """
         if not isinstance(value, list | tuple):
             return width
-        return [width if layer.has_mlp else entry for layer, entry in zip(self.layers, value, strict=True)]
+        return [entry if layer.mlp is None else width for layer, entry in zip(self.layers, value, strict=True)]
 
     @property
     def shape(self) -> ModelShape:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 # Integers that attention modules keep for themselves, and what they count.
 _COUNTERS = {
@@ -134,15 +135,24 @@ def find_layers_path(model: Any, layers: str) -> str:
 def remove_attention(layer: nn.Module, names: Any) -> None:
     """Remove a layer's attention block with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    replace_module(layer, names.attention, RemovedAttention())
+    _leave_stub(layer, names, names.attention, RemovedAttention())
     _remove_mixing_norms(layer, names)
 
 
 def remove_mixer(layer: nn.Module, names: Any) -> None:
     """Remove a layer's mixer with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    replace_module(layer, names.mixer, RemovedAttention() if names.mixer_is_attention else RemovedMixer())
+    _leave_stub(layer, names, names.mixer, RemovedAttention() if names.mixer_is_attention else RemovedMixer())
     _remove_mixing_norms(layer, names)
+
+
+def _leave_stub(layer: nn.Module, names: Any, path: str | None, stub: nn.Module) -> None:
+    """Put a stub in place of a block, with the switches of the block by which the names of the layer are resolved."""
+    for switch, _ in names.layer_variants:
+        parent, _, name = switch.rpartition(".")
+        if parent == path and isinstance(value := find(layer, switch), bool):
+            setattr(stub, name, value)
+    replace_module(layer, path, stub)
 
 
 def _remove_mixing_norms(layer: nn.Module, names: Any) -> None:
@@ -347,6 +357,22 @@ def keep_entries(attention: nn.Module, path: str, kept: Sequence[int]) -> None:
         setattr(find(attention, parent), name, nn.Parameter(value, requires_grad=entries.requires_grad))
 
 
+class _LayerConfigs(Sequence[Any]):
+    """The configs of the layers, by number; by layer type, that of the first layer of the type.
+
+    transformers refuses the type where widths differ between its layers; models ask for what they have in common.
+    """
+
+    def __init__(self, configs: Sequence[Any], layer_types: Sequence[str]):
+        self._configs, self._layer_types = configs, layer_types
+
+    def __len__(self) -> int:
+        return len(self._configs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._configs[list(self._layer_types).index(key) if isinstance(key, str) else key]
+
+
 class PerLayerConfig:
     """Mixed into a family's config: widths may differ per layer, so the global ones bind nobody."""
 
@@ -357,6 +383,16 @@ class PerLayerConfig:
         if spec is not None and key in spec.per_layer_attributes:
             return self._getattr_without_heterogeneous_validation(key)
         return super().__getattribute__(key)
+
+    @property
+    def per_layer_config(self) -> Any:
+        configs = super().per_layer_config  # type: ignore[misc]
+        layer_types = getattr(self, "layer_types", None)
+        return configs if layer_types is None else _LayerConfigs(configs, layer_types)
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Any) -> None:
+        PreTrainedConfig.per_layer_config.fset(self, value)
 
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:  # type: ignore[override]

@@ -47,10 +47,13 @@ _ATTENTION, _FFN = frozenset({"attention"}), frozenset({"mlp"})
 _ANY_BLOCKS = (_ATTENTION, _FFN, _ATTENTION | _FFN)
 _BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
     **dict.fromkeys(("arcee", "granite", "hyperclovax", "iquestcoder", "llama"), _ANY_BLOCKS),
+    **dict.fromkeys(("bamba", "falcon_h1", "granite_swa", "modernbert-decoder"), _ANY_BLOCKS),
     **dict.fromkeys(("nemotron", "seed_oss", "smollm3"), _ANY_BLOCKS),
     **dict.fromkeys(("apertus", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"), (_ATTENTION,)),
     **dict.fromkeys(("hunyuan_v1_dense", "olmo", "qwen3", "vaultgemma"), (_ATTENTION,)),
-    **dict.fromkeys(("cwm", "helium"), (_FFN,)),
+    **dict.fromkeys(("cohere_compass_text", "granitemoehybrid", "lfm3", "nanochat"), (_ATTENTION,)),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next", *_WHOLE_ATTENTIONS), (_ATTENTION,)),
+    **dict.fromkeys(("cwm", "helium", "minicpm3", "nemotron_h"), (_FFN,)),
     "internlm3": (_ATTENTION | _FFN,),
 }
 
@@ -218,7 +221,8 @@ def compute_padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
         )
         fitting = (count for count in range(groups, heads + 1) if heads % count == 0 and heads // count >= in_group)
         groups = heads if equal_groups else next(fitting, groups)
-    return heads, groups, max(pruned.channels, default=1)
+    no_channels = 0 if all(shape.one_block for _, _, shape in pruned.layers) else 1
+    return heads, groups, max(pruned.channels, default=no_channels)
 
 
 def fits_ffn_widths(pruned: PrunedShape) -> bool:

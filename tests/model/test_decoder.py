@@ -52,7 +52,9 @@ def test_sizes_are_those_of_the_config(family: str) -> None:
         shape = layer.shape
         if layer.has_attention:
             assert shape.query_heads == model.config.num_attention_heads == 9
-            assert shape.kv_groups == (1 if row.config.get("multi_query") else 9 if "query_head" in row.lacks[:1] else 3)
+            assert shape.kv_groups == (
+                1 if row.config.get("multi_query") else 9 if "query_head" in row.lacks[:1] else 3
+            )
             assert shape.head_dim in (row.config.get("head_dim", 8), row.config.get("global_head_dim"))
         else:
             assert (shape.query_heads, shape.kv_groups, shape.head_dim) == (0, 0, 0)
