@@ -61,6 +61,7 @@ _SHARED_KV = {
     "sliding_window": 4,
     "num_kv_shared_layers": 2,
 }
+_SHARED_LACKS = ("attention", "layer")  # only attentions that use others' keys can be removed, which are mixers
 _PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 _GEMMA3N = {**_PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
 _ROPE_BY_TYPE = {
@@ -141,11 +142,11 @@ FAMILIES: dict[str, Row] = {
     "gemma": Row("gemma"),
     "gemma2": Row("gemma2", _SLIDING),
     "gemma3_text": Row("gemma3_text", _SLIDING),
-    "gemma3n_text": Row("gemma3n_text", {**_SHARED_KV, **_GEMMA3N}, ("attention", "layer")),
+    "gemma3n_text": Row("gemma3n_text", {**_SHARED_KV, **_GEMMA3N}, _SHARED_LACKS),
     "gemma3n_text-sparse": Row(
         "gemma3n_text",
         {**_SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
-        ("attention", "layer"),
+        _SHARED_LACKS,
     ),
     "gemma4_text": Row(
         "gemma4_text", {**_SHARED_KV, **_PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")
@@ -169,9 +170,9 @@ FAMILIES: dict[str, Row] = {
     "gemma4_text-double_ffn": Row(
         "gemma4_text",
         {**_SHARED_KV, **_PER_LAYER_INPUTS, "use_double_wide_mlp": True, "global_head_dim": 16},
-        ("attention", "layer"),
+        _SHARED_LACKS,
     ),
-    "gemma4_unified_text": Row("gemma4_unified_text", {**_SHARED_KV, "global_head_dim": 16}, ("attention", "layer")),
+    "gemma4_unified_text": Row("gemma4_unified_text", {**_SHARED_KV, "global_head_dim": 16}, _SHARED_LACKS),
     "glm": Row("glm"),
     "glm4": Row("glm4"),
     "gpt2": Row("gpt2", lacks=_MHA, sizes=_GPT),

@@ -232,6 +232,8 @@ def settle(model: Any, names: Any) -> None:
             values = getattr(config, attribute, None)
             if isinstance(values, list):
                 setattr(config, attribute, [kept.index(index) for index in values if index in kept])
+        if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"):  # derived from the former
+            config.attention_types = [[[kind], 1] for kind in config.attention_layers]
         training = layers.training
         layers = nn.ModuleList(layers[index] for index in kept)
         layers.training = training
@@ -392,7 +394,7 @@ class PerLayerConfig:
 
     @per_layer_config.setter
     def per_layer_config(self, value: Any) -> None:
-        PreTrainedConfig.per_layer_config.fset(self, value)
+        PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
 
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:  # type: ignore[override]
