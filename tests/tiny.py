@@ -64,6 +64,7 @@ _SHARED_KV = {
 _SHARED_LACKS = ("attention", "layer")  # only attentions that use others' keys can be removed, which are mixers
 _PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
 _GEMMA3N = {**_PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
+_YOUTU = {**_LATENT, "intermediate_size": 96, "pad_token_id": None}  # it zeroes the row of padding when it loads
 _ROPE_BY_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
     "full_attention": {"rope_type": "default", "rope_theta": 500.0},
@@ -294,11 +295,11 @@ FAMILIES: dict[str, Row] = {
         _MHA,
         {},
     ),
-    "youtu": Row("youtu", {**_LATENT, "intermediate_size": 96}, _WHOLE_ATTENTION_ONLY, _SIZES),
-    "youtu-q_proj": Row(
-        "youtu", {**_LATENT, "intermediate_size": 96, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES
-    ),
+    "youtu": Row("youtu", _YOUTU, _WHOLE_ATTENTION_ONLY, _SIZES),
+    "youtu-q_proj": Row("youtu", {**_YOUTU, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES),
 }
+# Heads of one size in layers with a window and of another in the rest: no stock class holds what is cut.
+NEVER_STOCK = ("gemma4_text-no_sharing", "gemma4_text-double_ffn", "gemma4_unified_text")
 # Of layers of several types, some with a window, whose attentions can be removed.
 SLIDING = tuple(
     name
