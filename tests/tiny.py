@@ -55,15 +55,15 @@ _SLIDING_4 = {
     "sliding_window": 4,
 }
 # The last two layers use the keys and values of the two before them.
-_SHARED_KV = {
+SHARED_KV = {
     "num_hidden_layers": 6,
     "layer_types": ["sliding_attention", "full_attention"] * 3,
     "sliding_window": 4,
     "num_kv_shared_layers": 2,
 }
 _SHARED_LACKS = ("attention", "layer")  # only attentions that use others' keys can be removed, which are mixers
-_PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
-_GEMMA3N = {**_PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
+PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_GEMMA3N = {**PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
 _YOUTU = {**_LATENT, "intermediate_size": 96, "pad_token_id": None}  # it zeroes the row of padding when it loads
 _ROPE_BY_TYPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
@@ -143,15 +143,13 @@ FAMILIES: dict[str, Row] = {
     "gemma": Row("gemma"),
     "gemma2": Row("gemma2", _SLIDING),
     "gemma3_text": Row("gemma3_text", _SLIDING),
-    "gemma3n_text": Row("gemma3n_text", {**_SHARED_KV, **_GEMMA3N}, _SHARED_LACKS),
+    "gemma3n_text": Row("gemma3n_text", {**SHARED_KV, **_GEMMA3N}, _SHARED_LACKS),
     "gemma3n_text-sparse": Row(
         "gemma3n_text",
-        {**_SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
+        {**SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
         _SHARED_LACKS,
     ),
-    "gemma4_text": Row(
-        "gemma4_text", {**_SHARED_KV, **_PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")
-    ),
+    "gemma4_text": Row("gemma4_text", {**SHARED_KV, **PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")),
     "gemma4_text-no_sharing": Row(
         "gemma4_text",
         {**_SLIDING_4, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
@@ -170,10 +168,10 @@ FAMILIES: dict[str, Row] = {
     ),
     "gemma4_text-double_ffn": Row(
         "gemma4_text",
-        {**_SHARED_KV, **_PER_LAYER_INPUTS, "use_double_wide_mlp": True, "global_head_dim": 16},
+        {**SHARED_KV, **PER_LAYER_INPUTS, "use_double_wide_mlp": True, "global_head_dim": 16},
         _SHARED_LACKS,
     ),
-    "gemma4_unified_text": Row("gemma4_unified_text", {**_SHARED_KV, "global_head_dim": 16}, _SHARED_LACKS),
+    "gemma4_unified_text": Row("gemma4_unified_text", {**SHARED_KV, "global_head_dim": 16}, _SHARED_LACKS),
     "glm": Row("glm"),
     "glm4": Row("glm4"),
     "gpt2": Row("gpt2", lacks=_MHA, sizes=_GPT),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-from tests.tiny import VOCABULARY
+from tests.tiny import PER_LAYER_INPUTS, SHARED_KV, VOCABULARY
 
 _IMAGE_TOKEN = 90
 _TEXT = {
@@ -322,6 +322,19 @@ MULTIMODAL: dict[str, MultimodalRow] = {
             "video_token_id": 91,
         },
         lacks=("kv_group", "query_head", "attention"),
+    ),
+    "gemma4": MultimodalRow(
+        {
+            "text_config": {
+                "model_type": "gemma4_text",
+                **_TEXT,
+                **SHARED_KV,
+                **PER_LAYER_INPUTS,
+                "global_head_dim": 16,
+            },
+            "image_token_id": _IMAGE_TOKEN,
+        },
+        lacks=("attention", "layer"),
     ),
     "cosmos3_edge": MultimodalRow(
         {

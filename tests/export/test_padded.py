@@ -18,7 +18,6 @@ from prunelit.runtime.errors import DoesNotFit
 from tests.export.alike import compensate, generated, logits, plan_with, uniform
 from tests.tiny import FAMILIES, KINDS, NEVER_STOCK, SLIDING, cut, keep, tiny, tokens
 
-
 TOLERANCE = 4e-6  # of logits
 
 
