@@ -261,6 +261,11 @@ def settle(model: Any, names: Any) -> None:
                     setattr(block, attribute, number)
 
 
+def shares_keys(config: Any) -> bool:
+    """Whether layers of a family use the keys and values of others, as its config says."""
+    return _is_derived(config, "kv_sharing_modes") and "reuse" in config.kv_sharing_modes
+
+
 def _is_derived(config: Any, attribute: str) -> bool:
     """Whether a config computes an attribute from others."""
     name = (getattr(config, "attribute_map", None) or {}).get(attribute, attribute)
