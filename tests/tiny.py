@@ -38,6 +38,56 @@ class Row(NamedTuple):
 
 
 _MHA, _TIED_HEADS = ("query_head", "mixer"), ("kv_group", "query_head", "mixer")
+# The attention is a mixer, which stays whole or goes; in some families no layer can go.
+_WHOLE_ATTENTION_ONLY = ("kv_group", "query_head", "attention")
+_WHOLE_ATTENTION = (*_WHOLE_ATTENTION_ONLY, "layer")
+_LATENT = {
+    "num_key_value_heads": 9,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+}
+_SLIDING_4 = {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "sliding_window": 4,
+}
+# The last two layers use the keys and values of the two before them.
+SHARED_KV = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "sliding_window": 4,
+    "num_kv_shared_layers": 2,
+}
+_SHARED_LACKS = ("attention", "layer")  # only attentions that use others' keys can be removed, which are mixers
+PER_LAYER_INPUTS = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY}
+_GEMMA3N = {**PER_LAYER_INPUTS, "laurel_rank": 8, "altup_num_inputs": 2}
+_YOUTU = {**_LATENT, "intermediate_size": 96, "pad_token_id": None}  # it zeroes the row of padding when it loads
+_ROPE_BY_TYPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+    "full_attention": {"rope_type": "default", "rope_theta": 500.0},
+}
+_TINY_VISION = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "crop_size": 16,
+    "image_size": 16,
+    "patch_size": 4,
+}
+_TINY_AUDIO = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_blocks": 1,
+    "num_attention_heads": 2,
+    "ext_pw_out_channel": 16,
+    "depthwise_separable_out_channel": 16,
+    "nemo_conv_channels": 16,
+    "input_size": 16,
+}
 
 _MAMBA = {
     "mamba_d_state": 8,
@@ -65,7 +115,10 @@ FAMILIES: dict[str, Row] = {
     "cohere": Row("cohere"),
     "cohere-qk_norm": Row("cohere", {"use_qk_norm": True}),
     "cohere2": Row("cohere2", _SLIDING),
+    "cohere_compass_text": Row("cohere_compass_text", {**_SLIDING, "rope_parameters": _ROPE_BY_TYPE}),
+    "ctrl": Row("ctrl", {"dff": 96}, _MHA, {key: size for key, size in _GPT.items() if key != "n_inner"}),
     "cwm": Row("cwm", {"max_position_embeddings": 131072}),
+    "diffllama": Row("diffllama", {"num_attention_heads": 8, "num_key_value_heads": 4}, _WHOLE_ATTENTION),
     "ernie4_5": Row("ernie4_5"),
     "exaone4": Row("exaone4", _SLIDING),
     "falcon": Row("falcon", {"new_decoder_architecture": True, "num_kv_heads": 3}, sizes=_FALCON),
@@ -90,13 +143,59 @@ FAMILIES: dict[str, Row] = {
     "gemma": Row("gemma"),
     "gemma2": Row("gemma2", _SLIDING),
     "gemma3_text": Row("gemma3_text", _SLIDING),
+    "gemma3n_text": Row("gemma3n_text", {**SHARED_KV, **_GEMMA3N}, _SHARED_LACKS),
+    "gemma3n_text-sparse": Row(
+        "gemma3n_text",
+        {**SHARED_KV, **_GEMMA3N, "activation_sparsity_pattern": [0.5, *[0.0] * 5]},
+        _SHARED_LACKS,
+    ),
+    "gemma4_text": Row("gemma4_text", {**SHARED_KV, **PER_LAYER_INPUTS, "global_head_dim": 8}, ("attention", "layer")),
+    "gemma4_text-no_sharing": Row(
+        "gemma4_text",
+        {**_SLIDING_4, "hidden_size_per_layer_input": 0, "global_head_dim": 16},
+        ("attention", "mixer", "layer"),
+    ),
+    "gemma4_text-keys_as_values": Row(
+        "gemma4_text",
+        {
+            **_SLIDING_4,
+            "hidden_size_per_layer_input": 0,
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "global_head_dim": 16,
+        },
+        ("attention", "mixer", "layer"),
+    ),
+    "gemma4_text-double_ffn": Row(
+        "gemma4_text",
+        {**SHARED_KV, **PER_LAYER_INPUTS, "use_double_wide_mlp": True, "global_head_dim": 16},
+        _SHARED_LACKS,
+    ),
+    "gemma4_unified_text": Row("gemma4_unified_text", {**SHARED_KV, "global_head_dim": 16}, _SHARED_LACKS),
     "glm": Row("glm"),
     "glm4": Row("glm4"),
     "gpt2": Row("gpt2", lacks=_MHA, sizes=_GPT),
+    "gpt_bigcode": Row("gpt_bigcode", {"multi_query": True}, ("kv_group", "mixer"), _GPT),
+    "gpt_bigcode-mha": Row("gpt_bigcode", {"multi_query": False}, _MHA, _GPT),
+    "gpt_neo": Row(
+        "gpt_neo",
+        {
+            "intermediate_size": 96,
+            "window_size": 4,
+            "attention_types": [[["local"], 1], [["global"], 1], [["local"], 1]],
+            "num_layers": 3,
+            "num_heads": 9,
+        },
+        _MHA,
+        {"hidden_size": 72, "max_position_embeddings": 64},
+    ),
     "gpt_neox": Row("gpt_neox", {"intermediate_size": 96}, _MHA, _SIZES),
     "gpt_neox-sequential": Row("gpt_neox", {"intermediate_size": 96, "use_parallel_residual": False}, _MHA, _SIZES),
     "gptj": Row("gptj", {"rotary_dim": 4}, _MHA, _GPT),
     "granite": Row("granite", {"residual_multiplier": 0.5}),
+    "granite_swa": Row(
+        "granite_swa", {**_SLIDING, "residual_multiplier": 0.5, "layer_rope_theta": [10000.0, 0, 500.0]}
+    ),
     "granitemoehybrid": Row(
         "granitemoehybrid",
         {
@@ -119,13 +218,40 @@ FAMILIES: dict[str, Row] = {
     "lfm2": Row(
         "lfm2", {**_HYBRID, "layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}, ()
     ),
+    "lfm3": Row(
+        "lfm3",
+        {
+            "num_hidden_layers": 6,
+            "layer_types": ["conv", "full_attention", "sliding_attention"] * 2,
+            "sliding_window": 4,
+        },
+        (),
+    ),
+    "lfm3-no_gate": Row(
+        "lfm3",
+        {
+            **_HYBRID,
+            "layer_types": ["conv", "full_attention"] * 2,
+            "use_attention_gate": False,
+            "use_sandwich_norm": False,
+        },
+        (),
+    ),
     "llama": Row("llama"),
     "llama-biases": Row("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-mha": Row("llama", {"num_key_value_heads": 9}, _MHA),
+    "minicpm3": Row("minicpm3", {**_LATENT, "scale_depth": 1.4, "dim_model_base": 36}, _WHOLE_ATTENTION_ONLY),
     "ministral": Row("ministral"),
     "ministral3": Row("ministral3", {"max_position_embeddings": 262144}),
     "mistral": Row("mistral"),
     "mistral-sliding": Row("mistral", {"sliding_window": 4}),
+    "modernbert-decoder": Row(
+        "modernbert-decoder",
+        {"intermediate_size": 96, "layer_types": _SLIDING["layer_types"], "local_attention": 8},
+        _MHA,
+        _SIZES,
+    ),
+    "nanochat": Row("nanochat"),
     "nemotron": Row("nemotron"),
     "olmo": Row("olmo"),
     "nemotron_h": Row(
@@ -148,12 +274,11 @@ FAMILIES: dict[str, Row] = {
     "persimmon": Row("persimmon", {"intermediate_size": 96}, _MHA, _SIZES),
     "phi": Row("phi"),
     "phi3": Row("phi3"),
+    "phi4_multimodal": Row("phi4_multimodal", {"vision_config": _TINY_VISION, "audio_config": _TINY_AUDIO}),
     "qwen2": Row("qwen2"),
     "qwen3": Row("qwen3"),
-    "qwen2_5_vl_text": Row("qwen2_5_vl_text"),
     "qwen3_5_text": Row("qwen3_5_text", {**_LINEAR, **_DELTA_NET}, ()),
     "qwen3_next": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, "mlp_only_layers": [0, 1, 2, 3]}, ()),
-    "qwen3_vl_text": Row("qwen3_vl_text"),
     "qwen3-wide_heads": Row("qwen3", {"head_dim": 16}),
     "seed_oss": Row("seed_oss"),
     "smollm3": Row("smollm3", {"no_rope_layers": [1, 0, 1]}),
@@ -162,8 +287,23 @@ FAMILIES: dict[str, Row] = {
     "stablelm-qk_layernorm": Row("stablelm", {"qk_layernorm": True}),
     "starcoder2": Row("starcoder2"),
     "vaultgemma": Row("vaultgemma", _SLIDING),
+    "xglm": Row(
+        "xglm",
+        {"d_model": 72, "num_layers": 3, "attention_heads": 9, "ffn_dim": 96, "max_position_embeddings": 64},
+        _MHA,
+        {},
+    ),
+    "youtu": Row("youtu", _YOUTU, _WHOLE_ATTENTION_ONLY, _SIZES),
+    "youtu-q_proj": Row("youtu", {**_YOUTU, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES),
 }
-SLIDING = tuple(name for name, row in FAMILIES.items() if "layer_types" in row.config)
+# Heads of one size in layers with a window and of another in the rest: no stock class holds what is cut.
+NEVER_STOCK = ("gemma4_text-no_sharing", "gemma4_text-double_ffn", "gemma4_unified_text")
+# Of layers of several types, some with a window, whose attentions can be removed.
+SLIDING = tuple(
+    name
+    for name, row in FAMILIES.items()
+    if "sliding_attention" in row.config.get("layer_types", ()) and "attention" not in row.lacks
+)
 
 
 def tiny(family: str, **overrides: Any) -> Any:
@@ -186,6 +326,8 @@ def _build(family: str, **overrides: Any) -> Any:
         with torch.no_grad():
             for parameter in model.parameters():  # norms and biases are ones and zeros otherwise
                 parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    if hasattr(model.base_model, "embed_tokens_extend"):  # towers, which text does not reach
+        model.base_model.embed_tokens_extend.requires_grad_(False)
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of text: as many tokens as asked for
     return model.eval()
 
@@ -234,7 +376,7 @@ def cut(model: Any, kind: str) -> PruningPlan:
                 return keep(shape, mixer=False)
             case "mlp" if index != 1:
                 return keep(shape, channels=())
-            case "layer" if index == 1:
+            case "layer" if index == 1 and not shape.fixed:
                 return keep(shape, groups=(), channels=(), mixer=False)
             case "mixed":
                 attention = layer(("attention", "kv_group", "query_head")[index % 3], index, shape)

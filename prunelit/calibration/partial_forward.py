@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch, get_model_inputs
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
+from prunelit.model.per_layer import shares_keys
+from prunelit.runtime.errors import BadOption
 
 
 class _SpanEnd(Exception):
@@ -60,7 +62,13 @@ class PartialForward:
 
         Raises:
             ValueError: `hidden` and `start` do not go together, or `stop` is not after `start`.
+            BadOption: later layers use the keys of layers that would not run.
         """
+        if start and shares_keys(self.decoder.config):
+            raise BadOption(
+                f"model_type {self.decoder.config.model_type!r}: its last layers use the keys and values of earlier "
+                "ones, so its layers cannot run without these; choose a method that runs the whole model"
+            )
         layers = self._layers
         outputs: list[Tensor] = []
 

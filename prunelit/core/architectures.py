@@ -26,7 +26,8 @@ class Architecture:
 
     Attributes:
         layers: path from the causal LM to its list of decoder layers.
-        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself.
+        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself;
+            None where a block can neither be cut nor removed, or the layer has none.
         query, key, value, output: projections inside `attention`.
         gated_query: the rows of every query head are twice the head size: the query, then a gate on the head's output.
         fused_qkv: one linear in place of query, key and value. Its rows are laid out as `qkv_layout` says:
@@ -38,10 +39,13 @@ class Architecture:
         functional_activation: class of torch.nn that computes what an FFN without such a module computes by a function.
         mixer: in hybrid models, the residual block that stands in a layer's place of attention, or beside it: linear
             attention, Mamba, a convolution. It remains whole, or is removed as a block.
+        mixer_is_attention: the mixer is an attention that cannot be cut by heads; it returns what an attention returns.
+        attention_removable: False where other layers read the keys and values that the attention or mixer computes.
         attention_norm, mlp_norm: norms that feed one block only, and are removed with it; a mixer has the norms
             that an attention in its place would have.
         attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
         shared_norm: one norm that feeds both blocks; removed only with the whole layer.
+        layer_parts: modules with weights that are part of neither block; they stay with the layer.
         parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
         norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
         residual_scale: config attribute that multiplies every block's output before the residual addition.
@@ -55,12 +59,13 @@ class Architecture:
             projection among them; a config without the attribute has no such choice.
         position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
         layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
-        fixed_layers: config attribute of the whole multimodal model (dotted path) with one entry for each of the first
-            decoder layers that get features of the tower by their number; these layers cannot be removed.
+        fixed_layers: config attribute of the whole model (dotted path) or of its decoder: a list with one entry for
+            each of the first layers that cannot be removed, or their number. Their number in the model matters to what
+            it computes: features of a tower go to them, or keys are shared between them.
         text_family: for a decoder that transformers has inside a multimodal model only: the `model_type` of a causal LM
             that computes the same on text.
         layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
-            a module are applied in order.
+            a module or to True are applied in order.
         requires: config attributes and the value that the declaration relies on.
         variants: (config condition, overrides) pairs; all that match are applied in order.
 
@@ -70,7 +75,7 @@ class Architecture:
     """
 
     layers: str = "model.layers"
-    attention: str = "self_attn"
+    attention: str | None = "self_attn"
     query: str = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
@@ -78,7 +83,7 @@ class Architecture:
     gated_query: bool = False
     fused_qkv: str | None = None
     qkv_layout: Literal["concat", "grouped"] = "concat"
-    mlp: str = "mlp"
+    mlp: str | None = "mlp"
     gate: str | None = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
@@ -86,11 +91,14 @@ class Architecture:
     activation: str = "act_fn"
     functional_activation: str | None = None
     mixer: str | None = None
+    mixer_is_attention: bool = False
+    attention_removable: bool = True
     attention_norm: str | None = "input_layernorm"
     mlp_norm: str | None = "post_attention_layernorm"
     attention_post_norm: str | None = None
     mlp_post_norm: str | None = None
     shared_norm: str | None = None
+    layer_parts: tuple[str, ...] = ()
     parallel: bool = False
     norm: Literal["rms", "layer"] = "rms"
     norm_offset: float = 0.0
@@ -116,14 +124,15 @@ class Architecture:
     @property
     def linears(self) -> tuple[str, ...]:
         """Last names of the prunable linear layers, for adapters (PEFT `target_modules`)."""
-        attention = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
+        query_key_value = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
+        attention = (*query_key_value, self.output) if self.attention is not None else ()
         ffn = (self.fused_gate_up,) if self.fused_gate_up else (self.gate, self.up)
-        return tuple(dict.fromkeys(name for name in (*attention, self.output, *ffn, self.down) if name))
+        return tuple(dict.fromkeys(name for name in (*attention, *ffn, self.down) if name))
 
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers", "text_family")
+        left_out = ("requires", "variants", "position_table", "fixed_layers", "layer_parts", "text_family")
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -135,6 +144,21 @@ _SANDWICH = replace(
     attention_post_norm="post_attention_layernorm",
     mlp_post_norm="post_feedforward_layernorm",
     norm_offset=1.0,
+)
+_WHOLE_ATTENTION: dict[str, Any] = {"attention": None, "mixer": "self_attn", "mixer_is_attention": True}
+# Layers know their number: by it they share keys and values, and get inputs of their own. The cache follows the config,
+# which has no place for other holes in it than the layers that use the keys and values of others.
+_GEMMA4 = replace(
+    _SANDWICH,
+    norm_offset=0.0,
+    layer_parts=("per_layer_input_gate", "per_layer_projection", "post_per_layer_input_norm"),
+    attention_removable=False,
+    fixed_layers="num_hidden_layers",
+    layer_variants=(
+        ("self_attn.use_alternative_attention", _WHOLE_ATTENTION),  # its keys are its values
+        ("self_attn.store_full_length_kv", _WHOLE_ATTENTION),  # others use them
+        ("self_attn.is_kv_shared_layer", {**_WHOLE_ATTENTION, "attention_removable": True}),
+    ),
 )
 # Norms only after each block; q_norm and k_norm run over all heads together, so no head can be removed exactly.
 _POST_NORM = replace(
@@ -149,6 +173,29 @@ _PARALLEL = replace(
     _LLAMA, parallel=True, attention_norm=None, mlp_norm=None, shared_norm="input_layernorm", norm="layer"
 )
 _PLAIN_FFN = replace(_LLAMA, gate=None)
+_FC = replace(_PLAIN_FFN, up="fc1", down="fc2", activation="activation_fn")
+# Norms before and after each block, and gate and up in one linear.
+_GLM4 = replace(
+    _LLAMA,
+    fused_gate_up="gate_up_proj",
+    activation="activation_fn",
+    attention_post_norm="post_self_attn_layernorm",
+    mlp_post_norm="post_mlp_layernorm",
+)
+# Layers of convolutions and of attentions.
+_LFM = replace(
+    _LLAMA,
+    mixer="conv",
+    mlp="feed_forward",
+    gate="w1",
+    up="w3",
+    down="w2",
+    functional_activation="SiLU",
+    attention_norm="operator_norm",
+    mlp_norm="ffn_norm",
+)
+# Attentions that cannot be cut by heads, such as those on latent keys and values.
+_ATTENTION_WHOLE = replace(_LLAMA, **_WHOLE_ATTENTION)
 _GPT = Architecture(
     layers="transformer.h",
     attention="attn",
@@ -185,7 +232,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     "biogpt": replace(_OPT, layers="biogpt.layers", config_ffn="intermediate_size"),
     "cohere": replace(_PARALLEL, per_head={"q_norm.weight": "query", "k_norm.weight": "kv"}),
     "cohere2": _PARALLEL,
+    "cohere_compass_text": _PARALLEL,
+    "ctrl": Architecture(
+        layers="transformer.h",
+        attention="multi_head_attention",
+        query="Wq",
+        key="Wk",
+        value="Wv",
+        output="dense",
+        mlp="ffn",  # a torch.nn.Sequential
+        gate=None,
+        up="0",
+        activation="1",
+        down="2",
+        attention_norm="layernorm1",
+        mlp_norm="layernorm2",
+        norm="layer",
+        position_table=True,
+        config_ffn="dff",
+    ),
+    "cosmos3_edge_text": _FC,
     "cwm": _LLAMA,
+    "diffllama": replace(
+        _ATTENTION_WHOLE, fixed_layers="num_hidden_layers"
+    ),  # a constant of each depends on its number
     "ernie4_5": _LLAMA,
     "exaone4": _POST_NORM,
     "falcon": Architecture(
@@ -233,17 +303,30 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma": replace(_LLAMA, norm_offset=1.0),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
-    "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
-    "glm4": replace(
-        _LLAMA,
-        fused_gate_up="gate_up_proj",
-        activation="activation_fn",
-        attention_post_norm="post_self_attn_layernorm",
-        mlp_post_norm="post_mlp_layernorm",
+    "gemma3n_text": replace(
+        _GEMMA4,
+        attention_norm=None,
+        shared_norm="input_layernorm",  # it feeds the attention and `laurel`
+        layer_parts=(*_GEMMA4.layer_parts, "altup", "laurel"),
+        # Sparse FFNs cut channels off below a quantile over all of them.
+        layer_variants=(*_GEMMA4.layer_variants, ("mlp.activation_sparsity", {"mlp": None})),
     ),
+    "gemma4_text": replace(_GEMMA4, requires={"enable_moe_block": False}),
+    "gemma4_unified_text": _GEMMA4,
+    "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
+    "glm4": _GLM4,
+    "glm4v_text": _GLM4,
+    "glm_ocr_text": _GLM4,
     "gpt2": replace(
         _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     ),
+    "gpt_bigcode": replace(
+        _GPT,
+        fused_qkv="c_attn",
+        requires={"add_cross_attention": False},
+        variants=(({"multi_query": False}, {"qkv_layout": "grouped"}),),
+    ),
+    "gpt_neo": replace(_GPT, attention="attn.attention", output="out_proj", config_ffn="intermediate_size"),
     "gptj": replace(
         _GPT,
         output="out_proj",
@@ -281,8 +364,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         requires={"num_local_experts": 0},
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
+    # Features of pictures are added between layers by their number.
+    "granite4_vision_text": replace(_LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"),
+    "granite_docling_text": replace(
+        _LLAMA, residual_scale="residual_multiplier", fixed_layers="vision_config.deepstack_visual_indexes"
+    ),
+    "granite_swa": replace(_LLAMA, residual_scale="residual_multiplier", per_head={"sinks": "query"}),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
+    "hunyuan_vl_text": _LLAMA,
     "hyperclovax": replace(
         _LLAMA,
         attention_post_norm="post_norm1",
@@ -292,23 +382,50 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
     "jais2": replace(_PLAIN_FFN, norm="layer"),
-    "lfm2": replace(
-        _LLAMA,
-        mixer="conv",
-        output="out_proj",
-        mlp="feed_forward",
-        gate="w1",
-        up="w3",
-        down="w2",
-        functional_activation="SiLU",
-        attention_norm="operator_norm",
-        mlp_norm="ffn_norm",
-        config_exact_widths={"block_auto_adjust_ff_dim": False},
+    "lfm2": replace(_LFM, output="out_proj", config_exact_widths={"block_auto_adjust_ff_dim": False}),
+    "lfm3": replace(
+        _LFM,
+        attention_post_norm="post_operator_norm",
+        mlp_post_norm="post_ffn_norm",
+        per_head={"g_proj.weight": "query"},
     ),
     "llama": _LLAMA,
+    "minicpm3": replace(
+        _ATTENTION_WHOLE,
+        block_scales={"attention": "residual_scale", "mlp": "residual_scale"},
+    ),
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "modernbert-decoder": replace(
+        _LLAMA,
+        attention="attn",
+        output="Wo",
+        fused_gate_up="Wi",
+        down="Wo",
+        activation="act",
+        attention_norm="attn_norm",
+        mlp_norm="mlp_norm",
+        norm="layer",
+    ),
+    "molmo2_text": replace(
+        _LLAMA,
+        variants=(
+            (
+                {"norm_after": True},
+                {
+                    "attention_norm": None,
+                    "mlp_norm": None,
+                    "attention_post_norm": "input_layernorm",
+                    "mlp_post_norm": "post_attention_layernorm",
+                },
+            ),
+            ({"qk_norm_type": "olmo"}, {"heads_prunable": False}),
+        ),
+    ),
+    # The gate on the attention's output is a linear of its own.
+    "muse_glimmer_text": replace(_SANDWICH, **_WHOLE_ATTENTION),
+    "nanochat": _FC,
     "nemotron": replace(_PLAIN_FFN, norm="layer", norm_offset=1.0),
     "nemotron_h": replace(
         _PLAIN_FFN,
@@ -350,6 +467,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="act",
         norm="layer",
     ),
+    "paddleocr_vl_text": _LLAMA,
     "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
     "phi3": replace(
         _LLAMA,
@@ -358,8 +476,17 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="activation_fn",
         layer_config=True,  # it splits the fused rows at config.num_attention_heads * head_dim
     ),
+    "phi4_multimodal": replace(
+        _LLAMA,
+        fused_qkv="qkv_proj",
+        fused_gate_up="gate_up_proj",
+        activation="activation_fn",
+        layer_config=True,
+    ),
     "qwen2": _LLAMA,
+    "qwen2_5_omni_text": replace(_LLAMA, text_family="qwen2"),
     "qwen2_5_vl_text": replace(_LLAMA, text_family="qwen2"),
+    "qwen2_vl_text": replace(_LLAMA, text_family="qwen2"),
     "qwen3": _LLAMA,
     "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
     "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
@@ -379,6 +506,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "starcoder2": replace(_PLAIN_FFN, up="c_fc", down="c_proj", activation="act", norm="layer"),
     "vaultgemma": replace(_LLAMA, mlp_norm="pre_feedforward_layernorm", norm_offset=1.0),
+    "xglm": replace(_OPT, layers="model.layers", position_table=False, requires={"add_cross_attention": False}),
+    "youtu": _ATTENTION_WHOLE,
 }
 
 

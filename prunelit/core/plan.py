@@ -137,7 +137,11 @@ class PruningPlan:
             raise BadPlan(f"plan: expected {len(self.model.layers)} layers, got {len(self.layers)}")
         for index, (kept, shape) in enumerate(zip(self.layers, self.model.layers, strict=True)):
             _check_layer_plan(index, kept, shape)
-        if any(shape.kv_groups for shape in self.model.layers) and all(k.attention_removed for k in self.layers):
+        if any(shape.kv_groups for shape in self.model.layers):
+            counts_tokens = any(kept.kv_groups for kept in self.layers)
+        else:  # every attention is one that cannot be cut by heads
+            counts_tokens = any(kept.mixer for kept in self.layers) or not any(s.has_mixer for s in self.model.layers)
+        if not counts_tokens:
             raise BadPlan(
                 "plan: every attention block is removed; keep at least one (the KV cache counts tokens in it)"
             )
@@ -423,13 +427,13 @@ def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
     removed_blocks = kept.list_removed_blocks(shape)
     if kept.removed and shape.fixed:
         raise BadPlan(
-            f"plan: layer {index}: expected at least one block of it to remain, got none; the model adds features of "
-            "images to its first layers by their number, so these cannot be removed"
+            f"plan: layer {index}: expected at least one block of it to remain, got none; the model tells such layers "
+            "apart by their number, so these cannot be removed"
         )
     if not kept.removed and not shape.attention_removable and {"attention", "mixer"} & set(removed_blocks):
         raise BadPlan(
-            f"plan: layer {index}: attention and mixer share a place in the cache; expected both, or the whole layer "
-            f"removed, got {' and '.join(removed_blocks)} removed"
+            f"plan: layer {index}: attention and mixer share a place in the cache, or other layers read it; expected "
+            f"both, or the whole layer removed, got {' and '.join(removed_blocks)} removed"
         )
     if bool(kept.kv_groups) != bool(kept.query_heads):
         raise BadPlan(

@@ -39,7 +39,7 @@ class LayerShape:
     mixer_cost: int = 0  # a block in place of attention, or beside it, that stays whole or goes; with its norms
     gated_query: bool = False  # each query head has a gate, with as many rows of q again
     fixed: bool = False  # the layer has to stay: what else the model computes counts layers
-    attention_removable: bool = True  # False where a mixer beside it shares its place in the cache
+    attention_removable: bool = True  # False where a mixer beside it shares its place in the cache, or others read it
     one_block: bool = False  # the family's layers are one block each
 
     @property

@@ -47,7 +47,8 @@ def build_per_layer_model(model: nn.Module | Decoder) -> Any:
     build = make_per_layer_class(base, decoder.architecture, _find_decoder_config_class(decoder))
     # The global number of heads must lead to the model's head size: some families read head_dim from the config, others
     # divide the hidden size by the number of heads.
-    for heads in (decoder.config.num_attention_heads, decoder.config.hidden_size // shapes[0].head_dim):
+    derived_heads = [decoder.config.hidden_size // shape.head_dim for shape in shapes[:1]]
+    for heads in (decoder.config.num_attention_heads, *derived_heads):
         settings = _build_config_settings(decoder, heads)
         config_class = build.config_class
         shell = build_on_meta(build, config_class.from_dict(_wrap_decoder_settings(settings, decoder)))
@@ -56,10 +57,8 @@ def build_per_layer_model(model: nn.Module | Decoder) -> Any:
         shell = build_if_shapes_match(build, config, decoder.model)
         if shell is not None:
             return shell
-    raise DoesNotFit(
-        f"format 'hetero': no dense {base.__name__} has heads of size {shapes[0].head_dim}; prune channels or "
-        "blocks only"
-    )
+    head_size = f"heads of size {shapes[0].head_dim}" if shapes else "these attentions"
+    raise DoesNotFit(f"format 'hetero': no dense {base.__name__} has {head_size}; prune channels or blocks only")
 
 
 def add_modelling_file(model: nn.Module | Decoder, folder: Path) -> None:
@@ -101,12 +100,20 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     settings = decoder.config.to_dict()
     settings[names.config_heads] = heads
     settings[names.config_kv_heads] = settings.get(names.config_kv_heads) or heads
-    settings[names.config_ffn] = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
+    channels = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
+    whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
+    whole_model[names.config_ffn] = channels
+    settings[names.config_ffn] = decoder.spread_width(settings.get(names.config_ffn), channels)
+    stock = {int(index): own for index, own in (settings.get("per_layer_config") or {}).items()}
     per_layer_settings = {}
     for index, (layer, shape) in enumerate(zip(decoder, shapes, strict=True)):
         widths = {key: getattr(shape, name) for key, name in keys.items()}
-        different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != settings[key]}
+        different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != whole_model[key]}
         removed = layer.list_removed_blocks()
+        replaced = {"skip", ADDED_BIASES, names.config_ffn}
+        if not (layer.has_mixer and layer.architecture.mixer_is_attention):
+            replaced |= {names.config_heads, names.config_kv_heads}
+        different = {key: value for key, value in stock.get(index, {}).items() if key not in replaced} | different
         if different or removed:
             per_layer_settings[index] = different | ({"skip": removed} if removed else {})
     settings.pop(ADDED_BIASES, None)

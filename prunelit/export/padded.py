@@ -23,7 +23,6 @@ from prunelit.export.uniform import (
     LOAD_SNIPPET,
     LayerWidths,
     build_on_meta,
-    find_common_widths,
     propose_stock_configs,
 )
 from prunelit.model import copies
@@ -78,8 +77,9 @@ def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tens
     for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):
             # Pruning marks layers without attention as "reuse", so that the cache skips them. Here none lacks it.
-            if getattr(get_decoder_config(config), "kv_sharing_modes", None) is not None:
-                get_decoder_config(config).kv_sharing_modes = None
+            decoder_config = get_decoder_config(config)
+            if vars(decoder_config).get("kv_sharing_modes") is not None:
+                decoder_config.kv_sharing_modes = None
             shell = build_on_meta(build, config)
             weights = None if shell is None else _scatter_weights(decoder, shell, widths)
             if weights is not None:
@@ -98,11 +98,16 @@ def _propose_layer_widths(decoder: Decoder) -> Iterator[LayerWidths]:
     group_size, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
     channels = max(shape.ffn_channels for shape in shapes) or 1
     yield LayerWidths(groups * group_size, groups, dim, channels)
+    if not groups:
+        return
     heads = int(decoder.config.hidden_size) // dim
     for more_groups in range(groups, heads + 1):
         is_proposed = (heads, more_groups) == (groups * group_size, groups)
         if heads % more_groups == 0 and heads // more_groups >= group_size and not is_proposed:
             yield LayerWidths(heads, more_groups, dim, channels)
+    names, values = decoder.architecture, vars(decoder.config)  # attentions that stay whole have the config's numbers
+    if any(layer.architecture.mixer_is_attention for layer in decoder):
+        yield LayerWidths(values[names.config_heads], values[names.config_kv_heads], dim, channels)
 
 
 def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) -> dict[str, Tensor] | None:
@@ -116,11 +121,13 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
     Returns:
         The weights by name; None where `shell` has other shapes, or a weight of the model has no place in it.
     """
+    if any(layer.has_attention and layer.head_dim != widths.head_dim for layer in decoder):
+        return None
     try:
         padded = Decoder(shell)
     except DeclarationMismatch:  # a class that takes some of its widths from other options, as Helium does
         return None
-    if find_common_widths(padded) != widths or len(padded.layers) != len(decoder.layers):
+    if len(padded.layers) != len(decoder.layers) or not all(_has_widths(layer, widths) for layer in padded):
         return None
     weights = decoder.model.state_dict()
     shapes = {name: x.shape for name, x in shell.state_dict().items()}
@@ -139,6 +146,14 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
     return {name: weights[name] if name in weights else like.new_zeros(shape) for name, shape in shapes.items()}
 
 
+def _has_widths(layer: Layer, widths: LayerWidths) -> bool:
+    """Whether the blocks that a layer has are of these widths."""
+    actual = LayerWidths.from_shape(layer.shape)
+    return (not layer.has_attention or actual[:3] == widths[:3]) and (
+        not layer.has_mlp or actual.ffn_channels == widths.ffn_channels
+    )
+
+
 def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str, int, Tensor, int]]:
     """Map the rows and columns of a layer's linears to their places in the padded layer.
 
@@ -151,14 +166,13 @@ def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str,
         queries, groups = _map_head_places(layer, widths)
         total_q, total_kv = widths.query_heads, widths.kv_groups
         if not a.fused_qkv:
-            query_rows = (2 if a.gated_query else 1) * dim  # of one head
+            query_rows = 2 * dim if a.gated_query else dim
             for name, places, total, rows_per_head in (
                 (a.query, queries, total_q, query_rows),
                 (a.key, groups, total_kv, dim),
                 (a.value, groups, total_kv, dim),
             ):
-                rows = _expand_head_rows(places, rows_per_head)
-                yield f"{a.attention}.{name}", 0, rows, total * rows_per_head
+                yield f"{a.attention}.{name}", 0, _expand_head_rows(places, rows_per_head), total * rows_per_head
         elif a.qkv_layout == "concat":
             head_places = [*queries, *(total_q + g for g in groups), *(total_q + total_kv + g for g in groups)]
             rows = _expand_head_rows(head_places, dim)

@@ -56,7 +56,7 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
 
 
 class LayerWidths(NamedTuple):
-    """The widths that all layers of a stock class have.
+    """The widths that all layers of a stock class have; 0 where no layer has such a block.
 
     Example: see `prunelit.export.padded`, which uses it.
     """
@@ -82,7 +82,9 @@ def find_common_widths(decoder: Decoder) -> LayerWidths | None:
     shapes = [layer.shape for layer in decoder]
     heads = {(shape.query_heads, shape.kv_groups, shape.head_dim) for shape in shapes if shape.kv_groups}
     channels = {shape.ffn_channels for shape in shapes if shape.ffn_channels}
-    return LayerWidths(*heads.pop(), channels.pop()) if len(heads) == len(channels) == 1 else None
+    if len(heads) > 1 or len(channels) > 1:
+        return None
+    return LayerWidths(*(heads.pop() if heads else (0, 0, 0)), channels.pop() if channels else 0)
 
 
 def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
@@ -105,12 +107,11 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     import transformers
 
     model, names = decoder.model, decoder.architecture
-    settings: dict[str, Any] = {
-        names.config_heads: widths.query_heads,
-        names.config_kv_heads: widths.kv_groups,
-        names.config_ffn: widths.ffn_channels,
-        **names.config_exact_widths,
-    }
+    settings: dict[str, Any] = dict(names.config_exact_widths)
+    if widths.ffn_channels:
+        settings[names.config_ffn] = widths.ffn_channels
+    if widths.kv_groups:
+        settings |= {names.config_heads: widths.query_heads, names.config_kv_heads: widths.kv_groups}
     build: Any = type(model)
     whole = copy.deepcopy(cast(Any, model.config))
     if str(whole.model_type).startswith(PRUNED):  # the model was loaded from a folder with per-layer shapes
@@ -120,10 +121,13 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
         except _CONFIG_ERRORS:
             return
     config = get_decoder_config(whole)
+    of_single_layers = (
+        getattr(config, "per_layer_attributes", None) or ()
+    )  # the family's config has them for each layer
     for name, value in settings.items():
-        if hasattr(config, name):
-            setattr(config, name, value)
-    if not isinstance(getattr(type(config), "head_dim", None), property):
+        if name not in of_single_layers and hasattr(config, name):
+            setattr(config, name, decoder.spread_width(getattr(config, name), value))
+    if widths.kv_groups and not isinstance(getattr(type(config), "head_dim", None), property):
         # Many families read head_dim where it is set. The others ignore it, and the check of shapes refuses them.
         config.head_dim = settings["head_dim"] = widths.head_dim
     yield build, whole, False

@@ -69,11 +69,12 @@ class Layer:
         self.is_fixed = is_fixed
         self.mixer: nn.Module | None = find(module, a.mixer)
         # Layers of other families have an attention and an FFN, and a declaration that names none is wrong.
-        find_block = find if architecture.mixer else self._require_attribute
-        self.attention: Any = find_block(module, a.attention)
-        self.mlp: Any = find_block(module, a.mlp)
-        if architecture.mixer and self.attention is None and self.mixer is None and self.mlp is None:
-            self._require_attribute(module, architecture.mixer)
+        has_mixers = bool(architecture.mixer or a.mixer)
+        find_block = find if has_mixers else self._require_attribute
+        self.attention: Any = None if a.attention is None else find_block(module, a.attention)
+        self.mlp: Any = None if a.mlp is None else find_block(module, a.mlp)
+        if has_mixers and self.attention is None and self.mixer is None and self.mlp is None:
+            self._require_attribute(module, str(architecture.mixer or a.mixer))
         self.has_attention = not is_absent(self.attention)
         self.has_mixer = not is_absent(self.mixer)
         self.has_mlp = self.mlp is not None and not is_absent(find(self.mlp, a.down) or self.mlp)
@@ -120,9 +121,14 @@ class Layer:
         """Get |gain| of the norm in a role, float32 [H]; ones if there is no norm, or one without weights."""
         weight = find(self.get_norm(role), "weight") if self.get_norm(role) is not None else None
         if weight is None:
-            linear = self.output if self.has_attention else self.down
-            return torch.ones(get_weight_out_in(linear).shape[0], device=cast(Tensor, linear.weight).device)
+            return torch.ones_like(self._get_residual_like(), dtype=torch.float32)
         return (cast(Tensor, weight).detach().float() + self.architecture.norm_offset).abs()
+
+    def _get_residual_like(self) -> Tensor:
+        """Get a vector of the residual stream's width, on the layer's device."""
+        if self.has_attention or self.has_mlp:
+            return get_weight_out_in(self.output if self.has_attention else self.down).detach()[:, 0]
+        return cast(Tensor, find(self.get_norm("attention_norm"), "weight")).detach()
 
     def compute_inverse_norm(self, role: str, x: Tensor) -> Tensor:
         """Compute 1 / rms (LayerNorm: 1 / standard deviation) of every row of x [T, H], as the norm in a role does.
@@ -202,7 +208,7 @@ class Layer:
                 )
             rows_per_channel = expected_rows // channels
             channel_cost = hidden + sum(rows_per_channel * (hidden + (n.bias is not None)) for n in self.ffn_in)
-            mlp_modules = (self.mlp,) if a.mlp else (*self.ffn_in, self.down, self.activation)
+            mlp_modules = (*self.ffn_in, self.down, self.activation) if a.mlp == "" else (self.mlp,)
             mlp_cost = _count_parameters(*mlp_modules, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
         mixing_norms = (self.get_norm("attention_norm"), self.get_norm("attention_post_norm"))
         if self.has_mixer:
@@ -211,12 +217,13 @@ class Layer:
             attention_cost += _count_parameters(*mixing_norms)
         shared_norms = (self.get_norm("shared_norm"), *(mixing_norms if self.has_mixer and self.has_attention else ()))
         shared_cost = _count_parameters(self.module) - attention_cost - mixer_cost - mlp_cost
+        layer_parts = [find(self.module, name) for name in a.layer_parts]
         is_whole = (self.has_attention or self.has_mixer) and self.has_mlp
-        if is_whole and shared_cost != _count_parameters(*shared_norms):
+        if is_whole and shared_cost != _count_parameters(*shared_norms, *layer_parts):
             without_role = [
                 name
                 for name, child in self.module.named_children()
-                if _count_parameters(child) and name not in (*vars(a).values(), a.attention.split(".")[0])
+                if _count_parameters(child) and name not in (*vars(a).values(), str(a.attention).split(".")[0])
             ]
             raise DeclarationMismatch(
                 f"layer {self.index}: expected a role for every module with weights, got none for {without_role}; "
@@ -238,7 +245,7 @@ class Layer:
             mixer_cost,
             gated_query=a.gated_query and self.has_attention,
             fixed=self.is_fixed,
-            attention_removable=not (self.has_attention and self.has_mixer),
+            attention_removable=a.attention_removable and not (self.has_attention and self.has_mixer),
             one_block=(self.attention is not None) + (self.mixer is not None) + (self.mlp is not None) == 1,
         )
 
@@ -277,7 +284,9 @@ def count_fixed_layers(model: Any, architecture: Architecture) -> int:
     Example: see `Decoder`, which uses it.
     """
     entries = find(model.config, architecture.fixed_layers)
-    return len(entries) if isinstance(entries, list | tuple) else 0
+    if entries is None:
+        entries = find(get_decoder_config(model.config), architecture.fixed_layers)
+    return len(entries) if isinstance(entries, list | tuple) else int(entries or 0)
 
 
 class Decoder:
@@ -349,6 +358,19 @@ class Decoder:
     def backbone(self) -> nn.Module:
         """The model without its output projection, as calibration runs it; a multimodal model with its tower."""
         return cast(nn.Module, getattr(self.model, "base_model", self.model))
+
+    def spread_width(self, value: Any, width: Any) -> Any:
+        """Build the value of a config attribute with which all FFNs have a width, where the attribute may be a list.
+
+        Args:
+            value: the attribute's value now: one for all layers, or a list. Layers whose FFN is never cut keep theirs.
+            width: of all FFNs.
+
+        Example: see `prunelit.model.surgery`, which uses it.
+        """
+        if not isinstance(value, list | tuple):
+            return width
+        return [entry if layer.mlp is None else width for layer, entry in zip(self.layers, value, strict=True)]
 
     @property
     def shape(self) -> ModelShape:

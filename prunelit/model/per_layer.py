@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 # Integers that attention modules keep for themselves, and what they count.
 _COUNTERS = {
@@ -23,12 +24,17 @@ _COUNTERS = {
     "num_kv_heads": "kv_groups",
     "num_key_value_groups": "group_size",
     "split_size": "query_width",
+    "embed_dim": "query_width",
 }
 ADDED_BIASES = "added_biases"
 """Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
-# Config attributes with one entry per layer, and those with the numbers of the layers that have an attention.
-_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes")
-_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs")
+# Config attributes with one entry per layer, and those with the numbers of some layers.
+_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes", "layer_rope_theta", "attention_layers")
+_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs", "rope_scaling_layers")
+# Integers of a block: its place in the cache.
+_CACHE_NUMBERS = ("layer_idx", "layer_id")
+# Config attributes that a model divides by the square root of its number of layers.
+_DIVIDED_BY_ROOT_OF_DEPTH = ("scale_depth",)
 
 
 class RemovedAttention(nn.Module):
@@ -101,7 +107,7 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
 
 def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
     """`names` for one layer of a family whose layers differ: with the overrides that its modules select."""
-    matching = [overrides for path, overrides in names.layer_variants if find(layer, path) is not None]
+    matching = [overrides for path, overrides in names.layer_variants if find(layer, path) not in (None, False)]
     if not matching:
         return names
     resolved = copy.copy(names)
@@ -139,15 +145,24 @@ def find_layers_path(model: Any, layers: str) -> str:
 def remove_attention(layer: nn.Module, names: Any) -> None:
     """Remove a layer's attention block with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    replace_module(layer, names.attention, RemovedAttention())
+    _leave_stub(layer, names, names.attention, RemovedAttention())
     _remove_mixing_norms(layer, names)
 
 
 def remove_mixer(layer: nn.Module, names: Any) -> None:
     """Remove a layer's mixer with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    replace_module(layer, names.mixer, RemovedMixer())
+    _leave_stub(layer, names, names.mixer, RemovedAttention() if names.mixer_is_attention else RemovedMixer())
     _remove_mixing_norms(layer, names)
+
+
+def _leave_stub(layer: nn.Module, names: Any, path: str | None, stub: nn.Module) -> None:
+    """Put a stub in place of a block, with the switches of the block by which the names of the layer are resolved."""
+    for switch, _ in names.layer_variants:
+        parent, _, name = switch.rpartition(".")
+        if parent == path and isinstance(value := find(layer, switch), bool):
+            setattr(stub, name, value)
+    replace_module(layer, path, stub)
 
 
 def _remove_mixing_norms(layer: nn.Module, names: Any) -> None:
@@ -166,7 +181,7 @@ def _remove_norm(layer: nn.Module, path: str | None) -> None:
 def remove_mlp(layer: nn.Module, names: Any) -> None:
     """Remove a layer's FFN block with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
-    if names.mlp:
+    if names.mlp != "":
         replace_module(layer, names.mlp, RemovedMLP())
     else:  # the linears sit in the layer: the first passes its input on, the last returns zeros
         replace_module(layer, names.up, nn.Identity())
@@ -216,9 +231,13 @@ def settle(model: Any, names: Any) -> None:
     """
     config = _get_decoder_config(model.config)
     layers = find(model, names.layers)
-    blocks = [_find_blocks(layer, names) for layer in layers]  # attention, mixer and FFN of every layer
+    per_layer_names = [resolve_layer_names(layer, names) for layer in layers]
+    blocks = [_find_blocks(*pair) for pair in zip(layers, per_layer_names, strict=True)]  # attention, mixer, FFN
     kept = [index for index, present in enumerate(blocks) if not all(map(is_absent, present))]
-    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1 or any(mixer is not None for _, mixer, _ in blocks)
+    mixed = len(set(getattr(config, "layer_types", None) or ())) > 1 or any(
+        mixer is not None and not own.mixer_is_attention
+        for (_, mixer, _), own in zip(blocks, per_layer_names, strict=True)
+    )
     if len(kept) < len(layers):
         parent, _, name = names.layers.rpartition(".")
         for attribute in _PER_LAYER_LISTS:
@@ -229,15 +248,22 @@ def settle(model: Any, names: Any) -> None:
             values = getattr(config, attribute, None)
             if isinstance(values, list):
                 setattr(config, attribute, [kept.index(index) for index in values if index in kept])
+        if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"):  # derived from the former
+            config.attention_types = [[[kind], 1] for kind in config.attention_layers]
         training = layers.training
         layers = nn.ModuleList(layers[index] for index in kept)
         layers.training = training
         setattr(find(model, parent), name, layers)
+        for attribute in _DIVIDED_BY_ROOT_OF_DEPTH:
+            if getattr(config, attribute, None) is not None:
+                setattr(config, attribute, getattr(config, attribute) * (len(kept) / config.num_hidden_layers) ** 0.5)
         config.num_hidden_layers = len(kept)
         blocks = [blocks[index] for index in kept]
     # A layer of one block by design, such as an FFN alone, has no place in the cache to begin with.
     emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
-    if mixed and any(emptied):
+    if _is_derived(config, "kv_sharing_modes"):
+        pass  # the family shares keys and values itself, and only layers without a place in the cache lose theirs
+    elif mixed and any(emptied):
         config.kv_sharing_modes = ["reuse" if is_empty else "own" for is_empty in emptied]
     elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
         config.kv_sharing_modes = None
@@ -246,8 +272,14 @@ def settle(model: Any, names: Any) -> None:
         numbers = [sum(not empty for empty in emptied[:index]) for index in numbers]
     for number, present in zip(numbers, blocks, strict=True):
         for block in present:
-            if isinstance(getattr(block, "layer_idx", None), int):
-                block.layer_idx = number
+            for attribute in _CACHE_NUMBERS:
+                if isinstance(getattr(block, attribute, None), int):
+                    setattr(block, attribute, number)
+
+
+def shares_keys(config: Any) -> bool:
+    """Whether layers of a family use the keys and values of others, as its config says."""
+    return _is_derived(config, "kv_sharing_modes") and "reuse" in config.kv_sharing_modes
 
 
 def _is_derived(config: Any, attribute: str) -> bool:
@@ -257,9 +289,12 @@ def _is_derived(config: Any, attribute: str) -> bool:
 
 
 def _find_blocks(layer: nn.Module, names: Any) -> tuple[Any, Any, Any]:
-    """Attention, mixer and FFN of a layer: the module, its stub where it was removed, or None where there is none."""
-    names = resolve_layer_names(layer, names)
-    return find(layer, names.attention), find(layer, names.mixer), find(layer, names.mlp or names.down)
+    """Attention, mixer and FFN of a layer: the module, its stub where it was removed, or None where there is none.
+
+    `names` are those of this layer.
+    """
+    mlp = names.down if names.mlp == "" else names.mlp
+    return find(layer, names.attention), find(layer, names.mixer), find(layer, mlp)
 
 
 def _stores_nothing(attention: Any, mixer: Any) -> bool:
@@ -285,12 +320,14 @@ def _resized(linear: Any, out_features: int | None, in_features: int | None) -> 
 def build_layer_shapes(model: Any, names: Any) -> None:
     """Give the layers of a freshly built dense model the shapes of `config.per_layer_config`, weights still empty."""
     config, model_names = _get_decoder_config(model.config), names
-    for layer, own in zip(find(model, model_names.layers), config.per_layer_config, strict=True):
+    for index, (layer, own) in enumerate(zip(find(model, model_names.layers), config.per_layer_config, strict=True)):
         names = resolve_layer_names(layer, model_names)
         skipped, biased = getattr(own, "skip", ()), getattr(own, ADDED_BIASES, ())
         attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         heads, groups = getattr(own, names.config_heads), getattr(own, names.config_kv_heads)
         channels = getattr(own, names.config_ffn)
+        if isinstance(channels, list | tuple):  # a config with a list of widths
+            channels = channels[index]
         if "mixer" in skipped:
             remove_mixer(layer, names)
         if "attention" in skipped:
@@ -343,6 +380,22 @@ def keep_entries(attention: nn.Module, path: str, kept: Sequence[int]) -> None:
         setattr(find(attention, parent), name, nn.Parameter(value, requires_grad=entries.requires_grad))
 
 
+class _LayerConfigs(Sequence[Any]):
+    """The configs of the layers, by number; by layer type, that of the first layer of the type.
+
+    transformers refuses the type where widths differ between its layers; models ask for what they have in common.
+    """
+
+    def __init__(self, configs: Sequence[Any], layer_types: Sequence[str]):
+        self._configs, self._layer_types = configs, layer_types
+
+    def __len__(self) -> int:
+        return len(self._configs)
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._configs[list(self._layer_types).index(key) if isinstance(key, str) else key]
+
+
 class PerLayerConfig:
     """Mixed into a family's config: widths may differ per layer, so the global ones bind nobody."""
 
@@ -353,6 +406,16 @@ class PerLayerConfig:
         if spec is not None and key in spec.per_layer_attributes:
             return self._getattr_without_heterogeneous_validation(key)
         return super().__getattribute__(key)
+
+    @property
+    def per_layer_config(self) -> Any:
+        configs = super().per_layer_config  # type: ignore[misc]
+        layer_types = getattr(self, "layer_types", None)
+        return configs if layer_types is None else _LayerConfigs(configs, layer_types)
+
+    @per_layer_config.setter
+    def per_layer_config(self, value: Any) -> None:
+        PreTrainedConfig.per_layer_config.fset(self, value)  # type: ignore[attr-defined]
 
     @property
     def allow_global_per_layer_attribute_access(self) -> bool:  # type: ignore[override]

@@ -124,18 +124,20 @@ def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
 def _write_config_widths(decoder: Decoder, plan: PruningPlan) -> None:
     """Write the widths that all layers share into the config.
 
-    Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly.
+    Head counts are left alone where the config has no head size of its own: it would be derived from them, wrongly; and
+    where other attentions, which stay whole, have the config's number of heads.
     """
     names, config = decoder.architecture, decoder.config
     widths: dict[str, Any] = dict(names.config_exact_widths)
     if ffn := next((kept for kept in plan.layers if not kept.mlp_removed), None):
         widths[names.config_ffn] = len(ffn.ffn_channels)
     attention = next((kept for kept in plan.layers if not kept.attention_removed), None)
-    if attention and isinstance(vars(config).get("head_dim"), int):
+    has_whole_attention = any(layer.has_mixer and layer.architecture.mixer_is_attention for layer in decoder)
+    if attention and not has_whole_attention and isinstance(vars(config).get("head_dim"), int):
         widths |= {names.config_heads: len(attention.query_heads), names.config_kv_heads: len(attention.kv_groups)}
     for name, value in widths.items():
         if hasattr(config, name):
-            setattr(config, name, value)
+            setattr(config, name, decoder.spread_width(getattr(config, name), value))
 
 
 _REMOVE_BLOCK = {"attention": remove_attention, "mixer": remove_mixer, "mlp": remove_mlp}
@@ -194,11 +196,16 @@ def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
             columns = expand_head_rows(torch.tensor(kept.query_heads, dtype=torch.long), layer.head_dim)
             _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
         if layer.has_mixer and not kept.mixer:
-            cast(nn.Module, layer.mixer).register_forward_hook(lambda module, args, output: torch.zeros_like(output))
+            cast(nn.Module, layer.mixer).register_forward_hook(_zero_output)
         if layer.has_mlp:
             _zero_pruned_columns(
                 layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm")
             )
+
+
+def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
+    """Forward hook: zeros in place of what a block returns, alone or first in a tuple."""
+    return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
 
 
 def _zero_pruned_columns(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:

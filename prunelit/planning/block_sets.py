@@ -95,7 +95,8 @@ def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
         False
     """
     removed = set(removed)
-    attention = {block for block in list_blocks(shape, "attention") if block.kind == "attention"}
+    mixing = set(list_blocks(shape, "attention"))
+    attention = {block for block in mixing if block.kind == "attention"} or mixing
     if len(removed) >= len(list_blocks(shape)) or (attention and attention <= removed):
         return False
     return all(

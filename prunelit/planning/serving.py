@@ -27,6 +27,7 @@ from prunelit.planning.stock_shapes import (
     Verdict,
     allows_added_biases,
     compute_padded_widths,
+    fits_ffn_widths,
     format_first_items,
     format_plural_count,
     judge_stock_class,
@@ -174,6 +175,8 @@ def _judge_padded(pruned: PrunedShape) -> Verdict:
         return Verdict("?", f"{pruned.family}: not one of prunelit's families; the writer tries it")
     if not allows_added_biases(pruned):
         return refuse_added_biases(pruned)
+    if not fits_ffn_widths(pruned) or len({shape.head_dim for _, _, shape in pruned.attentions}) > 1:
+        return Verdict("no", "its layers have heads or FFNs of several sizes", "")
     widths, model = compute_padded_widths(pruned.plan), pruned.plan.model
     parameters = sum(shape.parameters_at(*widths) for _, _, shape in pruned.layers)
     return Verdict("yes", _describe_savings(pruned, 1 - parameters / model.block_parameters))

@@ -15,7 +15,22 @@ Answer = Literal["yes", "no", "?"]
 
 # Configs without a head size of their own, which is then hidden size / heads.
 _HEAD_SIZE_DERIVED = frozenset(
-    {"biogpt", "falcon", "gpt2", "gpt_neox", "gptj", "helium", "opt", "persimmon", "stablelm"}
+    {
+        "biogpt",
+        "ctrl",
+        "falcon",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neo",
+        "gpt_neox",
+        "gptj",
+        "helium",
+        "modernbert-decoder",
+        "opt",
+        "persimmon",
+        "stablelm",
+        "xglm",
+    }
 )
 # Of these, configs without a number of KV heads: it equals that of query heads, unless the dense model shares KV heads.
 _KV_HEADS_DERIVED = _HEAD_SIZE_DERIVED - {"helium", "stablelm"}
@@ -23,15 +38,22 @@ _KV_HEADS_DERIVED = _HEAD_SIZE_DERIVED - {"helium", "stablelm"}
 _HEADS_DIVIDE = frozenset(
     {"arcee", "cwm", "gemma2", "gemma3_text", "hyperclovax", "internlm3", "iquestcoder", "jais2", "llama", "vaultgemma"}
 )
+# Configs with one number of heads for attentions that are cut and for those that stay whole; and with an FFN width that
+# some layers have twice.
+_WHOLE_ATTENTIONS = frozenset({"gemma3n_text", "gemma4_text", "gemma4_unified_text"})
+_FFN_DOUBLED = frozenset({"gemma4_text", "gemma4_unified_text"})
 # Sets of blocks whose output projections a config can give biases.
 _ATTENTION, _FFN = frozenset({"attention"}), frozenset({"mlp"})
 _ANY_BLOCKS = (_ATTENTION, _FFN, _ATTENTION | _FFN)
 _BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
     **dict.fromkeys(("arcee", "granite", "hyperclovax", "iquestcoder", "llama"), _ANY_BLOCKS),
+    **dict.fromkeys(("bamba", "falcon_h1", "granite_swa", "modernbert-decoder"), _ANY_BLOCKS),
     **dict.fromkeys(("nemotron", "seed_oss", "smollm3"), _ANY_BLOCKS),
     **dict.fromkeys(("apertus", "cohere", "cohere2", "gemma", "gemma2", "gemma3_text"), (_ATTENTION,)),
     **dict.fromkeys(("hunyuan_v1_dense", "olmo", "qwen3", "vaultgemma"), (_ATTENTION,)),
-    **dict.fromkeys(("cwm", "helium"), (_FFN,)),
+    **dict.fromkeys(("cohere_compass_text", "granitemoehybrid", "lfm3", "nanochat"), (_ATTENTION,)),
+    **dict.fromkeys(("qwen3_5_text", "qwen3_next", *_WHOLE_ATTENTIONS), (_ATTENTION,)),
+    **dict.fromkeys(("cwm", "helium", "minicpm3", "nemotron_h"), (_FFN,)),
     "internlm3": (_ATTENTION | _FFN,),
 }
 
@@ -94,11 +116,11 @@ class PrunedShape:
 
     @property
     def half_layers(self) -> list[str]:
-        """Blocks that are removed while their layer remains, as "A7" and "M7"."""
+        """Blocks that are removed while their layer remains, as "A7", "X7" and "M7"."""
         return [
-            f"{'A' if remaining.attention_removed else 'M'}{index}"
-            for index, remaining, _ in self.layers
-            if remaining.attention_removed != remaining.mlp_removed
+            f"{_LETTERS[block]}{index}"
+            for index, remaining, shape in self.layers
+            for block in _list_missing_blocks(remaining, shape)
         ]
 
     @property
@@ -129,6 +151,19 @@ class PrunedShape:
         )
 
 
+_LETTERS = {"attention": "A", "mixer": "X", "mlp": "M"}
+
+
+def _list_missing_blocks(remaining: LayerPlan, shape: LayerShape) -> list[str]:
+    """List the blocks that a layer lacks: those that the plan removes, and those that an earlier cut removed."""
+    removed = remaining.list_removed_blocks(shape)
+    if not (shape.one_block or shape.kv_groups or shape.has_mixer):
+        removed.append("attention")
+    if not (shape.one_block or shape.ffn_channels):
+        removed.append("mlp")
+    return removed
+
+
 def judge_stock_class(pruned: PrunedShape) -> Verdict:
     """Judge whether a stock class can hold the pruned model as it is.
 
@@ -138,8 +173,12 @@ def judge_stock_class(pruned: PrunedShape) -> Verdict:
         return Verdict("?", f"{pruned.family}: not one of prunelit's families; the writer tries it")
     if not pruned.plan.is_uniform:
         return refuse_unequal_layers(pruned)
-    _, remaining, shape = pruned.layers[0]
+    if not fits_ffn_widths(pruned):
+        return Verdict("no", "some FFNs of its config are twice as wide as the others", "a method that cuts heads")
+    _, remaining, shape = next(iter(pruned.attentions), pruned.layers[0])
     heads, hidden = len(remaining.query_heads), pruned.plan.model.hidden_size
+    if _has_whole_attentions(pruned) and any(len(kept.query_heads) < s.query_heads for _, kept, s in pruned.attentions):
+        return Verdict("no", "attentions that stay whole have all heads", "a method that cuts channels")
     if not _allows_heads(pruned, heads, shape.head_dim):
         if pruned.family in _HEAD_SIZE_DERIVED:
             return Verdict(
@@ -170,25 +209,42 @@ def compute_padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
     in_group = max(
         (len(remaining.query_heads) // len(remaining.kv_groups) for _, remaining, _ in pruned.attentions), default=0
     )
+    if _has_whole_attentions(pruned):
+        groups = max(shape.kv_groups for shape in plan.model.layers)
+        in_group = max(shape.group_size for shape in plan.model.layers)
     heads, hidden = groups * in_group, plan.model.hidden_size
     dim = max((shape.head_dim for _, _, shape in pruned.attentions), default=1)
-    if not _allows_heads(pruned, heads, dim):
+    if heads and not _allows_heads(pruned, heads, dim):
         heads = hidden // dim
         equal_groups = pruned.family in _KV_HEADS_DERIVED and all(
             shape.group_size == 1 for _, _, shape in pruned.attentions
         )
         fitting = (count for count in range(groups, heads + 1) if heads % count == 0 and heads // count >= in_group)
         groups = heads if equal_groups else next(fitting, groups)
-    return heads, groups, max(pruned.channels, default=1)
+    no_channels = 0 if all(shape.one_block for _, _, shape in pruned.layers) else 1
+    return heads, groups, max(pruned.channels, default=no_channels)
+
+
+def fits_ffn_widths(pruned: PrunedShape) -> bool:
+    """Whether the family's config can give all FFNs one width.
+
+    Example: see `PrunedShape`.
+    """
+    widths = {shape.ffn_channels for shape in pruned.plan.model.layers if shape.ffn_channels}
+    return pruned.family not in _FFN_DOUBLED or len(widths) <= 1
+
+
+def _has_whole_attentions(pruned: PrunedShape) -> bool:
+    return pruned.family in _WHOLE_ATTENTIONS and any(shape.has_mixer for shape in pruned.plan.model.layers)
 
 
 def _allows_heads(pruned: PrunedShape, heads: int, dim: int) -> bool:
     """Whether the family's stock config can have this number of heads of this size."""
     hidden = pruned.plan.model.hidden_size
-    if pruned.family in _HEAD_SIZE_DERIVED:
-        return heads * dim == hidden
     if not heads:
         return True
+    if pruned.family in _HEAD_SIZE_DERIVED:
+        return heads * dim == hidden
     return pruned.family not in _HEADS_DIVIDE or hidden % heads == 0 or _fits_mistral(pruned)
 
 

@@ -13,6 +13,7 @@ import yaml
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
+from prunelit.model.per_layer import shares_keys
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import NonFinite
@@ -54,9 +55,19 @@ def hooks_of(model):
     return {(name, kind): len(getattr(m, kind)) for name, m in model.named_modules() for kind in kinds}
 
 
+def skip_what_a_family_refuses(name, family):
+    """Layers that know their number can not go; layers that use the keys of others can not run without these."""
+    decoder = Decoder(tiny(family))
+    if name == "shortgpt" and all(shape.fixed for shape in decoder.shape.layers):
+        pytest.skip("no layer of it can go")
+    if name in ("best", "block_pruner") and shares_keys(decoder.config):
+        pytest.skip("its layers can not run without earlier ones")
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_is_left_as_it_was_found(name, family):
+    skip_what_a_family_refuses(name, family)
     model = tiny(family).bfloat16().train()
     for number, module in enumerate(model.modules()):
         module.training = number % 3 > 0
@@ -82,6 +93,7 @@ def test_the_model_is_left_as_it_was_found(name, family):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", METHODS)
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
+    skip_what_a_family_refuses(name, family)
     model = tiny(family)
     plan = pruned(name, model, scope=scope)
     assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < 0.45

@@ -9,6 +9,7 @@ from torch import nn
 
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in, is_conv1d
+from prunelit.model.per_layer import find
 from prunelit.runtime.errors import DeclarationMismatch, NonFinite
 from tests.tiny import FAMILIES, VOCABULARY, cut, tiny
 
@@ -31,22 +32,36 @@ def test_costs_are_those_of_the_parameters(family: str) -> None:
     for layer in decoder:
         each = layer.shape
         assert each.parameters == count(layer.module)
-        assert each.attention_cost == count(
-            layer.attention, layer.get_norm("attention_norm"), layer.get_norm("attention_post_norm")
-        )
-        # What goes with the whole layer alone is the norm that both blocks read. Nothing else is left over.
-        assert each.shared_cost == count(layer.get_norm("shared_norm"))
+        # Norms around the attention go with the block that stands there; where two do, with the whole layer, as the
+        # norm that both blocks read.
+        norms = (layer.get_norm("attention_norm"), layer.get_norm("attention_post_norm"))
+        blocks = [block for block in (layer.attention, layer.mixer) if block is not None]
+        block_norms, shared_norms = (norms, ()) if len(blocks) == 1 else ((), norms)
+        assert each.attention_cost == (count(layer.attention, *block_norms) if layer.has_attention else 0)
+        assert each.mixer_cost == (count(layer.mixer, *block_norms) if layer.has_mixer else 0)
+        parts = [find(layer.module, name) for name in layer.architecture.layer_parts]
+        whole_ffn = getattr(layer.module, "mlp", None)
+        if layer.mlp is None and whole_ffn is not None:
+            parts += [whole_ffn, layer.get_norm("mlp_norm"), layer.get_norm("mlp_post_norm")]  # it stays whole
+        assert each.shared_cost == count(layer.get_norm("shared_norm"), *shared_norms, *parts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sizes_are_those_of_the_config(family: str) -> None:
     row, model = FAMILIES[family], tiny(family)
-    for shape in Decoder(model).shape.layers:
-        assert shape.query_heads == model.config.num_attention_heads == 9
-        assert shape.kv_groups == (1 if "multi_query" in family else 9 if row.lacks == ("query_head",) else 3)
-        assert shape.head_dim == row.config.get("head_dim", 8)
-        assert shape.ffn_channels == 96
-        assert shape.heads_prunable is (family not in ("olmo2", "olmo3"))
+    for layer in Decoder(model):
+        shape = layer.shape
+        if layer.has_attention:
+            assert shape.query_heads == model.config.num_attention_heads == 9
+            assert shape.kv_groups == (
+                1 if row.config.get("multi_query") else 9 if "query_head" in row.lacks[:1] else 3
+            )
+            assert shape.head_dim in (row.config.get("head_dim", 8), row.config.get("global_head_dim"))
+        else:
+            assert (shape.query_heads, shape.kv_groups, shape.head_dim) == (0, 0, 0)
+        doubled = 2 if row.config.get("use_double_wide_mlp") and layer.module.self_attn.is_kv_shared_layer else 1
+        assert shape.ffn_channels in ((0, 96) if shape.one_block else (96 * doubled,))
+        assert shape.heads_prunable is (not family.startswith("olmo") or family == "olmo")
 
 
 # Cost of one query head (rows of q, columns of o), of one key and value head, and of one channel, for a width of 72.

@@ -34,21 +34,28 @@ def row(plan: PruningPlan, target: str) -> ServingRow:
     return found
 
 
-def ways(shape: LayerShape) -> Iterator[tuple[str, LayerPlan]]:
-    """Cuts that all layers can share."""
-    yield "dense", keep(shape)
-    yield "channels", keep(shape, channels=tuple(range(40)))
+def ways(shape: LayerShape) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """Cuts that all layers can share: what `keep` takes."""
+    yield "dense", {}
+    yield "channels", {"channels": tuple(range(40))}
     if shape.heads_prunable:
         for groups in range(1, shape.kv_groups):
-            yield f"{groups} groups", keep(shape, groups=tuple(range(groups)), channels=tuple(range(48)))
+            yield f"{groups} groups", {"groups": tuple(range(groups)), "channels": tuple(range(48))}
         for heads in range(1, shape.group_size):
-            yield f"{heads} heads of a group", keep(shape, heads_in_group=tuple(range(heads)))
+            yield f"{heads} heads of a group", {"heads_in_group": tuple(range(heads))}
+
+
+def keep_in(shape: LayerShape, kept: dict[str, tuple[int, ...]]) -> LayerPlan:
+    """What a layer keeps of the blocks that it has."""
+    lacking = {"channels"} if not shape.ffn_channels else set()
+    lacking |= {"groups", "heads_in_group"} if not shape.kv_groups else set()
+    return keep(shape, **{name: units for name, units in kept.items() if name not in lacking})
 
 
 def uniform_plans(model: Any) -> Iterator[tuple[str, PruningPlan]]:
     shape = Decoder(model).shape
-    for name, kept in ways(shape.layers[0]):
-        yield name, PruningPlan("test", shape, (kept,) * len(shape.layers))
+    for name, kept in ways(next((layer for layer in shape.layers if layer.kv_groups), shape.layers[0])):
+        yield name, PruningPlan("test", shape, tuple(keep_in(layer, kept) for layer in shape.layers))
 
 
 def carried_out(model: Any, plan: PruningPlan) -> Any:
@@ -68,12 +75,13 @@ def check(build: Any, plan: PruningPlan, what: str) -> None:
     assert (said.answer == "yes") == (build_stock_model(model) is not None), (what, said)
     assert (row(plan, HETERO).answer == "yes") == (build_per_layer_model(model) is not None), what
     try:
-        layer = Decoder(padded._build_padded_shell(model)[0]).layers[0].shape
+        layers = [layer.shape for layer in Decoder(padded._build_padded_shell(model)[0])]
     except DoesNotFit:
         assert row(plan, PADDED).answer == "no", what
     else:
         assert row(plan, PADDED).answer == "yes", what
-        assert (layer.query_heads, layer.kv_groups, layer.ffn_channels) == compute_padded_widths(plan), what
+        names = ("query_heads", "kv_groups", "ffn_channels")
+        assert tuple(max(getattr(s, name) for s in layers) for name in names) == compute_padded_widths(plan), what
 
 
 @pytest.mark.parametrize("family", FAMILIES)
