@@ -119,15 +119,15 @@ def list_family_formats(family: str) -> list[str]:
 
     Example:
         >>> list_family_formats("qwen3"), list_family_formats("lfm2")
-        (['uniform', 'hetero', 'padded', 'gguf', 'int4'], ['uniform', 'hetero', 'int4'])
+        (['uniform', 'hetero', 'padded', 'gguf', 'int4'], ['uniform', 'hetero', 'padded', 'int4'])
     """
-    has_unequal_blocks = ARCHITECTURES[family].mixer is not None and family not in MIXER_BESIDE_ATTENTION
+    text_family = ARCHITECTURES[family].text_family or family  # under which the decoder is written without its tower
     fits = {
         "uniform": True,
         "hetero": True,
-        "padded": not has_unequal_blocks,
-        "gguf": family in LLAMA_CPP_FAMILIES,
-        "deci": family in LLAMA_LIKE_FAMILIES,
+        "padded": True,
+        "gguf": text_family in LLAMA_CPP_FAMILIES,
+        "deci": text_family in LLAMA_LIKE_FAMILIES,
         "int4": family not in _CONV1D_FAMILIES,
     }
     return [name for name, can_hold in fits.items() if can_hold]
