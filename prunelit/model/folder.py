@@ -94,13 +94,32 @@ def build_meta_model(folder: Path, kind: Any, dtype: torch.dtype, device: torch.
     model.config.name_or_path = model.name_or_path = str(folder)
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(folder)
-    for module in model.modules():
+    _compute_tables(model, device)
+    return model
+
+
+def _compute_tables(model: Any, device: torch.device) -> None:
+    """Compute the buffers that no file holds, as when transformers loads a model: each by the model that it is part of.
+
+    Args:
+        model: on the meta device.
+        device: of the buffers.
+    """
+    from transformers import PreTrainedModel
+
+    owners: dict[str, Any] = {"": model}  # by path: the innermost model that a module is part of, or is
+    with_tables: dict[int, Any] = {}
+    for path, module in model.named_modules():
+        owner = module if isinstance(module, PreTrainedModel) else owners[path.rpartition(".")[0]]
+        owners[path] = owner
         own = [name for name, _ in module.named_buffers(recurse=False) if name in module._non_persistent_buffers_set]
         for name in own:
             module.register_buffer(name, torch.empty_like(getattr(module, name), device=device), persistent=False)
         if own:
-            model._init_weights(module)  # computes them, as when transformers loads a model
-    return model
+            owner._init_weights(module)
+            with_tables[id(owner)] = owner
+    for owner in with_tables.values():
+        owner._init_weights(owner)  # some models compute the tables of their parts
 
 
 class SafetensorsFolder:

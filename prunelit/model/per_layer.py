@@ -451,3 +451,8 @@ class PerLayerModel:
         names = types.SimpleNamespace(**self.names)
         names.layers = find_layers_path(self, names.layers)
         build_layer_shapes(self, names)
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """The modules are transformers' own; those of custom code do not get the buffers that no file holds."""
+        return False

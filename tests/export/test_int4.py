@@ -43,7 +43,10 @@ def odd(family: str, more: int = 0, **sizes: Any) -> Any:
     """A model with 37 FFN channels, and `more` of them from layer to layer."""
     model = tiny(family, **sizes)
     shape = Decoder(model).shape
-    layers = tuple(keep(layer, channels=tuple(range(37 + more * i))) for i, layer in enumerate(shape.layers))
+    layers = tuple(
+        keep(layer, channels=tuple(range(min(37 + more * i, layer.ffn_channels))))
+        for i, layer in enumerate(shape.layers)
+    )
     surgery.apply(model, PruningPlan("test", shape, layers))
     return model
 

@@ -45,18 +45,17 @@ def test_surgery_drops_the_slices_of_the_units_it_cuts(family, kind):
     shape, layers = decoder.shape, [LayerPlan.dense(layer) for layer in decoder.shape.layers]
     has_units = [layer.ffn_channels if kind == "channel" else layer.kv_groups for layer in shape.layers]
     number = next(index for index in range(1, len(layers)) if has_units[index])
-    size = shape.layers[number].group_size
+    shape_there = shape.layers[number]
+    size = shape_there.group_size
     if kind == "kv_group":
-        gone = {"query": {h for h in range(shape.layers[number].query_heads) if h // size == 1}, "kv": {1}}
-        layers[number] = keep(
-            shape.layers[number], groups=tuple(g for g in range(shape.layers[number].kv_groups) if g != 1)
-        )
+        gone = {"query": {h for h in range(shape_there.query_heads) if h // size == 1}, "kv": {1}}
+        layers[number] = keep(shape.layers[number], groups=tuple(g for g in range(shape_there.kv_groups) if g != 1))
     elif kind == "query_head":
-        gone = {"query": {h for h in range(shape.layers[number].query_heads) if h % size == 1}}
-        layers[number] = keep(shape.layers[number], heads_in_group=tuple(r for r in range(size) if r != 1))
+        gone = {"query": {h for h in range(shape_there.query_heads) if h % size == 1}}
+        layers[number] = keep(shape_there, heads_in_group=tuple(r for r in range(size) if r != 1))
     else:
         gone = {"channel": {0, 7, 95}}
-        layers[number] = keep(shape.layers[number], channels=tuple(c for c in range(FFN) if c not in gone["channel"]))
+        layers[number] = keep(shape_there, channels=tuple(c for c in range(FFN) if c not in gone["channel"]))
     paths = {module: path for path, module in model.named_modules()}
     expected = {}
     for of in collect_layer_slices(decoder.layers[number]):
