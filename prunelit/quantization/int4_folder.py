@@ -181,11 +181,10 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
             replace_module(model, name, Int4Linear.from_parts(*parts, module.in_features, module.bias))
     missing = set()
     for name, empty in model.state_dict(keep_vars=True).items():
-        if not empty.is_meta:
-            continue
         if name not in names:
-            missing.add(name)
-            continue
+            if empty.is_meta:
+                missing.add(name)
+            continue  # a part of a 4-bit linear, or tied
         value = files.map_tensor(names[name])
         if value.shape != empty.shape:
             raise _make_shape_error(folder, names[name], str(list(empty.shape)), value)
