@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 _MODULES = tempfile.mkdtemp(prefix="prunelit-modules-")  # for the copies that trust_remote_code=True makes
 
@@ -17,8 +18,9 @@ import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from prunelit.core.architectures import ARCHITECTURES, Architecture  # noqa: E402
 from prunelit.export.proof import compare, reload  # noqa: E402
-from tests.tiny import DIVERSE, FAMILIES, tiny, tiny_tokenizer  # noqa: E402
+from tests.tiny import DIVERSE, FAMILIES, Row, tiny, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True, max_examples=60)
@@ -29,13 +31,41 @@ def pytest_sessionfinish() -> None:
     shutil.rmtree(_MODULES, ignore_errors=True)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the tests that run on every family, those on families much like another one count as slow."""
-    alike = FAMILIES.keys() - set(DIVERSE)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the tests that run on every family, those on families much like another one count as slow.
+
+    Families that are declared exactly as another one go through the contract of cuts and through the writers; what
+    reads the declaration alone, such as methods and repairs, is not tried on them again.
+    """
+    alike, twins = FAMILIES.keys() - set(DIVERSE), list_twins()
+    kept, dropped = [], []
     for item in items:
-        given = getattr(getattr(item, "callspec", None), "params", {}).values()
-        if any((x[0] if isinstance(x, tuple) and x else x) in alike for x in given if isinstance(x, str | tuple)):
+        params = getattr(getattr(item, "callspec", None), "params", {}).values()
+        names = {x[0] if isinstance(x, tuple) and x else x for x in params if isinstance(x, str | tuple)}
+        if names & alike:
             item.add_marker(pytest.mark.slow)
+        folder = item.path.relative_to(Path(__file__).parent).parts[0] if "tests" in item.path.parts else ""
+        (dropped if folder in _READ_DECLARATIONS and names & twins else kept).append(item)
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = kept
+
+
+_READ_DECLARATIONS = ("callbacks", "repair", "calibration", "planning", "recovery", "pruning", "evaluation")
+
+
+def list_twins() -> set[str]:
+    """Rows of `FAMILIES` with the declaration and the settings of an earlier row; those of `DIVERSE` are none."""
+    ordered = [*DIVERSE, *(name for name in FAMILIES if name not in DIVERSE)]
+    before: list[tuple[Architecture, Row]] = []
+    twins = set()
+    for name in ordered:
+        row = FAMILIES[name]
+        key = ARCHITECTURES[row.model_type], row._replace(model_type="")
+        if key in before:
+            twins.add(name)
+        before.append(key)
+    return twins
 
 
 @pytest.fixture(autouse=True)
