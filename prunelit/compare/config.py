@@ -205,7 +205,7 @@ def _parse_row_options(
     return {name: typed[name] for name in merged}, accepted
 
 
-def select_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:
+def select_method_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:
     """Select the rows with certain labels; all rows without labels.
 
     Args:
@@ -216,7 +216,7 @@ def select_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) 
         BadOption: no row has this label.
 
     Example:
-        >>> [row.label for row in select_rows(parse_method_rows(["flap", "random"], {}), ["random"])]
+        >>> [row.label for row in select_method_rows(parse_method_rows(["flap", "random"], {}), ["random"])]
         ['random']
     """
     known = [row.label for row in method_rows]

@@ -33,7 +33,7 @@ from prunelit.compare.config import (
     MethodRow,
     check_distinct_values,
     parse_method_rows,
-    select_rows,
+    select_method_rows,
 )
 from prunelit.compare.report_content import CellEntry, CellResult, ComparisonReport
 from prunelit.data import loading, text
@@ -107,7 +107,7 @@ def compare_methods(
     """
     method_rows = parse_method_rows(methods, options or {})
     ratios, seeds = check_distinct_values("ratios", ratios), check_distinct_values("seeds", seeds)
-    selected_rows = select_rows(method_rows, wrap_in_list(only or []))
+    selected_rows = select_method_rows(method_rows, wrap_in_list(only or []))
     calibration = calibration or Calibration()
     checked_texts = {
         str(name): EvaluationText.from_option(str(name), text_options) for name, text_options in texts.items()

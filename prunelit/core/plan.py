@@ -103,8 +103,9 @@ class PruningPlan:
         ...     weights="0" * 16, layers=(shape, shape),
         ... )
         >>> plan = PruningPlan("by hand", model, (LayerPlan.dense(shape), LayerPlan.dense(shape)))
-        >>> plan.replace_layer(1, kv_groups=[0], ffn_channels="0-3").layers[1]
-        LayerPlan(query_heads=(0, 1), kv_groups=(0,), ffn_channels=(0, 1, 2, 3), attention_bias=False, mlp_bias=False)
+        >>> kept = plan.replace_layer(1, kv_groups=[0], ffn_channels="0-3").layers[1]
+        >>> kept.query_heads, kept.kv_groups, kept.ffn_channels
+        ((0, 1), (0,), (0, 1, 2, 3))
     """
 
     method: str
