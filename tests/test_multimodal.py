@@ -18,6 +18,7 @@ from prunelit.model.text_model import extract_text_model, list_picture_tokens, l
 from prunelit.planning.block_sets import list_blocks
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadPlan
+from tests.export.tokenizers_of import VOCABULARY, tokenizer
 from tests.tiny import cut, tiny_tokenizer, tokens
 from tests.tiny_multimodal import MULTIMODAL, inputs_with_picture, tiny_multimodal
 
@@ -162,3 +163,16 @@ class ResultListener:
 
     def on_event(self, kind: str, data: dict[str, Any]) -> None:
         self.numbers += [data[key] for key in ("heads", "channels", "perplexity") if key in data]
+
+
+def test_gguf_holds_the_text_model(tmp_path: Path) -> None:
+    files = []
+    for name, take in (("whole", lambda model: model), ("text", extract_text_model)):
+        model = tiny_multimodal("llava")
+        surgery.apply(model, cut(model, "query_head"))
+        torch.manual_seed(0)
+        model.resize_token_embeddings(VOCABULARY)
+        file = tmp_path / f"{name}.gguf"
+        write_model(take(model), file, tokenizer("smollm"), format="gguf", unproved=True)
+        files.append(file.read_bytes())
+    assert files[0] == files[1]

@@ -259,7 +259,7 @@ FAMILIES: dict[str, Row] = {
         {
             "layers_block_type": ["linear_attention", "full_attention", "mlp", "full_attention", "linear_attention"],
             "mamba_num_heads": 4,
-            "mamba_head_dim": 36,
+            "mamba_head_dim": 8,
             "ssm_state_size": 8,
             "n_groups": 1,
             "chunk_size": 8,

@@ -96,7 +96,8 @@ def observe(
     activations: dict[str, Tensor] = {}
 
     def store(point: str, x: Tensor) -> None:
-        rows = x.reshape(-1, x.shape[-1])
+        stream = x[0] if x.dim() == 4 else x  # Gemma 3n carries several streams; blocks work on the first
+        rows = stream.reshape(-1, x.shape[-1])
         activations[point] = rows if real_tokens is None else rows[real_tokens]
 
     def store_input(point: str, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -133,8 +133,10 @@ def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[
 
     Example: see `tests/callbacks/greedy_output/test_attention_similarity.py`.
     """
+    if not any(layer.has_attention for layer in decoder):
+        return [None] * len(decoder.layers)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    most_heads = max((layer.shape.query_heads for layer in decoder), default=1)
+    most_heads = max(layer.shape.query_heads for layer in decoder)
     divergences = [Divergence(layer.shape.query_heads, decoder.device) for layer in decoder]
     mask: list[Tensor | None] = [None]
     with (
@@ -146,7 +148,7 @@ def measure_head_divergence(decoder: Decoder, batches: Sequence[Batch]) -> list[
                 mask[0] = windows.get("attention_mask")
                 decoder.backbone(use_cache=False, **{name: value.to(decoder.device) for name, value in windows.items()})
     means = [divergence.compute_mean() for divergence in divergences]
-    if all(mean is None for mean in means) and any(layer.has_attention for layer in decoder) and not rank:
+    if all(mean is None for mean in means) and not rank:
         warnings.warn(
             f"{type(decoder.model).__name__}: its attention does not return probabilities; heads are chosen by their "
             "second moment alone",
