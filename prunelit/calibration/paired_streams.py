@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from prunelit.calibration.batches import BATCHES_HINT, Batch, count_real_tokens, get_padding_mask
 from prunelit.calibration.observe import ActivationPoint
-from prunelit.calibration.partial_forward import PartialForward
+from prunelit.calibration.partial_forward import PartialForward, check_layers_run_alone
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
 from prunelit.runtime.distributed import sum_over_ranks, take_rank_share
@@ -47,6 +47,7 @@ class PairedStreams:
 
     Raises:
         NoCalibration: there are no batches, or nothing but padding.
+        BadOption: later layers use the keys of earlier ones.
 
     Example: see `prunelit.repair.reconstruct.apply_least_squares`.
     """
@@ -55,6 +56,7 @@ class PairedStreams:
         if not batches:
             raise NoCalibration(f"repair: expected at least one calibration batch, got none; {BATCHES_HINT}")
         self.decoder, self.partial_forward = decoder, PartialForward(decoder)
+        check_layers_run_alone(decoder.config)
         self.own_batches = take_rank_share(list(enumerate(batches)))
         self.held_heads: list[Tensor] = []
         self._masks = [_flatten_mask(batch, decoder.device) for _, batch in self.own_batches]

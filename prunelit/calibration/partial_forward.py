@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, get_model_inputs
+from prunelit.core.architectures import get_decoder_config
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import shares_keys
@@ -23,6 +24,27 @@ from prunelit.runtime.errors import BadOption
 
 class _SpanEnd(Exception):
     """Stops a forward pass after the last layer of the span."""
+
+
+def check_layers_run_alone(config: Any) -> None:
+    """Check that layers can run without those before them; known before a layer is loaded, run or changed.
+
+    Args:
+        config: of the decoder, or of a model that holds it.
+
+    Raises:
+        BadOption: later layers use the keys of earlier ones.
+
+    Example:
+        >>> import transformers
+        >>> check_layers_run_alone(transformers.LlamaConfig())
+    """
+    decoder_config = get_decoder_config(config)
+    if shares_keys(decoder_config):
+        raise BadOption(
+            f"model_type {decoder_config.model_type!r}: its last layers use the keys and values of earlier ones, so "
+            "its layers cannot run without these; choose a method that runs the whole model, in memory"
+        )
 
 
 class PartialForward:
@@ -64,11 +86,8 @@ class PartialForward:
             ValueError: `hidden` and `start` do not go together, or `stop` is not after `start`.
             BadOption: later layers use the keys of layers that would not run.
         """
-        if start and shares_keys(self.decoder.config):
-            raise BadOption(
-                f"model_type {self.decoder.config.model_type!r}: its last layers use the keys and values of earlier "
-                "ones, so its layers cannot run without these; choose a method that runs the whole model"
-            )
+        if start:
+            check_layers_run_alone(self.decoder.config)
         layers = self._layers
         outputs: list[Tensor] = []
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunelit.calibration.layer_pipeline import GIB, SequentialPipeline, list_layer_linears
 from prunelit.calibration.observe import STEPS_ATTRIBUTE
+from prunelit.calibration.partial_forward import check_layers_run_alone
 from prunelit.data import loading
 from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error
 from prunelit.model.decoder import Decoder
@@ -108,7 +109,8 @@ def load_offloaded(
         The model, in evaluation mode.
 
     Raises:
-        BadOption: the dtype is unknown, or the limit is below what one layer needs.
+        BadOption: the dtype is unknown, the limit is below what one layer needs, or later layers use the keys of
+            earlier ones.
         SourceNotFound: the folder is missing, unreadable or incomplete, or its tensor names are not the model's.
 
     Example:
@@ -132,6 +134,7 @@ def load_offloaded(
         try:
             files = SafetensorsFolder(folder)
             model = _build_skeleton(folder, files, dtype, device)
+            check_layers_run_alone(model.config)
             pipeline.check_budget(Decoder(model))
             _fill_weights(model, files, device, known or {})
         except UNREADABLE_ERRORS as error:
@@ -192,7 +195,8 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
     if unfilled:
         raise SourceNotFound(
             f"model {str(files.folder)!r}: cannot be streamed: expected all weights under the model's own names, got "
-            f"none for {len(unfilled)} of them ({unfilled[0]}, ...); load it and save it again with save_pretrained"
+            f"none for {len(unfilled)} of them ({unfilled[0]}, ...); load it and save it again with save_pretrained, "
+            "or leave out --stream"
         )
     for linear in linears:
         linear.register_forward_pre_hook(_refuse_forward)

@@ -32,6 +32,8 @@ def write_layer_files(shell: Any, model: Any, folder: Path) -> None:
 
     Example: see `prunelit.export.model_files.write_model_as`.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     weights = model.state_dict()
     like = next(model.parameters())
     in_memory = {name: x for name, x in weights.items() if not isinstance(x, LazyWeight)}
@@ -47,8 +49,10 @@ def write_layer_files(shell: Any, model: Any, folder: Path) -> None:
     keys_by_file: dict[str, list[str]] = {}
     for number, layer in enumerate(track_progress(layers, "writing", unit="layer"), 2):
         name = f"model-{number:05}-of-{len(layers) + 1:05}.safetensors"
-        save_file({key: x.load_values().cpu() for key, x in layer.items()}, folder / name, metadata={"format": "pt"})
-        keys_by_file[name] = list(layer)
+        # Under the names that `save_pretrained` gave the rest, which differ from the model's own in some families.
+        tensors = revert_weight_conversion(shell, {key: x.load_values().cpu() for key, x in layer.items()})
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        keys_by_file[name] = list(tensors)
     first_file = f"model-00001-of-{len(layers) + 1:05}.safetensors"
     (folder / offloaded.SINGLE).rename(folder / first_file)
     with safe_open(folder / first_file, framework="pt") as file:

@@ -78,7 +78,7 @@ def apply_least_squares(
     Raises:
         BadPlan: the plan was made for another model, which is left unchanged.
         NoCalibration: there are no batches, or nothing but padding.
-        BadOption: an option is outside its range.
+        BadOption: an option is outside its range, or later layers use the keys of earlier ones; the model is unchanged.
 
     Example:
         >>> import transformers

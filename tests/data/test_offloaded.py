@@ -29,6 +29,7 @@ from prunelit.export import layer_files as writer
 from prunelit.export import save
 from prunelit.model.decoder import Decoder
 from prunelit.model.lazy_weight import LazyWeight, load_lazy_weights
+from prunelit.model.per_layer import shares_keys
 from prunelit.runtime.errors import BadOption, NonFinite, PrunelitError, SourceNotFound
 from tests.tiny import FAMILIES, KINDS, cut, tiny, tokens
 
@@ -86,7 +87,16 @@ def assert_prunes_alike(
     "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FAMILIES]
 )
 def test_every_family_computes_and_prunes_as_in_memory(family: str, tmp_path: Path) -> None:
-    folder = folder_of(tiny(family), tmp_path / "dense")
+    model = tiny(family)
+    folder = folder_of(model, tmp_path / "dense")
+    if shares_keys(model.config):
+        with pytest.raises(BadOption, match="use the keys and values of earlier ones"):
+            offloaded.load_offloaded(folder)
+        return
+    if family == "olmo_hybrid":  # its files hold one weight of the model in three parts
+        with pytest.raises(SourceNotFound, match=r"got none for 2 .*conv1d.* or leave out --stream"):
+            offloaded.load_offloaded(folder)
+        return
     live, far = loading.load(folder), offloaded.load_offloaded(folder)
     with torch.no_grad():
         expected = live(input_ids=tokens(), use_cache=False).logits
