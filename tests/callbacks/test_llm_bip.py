@@ -63,8 +63,8 @@ def change_without(model, linear, columns, module, batches, side="output"):
 def test_channel_score_is_the_change_of_the_block_output(family, padded):
     model = tiny(family)
     batches = batches_for(model, padded=padded)
-    layer = Decoder(model).layers[1]
-    scores = scored(model, batches)[1].channels
+    layer = next(layer for layer in Decoder(model).layers[1:] if layer.has_mlp)
+    scores = scored(model, batches)[layer.index].channels
     order = scores.argsort()
     assert scores[order[len(order) // 2]] > 0  # a ReLU may leave some channels dead, not half of them
     for channel in (order[0], order[len(order) // 2], order[-1]):
@@ -218,6 +218,8 @@ def test_post_norm_channel_score_is_exact_with_frozen_norm_statistics(family):
     batches = batches_for(model, padded=True)
     layer = Decoder(model).layers[1]
     norm = layer.get_norm("mlp_post_norm")
+    if norm is None:
+        pytest.skip("this variant of the family has no such norm")
     f, output = rows_at(model, layer.down, batches, "input"), rows_at(model, layer.down, batches)
     gain = norm.weight.detach().double() + layer.architecture.norm_offset
     gain *= getattr(model.config, "residual_multiplier", 1.0)
@@ -234,9 +236,12 @@ def test_scores_of_every_family_are_finite_and_not_negative(family):
     model = tiny(family)
     batches = batches_for(model, padded=True)
     for form in ("mean_field", "exact"):
-        for score in scored(model, batches, form=form):
-            assert torch.isfinite(score.heads).all() and (score.heads > 0).all()
-            assert torch.isfinite(score.channels).all() and (score.channels >= 0).all()
+        for score, layer in zip(scored(model, batches, form=form), Decoder(model), strict=True):
+            assert (score.heads is not None, score.channels is not None) == (layer.has_attention, layer.has_mlp)
+            if layer.has_attention:
+                assert torch.isfinite(score.heads).all() and (score.heads > 0).all()
+            if layer.has_mlp:
+                assert torch.isfinite(score.channels).all() and (score.channels >= 0).all()
 
 
 def test_residual_scale_scales_the_direct_term():
