@@ -10,7 +10,7 @@ quickstart: $(VENV)/ready ## a real model cut by 20%, recovered, measured: runs/
 	$(BIN)/python -m prunelit fit --config configs/quickstart.yaml
 
 # The floor, in percent of lines. The fast tests alone reach 97.0; the whole suite holds them.
-COVERAGE := 96
+COVERAGE := 95
 test: $(VENV)/ready ## the whole test suite, and its coverage
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=$(COVERAGE)
 
