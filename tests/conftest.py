@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 
 _MODULES = tempfile.mkdtemp(prefix="prunelit-modules-")  # for the copies that trust_remote_code=True makes
@@ -35,7 +36,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of the tests that run on every family, those on families much like another one count as slow.
 
     Families that are declared exactly as another one go through the contract of cuts and through the writers; what
-    reads the declaration alone, such as methods and repairs, is not tried on them again.
+    reads the declaration alone, such as methods and repairs, is not tried on them again. The contract of methods runs
+    on every second pair of a method and such a family, always the same ones: with 80 families all of them take an hour.
     """
     alike, twins = FAMILIES.keys() - set(DIVERSE), list_twins()
     kept, dropped = [], []
@@ -45,7 +47,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if names & alike:
             item.add_marker(pytest.mark.slow)
         folder = item.path.relative_to(Path(__file__).parent).parts[0] if "tests" in item.path.parts else ""
-        (dropped if folder in _READ_DECLARATIONS and names & twins else kept).append(item)
+        is_spared = item.path.name == "test_contract.py" and names & alike and zlib.crc32(item.name.encode()) % 2
+        (dropped if (folder in _READ_DECLARATIONS and names & twins) or is_spared else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
