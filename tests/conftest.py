@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         names = {x[0] if isinstance(x, tuple) and x else x for x in params if isinstance(x, str | tuple)}
         if names & alike:
             item.add_marker(pytest.mark.slow)
-        folder = item.path.relative_to(Path(__file__).parent).parts[0] if "tests" in item.path.parts else ""
+        folder = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
         is_spared = item.path.name == "test_contract.py" and names & alike and zlib.crc32(item.name.encode()) % 2
         (dropped if (folder in _READ_DECLARATIONS and names & twins) or is_spared else kept).append(item)
     if dropped:
@@ -54,6 +54,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = kept
 
 
+_TESTS = Path(__file__).parent
 _READ_DECLARATIONS = ("callbacks", "repair", "calibration", "planning", "recovery", "pruning", "evaluation")
 
 
