@@ -323,13 +323,18 @@ def _build(family: str, **overrides: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases are ones and zeros otherwise
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        perturb(model)
     if hasattr(model.base_model, "embed_tokens_extend"):  # towers, which text does not reach
         model.base_model.embed_tokens_extend.requires_grad_(False)
     model.generation_config = GenerationConfig(pad_token_id=0)  # no end of text: as many tokens as asked for
     return model.eval()
+
+
+@torch.no_grad()
+def perturb(model: Any) -> None:
+    """Move every parameter of a fresh model a little: norms and biases are ones and zeros otherwise."""
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
 
 
 def tokens(rows: int = 2, length: int = 10) -> torch.Tensor:

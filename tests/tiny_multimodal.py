@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
-from tests.tiny import PER_LAYER_INPUTS, SHARED_KV, VOCABULARY
+from tests.tiny import PER_LAYER_INPUTS, SHARED_KV, VOCABULARY, perturb
 
 _IMAGE_TOKEN = 90
 _TEXT = {
@@ -359,9 +359,7 @@ def _built(family: str) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        with torch.no_grad():
-            for parameter in model.parameters():  # norms and biases are ones and zeros otherwise
-                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        perturb(model)
     model.generation_config = GenerationConfig(pad_token_id=0)
     return model.eval()
 

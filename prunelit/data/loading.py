@@ -61,11 +61,11 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
                 model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
                 return model if four_bit else quantize.dequantize_model(model)
             saved_class = find_saved_class(folder)
-            # Without an answer transformers would stop and ask whether to trust remote code.
-            options: dict[str, Any] = {} if saved_class else {"trust_remote_code": False}
+            model_class, options = saved_class, {}
             if saved_class is None:
-                options["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            model_class: Any = saved_class or find_auto_class(options["config"])
+                # Without an answer transformers would stop and ask whether to trust remote code.
+                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+                model_class, options = find_auto_class(config), {"config": config, "trust_remote_code": False}
             model, loading_info = model_class.from_pretrained(
                 folder, dtype=target_dtype, output_loading_info=True, **options
             )

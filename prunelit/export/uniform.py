@@ -121,9 +121,8 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
         except _CONFIG_ERRORS:
             return
     config = get_decoder_config(whole)
-    of_single_layers = (
-        getattr(config, "per_layer_attributes", None) or ()
-    )  # the family's config has them for each layer
+    # What the family's config holds for each layer.
+    of_single_layers = getattr(config, "per_layer_attributes", None) or ()
     for name, value in settings.items():
         if name not in of_single_layers and hasattr(config, name):
             setattr(config, name, decoder.spread_width(getattr(config, name), value))
