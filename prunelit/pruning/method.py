@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
 from prunelit.calibration.result_cache import CachedResult, ResultCache
-from prunelit.core.plan import LayerPlan, PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import Cost, LayerScores
 from prunelit.data import pictures, text
 from prunelit.model import surgery
@@ -218,6 +219,8 @@ class PruningMethod(EventSource):
             table = latency.measure_latency_table(decoder, self.unit, self.align)
             self._calibration_record = {**self._calibration_record, "latency": table.record}
             cost = table.estimate_seconds
+        elif self.budget == "macs":  # of the model's own hidden size, since those of a mixer do not depend on it
+            cost = partial(_count_macs, decoder.shape.hidden_size)
         elif self.budget == "parameters" and self.repair == "bias":
             cost = bias.make_bias_cost(decoder)
         options = {
@@ -458,6 +461,10 @@ def _check_ranks_agree(plan: PruningPlan) -> None:
         dist.all_gather_object(digests, plan.digest)
         if len(set(digests)) > 1:
             raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
+
+
+def _count_macs(hidden_size: int, shape: LayerShape, heads: int, groups: int, channels: int) -> float:
+    return shape.macs_at(hidden_size, heads, groups, channels)
 
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:

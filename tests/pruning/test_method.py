@@ -66,3 +66,13 @@ def test_no_batches_say_how_they_are_made() -> None:
 def test_protect_is_a_list(given: Any) -> None:
     with pytest.raises(BadOption, match=r"^protect: expected a list of layer numbers, as \[0, -1\], got "):
         Magnitude(0.2, protect=given)
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2", "qwen3_5_text"])
+def test_a_share_of_macs_is_that_of_the_layers_with_their_mixers(family: str) -> None:
+    plan = Magnitude(ratio=0.2, align=1, budget="macs").plan_model(tiny(family))
+    model = plan.model
+    widths = [(shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in model.layers]
+    dense = sum(s.macs_at(model.hidden_size, *each) for s, each in zip(model.layers, widths, strict=True))
+    removed = 1 - (plan.predicted["macs_per_token"] - model.head_macs) / dense
+    assert 0.2 - 1e-9 <= removed < 0.21
