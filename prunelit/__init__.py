@@ -15,17 +15,21 @@ if TYPE_CHECKING:
     from prunelit.calibration.observe import observe as observe
     from prunelit.callbacks.best.callback import Best as Best
     from prunelit.callbacks.block_pruner.callback import BlockPruner as BlockPruner
+    from prunelit.callbacks.ean import EAN as EAN
+    from prunelit.callbacks.expert_frequency import ExpertFrequency as ExpertFrequency
     from prunelit.callbacks.flap import FLAP as FLAP
     from prunelit.callbacks.greedy_output.callback import GreedyOutput as GreedyOutput
     from prunelit.callbacks.llm_bip import LLMBIP as LLMBIP
     from prunelit.callbacks.magnitude import Magnitude as Magnitude
     from prunelit.callbacks.random import Random as Random
+    from prunelit.callbacks.reap import REAP as REAP
     from prunelit.callbacks.saap.callback import SAAP as SAAP
     from prunelit.callbacks.shortgpt import ShortGPT as ShortGPT
     from prunelit.callbacks.taylor import Taylor as Taylor
     from prunelit.callbacks.wanda_sp import WandaSp as WandaSp
-    from prunelit.core.architectures import Architecture as Architecture
     from prunelit.core.architectures import register as register
+    from prunelit.core.declaration import Architecture as Architecture
+    from prunelit.core.declaration import Mixture as Mixture
     from prunelit.core.plan import LayerPlan as LayerPlan
     from prunelit.core.plan import PruningPlan as PruningPlan
     from prunelit.core.scores import LayerScores as LayerScores
@@ -58,11 +62,14 @@ _HOME = {
     # Methods
     "Best": "prunelit.callbacks",
     "BlockPruner": "prunelit.callbacks",
+    "EAN": "prunelit.callbacks",
+    "ExpertFrequency": "prunelit.callbacks",
     "FLAP": "prunelit.callbacks",
     "GreedyOutput": "prunelit.callbacks",
     "LLMBIP": "prunelit.callbacks",
     "Magnitude": "prunelit.callbacks",
     "Random": "prunelit.callbacks",
+    "REAP": "prunelit.callbacks",
     "SAAP": "prunelit.callbacks",
     "ShortGPT": "prunelit.callbacks",
     "Taylor": "prunelit.callbacks",
@@ -74,7 +81,8 @@ _HOME = {
     "LayerScores": "prunelit.core.scores",
     "observe": "prunelit.calibration.observe",
     "Sums": "prunelit.calibration.observe",
-    "Architecture": "prunelit.core.architectures",
+    "Architecture": "prunelit.core.declaration",
+    "Mixture": "prunelit.core.declaration",
     "register": "prunelit.core.architectures",
     # Jobs
     "RecoveryModule": "prunelit.recovery.module",

@@ -296,6 +296,83 @@ FAMILIES: dict[str, Row] = {
     "youtu": Row("youtu", _YOUTU, _WHOLE_ATTENTION_ONLY, _SIZES),
     "youtu-q_proj": Row("youtu", {**_YOUTU, "q_lora_rank": None}, _WHOLE_ATTENTION_ONLY, _SIZES),
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
+_LOCAL_EXPERTS = {"num_local_experts": 6, "num_experts_per_tok": 2}
+_SHARED_EXPERT = {**_EXPERTS, "shared_expert_intermediate_size": 48}
+# The router first chooses one of two groups of four experts; the first layer has a dense FFN.
+_GROUPED_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "n_shared_experts": 2,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 1.5,
+}
+EXPERT_KINDS = ("expert", "expert_channel")
+MIXTURES: dict[str, Row] = {
+    "deepseek_v2": Row(
+        "deepseek_v2", {**_LATENT, **_GROUPED_EXPERTS, "topk_method": "greedy", "head_dim": 4}, _WHOLE_ATTENTION_ONLY
+    ),
+    "deepseek_v3": Row("deepseek_v3", {**_LATENT, **_GROUPED_EXPERTS, "head_dim": 4}, _WHOLE_ATTENTION_ONLY),
+    "dots1": Row("dots1", {**_GROUPED_EXPERTS, **_SLIDING}),
+    "glm4_moe": Row("glm4_moe", {**_GROUPED_EXPERTS, "use_qk_norm": True}),
+    "gpt_oss": Row(
+        "gpt_oss",
+        {**_LOCAL_EXPERTS, **_SLIDING, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        ("mixer", "channel"),
+    ),
+    "granitemoe": Row("granitemoe", {**_LOCAL_EXPERTS, "residual_multiplier": 0.5}, ("mixer", "channel")),
+    "granitemoehybrid-experts": Row(
+        "granitemoehybrid",
+        {
+            **_MAMBA,
+            **_LINEAR,
+            **_LOCAL_EXPERTS,
+            "intermediate_size": 40,
+            "shared_intermediate_size": 96,
+            "residual_multiplier": 0.5,
+        },
+        (),
+    ),
+    "jamba": Row(
+        "jamba",
+        {
+            **_LOCAL_EXPERTS,
+            "num_hidden_layers": 4,
+            "num_experts": 6,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 8,
+            "mamba_dt_rank": 8,
+        },
+        ("layer",),
+    ),
+    "llama4_text": Row(
+        "llama4_text",
+        {
+            **_LOCAL_EXPERTS,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 40,
+            "intermediate_size_mlp": 96,
+            "moe_layers": [1, 2],
+            "no_rope_layers": [1, 0, 1],
+            "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+            "attention_chunk_size": 8,
+        },
+    ),
+    "minimax_m2": Row("minimax_m2", _LOCAL_EXPERTS, (*_TIED_HEADS, "channel")),
+    "mixtral": Row("mixtral", _LOCAL_EXPERTS, ("mixer", "channel")),
+    "olmoe": Row("olmoe", _EXPERTS, (*_TIED_HEADS, "channel")),
+    "qwen2_moe": Row("qwen2_moe", {**_SHARED_EXPERT, "mlp_only_layers": [0]}),
+    "qwen3_5_moe_text": Row("qwen3_5_moe_text", {**_LINEAR, **_DELTA_NET, **_SHARED_EXPERT}, ()),
+    "qwen3_moe": Row("qwen3_moe", {**_EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True}),
+    "qwen3_next-experts": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, **_SHARED_EXPERT}, ()),
+}
+"""Models with mixtures of experts; `cut` also takes EXPERT_KINDS for them."""
 # Heads of one size in layers with a window and of another in the rest: no stock class holds what is cut.
 NEVER_STOCK = ("gemma4_text-no_sharing", "gemma4_text-double_ffn", "gemma4_unified_text")
 # Of layers of several types, some with a window, whose attentions can be removed.
@@ -317,7 +394,7 @@ def _built(family: str) -> Any:
 
 
 def _build(family: str, **overrides: Any) -> Any:
-    row = FAMILIES[family]
+    row = find_row(family)
     tokens = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(row.model_type, **{**row.sizes, **tokens, **row.config, **overrides})
     with torch.random.fork_rng():
@@ -330,11 +407,21 @@ def _build(family: str, **overrides: Any) -> Any:
     return model.eval()
 
 
+def find_row(family: str) -> Row:
+    return FAMILIES[family] if family in FAMILIES else MIXTURES[family]
+
+
 @torch.no_grad()
 def perturb(model: Any) -> None:
-    """Move every parameter of a fresh model a little: norms and biases are ones and zeros otherwise."""
+    """Move every parameter of a fresh model a little: norms and biases are ones and zeros otherwise.
+
+    The corrections of a router's choice move far: with small ones a wrong mask would pass.
+    """
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.add_(torch.randn_like(buffer), alpha=0.5)
 
 
 def tokens(rows: int = 2, length: int = 10) -> torch.Tensor:
@@ -354,12 +441,17 @@ def keep(
     groups = tuple(range(shape.kv_groups)) if groups is None else groups
     heads_in_group = tuple(range(size)) if heads_in_group is None else heads_in_group
     heads = tuple(group * size + head for group in groups for head in heads_in_group)
-    channels = tuple(range(shape.ffn_channels)) if channels is None else channels
-    return LayerPlan(heads, groups, channels, mixer=shape.has_mixer if mixer is None else mixer)
+    dense = LayerPlan.dense(shape)
+    own = dense.ffn_channels if channels is None else channels
+    mixture = () if channels == () else (dense.experts, dense.expert_channels)
+    return LayerPlan(heads, groups, own, False, False, shape.has_mixer if mixer is None else mixer, *mixture)
 
 
 def cut(model: Any, kind: str) -> PruningPlan:
-    """A plan that cuts one of KINDS, or several ("mixed"), so that layers come to differ; what a model lacks stays."""
+    """A plan that cuts one of KINDS or EXPERT_KINDS, or several ("mixed"), so that layers come to differ.
+
+    What a model lacks stays.
+    """
     model_shape, chance = Decoder(model).shape, random.Random(0)
 
     def some(size: int, count: int) -> tuple[int, ...]:
@@ -374,7 +466,16 @@ def cut(model: Any, kind: str) -> PruningPlan:
                 heads = (group * size + head for group in groups for head in some(size, size - 1))
                 return replace(LayerPlan.dense(shape), query_heads=tuple(heads), kv_groups=groups)
             case "channel" if shape.ffn_channels:
-                return keep(shape, channels=some(shape.ffn_channels, 40 + 8 * index))
+                return keep(shape, channels=some(shape.ffn_channels, min(40 + 8 * index, shape.ffn_channels * 3 // 4)))
+            case "expert" if shape.experts:
+                group = shape.experts // shape.expert_groups
+                count = shape.least_experts // shape.expert_groups + index % 2
+                experts = (g * group + expert for g in range(shape.expert_groups) for expert in some(group, count))
+                return replace(LayerPlan.dense(shape), experts=tuple(experts))
+            case "expert_channel" if shape.experts:
+                # The kernels of experts need rows of a multiple of 16 bytes.
+                channels = some(shape.expert_channels, shape.expert_channels // 2 // 8 * 8 + 8 * (index % 2))
+                return replace(LayerPlan.dense(shape), expert_channels=channels)
             case "attention" if index != 1 and shape.attention_removable:
                 return keep(shape, groups=())
             case "mixer" if index != 0 and shape.attention_removable:
@@ -385,8 +486,10 @@ def cut(model: Any, kind: str) -> PruningPlan:
                 return keep(shape, groups=(), channels=(), mixer=False)
             case "mixed":
                 attention = layer(("attention", "kv_group", "query_head")[index % 3], index, shape)
-                ffn = layer(("channel", "channel", "mlp")[index % 3], index, shape)
-                return replace(attention, ffn_channels=ffn.ffn_channels)
+                first = "expert" if shape.experts else "channel"
+                ffn = layer((first, "channel", "mlp")[index % 3], index, shape)
+                own = {name: getattr(ffn, name) for name in ("ffn_channels", "experts", "expert_channels")}
+                return replace(attention, **own)
         return LayerPlan.dense(shape)
 
     return PruningPlan("test", model_shape, tuple(layer(kind, i, shape) for i, shape in enumerate(model_shape.layers)))

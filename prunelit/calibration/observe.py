@@ -4,7 +4,7 @@ Legend: B batch, S sequence, T tokens that count (no padding), C width of the po
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ from prunelit.calibration.batches import (
     get_model_inputs,
     get_padding_mask,
 )
+from prunelit.calibration.expert_activations import ExpertObserver, observe_layer_experts
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
@@ -58,6 +59,7 @@ def observe(
     points: Sequence[ActivationPoint],
     observer: Observer,
     what: str = "calibrating",
+    expert_observer: ExpertObserver | None = None,
 ) -> int:
     """Run every batch once, hand each layer's activations to `observer`, then free them.
 
@@ -71,6 +73,8 @@ def observe(
         points: points to observe; their rows are the tokens that are not padding.
         observer: called with the layer and {point: activations [T, C]} of one batch.
         what: label of the progress bar.
+        expert_observer: called with the layer and the activations of one expert of its mixture, for every expert that
+            gets a token of the batch, before `observer` is called with the layer.
 
     Returns:
         Number of tokens observed, over all ranks.
@@ -94,6 +98,9 @@ def observe(
         raise NoCalibration(f"calibration: expected at least one batch, got none; {BATCHES_HINT}")
     real_tokens: Tensor | None = None  # of the batch that is running
     activations: dict[str, Tensor] = {}
+
+    def get_real_tokens() -> Tensor | None:
+        return real_tokens
 
     def store(point: str, x: Tensor) -> None:
         stream = x[0] if x.dim() == 4 else x  # Gemma 3n carries several streams; blocks work on the first
@@ -123,8 +130,11 @@ def observe(
     with use_eval_mode(decoder.model), closing(steps(decoder, take_rank_share(batches), what)) as layer_steps:
         for layers, runs in layer_steps:
             handles: list[RemovableHandle] = []
+            contexts = ExitStack()
             try:
                 for layer in layers:
+                    if expert_observer is not None:
+                        contexts.enter_context(observe_layer_experts(layer, expert_observer, get_real_tokens))
                     for point in points:
                         handles += _attach_hooks(layer, point, store_input, store_output)
                     handles.append(layer.module.register_forward_hook(partial(finish_layer, layer)))
@@ -133,6 +143,7 @@ def observe(
                     real_tokens = None if mask is None else mask.to(decoder.device).reshape(-1).bool()
                     run()
             finally:
+                contexts.close()
                 for handle in handles:
                     handle.remove()
     own_tokens = sum(count_real_tokens(batch) for batch in take_rank_share(batches))
@@ -223,6 +234,12 @@ class Sums:
         """
         sums = self._sums[layer.index]
         sums[name] = sums[name] + value.double() if name in sums else value.double()
+
+    def add_entry(self, layer: Layer, name: str, index: int, size: int, value: Tensor) -> None:
+        """Add the sum of one batch to one entry of a vector or stack of `size` entries, such as one per expert."""
+        entries = value.new_zeros(size, *value.shape, dtype=torch.float64)
+        entries[index] = value
+        self.add(layer, name, entries)
 
     def means(self, tokens: int, device: torch.device) -> list[dict[str, Tensor]]:
         """Sum over all ranks and divide by the number of tokens; every rank has to call it.

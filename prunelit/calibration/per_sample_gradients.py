@@ -21,11 +21,13 @@ from prunelit.calibration.batches import PER_TOKEN_INPUTS, Batch, select_rows, s
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.text_model import list_picture_tokens
-from prunelit.model.unit_indices import LinearSlices, collect_layer_slices
+from prunelit.model.unit_indices import ExpertSlices, LinearSlices, collect_expert_slices, collect_layer_slices
 from prunelit.runtime.distributed import take_rank_share
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from prunelit.runtime.progress import track_progress
 
+Slices = LinearSlices | ExpertSlices
+"""Slices of a linear, or of a tensor of a mixture."""
 # Weight gradients of a mean loss lie below the smallest float16 number, so a float16 loss is scaled up.
 _FLOAT16_LOSS_SCALE = 1024.0
 
@@ -88,13 +90,22 @@ def split_into_samples(batches: Sequence[Batch]) -> list[Sample]:
     return samples
 
 
+def collect_slices(layer: Layer, experts: bool) -> list[Slices]:
+    """Collect the slices of a layer's linears, and with `experts` those of its mixture.
+
+    Example: see `prunelit.calibration.taylor`, which uses it.
+    """
+    return [*collect_layer_slices(layer), *(collect_expert_slices(layer) if experts else [])]
+
+
 def visit_sample_gradients(
     decoder: Decoder,
     batches: Sequence[Batch],
-    visit: Callable[[int, LinearSlices, Tensor], None],
+    visit: Callable[[int, Slices, Tensor], None],
     layers: Collection[int] | None = None,
     checkpointing: bool = False,
     what: str = "gradients",
+    experts: bool = False,
 ) -> None:
     """Run one backward pass per sample of this rank and visit weight * gradient of one linear at a time.
 
@@ -108,6 +119,7 @@ def visit_sample_gradients(
         layers: indices of the layers to visit; None: all. No gradient is computed below the first of them.
         checkpointing: keep only the inputs of the layers and run each layer again in the backward pass.
         what: label of the progress bar.
+        experts: visit the tensors of mixtures as well.
 
     Raises:
         NonFinite: a loss is NaN or infinite.
@@ -115,17 +127,16 @@ def visit_sample_gradients(
 
     Example: see `prunelit.calibration.taylor.score_mean_loss`.
     """
-    linear_slices = [
-        slices for layer in decoder if layers is None or layer.index in layers for slices in collect_layer_slices(layer)
-    ]
+    visited = [layer for layer in decoder if layers is None or layer.index in layers]
+    linear_slices: list[Slices] = [slices for layer in visited for slices in collect_slices(layer, experts)]
     own_samples = take_rank_share(list(enumerate(split_into_samples(batches))))
     if not linear_slices:
         return
-    is_float16 = cast(Tensor, linear_slices[0].linear.weight).dtype == torch.float16
+    is_float16 = linear_slices[0].weight.dtype == torch.float16
     scale = _FLOAT16_LOSS_SCALE if is_float16 else 1.0
     sample = 0  # number of the sample in the backward pass
 
-    def visit_linear(slices: LinearSlices, parameter: Tensor) -> None:
+    def visit_linear(slices: Slices, parameter: Tensor) -> None:
         parameters = slices.parameters
         if any(p.grad is None for p in parameters):
             return  # the gradient of the weight or of the bias is not computed yet
@@ -189,7 +200,7 @@ def _multiply_by_gradient(parameter: nn.Parameter, scale: float) -> Tensor:
 
 @contextmanager
 def _collect_gradients(
-    model: nn.Module, linear_slices: Sequence[LinearSlices], visit_linear: Callable[[LinearSlices, Tensor], None]
+    model: nn.Module, linear_slices: Sequence[Slices], visit_linear: Callable[[Slices, Tensor], None]
 ) -> Iterator[None]:
     """Compute gradients of these linears only, and call `visit_linear` when one of their parameters has its gradient.
 

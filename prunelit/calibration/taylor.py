@@ -17,10 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.per_sample_gradients import split_into_samples, visit_sample_gradients
+from prunelit.calibration.per_sample_gradients import (
+    Slices,
+    collect_slices,
+    split_into_samples,
+    visit_sample_gradients,
+)
 from prunelit.core.scores import LayerScores, Unit
 from prunelit.model.decoder import Decoder, Layer
-from prunelit.model.unit_indices import LinearSlices, UnitKind, collect_layer_slices
+from prunelit.model.unit_indices import UnitKind, collect_layer_slices
 from prunelit.runtime.distributed import sum_over_ranks
 from prunelit.runtime.errors import NonFinite
 
@@ -79,7 +84,7 @@ def score_each_sample(
         owners = {kind: own for slices in collect_layer_slices(layer) for kind, own in slices.owners.items()}
         sums_by_layer.append({kind: _make_zeros(len(forms), count, len(own), like=own) for kind, own in owners.items()})
 
-    def visit(sample: int, slices: LinearSlices, p: Tensor) -> None:
+    def visit(sample: int, slices: Slices, p: Tensor) -> None:
         for number, name in enumerate(forms):
             form = TAYLOR_FORMS[name]
             importance = form.compute_importance(*form.get_terms(p)).sum(1)
@@ -107,6 +112,7 @@ def score_mean_loss(
     unit: Unit = "kv_group",
     checkpointing: bool = False,
     layers_at_once: int | None = None,
+    experts: bool = False,
 ) -> list[LayerScores]:
     """Score the units on the mean loss over samples, where F is the mean of the samples' squared gradients.
 
@@ -120,6 +126,7 @@ def score_mean_loss(
             "query_head" they are not cut and do not count.
         layers_at_once: number of layers whose means are held at the same time; fewer layers take more passes over the
             text. None: all.
+        experts: score the experts of mixtures and their channels as well.
 
     Returns:
         One `LayerScores` per layer, float64.
@@ -140,11 +147,11 @@ def score_mean_loss(
     scores = []
     for start in range(0, len(decoder.layers), span_length):
         span = decoder.layers[start : start + span_length]
-        sums = _sum_terms(decoder, batches, form, span, checkpointing)
+        sums = _sum_terms(decoder, batches, form, span, checkpointing, experts)
         for layer in span:
             by_kind: dict[UnitKind, Tensor] = {}
-            for slices in collect_layer_slices(layer):
-                means = [sum_over_ranks(total) / count for total in sums.pop(slices.linear)]
+            for slices in collect_slices(layer, experts):
+                means = [sum_over_ranks(total) / count for total in sums.pop(slices.weight)]
                 importance = TAYLOR_FORMS[form].compute_importance(*means).sum(1)
                 for kind, unit_importance in slices.sum_per_unit(importance).items():
                     by_kind[kind] = by_kind[kind] + unit_importance if kind in by_kind else unit_importance
@@ -155,22 +162,27 @@ def score_mean_loss(
 
 
 def _sum_terms(
-    decoder: Decoder, batches: Sequence[Batch], form: TaylorForm, span: Sequence[Layer], checkpointing: bool
-) -> dict[nn.Module, tuple[Tensor, ...]]:
-    """Sum the terms of a form over this rank's samples: {linear: tensors [slices, E] or [slices, 1]}."""
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    form: TaylorForm,
+    span: Sequence[Layer],
+    checkpointing: bool,
+    experts: bool,
+) -> dict[nn.Parameter, tuple[Tensor, ...]]:
+    """Sum the terms of a form over this rank's samples: {weight: tensors [slices, E] or [slices, 1]}."""
     get_terms = TAYLOR_FORMS[form].get_terms
     sums = {
-        slices.linear: get_terms(slices.arrange_by_slice(*map(_make_zeros_like, slices.parameters)))
+        slices.weight: get_terms(slices.arrange_by_slice(*map(_make_zeros_like, slices.parameters)))
         for layer in span
-        for slices in collect_layer_slices(layer)
+        for slices in collect_slices(layer, experts)
     }
 
-    def visit(sample: int, slices: LinearSlices, p: Tensor) -> None:
-        for total, term in zip(sums[slices.linear], get_terms(p), strict=True):
+    def visit(sample: int, slices: Slices, p: Tensor) -> None:
+        for total, term in zip(sums[slices.weight], get_terms(p), strict=True):
             total += term
 
     indices = [layer.index for layer in span]
-    visit_sample_gradients(decoder, batches, visit, layers=indices, checkpointing=checkpointing)
+    visit_sample_gradients(decoder, batches, visit, layers=indices, checkpointing=checkpointing, experts=experts)
     return sums
 
 
@@ -187,7 +199,7 @@ def _build_layer_scores(layer: Layer, sums: Mapping[UnitKind, Tensor], unit: Uni
     if heads is not None and unit == "kv_group":
         size = layer.shape.group_size
         heads = heads + sums["kv"].repeat_interleave(size, dim=-1) / size
-    return LayerScores(heads, sums.get("channel"))
+    return LayerScores(heads, sums.get("channel"), sums.get("expert"), sums.get("expert_channel"))
 
 
 def _check_finite(layer: Layer, values: Tensor) -> None:

@@ -3,10 +3,14 @@
 Source: the structured magnitude baseline of FLAP (An et al., AAAI 2024, "Mag-sp"). A channel has the norm of its column
 of the down projection, a head the sum of the norms of its columns of the output projection. No text is read.
 
+Ours: an expert has the sum over its channels, and a channel of all experts of a layer the sum over the experts.
+
     callbacks/magnitude.yaml    attaches it to any LightningCLI job with a second --config
 """
 
-from prunelit.core.scores import LayerScores
+from typing import get_args
+
+from prunelit.core.scores import LayerScores, ScoreKind
 from prunelit.model.decoder import get_weight_out_in
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
@@ -25,6 +29,7 @@ class Magnitude(PruningCallback):
     """
 
     reads_text = False
+    unit_kinds = get_args(ScoreKind)
 
     def score(self, context: PruningContext) -> list[LayerScores]:
         scores = []
@@ -35,5 +40,9 @@ class Magnitude(PruningCallback):
                 heads = columns.view(layer.shape.query_heads, layer.shape.head_dim).sum(1)
             if layer.has_mlp:
                 channels = get_weight_out_in(layer.down).detach().float().norm(dim=0)  # [F]
-            scores.append(LayerScores(heads, channels))
+            experts = expert_channels = None
+            if layer.experts is not None:
+                norms = layer.experts.reduce_down(lambda weight: weight.norm(dim=0))  # [E, C]
+                experts, expert_channels = norms.sum(1), norms.sum(0)
+            scores.append(LayerScores(heads, channels, experts, expert_channels))
         return scores

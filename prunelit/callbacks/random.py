@@ -5,9 +5,11 @@ Source: the random baseline of the pruning papers. The same seed gives the same 
     callbacks/random.yaml       attaches it to any LightningCLI job with a second --config
 """
 
+from typing import get_args
+
 import torch
 
-from prunelit.core.scores import LayerScores
+from prunelit.core.scores import LayerScores, ScoreKind
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 
@@ -25,6 +27,7 @@ class Random(PruningCallback):
     """
 
     reads_text = False
+    unit_kinds = get_args(ScoreKind)
 
     def score(self, context: PruningContext) -> list[LayerScores]:
         # A CPU generator, whatever the device of the model: each device has a random sequence of its own.
@@ -33,6 +36,10 @@ class Random(PruningCallback):
             LayerScores(
                 torch.rand(layer.shape.query_heads, generator=generator),
                 torch.rand(layer.shape.ffn_channels, generator=generator),
+                *(
+                    torch.rand(count, generator=generator) if count else None
+                    for count in (layer.shape.experts, layer.shape.expert_channels)
+                ),
             )
             for layer in context.decoder
         ]

@@ -53,6 +53,7 @@ class ShortGPT(PruningCallback):
     """
 
     score_options = ()
+    unit_kinds = ()
     ignored_options = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no linear remains whose bias could hold the mean of a removed block
 

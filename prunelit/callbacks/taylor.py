@@ -22,7 +22,7 @@ settings: `protect: [0, 1, 2, 3, -1, -2]` on 32 layers, `align: 1`, 10 sequences
 from typing import Any, get_args
 
 from prunelit.calibration import taylor
-from prunelit.core.scores import LayerScores
+from prunelit.core.scores import LayerScores, ScoreKind
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
@@ -51,7 +51,8 @@ class Taylor(PruningCallback):
         (1, 1, 16)
     """
 
-    score_options = ("form", "unit", "checkpointing", "layers_at_once")
+    unit_kinds = get_args(ScoreKind)
+    score_options = ("kinds", "form", "unit", "checkpointing", "layers_at_once")
 
     def __init__(
         self,
@@ -70,5 +71,6 @@ class Taylor(PruningCallback):
 
     def score(self, context: PruningContext) -> list[LayerScores]:
         return taylor.score_mean_loss(
-            context.decoder, context.batches, self.form, self.unit, self.checkpointing, self.layers_at_once
+            *(context.decoder, context.batches, self.form, self.unit, self.checkpointing, self.layers_at_once),
+            experts=self.kinds is None or not {"experts", "expert_channels"}.isdisjoint(self.kinds),
         )

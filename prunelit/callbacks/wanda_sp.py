@@ -4,7 +4,9 @@ Source: the structured Wanda baseline in the code of FLAP (Y. An et al., AAAI 20
 al., "A Simple and Effective Pruning Approach for Large Language Models", arXiv 2306.11695. With W the output projection
 of a block and x_j its input over the calibration tokens,
 
-    s_j = mean_i |W_ij| * ||x_j||_2        a head is the sum of its channels
+    s_j = mean_i |W_ij| * ||x_j||_2        a head is the sum of its channels, and so is an expert
+
+In a mixture of experts, x_j is weighted by the router, and a channel of all experts is the sum over them.
 
 Ours: the norm is a root mean square, which does not depend on the number of tokens. FLAP's code scores each layer on
 text that has passed the pruned layers before it; that is `sequential: true`, which takes about two passes. The default
@@ -18,16 +20,17 @@ Legend: B batch, S sequence, T tokens, H hidden, C inputs of an output projectio
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
+from prunelit.calibration.expert_activations import ExpertActivations
 from prunelit.calibration.observe import Sums, observe
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.core.scores import LayerScores
+from prunelit.core.scores import LayerScores, ScoreKind
 from prunelit.model.decoder import Layer, get_weight_out_in
 from prunelit.model.modes import use_eval_mode
 from prunelit.pruning.callback import PruningCallback
@@ -57,6 +60,7 @@ class WandaSp(PruningCallback):
     """
 
     score_options = ()
+    unit_kinds = get_args(ScoreKind)
 
     def __init__(self, ratio: float, sequential: bool = False, **kwargs: Any):
         super().__init__(ratio, **kwargs)
@@ -72,7 +76,11 @@ class WandaSp(PruningCallback):
             for point, rows in x.items():
                 sums.add(layer, point, _sum_squares(rows))
 
-        tokens = observe(decoder, batches, ("heads", "channels"), accumulate)
+        def accumulate_expert(layer: Layer, x: ExpertActivations) -> None:
+            squares = _sum_squares(x.channels.float() * x.gates.float()[:, None])
+            sums.add_entry(layer, "expert_channels", x.expert, layer.shape.experts, squares)
+
+        tokens = observe(decoder, batches, ("heads", "channels"), accumulate, expert_observer=accumulate_expert)
         means = sums.means(tokens, decoder.device)
         return [_score_layer(layer, squares) for layer, squares in zip(decoder, means, strict=True)]
 
@@ -83,6 +91,8 @@ class WandaSp(PruningCallback):
     def _plan_sequentially(self, context: PruningContext) -> PruningPlan:
         """Plan layer by layer: score a layer, select its units, and pass the text on without the removed ones."""
         decoder, batches = context.decoder, context.batches
+        if decoder.shape.has_experts:
+            raise BadOption("sequential: expected false for a mixture of experts, whose routing it does not follow")
         select, shape, partial_forward = self.make_selector(context), decoder.shape, PartialForward(decoder)
         own_batches = take_rank_share(batches)
         own_tokens = sum(int(_mask_real_tokens(batch).sum()) for batch in own_batches)
@@ -133,7 +143,13 @@ def _score_layer(layer: Layer, squares: Mapping[str, Tensor]) -> LayerScores:
         for point, linear in _list_output_projections(layer)
     }
     heads = channel_scores["heads"].view(layer.shape.query_heads, -1).sum(1) if "heads" in channel_scores else None
-    return LayerScores(heads, channel_scores.get("channels"))
+    experts = expert_channels = None
+    if layer.experts is not None:
+        per_expert = (
+            layer.experts.reduce_down(lambda weight: weight.abs().mean(0)) * squares["expert_channels"].sqrt()
+        )  # [E, C]
+        experts, expert_channels = per_expert.sum(1), per_expert.sum(0)
+    return LayerScores(heads, channel_scores.get("channels"), experts, expert_channels)
 
 
 def _list_output_projections(layer: Layer) -> list[tuple[str, nn.Module]]:

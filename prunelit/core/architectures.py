@@ -1,5 +1,7 @@
 """Declarations of model families: the names of a decoder layer's modules, one entry per family.
 
+What an entry can say is in `prunelit.core.declaration`.
+
 A model of text and images holds a decoder of one of these families; its config holds that of the decoder as
 `text_config`, and the family of the decoder is all that has to be declared.
 
@@ -8,132 +10,16 @@ code in prunelit knows a family by name. `prunelit.model.decoder` checks a decla
 contract tests in `tests/core/test_architectures.py` run on every entry.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
-from prunelit.core.unsupported import describe_unsupported_config, describe_unsupported_setting
+from prunelit.core.declaration import Architecture, Mixture
+from prunelit.core.unsupported import count_experts, describe_unsupported_config, describe_unsupported_setting
 from prunelit.runtime.errors import UnknownArchitecture
 
 PRUNED = "pruned_"
 """Prefix of `model_type` in the config of folders that are saved with per-layer shapes."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """Module names of one family; dotted paths are relative to the model, the layer, or the attention / MLP module.
-
-    Attributes:
-        layers: path from the causal LM to its list of decoder layers.
-        attention, mlp: the two residual blocks of a layer; `mlp=""` when the FFN's linears sit in the layer itself;
-            None where a block can neither be cut nor removed, or the layer has none.
-        query, key, value, output: projections inside `attention`.
-        gated_query: the rows of every query head are twice the head size: the query, then a gate on the head's output.
-        fused_qkv: one linear in place of query, key and value. Its rows are laid out as `qkv_layout` says:
-            "concat" = all query heads, all key heads, all value heads;
-            "grouped" = for each KV group, its query heads, its key head, its value head.
-        gate, up, down: linears of the FFN; `gate=None` for a plain (not gated) FFN.
-        fused_gate_up: one linear in place of gate and up, gate rows first.
-        activation: the module whose output is act(gate), or act(up) in a plain FFN.
-        functional_activation: class of torch.nn that computes what an FFN without such a module computes by a function.
-        mixer: in hybrid models, the residual block that stands in a layer's place of attention, or beside it: linear
-            attention, Mamba, a convolution. It remains whole, or is removed as a block.
-        mixer_is_attention: the mixer is an attention that cannot be cut by heads; it returns what an attention returns.
-        attention_removable: False where other layers read the keys and values that the attention or mixer computes.
-        attention_norm, mlp_norm: norms that feed one block only, and are removed with it; a mixer has the norms
-            that an attention in its place would have.
-        attention_post_norm, mlp_post_norm: norms on a block's output, before the residual addition.
-        shared_norm: one norm that feeds both blocks; removed only with the whole layer.
-        layer_parts: modules with weights that are part of neither block; they stay with the layer.
-        parallel: attention and FFN read the same residual, so the FFN does not see what attention changes.
-        norm: "rms" or "layer"; norm_offset: the effective gain is `norm_offset + weight`.
-        residual_scale: config attribute that multiplies every block's output before the residual addition.
-        block_scales: the same for one block ("attention", "mlp"): path of the number in the layer.
-        head_dim: attribute of the attention module with the size of one head.
-        heads_prunable: False if a norm runs over all heads together, so that no head can be removed exactly.
-        per_head: parameters or module lists inside `attention` with one entry per head: path -> "query" | "kv".
-        config_heads, config_kv_heads, config_ffn: config attributes that hold the widths.
-        config_exact_widths: config values with which `config_ffn` is the width itself, not what it is computed from.
-        config_attention_bias, config_mlp_bias: config attributes that give the block's linears biases, the output
-            projection among them; a config without the attribute has no such choice.
-        position_table: positions are rows of a table of as many as the config says; no token can stand beyond them.
-        layer_config: the attention module reads `config_heads` at run time, so a cut layer gets its own config copy.
-        fixed_layers: config attribute of the whole model (dotted path) or of its decoder: a list with one entry for
-            each of the first layers that cannot be removed, or their number. Their number in the model matters to what
-            it computes: features of a tower go to them, or keys are shared between them.
-        text_family: for a decoder that transformers has inside a multimodal model only: the `model_type` of a causal LM
-            that computes the same on text.
-        layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
-            a module or to True are applied in order.
-        requires: config attributes and the value that the declaration relies on.
-        variants: (config condition, overrides) pairs; all that match are applied in order.
-
-    Example:
-        >>> Architecture(gate=None, up="fc1", down="fc2").linears
-        ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'fc1', 'fc2')
-    """
-
-    layers: str = "model.layers"
-    attention: str | None = "self_attn"
-    query: str = "q_proj"
-    key: str = "k_proj"
-    value: str = "v_proj"
-    output: str = "o_proj"
-    gated_query: bool = False
-    fused_qkv: str | None = None
-    qkv_layout: Literal["concat", "grouped"] = "concat"
-    mlp: str | None = "mlp"
-    gate: str | None = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    fused_gate_up: str | None = None
-    activation: str = "act_fn"
-    functional_activation: str | None = None
-    mixer: str | None = None
-    mixer_is_attention: bool = False
-    attention_removable: bool = True
-    attention_norm: str | None = "input_layernorm"
-    mlp_norm: str | None = "post_attention_layernorm"
-    attention_post_norm: str | None = None
-    mlp_post_norm: str | None = None
-    shared_norm: str | None = None
-    layer_parts: tuple[str, ...] = ()
-    parallel: bool = False
-    norm: Literal["rms", "layer"] = "rms"
-    norm_offset: float = 0.0
-    residual_scale: str | None = None
-    block_scales: Mapping[Literal["attention", "mlp"], str] = field(default_factory=dict)
-    head_dim: str = "head_dim"
-    heads_prunable: bool = True
-    per_head: Mapping[str, Literal["query", "kv"]] = field(default_factory=dict)
-    config_heads: str = "num_attention_heads"
-    config_kv_heads: str = "num_key_value_heads"
-    config_ffn: str = "intermediate_size"
-    config_exact_widths: Mapping[str, Any] = field(default_factory=dict)
-    config_attention_bias: str = "attention_bias"
-    config_mlp_bias: str = "mlp_bias"
-    position_table: bool = False
-    layer_config: bool = False
-    fixed_layers: str | None = None
-    text_family: str | None = None
-    layer_variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
-    requires: Mapping[str, Any] = field(default_factory=dict)
-    variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
-
-    @property
-    def linears(self) -> tuple[str, ...]:
-        """Last names of the prunable linear layers, for adapters (PEFT `target_modules`)."""
-        query_key_value = (self.fused_qkv,) if self.fused_qkv else (self.query, self.key, self.value)
-        attention = (*query_key_value, self.output) if self.attention is not None else ()
-        ffn = (self.fused_gate_up,) if self.fused_gate_up else (self.gate, self.up)
-        return tuple(dict.fromkeys(name for name in (*attention, *ffn, self.down) if name))
-
-    @property
-    def names(self) -> dict[str, Any]:
-        """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers", "layer_parts", "text_family")
-        return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
 _LLAMA = Architecture()
@@ -196,6 +82,16 @@ _LFM = replace(
 )
 # Attentions that cannot be cut by heads, such as those on latent keys and values.
 _ATTENTION_WHOLE = replace(_LLAMA, **_WHOLE_ATTENTION)
+# A mixture whose router corrects its choice by a number per expert, and an FFN beside the experts.
+_CORRECTED_MIXTURE = Mixture(
+    shared="mlp.shared_experts",
+    per_expert=("gate.e_score_correction_bias",),
+    config_experts="n_routed_experts",
+    config_shared_count="n_shared_experts",
+)
+_SHARED_EXPERT = Mixture(shared="mlp.shared_expert", config_shared="shared_expert_intermediate_size")
+_LOCAL_EXPERTS = Mixture(config_experts="num_local_experts", config_channels="intermediate_size")
+_QWEN3_NEXT = replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0, mixture=_SHARED_EXPERT)
 _GPT = Architecture(
     layers="transformer.h",
     attention="attn",
@@ -253,6 +149,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "cosmos3_edge_text": _FC,
     "cwm": _LLAMA,
+    "deepseek_v2": replace(
+        _ATTENTION_WHOLE,
+        mixture=replace(_CORRECTED_MIXTURE, per_expert=()),
+    ),
+    "deepseek_v3": replace(_ATTENTION_WHOLE, mixture=_CORRECTED_MIXTURE),
+    "dots1": replace(_LLAMA, mixture=_CORRECTED_MIXTURE),
     "diffllama": replace(
         _ATTENTION_WHOLE, fixed_layers="num_hidden_layers"
     ),  # a constant of each depends on its number
@@ -315,6 +217,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4_unified_text": _GEMMA4,
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
     "glm4": _GLM4,
+    "glm4_moe": replace(_LLAMA, mixture=_CORRECTED_MIXTURE),
     "glm4v_text": _GLM4,
     "glm_ocr_text": _GLM4,
     "gpt2": replace(
@@ -325,6 +228,11 @@ ARCHITECTURES: dict[str, Architecture] = {
         fused_qkv="c_attn",
         requires={"add_cross_attention": False},
         variants=(({"multi_query": False}, {"qkv_layout": "grouped"}),),
+    ),
+    "gpt_oss": replace(
+        _LLAMA,
+        per_head={"sinks": "query"},
+        mixture=replace(_LOCAL_EXPERTS, router="router", transposed=True, interleaved=True, returns_pair=True),
     ),
     "gpt_neo": replace(_GPT, attention="attn.attention", output="out_proj", config_ffn="intermediate_size"),
     "gptj": replace(
@@ -361,7 +269,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="activation",
         residual_scale="residual_multiplier",
         config_ffn="shared_intermediate_size",
-        requires={"num_local_experts": 0},
+        mixture=replace(
+            _LOCAL_EXPERTS,
+            block="block_sparse_moe",
+            router="router",
+            shared="shared_mlp",
+            config_shared="shared_intermediate_size",
+        ),
+    ),
+    "granitemoe": replace(
+        _LLAMA,
+        residual_scale="residual_multiplier",
+        mixture=replace(_LOCAL_EXPERTS, block="block_sparse_moe", router="router"),
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     # Features of pictures are added between layers by their number.
@@ -381,6 +300,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "internlm3": _LLAMA,
     "iquestcoder": _LLAMA,
+    "jamba": replace(
+        _LLAMA,
+        mixer="mamba",
+        mlp="feed_forward",
+        mlp_norm="pre_ff_layernorm",
+        fixed_layers="num_hidden_layers",  # what a layer is, its number decides
+        mixture=Mixture(block="feed_forward", router="router", config_channels="intermediate_size"),
+    ),
     "jais2": replace(_PLAIN_FFN, norm="layer"),
     "lfm2": replace(_LFM, output="out_proj", config_exact_widths={"block_auto_adjust_ff_dim": False}),
     "lfm3": replace(
@@ -390,13 +317,33 @@ ARCHITECTURES: dict[str, Architecture] = {
         per_head={"g_proj.weight": "query"},
     ),
     "llama": _LLAMA,
+    "llama4_text": replace(
+        _LLAMA,
+        mlp="feed_forward",
+        activation="activation_fn",
+        config_ffn="intermediate_size_mlp",
+        mixture=replace(
+            _LOCAL_EXPERTS,
+            block="feed_forward",
+            router="router",
+            transposed=True,
+            scales_input=True,
+            returns_pair=True,
+            shared="feed_forward.shared_expert",
+            config_shared="intermediate_size",
+        ),
+    ),
     "minicpm3": replace(
         _ATTENTION_WHOLE,
         block_scales={"attention": "residual_scale", "mlp": "residual_scale"},
     ),
+    "minimax_m2": replace(
+        _LLAMA, heads_prunable=False, mixture=replace(_LOCAL_EXPERTS, per_expert=("e_score_correction_bias",))
+    ),
     "ministral": _LLAMA,
     "ministral3": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": replace(_LLAMA, mixture=_LOCAL_EXPERTS),
     "modernbert-decoder": replace(
         _LLAMA,
         attention="attn",
@@ -438,6 +385,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         ),
     ),
     "olmo": replace(_LLAMA, norm="layer"),
+    "olmoe": replace(_LLAMA, heads_prunable=False, mixture=Mixture(config_channels="intermediate_size")),
     "olmo2": replace(_POST_NORM, heads_prunable=False),
     "olmo3": replace(_POST_NORM, heads_prunable=False),
     "olmo_hybrid": replace(
@@ -484,12 +432,15 @@ ARCHITECTURES: dict[str, Architecture] = {
         layer_config=True,
     ),
     "qwen2": _LLAMA,
+    "qwen2_moe": replace(_LLAMA, mixture=_SHARED_EXPERT),
     "qwen2_5_omni_text": replace(_LLAMA, text_family="qwen2"),
     "qwen2_5_vl_text": replace(_LLAMA, text_family="qwen2"),
     "qwen2_vl_text": replace(_LLAMA, text_family="qwen2"),
     "qwen3": _LLAMA,
     "qwen3_5_text": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
-    "qwen3_next": replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0),
+    "qwen3_5_moe_text": _QWEN3_NEXT,
+    "qwen3_moe": replace(_LLAMA, mixture=Mixture()),
+    "qwen3_next": _QWEN3_NEXT,
     "qwen3_vl_text": replace(_LLAMA, fixed_layers="vision_config.deepstack_visual_indexes", text_family="qwen3"),
     "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
@@ -554,6 +505,26 @@ def get_architecture(config: Any) -> Architecture:
         if all(getattr(decoder_config, name, None) == value for name, value in condition.items()):
             architecture = replace(architecture, **overrides)
     return architecture
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model has a mixture of experts in one layer at least, from its config.
+
+    Args:
+        config: of a model of a declared family, or of its decoder.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> has_experts(SimpleNamespace(model_type="mixtral", num_local_experts=8))
+        True
+        >>> has_experts(SimpleNamespace(model_type="llama"))
+        False
+    """
+    decoder_config = get_decoder_config(config)
+    if get_architecture(decoder_config).mixture is None or count_experts(decoder_config) == 0:
+        return False
+    dense_layers = getattr(decoder_config, "mlp_only_layers", None) or ()
+    return len(set(dense_layers)) < getattr(decoder_config, "num_hidden_layers", 1)
 
 
 def register(model_type: str, architecture: Architecture) -> None:

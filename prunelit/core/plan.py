@@ -22,7 +22,10 @@ from prunelit.runtime.text_files import write_text
 
 __all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "get_applied_plans"]
 
-PLAN_FORMAT = "prunelit-plan/1"
+PLAN_FORMAT = "prunelit-plan/2"
+_READ_FORMATS = (PLAN_FORMAT, "prunelit-plan/1")  # 1 knows no experts
+# Fields that plans of other models have empty; their digests are what they were before there were such fields.
+_ADDED_UNITS = ("experts", "expert_channels")
 _ADDED_BIAS_KEY, _WHOLE_MIXER = "added_bias", "whole"
 
 
@@ -33,6 +36,8 @@ class LayerPlan:
     `attention_bias`, `mlp_bias`: the block's output projection, which has no bias, is given one by the repair that goes
     with the cut (see `prunelit.repair.bias`); the cut alone does not.
     `mixer`: the layer's mixer stays; False where it goes, or there is none.
+    `experts`, `expert_channels`: of a mixture, the channels in every expert; the mixture and the FFN beside it, if any,
+    are one block, which is removed as a whole.
 
     Example: see `tests/core/test_plan.py`.
     """
@@ -43,6 +48,21 @@ class LayerPlan:
     attention_bias: bool = False
     mlp_bias: bool = False
     mixer: bool = False
+    experts: tuple[int, ...] = ()
+    expert_channels: tuple[int, ...] = ()
+
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Numbers of units that remain, as `LayerShape.parameters_at` and `macs_at` take them."""
+        heads, groups, channels = self.widths
+        return {
+            "query_heads": heads,
+            "kv_groups": groups,
+            "ffn_channels": channels,
+            "mixer": self.mixer,
+            "experts": len(self.experts),
+            "expert_channels": len(self.expert_channels),
+        }
 
     @property
     def widths(self) -> tuple[int, int, int]:
@@ -55,7 +75,7 @@ class LayerPlan:
 
     @property
     def mlp_removed(self) -> bool:
-        return not self.ffn_channels
+        return not self.ffn_channels and not self.experts
 
     @property
     def removed(self) -> bool:
@@ -66,15 +86,16 @@ class LayerPlan:
         blocks = (
             ("attention", shape.kv_groups > 0, not self.kv_groups),
             ("mixer", shape.has_mixer, not self.mixer),
-            ("mlp", shape.ffn_channels > 0, not self.ffn_channels),
+            ("mlp", shape.has_ffn, self.mlp_removed),
         )
         return [name for name, was_there, is_gone in blocks if was_there and is_gone]
 
     @classmethod
     def dense(cls, shape: LayerShape) -> "LayerPlan":
         """Keep everything."""
-        heads, groups, channels = map(range, (shape.query_heads, shape.kv_groups, shape.ffn_channels))
-        return cls(tuple(heads), tuple(groups), tuple(channels), mixer=shape.has_mixer)
+        counts = shape.query_heads, shape.kv_groups, shape.ffn_channels, shape.experts, shape.expert_channels
+        heads, groups, channels, experts, expert_channels = (tuple(range(count)) for count in counts)
+        return cls(heads, groups, channels, mixer=shape.has_mixer, experts=experts, expert_channels=expert_channels)
 
 
 @dataclass(frozen=True, repr=False)
@@ -154,7 +175,7 @@ class PruningPlan:
         """Parameters left in the decoder layers."""
         biases = sum(kept.attention_bias + kept.mlp_bias for kept in self.layers) * self.model.hidden_size
         pairs = zip(self.layers, self.model.layers, strict=True)
-        return biases + sum(shape.parameters_at(*kept.widths, kept.mixer) for kept, shape in pairs)
+        return biases + sum(shape.parameters_at(**kept.counts) for kept, shape in pairs)
 
     @property
     def predicted(self) -> dict[str, float]:
@@ -162,8 +183,10 @@ class PruningPlan:
         dense = self.model.block_parameters
         removed = dense - self.kept_block_parameters
         kept = list(zip(self.layers, self.model.layers, strict=True))
-        macs = sum(s.macs_at(self.model.hidden_size, *k.widths, k.mixer) for k, s in kept)
+        macs = sum(s.macs_at(self.model.hidden_size, **k.counts) for k, s in kept)
         kv_elements = sum(s.kv_elements_at(len(k.kv_groups)) for k, s in kept)
+        active = sum(s.parameters_at(**k.counts, active=True) for k, s in kept)
+        of_mixtures = {"active_parameters": self.model.parameters - dense + active} if self.model.has_experts else {}
         return {
             "parameters": self.model.parameters - removed,
             "block_parameters": dense - removed,
@@ -171,6 +194,7 @@ class PruningPlan:
             "kv_bytes_per_token": kv_elements * self.model.bytes_per_element,
             "ratio_of_block_parameters": removed / dense,
             "ratio_of_all_parameters": removed / self.model.parameters,
+            **of_mixtures,
         }
 
     @property
@@ -181,13 +205,21 @@ class PruningPlan:
         """
         pairs = [(k, s) for k, s in zip(self.layers, self.model.layers, strict=True) if not k.removed]
         heads = {(*k.widths[:2], s.head_dim) for k, s in pairs if not k.attention_removed}
-        channels = {k.widths[2] for k, _ in pairs if not k.mlp_removed}
-        return len(heads) <= 1 and len(channels) <= 1 and all(_is_complete(k, s) for k, s in pairs)
+        # The FFN beside experts has a width of its own.
+        channels = {k.widths[2] for k, s in pairs if not k.mlp_removed and not s.experts}
+        mixtures = {
+            (len(k.experts), len(k.expert_channels), k.widths[2]) for k, s in pairs if not k.mlp_removed and s.experts
+        }
+        alike = max(len(heads), len(channels), len(mixtures)) <= 1
+        return alike and all(_is_complete(k, s) for k, s in pairs)
 
     @property
     def digest(self) -> str:
         """Hash of what is kept and of the model it is kept from; equal plans have equal digests."""
-        layers = [{name: value for name, value in asdict(layer).items() if value is not False} for layer in self.layers]
+        layers = [
+            {n: value for n, value in asdict(layer).items() if value is not False and (value or n not in _ADDED_UNITS)}
+            for layer in self.layers
+        ]
         content = [self.model.to_dict(), layers]
         return compute_digest(json.dumps(content, sort_keys=True))
 
@@ -209,14 +241,16 @@ class PruningPlan:
             f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} remain"
         )
         rows = []
-        for widths, run in groupby(enumerate(self.layers), key=lambda pair: pair[1].widths):
+        units = ["query_heads", "kv_groups", "ffn_channels"]
+        units += ["experts", "expert_channels"] if self.model.has_experts else []
+        for counts, run in groupby(enumerate(self.layers), key=lambda pair: pair[1].counts):
             indices = [index for index, _ in run]
             name = str(indices[0]) if len(indices) == 1 else f"{indices[0]} to {indices[-1]}"
             dense = self.model.layers[indices[0]]
-            pairs = zip(widths, (dense.query_heads, dense.kv_groups, dense.ffn_channels), strict=True)
-            cells = "".join(f"<td>{remaining:,} of {whole:,}</td>" for remaining, whole in pairs)
+            cells = "".join(f"<td>{counts[unit]:,} of {getattr(dense, unit):,}</td>" for unit in units)
             rows.append(f"<tr><td>{name}</td>{cells}</tr>")
-        head = "".join(f"<th>{name}</th>" for name in ("layer", "query heads", "KV groups", "FFN channels"))
+        names = ["layer", "query heads", "KV groups", "FFN channels", "experts", "channels of an expert"]
+        head = "".join(f"<th>{name}</th>" for name in names[: len(units) + 1])
         return f"<p>{totals}</p><table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
     def replace_layer(
@@ -225,6 +259,8 @@ class PruningPlan:
         query_heads: Sequence[int] | str | None = None,
         kv_groups: Sequence[int] | str | None = None,
         ffn_channels: Sequence[int] | str | None = None,
+        experts: Sequence[int] | str | None = None,
+        expert_channels: Sequence[int] | str | None = None,
     ) -> "PruningPlan":
         """Make a plan that differs from this one in a single layer.
 
@@ -235,6 +271,8 @@ class PruningPlan:
             kv_groups: the same for KV groups; None: as they are, or with `query_heads` the groups of these heads.
                 An empty list removes the attention block.
             ffn_channels: the same for FFN channels; an empty list removes the FFN block.
+            experts: the same for the experts of a mixture; an empty list removes the mixture, and the FFN beside it.
+            expert_channels: the same for the channels of every expert.
 
         Raises:
             BadPlan: no such layer; or the new layer is not valid, see the class.
@@ -245,8 +283,15 @@ class PruningPlan:
         shape, layer = self.model.layers[index], self.layers[index]
         place = f"plan: layer {index}"
         changes: dict[str, Any] = {}
-        if ffn_channels is not None:
-            changes["ffn_channels"] = _parse_units(f"{place}: ffn_channels", ffn_channels, shape.ffn_channels)
+        for name, units in (
+            ("ffn_channels", ffn_channels),
+            ("experts", experts),
+            ("expert_channels", expert_channels),
+        ):
+            if units is not None:
+                changes[name] = _parse_units(f"{place}: {name}", units, getattr(shape, name))
+        if shape.experts and changes.get("experts") == ():
+            changes |= {"ffn_channels": (), "expert_channels": ()}
         size = shape.query_heads // max(1, shape.kv_groups)
         if kv_groups is not None:
             changes["kv_groups"] = _parse_units(f"{place}: kv_groups", kv_groups, shape.kv_groups)
@@ -285,9 +330,9 @@ class PruningPlan:
             BadPlan: not JSON, not this format, a name missing or unknown, or contradictory content.
         """
         data = plan_json.parse_plan_json(text)
-        if not isinstance(data, dict) or data.get("format") != PLAN_FORMAT:
+        if not isinstance(data, dict) or data.get("format") not in _READ_FORMATS:
             format_name = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadPlan(f"plan: expected format {PLAN_FORMAT!r}, got {format_name!r:.60}")
+            raise BadPlan(f"plan: expected format {' or '.join(map(repr, _READ_FORMATS))}, got {format_name!r:.60}")
         names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
         plan_json.check_object_names("plan", data, names, ("format", "predicted"))
         for name in ("dense_layers", "layers"):
@@ -354,9 +399,11 @@ def get_applied_plans(model: Any) -> dict[str, PruningPlan]:
 def _encode_layer(layer: LayerPlan, shape: LayerShape) -> dict[str, Any]:
     """A layer as plain data; a removed block is None, and only layers that had a mixer say what became of it."""
     attention = _encode_block(layer.attention_bias, kv_groups=layer.kv_groups, query_heads=layer.query_heads)
+    of_mlp = {"experts": layer.experts, "expert_channels": layer.expert_channels} if shape.experts else {}
+    of_mlp |= {"channels": layer.ffn_channels} if shape.ffn_channels else {}
     data: dict[str, Any] = {
         "attention": None if layer.attention_removed else attention,
-        "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, channels=layer.ffn_channels),
+        "mlp": None if layer.mlp_removed else _encode_block(layer.mlp_bias, **of_mlp),
     }
     if shape.has_mixer:
         data["mixer"] = _WHOLE_MIXER if layer.mixer else None
@@ -384,7 +431,13 @@ def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
     mixer = layer.get("mixer", _WHOLE_MIXER)
     if mixer not in (None, _WHOLE_MIXER):
         raise BadPlan(f"{where}: mixer: expected {_WHOLE_MIXER!r}, or null where it goes, got {mixer!r:.40}")
-    units = {"query_heads": shape.query_heads, "kv_groups": shape.kv_groups, "channels": shape.ffn_channels}
+    units = {
+        "query_heads": shape.query_heads,
+        "kv_groups": shape.kv_groups,
+        "channels": shape.ffn_channels,
+        "experts": shape.experts,
+        "expert_channels": shape.expert_channels,
+    }
 
     def block(name: str, *kinds: str) -> list[Any]:
         """The indices of each kind, then whether a bias is added; nothing for null, the removed block."""
@@ -396,8 +449,16 @@ def _parse_layer(where: str, layer: Any, shape: LayerShape) -> LayerPlan:
         return [*indices, content.get(_ADDED_BIAS_KEY, False)]
 
     heads, groups, attention_bias = block("attention", "query_heads", "kv_groups")
-    channels, mlp_bias = block("mlp", "channels")
-    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias, shape.has_mixer and mixer is not None)
+    if not shape.experts:
+        channels, mlp_bias = block("mlp", "channels")
+        experts, expert_channels = (), ()
+    elif shape.ffn_channels:
+        experts, expert_channels, channels, mlp_bias = block("mlp", "experts", "expert_channels", "channels")
+    else:
+        experts, expert_channels, mlp_bias = block("mlp", "experts", "expert_channels")
+        channels = ()
+    has_mixer = shape.has_mixer and mixer is not None
+    return LayerPlan(heads, groups, channels, attention_bias, mlp_bias, has_mixer, experts, expert_channels)
 
 
 def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
@@ -405,6 +466,8 @@ def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
         ("query_heads", kept.query_heads, shape.query_heads),
         ("kv_groups", kept.kv_groups, shape.kv_groups),
         ("ffn_channels", kept.ffn_channels, shape.ffn_channels),
+        ("experts", kept.experts, shape.experts),
+        ("expert_channels", kept.expert_channels, shape.expert_channels),
     ):
         if any(type(item) is not int for item in items):
             raise BadPlan(f"plan: layer {index}: {name}: expected integers, got {list(items)[:5]}")
@@ -436,6 +499,8 @@ def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
             f"plan: layer {index}: attention and mixer share a place in the cache, or other layers read it; expected "
             f"both, or the whole layer removed, got {' and '.join(removed_blocks)} removed"
         )
+    if shape.experts:
+        _check_mixture_plan(index, kept, shape)
     if bool(kept.kv_groups) != bool(kept.query_heads):
         raise BadPlan(
             f"plan: layer {index}: expected KV groups and query heads, or neither (attention removed), "
@@ -457,4 +522,33 @@ def _check_layer_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
     if len(set(per_group.values())) > 1:
         raise BadPlan(
             f"plan: layer {index}: expected the same number of query heads in every kept KV group, got {per_group}"
+        )
+
+
+def _check_mixture_plan(index: int, kept: LayerPlan, shape: LayerShape) -> None:
+    """Check that the router works with the experts that remain: uneven groups give wrong outputs without any error."""
+    where = f"plan: layer {index}"
+    parts = [("experts", kept.experts), ("expert_channels", kept.expert_channels)]
+    parts += [("ffn_channels", kept.ffn_channels)] if shape.ffn_channels else []
+    present = [name for name, units in parts if units]
+    if present and len(present) < len(parts):
+        raise BadPlan(
+            f"{where}: a mixture and the FFN beside it are one block; expected {', '.join(n for n, _ in parts)} to "
+            f"remain, or none of them, got {' and '.join(present)} alone"
+        )
+    if not kept.experts:
+        return
+    group_size = shape.experts // shape.expert_groups
+    per_group = [0] * shape.expert_groups
+    for expert in kept.experts:
+        per_group[expert // group_size] += 1
+    if len(set(per_group)) > 1:
+        raise BadPlan(
+            f"{where}: experts: expected as many in each of the {shape.expert_groups} groups of the router, got "
+            f"{per_group}"
+        )
+    if len(kept.experts) < shape.least_experts:
+        raise BadPlan(
+            f"{where}: experts: expected at least {shape.least_experts}, from which the router chooses "
+            f"{shape.experts_per_token} for each token, got {len(kept.experts)}"
         )

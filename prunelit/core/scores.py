@@ -6,13 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from prunelit.core.plan import LayerShape
-
 Unit = Literal["kv_group", "query_head"]
 
-Cost = Callable[[LayerShape, int, int, int], float]
-"""(dense layer, query heads, KV groups, FFN channels) -> cost of the layer at these widths. The costs of heads and
-channels add up: neither changes what the other saves."""
+ScoreKind = Literal["heads", "channels", "experts", "expert_channels"]
+"""Kinds of units that have scores."""
+
+Cost = Callable[..., float]
+"""(dense layer, query heads, KV groups, FFN channels, experts=..., expert_channels=...) -> cost of the layer at these
+widths; the last two are named, and are all of them where they are left out. The costs of heads, channels and one of the
+last two add up: none changes what the others save."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,8 @@ class LayerScores:
         heads: [Q]. The score of a KV group is the sum over its query heads, or their mean where scope "global" compares
             it with channels.
         channels: [F].
+        experts: [E].
+        expert_channels: [C], one set for all experts of the layer.
 
     Example:
         >>> import torch
@@ -32,3 +36,5 @@ class LayerScores:
 
     heads: Tensor | None = None
     channels: Tensor | None = None
+    experts: Tensor | None = None
+    expert_channels: Tensor | None = None

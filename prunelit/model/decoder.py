@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunelit.core.architectures import Architecture, get_architecture, get_decoder_config
 from prunelit.core.plan import LayerShape, ModelShape
+from prunelit.model.experts import Experts
 from prunelit.model.lazy_weight import LazyWeight
 from prunelit.model.per_layer import find, find_layers_path, is_absent, resolve_layer_names
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
@@ -45,7 +46,8 @@ class Layer:
     """One decoder layer: its blocks, linears and norms by role.
 
     `attention`, `mlp` or `mixer` may be a stub left by earlier pruning, or None where the family's layer has no such
-    block; then `shape` has 0 heads, 0 channels or no cost of a mixer.
+    block; then `shape` has 0 heads, 0 channels or no cost of a mixer. In a layer with a mixture of experts, `mlp` is
+    the FFN that every token passes beside the experts, or None.
 
     Attributes:
         index: number of the layer in the model.
@@ -55,6 +57,7 @@ class Layer:
         output: the output projection of the attention; only if `has_attention`.
         ffn_in: gate and up, or the fused one, or up alone; only if `has_mlp`.
         down: the last linear of the FFN; only if `has_mlp`.
+        experts: the mixture of experts that is the layer's FFN; None in a layer without one.
         activation: the module whose output is act(gate), or act(up), or a copy of it where the model calls a function;
             only if `has_mlp`.
         shape: sizes and costs of the layer.
@@ -68,6 +71,7 @@ class Layer:
         self.architecture = a = cast(Architecture, resolve_layer_names(module, architecture))
         self.is_fixed = is_fixed
         self.mixer: nn.Module | None = find(module, a.mixer)
+        self.experts = Experts(module, a, index) if a.mixture is not None else None
         # Layers of other families have an attention and an FFN, and a declaration that names none is wrong.
         has_mixers = bool(architecture.mixer or a.mixer)
         find_block = find if has_mixers else self._require_attribute
@@ -77,6 +81,7 @@ class Layer:
             self._require_attribute(module, str(architecture.mixer or a.mixer))
         self.has_attention = not is_absent(self.attention)
         self.has_mixer = not is_absent(self.mixer)
+        self.has_experts = self.experts is not None
         self.has_mlp = self.mlp is not None and not is_absent(find(self.mlp, a.down) or self.mlp)
         if self.has_attention:
             qkv = [a.fused_qkv] if a.fused_qkv else [a.query, a.key, a.value]
@@ -92,8 +97,9 @@ class Layer:
                 if a.functional_activation
                 else self._require_attribute(self.mlp, a.activation)
             )
+        has_ffn = self.mlp is not None or self.has_experts
         for name in (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm, a.shared_norm):
-            if name is not None and (self.mlp is not None or name not in (a.mlp_norm, a.mlp_post_norm)):
+            if name is not None and (has_ffn or name not in (a.mlp_norm, a.mlp_post_norm)):
                 self._require_attribute(module, name)
         self.shape = self._measure_shape()
 
@@ -178,7 +184,8 @@ class Layer:
         """
         a = self.architecture
         heads = groups = dim = channels = head_cost = kv_cost = channel_cost = 0
-        attention_cost = mlp_cost = mixer_cost = 0
+        attention_cost = mlp_cost = mixer_cost = mixture_cost = 0
+        ffn_norms = (self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
         if self.has_attention:
             dim = self.head_dim
             heads, rest = divmod(get_weight_out_in(self.output).shape[1], dim)
@@ -209,16 +216,18 @@ class Layer:
             rows_per_channel = expected_rows // channels
             channel_cost = hidden + sum(rows_per_channel * (hidden + (n.bias is not None)) for n in self.ffn_in)
             mlp_modules = (*self.ffn_in, self.down, self.activation) if a.mlp == "" else (self.mlp,)
-            mlp_cost = _count_parameters(*mlp_modules, self.get_norm("mlp_norm"), self.get_norm("mlp_post_norm"))
+            mlp_cost = _count_parameters(*mlp_modules, *(() if self.has_experts else ffn_norms))
+        if self.experts is not None:
+            mixture_cost = _count_parameters(self.experts.block, self.mlp, *ffn_norms) - _count_parameters(self.mlp)
         mixing_norms = (self.get_norm("attention_norm"), self.get_norm("attention_post_norm"))
         if self.has_mixer:
             mixer_cost = _count_parameters(self.mixer) + (0 if self.has_attention else _count_parameters(*mixing_norms))
         elif self.has_attention:
             attention_cost += _count_parameters(*mixing_norms)
         shared_norms = (self.get_norm("shared_norm"), *(mixing_norms if self.has_mixer and self.has_attention else ()))
-        shared_cost = _count_parameters(self.module) - attention_cost - mixer_cost - mlp_cost
+        shared_cost = _count_parameters(self.module) - attention_cost - mixer_cost - mlp_cost - mixture_cost
         layer_parts = [find(self.module, name) for name in a.layer_parts]
-        is_whole = (self.has_attention or self.has_mixer) and self.has_mlp
+        is_whole = (self.has_attention or self.has_mixer) and (self.has_mlp or self.has_experts)
         if is_whole and shared_cost != _count_parameters(*shared_norms, *layer_parts):
             without_role = [
                 name
@@ -246,7 +255,13 @@ class Layer:
             gated_query=a.gated_query and self.has_attention,
             fixed=self.is_fixed,
             attention_removable=a.attention_removable and not (self.has_attention and self.has_mixer),
-            one_block=(self.attention is not None) + (self.mixer is not None) + (self.mlp is not None) == 1,
+            one_block=sum(
+                block is not None
+                for block in (self.attention, self.mixer, self.mlp if not self.experts else self.experts)
+            )
+            == 1,
+            **(_measure_experts(self.experts) if self.experts else {}),
+            mixture_cost=mixture_cost,
         )
 
     def _count_per_head(self, kind: str) -> int:
@@ -419,6 +434,20 @@ class Decoder:
                     f"parameter {name}: expected finite weights, got NaN or infinity; the model file is damaged or its "
                     "dtype overflowed (load it in bfloat16 or float32)"
                 )
+
+
+def _measure_experts(experts: Experts) -> dict[str, int]:
+    """Read sizes and costs of a mixture, as the fields of `LayerShape` with the same names."""
+    return {
+        "experts": experts.count,
+        "experts_per_token": experts.per_token,
+        "expert_channels": experts.channels,
+        "expert_channel_cost": experts.channel_cost,
+        "expert_cost": experts.expert_cost,
+        "router_row_cost": experts.router_row_cost,
+        "expert_groups": experts.groups,
+        "groups_per_token": experts.groups_per_token,
+    }
 
 
 def _count_parameters(*modules: nn.Module | None) -> int:

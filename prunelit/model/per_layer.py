@@ -10,7 +10,7 @@ library only. `prunelit.load` uses this very module instead and runs no code fro
 import copy
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,11 +26,26 @@ _COUNTERS = {
     "split_size": "query_width",
     "embed_dim": "query_width",
 }
+# Integers that a mixture of experts, its experts and its router keep, and what they count.
+_MIXTURE_COUNTERS = {
+    "num_experts": "experts",
+    "num_local_experts": "experts",
+    "n_routed_experts": "experts",
+    "intermediate_dim": "channels",
+    "intermediate_size": "channels",
+    "expert_dim": "channels",
+    "ffn_dim": "channels",
+}
 ADDED_BIASES = "added_biases"
 """Key of `per_layer_config`: blocks ("attention", "mlp") whose output projection has a bias that the family's lacks."""
+MIXTURE_WIDTHS = "mixture_widths"
+"""Key of `per_layer_config`: numbers of experts, of channels of each expert, and of channels of the shared FFN."""
 # Config attributes with one entry per layer, and those with the numbers of some layers.
-_PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "kv_sharing_modes", "layer_rope_theta", "attention_layers")
-_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs", "rope_scaling_layers")
+_PER_LAYER_LISTS = (
+    *("layer_types", "no_rope_layers", "kv_sharing_modes", "layer_rope_theta", "attention_layers"),
+    "mlp_layer_types",
+)
+_LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs", "rope_scaling_layers", "moe_layers")
 # Integers of a block: its place in the cache.
 _CACHE_NUMBERS = ("layer_idx", "layer_id")
 # Config attributes that a model divides by the square root of its number of layers.
@@ -62,6 +77,15 @@ class RemovedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
+
+
+class RemovedMixture(nn.Module):
+    """In place of a removed mixture of experts that returned a pair: adds nothing to the residual stream."""
+
+    prunelit_removed = True
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.zeros_like(hidden_states), None
 
 
 class RemovedNorm(nn.Identity):
@@ -106,13 +130,19 @@ def replace_module(root: nn.Module, path: str | None, module: nn.Module) -> None
 
 
 def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
-    """`names` for one layer of a family whose layers differ: with the overrides that its modules select."""
+    """`names` for one layer of a family whose layers differ: with the overrides that its modules select.
+
+    In a layer with a mixture of experts, `mlp` is the shared FFN beside the experts, or None; in others `mixture` is.
+    """
     matching = [overrides for path, overrides in names.layer_variants if find(layer, path) not in (None, False)]
-    if not matching:
+    if not matching and names.mixture is None:
         return names
     resolved = copy.copy(names)
     for overrides in matching:
         vars(resolved).update(overrides)
+    if resolved.mixture is not None:
+        has_experts = find(find(layer, resolved.mixture.block), resolved.mixture.experts) is not None
+        vars(resolved).update({"mlp": resolved.mixture.shared} if has_experts else {"mixture": None})
     return resolved
 
 
@@ -179,8 +209,11 @@ def _remove_norm(layer: nn.Module, path: str | None) -> None:
 
 
 def remove_mlp(layer: nn.Module, names: Any) -> None:
-    """Remove a layer's FFN block with the norms that feed or follow it alone."""
+    """Remove a layer's FFN block, or mixture of experts, with the norms that feed or follow it alone."""
     names = resolve_layer_names(layer, names)
+    if names.mixture is not None:
+        stub = RemovedMixture() if names.mixture.returns_pair else RemovedMLP()
+        replace_module(layer, names.mixture.block, stub)
     if names.mlp != "":
         replace_module(layer, names.mlp, RemovedMLP())
     else:  # the linears sit in the layer: the first passes its input on, the last returns zeros
@@ -190,7 +223,16 @@ def remove_mlp(layer: nn.Module, names: Any) -> None:
         _remove_norm(layer, norm)
 
 
-def set_counters(layer: nn.Module, names: Any, config: Any, query_heads: int, kv_groups: int, channels: int) -> None:
+def set_counters(
+    layer: nn.Module,
+    names: Any,
+    config: Any,
+    query_heads: int,
+    kv_groups: int,
+    channels: int,
+    experts: int = 0,
+    expert_channels: int = 0,
+) -> None:
     """Make the integers that a layer's modules keep match its weights; 0 leaves that block's counters alone."""
     names = resolve_layer_names(layer, names)
     attention, mlp = find(layer, names.attention), find(layer, names.mlp)
@@ -209,6 +251,60 @@ def set_counters(layer: nn.Module, names: Any, config: Any, query_heads: int, kv
             attention.config = _LayerConfig(config, **own)
     if channels and isinstance(getattr(mlp, "intermediate_size", None), int):
         mlp.intermediate_size = channels
+    if experts and names.mixture is not None:
+        values = {"experts": experts, "channels": expert_channels}
+        block = find(layer, names.mixture.block)
+        for module in (block, find(block, names.mixture.experts), find(block, names.mixture.router)):
+            for counter, meaning in _MIXTURE_COUNTERS.items():
+                if isinstance(getattr(module, counter, None), int):
+                    setattr(module, counter, values[meaning])
+
+
+class ExpertTensor(NamedTuple):
+    """A tensor of a mixture with one entry per expert, along its first axis."""
+
+    owner: Any
+    """The module that holds it."""
+    name: str
+    axis: int | None
+    """Along which it has channels; None: it has none."""
+    per_channel: int
+    """Entries of a channel along that axis: 2 for gate and up in one tensor."""
+
+    @property
+    def value(self) -> torch.Tensor:
+        tensor: torch.Tensor = getattr(self.owner, self.name)
+        return tensor
+
+
+def find_expert_tensors(layer: nn.Module, names: Any) -> list[ExpertTensor]:
+    """Find the tensors of a layer's mixture; `names` are those of this layer."""
+    mixture = names.mixture
+    block = find(layer, mixture.block)
+    experts, router = find(block, mixture.experts), find(block, mixture.router)
+    out_axis, in_axis = (2, 1) if mixture.transposed else (1, 2)
+    rows = 2 if mixture.gated else 1
+    candidates = [
+        ExpertTensor(experts, mixture.gate_up, out_axis, rows),
+        ExpertTensor(experts, f"{mixture.gate_up}_bias", 1, rows),
+        ExpertTensor(experts, mixture.down, in_axis, 1),
+        ExpertTensor(experts, f"{mixture.down}_bias", None, 0),
+        ExpertTensor(router, "weight", None, 0),
+        ExpertTensor(router, "bias", None, 0),
+    ]
+    for path in mixture.per_expert:
+        parent, _, name = path.rpartition(".")
+        candidates.append(ExpertTensor(find(block, parent), name, None, 0))
+    return [tensor for tensor in candidates if getattr(tensor.owner, tensor.name, None) is not None]
+
+
+def set_expert_tensor(tensor: ExpertTensor, value: torch.Tensor) -> None:
+    """Put a tensor of another shape in place of a parameter or buffer with one entry per expert."""
+    if isinstance(tensor.value, nn.Parameter):
+        value = nn.Parameter(value, requires_grad=tensor.value.requires_grad)
+    setattr(tensor.owner, tensor.name, value)
+    if tensor.name == "weight" and isinstance(getattr(tensor.owner, "out_features", None), int):  # a linear as router
+        tensor.owner.out_features = value.shape[0]
 
 
 def set_linear(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -259,6 +355,7 @@ def settle(model: Any, names: Any) -> None:
                 setattr(config, attribute, getattr(config, attribute) * (len(kept) / config.num_hidden_layers) ** 0.5)
         config.num_hidden_layers = len(kept)
         blocks = [blocks[index] for index in kept]
+        _renumber_mixtures(config, [per_layer_names[index].mixture is not None for index in kept])
     # A layer of one block by design, such as an FFN alone, has no place in the cache to begin with.
     emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
     if _is_derived(config, "kv_sharing_modes"):
@@ -277,6 +374,17 @@ def settle(model: Any, names: Any) -> None:
                     setattr(block, attribute, number)
 
 
+def _renumber_mixtures(config: Any, has_experts: Sequence[bool]) -> None:
+    """Say in the config which of the layers that remain have experts, in families whose layers differ in it."""
+    if not any(has_experts):
+        return
+    if isinstance(getattr(config, "first_k_dense_replace", None), int):
+        config.first_k_dense_replace = has_experts.index(True)
+    if isinstance(getattr(config, "mlp_only_layers", None), list):
+        config.mlp_only_layers = [index for index, has in enumerate(has_experts) if not has]
+        config.decoder_sparse_step = 1
+
+
 def shares_keys(config: Any) -> bool:
     """Whether layers of a family use the keys and values of others, as its config says."""
     return _is_derived(config, "kv_sharing_modes") and "reuse" in config.kv_sharing_modes
@@ -293,7 +401,7 @@ def _find_blocks(layer: nn.Module, names: Any) -> tuple[Any, Any, Any]:
 
     `names` are those of this layer.
     """
-    mlp = names.down if names.mlp == "" else names.mlp
+    mlp = names.down if names.mlp == "" else names.mixture.block if names.mixture is not None else names.mlp
     return find(layer, names.attention), find(layer, names.mixer), find(layer, mlp)
 
 
@@ -325,9 +433,12 @@ def build_layer_shapes(model: Any, names: Any) -> None:
         skipped, biased = getattr(own, "skip", ()), getattr(own, ADDED_BIASES, ())
         attention, mlp = find(layer, names.attention), find(layer, names.mlp)
         heads, groups = getattr(own, names.config_heads), getattr(own, names.config_kv_heads)
-        channels = getattr(own, names.config_ffn)
+        channels, experts, expert_channels = getattr(own, names.config_ffn), 0, 0
         if isinstance(channels, list | tuple):  # a config with a list of widths
             channels = channels[index]
+        if names.mixture is not None and "mlp" not in skipped:
+            experts, expert_channels, channels = getattr(own, MIXTURE_WIDTHS)
+            _resize_experts(layer, names, experts, expert_channels)
         if "mixer" in skipped:
             remove_mixer(layer, names)
         if "attention" in skipped:
@@ -361,8 +472,17 @@ def build_layer_shapes(model: Any, names: Any) -> None:
             _resized(find(mlp, names.down), None, channels)
             if "mlp" in biased:
                 _biased(find(mlp, names.down))
-        set_counters(layer, names, config, heads, groups, channels)
-    settle(model, names)
+        set_counters(layer, names, config, heads, groups, channels, experts, expert_channels)
+    settle(model, model_names)
+
+
+def _resize_experts(layer: nn.Module, names: Any, experts: int, channels: int) -> None:
+    """Give a mixture other numbers of experts and channels, weights still empty."""
+    for tensor in find_expert_tensors(layer, names):
+        sizes = list(tensor.value.shape)
+        if tensor.axis is not None:
+            sizes[tensor.axis] = channels * tensor.per_channel
+        set_expert_tensor(tensor, tensor.value.new_empty(experts, *sizes[1:]))
 
 
 def keep_entries(attention: nn.Module, path: str, kept: Sequence[int]) -> None:
@@ -450,6 +570,8 @@ class PerLayerModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         names = types.SimpleNamespace(**self.names)
         names.layers = find_layers_path(self, names.layers)
+        if names.mixture is not None:
+            names.mixture = types.SimpleNamespace(**names.mixture)
         build_layer_shapes(self, names)
 
     @classmethod

@@ -12,15 +12,18 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder, Layer, as_decoder, is_conv1d
+from prunelit.model.experts import Experts
 from prunelit.model.per_layer import (
     keep_entries,
     remove_attention,
     remove_mixer,
     remove_mlp,
     set_counters,
+    set_expert_tensor,
     set_linear,
     settle,
 )
@@ -106,9 +109,12 @@ def prune_layer(layer: Layer, kept: LayerPlan, config: Any) -> None:
         _prune_attention(layer, kept)
     if layer.has_mixer and not kept.mixer:
         remove_mixer(layer.module, layer.architecture)
-    if layer.has_mlp:
+    if layer.experts is not None and kept.experts:
+        _prune_experts(layer.experts, kept)
+    if layer.has_mlp or layer.has_experts:
         _prune_mlp(layer, kept)
-    set_counters(layer.module, layer.architecture, config, *kept.widths)
+    counts = len(kept.experts), len(kept.expert_channels)
+    set_counters(layer.module, layer.architecture, config, *kept.widths, *counts)
 
 
 def finish_pruning(decoder: Decoder, plan: PruningPlan) -> None:
@@ -129,8 +135,13 @@ def _write_config_widths(decoder: Decoder, plan: PruningPlan) -> None:
     """
     names, config = decoder.architecture, decoder.config
     widths: dict[str, Any] = dict(names.config_exact_widths)
-    if ffn := next((kept for kept in plan.layers if not kept.mlp_removed), None):
+    pairs = list(zip(plan.layers, plan.model.layers, strict=True))
+    if ffn := next((kept for kept, shape in pairs if kept.ffn_channels and not shape.experts), None):
         widths[names.config_ffn] = len(ffn.ffn_channels)
+    mixture_plan = next((kept for kept in plan.layers if kept.experts), None)
+    if names.mixture is not None and mixture_plan is not None:
+        counts = mixture_plan.counts
+        widths |= names.mixture.get_config_widths(counts["experts"], counts["expert_channels"], counts["ffn_channels"])
     attention = next((kept for kept in plan.layers if not kept.attention_removed), None)
     has_whole_attention = any(layer.has_mixer and layer.architecture.mixer_is_attention for layer in decoder)
     if attention and not has_whole_attention and isinstance(vars(config).get("head_dim"), int):
@@ -197,6 +208,10 @@ def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
             _zero_pruned_columns(layer.output, columns, kept.attention_removed, layer.get_norm("attention_post_norm"))
         if layer.has_mixer and not kept.mixer:
             cast(nn.Module, layer.mixer).register_forward_hook(_zero_output)
+        if layer.experts is not None and kept.mlp_removed:
+            layer.experts.block.register_forward_hook(_zero_output)
+        elif layer.experts is not None:
+            _mask_experts(layer.experts, kept)
         if layer.has_mlp:
             _zero_pruned_columns(
                 layer.down, torch.tensor(kept.ffn_channels), kept.mlp_removed, layer.get_norm("mlp_post_norm")
@@ -206,6 +221,39 @@ def mask_pruned_units(model: nn.Module | Decoder, plan: PruningPlan) -> None:
 def _zero_output(module: nn.Module, args: Any, output: Any) -> Any:
     """Forward hook: zeros in place of what a block returns, alone or first in a tuple."""
     return (torch.zeros_like(output[0]), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(output)
+
+
+def _mask_experts(experts: Experts, kept: LayerPlan) -> None:
+    """Let a router never choose the experts that `kept` leaves out, and zero what the channels that go would add."""
+    removed = torch.ones(experts.count, dtype=torch.bool)
+    removed[list(kept.experts)] = False
+    for tensor in experts.tensors:
+        if tensor.owner is experts.module and tensor.name == experts.names.down:
+            channels = [channel for channel in range(experts.channels) if channel not in kept.expert_channels]
+            tensor.value.index_fill_(cast(int, tensor.axis), torch.tensor(channels, dtype=torch.long), 0.0)
+        elif not isinstance(tensor.value, nn.Parameter):  # a correction of the choice
+            tensor.value.masked_fill_(removed, float("-inf"))
+    router, weight_shape, own_forward = experts.router, experts.router.weight.shape, experts.router.forward
+
+    def forward_masked(*args: Any, **kwargs: Any) -> Any:
+        with _LogitMask(removed, weight_shape):
+            return own_forward(*args, **kwargs)
+
+    router.forward = forward_masked
+
+
+class _LogitMask(TorchFunctionMode):
+    """Adds minus infinity to some logits of a router, which are computed by a call of `linear` inside its forward."""
+
+    def __init__(self, removed: Tensor, weight_shape: torch.Size):
+        super().__init__()
+        self.removed, self.weight_shape = removed, weight_shape
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is nn.functional.linear and args[1].shape == self.weight_shape:
+            return result.masked_fill(self.removed.to(result.device), float("-inf"))
+        return result
 
 
 def _zero_pruned_columns(linear: nn.Module, kept: Tensor, removed: bool, post_norm: nn.Module | None) -> None:
@@ -240,13 +288,29 @@ def _prune_mlp(layer: Layer, kept: LayerPlan) -> None:
     if kept.mlp_removed:
         remove_mlp(layer.module, layer.architecture)
         return
-    if len(kept.ffn_channels) == layer.shape.ffn_channels:
+    if not layer.has_mlp or len(kept.ffn_channels) == layer.shape.ffn_channels:
         return
     channels = torch.tensor(kept.ffn_channels)
     rows = index_ffn_rows(layer)[channels].T.flatten()
     for linear in layer.ffn_in:
         _slice_linear(linear, rows=rows)
     _slice_linear(layer.down, columns=channels)
+
+
+def _prune_experts(experts: Experts, kept: LayerPlan) -> None:
+    """Keep some experts, with their entries of the router, and some channels of every expert."""
+    all_channels = len(kept.expert_channels) == experts.channels
+    channels = torch.tensor(kept.expert_channels)
+    rows = experts.index_rows()[channels].flatten().sort().values
+    for tensor in experts.tensors:
+        value = tensor.value.detach()
+        if len(kept.experts) < experts.count:
+            value = value.index_select(0, torch.tensor(kept.experts, device=value.device))
+        if tensor.axis is not None and not all_channels:
+            entries = rows if tensor.per_channel > 1 else channels
+            value = value.index_select(tensor.axis, entries.to(value.device))
+        if value.shape != tensor.value.shape:
+            set_expert_tensor(tensor, value)
 
 
 def _slice_linear(linear: nn.Module, rows: Tensor | None = None, columns: Tensor | None = None) -> None:

@@ -3,7 +3,9 @@
 A *slice* is the part of one linear that belongs to a unit: a row with its bias entry (q, k, v, gate, up), or a column
 (o, down); E elements per slice. A *block* is the D rows of a head.
 
-Legend: Q query heads, G KV groups, D head size, F FFN channels.
+The slices of a mixture are those of single experts: a row or column of one channel in one expert.
+
+Legend: Q query heads, G KV groups, D head size, F FFN channels, E experts, C channels of an expert.
 """
 
 from collections.abc import Mapping
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from prunelit.model.decoder import Layer, is_conv1d
 
-UnitKind = Literal["query", "kv", "channel"]
+UnitKind = Literal["query", "kv", "channel", "expert", "expert_channel"]
 
 
 def index_qkv_blocks(layer: Layer) -> list[dict[UnitKind, Tensor]]:
@@ -77,6 +79,10 @@ class LinearSlices:
     owners: Mapping[UnitKind, Tensor]
 
     @property
+    def weight(self) -> nn.Parameter:
+        return cast(nn.Parameter, self.linear.weight)
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """The weight, and the bias if its entries belong to the slices."""
         bias = cast("nn.Parameter | None", self.linear.bias)
@@ -93,6 +99,80 @@ class LinearSlices:
     def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
         """Sum values per slice, [slices], over the slices of each unit, in float64."""
         return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSlices:
+    """The slices of one tensor of a mixture, with its bias, and the units that own them; see `LinearSlices`.
+
+    Attributes:
+        layer: index of the decoder layer.
+        parameters: the tensor with one entry per expert, and its bias if its entries belong to the slices.
+        axis: along which the tensor has slices; None: it has one per expert.
+        owners: {"expert": [E, n], "expert_channel": [C, n]}: indices of the slices that belong to each unit.
+
+    Example: see `collect_expert_slices`.
+    """
+
+    layer: int
+    parameters: list[nn.Parameter]
+    axis: int | None
+    owners: Mapping[UnitKind, Tensor]
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.parameters[0]
+
+    def arrange_by_slice(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Arrange tensors shaped like the weight and bias by slice, [slices, elements]."""
+        if self.axis is None:
+            rows = weight.flatten(1)
+            return rows if bias is None else torch.cat([rows, bias[:, None]], dim=1)
+        rows = weight.transpose(1, self.axis).flatten(0, 1)
+        return rows if bias is None else torch.cat([rows, bias.flatten()[:, None]], dim=1)
+
+    def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
+        """Sum values per slice, [slices], over the slices of each unit, in float64."""
+        return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
+
+
+def collect_expert_slices(layer: Layer) -> list[ExpertSlices]:
+    """Collect the slices of a layer's mixture, those of the router included; a layer without one has none.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> from prunelit.model.decoder import Decoder
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> layer = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes))).layers[0]
+        >>> for slices in collect_expert_slices(layer):
+        ...     print({kind: tuple(indices.shape) for kind, indices in slices.owners.items()})
+        {'expert': (4, 64), 'expert_channel': (32, 8)}
+        {'expert': (4, 32), 'expert_channel': (32, 4)}
+        {'expert': (4, 1)}
+    """
+    experts = layer.experts
+    if experts is None:
+        return []
+    tensors = {(tensor.owner is experts.module, tensor.name): tensor for tensor in experts.tensors}
+    gate_up, down, router = (True, experts.names.gate_up), (True, experts.names.down), (False, "weight")
+    expert, device = torch.arange(experts.count)[:, None], experts.down.device
+
+    def build(name: tuple[bool, str], bias_name: tuple[bool, str] | None, rows: Tensor | None) -> ExpertSlices:
+        """`rows` [C, n]: the slices of every channel in the tensor of one expert; None: an expert is one slice."""
+        tensor, bias = tensors[name], tensors.get(bias_name) if bias_name else None
+        parameters = [cast(nn.Parameter, each.value) for each in (tensor, bias) if each is not None]
+        owners: dict[UnitKind, Tensor] = {"expert": expert.to(device)}
+        if rows is not None:
+            size = rows.numel()
+            owners["expert"] = (expert * size + torch.arange(size)).to(device)
+            owners["expert_channel"] = (rows[:, None, :] + expert * size).flatten(1).to(device)
+        return ExpertSlices(layer.index, parameters, tensor.axis, owners)
+
+    return [
+        build(gate_up, (True, f"{experts.names.gate_up}_bias"), experts.index_rows()),
+        build(down, None, torch.arange(experts.channels)[:, None]),
+        build(router, (False, "bias"), None),
+    ]
 
 
 def collect_layer_slices(layer: Layer) -> list[LinearSlices]:

@@ -14,7 +14,7 @@ BlockKind = Literal["attention", "mlp", "mixer"]
 BlockChoice = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
-IGNORED_OPTIONS = ("scope", "unit", "min_kept", "uniform_heads")
+IGNORED_OPTIONS = ("scope", "unit", "kinds", "min_kept", "uniform_heads")
 """Options about widths: they have no effect when whole blocks are removed. `align` is not among them: a comparison
 table sets one `align` for all its rows, and widths that stay whole are not rounded anyway."""
 
@@ -76,7 +76,7 @@ def list_blocks(shape: ModelShape, kinds: BlockChoice = "mix", protect: Collecti
     unprotected = [(i, layer) for i, layer in enumerate(shape.layers) if i not in protect and i - layers not in protect]
     attention = [Block(i, "attention") for i, layer in unprotected if layer.kv_groups and kinds != "mlp"]
     mixers = [Block(i, "mixer") for i, layer in unprotected if layer.has_mixer and kinds != "mlp"]
-    ffns = [Block(i, "mlp") for i, layer in unprotected if layer.ffn_channels and kinds != "attention"]
+    ffns = [Block(i, "mlp") for i, layer in unprotected if layer.has_ffn and kinds != "attention"]
     return attention + mixers + ffns
 
 
@@ -108,7 +108,7 @@ def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
 
 def _can_remove_layer_blocks(layer: LayerShape, removed: Collection[BlockKind]) -> bool:
     """Whether a layer with restrictions may lose these blocks."""
-    present = (("attention", layer.kv_groups), ("mixer", layer.has_mixer), ("mlp", layer.ffn_channels))
+    present = (("attention", layer.kv_groups), ("mixer", layer.has_mixer), ("mlp", layer.has_ffn))
     if {kind for kind, is_present in present if is_present} <= set(removed):
         return not layer.fixed
     return layer.attention_removable or not {"attention", "mixer"} & set(removed)
@@ -127,8 +127,12 @@ def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[L
     for index, layer in enumerate(shape.layers):
         dense = LayerPlan.dense(layer)
         heads, groups = ((), ()) if (index, "attention") in removed else (dense.query_heads, dense.kv_groups)
-        channels = () if (index, "mlp") in removed else dense.ffn_channels
-        plans.append(LayerPlan(heads, groups, channels, mixer=dense.mixer and (index, "mixer") not in removed))
+        keeps_mixer = dense.mixer and (index, "mixer") not in removed
+        ffn = ((), (), ()) if (index, "mlp") in removed else (dense.ffn_channels, dense.experts, dense.expert_channels)
+        channels, experts, expert_channels = ffn
+        plans.append(
+            LayerPlan(*(heads, groups, channels), mixer=keeps_mixer, experts=experts, expert_channels=expert_channels)
+        )
     return plans
 
 
@@ -147,20 +151,20 @@ def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: Block
         3104
     """
 
-    def count_cost(layer: LayerShape, heads: int, groups: int, channels: int, mixer: bool) -> int:
+    def count_cost(layer: LayerShape, attention: bool, mixer: bool, mlp: bool) -> int:
+        groups = attention * layer.kv_groups
+        widths = attention * layer.query_heads, groups, mlp * layer.ffn_channels, mixer, mlp * layer.experts
         if budget == "kv_bytes":
             return layer.kv_elements_at(groups)
         if budget == "macs":
-            return layer.macs_at(shape.hidden_size, heads, groups, channels, mixer)
-        return layer.parameters_at(heads, groups, channels, mixer)
+            return layer.macs_at(shape.hidden_size, *widths)
+        return layer.parameters_at(*widths)
 
     total = 0
     for index, layer in enumerate(shape.layers):
         # The difference of whole layers, because the norm that both blocks share goes only with the second of them.
-        attention, mixer, mlp = ((index, kind) not in removed for kind in ("attention", "mixer", "mlp"))
-        heads, groups, channels = layer.query_heads, layer.kv_groups, layer.ffn_channels
-        total += count_cost(layer, heads, groups, channels, True)
-        total -= count_cost(layer, attention * heads, attention * groups, mlp * channels, mixer)
+        total += count_cost(layer, True, True, True)
+        total -= count_cost(layer, *((index, kind) not in removed for kind in ("attention", "mixer", "mlp")))
     return total
 
 

@@ -15,19 +15,26 @@ import torch
 
 from prunelit.core.plan import LayerPlan, LayerShape
 from prunelit.core.scores import Cost, LayerScores, Unit
-from prunelit.planning.removal_steps import RemovalSequence, build_removal_sequences, standardize_scores, tie_sequences
+from prunelit.planning.removal_steps import (
+    RemovalSequence,
+    StepKind,
+    build_removal_sequences,
+    standardize_scores,
+    tie_sequences,
+)
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
 Scope = Literal["layer", "global", "layer_mean"]
-Budget = Literal["parameters", "macs", "kv_bytes", "latency"]
+Budget = Literal["parameters", "active_parameters", "macs", "kv_bytes", "latency"]
 
 _COST_FUNCTIONS: dict[str, Cost] = {
     "parameters": LayerShape.parameters_at,
+    "active_parameters": partial(LayerShape.parameters_at, active=True),
     # Per unit of hidden size, and per byte of an element: factors that all layers share do not change a ratio.
-    "macs": lambda shape, heads, groups, channels: shape.macs_at(1, heads, groups, channels),
-    "kv_bytes": lambda shape, heads, groups, channels: shape.kv_elements_at(groups),
+    "macs": lambda shape, *widths, **mixture: shape.macs_at(1, *widths, **mixture),
+    "kv_bytes": lambda shape, heads, groups, channels, **mixture: shape.kv_elements_at(groups),
 }
-_KINDS = ("attention", "ffn")
+_KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _SHARE_PER_DEVIATION = 0.25
 """Scope "layer_mean": a layer's share moves by this much of `ratio` for one deviation of its mean importance."""
 
@@ -55,15 +62,16 @@ def select_units(
         scores: one per layer.
         ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1).
         scope: "layer" removes the same number of units from every layer (floor(ratio * groups) KV groups, and as many
-            channels as the rest takes), so the layers stay alike. "global" ranks the units of all layers together, so
-            layers come to differ. "layer_mean" removes the share `ratio - ratio / 4 * z` of each kind in each layer,
+            channels as the rest takes), so the layers stay alike; where experts or their channels have scores, these
+            take the rest, and FFN channels lose floor(ratio * channels). "global" ranks the units of all layers
+            together, so layers come to differ. "layer_mean" removes the share `ratio - ratio / 4 * z` of each kind in each layer,
             where z is the layer's mean raw score, standardised over the layers; all shares are shifted by the same
             amount to meet the budget.
         unit: attention is pruned by whole KV groups, or by the same number of query heads from every group.
         align: the remaining FFN widths are multiples of this.
         protect: layers that are not pruned; negative numbers count from the end.
-        budget: what `ratio` is a share of, see `Budget`: parameters, MACs per token, bytes of KV cache per token, or
-            seconds.
+        budget: what `ratio` is a share of, see `Budget`: parameters, those that a token passes (of a mixture, the
+            experts that the router chooses), MACs per token, bytes of KV cache per token, or seconds.
         min_kept: least share of each layer's KV groups (or query heads per group) and channels that remains, in [0, 1);
             rounded up.
         uniform_heads: every layer loses the same number of KV groups (or query heads per group), whatever the scope;
@@ -76,10 +84,11 @@ def select_units(
             `prunelit.planning.latency`.
 
     Returns:
-        One `LayerPlan` per layer; at least one KV group (or query head per group) and `align` channels remain in each.
+        One `LayerPlan` per layer; at least one KV group (or query head per group), `align` channels and as many experts
+        as the router needs remain in each.
 
     Raises:
-        BadOption: an option is out of range.
+        BadOption: an option is out of range, or experts and their channels have scores in one layer.
         NonFinite: a score is NaN or infinite.
         InfeasibleBudget: the layers that may be pruned do not hold that much of the budget.
 
@@ -112,6 +121,11 @@ def select_units(
     compared = scope == "global"
     layer_sequences: list[RemovalSequence] = []
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
+        if score.experts is not None and score.expert_channels is not None:
+            raise BadOption(
+                f"layer {index}: expected scores of experts or of their channels, got both; they save parameters of "
+                "each other, so cut one kind after the other"
+            )
         if index not in protected:
             layer_sequences += build_removal_sequences(
                 index, shape, score, layer_cost, unit, align, min_kept, compared, compared and standardise
@@ -125,6 +139,8 @@ def select_units(
     largest_saving = sum(sequence.accumulate_savings()[-1] for sequence in sequences)
     if largest_saving < target or not dense_cost:
         least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
+        if any(sequence.kind == "experts" for sequence in sequences):
+            least += f", {max(shape.least_experts for shape in shapes)} experts"
         if uniform_heads:
             least += " (uniform_heads: as many as any other layer keeps)"
         most = largest_saving / dense_cost if dense_cost else 0
@@ -226,29 +242,37 @@ _StepQueue = list[tuple[int, int]]
 
 
 def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: float) -> list[int]:
-    """Number of steps to take from each sequence, the same number in every layer."""
+    """Number of steps to take from each sequence, the same number in every layer.
+
+    Every kind loses floor(ratio * units) first, but for the one that takes the rest; the other kinds lose more only
+    where that one cannot hold the rest.
+    """
     savings = [sequence.accumulate_savings() for sequence in sequences]
-    longest = {kind: max((len(each.steps) for each in sequences if each.kind == kind), default=0) for kind in _KINDS}
-    # floor(ratio * groups) first; more heads only where the FFN alone cannot hold the rest.
-    head_steps = [
+    mixture_kinds = [sequence.kind for sequence in sequences if sequence.kind in ("experts", "expert_channels")]
+    rest_kind = mixture_kinds[0] if mixture_kinds else "ffn"
+    longest = [
+        max((len(each.steps) for each in sequences if (each.kind == rest_kind) == takes_rest), default=0)
+        for takes_rest in (True, False)
+    ]
+    least_steps = [
         sum(step.removed_after <= int(ratio * sequence.unit_count) for step in sequence.steps) for sequence in sequences
     ]
 
-    def count_steps(extra: int, channel_steps: int) -> list[int]:
+    def count_steps(extra: int, rest_steps: int) -> list[int]:
         counts = [
-            head_steps[number] + extra if sequence.kind == "attention" else channel_steps
+            rest_steps if sequence.kind == rest_kind else least_steps[number] + extra
             for number, sequence in enumerate(sequences)
         ]
         return [min(count, len(sequence.steps)) for count, sequence in zip(counts, sequences, strict=True)]
 
-    def sum_savings(extra: int, channel_steps: int) -> float:
-        return sum(savings[number][count] for number, count in enumerate(count_steps(extra, channel_steps)))
+    def sum_savings(extra: int, rest_steps: int) -> float:
+        return sum(savings[number][count] for number, count in enumerate(count_steps(extra, rest_steps)))
 
-    choices = range(longest["ffn"] + 1)
-    for extra in range(longest["attention"] + 1):
-        channel_steps = bisect.bisect_left(choices, target, key=partial(sum_savings, extra))
-        if channel_steps < len(choices):
-            return count_steps(extra, channel_steps)
+    choices = range(longest[0] + 1)
+    for extra in range(longest[1] + 1):
+        rest_steps = bisect.bisect_left(choices, target, key=partial(sum_savings, extra))
+        if rest_steps < len(choices):
+            return count_steps(extra, rest_steps)
     raise AssertionError("unreachable: select_units() checked that the budget can be met")
 
 
@@ -263,11 +287,12 @@ def _order_by_score(sequences: list[RemovalSequence], kinds: Collection[str]) ->
 
 
 def _order_kinds_apart(sequences: list[RemovalSequence], limit: float) -> _StepQueue:
-    """Order the steps: heads that save at most `limit` together, then channels, then the remaining heads."""
+    """Order the steps: heads that save at most `limit` together, then the other kinds, then the remaining heads."""
     heads = _order_by_score(sequences, ("attention",))
+    others = _order_by_score(sequences, [kind for kind in _KINDS if kind != "attention"])
     savings = accumulate(sequences[number].steps[position].saving for number, position in heads)
     within = sum(saving <= limit for saving in savings)
-    return heads[:within] + _order_by_score(sequences, ("ffn",)) + heads[within:]
+    return heads[:within] + others + heads[within:]
 
 
 def _order_by_layer_mean(sequences: list[RemovalSequence], ratio: float) -> _StepQueue:
@@ -322,14 +347,24 @@ def _build_layer_plans(
         removed[sequence.layer, sequence.kind] = {item for step in sequence.steps[:count] for item in step.units}
     plans = []
     for index, shape in enumerate(shapes):
-        attention = removed.get((index, "attention"), set())
-        ffn = removed.get((index, "ffn"), set())
+        removed_of = {kind: removed.get((index, kind), set()) for kind in _KINDS}
+        attention = removed_of["attention"]
         groups = [group for group in range(shape.kv_groups) if unit != "kv_group" or group not in attention]
         heads = [
             head
             for head in range(shape.query_heads)
             if head // shape.group_size in groups and (unit == "kv_group" or head not in attention)
         ]
-        channels = [channel for channel in range(shape.ffn_channels) if channel not in ffn]
-        plans.append(LayerPlan(tuple(heads), tuple(groups), tuple(channels), mixer=shape.has_mixer))
+        channels, experts, expert_channels = (
+            tuple(number for number in range(count) if number not in removed_of[kind])
+            for kind, count in zip(_KINDS[1:], (shape.ffn_channels, shape.experts, shape.expert_channels), strict=True)
+        )
+        plans.append(
+            LayerPlan(
+                *(tuple(heads), tuple(groups), channels),
+                mixer=shape.has_mixer,
+                experts=experts,
+                expert_channels=expert_channels,
+            )
+        )
     return tuple(plans)

@@ -1,13 +1,14 @@
-"""Turns the scores of one layer into removal sequences: steps in which its heads and channels can be removed.
+"""Turns the scores of one layer into removal sequences: steps in which its units can be removed.
 
 A *step* is the smallest cut that keeps a layer legal and saves something: one KV group, or one query head from every
-group, or the channels down to the next multiple of `align`. A *sequence* holds the steps of one kind in one layer.
+group, or the channels down to the next multiple of `align`, or one expert from every group of experts. A *sequence*
+holds the steps of one kind in one layer.
 
-Legend: Q query heads, G KV groups, F FFN channels.
+Legend: Q query heads, G KV groups, F FFN channels, E experts, C channels of an expert.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Literal
@@ -19,7 +20,10 @@ from prunelit.core.plan import LayerShape
 from prunelit.core.scores import Cost, LayerScores, Unit
 from prunelit.runtime.errors import BadOption, NonFinite
 
-StepKind = Literal["attention", "ffn"]
+EXPERT_ALIGN = 8
+"""Channels of experts remain in multiples of it, whatever `align`: the kernels that multiply all experts at once refuse
+rows that are no multiple of 16 bytes."""
+StepKind = Literal["attention", "ffn", "experts", "expert_channels"]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class RemovalStep:
     Attributes:
         score: mean score of the units that the step removes.
         saving: how much of the budget the step saves.
-        units: indices of the KV groups, query heads or channels that the step removes.
+        units: indices of the KV groups, query heads, channels or experts that the step removes.
         removed_before: units of the sequence that are removed before the step (see `RemovalSequence.unit_count`).
         removed_after: units of the sequence that are removed after the step.
 
@@ -49,8 +53,9 @@ class RemovalSequence:
 
     Attributes:
         layer: index of the layer; -1 for a sequence that spans several layers.
-        kind: "attention" or "ffn".
-        unit_count: KV groups, query heads per group, or channels of the dense layer, also those that must remain.
+        kind: of the units.
+        unit_count: KV groups, query heads per group, channels, or experts per group of the dense layer, also those that
+            must remain.
         mean_score: mean of the raw scores.
         mean_magnitude: mean absolute value of the raw scores.
         steps: in order.
@@ -92,14 +97,14 @@ def build_removal_sequences(
     compared: bool,
     standardise: bool,
 ) -> list[RemovalSequence]:
-    """Build the removal sequences of one layer, attention first.
+    """Build the removal sequences of one layer: attention, FFN, experts, channels of the experts.
 
     A kind that has no scores, or that cannot be pruned, has no sequence.
 
     Args:
         index: number of the layer.
         shape: size and cost of the dense layer.
-        scores: of the layer's units, heads [Q] and channels [F].
+        scores: of the layer's units: heads [Q], channels [F], experts [E], expert_channels [C].
         cost: gives the layer's cost at other widths.
         unit: see `prunelit.planning.budget.select_units`.
         align: see `prunelit.planning.budget.select_units`.
@@ -120,7 +125,8 @@ def build_removal_sequences(
         >>> sequence.steps
         (RemovalStep(score=3.0, saving=768, units=(1,), removed_before=0, removed_after=1),)
     """
-    sequences = []
+    sequences: list[RemovalSequence] = []
+    heads_and_groups = shape.query_heads, shape.kv_groups
     if scores.heads is not None and shape.kv_groups and shape.heads_prunable:
         raw = _check_scores(index, "head", scores.heads, shape.query_heads)
         by_group = (standardize_scores(raw) if standardise else raw).view(shape.kv_groups, shape.group_size)
@@ -148,20 +154,62 @@ def build_removal_sequences(
         sequences.append(_build_sequence(index, "attention", unit_count, raw, cuts, list(range(unit_count)), costs))
     if scores.channels is not None and shape.ffn_channels:
         raw = _check_scores(index, "channel", scores.channels, shape.ffn_channels)
-        values = standardize_scores(raw) if standardise else raw
-        ascending = torch.argsort(values, stable=True)
-        channels, ordered_scores = ascending.tolist(), values[ascending].tolist()
-        least = max(align, -(-_round_up_share(min_kept * shape.ffn_channels) // align) * align)
-        narrower_widths = range((shape.ffn_channels - 1) // align * align, least - 1, -align)
-        removed_counts = [0, *(shape.ffn_channels - width for width in narrower_widths)]
-        spans = [slice(start, stop) for start, stop in pairwise(removed_counts)]
-        # fsum is exact, so the means do not depend on the order in which the channels are summed.
-        cuts = [(channels[span], math.fsum(ordered_scores[span]) / (span.stop - span.start)) for span in spans]
+
+        def cost_of_channels(count: int) -> float:
+            return cost(shape, *heads_and_groups, count)
+
+        sequences.append(_build_channel_sequence(index, "ffn", raw, align, min_kept, standardise, cost_of_channels))
+    if scores.experts is not None and shape.experts:
+        raw = _check_scores(index, "expert", scores.experts, shape.experts)
+        size, groups = shape.experts // shape.expert_groups, shape.expert_groups
+        by_group = (standardize_scores(raw) if standardise else raw).view(groups, size)
+        order_in_group = torch.argsort(by_group, dim=1, stable=True)
+        experts = order_in_group + torch.arange(groups)[:, None] * size
+        rank_scores = by_group.gather(1, order_in_group).mean(0)
+        cuts = [(experts[:, rank].tolist(), rank_scores[rank].item()) for rank in range(size)]
+        least = max(shape.least_experts // groups, _round_up_share(min_kept * size))
         costs = [
-            cost(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels - removed) for removed in removed_counts
+            cost(shape, *heads_and_groups, shape.ffn_channels, experts=shape.experts - removed * groups)
+            for removed in range(size - least + 1)
         ]
-        sequences.append(_build_sequence(index, "ffn", shape.ffn_channels, raw, cuts, removed_counts, costs))
+        sequences.append(_build_sequence(index, "experts", size, raw, cuts, list(range(size)), costs))
+    if scores.expert_channels is not None and shape.experts:
+        raw = _check_scores(index, "expert channel", scores.expert_channels, shape.expert_channels)
+
+        def cost_of_expert_channels(count: int) -> float:
+            return cost(shape, *heads_and_groups, shape.ffn_channels, expert_channels=count)
+
+        sequences.append(
+            _build_channel_sequence(
+                *(index, "expert_channels", raw, math.lcm(align, EXPERT_ALIGN)),
+                *(min_kept, standardise, cost_of_expert_channels),
+            )
+        )
     return sequences
+
+
+def _build_channel_sequence(
+    index: int,
+    kind: StepKind,
+    raw: Tensor,
+    align: int,
+    min_kept: float,
+    standardise: bool,
+    cost_of_width: Callable[[int], float],
+) -> RemovalSequence:
+    """Build the sequence of a layer's channels, whose steps end at multiples of `align`."""
+    dense_width = len(raw)
+    values = standardize_scores(raw) if standardise else raw
+    ascending = torch.argsort(values, stable=True)
+    channels, ordered_scores = ascending.tolist(), values[ascending].tolist()
+    least = max(align, -(-_round_up_share(min_kept * dense_width) // align) * align)
+    narrower_widths = range((dense_width - 1) // align * align, least - 1, -align)
+    removed_counts = [0, *(dense_width - width for width in narrower_widths)]
+    spans = [slice(start, stop) for start, stop in pairwise(removed_counts)]
+    # fsum is exact, so the means do not depend on the order in which the channels are summed.
+    cuts = [(channels[span], math.fsum(ordered_scores[span]) / (span.stop - span.start)) for span in spans]
+    costs = [cost_of_width(dense_width - removed) for removed in removed_counts]
+    return _build_sequence(index, kind, dense_width, raw, cuts, removed_counts, costs)
 
 
 def _build_sequence(

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.core.scores import Cost, LayerScores
+from prunelit.core.scores import Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
 from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
@@ -56,11 +56,15 @@ class PruningMethod(EventSource):
 
     Args:
         ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1).
-        budget: what the ratio counts: "parameters", "macs" (per token), "kv_bytes" (KV cache per token), or "latency"
-            (measured on the machine at hand, see `prunelit.planning.latency`).
+        budget: what the ratio counts: "parameters", "active_parameters" (those that a token passes in a mixture of
+            experts), "macs" (per token), "kv_bytes" (KV cache per token), or "latency" (measured on the machine at
+            hand, see `prunelit.planning.latency`).
         scope: "layer" cuts every layer alike, so stock classes load the result; "global" ranks all layers together;
             "layer_mean" gives layers of little mean importance a larger share of the cut.
         unit: attention is cut by whole KV groups, or by the same number of query heads from every group.
+        kinds: which units are cut, of those that the method scores: "heads", "channels", "experts", "expert_channels".
+            None: all; where it scores experts and their channels, the experts. A method that scores no experts needs it
+            for a mixture of experts, most of which it cannot cut.
         align: remaining FFN widths are multiples of this (64: tensor cores, 4-bit blocks; 1: comparisons with papers).
         protect: layers that are not cut; negative numbers count from the end.
         min_kept: least share of each layer's KV groups and of its channels that remains, in [0, 1).
@@ -96,6 +100,8 @@ class PruningMethod(EventSource):
     before_cut: Callable[[Decoder, PruningPlan], None] | None = None
     """Called with the dense model and the plan before the cut. An error that it raises ends the work there, for
     instance where an export format cannot hold the result."""
+    unit_kinds: ClassVar[tuple[ScoreKind, ...]] = ("heads", "channels")
+    """Kinds of units that the method's scores may have; empty for a method that removes whole blocks."""
     ignored_options: ClassVar[tuple[str, ...]] = ()
     """Options of this base class that mean nothing to the method. Values other than the defaults are refused, `--help`
     does not list them, and common options of a comparison skip the method."""
@@ -110,6 +116,7 @@ class PruningMethod(EventSource):
         budget: budget_rules.Budget = "parameters",
         scope: budget_rules.Scope = "layer",
         unit: budget_rules.Unit = "kv_group",
+        kinds: Sequence[ScoreKind] | None = None,
         align: int = 64,
         protect: Sequence[int] = (),
         min_kept: float = 0.0,
@@ -131,10 +138,19 @@ class PruningMethod(EventSource):
         for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
             if value < least:
                 raise BadOption(f"{name}: expected at least {least}, got {value}")
+        for kind in () if kinds is None else kinds:
+            if kind not in self.unit_kinds:
+                raise BadOption(f"kinds: expected some of {', '.join(self.unit_kinds)}, got {kind!r:.40}")
+        if kinds is not None and (isinstance(kinds, str) or not kinds or {"experts", "expert_channels"} <= set(kinds)):
+            raise BadOption(
+                f"kinds: expected a list such as [{self.unit_kinds[-1]}], with experts or expert_channels, not both, "
+                f"got {kinds!r:.60}"
+            )
         for source in [calibration] if isinstance(calibration, str) else calibration or []:
             text.check_text_source(source)
         self.given_plan = PruningPlan.load(plan_file) if plan_file else None
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
+        self.kinds = None if kinds is None else list(kinds)
         self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
         defaults = inspect.signature(PruningMethod.__init__).parameters
         for name in self.ignored_options:
@@ -183,10 +199,10 @@ class PruningMethod(EventSource):
     def load_or_score(self, context: PruningContext) -> list[LayerScores]:
         """Call `score`, or take its result of an earlier run from the cache."""
 
-        def score_as_pairs() -> list[tuple[Tensor | None, Tensor | None]]:
-            return [(layer.heads, layer.channels) for layer in self.score(context)]
+        def score_as_tuples() -> list[tuple[Tensor | None, ...]]:
+            return [tuple(getattr(layer, kind) for kind in get_args(ScoreKind)) for layer in self.score(context)]
 
-        return [LayerScores(*pair) for pair in self.compute_cached("scores", context, score_as_pairs)]
+        return [LayerScores(*scores) for scores in self.compute_cached("scores", context, score_as_tuples)]
 
     def compute_cached(self, name: str, context: PruningContext, compute: Callable[[], CachedResult]) -> CachedResult:
         """Call `compute`, or take its result from the cache where model, text and options are those of an earlier run.
@@ -241,17 +257,52 @@ class PruningMethod(EventSource):
 
         def select(scores: Sequence[LayerScores], **changes: Any) -> tuple[LayerPlan, ...]:
             nonlocal scores_emitted
+            scores = [self._drop_other_kinds(layer) for layer in scores]
             layers = budget_rules.select_units(decoder.shape.layers, scores, **(options | changes))
             if not scores_emitted and context.listeners:
                 scores_emitted = True
-                context.emit(
-                    "scores",
-                    heads=_list_scores(each.heads for each in scores),
-                    channels=_list_scores(each.channels for each in scores),
-                )
+                lists = {kind: _list_scores(getattr(each, kind) for each in scores) for kind in get_args(ScoreKind)}
+                experts_kinds = ("experts", "expert_channels") if decoder.shape.has_experts else ()
+                context.emit("scores", **{kind: lists[kind] for kind in ("heads", "channels", *experts_kinds)})
             return layers
 
         return select
+
+    def _drop_other_kinds(self, scores: LayerScores) -> LayerScores:
+        """The scores of those kinds of units that are cut."""
+        kinds = set(self.kinds or get_args(ScoreKind))
+        if self.kinds is None and scores.experts is not None:
+            kinds.discard("expert_channels")
+        return LayerScores(**{kind: getattr(scores, kind) for kind in kinds})
+
+    def add_to_calibration_record(self, **facts: Any) -> None:
+        """Add facts to what the plan says of its calibration."""
+        self._calibration_record = {**self._calibration_record, **facts}
+
+    def check_model_kind(self, model_type: str, has_experts: bool) -> None:
+        """Check that the method says something of the model's kind of layers; known before any weight is loaded.
+
+        Args:
+            model_type: of the decoder, for the message.
+            has_experts: whether it has a mixture of experts, see `prunelit.core.architectures.has_experts`.
+
+        Raises:
+            BadOption: a mixture of experts, of which the method scores no experts, or a model without experts for a
+                method that scores nothing else; or a budget that mixtures do not have.
+        """
+        expert_kinds = {"experts", "expert_channels"} & set(self.unit_kinds)
+        if self.unit_kinds and not has_experts and expert_kinds == set(self.unit_kinds):
+            raise BadOption(
+                f"model_type {model_type!r}: expected a mixture of experts for {self.name}, got a model without; "
+                "choose a method that scores heads and channels, such as llm_bip"
+            )
+        if self.unit_kinds and has_experts and not expert_kinds and self.kinds is None:
+            raise BadOption(
+                f"model_type {model_type!r}: {self.name} says nothing of experts, which are most of a mixture; "
+                "expected a method that does, such as reap, or kinds [heads, channels] to cut the rest of the model alone"
+            )
+        if has_experts and self.budget == "latency":
+            raise BadOption("budget: expected another one than 'latency' for a mixture of experts, which is not timed")
 
     def build_plan(self, context: PruningContext, layers: Sequence[LayerPlan]) -> PruningPlan:
         """Make the plan of remaining units, with this method's options, seed and calibration on record."""
@@ -348,6 +399,8 @@ class PruningMethod(EventSource):
         decoder, batches = context.decoder, context.batches
         check_calibration_batches(batches, needed=self.reads_text and given_plan is None)
         with self.time_stage("score_and_plan"):
+            if given_plan is None:
+                self.check_model_kind(decoder.config.model_type, decoder.shape.has_experts)
             if batches and self.needs_text(given_plan):
                 check_context_length(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()
@@ -463,8 +516,8 @@ def _check_ranks_agree(plan: PruningPlan) -> None:
             raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
 
 
-def _count_macs(hidden_size: int, shape: LayerShape, heads: int, groups: int, channels: int) -> float:
-    return shape.macs_at(hidden_size, heads, groups, channels)
+def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: Any) -> float:
+    return shape.macs_at(hidden_size, *widths, **mixture)
 
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:

@@ -129,10 +129,10 @@ def make_bias_cost(decoder: Decoder) -> Cost:
         attention = hidden if layer.has_attention and layer.output.bias is None else 0
         bias_sizes[layer.shape] = attention, hidden if layer.has_mlp and layer.down.bias is None else 0
 
-    def cost(shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int) -> int:
+    def cost(shape: LayerShape, query_heads: int, kv_groups: int, ffn_channels: int, **mixture: Any) -> int:
         attention, mlp = bias_sizes[shape]
         added = attention * (0 < query_heads < shape.query_heads) + mlp * (0 < ffn_channels < shape.ffn_channels)
-        return shape.parameters_at(query_heads, kv_groups, ffn_channels) + added
+        return shape.parameters_at(query_heads, kv_groups, ffn_channels, **mixture) + added
 
     return cost
 

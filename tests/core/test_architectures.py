@@ -18,12 +18,13 @@ from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadPlan, DeclarationMismatch, UnknownArchitecture
-from tests.tiny import FAMILIES, KINDS, SLIDING, cut, keep, tiny, tokens
+from tests.tiny import EXPERT_KINDS, FAMILIES, KINDS, MIXTURES, SLIDING, cut, keep, tiny, tokens
 from tests.tiny_multimodal import MULTIMODAL
 
 TOLERANCE = 1e-5  # of logits
 CASES = [(family, kind) for family, row in FAMILIES.items() for kind in KINDS if kind not in row.lacks]
-LACKING = [(family, kind) for family, row in FAMILIES.items() for kind in row.lacks]
+CASES += [(f, kind) for f, row in MIXTURES.items() for kind in (*KINDS, *EXPERT_KINDS) if kind not in row.lacks]
+LACKING = [(family, kind) for family, row in (FAMILIES | MIXTURES).items() for kind in row.lacks]
 
 
 class Case(NamedTuple):
@@ -111,7 +112,7 @@ def test_eager_attention_counts_the_heads_that_stay(family: str) -> None:
 
 
 def test_every_declared_family_is_tested() -> None:
-    alone = {row.model_type for row in FAMILIES.values()}
+    alone = {row.model_type for row in (FAMILIES | MIXTURES).values()}
     inside = {row.config["text_config"]["model_type"] for row in MULTIMODAL.values()}
     assert alone | inside == set(ARCHITECTURES)
 

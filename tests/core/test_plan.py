@@ -299,7 +299,7 @@ def without(*path: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     "change",
     {
-        "other format": edit("format", to="prunelit-plan/2"),
+        "other format": edit("format", to="prunelit-plan/3"),
         "no format": without("format"),
         "no method": without("method"),
         "no model": without("model"),

@@ -51,6 +51,7 @@ class BlockPruner(PruningCallback):
         1
     """
 
+    unit_kinds = ()
     ignored_options = IGNORED_OPTIONS
     repair_choices = ("none", "least_squares")  # no linear remains whose bias could hold the mean of a removed block
 
