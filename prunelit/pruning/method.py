@@ -299,7 +299,7 @@ class PruningMethod(EventSource):
         if self.unit_kinds and has_experts and not expert_kinds and self.kinds is None:
             raise BadOption(
                 f"model_type {model_type!r}: {self.name} says nothing of experts, which are most of a mixture; "
-                "expected a method that does, such as reap, or kinds [heads, channels] to cut the rest of the model alone"
+                "expected a method that does, such as reap, or kinds [heads, channels] to cut the rest alone"
             )
         if has_experts and self.budget == "latency":
             raise BadOption("budget: expected another one than 'latency' for a mixture of experts, which is not timed")

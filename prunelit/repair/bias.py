@@ -12,7 +12,7 @@ Legend: T tokens, H hidden, Q query heads, D head size, F FFN channels, C inputs
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
