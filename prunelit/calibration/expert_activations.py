@@ -31,6 +31,8 @@ class ExpertActivations(NamedTuple):
     """[N, C], input of the last linear."""
     outputs: Tensor
     """[N, H], before the factor."""
+    rows: Tensor
+    """[N], places of the tokens among those of the batch that are no padding."""
 
 
 ExpertObserver = Callable[[Layer, ExpertActivations], None]
@@ -62,7 +64,8 @@ def observe_layer_experts(
         outputs = experts.compute_output(weights, channels)
         real_tokens = get_real_tokens()
         is_real = slice(None) if real_tokens is None else real_tokens[rows]
-        activations = ExpertActivations(expert, x[is_real], gates[is_real], channels[is_real], outputs[is_real])
+        places = rows if real_tokens is None else (real_tokens.cumsum(0) - 1)[rows][is_real]
+        activations = ExpertActivations(expert, x[is_real], gates[is_real], channels[is_real], outputs[is_real], places)
         if len(activations.inputs):
             observer(layer, activations)
         return outputs * gates[:, None]

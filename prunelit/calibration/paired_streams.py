@@ -65,6 +65,7 @@ class PairedStreams:
         if not self.tokens:
             raise NoCalibration("repair: expected calibration tokens, got only padding")
         self._targets: dict[str, list[Tensor]] = {}
+        self._running_place = 0
         with torch.no_grad(), use_eval_mode(decoder.model):
             self.cut_streams = [
                 self.partial_forward.run_layers(batch, None, 0, start) if start else None
@@ -101,6 +102,10 @@ class PairedStreams:
         if point == "layer_output":
             return self._select_rows(place, cast(Tensor, self._dense_streams[place]))
         return self._targets[point][place]
+
+    def get_running_mask(self) -> Tensor | None:
+        """Return which of the flattened tokens of the batch that is running are no padding; None: all of them."""
+        return self._masks[self._running_place]
 
     def free_target(self, point: ActivationPoint) -> None:
         """Free the targets of a point that are not needed any more."""
@@ -160,7 +165,7 @@ class PairedStreams:
             if not needs_output and len(activations) == len(inner_points):
                 raise _AllPointsSeen
 
-        index = self.layer.index
+        index, self._running_place = self.layer.index, place
         with (
             use_eval_mode(self.decoder.model),
             _watch_points(self.layer, inner_points, store),

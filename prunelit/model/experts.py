@@ -80,6 +80,10 @@ class Experts:
         return cast(Tensor, getattr(self.module, self.names.down))
 
     @property
+    def hidden_size(self) -> int:
+        return int(self.router.weight.shape[1])
+
+    @property
     def channel_cost(self) -> int:
         """Parameters of one channel of one expert."""
         return sum(

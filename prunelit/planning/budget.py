@@ -65,8 +65,8 @@ def select_units(
             channels as the rest takes), so the layers stay alike; where experts or their channels have scores, these
             take the rest, and FFN channels lose floor(ratio * channels). "global" ranks the units of all layers
             together, so layers come to differ. "layer_mean" removes the share `ratio - ratio / 4 * z` of each kind in
-            each layer, where z is the layer's mean raw score, standardised over the layers; all shares are shifted by the same
-            amount to meet the budget.
+            each layer, where z is the layer's mean raw score, standardised over the layers; all shares are shifted by
+            the same amount to meet the budget.
         unit: attention is pruned by whole KV groups, or by the same number of query heads from every group.
         align: the remaining FFN widths are multiples of this.
         protect: layers that are not pruned; negative numbers count from the end.

@@ -21,6 +21,7 @@ class ExpertMethod(PruningCallback):
 
     unit_kinds = ("experts",)
     ignored_options = ("unit", "kinds", "align", "uniform_heads")
+    repair_choices = ("none", "least_squares", "merge")  # a bias cannot hold what an expert returned
     standardise = False
     score_options = ()
 

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, select_tower_inputs
+from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
@@ -246,8 +247,4 @@ def share_batches(batches: list[Batch]) -> list[Batch]:
         >>> share_batches([])  # one process
         []
     """
-    if dist.is_initialized():
-        box = [batches]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-    return batches
+    return broadcast_from_rank_zero(batches)

@@ -32,7 +32,7 @@ from prunelit.planning import budget as budget_rules
 from prunelit.planning import latency
 from prunelit.pruning import registry
 from prunelit.pruning.context import PruningContext
-from prunelit.repair import bias, reconstruct
+from prunelit.repair import bias, merge_experts, reconstruct
 from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import get_rank
 from prunelit.runtime.errors import BadOption, BadPlan
@@ -48,7 +48,7 @@ from prunelit.runtime.fingerprints import (
 from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.timing import time_stage
 
-Repair = Literal["none", "bias", "least_squares"]
+Repair = Literal["none", "bias", "least_squares", "merge"]
 
 
 class PruningMethod(EventSource):
@@ -73,7 +73,8 @@ class PruningMethod(EventSource):
             `prunelit.planning.serving`.
         repair: how the calibration text alone improves the cut model: "none"; "bias" adds the mean output of the
             removed units to the output biases; "least_squares" refits the output projections, layer by layer (see
-            `prunelit.repair.reconstruct`).
+            `prunelit.repair.reconstruct`); "merge", for methods that remove experts, merges these into the remaining
+            ones (see `prunelit.repair.merge_experts`).
         calibration: text source(s) to score on, see `prunelit.data.text`. Without one: the datamodule's
             `calibration_dataloader()`, else the first batches of the job's train dataloader.
         windows: sequences to score on.
@@ -107,7 +108,7 @@ class PruningMethod(EventSource):
     does not list them, and common options of a comparison skip the method."""
     cut_options: ClassVar[tuple[str, ...]] = ()
     """Options of the method that its `cut` reads, so that they may be given together with a plan."""
-    repair_choices: ClassVar[tuple[str, ...]] = get_args(Repair)
+    repair_choices: ClassVar[tuple[str, ...]] = ("none", "bias", "least_squares")
     """Allowed values of `repair`; a method that adds one carries it out in `cut`."""
 
     def __init__(
@@ -187,6 +188,8 @@ class PruningMethod(EventSource):
             surgery.apply(context.decoder, plan)
         elif self.repair == "bias":
             bias.apply_bias_compensation(context.decoder, plan, context.batches)
+        elif self.repair == "merge":
+            merge_experts.apply_merge(context.decoder, plan, context.batches)
         else:
             reconstruct.apply_least_squares(context.decoder, plan, context.batches, self.repair)
 

@@ -7,10 +7,9 @@ The dense layer is freed before the next one is cut, and there is never a second
 Legend: T tokens without padding.
 """
 
-import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, TypedDict, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,30 +20,17 @@ from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer, as_decoder, get_weight_out_in
-from prunelit.repair.least_squares import Fit, NormalEquations, widen_to_float32
+from prunelit.repair.expert_refit import refit_experts
+from prunelit.repair.fit_record import FitRecord, record_layer_fit
+from prunelit.repair.least_squares import NormalEquations, widen_to_float32
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import track_progress
-
-_log = logging.getLogger("prunelit")
 
 FitTarget = Literal["residual", "module"]
 """What a refit aims at, see `apply_least_squares`."""
 BlockName = Literal["attention", "mlp"]
 ActivationVisitor = tuple[Sequence[ActivationPoint], Callable[[Mapping[str, Tensor]], None]]
 """Points to observe, and a function that receives {point: activations [T, width]} of every batch."""
-
-
-class FitRecord(TypedDict):
-    """What a refit did to one linear, for reports: its layer and block, relative errors of its outputs, and the ridge.
-
-    Example: see `apply_least_squares`.
-    """
-
-    layer: int
-    block: str
-    before: float
-    after: float
-    ridge: float
 
 
 @torch.no_grad()
@@ -59,7 +45,8 @@ def apply_least_squares(
     """Cut a model in place and refit its remaining output projections, layer by layer.
 
     From the first layer that is cut on, the attention output projection and then the down projection of every layer are
-    corrected on the inputs that the model cut so far gives them. Memory beyond the model: four tensors of calibration
+    corrected on the inputs that the model cut so far gives them; of a mixture of experts the down projections of all
+    experts, see `prunelit.repair.expert_refit`. Memory beyond the model: four tensors of calibration
     tokens by hidden size, and X^T X of one linear. Time: less than four forward passes.
 
     Args:
@@ -111,6 +98,8 @@ def apply_least_squares(
                 fit = accumulate_equations(streams, block, target_point, hold_heads=block == "attention").solve(ridge)
                 fit.add_to(get_output_projection(streams.layer, block)[0])
                 records.append(record_layer_fit(index, block, fit))
+            if streams.layer.has_experts:
+                records.append(refit_experts(streams, ridge))
             if index + 1 < len(decoder.layers):
                 streams.leave_layer()
     surgery.finish_pruning(decoder, plan)
@@ -151,10 +140,7 @@ def find_first_changed(layers: Sequence[LayerPlan], decoder: Decoder) -> int:
     Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
     """
     pairs = zip(layers, decoder, strict=True)
-    changes = [
-        layer_plan.widths != LayerPlan.dense(layer.shape).widths or layer_plan.mixer != layer.has_mixer
-        for layer_plan, layer in pairs
-    ]
+    changes = [layer_plan.counts != LayerPlan.dense(layer.shape).counts for layer_plan, layer in pairs]
     return changes.index(True) if True in changes else len(changes)
 
 
@@ -204,11 +190,13 @@ def get_output_projection(layer: Layer, block: BlockName) -> tuple[nn.Module, Ac
 def _choose_target_points(layer: Layer, layer_plan: LayerPlan, target: FitTarget) -> dict[BlockName, ActivationPoint]:
     """Choose the point where each remaining block is fitted to the dense model."""
     points: dict[BlockName, ActivationPoint] = {}
-    mlp_remains = layer.has_mlp and not layer_plan.mlp_removed
+    # The FFN beside experts is left alone: some families scale its output by a gate of each token.
+    mlp_remains = layer.has_mlp and not layer_plan.mlp_removed and not layer.has_experts
+    experts_remain = layer.has_experts and not layer_plan.mlp_removed
     if layer.has_attention and not layer_plan.attention_removed:
         points["attention"] = "attention_output"
         if target == "residual" and layer.get_norm("attention_post_norm") is None:
-            if not mlp_remains:  # attention alone has to make up for the removed FFN
+            if not mlp_remains and not experts_remain:  # attention alone has to make up for the removed FFN
                 points["attention"] = "layer_output"
             elif not layer.architecture.parallel:
                 points["attention"] = "residual"
@@ -216,17 +204,3 @@ def _choose_target_points(layer: Layer, layer_plan: LayerPlan, target: FitTarget
         fit_module = target == "module" or layer.get_norm("mlp_post_norm") is not None
         points["mlp"] = "mlp_output" if fit_module else "layer_output"
     return points
-
-
-def record_layer_fit(layer: int, block: str, fit: Fit) -> FitRecord:
-    """Log a fit at debug level and return it as a record for reports.
-
-    Args:
-        layer: index of the layer.
-        block: name of the block.
-        fit: the fit of its output projection.
-
-    Example: see `prunelit.callbacks.greedy_output.two_step`, which uses it.
-    """
-    _log.debug("layer %d: %s: error %.4f -> %.4f (ridge %g)", layer, block, fit.before, fit.after, fit.ridge)
-    return {"layer": layer, "block": block, "before": fit.before, "after": fit.after, "ridge": fit.ridge}

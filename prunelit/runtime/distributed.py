@@ -45,3 +45,20 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
+
+
+def broadcast_from_rank_zero(value: Item) -> Item:
+    """Send a value of rank zero to all ranks, and return it; all ranks must call this.
+
+    Args:
+        value: a picklable value, such as a tensor on the CPU; what other ranks pass is ignored.
+
+    Example:
+        >>> broadcast_from_rank_zero([1, 2])
+        [1, 2]
+    """
+    if dist.is_initialized():
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+    return value

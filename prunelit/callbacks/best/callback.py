@@ -1,8 +1,9 @@
 """Best: Fisher scores in one list over layers and kinds, a refit on the pruned prefix, and a short distillation.
 
 Source: ours, from parts of the field. In order:
-1. One backward pass gives the score: the Fisher information of every head's and channel's mask (arXiv 1906.10771,
-   2204.09656), per parameter. All layers and kinds are ranked in one list, and `min_kept` limits the cut of a layer.
+1. One backward pass gives the score: the Fisher information of the mask of every head, channel and expert (arXiv
+   1906.10771, 2204.09656), per parameter. All layers and kinds are ranked in one list, and `min_kept` limits the cut of
+   a layer.
 2. The dense model generates as many tokens as the calibration text has (LLM-QAT, arXiv 2305.17888), see
    `prunelit.callbacks.best.generated_text`.
 3. On both texts the output projections are refitted on the pruned prefix (`prunelit.repair.reconstruct`).
@@ -18,13 +19,13 @@ Legend: Q query heads, F FFN channels.
 """
 
 import math
-from typing import Any
+from typing import Any, get_args
 
 from prunelit.calibration.batches import count_real_tokens
 from prunelit.callbacks.best import distill, generated_text
 from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.core.plan import LayerShape, PruningPlan
-from prunelit.core.scores import LayerScores
+from prunelit.core.scores import LayerScores, ScoreKind
 from prunelit.model.decoder import Decoder
 from prunelit.planning import budget
 from prunelit.pruning.callback import PruningCallback
@@ -60,6 +61,7 @@ class Best(PruningCallback):
     """
 
     standardise = False
+    unit_kinds = get_args(ScoreKind)
     score_options = ("unit", "own_text", "seed")
     repair_choices = ("none",)  # `cut` has a repair of its own
     cut_options = ("own_text", "ridge", "epochs", "learning_rate", "denoise")
@@ -99,7 +101,11 @@ class Best(PruningCallback):
                 heads = heads / (shape.query_head_cost + shared_cost)
             if channels is not None:
                 channels = channels / shape.channel_cost
-            layer_scores.append(LayerScores(heads, channels))
+            experts, expert_channels = scores.experts, scores.expert_channels
+            if experts is not None and expert_channels is not None:
+                experts = experts / shape.expert_cost
+                expert_channels = expert_channels / (shape.expert_channel_cost * shape.experts)
+            layer_scores.append(LayerScores(heads, channels, experts, expert_channels))
         return layer_scores
 
     def get_min_kept(self, decoder: Decoder) -> float:
@@ -107,7 +113,7 @@ class Best(PruningCallback):
             return self.min_kept
         shapes = decoder.shape.layers
         protected = {layer % len(shapes) for layer in self.protect}
-        removable = sum(_count_removable(shape, self.unit) for i, shape in enumerate(shapes) if i not in protected)
+        removable = sum(self._count_removable(shape) for i, shape in enumerate(shapes) if i not in protected)
         even_cut = self.ratio * decoder.shape.block_parameters / max(1, removable)
         return max(0.0, _EVEN_SHARE * (1 - even_cut))
 
@@ -128,13 +134,19 @@ class Best(PruningCallback):
             cut, own_batches, dense_streams, self.epochs, self.learning_rate, self.denoise, seed=self.seed
         )
 
+    def _count_removable(self, shape: LayerShape) -> int:
+        """Count the parameters of a layer that may be removed: all but one KV group, or one query head of each.
 
-def _count_removable(shape: LayerShape, unit: budget.Unit) -> int:
-    """Count the parameters of a layer that may be removed; one KV group, or one query head of each, has to stay."""
-    removable = shape.channel_cost * shape.ffn_channels
-    if shape.heads_prunable and shape.kv_groups:
-        if unit == "kv_group":
-            removable += (shape.kv_groups - 1) * (shape.group_size * shape.query_head_cost + shape.kv_head_cost)
-        else:
-            removable += (shape.query_heads - shape.kv_groups) * shape.query_head_cost
-    return removable
+        Of a mixture those of experts, or of their channels, down to what the router needs.
+        """
+        removable = shape.channel_cost * shape.ffn_channels
+        if shape.experts and self.kinds is not None and "expert_channels" in self.kinds:
+            removable += shape.experts * shape.expert_channel_cost * shape.expert_channels
+        elif shape.experts:
+            removable += (shape.experts - shape.least_experts) * shape.expert_cost
+        if shape.heads_prunable and shape.kv_groups:
+            if self.unit == "kv_group":
+                removable += (shape.kv_groups - 1) * (shape.group_size * shape.query_head_cost + shape.kv_head_cost)
+            else:
+                removable += (shape.query_heads - shape.kv_groups) * shape.query_head_cost
+        return removable

@@ -161,9 +161,12 @@ def _denoise_changes(
     """Remove noise from the changes of the matrices; norms and biases are too small to tell noise from signal."""
     weights = list(zip(trained, masters, start_weights, strict=True))
     for parameter, master, start in track_progress(weights, "denoising", unit="weight"):
+        start_float32 = start.float()
         if parameter.ndim == 2:
-            start_float32 = start.float()
             parameter.copy_(start_float32 + estimate_signal(master - start_float32))
+        elif parameter.ndim == 3:  # one matrix per expert
+            changes = [estimate_signal(change) for change in master - start_float32]
+            parameter.copy_(start_float32 + torch.stack(changes))
 
 
 def _compute_divergence(

@@ -22,13 +22,13 @@ from prunelit.core.plan import LayerPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer, get_weight_out_in
 from prunelit.model.per_layer import find
+from prunelit.repair.fit_record import record_layer_fit
 from prunelit.repair.least_squares import NormalEquations, widen_to_float32
 from prunelit.repair.reconstruct import (
     BlockName,
     accumulate_equations,
     find_first_changed,
     get_output_projection,
-    record_layer_fit,
 )
 from prunelit.runtime.progress import track_progress
 
