@@ -22,7 +22,8 @@ from prunelit.runtime.text_files import write_text
 
 __all__ = ["LayerPlan", "LayerShape", "ModelShape", "PruningPlan", "get_applied_plans"]
 
-_FORMAT, _FORMAT_WITH_EXPERTS = "prunelit-plan/1", "prunelit-plan/2"
+PLAN_FORMATS = "prunelit-plan/1", "prunelit-plan/2"
+"""The second one is that of plans with experts."""
 # Fields that plans of other models have empty; their digests are what they were before there were such fields.
 _ADDED_UNITS = ("experts", "expert_channels")
 _ADDED_BIAS_KEY, _WHOLE_MIXER = "added_bias", "whole"
@@ -310,7 +311,7 @@ class PruningPlan:
         model = self.model.to_dict()
         shapes = model.pop("layers")
         head = {
-            "format": _FORMAT_WITH_EXPERTS if self.model.has_experts else _FORMAT,
+            "format": PLAN_FORMATS[self.model.has_experts],
             "method": self.method,
             "options": dict(self.options),
             "seed": self.seed,
@@ -329,9 +330,9 @@ class PruningPlan:
             BadPlan: not JSON, not this format, a name missing or unknown, or contradictory content.
         """
         data = plan_json.parse_plan_json(text)
-        if not isinstance(data, dict) or data.get("format") not in (_FORMAT, _FORMAT_WITH_EXPERTS):
+        if not isinstance(data, dict) or data.get("format") not in PLAN_FORMATS:
             format_name = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise BadPlan(f"plan: expected format {_FORMAT!r} or {_FORMAT_WITH_EXPERTS!r}, got {format_name!r:.60}")
+            raise BadPlan(f"plan: expected format {' or '.join(map(repr, PLAN_FORMATS))}, got {format_name!r:.60}")
         names = ("method", "options", "seed", "calibration", "model", "dense_layers", "layers")
         plan_json.check_object_names("plan", data, names, ("format", "predicted"))
         for name in ("dense_layers", "layers"):

@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from prunelit.core.plan import PLAN_FORMAT
+from prunelit.core.plan import PLAN_FORMATS
 from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.runtime.atomic_files import check_kind, explain_refusal, try_writing
 from prunelit.runtime.errors import OutputNotWritable
@@ -90,7 +90,7 @@ def is_prunelit_output(folder: Path) -> bool:
     names = {path.name for path in folder.iterdir()}
     if (
         any(beside <= names for beside in _OLDER_OUTPUT_FILES)
-        and _read_json_object(folder / "plan.json").get("format") == PLAN_FORMAT
+        and _read_json_object(folder / "plan.json").get("format") in PLAN_FORMATS
     ):
         return True
     # An older run that pruned nothing wrote its adapters without a plan, beside the model that they were merged into.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from prunelit import LLMBIP
-from prunelit.core.plan import PLAN_FORMAT
+from prunelit.core.plan import PLAN_FORMATS
 from prunelit.data import loading
 from prunelit.export import check_output, formats, save
 from prunelit.export.overwrite import is_prunelit_output
@@ -53,7 +53,7 @@ def test_every_format_leaves_the_mark(format: str, unproved: bool, tmp_path: Pat
     assert is_prunelit_output(tmp_path / "m")
 
 
-PLAN = json.dumps({"format": PLAN_FORMAT})
+PLAN = json.dumps({"format": PLAN_FORMATS[0]})
 
 
 @pytest.mark.parametrize(
