@@ -63,7 +63,9 @@ class Architecture:
             each of the first layers that cannot be removed, or their number. Their number in the model matters to what
             it computes: features of a tower go to them, or keys are shared between them.
         text_family: for a decoder that transformers has inside a multimodal model only: the `model_type` of a causal LM
-            that computes the same on text.
+            that computes the same on text, with the same names of weights.
+        text_settings: config values of that causal LM that this decoder's config has under another name, or not at all:
+            a string names the attribute here, anything else is the value.
         layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
             a module or to True are applied in order.
         requires: config attributes and the value that the declaration relies on.
@@ -117,6 +119,7 @@ class Architecture:
     layer_config: bool = False
     fixed_layers: str | None = None
     text_family: str | None = None
+    text_settings: Mapping[str, Any] = field(default_factory=dict)
     layer_variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
@@ -132,7 +135,8 @@ class Architecture:
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers", "layer_parts", "text_family")
+        of_whole_models = ("fixed_layers", "text_family", "text_settings")
+        left_out = ("requires", "variants", "position_table", "layer_parts", *of_whole_models)
         return {key: value for key, value in vars(self).items() if key not in left_out}
 
 
@@ -315,8 +319,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma4_unified_text": _GEMMA4,
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
     "glm4": _GLM4,
-    "glm4v_text": _GLM4,
-    "glm_ocr_text": _GLM4,
+    # Their configs have `attention_bias` too, which neither reads.
+    "glm4v_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": True}),
+    "glm_ocr_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": False}),
     "gpt2": replace(
         _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     ),
@@ -365,14 +370,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     # Features of pictures are added between layers by their number.
-    "granite4_vision_text": replace(_LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"),
+    "granite4_vision_text": replace(
+        _LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers", text_family="granite"
+    ),
     "granite_docling_text": replace(
-        _LLAMA, residual_scale="residual_multiplier", fixed_layers="vision_config.deepstack_visual_indexes"
+        _LLAMA,
+        residual_scale="residual_multiplier",
+        fixed_layers="vision_config.deepstack_visual_indexes",
+        text_family="granite",
     ),
     "granite_swa": replace(_LLAMA, residual_scale="residual_multiplier", per_head={"sinks": "query"}),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
-    "hunyuan_vl_text": _LLAMA,
+    "hunyuan_vl_text": replace(_LLAMA, text_family="hunyuan_v1_dense"),
     "hyperclovax": replace(
         _LLAMA,
         attention_post_norm="post_norm1",
@@ -421,6 +431,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 },
             ),
             ({"qk_norm_type": "olmo"}, {"heads_prunable": False}),
+            ({"qk_norm_type": "qwen3", "norm_after": False, "attention_bias": False}, {"text_family": "qwen3"}),
         ),
     ),
     # The gate on the attention's output is a linear of its own.
@@ -467,7 +478,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="act",
         norm="layer",
     ),
-    "paddleocr_vl_text": _LLAMA,
+    "paddleocr_vl_text": replace(
+        _LLAMA, text_family="llama", text_settings={"attention_bias": "use_bias", "mlp_bias": "use_bias"}
+    ),
     "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
     "phi3": replace(
         _LLAMA,
