@@ -16,6 +16,7 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.text_model import count_tower_parameters, extract_text_model
 from prunelit.runtime.errors import DoesNotFit
+from tests.export.tokenizers_of import VOCABULARY, tokenizer
 from tests.tiny import cut, keep, perturb, tiny_tokenizer, tokens
 from tests.tiny_multimodal import MULTIMODAL, tiny_multimodal
 
@@ -123,3 +124,13 @@ def test_every_declared_text_family_is_tested() -> None:
     declared = {name for name, architecture in ARCHITECTURES.items() if architecture.text_family}
     tested = {dict(MULTIMODAL[family].config)["text_config"]["model_type"] for family in TEXT_FAMILIES}
     assert declared <= tested | {"qwen2_5_vl_text", "qwen3_vl_text"}  # tests/test_multimodal.py
+
+
+def test_gguf_and_deci_hold_the_llama_inside_paddleocr(tmp_path: Path) -> None:
+    """As the table of families says of formats for text models."""
+    model = build_multimodal("paddleocr_vl")
+    model.resize_token_embeddings(VOCABULARY)
+    surgery.apply(model, cut(model, "query_head"))
+    write_model(model, tmp_path / "out.gguf", tokenizer("smollm"), format="gguf", unproved=True)
+    write_model(model, tmp_path / "deci", format="deci")
+    assert (tmp_path / "out.gguf").is_file() and (tmp_path / "deci" / "config.json").is_file()
