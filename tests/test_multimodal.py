@@ -1,6 +1,7 @@
 """One contract for every multimodal model: its decoder is cut, its tower stays, and the whole model loads again."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import prunelit
+from prunelit.cli.main import main
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.export.write import write_model
 from prunelit.model import surgery
@@ -128,6 +130,32 @@ def test_text_model_computes_the_same(family: str, tmp_path: Path) -> None:
     loaded = prunelit.load(tmp_path / "out")
     assert_close(logits(loaded, input_ids=tokens()), logits(model, input_ids=tokens()))
     assert not list_tower_parameters(loaded)
+
+
+def test_parameters_outside_the_decoder_layers_are_told_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny_multimodal("llava")
+    model.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    tower = sum(parameter.numel() for parameter in list_tower_parameters(model))
+    in_layers = sum(parameter.numel() for parameter in Decoder(model).layer_modules.parameters())
+    others = sum(parameter.numel() for parameter in model.parameters()) - in_layers
+    given = ["--model", str(tmp_path / "dense"), "--method", "magnitude", "--ratio", "0.3", "--align", "8"]
+    assert main(["plan", *given, "--out", str(tmp_path / "plan.json")]) == 0, capsys.readouterr()
+    said = capsys.readouterr().out
+    assert f"; outside the decoder layers {others:,} stay" in said
+    row = next(line for line in said.splitlines() if line.startswith("other parameters"))
+    assert row.split()[2:] == [f"{others:,}", f"{others:,}", "1.000"]
+    assert main(["prune", *given, "--out", str(tmp_path / "cut")]) == 0, capsys.readouterr()
+    apart = f"stay {others - tower:,} of embeddings, last norm and head, {tower:,} of tower and projector"
+    assert apart in capsys.readouterr().out
+    report = json.loads((tmp_path / "cut" / "report.json").read_text())
+    assert report["tower_parameters"] == tower
+    assert all(report[row]["parameters"] - report[row]["block_parameters"] == others for row in ("dense", "pruned"))
+    page = (tmp_path / "cut" / "report.html").read_text()
+    assert "parameters outside of them" in page and f"{others:,}" in page
+    assert "tower and projector" in page and f"{tower:,}" in page
 
 
 def test_layers_that_get_features_by_number_stay() -> None:

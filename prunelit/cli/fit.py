@@ -110,8 +110,7 @@ class PrunelitCLI(LightningCLI):
         check_single_pruner([entry.class_path.rpartition(".")[2] for entry in pruners], "plan" if config.plan else None)
         if config.plan:
             pruners[0].init_args.plan_file = config.plan
-        if pruners:
-            sources.check_prunable_source(config.model.model)
+        sources.check_prunable_source(config.model.model)
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _set_progress_defaults(self, config: Namespace) -> None:

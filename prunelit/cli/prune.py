@@ -23,8 +23,10 @@ from prunelit.export import load_commands
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.model.text_model import count_tower_parameters
 from prunelit.pruning.callback import PruningCallback
 from prunelit.report import run_page
+from prunelit.report.format_numbers import describe_other_parameters
 from prunelit.report.record import Record
 from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
 from prunelit.runtime.errors import BadOption
@@ -99,6 +101,7 @@ def prune_model(
     with nullcontext() if stream else move_to_device(network, target_device):
         dense_decoder = Decoder(network)
         dense_size = metrics.measure_model_size(dense_decoder)
+        tower_parameters = count_tower_parameters(network)
         plan = method.prune(dense_decoder, batches)
         pruned_decoder = Decoder(network)
         with method.time_stage("save"):
@@ -113,6 +116,7 @@ def prune_model(
         "options": plan.options,
         "dense": dense_size,
         "pruned": metrics.measure_model_size(pruned_decoder) | ratios,
+        "tower_parameters": tower_parameters,
         "calibration": plan.calibration,
         "format": written.format,
         "seconds": {name: round(value, 2) for name, value in method.seconds.items()},
@@ -125,6 +129,7 @@ def prune_model(
         record.on_event("measured", {"name": name, "row": report[name]})
     given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
     record.facts |= {
+        "tower_parameters": tower_parameters,
         "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
         "load": load_commands.list_load_commands(written.format, Path(out), plan),
     }
@@ -157,9 +162,9 @@ def run(command: str, arguments: list[str]) -> int:
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
     rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
-    print_result(
-        f"{metrics.format_text_table(rows)}\n\nremoved {share[0]:.2%} of block parameters, {share[1]:.2%} of all"
-    )
+    others = describe_other_parameters(report["pruned"], report["tower_parameters"])
+    removed = f"removed {share[0]:.2%} of block parameters, {share[1]:.2%} of all; {others}"
+    print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
     return 0
 

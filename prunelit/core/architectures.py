@@ -218,8 +218,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
     "glm4": _GLM4,
     "glm4_moe": replace(_LLAMA, mixture=_CORRECTED_MIXTURE),
-    "glm4v_text": _GLM4,
-    "glm_ocr_text": _GLM4,
+    # Their configs have `attention_bias` too, which neither reads.
+    "glm4v_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": True}),
+    "glm_ocr_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": False}),
     "gpt2": replace(
         _GPT, fused_qkv="c_attn", requires={"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
     ),
@@ -284,14 +285,19 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     # Features of pictures are added between layers by their number.
-    "granite4_vision_text": replace(_LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers"),
+    "granite4_vision_text": replace(
+        _LLAMA, residual_scale="residual_multiplier", fixed_layers="num_hidden_layers", text_family="granite"
+    ),
     "granite_docling_text": replace(
-        _LLAMA, residual_scale="residual_multiplier", fixed_layers="vision_config.deepstack_visual_indexes"
+        _LLAMA,
+        residual_scale="residual_multiplier",
+        fixed_layers="vision_config.deepstack_visual_indexes",
+        text_family="granite",
     ),
     "granite_swa": replace(_LLAMA, residual_scale="residual_multiplier", per_head={"sinks": "query"}),
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
-    "hunyuan_vl_text": _LLAMA,
+    "hunyuan_vl_text": replace(_LLAMA, text_family="hunyuan_v1_dense"),
     "hyperclovax": replace(
         _LLAMA,
         attention_post_norm="post_norm1",
@@ -368,6 +374,7 @@ ARCHITECTURES: dict[str, Architecture] = {
                 },
             ),
             ({"qk_norm_type": "olmo"}, {"heads_prunable": False}),
+            ({"qk_norm_type": "qwen3", "norm_after": False, "attention_bias": False}, {"text_family": "qwen3"}),
         ),
     ),
     # The gate on the attention's output is a linear of its own.
@@ -415,7 +422,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         activation="act",
         norm="layer",
     ),
-    "paddleocr_vl_text": _LLAMA,
+    "paddleocr_vl_text": replace(
+        _LLAMA, text_family="llama", text_settings={"attention_bias": "use_bias", "mlp_bias": "use_bias"}
+    ),
     "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
     "phi3": replace(
         _LLAMA,

@@ -115,7 +115,9 @@ class Architecture:
             each of the first layers that cannot be removed, or their number. Their number in the model matters to what
             it computes: features of a tower go to them, or keys are shared between them.
         text_family: for a decoder that transformers has inside a multimodal model only: the `model_type` of a causal LM
-            that computes the same on text.
+            that computes the same on text, with the same names of weights.
+        text_settings: config values of that causal LM that this decoder's config has under another name, or not at all:
+            a string names the attribute here, anything else is the value.
         layer_variants: (path in the layer, overrides) pairs for families whose layers differ; those whose path leads to
             a module or to True are applied in order.
         requires: config attributes and the value that the declaration relies on.
@@ -170,6 +172,7 @@ class Architecture:
     layer_config: bool = False
     fixed_layers: str | None = None
     text_family: str | None = None
+    text_settings: Mapping[str, Any] = field(default_factory=dict)
     layer_variants: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     requires: Mapping[str, Any] = field(default_factory=dict)
     variants: tuple[tuple[Mapping[str, Any], Mapping[str, Any]], ...] = ()
@@ -185,6 +188,7 @@ class Architecture:
     @property
     def names(self) -> dict[str, Any]:
         """The declaration as plain data, for a saved folder; without conditions, which are already resolved there."""
-        left_out = ("requires", "variants", "position_table", "fixed_layers", "layer_parts", "text_family")
+        of_whole_models = ("fixed_layers", "text_family", "text_settings")
+        left_out = ("requires", "variants", "position_table", "layer_parts", *of_whole_models)
         names = {key: value for key, value in vars(self).items() if key not in left_out}
         return names | {"mixture": asdict(self.mixture) if self.mixture else None}

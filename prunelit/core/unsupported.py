@@ -145,7 +145,7 @@ def describe_model_kind(config: Any) -> str:
         return "a decoder with ALiBi, a bias built for all of the config's heads; nothing of it is cut"
     if experts > 1 or ((model_type in _MIXTURES or "moe" in model_type) and experts < 0):
         count = f"{experts} " if experts > 1 else ""
-        return f"a mixture of {count}experts; experts are not cut yet, attention and dense FFNs of it neither"
+        return f"a mixture of {count}experts; mixtures are cut, but not without a declaration"
     if getattr(config, "kv_lora_rank", None):
         return "latent attention (kv_lora_rank), whose heads share one projection; nothing of it is cut undeclared"
     if key := next((key for key in _NESTED_DECODERS if getattr(config, key, None)), None):

@@ -173,16 +173,16 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
         if name not in names:
             missing.add(name)
             continue
-        file_name = names[name]
-        view, (path, _, leaf) = files.map_tensor(file_name), name.rpartition(".")
+        file_names = names[name]
+        view, (path, _, leaf) = files.map_joined(file_names), name.rpartition(".")
         if view.shape != meta.shape:
             raise SourceNotFound(
-                f"model {str(files.folder)!r}: {file_name}: expected {list(meta.shape)}, got {list(view.shape)}; the "
-                "files are quantised or belong to another config"
+                f"model {str(files.folder)!r}: {', '.join(file_names)}: expected {list(meta.shape)}, got "
+                f"{list(view.shape)}; the files are quantised or belong to another config"
             )
         if id(meta) in linear_weights:
             value: Tensor = LazyWeight.from_reader(
-                name, partial(files.map_tensor, file_name), meta.shape, meta.dtype, device
+                name, partial(files.map_joined, file_names), meta.shape, meta.dtype, device
             )
         elif name in known and torch.equal(known[name], view.to(device, meta.dtype)):
             value = known[name]

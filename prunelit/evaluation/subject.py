@@ -39,10 +39,12 @@ class EvaluatedModel:
 
         Raises:
             SourceNotFound: no such model.
+            UnknownArchitecture, BadQuantisation: it is not of a declared family, so its costs are not known, or its
+                weights are in few bits of another program.
             BadAdapter: no such adapter, or its shapes do not match the model's.
             BadOption: no such device.
         """
-        sources.check_model_source(self.source)
+        sources.check_prunable_source(self.source)
         choose_device(self.device)
         if self.adapter is not None:
             adapter_files.check_adapter(self.adapter, self.source)

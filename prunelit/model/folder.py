@@ -1,7 +1,7 @@
 """A folder that transformers saved, read without transformers' loader: the model without memory, tensors one by one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
@@ -157,11 +157,42 @@ class SafetensorsFolder:
             reason = getattr(error, "strerror", None) or " ".join(f"{type(error).__name__}: {error}".split())
             raise SourceNotFound(f"model {str(self.folder)!r}: cannot be loaded: {name}: {reason}") from error
 
-    def match_names(self, model: Any) -> dict[str, str]:
-        """The names here by those in a model: transformers renames some of a family's when it loads and saves them."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming, rename_source_key
+    def map_joined(self, names: Sequence[str]) -> Tensor:
+        """A weight of a model: one tensor, not yet read; or several, which are read and joined along dimension 0."""
+        tensors = [self.map_tensor(name) for name in names]
+        return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
-        renamings = [x for x in get_model_conversion_mapping(model) if isinstance(x, WeightRenaming)]
+    def match_names(self, model: Any) -> dict[str, tuple[str, ...]]:
+        """The names here by those in a model: transformers renames some of a family's when it loads and saves them.
+
+        It stores some weights in parts, such as the convolution of queries, keys and values in olmo_hybrid. Their names
+        are in the order in which `map_joined` joins them. Weights that are stored in any other way have no names.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        conversions = get_model_conversion_mapping(model)
+        renamings = [x for x in conversions if isinstance(x, WeightRenaming)]
+        joins = [x for x in conversions if isinstance(x, WeightConverter) and _joins_rows(x)]
+        patterns = [pair for join in joins for pair in enumerate(join.source_patterns)]
+        order: dict[str | None, int] = {pattern: index for index, pattern in patterns}
         known, prefix = model.state_dict(), model.base_model_prefix
-        return {rename_source_key(name, renamings, [], prefix, known)[0]: name for name in self.file_by_tensor}
+        parts_by_name: dict[str, list[tuple[int, str]]] = {}
+        for file_name in self.file_by_tensor:
+            name, pattern = rename_source_key(file_name, renamings, joins, prefix, known)
+            parts_by_name.setdefault(name, []).append((order.get(pattern, 0), file_name))
+        return {name: tuple(part for _, part in sorted(parts)) for name, parts in parts_by_name.items()}
+
+
+def _joins_rows(conversion: Any) -> bool:
+    """Whether transformers makes a weight of stored parts by joining them along dimension 0, and does nothing else."""
+    from transformers.core_model_loading import Concatenate
+
+    operations = conversion.operations
+    return (
+        [type(operation) for operation in operations] == [Concatenate]
+        and operations[0].dim == 0
+        and operations[0].num_shards_attribute is None
+        and len(conversion.target_patterns) == 1
+        and not any("*" in pattern for pattern in conversion.source_patterns)
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from prunelit.core.architectures import get_architecture, get_decoder_config
+from prunelit.model.copies import copy_sharing_tensors
 from prunelit.runtime.errors import DoesNotFit
 
 
@@ -59,19 +60,42 @@ def list_tower_parameters(model: Any) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if id(parameter) not in of_text]
 
 
+def count_tower_parameters(model: Any) -> int:
+    """Count the parameters of a multimodal model's towers and projectors; 0 for a causal LM.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> count_tower_parameters(LlamaForCausalLM(LlamaConfig(**sizes)))
+        0
+    """
+    return sum(parameter.numel() for parameter in list_tower_parameters(model))
+
+
 def _derive_text_config(decoder_config: Any) -> Any:
     """Derive the config of the causal LM that computes what a decoder computes on text."""
     from transformers import CONFIG_MAPPING
 
-    text_family = get_architecture(decoder_config).text_family
-    if text_family is None:
+    architecture = get_architecture(decoder_config)
+    if architecture.text_family is None:
         return copy.deepcopy(decoder_config)
-    config_class = CONFIG_MAPPING[text_family]
+    config_class = CONFIG_MAPPING[architecture.text_family]
     names = {item.name for item in fields(config_class)} - {"model_type", "architectures"}
     settings = {name: value for name, value in decoder_config.to_dict().items() if name in names}
+    if "head_dim" in names and not settings.get("head_dim"):  # families differ in what it is without a value
+        settings["head_dim"] = decoder_config.hidden_size // decoder_config.num_attention_heads
+    for name, value in architecture.text_settings.items():
+        settings[name] = getattr(decoder_config, value) if isinstance(value, str) else value
     # Positions of text are the same in time, height and width, so the sections of the rotary table say nothing.
     rope = {name: value for name, value in settings["rope_parameters"].items() if name != "mrope_section"}
     return config_class.from_dict(settings | {"rope_parameters": rope})
+
+
+def _scales_some_layers(decoder_config: Any) -> bool:
+    """Whether positions are scaled in some layers and not in others (molmo2)."""
+    scaled = getattr(decoder_config, "rope_scaling_layers", None)
+    is_plain = (getattr(decoder_config, "rope_parameters", None) or {}).get("rope_type", "default") == "default"
+    return scaled is not None and not is_plain and len(scaled) < decoder_config.num_hidden_layers
 
 
 def extract_text_model(model: Any) -> Any:
@@ -93,6 +117,11 @@ def extract_text_model(model: Any) -> Any:
     if getattr(decoder, "lm_head", None) is not None:  # a causal LM as it is
         return decoder
     config = _derive_text_config(decoder.config)
+    if _scales_some_layers(decoder.config):
+        raise DoesNotFit(
+            f"text_only: expected one rotary table for all layers, got a scaled one for {decoder.config.model_type!r} "
+            f"layers {decoder.config.rope_scaling_layers} only, which no causal LM has; write the whole model"
+        )
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise DoesNotFit(
             f"text_only: expected a decoder that transformers has a causal LM for, got {config.model_type!r}, which is "
@@ -101,6 +130,12 @@ def extract_text_model(model: Any) -> Any:
     config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
     with torch.device("meta"):
         text_model: Any = AutoModelForCausalLM.from_config(config)
+    embeddings = model.get_input_embeddings().weight
+    if len(embeddings) > len(head.weight):  # those of further tokens, which stand for pictures and are never predicted
+        decoder = copy_sharing_tensors(decoder)
+        kept_rows = nn.Parameter(embeddings.detach()[: len(head.weight)], requires_grad=embeddings.requires_grad)
+        decoder.get_input_embeddings().weight = kept_rows
+        decoder.get_input_embeddings().num_embeddings = len(kept_rows)
     setattr(text_model, text_model.base_model_prefix, decoder)
     text_model.set_output_embeddings(head)
     text_model.config.name_or_path = text_model.name_or_path = str(model.config.name_or_path)

@@ -27,6 +27,7 @@ from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.model.text_model import count_tower_parameters
 from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import (
@@ -38,10 +39,12 @@ from prunelit.pruning.job import (
     fingerprint_job,
     read_callback_states,
 )
+from prunelit.quantization import views
 from prunelit.recovery import finish
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.report import run_page
+from prunelit.report.format_numbers import describe_other_parameters
 from prunelit.report.record import Record
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
@@ -133,6 +136,7 @@ class RunReport(Recorder, EventSource):
         self.record.title = Decoder(model).shape.name
         with move_to_device(model, trainer.strategy.root_device):
             self._measure_state("dense", model, metrics.measure_model_size(model))
+            self.report["tower_parameters"] = count_tower_parameters(views.view_as_plain_linears(model))
             self._write_completions("dense", model, trainer)
         self._write_report(trainer)
 
@@ -195,7 +199,9 @@ class RunReport(Recorder, EventSource):
             rows = {name: self.report[name] for name in ("dense", "pruned", "recovered")}
             folders = "model/" + " adapter/" * ("merge" in self.report) + " base/" * ("base_format" in self.report)
             files = "report.html report.json plan.json config.yaml"
-            sys.stdout.write(f"\n{metrics.format_text_table(rows)}\n\n{self._folder}/: {folders} {files}\n")
+            others = describe_other_parameters(self.report["recovered"], self.report["tower_parameters"])
+            table = metrics.format_text_table(rows)
+            sys.stdout.write(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n")
 
     def state_dict(self) -> dict[str, str | None]:
         """Fingerprints of the dense model and the tokenizer."""
@@ -288,7 +294,7 @@ class RunReport(Recorder, EventSource):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
-        names = ("protocol", "versions", "seed", "memory", "trained_steps")
+        names = ("protocol", "versions", "seed", "memory", "trained_steps", "tower_parameters")
         self.record.facts |= {name: self.report[name] for name in names if name in self.report}
         self.record.facts |= {
             "hardware": describe_hardware(trainer.strategy.root_device),

@@ -162,7 +162,7 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
     del model.config.quantization_config
     names = files.match_names(model)
     for name, module in list(model.named_modules()):
-        weight = names.get(f"{name}.weight", "")
+        weight = next(iter(names.get(f"{name}.weight", ())), "")
         offset_names = [f"{weight.removesuffix('weight')}{last}" for last in ("scales", "qbiases")]
         if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in offset_names):
             codes, scale, zero = (files.map_tensor(key) for key in (weight, *offset_names))
@@ -185,9 +185,9 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
             if empty.is_meta:
                 missing.add(name)
             continue  # a part of a 4-bit linear, or tied
-        value = files.map_tensor(names[name])
+        value = files.map_joined(names[name])
         if value.shape != empty.shape:
-            raise _make_shape_error(folder, names[name], str(list(empty.shape)), value)
+            raise _make_shape_error(folder, ", ".join(names[name]), str(list(empty.shape)), value)
         value = value.to(empty.dtype, copy=True)
         path, _, last = name.rpartition(".")
         setattr(model.get_submodule(path), last, nn.Parameter(value) if isinstance(empty, nn.Parameter) else value)

@@ -1,6 +1,7 @@
 """Formats numbers for tables, figures and pages."""
 
 import math
+from collections.abc import Mapping
 from typing import TypedDict
 
 
@@ -65,6 +66,28 @@ def format_count(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g} {letter}"
     return f"{count:,.0f}"
+
+
+def describe_other_parameters(size: Mapping[str, float], tower_parameters: int | None = None) -> str:
+    """Describe the parameters that no budget counts and no method cuts: those outside the decoder layers.
+
+    Args:
+        size: with "parameters" and "block_parameters".
+        tower_parameters: those of a multimodal model's towers and projectors; 0 where there are none, None where the
+            model is not at hand.
+
+    Example:
+        >>> size = {"parameters": 100, "block_parameters": 60}
+        >>> describe_other_parameters(size, tower_parameters=30)
+        'outside the decoder layers stay 10 of embeddings, last norm and head, 30 of tower and projector'
+        >>> describe_other_parameters(size)
+        'outside the decoder layers 40 stay'
+    """
+    others = int(size["parameters"] - size["block_parameters"])
+    if tower_parameters is None:
+        return f"outside the decoder layers {others:,} stay"
+    tower = f", {tower_parameters:,} of tower and projector" if tower_parameters else ""
+    return f"outside the decoder layers stay {others - tower_parameters:,} of embeddings, last norm and head{tower}"
 
 
 def format_duration(seconds: float) -> str:

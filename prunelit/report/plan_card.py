@@ -9,8 +9,9 @@ from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.plan_diff import PlanDifference
 from prunelit.core.plan_json import format_index_ranges
 from prunelit.planning.serving import list_serving_notes, list_serving_options
+from prunelit.report.format_numbers import describe_other_parameters
 
-_TOTALS = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+_TOTALS = ("parameters", "block_parameters", "other_parameters", "macs_per_token", "kv_bytes_per_token")
 
 
 class MeasuredLatency(NamedTuple):
@@ -49,7 +50,7 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
     predicted = plan.predicted
     removed = (
         f"removed {predicted['ratio_of_block_parameters']:.2%} of block parameters, "
-        f"{predicted['ratio_of_all_parameters']:.2%} of all"
+        f"{predicted['ratio_of_all_parameters']:.2%} of all; {describe_other_parameters(predicted)}"
     )
     parts = [
         headline,
@@ -88,6 +89,8 @@ def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
     Example: see `render_plan_card`.
     """
     values = [plan.predicted for plan in plans.values()]
+    for predicted in values:
+        predicted["other_parameters"] = predicted["parameters"] - predicted["block_parameters"]
     rows = [["", *plans, "ratio"]]
     for name in _TOTALS:
         first_total, second_total = (int(predicted[name]) for predicted in values)

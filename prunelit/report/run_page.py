@@ -26,6 +26,8 @@ _ROWS = {
     "perplexity": "perplexity",
     "parameters": "parameters",
     "block_parameters": "parameters of the decoder layers",
+    "other_parameters": "parameters outside of them, which no budget counts",
+    "tower_parameters": "of these, tower and projector",
     "macs_per_token": "MACs per token",
     "kv_bytes_per_token": "KV-cache bytes per token",
 }
@@ -138,8 +140,9 @@ def _format_perplexity(value: float | None) -> str:
 def _list_size_parts(record: Record) -> Iterator[Part]:
     states = [name for name in STATES if name in record.measured]
     rows = []
+    sizes = [_add_other_parameters(record.measured[state], record.facts.get("tower_parameters")) for state in states]
     for name, title in _ROWS.items():
-        values = [record.measured[state].get(name) for state in states]
+        values = [size.get(name) for size in sizes]
         if any(value is not None for value in values):
             cells = map(_format_perplexity, values) if name == "perplexity" else (f"{value or 0:,}" for value in values)
             rows.append([title, *cells])
@@ -147,6 +150,14 @@ def _list_size_parts(record: Record) -> Iterator[Part]:
         yield Table(["", *states], rows)
     if protocol := record.facts.get("protocol"):
         yield _describe_protocol(protocol)
+
+
+def _add_other_parameters(size: JsonObject, tower_parameters: int | None) -> JsonObject:
+    """Add to measured sizes the parameters that are in no decoder layer, and those of a multimodal model's tower."""
+    if size.get("parameters") is None or size.get("block_parameters") is None:
+        return size
+    others = size["parameters"] - size["block_parameters"]
+    return size | {"other_parameters": others, "tower_parameters": tower_parameters or None}
 
 
 def _describe_protocol(protocol: JsonObject) -> str:

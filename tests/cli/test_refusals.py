@@ -5,40 +5,63 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from prunelit.data import loading
 from tests.cli.test_fit import ROOT, call
 
 T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
-MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+DBRX = {"model_type": "dbrx", "architectures": ["DbrxForCausalLM"], "ffn_config": {"moe_num_experts": 16}}
 GPTQ = {"model_type": "llama", "quantization_config": {"quant_method": "gptq", "bits": 4}}
+BLOOM = {"model_type": "bloom", "architectures": ["BloomForCausalLM"]}
+MPT = {"model_type": "llava", "text_config": {"model_type": "mpt", "attn_config": {"alibi": True}}}
+UNDECLARED = {"model_type": "a_new_one", "architectures": ["NewForCausalLM"]}
 CLASSIFIER = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
 FOLDERS = [
     (T5, "got an encoder-decoder; nothing of it is cut"),
-    (MIXTRAL, "got a mixture of 8 experts; experts are not cut yet"),
+    (DBRX, "got a mixture of 16 experts; mixtures are cut, but not without a declaration"),
     (GPTQ, "expected plain weights, got gptq in 4 bits; pass the model that it was made from"),
+    (BLOOM, "got a decoder with ALiBi, a bias built for all of the config's heads; nothing of it is cut"),
+    (MPT, "got a decoder with ALiBi"),
+    (UNDECLARED, "add 'a_new_one' to ARCHITECTURES in prunelit/core/architectures.py"),
     (CLASSIFIER, "expected a causal LM, got LlamaForSequenceClassification"),
 ]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("load", "load_tokenizer"):
+    for name in ("load", "load_tokenizer", "load_text_reader"):
         monkeypatch.setattr(loading, name, lambda *a, **options: pytest.fail("the folder was loaded"))
     (tmp_path / "model").mkdir()
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("command", ["prune", "plan", "fit", "plan of fit", "compare", "export"])
-@pytest.mark.parametrize(("config", "part"), FOLDERS, ids=["t5", "mixtral", "gptq", "classifier"])
+COMMANDS = ("prune", "prune streamed", "plan", "fit", "fit without a cut", "plan of fit", "compare", "export")
+COMMANDS += ("evaluate", "evaluate all", "evaluate against")
+NAMES = ("t5", "dbrx", "gptq", "bloom", "llava of mpt", "undeclared", "classifier")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("config", "part"), FOLDERS, ids=NAMES)
 def test_commands_refuse_before_weights_are_read(
     capsys: pytest.CaptureFixture[str], folder: Path, command: str, config: dict[str, Any], part: str
 ) -> None:
     (folder / "config.json").write_text(json.dumps(config))
-    out = folder.parent / "out"
+    (folder / "model.safetensors").write_bytes(b"not read")
+    out, known = folder.parent / "out", folder.parent / "known"
+    known.mkdir()
+    (known / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    whole = {"model": {"model": "M"}, "trainer": {"default_root_dir": str(out)}}
+    (folder.parent / "whole.yaml").write_text(yaml.safe_dump(whole))
+    cut = ["--model", str(folder), "--ratio", "0.2", "--out", str(out)]
     arguments = {
-        "prune": ["prune", "--model", str(folder), "--ratio", "0.2", "--out", str(out)],
-        "plan": ["plan", "--model", str(folder), "--ratio", "0.2", "--out", str(out)],
+        "prune": ["prune", *cut],
+        "prune streamed": ["prune", *cut, "--stream", "true"],
+        "plan": ["plan", *cut],
+        "fit without a cut": ["fit", "--config", str(folder.parent / "whole.yaml"), "--model", str(folder)],
+        "evaluate": ["evaluate", "--model", str(folder)],
+        "evaluate all": ["evaluate", "--model", str(folder), "--out", str(out)],
+        "evaluate against": ["evaluate", "--model", str(known), "--against", str(folder)],
         "fit": ["fit", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
         "plan of fit": ["plan", "--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)],
         "compare": ["compare", "--config", str(ROOT / "configs" / "compare-quick.yaml"), "--model", str(folder)],

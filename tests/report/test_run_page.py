@@ -51,6 +51,8 @@ def test_fit(source: str, tmp_path: Path) -> None:
     text = page(tmp_path)
     assert "recovered in 3 steps" in text and "The capital of France is" in text
     report = json.loads((tmp_path / "report.json").read_text())
+    assert f"{report['dense']['parameters'] - report['dense']['block_parameters']:,}" in text
+    assert "parameters outside of them" in text and "tower" not in text and report["tower_parameters"] == 0
     assert f"{report['dense']['parameters']:,}" in text and str(tmp_path / "model") in text
 
     # The same again from step 2: one curve, nothing twice; other entries than the last run's from there on.
