@@ -75,7 +75,9 @@ def test_a_model_without_experts_is_refused() -> None:
         REAP(0.2).plan_model(tiny("llama"), [{"input_ids": tokens()}])
 
 
-@pytest.mark.parametrize("option", [{"unit": "query_head"}, {"kinds": ["experts"]}, {"align": 8}, {"uniform_heads": True}])
+@pytest.mark.parametrize(
+    "option", [{"unit": "query_head"}, {"kinds": ["experts"]}, {"align": 8}, {"uniform_heads": True}]
+)
 def test_options_of_heads_and_channels_are_refused(option: dict[str, Any]) -> None:
     with pytest.raises(BadOption, match="reap does not read it"):
         REAP(0.2, **option)
