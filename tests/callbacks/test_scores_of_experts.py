@@ -173,7 +173,7 @@ def test_taylor_is_the_derivative_by_a_switch_on_every_channel() -> None:
 # Kinds ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [Magnitude, Random, WandaSp, Taylor])
+@pytest.mark.parametrize("method", [Magnitude, WandaSp, Taylor])
 @pytest.mark.parametrize(
     ("kinds", "changed"),
     [
