@@ -90,7 +90,7 @@ def mixture_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny mixture of experts and its tokenizer."""
     folder = tmp_path_factory.mktemp("models") / "tiny-mixture"
     tokenizer = tiny_tokenizer()
-    tiny("qwen2_moe", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny("mixtral", vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 

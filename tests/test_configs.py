@@ -299,7 +299,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A mixture of experts, for the methods that score nothing else."""
     folder = tmp_path_factory.mktemp("models") / "mixture"
     tokenizer = tiny_tokenizer()
-    tiny("qwen2_moe", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
