@@ -86,6 +86,16 @@ def _proofs_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")
+def mixture_source(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a tiny mixture of experts and its tokenizer."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-mixture"
+    tokenizer = tiny_tokenizer()
+    tiny("mixtral", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny model and its tokenizer, a model source."""
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"

@@ -26,7 +26,7 @@ from prunelit.planning import budget
 from prunelit.pruning.registry import methods
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
-from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny import EXPERT_METHODS, tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path.parent.name != "attach"]
@@ -251,11 +251,24 @@ def seven() -> ModelShape:
         return Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32000))).shape  # the rest is Llama-2-7B by default
 
 
-def test_sizes_that_are_said_are_those_of_the_model(seven: ModelShape) -> None:
+@pytest.fixture(scope="module")
+def seven_in_experts() -> ModelShape:
+    from transformers import OlmoeConfig, OlmoeForCausalLM
+
+    with torch.device("meta"):  # the rest is OLMoE-1B-7B by default
+        return Decoder(OlmoeForCausalLM(OlmoeConfig(intermediate_size=1024))).shape
+
+
+def test_sizes_that_are_said_are_those_of_the_model(seven: ModelShape, seven_in_experts: ModelShape) -> None:
     texts = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "configs" / "methods").glob("*.yaml")}
     layer = seven.block_parameters / 32
     assert seven.parameters == 6_738_415_616
-    assert all(f"{2 * seven.parameters / 1e9:.1f} GB in 16 bits" in text for text in [*texts.values(), INDEX])
+    assert seven_in_experts.parameters == 6_919_161_856
+    for name, text in texts.items():
+        parameters = (seven_in_experts if name in EXPERT_METHODS else seven).parameters
+        assert f"{2 * parameters / 1e9:.1f} GB in 16 bits" in text
+    assert f"{2 * seven.parameters / 1e9:.1f} GB\nin 16 bits" in INDEX
+    assert f"{2 * seven_in_experts.parameters / 1e9:.1f} GB of weights" in INDEX
     assert f"{8 * 8 * layer / 1e9:.1f} GB" in texts["taylor"] and f"{8 * layer / 1e9:.1f} GB each" in texts["taylor"]
     assert f"{16 * 0.8 * seven.block_parameters / 1e9:.0f} GB" in texts["best"]
     assert f"{7 * layer / seven.parameters:.2%}" in texts["shortgpt"]
@@ -264,19 +277,31 @@ def test_sizes_that_are_said_are_those_of_the_model(seven: ModelShape) -> None:
 
 
 @pytest.mark.parametrize("path", [p for p in CUTTING if p.parent.name == "methods"], ids=named)
-def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape) -> None:
+def test_what_is_asked_for_can_be_cut_at_7b(path: Path, seven: ModelShape, seven_in_experts: ModelShape) -> None:
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     asked = content if command_of(path) == "prune" else content["trainer"]["callbacks"][-1]["init_args"]
     if asked.get("count"):
         return  # whole blocks
     names = ("ratio", "scope", "unit", "align", "protect", "budget", "uniform_heads")
-    options = {name: asked[name] for name in names} | {"min_kept": asked.get("min_kept") or 0.0}
-    scores = [LayerScores(torch.rand(32), torch.rand(11008)) for _ in seven.layers]
-    kept = budget.select_units(seven.layers, scores, standardise=True, joint=True, **options)
-    assert 0.2 <= PruningPlan("test", seven, kept).predicted["ratio_of_block_parameters"] < 0.21
+    options = {name: asked[name] for name in names if name in asked} | {"min_kept": asked.get("min_kept") or 0.0}
+    model, scores = seven, LayerScores(torch.rand(32), torch.rand(11008))
+    if path.stem in EXPERT_METHODS:
+        model, scores = seven_in_experts, LayerScores(experts=torch.rand(64))
+    kept = budget.select_units(model.layers, [scores] * len(model.layers), standardise=True, joint=True, **options)
+    assert 0.2 <= PruningPlan("test", model, kept).predicted["ratio_of_block_parameters"] < 0.21
 
 
 # Run -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A mixture of experts, for the methods that score nothing else."""
+    folder = tmp_path_factory.mktemp("models") / "mixture"
+    tokenizer = tiny_tokenizer()
+    tiny("mixtral", vocab_size=len(tokenizer), max_position_embeddings=128).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="module")
@@ -317,13 +342,16 @@ def small(content: Any, folder: Path, model: str) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", CUTTING, ids=named)
-def test_it_cuts_trains_and_saves(capsys: pytest.CaptureFixture[str], path: Path, deep: str, tmp_path: Path) -> None:
+def test_it_cuts_trains_and_saves(
+    capsys: pytest.CaptureFixture[str], path: Path, deep: str, mixture: str, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     (tmp_path / "words.txt").write_text(WORDS)
     rows = [{"instruction": f"say {n}", "input": "", "output": "yes"} for n in range(12)]
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    content = small(yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path, deep)
+    model = mixture if path.stem in EXPERT_METHODS else deep
+    content = small(yaml.safe_load(path.read_text(encoding="utf-8")), tmp_path, model)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     command = command_of(path)
     call(capsys, command, "--config", str(tmp_path / "small.yaml"))
@@ -335,12 +363,12 @@ def test_it_cuts_trains_and_saves(capsys: pytest.CaptureFixture[str], path: Path
     assert all(plan["options"][name] == value for name, value in asked.items() if name in plan["options"])
     if command == "fit":
         assert report["trained_steps"] == 2 or report["recovered"]
-    model = run / ("model" if command == "fit" else ".")
-    saved = json.loads((model / "config.json").read_text())
+    written = run / ("model" if command == "fit" else ".")
+    saved = json.loads((written / "config.json").read_text())
     assert saved["architectures"]
     if saved["model_type"] in ("llama", "mistral") and "quantization_config" not in saved:
         with torch.no_grad():
-            assert torch.isfinite(AutoModelForCausalLM.from_pretrained(model)(torch.tensor([[3, 4, 5]])).logits).all()
+            assert torch.isfinite(AutoModelForCausalLM.from_pretrained(written)(torch.tensor([[3, 4, 5]])).logits).all()
 
 
 # On a foreign job ------------------------------------------------------------------------------------------------

@@ -373,6 +373,8 @@ MIXTURES: dict[str, Row] = {
     "qwen3_next-experts": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, **_SHARED_EXPERT}, ()),
 }
 """Models with mixtures of experts; `cut` also takes EXPERT_KINDS for them."""
+EXPERT_METHODS = ("ean", "expert_frequency", "reap")
+"""Methods that score nothing but experts: other models are refused."""
 # Heads of one size in layers with a window and of another in the rest: no stock class holds what is cut.
 NEVER_STOCK = ("gemma4_text-no_sharing", "gemma4_text-double_ffn", "gemma4_unified_text")
 # Of layers of several types, some with a window, whose attentions can be removed.
@@ -381,6 +383,11 @@ SLIDING = tuple(
     for name, row in FAMILIES.items()
     if "sliding_attention" in row.config.get("layer_types", ()) and "attention" not in row.lacks
 )
+
+
+def family_for(method: str) -> str:
+    """A row that a method can cut: a mixture of experts for those that score nothing else."""
+    return "qwen2_moe" if method in EXPERT_METHODS else "llama"
 
 
 def tiny(family: str, **overrides: Any) -> Any:

@@ -24,6 +24,7 @@ _TOKENS_PER_LOGIT_CHUNK = 512  # float32 logits of a 150k vocabulary: 0.3 GB
 def measure_model_size(model: nn.Module | Decoder) -> dict[str, int]:
     """Parameters (tied weights once), block parameters, MACs and KV-cache bytes per token of a live model.
 
+    For mixtures of experts also the active parameters: those that a token passes.
     A weight in 4 bits is one parameter. MACs count the multiplications with weights, output projection included; the
     products of attention with its context, which grow with it, are not counted. KV bytes are in the model's own dtype.
 
@@ -39,8 +40,8 @@ def compute_dense_size(shape: ModelShape) -> dict[str, int]:
     Example: see `prunelit.export.write`, which uses it.
     """
     as_it_is = PruningPlan("none", shape, tuple(LayerPlan.dense(layer) for layer in shape.layers))
-    names = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
-    return {name: int(as_it_is.predicted[name]) for name in names}
+    names = ("parameters", "block_parameters", "active_parameters", "macs_per_token", "kv_bytes_per_token")
+    return {name: int(as_it_is.predicted[name]) for name in names if name in as_it_is.predicted}
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import pydoc
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jsonargparse import Namespace
 from lightning.pytorch import LightningModule, Trainer
@@ -111,6 +111,8 @@ class PrunelitCLI(LightningCLI):
         if config.plan:
             pruners[0].init_args.plan_file = config.plan
         sources.check_prunable_source(config.model.model)
+        if pruners:
+            _check_model_kind(pruners[0], config.model.model)
         sources.check_sequence_length(config.model.model, config.data.seqlen, "data.seqlen")
 
     def _set_progress_defaults(self, config: Namespace) -> None:
@@ -174,6 +176,16 @@ def _is_pruning_callback(class_path: str) -> bool:
     """Return whether a class path names a pruning callback."""
     cls = pydoc.locate(class_path)
     return isinstance(cls, type) and issubclass(cls, PruningCallback)
+
+
+def _check_model_kind(entry: Namespace, source: str) -> None:
+    """Check that a pruning callback says something of the model's kind of layers, before either is built."""
+    kind, options = pydoc.locate(entry.class_path), entry.get("init_args") or Namespace()
+    facts = sources.read_decoder_facts(source)
+    if facts is not None and not options.get("plan_file"):
+        cast("type[PruningCallback]", kind).check_options_for_kind(
+            *facts, options.get("kinds"), options.get("budget", "parameters")
+        )
 
 
 def _expand_model_option(arguments: list[str]) -> list[str]:

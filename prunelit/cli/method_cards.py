@@ -99,8 +99,8 @@ def render_method_table() -> str:
         (method.name, determine_needs(method), find_paper(method), _summarize_method(method))
         for method in methods().values()
     ]
-    lines = [_wrap_line(f"{name:14} {need:9} {source:11} ", purpose) for name, need, source, purpose in rows]
-    lines += [_wrap_line(f"{name:14} {'broken':9} ", message) for name, message in list_broken_files().items()]
+    lines = [_wrap_line(f"{name:16} {need:9} {source:11} ", purpose) for name, need, source, purpose in rows]
+    lines += [_wrap_line(f"{name:16} {'broken':9} ", message) for name, message in list_broken_files().items()]
     legend = [f"{need:9} {meaning}" for need, meaning in NEEDS.items()]
     return "\n".join(
         [*lines, "", *legend, "", "python -m prunelit methods NAME    the card of one: source, options, commands"]
@@ -245,22 +245,35 @@ def list_method_options(name: str) -> list[Option]:
         if reference := _BASE_REFERENCE.match(option.what):
             documentation = f"{base_options[option.name].what} {option.what[reference.end() :]}"
             own_options[option.name] = option._replace(what=documentation)
-    if repair_choices := _read_repair_choices(class_node):
+    if repair_choices := _read_class_tuple(class_node, "repair_choices"):
         base_options["repair"] = base_options["repair"]._replace(
             what=f"{base_options['repair'].what} Here: {', '.join(repair_choices)}."
         )
     kwargs_docs = _read_argument_docs(ast.get_docstring(class_node) or "").get("kwargs", "")
     unused = re.findall(r"`(\w+)`", kwargs_docs) if "say nothing" in kwargs_docs else []
+    unused += _read_class_tuple(class_node, "ignored_options") or _read_base_tuple(
+        method, class_node, "ignored_options"
+    )
     return [
         *own_options.values(),
         *(option for option in base_options.values() if option.name not in (*own_options, *unused)),
     ]
 
 
-def _read_repair_choices(class_node: ast.ClassDef) -> tuple[str, ...]:
-    """Read `repair_choices` of a method's class; () where its own `repair` documents them, or it has none."""
+def _read_base_tuple(method: Method, class_node: ast.ClassDef, name: str) -> tuple[str, ...]:
+    """Read a tuple of the class that a method derives from, where that is not `PruningCallback` itself."""
+    base = ast.unparse(class_node.bases[0]) if class_node.bases else ""
+    for node in ast.walk(_parse_file(method.path)):
+        if isinstance(node, ast.ImportFrom) and base in {alias.name for alias in node.names}:
+            path = (_ROOT / (node.module or "").replace(".", "/")).with_suffix(".py")
+            return _read_class_tuple(_find_class(path, base), name) if path.is_file() else ()
+    return ()
+
+
+def _read_class_tuple(class_node: ast.ClassDef, name: str) -> tuple[str, ...]:
+    """Read a tuple of names that a class sets; () where it sets none, or no literal."""
     for node in class_node.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "repair_choices":
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             with suppress(ValueError):  # no literal, as where a class adds to the choices of its base class
                 return tuple(ast.literal_eval(node.value))
     return ()

@@ -87,6 +87,7 @@ def make_model_plan(
     given_plan: PruningPlan | None = method.given_plan
     if model is not None:
         check_prunable_source(model)
+        method.check_source(model)
     if given_plan is not None and not measured:
         if model is not None:
             _check_plan_config(given_plan, model)

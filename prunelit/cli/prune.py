@@ -72,6 +72,7 @@ def prune_model(
     Example: `prune_model` is used further down in this module.
     """
     check_prunable_source(model)
+    method.check_source(model)
     offloaded.check_streaming_options(model, stream, memory_gib, method.repair)
     for source in sources:
         text.check_text_source(source)
@@ -160,7 +161,9 @@ def run(command: str, arguments: list[str]) -> int:
     if options.plan and not options.method and method.repair == "none" and method.given_plan is not None:
         _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
-    rows = {row: {key: report[row][key] for key in report["dense"]} for row in ("dense", "pruned")}
+    rows = {
+        row: {key: report[row][key] for key in report["dense"] if key in report[row]} for row in ("dense", "pruned")
+    }
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     others = describe_other_parameters(report["pruned"], report["tower_parameters"])
     removed = f"removed {share[0]:.2%} of block parameters, {share[1]:.2%} of all; {others}"

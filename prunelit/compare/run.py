@@ -124,6 +124,8 @@ def compare_methods(
     calibration_sources = resolve_text_sources("calibration", calibration.text, data) if reads_text else []
     torch_device, folder = choose_device(device), Path(out)
     model_source.check_prunable_source(model)
+    for cell, method in zip(cells, pruners, strict=True):
+        _check_method_source(cell.row.label, method, model)
     lengths = {f"texts.{name}.seqlen": options_of_text.seqlen for name, options_of_text in checked_texts.items()}
     lengths |= {"calibration.seqlen": calibration.seqlen} if reads_text else {}
     lengths |= {"latency.tokens": latency.tokens} if latency else {}
@@ -165,6 +167,14 @@ def compare_methods(
         if wandb_run is not None:
             wandb.log_comparison(wandb_run, report, image_files)
     return report
+
+
+def _check_method_source(label: str, method: PruningCallback, model: str) -> None:
+    """Check that a method says something of the model; errors say which row is meant."""
+    try:
+        method.check_source(model)
+    except BadOption as error:
+        raise BadOption(f"method {label!r}: {error}") from error
 
 
 def _draw_named_windows(name: str, *arguments: Any) -> Tensor:

@@ -11,7 +11,7 @@ class PlanDifference(NamedTuple):
 
     Attributes:
         layer: number of the layer.
-        kind: "kv_groups", "query_heads", "ffn_channels", "attention_bias" or "mlp_bias".
+        kind: "kv_groups", "query_heads", "ffn_channels", "experts", "expert_channels", "attention_bias" or "mlp_bias".
         only_first: units that remain in the first plan only.
         only_second: units that remain in the second plan only.
         widths: number of remaining units in each plan; for a bias, whether each plan adds one.
@@ -46,7 +46,7 @@ def find_plan_differences(first: PruningPlan, second: PruningPlan) -> list[PlanD
     _check_same_model(first, second)
     differences = []
     for index, (layer_a, layer_b) in enumerate(zip(first.layers, second.layers, strict=True)):
-        for kind in ("kv_groups", "query_heads", "ffn_channels"):
+        for kind in ("kv_groups", "query_heads", "ffn_channels", "experts", "expert_channels"):
             units_a, units_b = getattr(layer_a, kind), getattr(layer_b, kind)
             if units_a != units_b:
                 only_a, only_b = tuple(sorted({*units_a} - {*units_b})), tuple(sorted({*units_b} - {*units_a}))

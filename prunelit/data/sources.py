@@ -22,7 +22,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -30,7 +30,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
-from prunelit.core.architectures import get_architecture, get_decoder_config
+from prunelit.core.architectures import get_architecture, get_decoder_config, has_experts
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.model.context_length import check_position_table
 from prunelit.model.folder import read_model_config
@@ -128,6 +128,37 @@ def check_prunable_source(source: str) -> None:
         return  # an int4 folder, which is dequantised while it is loaded
     if reason := describe_quantized_weights(config):
         raise BadQuantisation(f"model {source!r}: {reason}")
+
+
+class DecoderFacts(NamedTuple):
+    """What a config.json says of a model's decoder.
+
+    Attributes:
+        model_type: its family.
+        has_experts: whether it has a mixture of experts.
+
+    Example: see `read_decoder_facts`.
+    """
+
+    model_type: str
+    has_experts: bool
+
+
+def read_decoder_facts(source: str) -> DecoderFacts | None:
+    """Read facts about a model's decoder from its config.json alone.
+
+    Args:
+        source: a model source that `check_prunable_source` accepts.
+
+    Returns:
+        The facts; None where no config.json is at hand that names the family.
+
+    Example: see `prunelit.pruning.method`, which uses it.
+    """
+    config = _read_config(source)
+    if config is None or not getattr(decoder_config := get_decoder_config(config), "model_type", None):
+        return None
+    return DecoderFacts(str(decoder_config.model_type), has_experts(decoder_config))
 
 
 def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> None:

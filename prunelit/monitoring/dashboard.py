@@ -32,6 +32,7 @@ from prunelit.monitoring import loggers
 from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.job import find_model, find_resume_path, find_tokenizer, read_callback_states
 from prunelit.report.figures import PICTURES, draw_picture, encode_png
+from prunelit.report.plan_card import list_unit_names
 from prunelit.report.record import STATES, Record
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import Facts
@@ -139,17 +140,18 @@ class Dashboard(Recorder):
         if plan.digest == self._logged_digest:  # a resumed run has logged it already
             return
         self._logged_digest, predicted = plan.digest, plan.predicted
-        values = {
-            f"prune/{name}": predicted[name] for name in ("parameters", "kv_bytes_per_token", "macs_per_token")
-        } | {"prune/removed_share": predicted["ratio_of_block_parameters"]}
+        names = ("parameters", "active_parameters", "kv_bytes_per_token", "macs_per_token")
+        values = {f"prune/{name}": predicted[name] for name in names if name in predicted}
+        values |= {"prune/removed_share": predicted["ratio_of_block_parameters"]}
         self._log_numbers(values, also_summary=True)
         self._log_pictures("kept", "scores", "search")
+        units = list_unit_names(plan)
         rows = [
-            [index, *kept.widths, *(getattr(shape, name) for name in ("query_heads", "kv_groups", "ffn_channels"))]
+            [index, *(len(getattr(kept, unit)) for unit in units), *(getattr(shape, unit) for unit in units)]
             for index, (kept, shape) in enumerate(zip(plan.layers, plan.model.layers, strict=True))
         ]
-        names = ("query heads", "KV groups", "FFN channels")
-        columns = ["layer", *(f"{name} kept" for name in names), *(f"{name}, dense" for name in names)]
+        unit_names = units.values()
+        columns = ["layer", *(f"{name} kept" for name in unit_names), *(f"{name}, dense" for name in unit_names)]
         loggers.log_table(self._loggers, "prune/layers", columns, rows, trainer.global_step)
         if self.artifacts != "none":
             base_name = f"base-{_sanitize_artifact_name(plan.model.name)}"

@@ -226,14 +226,14 @@ def _tie_heads(
     """Tie the attention sequences of all layers into one; drop them if a layer with attention has none.
 
     Returns:
-        The tied sequence, if any, and the FFN sequences; and for each of these, the numbers of the sequences in the
-        given list that it stands for.
+        The tied sequence, if any, and the sequences of the other kinds; and for each of these, the numbers of the
+        sequences in the given list that it stands for.
     """
     attention = [number for number, sequence in enumerate(sequences) if sequence.kind == "attention"]
-    ffn = [number for number, sequence in enumerate(sequences) if sequence.kind == "ffn"]
+    others = [number for number, sequence in enumerate(sequences) if sequence.kind != "attention"]
     complete = bool(attention) and len(attention) == sum(shape.kv_groups > 0 for shape in shapes)
     tied = [(tie_sequences([sequences[number] for number in attention]), attention)] if complete else []
-    entries = tied + [(sequences[number], [number]) for number in ffn]
+    entries = tied + [(sequences[number], [number]) for number in others]
     return [sequence for sequence, _ in entries], [members for _, members in entries]
 
 

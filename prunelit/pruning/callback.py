@@ -6,6 +6,7 @@ checkpoint, the strategy's wrapping and the optimiser. So nothing is built on sh
 
 import json
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +18,7 @@ from torch import nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.result_cache import ResultCache
-from prunelit.core.plan import PruningPlan, get_applied_plans
+from prunelit.core.plan import LayerPlan, PruningPlan, get_applied_plans
 from prunelit.data import loading
 from prunelit.model.modes import move_to_device
 from prunelit.pruning.job import (
@@ -247,6 +248,6 @@ def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallba
     return pruners[0] if pruners else None
 
 
-def _list_remaining_units(plan: PruningPlan) -> list[Any]:
+def _list_remaining_units(plan: PruningPlan) -> list[LayerPlan]:
     """The remaining units; biases are not compared, because they are declared when a plan is carried out."""
-    return [(kept.query_heads, kept.kv_groups, kept.ffn_channels) for kept in plan.layers]
+    return [replace(kept, attention_bias=False, mlp_bias=False) for kept in plan.layers]

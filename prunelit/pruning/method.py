@@ -25,6 +25,7 @@ from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
+from prunelit.data.sources import read_decoder_facts
 from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
 from prunelit.model.decoder import Decoder, as_decoder
@@ -293,19 +294,47 @@ class PruningMethod(EventSource):
             BadOption: a mixture of experts, of which the method scores no experts, or a model without experts for a
                 method that scores nothing else; or a budget that mixtures do not have.
         """
-        expert_kinds = {"experts", "expert_channels"} & set(self.unit_kinds)
-        if self.unit_kinds and not has_experts and expert_kinds == set(self.unit_kinds):
+        self.check_options_for_kind(model_type, has_experts, self.kinds, self.budget)
+
+    @classmethod
+    def check_options_for_kind(
+        cls, model_type: str, has_experts: bool, kinds: Sequence[str] | None, budget: str
+    ) -> None:
+        """`check_model_kind` of an instance with these options, before there is one.
+
+        Args:
+            model_type, has_experts: see `check_model_kind`.
+            kinds, budget: see the class.
+
+        Raises:
+            BadOption: see `check_model_kind`.
+        """
+        name, unit_kinds = registry.get_method_name(cls), set(cls.unit_kinds)
+        expert_kinds = {"experts", "expert_channels"} & unit_kinds
+        if unit_kinds and not has_experts and expert_kinds == unit_kinds:
             raise BadOption(
-                f"model_type {model_type!r}: expected a mixture of experts for {self.name}, got a model without; "
-                "choose a method that scores heads and channels, such as llm_bip"
+                f"model_type {model_type!r}: expected a mixture of experts for {name}, got a model without; choose a "
+                "method that scores heads and channels, such as llm_bip"
             )
-        if self.unit_kinds and has_experts and not expert_kinds and self.kinds is None:
+        if unit_kinds and has_experts and not expert_kinds and kinds is None:
             raise BadOption(
-                f"model_type {model_type!r}: {self.name} says nothing of experts, which are most of a mixture; "
-                "expected a method that does, such as reap, or kinds [heads, channels] to cut the rest alone"
+                f"model_type {model_type!r}: {name} says nothing of experts, which are most of a mixture; expected a "
+                "method that does, such as reap, or kinds [heads, channels] to cut the rest alone"
             )
-        if has_experts and self.budget == "latency":
+        if has_experts and budget == "latency":
             raise BadOption("budget: expected another one than 'latency' for a mixture of experts, which is not timed")
+
+    def check_source(self, source: str) -> None:
+        """`check_model_kind` of a model source, from its config.json alone; a given plan is carried out in any case.
+
+        Args:
+            source: a model source; nothing is checked where no config.json is at hand.
+
+        Raises:
+            BadOption: see `check_model_kind`.
+        """
+        if self.given_plan is None and (facts := read_decoder_facts(source)) is not None:
+            self.check_model_kind(*facts)
 
     def build_plan(self, context: PruningContext, layers: Sequence[LayerPlan]) -> PruningPlan:
         """Make the plan of remaining units, with this method's options, seed and calibration on record."""

@@ -11,7 +11,12 @@ from prunelit.core.plan_json import format_index_ranges
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.format_numbers import describe_other_parameters
 
-_TOTALS = ("parameters", "block_parameters", "other_parameters", "macs_per_token", "kv_bytes_per_token")
+_TOTALS = (
+    *("parameters", "block_parameters", "active_parameters", "other_parameters"),
+    *("macs_per_token", "kv_bytes_per_token"),
+)
+_UNITS = {"query_heads": "query heads", "kv_groups": "KV groups", "ffn_channels": "FFN channels"}
+_EXPERT_UNITS = {"experts": "experts", "expert_channels": "channels of an expert"}
 
 
 class MeasuredLatency(NamedTuple):
@@ -56,9 +61,39 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
         headline,
         render_plan_totals({"dense": make_dense_plan(plan), "planned": plan}),
         removed,
+        describe_coverage(plan),
         _describe_time(plan, measured),
+        render_layer_table(plan),
+        render_serving_table(plan),
     ]
-    return "\n\n".join([*parts, render_layer_table(plan), render_serving_table(plan)])
+    return "\n\n".join(filter(None, parts))
+
+
+def list_unit_names(plan: PruningPlan) -> dict[str, str]:
+    """List the kinds of units of a plan's model: {attribute of `LayerPlan`: name for people}.
+
+    Args:
+        plan: the plan; only one for a mixture of experts has experts.
+
+    Example: see `list_layer_rows`.
+    """
+    return _UNITS | (_EXPERT_UNITS if plan.model.has_experts else {})
+
+
+def describe_coverage(plan: PruningPlan) -> str:
+    """Describe how many experts the calibration text did not reach; "" where the method did not count them.
+
+    Args:
+        plan: the plan.
+
+    Example: see `render_plan_card`.
+    """
+    record = plan.calibration
+    if not record.get("experts"):
+        return ""
+    unreached = record.get("experts_without_tokens", 0)
+    advice = "; their scores are 0: raise windows or seqlen, or add text of other kinds" if unreached else ""
+    return f"coverage: no token of the text reached {unreached:,} of {record['experts']:,} experts{advice}"
 
 
 def make_dense_plan(plan: PruningPlan) -> PruningPlan:
@@ -92,7 +127,7 @@ def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
     for predicted in values:
         predicted["other_parameters"] = predicted["parameters"] - predicted["block_parameters"]
     rows = [["", *plans, "ratio"]]
-    for name in _TOTALS:
+    for name in [name for name in _TOTALS if name in values[0]]:
         first_total, second_total = (int(predicted[name]) for predicted in values)
         ratio = f"{second_total / first_total:.3f}" if first_total else "-"
         rows.append([name.replace("_", " "), f"{first_total:,}", f"{second_total:,}", ratio])
@@ -107,7 +142,7 @@ def render_layer_table(plan: PruningPlan) -> str:
 
     Example: see `list_layer_rows`.
     """
-    return _align_columns(list_layer_rows(plan), right=(1, 2, 3))
+    return _align_columns(list_layer_rows(plan), right=range(1, 1 + len(list_unit_names(plan))))
 
 
 def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
@@ -126,16 +161,17 @@ def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
         >>> list_layer_rows(PruningPlan("flap", model, (LayerPlan((0,), (0,), (0, 1, 2, 3)),)))[1]
         ['0', '1/2', '1/2', '4/8', '']
     """
-    rows = [["layers", "query heads", "KV groups", "FFN channels", ""]]
+    units = list_unit_names(plan)
+    rows = [["layers", *units.values(), ""]]
     numbered = enumerate(zip(plan.layers, plan.model.layers, strict=True))
-    for cells, group in groupby(numbered, lambda item: _describe_layer_widths(*item[1])):
+    for cells, group in groupby(numbered, lambda item: _describe_layer_widths(list(units), *item[1])):
         indices = [index for index, _ in group]
         rows.append([format_index_ranges(indices), *cells])
     return rows
 
 
-def _describe_layer_widths(kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:
-    pairs = zip(kept.widths, (shape.query_heads, shape.kv_groups, shape.ffn_channels), strict=True)
+def _describe_layer_widths(units: Sequence[str], kept: LayerPlan, shape: LayerShape) -> tuple[str, ...]:
+    pairs = [(len(getattr(kept, unit)), getattr(shape, unit)) for unit in units]
     counts = [f"{remaining}/{dense_count}" if remaining else "-" for remaining, dense_count in pairs]
     removed_blocks = ["FFN" if name == "mlp" else name for name in kept.list_removed_blocks(shape)]
     biased_blocks = [

@@ -5,7 +5,8 @@ Lightning callback with a method `on_event` is a listener of every pruning callb
 their facts:
 
     stage       name, seconds, memory_mib       a stage has ended; peak memory of the process (or GPU) so far
-    scores      heads, channels                 one list per layer, None for layers without such units; larger is kept
+    scores      heads, channels                 one list per layer, None for layers without such units; larger is kept;
+                                                for mixtures also experts, expert_channels
     evaluation  removed, candidate, perplexity, exact    one evaluation of a block search: names of the blocks
     removed     order, perplexity               a block was removed: all blocks so far, perplexity without them
     planned     plan                            the `PruningPlan` by which the model is pruned
@@ -28,7 +29,13 @@ from prunelit.runtime.events import Facts
 from prunelit.runtime.text_files import JsonObject
 
 FORMAT = "prunelit-record/1"
-SCORE_KINDS = ("heads", "channels")
+SCORE_KINDS: Mapping[str, str] = {
+    "heads": "query_heads",
+    "channels": "ffn_channels",
+    "experts": "experts",
+    "expert_channels": "expert_channels",
+}
+"""Kinds of units that have scores, and the attribute of `LayerPlan` with those that remain."""
 STATES = ("dense", "pruned", "recovered")
 """States of a model that are measured, in order."""
 _BINS = 48
@@ -136,8 +143,9 @@ class Record:
         kind: "fit", "prune" or "job" (a Lightning job that is not prunelit's).
         title: one line: model, method, ratio. It holds no path.
         plan: the plan by which the model is pruned; the last one that was emitted.
-        scores: {"heads", "channels"}: one histogram per layer, None for layers without such units; empty where the
-            method has no scores of units, or where a finished plan was replayed.
+        scores: {"heads", "channels"}, for mixtures also {"experts", "expert_channels"}: one histogram per layer, None
+            for layers without such units; empty where the method has no scores of units, or where a finished plan was
+            replayed.
         search: evaluations of a block search: {"removed": [names], "candidate": [names], "perplexity", "exact"}.
         decided: {"order": [names], "perplexity", "after": evaluations so far} after each block that the search
             removed; the first entry is the dense model.
@@ -176,7 +184,7 @@ class Record:
     def on_event(self, event: str, facts: Facts) -> None:
         """Store an event; ignore events that this version does not know."""
         if event == "scores":
-            self._raw = {kind: facts[kind] for kind in SCORE_KINDS}
+            self._raw = {kind: facts[kind] for kind in SCORE_KINDS if kind in facts}
         elif event == "planned":
             self._add_plan(facts["plan"])
         elif event in ("evaluation", "removed", "stage"):
@@ -197,7 +205,7 @@ class Record:
     def _add_plan(self, plan: PruningPlan) -> None:
         self.plan = plan
         if self._raw:
-            self.scores = {kind: _build_histograms(self._raw[kind], plan.layers, kind) for kind in SCORE_KINDS}
+            self.scores = {kind: _build_histograms(layers, plan.layers, kind) for kind, layers in self._raw.items()}
             self._raw = {}  # tens of thousands of numbers, not needed any more
 
     def _add_completions(self, prompts: Sequence[str], name: str, texts: Sequence[str]) -> None:
@@ -261,7 +269,7 @@ def _build_histograms(
 ) -> list[Histogram | None]:
     histograms: list[Histogram | None] = []
     for values, kept in zip(scores, layers, strict=True):
-        remaining = set(kept.query_heads if kind == "heads" else kept.ffn_channels)
+        remaining = set(getattr(kept, SCORE_KINDS[kind]))
         histograms.append(
             Histogram.from_scores(values, [unit in remaining for unit in range(len(values))]) if values else None
         )

@@ -18,7 +18,7 @@ from prunelit.report.format_numbers import format_count, format_duration, format
 from prunelit.report.page import html
 from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
-from prunelit.report.plan_card import list_layer_rows
+from prunelit.report.plan_card import describe_coverage, list_layer_rows
 from prunelit.report.record import STATES, Record, Stage
 from prunelit.runtime.text_files import JsonObject, write_text
 
@@ -26,6 +26,7 @@ _ROWS = {
     "perplexity": "perplexity",
     "parameters": "parameters",
     "block_parameters": "parameters of the decoder layers",
+    "active_parameters": "active parameters: those that a token passes",
     "other_parameters": "parameters outside of them, which no budget counts",
     "tower_parameters": "of these, tower and projector",
     "macs_per_token": "MACs per token",
@@ -122,6 +123,7 @@ def _list_facts(record: Record) -> Iterator[Fact]:
         first_row, last_row = record.measured[states[0]], record.measured[states[-1]]
         for name, title in (
             ("parameters", "Parameters"),
+            ("active_parameters", "Active parameters"),
             ("macs_per_token", "MACs per token"),
             ("kv_bytes_per_token", "KV cache per token"),
         ):
@@ -189,6 +191,8 @@ def _list_layer_parts(plan: PruningPlan | None) -> Iterator[Part]:
         head, *rows = list_layer_rows(plan)
         yield "Of the dense model's units; neighbours of one shape in one line."
         yield Table(head, rows)
+        if coverage := describe_coverage(plan):
+            yield f"{coverage.capitalize()}."
 
 
 def _list_serving_parts(plan: PruningPlan | None) -> Iterator[Part]:

@@ -24,9 +24,9 @@ from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption, BadPlan, OutputNotWritable
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_model, fingerprint_tokenizer
 from tests.observed import batches_for
-from tests.tiny import tiny, tiny_tokenizer
+from tests.tiny import EXPERT_METHODS, tiny, tiny_tokenizer
 
-READING = [name for name in methods() if method_class(name).reads_text]
+READING = [name for name in methods() if method_class(name).reads_text and name not in EXPERT_METHODS]
 SHARED = [name for name in READING if method_class(name).score_options is not None]
 
 

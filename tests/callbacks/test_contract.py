@@ -17,11 +17,13 @@ from prunelit.model.per_layer import shares_keys
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import NonFinite
-from tests.tiny import DIVERSE, FAMILIES, tiny
+from tests.tiny import DIVERSE, EXPERT_METHODS, FAMILIES, family_for, tiny
 
 ROOT = Path(__file__).parents[2]
 METHODS = tuple(methods())
+OF_HEADS = tuple(name for name in METHODS if name not in EXPERT_METHODS)
 GQA = ("llama", "phi3", "qwen3", "falcon")
+MIXTURES = ("deepseek_v3", "gpt_oss", "granitemoehybrid-experts", "jamba", "llama4_text", "mixtral", "qwen2_moe")
 WHOLE_BLOCKS = ("block_pruner", "shortgpt")
 MOST_LINES = 200
 
@@ -39,8 +41,9 @@ def repairs_of(name):
 
 def pruned(name, model, **options):
     kind = method_class(name)
+    options = {"ratio": 0.3, "align": 8, **options}
     options = {option: value for option, value in options.items() if option not in kind.ignored_options}
-    return kind(**{"ratio": 0.3, "align": 8, **options}).prune(model, batches_for(model))
+    return kind(**options).prune(model, batches_for(model))
 
 
 def dense_path(model, plan, path):
@@ -64,8 +67,21 @@ def skip_what_a_family_refuses(name, family):
         pytest.skip("its layers can not run without earlier ones")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+def pairs(families, mixtures=("mixtral", "qwen2_moe")):
+    """Pairs of a method and a family: those that score experts on mixtures too, those that score nothing else there."""
+    found = [(name, family) for name in OF_HEADS for family in families]
+    return found + [(name, family) for name in METHODS if scores_experts(name) for family in mixtures]
+
+
+def scores_experts(name):
+    return "experts" in method_class(name).unit_kinds
+
+
+def test_methods_of_experts_are_those_that_score_nothing_else():
+    assert set(EXPERT_METHODS) == {name for name in METHODS if method_class(name).unit_kinds == ("experts",)}
+
+
+@pytest.mark.parametrize(("name", "family"), pairs(FAMILIES))
 def test_the_model_is_left_as_it_was_found(name, family):
     skip_what_a_family_refuses(name, family)
     model = tiny(family).bfloat16().train()
@@ -90,9 +106,9 @@ def test_the_model_is_left_as_it_was_found(name, family):
     assert torch.equal(torch.get_rng_state(), generators[0]) and random.getstate() == generators[1]
 
 
+@pytest.mark.filterwarnings("ignore:calibration")  # 29 tokens
 @pytest.mark.parametrize("scope", ["layer", "global"])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), pairs(FAMILIES, MIXTURES))
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     skip_what_a_family_refuses(name, family)
     model = tiny(family)
@@ -105,8 +121,7 @@ def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     assert torch.isfinite(model(**batches_for(model)[1]).logits).all()
 
 
-@pytest.mark.parametrize("family", DIVERSE)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "family"), pairs(DIVERSE))
 def test_a_fresh_copy_gets_the_same_plan_and_json_keeps_it(name, family):
     first, second = (pruned(name, tiny(family), ratio=0.25, protect=(0,), calibration=None) for _ in range(2))
     assert first == second and first.to_json() == second.to_json()
@@ -116,7 +131,7 @@ def test_a_fresh_copy_gets_the_same_plan_and_json_keeps_it(name, family):
 
 
 @pytest.mark.parametrize("family", GQA)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", OF_HEADS)
 def test_query_heads_can_be_the_unit(name, family):
     model = tiny(family)
     plan = pruned(name, model, unit="query_head", ratio=0.4)
@@ -128,7 +143,7 @@ def test_query_heads_can_be_the_unit(name, family):
 
 
 @pytest.mark.parametrize("unit", ["kv_group", "query_head"])
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in WHOLE_BLOCKS])
+@pytest.mark.parametrize("name", [name for name in OF_HEADS if name not in WHOLE_BLOCKS])
 def test_uniform_heads_keeps_as_many_in_every_layer(name, unit):
     model = tiny("llama")
     plan = pruned(name, model, scope="global", unit=unit, uniform_heads=True, ratio=0.4)
@@ -141,7 +156,8 @@ REPAIRS = [(name, repair) for name in METHODS for repair in ("none", "bias") if 
 
 @pytest.mark.parametrize(("name", "repair"), REPAIRS)
 def test_what_is_decided_without_a_cut_is_what_is_cut(name, repair):
-    model, method, options = tiny("llama"), method_class(name), {"ratio": 0.3, "align": 8, "repair": repair}
+    model, method, options = tiny(family_for(name)), method_class(name), {"ratio": 0.3, "repair": repair}
+    options |= {"align": 8} if "align" not in method.ignored_options else {}
     batches = batches_for(model)
     before = {path: value.clone() for path, value in model.state_dict().items()}
     hooks = hooks_of(model)
@@ -154,9 +170,10 @@ def test_what_is_decided_without_a_cut_is_what_is_cut(name, repair):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("name", METHODS)
 def test_damaged_weights_are_refused_before_anything_is_cut(name, value):
-    model = tiny("llama")
+    model = tiny(family_for(name))
+    (damaged,) = (p for path, p in model.named_parameters() if re.search(r"2\.mlp\.(experts\.)?down_proj", path))
     with torch.no_grad():
-        model.model.layers[-1].mlp.down_proj.weight[3, 5] = value
+        damaged.flatten()[77] = value
     before = [(path, p.shape) for path, p in model.named_parameters()]
     with pytest.raises(NonFinite, match="down_proj"):
         pruned(name, model)
@@ -166,11 +183,11 @@ def test_damaged_weights_are_refused_before_anything_is_cut(name, value):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_plan_is_replayed_without_scoring(name, tmp_path, monkeypatch):
-    plan = pruned(name, tiny("llama"))
+    plan = pruned(name, tiny(family_for(name)))
     plan.save(tmp_path / "plan.json")
     replay = method_class(name)(ratio=0.3, plan_file=str(tmp_path / "plan.json"))
     monkeypatch.setattr(replay, "plan", None)
-    model = tiny("llama")
+    model = tiny(family_for(name))
     assert replay.prune(model, batches_for(model) if replay.needs_text() else ()) == plan
     assert Decoder(model).shape.parameters == plan.predicted["parameters"]
 

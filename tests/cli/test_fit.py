@@ -18,6 +18,7 @@ from prunelit.cli.main import COMMANDS, main
 from prunelit.data import loading
 from prunelit.pruning.registry import methods
 from prunelit.runtime.parser_messages import condense_message
+from tests.tiny import EXPERT_METHODS
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,16 +48,17 @@ def _run(capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...]) -> tupl
 
 
 def small(source: str, words: str, out: Path, *more: str) -> list[str]:
-    sizes = ["--text", words, "--windows", "8", "--seqlen", "16", "--align", "8"]
+    sizes = ["--text", words, "--windows", "8", "--seqlen", "16"]
+    sizes += [] if set(EXPERT_METHODS) & set(more) else ["--align", "8"]
     return ["prune", "--model", source, "--ratio", "0.3", *sizes, "--out", str(out), *more]
 
 
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_prune_then_evaluate(
-    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, method: str
+    capsys: pytest.CaptureFixture[str], source: str, mixture_source: str, words: str, tmp_path: Path, method: str
 ) -> None:
-    out = tmp_path / "out"
-    code, text, err = call(capsys, *small(source, words, out, "--method", method))
+    out, model = tmp_path / "out", mixture_source if method in EXPERT_METHODS else source
+    code, text, err = call(capsys, *small(model, words, out, "--method", method))
     assert code == 0, err
     assert "removed" in text
     report = json.loads((out / "report.json").read_text())

@@ -13,10 +13,10 @@ from prunelit.cli.method_cards import answer_methods_command, list_method_option
 from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption
 from tests.test_configs import ROOT, arguments, call
-from tests.tiny import tiny, tokens
+from tests.tiny import EXPERT_METHODS, family_for, tiny, tokens
 
 METHODS = tuple(methods())
-WIDTHS = {"scope", "unit", "align", "min_kept", "uniform_heads"}
+WIDTHS = {"scope", "unit", "kinds", "align", "min_kept", "uniform_heads"}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,9 +49,10 @@ def test_what_a_method_needs_is_what_it_does(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.autograd, "backward", counted("backward", torch.autograd.backward))
     monkeypatch.setattr(torch.autograd, "grad", counted("backward", torch.autograd.grad))
     monkeypatch.setattr(torch.optim.AdamW, "step", counted("steps", torch.optim.AdamW.step))
-    method = method_class(name)(ratio=0.3, **({} if name in ("block_pruner", "shortgpt") else {"align": 8}))
+    whole = name in ("block_pruner", "shortgpt", *EXPERT_METHODS)
+    method = method_class(name)(ratio=0.3, **({} if whole else {"align": 8}))
     needs = method_cards.determine_needs(methods()[name])
-    plan = method.prune(tiny("llama"), [{"input_ids": tokens(2)}] if method.needs_text() else [])
+    plan = method.prune(tiny(family_for(name)), [{"input_ids": tokens(6, 20)}] if method.needs_text() else [])
     assert (needs == "no text") == (not method.reads_text)
     assert (needs in ("backward", "trains")) == (done["backward"] > 0)
     assert (needs == "trains") == (done["steps"] > 0)
@@ -64,7 +65,10 @@ def test_the_table_has_a_line_for_every_method() -> None:
     }
     assert tuple(lines) == METHODS
     assert max(map(len, answer_methods_command([]).splitlines())) <= 120
-    papers = "2406.10594 2312.11983 2407.19126 2412.06419 2412.15127 2403.03853 2305.11627 2312.11983"
+    papers = (
+        "2406.10594 2504.05586 2402.14800 2312.11983 2407.19126 2412.06419 2510.13999 2412.15127 2403.03853 2305.11627 "
+        "2312.11983"
+    )
     assert [word for line in lines.values() for word in line.split() if word[:4].isdigit()] == papers.split()
 
 

@@ -22,7 +22,7 @@ from prunelit.runtime.errors import BadPlan
 from tests.cli.test_fit import ROOT, call, refused, small
 from tests.cli.test_fit import words as words  # a fixture
 from tests.core.test_plan import DENSE, plan_of
-from tests.tiny import keep, tiny, tiny_tokenizer
+from tests.tiny import EXPERT_METHODS, keep, tiny, tiny_tokenizer
 
 SHAPE = DENSE.layers[0]
 
@@ -33,11 +33,12 @@ def planned(source: str, words: str, out: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_it_is_the_plan_that_prune_cuts_by(
-    capsys: pytest.CaptureFixture[str], source: str, words: str, tmp_path: Path, method: str
+    capsys: pytest.CaptureFixture[str], source: str, mixture_source: str, words: str, tmp_path: Path, method: str
 ) -> None:
-    code, said, err = call(capsys, *planned(source, words, tmp_path / "plan.json", "--method", method))
+    model = mixture_source if method in EXPERT_METHODS else source
+    code, said, err = call(capsys, *planned(model, words, tmp_path / "plan.json", "--method", method))
     assert code == 0, err
-    assert call(capsys, *small(source, words, tmp_path / "out", "--method", method))[0] == 0
+    assert call(capsys, *small(model, words, tmp_path / "out", "--method", method))[0] == 0
     assert (tmp_path / "plan.json").read_text() == (tmp_path / "out" / "plan.json").read_text()
     plan = PruningPlan.load(tmp_path / "plan.json")
     assert plan.digest in said and f"{int(plan.predicted['parameters']):,}" in said

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
+from prunelit.callbacks import LLMBIP, REAP
 from prunelit.data import loading
+from prunelit.runtime.errors import BadOption
 from tests.cli.test_fit import ROOT, call
 
 T5 = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
@@ -71,6 +73,61 @@ def test_commands_refuse_before_weights_are_read(
     assert (code, printed) == (2, "")
     assert errors.startswith("prunelit: error: model ") and errors.count("\n") == 1
     assert part in errors and str(folder) in errors and not out.exists()
+
+
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 8}
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+INSIDE = {"model_type": "llava", "text_config": MIXTRAL}
+NO_EXPERTS = "model_type 'llama': expected a mixture of experts for reap, got a model without; choose a method"
+NOT_OF_EXPERTS = "model_type 'mixtral': llm_bip says nothing of experts, which are most of a mixture; expected a method"
+
+
+@pytest.mark.parametrize("command", ["prune", "plan", "fit", "plan of fit", "compare"])
+@pytest.mark.parametrize(
+    ("config", "method", "part"),
+    [(MIXTRAL, "llm_bip", NOT_OF_EXPERTS), (INSIDE, "llm_bip", NOT_OF_EXPERTS), (LLAMA, "reap", NO_EXPERTS)],
+    ids=["mixture", "inside", "no experts"],
+)
+def test_a_method_that_says_nothing_of_the_model_is_refused_before_weights_are_read(
+    capsys: pytest.CaptureFixture[str], folder: Path, command: str, config: dict[str, Any], method: str, part: str
+) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    out, kind = folder.parent / "out", {"llm_bip": "LLMBIP", "reap": "REAP"}[method]
+    (folder.parent / "table.yaml").write_text(f"methods: [{method}]\ntexts: {{a: {{text: 'builtin:python-docs'}}}}\n")
+    fit = [
+        *("--config", str(ROOT / "configs" / "quickstart.yaml"), "--model", str(folder)),
+        *("--trainer.callbacks", f"prunelit.callbacks.{kind}", "--trainer.callbacks.ratio", "0.2"),
+    ]
+    table = ["--config", str(folder.parent / "table.yaml"), "--model", str(folder), "--ratios", "[0.2]"]
+    arguments = {
+        "prune": ["prune", "--model", str(folder), "--ratio", "0.2", "--method", method, "--out", str(out)],
+        "plan": ["plan", "--model", str(folder), "--ratio", "0.2", "--method", method, "--out", str(out)],
+        "fit": ["fit", *fit],
+        "plan of fit": ["plan", *fit],
+        "compare": ["compare", *table, "--out", str(out)],
+    }
+    code, printed, errors = call(capsys, *arguments[command])
+    assert (code, printed) == (2, "")
+    assert part in errors and errors.count("\n") == 1 and not out.exists()
+    assert errors.startswith(
+        f"prunelit: error: method {method!r}: " if command == "compare" else "prunelit: error: model"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(MIXTRAL, {"kinds": ["heads", "channels"]}), (LLAMA, {}), ({"architectures": ["X"]}, {})],
+    ids=["kinds", "llama", "no model_type"],
+)
+def test_a_method_that_fits_is_not_refused(folder: Path, config: dict[str, Any], options: dict[str, Any]) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    LLMBIP(0.2, **options).check_source(str(folder))
+
+
+def test_a_mixture_is_not_timed(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps(MIXTRAL))
+    with pytest.raises(BadOption, match="budget: expected another one than 'latency' for a mixture of experts"):
+        REAP(0.2, budget="latency").check_source(str(folder))
 
 
 def test_an_adapter_is_refused_with_the_name_of_its_base(capsys: pytest.CaptureFixture[str], folder: Path) -> None:

@@ -9,16 +9,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from prunelit.core.plan import PruningPlan
+from prunelit.model.decoder import Decoder
+from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import method_class, methods
-from tests.tiny import tiny
+from tests.routed import sum_over_visits
+from tests.tiny import EXPERT_METHODS, tiny
 
 FAMILIES = ("llama", "gpt2")
+MIXTURES = ("mixtral", "deepseek_v3")
+SCORING_EXPERTS = (*EXPERT_METHODS, "taylor", "wanda_sp")
 ROWS = {name: {} for name in methods()} | {
     "llm_bip, global, least squares": {"scope": "global", "repair": "least_squares"},
     "greedy_output, two steps": {"repair": "two_step"},
     "wanda_sp, layer mean, bias": {"scope": "layer_mean", "repair": "bias"},
     "best, closed forms": {"epochs": 0},
 }
+# Methods that score nothing but experts run on mixtures, the others on models without; two do both.
+CASES = [(row, family) for row in ROWS if row not in EXPERT_METHODS for family in FAMILIES]
+CASES += [(row, family) for row in SCORING_EXPERTS for family in MIXTURES]
 TRAINED = ("best",)  # every rank adds rows to a step, so two ranks take fewer and larger ones than one process
 
 
@@ -32,18 +40,30 @@ def batches():
 
 def pruned(row, family):
     model = tiny(family)
-    plan = method_class(row.split(",")[0])(ratio=0.3, align=8, **ROWS[row]).prune(model, batches())
-    return plan, model
+    kind = method_class(row.split(",")[0])
+    options = {
+        "ratio": 0.2 if family in MIXTURES else 0.3,
+        **({} if "align" in kind.ignored_options else {"align": 8}),
+        **ROWS[row],
+    }
+    return kind(**options).prune(model, batches()), model
+
+
+def scores_of_experts(family):
+    """REAP's, in whose means sums over all ranks are divided by counts over all ranks."""
+    scores = method_class("reap")(0.2).score(PruningContext(Decoder(tiny(family)), batches()))
+    return [layer.experts for layer in scores]
 
 
 def worker(rank, port, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for name in ROWS:
-        for family in FAMILIES:
-            plan, model = pruned(name, family)
-            plan.save(Path(folder) / f"{name}.{family}.{rank}.json")
-            torch.save(model.state_dict(), Path(folder) / f"{name}.{family}.{rank}.pt")
+    for name, family in CASES:
+        plan, model = pruned(name, family)
+        plan.save(Path(folder) / f"{name}.{family}.{rank}.json")
+        torch.save(model.state_dict(), Path(folder) / f"{name}.{family}.{rank}.pt")
+    scores = {family: scores_of_experts(family) for family in MIXTURES}
+    torch.save(scores, Path(folder) / f"scores.{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -58,8 +78,23 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.filterwarnings("ignore:calibration")  # few tokens
+@pytest.mark.parametrize("family", MIXTURES)
+def test_two_ranks_score_experts_as_a_token_by_token_loop(folder, family):
+    model = tiny(family)
+    for rank in (0, 1):
+        for index, found in enumerate(torch.load(folder / f"scores.{rank}.pt")[family]):
+            sums = sum_over_visits(family, model, index, batches(), lambda visit: visit.gate * visit.output.norm())
+            visits = sum_over_visits(family, model, index, batches(), lambda visit: 1)
+            if found is None:
+                assert sums is None
+            else:
+                torch.testing.assert_close(found, sums / visits.clamp(min=1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:calibration")  # few tokens
+@pytest.mark.parametrize(("name", "family"), CASES)
 def test_two_ranks_make_the_plan_of_one(folder, name, family):
     alone, model = pruned(name, family)
     plans = [PruningPlan.load(folder / f"{name}.{family}.{rank}.json") for rank in (0, 1)]

@@ -42,7 +42,7 @@ class Picture(NamedTuple):
 PICTURES = {
     "kept": Picture(
         "Kept units",
-        "A row is a layer, a cell a KV group or query head; the bar is the share of its FFN channels that remains.",
+        "A row is a layer, a cell a unit of the kind below; a bar is the share of channels that remains.",
         kept.draw_kept_units,
     ),
     "scores": Picture(

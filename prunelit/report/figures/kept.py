@@ -1,4 +1,4 @@
-"""Units that remain after pruning: a map of layers x KV groups, query heads and FFN channels."""
+"""Units that remain after pruning: a map of layers x KV groups, query heads, experts and channels."""
 
 from typing import TYPE_CHECKING
 
@@ -39,8 +39,8 @@ def draw_kept_units(record: Record) -> "Figure | None":
 def draw_plan_map(plan: PruningPlan) -> "Figure":
     """Draw the units that a plan keeps.
 
-    Each row is a layer, layer 0 on top. Each column is a unit; for the FFN a bar shows the share of channels that
-    remain. Models without grouped queries have no panel of KV groups.
+    Each row is a layer, layer 0 on top. Each column is a unit; for the FFN, and for the experts of a mixture, a bar
+    shows the share of channels that remain. Models without grouped queries have no panel of KV groups.
 
     Args:
         plan: the plan to draw.
@@ -51,18 +51,28 @@ def draw_plan_map(plan: PruningPlan) -> "Figure":
     Example: see `prunelit.report.figures.draw_picture`.
     """
     shapes = plan.model.layers
-    most_groups, most_heads = (max(getattr(shape, name) for shape in shapes) for name in ("kv_groups", "query_heads"))
+    most_groups, most_heads, most_experts, most_channels = (
+        max(getattr(shape, name) for shape in shapes)
+        for name in ("kv_groups", "query_heads", "experts", "ffn_channels")
+    )
     grids: list[tuple[str, list[list[int]]]] = []
     if most_groups and most_groups != most_heads:
         grids.append(("KV groups", _build_unit_grid(plan, "kv_groups", most_groups)))
     if most_heads:
         grids.append(("query heads", _build_unit_grid(plan, "query_heads", most_heads)))
+    bars = []
+    if most_experts:
+        grids.append(("experts", _build_unit_grid(plan, "experts", most_experts)))
+        bars.append(("channels of experts, %", "expert_channels"))
+    if most_channels or not most_experts:
+        bars.append(("FFN channels, %", "ffn_channels"))
     figure = create_figure(min(7.5, max(1.9, 0.6 + 0.085 * len(shapes))))
-    widths = [max(0.35, min(1.0, len(grid[0]) / 16)) for _, grid in grids] + [1.0]
-    panels = figure.subplots(1, len(grids) + 1, sharey=True, squeeze=False, width_ratios=widths)[0]
+    widths = [max(0.35, min(1.0, len(grid[0]) / 16)) for _, grid in grids] + [1.0] * len(bars)
+    panels = figure.subplots(1, len(widths), sharey=True, squeeze=False, width_ratios=widths)[0]
     for panel, (name, grid) in zip(panels, grids, strict=False):
         _draw_unit_grid(clear_background(panel), name, grid)
-    _draw_ffn_shares(clear_background(panels[-1]), plan)
+    for panel, (label, kind) in zip(panels[len(grids) :], bars, strict=True):
+        _draw_channel_shares(clear_background(panel), plan, label, kind)
     panels[0].set_ylabel("layer")
     panels[0].set_ylim(len(shapes) - 0.5, -0.5)
     use_whole_number_ticks(panels[0].yaxis)
@@ -79,7 +89,8 @@ def _build_unit_grid(plan: PruningPlan, kind: str, width: int) -> list[list[int]
     """Build a grid of codes [layers][width]: 0 no such unit, 1 kept, 2 removed, 3 removed with its block."""
     rows = []
     for kept, shape in _pair_layers(plan):
-        remaining, removed_code = set(getattr(kept, kind)), 3 if kept.attention_removed else 2
+        block_removed = kept.mlp_removed if kind == "experts" else kept.attention_removed
+        remaining, removed_code = set(getattr(kept, kind)), 3 if block_removed else 2
         dense_count = getattr(shape, kind)
         rows.append([1 if unit in remaining else removed_code if unit < dense_count else 0 for unit in range(width)])
     return rows
@@ -101,16 +112,16 @@ def _draw_unit_grid(panel: "Axes", name: str, grid: list[list[int]]) -> None:
         spine.set_visible(False)
 
 
-def _draw_ffn_shares(panel: "Axes", plan: PruningPlan) -> None:
-    """Draw the share of each dense layer's FFN channels that remain."""
+def _draw_channel_shares(panel: "Axes", plan: PruningPlan, label: str, kind: str) -> None:
+    """Draw the share of each dense layer's channels that remain."""
     for layer, (kept, shape) in enumerate(_pair_layers(plan)):
-        if not shape.ffn_channels:
+        if not getattr(shape, kind):
             continue
-        share = 100 * len(kept.ffn_channels) / shape.ffn_channels
+        share = 100 * len(getattr(kept, kind)) / getattr(shape, kind)
         panel.barh(layer, share, height=0.8, color=KEPT)
         panel.barh(layer, 100 - share, left=share, height=0.8, color=BLOCK if kept.mlp_removed else REMOVED)
     panel.set_xlim(0, 100)
     panel.set_xticks([0, 50, 100])
-    panel.set_xlabel("FFN channels, %")
+    panel.set_xlabel(label)
     panel.tick_params(axis="y", length=0)
     panel.axvline(50, color=FAINT, linewidth=0.5, alpha=0.6)

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_NAMES = {"heads": "score of a query head", "channels": "score of an FFN channel"}
+_NAMES = {
+    "heads": "score of a query head",
+    "channels": "score of an FFN channel",
+    "experts": "score of an expert",
+    "expert_channels": "score of a channel of the experts",
+}
 
 
 def draw_scores(record: Record) -> "Figure | None":

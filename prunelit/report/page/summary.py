@@ -32,6 +32,8 @@ def _summarize_kept_units(record: Record) -> str:
         ("kv_groups", "KV groups"),
         ("query_heads", "query heads"),
         ("ffn_channels", "FFN channels"),
+        ("experts", "experts"),
+        ("expert_channels", "channels of experts"),
     ):
         dense_count = sum(getattr(shape, kind) for shape in plan.model.layers)
         kept_count = sum(len(getattr(kept, kind)) for kept in plan.layers)
@@ -48,7 +50,12 @@ def _summarize_kept_units(record: Record) -> str:
 
 
 def _summarize_scores(record: Record) -> str:
-    names = {"heads": "query heads", "channels": "FFN channels"}
+    names = {
+        "heads": "query heads",
+        "channels": "FFN channels",
+        "experts": "experts",
+        "expert_channels": "channels of experts",
+    }
     clauses = []
     for kind, layers in record.scores.items():
         counts = [
