@@ -49,7 +49,9 @@ _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"})
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
 )
-LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | {"qwen3"}
+LLAMA_CPP_MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+"""Mixtures of experts that llama.cpp's graphs compute."""
+LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | LLAMA_CPP_MIXTURES | {"qwen3"}
 """Families of which a GGUF file can be written."""
 MIXER_BESIDE_ATTENTION = frozenset({"falcon_h1"})
 """Hybrids whose layers have an attention and a mixer; in the other ones a mixer stands in an attention's place."""
