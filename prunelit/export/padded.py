@@ -148,7 +148,7 @@ def _widen_for_config(
     mixture = names.mixture
     if mixture is not None and experts:
         if mixture.config_channels == names.config_ffn:
-            channels = expert_channels
+            channels = max(channels, expert_channels)
         if mixture.config_shared_count or mixture.config_shared == mixture.config_channels:
             shared_channels = -(-shared_channels // expert_channels) * expert_channels
     return channels, [experts, expert_channels, shared_channels]

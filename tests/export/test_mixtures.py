@@ -18,6 +18,7 @@ from prunelit.export.formats import ExportJob
 from prunelit.export.proof.compare import prove_folder
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
+from prunelit.quantization import quantize
 from prunelit.runtime.errors import DoesNotFit
 from tests.export.alike import generated, logits, plan_with
 from tests.tiny import EXPERT_KINDS, KINDS, MIXTURES, cut, find_row, keep, tiny, tokens
@@ -250,6 +251,15 @@ def test_padded_refuses_uneven_mixtures(family: str, kind: str, tmp_path: Path) 
 def test_deci_has_no_experts(family: str, tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match=f"format 'deci': expected a model of .*, got '{family}'; use 'hetero'"):
         save(tiny(family), tmp_path / "m", format="deci")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
+def test_int4_has_no_experts(family: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    quantize.quantize_model(model, "int4", 16)
+    with pytest.raises(DoesNotFit, match="format 'int4': expected weights in linears only, got a mixture of experts"):
+        save(model, tmp_path / "m", format="int4")
     assert not list(tmp_path.iterdir())
 
 
