@@ -23,7 +23,7 @@ decoder unless a config says otherwise. The list is read from configs alone; eac
 """
 _REFUSED = """\
 What a folder holds is read in its config.json, before any weight. Encoder-decoders, encoders, decoders with ALiBi,
-mixtures of experts, state-space models without attention, diffusion LMs, classifiers, and weights that other programs
+mixtures of experts without a declaration, state-space models without attention, diffusion LMs, classifiers, and weights that other programs
 stored in few bits are refused in one line that says what the model is and what to do
 ([unsupported.py](../prunelit/core/unsupported.py)). A registered family is never refused for its kind.
 

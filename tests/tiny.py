@@ -317,6 +317,18 @@ MIXTURES: dict[str, Row] = {
     ),
     "deepseek_v3": Row("deepseek_v3", {**_LATENT, **_GROUPED_EXPERTS, "head_dim": 4}, _WHOLE_ATTENTION_ONLY),
     "dots1": Row("dots1", {**_GROUPED_EXPERTS, **_SLIDING}),
+    "exaone_moe": Row(
+        "exaone_moe",
+        {
+            **_GROUPED_EXPERTS,
+            **_SLIDING,
+            "num_experts": 8,
+            "num_shared_experts": 2,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+        },
+    ),
+    "flex_olmo": Row("flex_olmo", _EXPERTS, (*_TIED_HEADS, "channel")),
+    "glm4_moe_lite": Row("glm4_moe_lite", {**_LATENT, **_GROUPED_EXPERTS, "head_dim": 4}, _WHOLE_ATTENTION_ONLY),
     "glm4_moe": Row("glm4_moe", {**_GROUPED_EXPERTS, "use_qk_norm": True}),
     "gpt_oss": Row(
         "gpt_oss",
@@ -336,6 +348,11 @@ MIXTURES: dict[str, Row] = {
         },
         (),
     ),
+    "granitemoeshared": Row(
+        "granitemoeshared",
+        {**_LOCAL_EXPERTS, "intermediate_size": 40, "shared_intermediate_size": 96, "residual_multiplier": 0.5},
+    ),
+    "hy_v3": Row("hy_v3", {**_EXPERTS, "num_shared_experts": 2, "moe_intermediate_size": 24}),
     "jamba": Row(
         "jamba",
         {
@@ -351,6 +368,12 @@ MIXTURES: dict[str, Row] = {
         },
         ("layer",),
     ),
+    "kolibri1": Row("kolibri1", {**_SHARED_EXPERT, **_SLIDING}),
+    "lfm2_moe": Row(
+        "lfm2_moe",
+        {**_HYBRID, **_EXPERTS, "layer_types": ["conv", "full_attention"] * 2, "num_dense_layers": 1},
+        (),
+    ),
     "llama4_text": Row(
         "llama4_text",
         {
@@ -364,13 +387,18 @@ MIXTURES: dict[str, Row] = {
             "attention_chunk_size": 8,
         },
     ),
+    "mellum": Row("mellum", {**_EXPERTS, **_SLIDING, "mlp_layer_types": ["dense", "sparse", "sparse"]}),
     "minimax_m2": Row("minimax_m2", _LOCAL_EXPERTS, (*_TIED_HEADS, "channel")),
     "mixtral": Row("mixtral", _LOCAL_EXPERTS, ("mixer", "channel")),
     "olmoe": Row("olmoe", _EXPERTS, (*_TIED_HEADS, "channel")),
+    "phimoe": Row(
+        "phimoe", {**_LOCAL_EXPERTS, "attention_bias": True, "router_jitter_noise": 0.5}, ("mixer", "channel")
+    ),
     "qwen2_moe": Row("qwen2_moe", {**_SHARED_EXPERT, "mlp_only_layers": [0]}),
     "qwen3_5_moe_text": Row("qwen3_5_moe_text", {**_LINEAR, **_DELTA_NET, **_SHARED_EXPERT}, ()),
     "qwen3_moe": Row("qwen3_moe", {**_EXPERTS, "mlp_only_layers": [0], "norm_topk_prob": True}),
     "qwen3_next-experts": Row("qwen3_next", {**_LINEAR, **_DELTA_NET, **_SHARED_EXPERT}, ()),
+    "solar_open": Row("solar_open", {**_GROUPED_EXPERTS, "first_k_dense_replace": 0}),
 }
 """Models with mixtures of experts; `cut` also takes EXPERT_KINDS for them."""
 EXPERT_METHODS = ("ean", "expert_frequency", "reap")
@@ -427,7 +455,7 @@ def perturb(model: Any) -> None:
     for parameter in model.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
     for name, buffer in model.named_buffers():
-        if name.endswith("correction_bias"):
+        if name.endswith(("correction_bias", "expert_bias")):
             buffer.add_(torch.randn_like(buffer), alpha=0.5)
 
 

@@ -89,9 +89,28 @@ _CORRECTED_MIXTURE = Mixture(
     config_experts="n_routed_experts",
     config_shared_count="n_shared_experts",
 )
+_CORRECTED_SHARED_EXPERTS = replace(
+    _CORRECTED_MIXTURE, config_experts="num_experts", config_shared_count="num_shared_experts"
+)
 _SHARED_EXPERT = Mixture(shared="mlp.shared_expert", config_shared="shared_expert_intermediate_size")
 _LOCAL_EXPERTS = Mixture(config_experts="num_local_experts", config_channels="intermediate_size")
 _QWEN3_NEXT = replace(_LLAMA, mixer="linear_attn", gated_query=True, norm_offset=1.0, mixture=_SHARED_EXPERT)
+_GRANITE_SHARED = replace(
+    _LLAMA,
+    mlp="shared_mlp",
+    fused_gate_up="input_linear",
+    down="output_linear",
+    activation="activation",
+    residual_scale="residual_multiplier",
+    config_ffn="shared_intermediate_size",
+    mixture=replace(
+        _LOCAL_EXPERTS,
+        block="block_sparse_moe",
+        router="router",
+        shared="shared_mlp",
+        config_shared="shared_intermediate_size",
+    ),
+)
 _GPT = Architecture(
     layers="transformer.h",
     attention="attn",
@@ -160,6 +179,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),  # a constant of each depends on its number
     "ernie4_5": _LLAMA,
     "exaone4": _POST_NORM,
+    "exaone_moe": replace(_LLAMA, mixture=_CORRECTED_SHARED_EXPERTS),
     "falcon": Architecture(
         layers="transformer.h",
         attention="self_attention",
@@ -202,6 +222,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mlp_norm="pre_ff_layernorm",
         block_scales={"attention": "attn_out_multiplier", "mlp": "feed_forward.down_multiplier"},
     ),
+    "flex_olmo": replace(_POST_NORM, heads_prunable=False, mixture=Mixture(config_channels="intermediate_size")),
     "gemma": replace(_LLAMA, norm_offset=1.0),
     "gemma2": _SANDWICH,
     "gemma3_text": _SANDWICH,
@@ -218,6 +239,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "glm": replace(_LLAMA, fused_gate_up="gate_up_proj", activation="activation_fn"),
     "glm4": _GLM4,
     "glm4_moe": replace(_LLAMA, mixture=_CORRECTED_MIXTURE),
+    "glm4_moe_lite": replace(_ATTENTION_WHOLE, mixture=_CORRECTED_MIXTURE),
     # Their configs have `attention_bias` too, which neither reads.
     "glm4v_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": True}),
     "glm_ocr_text": replace(_GLM4, text_family="glm4", text_settings={"attention_bias": False}),
@@ -261,28 +283,13 @@ ARCHITECTURES: dict[str, Architecture] = {
         parallel=True,
         variants=(({"use_parallel_residual": False}, {"parallel": False}),),
     ),
-    "granitemoehybrid": replace(
-        _LLAMA,
-        mixer="mamba",
-        mlp="shared_mlp",
-        fused_gate_up="input_linear",
-        down="output_linear",
-        activation="activation",
-        residual_scale="residual_multiplier",
-        config_ffn="shared_intermediate_size",
-        mixture=replace(
-            _LOCAL_EXPERTS,
-            block="block_sparse_moe",
-            router="router",
-            shared="shared_mlp",
-            config_shared="shared_intermediate_size",
-        ),
-    ),
     "granitemoe": replace(
         _LLAMA,
         residual_scale="residual_multiplier",
         mixture=replace(_LOCAL_EXPERTS, block="block_sparse_moe", router="router"),
     ),
+    "granitemoehybrid": replace(_GRANITE_SHARED, mixer="mamba"),
+    "granitemoeshared": _GRANITE_SHARED,
     "granite": replace(_LLAMA, residual_scale="residual_multiplier"),
     # Features of pictures are added between layers by their number.
     "granite4_vision_text": replace(
@@ -298,6 +305,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "helium": _LLAMA,
     "hunyuan_v1_dense": _LLAMA,
     "hunyuan_vl_text": replace(_LLAMA, text_family="hunyuan_v1_dense"),
+    "hy_v3": replace(_LLAMA, mixture=replace(_CORRECTED_SHARED_EXPERTS, per_expert=("e_score_correction_bias",))),
     "hyperclovax": replace(
         _LLAMA,
         attention_post_norm="post_norm1",
@@ -315,7 +323,18 @@ ARCHITECTURES: dict[str, Architecture] = {
         mixture=Mixture(block="feed_forward", router="router", config_channels="intermediate_size"),
     ),
     "jais2": replace(_PLAIN_FFN, norm="layer"),
+    "kolibri1": replace(
+        _LLAMA,
+        attention_post_norm="post_self_attn_layernorm",
+        mlp_post_norm="post_mlp_layernorm",
+        mixture=Mixture(
+            shared="mlp.shared_experts",
+            per_expert=("gate.e_score_correction_bias",),
+            config_shared="shared_expert_intermediate_size",
+        ),
+    ),
     "lfm2": replace(_LFM, output="out_proj", config_exact_widths={"block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": replace(_LFM, output="out_proj", mixture=Mixture(block="feed_forward", per_expert=("expert_bias",))),
     "lfm3": replace(
         _LFM,
         attention_post_norm="post_operator_norm",
@@ -339,6 +358,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             config_shared="intermediate_size",
         ),
     ),
+    "mellum": replace(_LLAMA, mixture=Mixture()),
     "minicpm3": replace(
         _ATTENTION_WHOLE,
         block_scales={"attention": "residual_scale", "mlp": "residual_scale"},
@@ -426,6 +446,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         _LLAMA, text_family="llama", text_settings={"attention_bias": "use_bias", "mlp_bias": "use_bias"}
     ),
     "phi": replace(_PARALLEL, output="dense", gate=None, up="fc1", down="fc2", activation="activation_fn"),
+    "phimoe": replace(_LLAMA, norm="layer", mixture=replace(_LOCAL_EXPERTS, router="router")),
     "phi3": replace(
         _LLAMA,
         fused_qkv="qkv_proj",
@@ -453,6 +474,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_vl_text": replace(_LLAMA, fixed_layers="vision_config.deepstack_visual_indexes", text_family="qwen3"),
     "seed_oss": replace(_LLAMA, config_attention_bias="attention_out_bias"),
     "smollm3": _LLAMA,
+    "solar_open": replace(_LLAMA, mixture=_CORRECTED_MIXTURE),
     "stablelm": replace(
         _LLAMA,
         norm="layer",

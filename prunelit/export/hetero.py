@@ -21,7 +21,7 @@ from prunelit.export.uniform import build_if_shapes_match, build_on_meta, find_s
 from prunelit.model import per_layer
 from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.model.folder import find_auto_class
-from prunelit.model.per_layer import ADDED_BIASES, find
+from prunelit.model.per_layer import ADDED_BIASES, MIXTURE_WIDTHS, find
 from prunelit.runtime.errors import DoesNotFit
 
 _MODELLING_MODULE = "modeling_pruned"
@@ -100,23 +100,34 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     settings = decoder.config.to_dict()
     settings[names.config_heads] = heads
     settings[names.config_kv_heads] = settings.get(names.config_kv_heads) or heads
-    channels = max(shape.ffn_channels for shape in shapes) or decoder.config.hidden_size
+    # The skeleton that is built first needs some width; a layer with experts has the widths of its own entry.
+    dense_channels = max((shape.ffn_channels for shape in shapes if not shape.experts), default=0)
+    channels = dense_channels or settings.get(names.config_ffn) or decoder.config.hidden_size
     whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
+    if isinstance(channels, list):  # one entry for each layer, none of which has a dense FFN
+        channels = decoder.config.hidden_size
     whole_model[names.config_ffn] = channels
     settings[names.config_ffn] = decoder.spread_width(settings.get(names.config_ffn), channels)
     stock = {int(index): own for index, own in (settings.get("per_layer_config") or {}).items()}
     per_layer_settings = {}
     for index, (layer, shape) in enumerate(zip(decoder, shapes, strict=True)):
         widths = {key: getattr(shape, name) for key, name in keys.items()}
+        if shape.experts:
+            widths[names.config_ffn] = 0
         different: dict[str, Any] = {key: width for key, width in widths.items() if width and width != whole_model[key]}
         removed = layer.list_removed_blocks()
-        replaced = {"skip", ADDED_BIASES, names.config_ffn}
+        if shape.experts:
+            different[MIXTURE_WIDTHS] = [shape.experts, shape.expert_channels, shape.ffn_channels]
+        replaced = {"skip", ADDED_BIASES, MIXTURE_WIDTHS, names.config_ffn}
         if not (layer.has_mixer and layer.architecture.mixer_is_attention):
             replaced |= {names.config_heads, names.config_kv_heads}
         different = {key: value for key, value in stock.get(index, {}).items() if key not in replaced} | different
         if different or removed:
             per_layer_settings[index] = different | ({"skip": removed} if removed else {})
-    settings.pop(ADDED_BIASES, None)
+    for name in (ADDED_BIASES, MIXTURE_WIDTHS):
+        settings.pop(name, None)
+    if any(shape.experts for shape in shapes):
+        settings[MIXTURE_WIDTHS] = []  # transformers' schema requires a global value beside a per-layer one
     return settings | {"per_layer_config": per_layer_settings}
 
 

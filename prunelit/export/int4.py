@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prunelit.calibration import metrics
-from prunelit.core.architectures import get_architecture
+from prunelit.core.architectures import get_architecture, has_experts
 from prunelit.export import hetero, uniform
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.proof import compare
@@ -84,8 +84,13 @@ def _get_group_size(model: Any) -> int:
     """Return the group size of an int4 model.
 
     Raises:
-        DoesNotFit: the model is not in 4 bits, or its linears have no group size in common.
+        DoesNotFit: the model is a mixture of experts, or not in 4 bits, or its linears have no group size in common.
     """
+    if has_experts(model.config):
+        raise DoesNotFit(
+            "format 'int4': expected weights in linears only, got a mixture of experts, whose tensors no reader takes "
+            "in 4 bits; use format 'uniform' or 'hetero'"
+        )
     if get_quantization(model) != "int4":
         raise DoesNotFit(
             "format 'int4': expected linears in 4 bits, got plain ones; quantise first: "

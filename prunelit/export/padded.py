@@ -73,6 +73,7 @@ def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tens
         DoesNotFit: there is no such class.
     """
     decoder = as_decoder(model)
+    _check_mixtures_alike(decoder)
     all_widths = list(_propose_layer_widths(decoder))
     for widths in all_widths:
         for build, config, _ in propose_stock_configs(decoder, widths):
@@ -85,10 +86,33 @@ def _build_padded_shell(model: nn.Module | Decoder) -> tuple[Any, dict[str, Tens
             if weights is not None:
                 return shell, weights
     smallest = all_widths[0]
+    mixture = (
+        f", {smallest.experts} experts of {smallest.expert_channels} channels beside {smallest.shared_channels}, dense "
+        f"FFNs of {smallest.ffn_channels}"
+        if smallest.experts
+        else ""
+    )
     raise DoesNotFit(
         f"format 'padded': no {decoder.config.model_type} of transformers has {smallest.query_heads} query heads in "
-        f"{smallest.kv_groups} KV groups of size {smallest.head_dim} and this model's biases; use format 'hetero'"
+        f"{smallest.kv_groups} KV groups of size {smallest.head_dim}{mixture} and this model's biases; use format "
+        "'hetero'"
     )
+
+
+def _check_mixtures_alike(decoder: Decoder) -> None:
+    """Check that all mixtures have as many experts of one width: a router would choose experts of zeros.
+
+    Raises:
+        DoesNotFit: two layers differ.
+    """
+    having = [layer for layer in decoder if layer.shape.experts]
+    for layer in having[1:]:
+        first, found = ((s.experts, s.expert_channels) for s in (having[0].shape, layer.shape))
+        if first != found:
+            raise DoesNotFit(
+                f"format 'padded': expected mixtures of one shape, got {first[0]} experts of {first[1]} channels in "
+                f"layer {having[0].index}, {found[0]} of {found[1]} in layer {layer.index}; use format 'hetero'"
+            )
 
 
 def _propose_layer_widths(decoder: Decoder) -> Iterator[LayerWidths]:
@@ -96,18 +120,38 @@ def _propose_layer_widths(decoder: Decoder) -> Iterator[LayerWidths]:
     shapes = [layer.shape for layer in decoder]
     groups = max(shape.kv_groups for shape in shapes)
     group_size, dim = max(shape.group_size for shape in shapes), max(shape.head_dim for shape in shapes)
-    channels = max(shape.ffn_channels for shape in shapes) or 1
-    yield LayerWidths(groups * group_size, groups, dim, channels)
+    all_widths = [LayerWidths.from_shape(shape) for shape in shapes]
+    dense, *mixture = (max(column) for column in list(zip(*all_widths, strict=True))[3:])
+    channels, mixture = _widen_for_config(decoder, dense or 1, *mixture)
+    yield LayerWidths(groups * group_size, groups, dim, channels, *mixture)
     if not groups:
         return
     heads = int(decoder.config.hidden_size) // dim
     for more_groups in range(groups, heads + 1):
         is_proposed = (heads, more_groups) == (groups * group_size, groups)
         if heads % more_groups == 0 and heads // more_groups >= group_size and not is_proposed:
-            yield LayerWidths(heads, more_groups, dim, channels)
+            yield LayerWidths(heads, more_groups, dim, channels, *mixture)
     names, values = decoder.architecture, vars(decoder.config)  # attentions that stay whole have the config's numbers
     if any(layer.architecture.mixer_is_attention for layer in decoder):
-        yield LayerWidths(values[names.config_heads], values[names.config_kv_heads], dim, channels)
+        yield LayerWidths(values[names.config_heads], values[names.config_kv_heads], dim, channels, *mixture)
+
+
+def _widen_for_config(
+    decoder: Decoder, channels: int, experts: int, expert_channels: int, shared_channels: int
+) -> tuple[int, list[int]]:
+    """Widen dense and shared FFNs where the family's config derives their widths from that of the experts.
+
+    Returns:
+        Channels of the dense FFNs; experts, channels of each, and of the shared FFN.
+    """
+    names = decoder.architecture
+    mixture = names.mixture
+    if mixture is not None and experts:
+        if mixture.config_channels == names.config_ffn:
+            channels = max(channels, expert_channels)
+        if mixture.config_shared_count or mixture.config_shared == mixture.config_channels:
+            shared_channels = -(-shared_channels // expert_channels) * expert_channels
+    return channels, [experts, expert_channels, shared_channels]
 
 
 def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) -> dict[str, Tensor] | None:
@@ -149,8 +193,10 @@ def _scatter_weights(decoder: Decoder, shell: nn.Module, widths: LayerWidths) ->
 def _has_widths(layer: Layer, widths: LayerWidths) -> bool:
     """Whether the blocks that a layer has are of these widths."""
     actual = LayerWidths.from_shape(layer.shape)
-    return (not layer.has_attention or actual[:3] == widths[:3]) and (
-        not layer.has_mlp or actual.ffn_channels == widths.ffn_channels
+    return (
+        (not layer.has_attention or actual[:3] == widths[:3])
+        and (layer.has_experts or not layer.has_mlp or actual.ffn_channels == widths.ffn_channels)
+        and (not layer.has_experts or not widths.experts or actual[4:] == widths[4:])
     )
 
 
@@ -186,7 +232,8 @@ def _map_linear_places(layer: Layer, widths: LayerWidths) -> Iterator[tuple[str,
             yield f"{a.attention}.{a.fused_qkv}", 0, rows, (total_q + 2 * total_kv) * dim
         yield f"{a.attention}.{a.output}", 1, _expand_head_rows(queries, dim), total_q * dim
     if layer.has_mlp:
-        total, channels = widths.ffn_channels, torch.arange(layer.shape.ffn_channels)
+        total = widths.shared_channels if layer.has_experts else widths.ffn_channels
+        channels = torch.arange(layer.shape.ffn_channels)
         mlp_prefix = f"{a.mlp}." if a.mlp else ""
         if a.fused_gate_up:
             yield f"{mlp_prefix}{a.fused_gate_up}", 0, torch.cat([channels, total + channels]), 2 * total

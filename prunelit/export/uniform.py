@@ -13,8 +13,8 @@ from prunelit.core.plan import LayerShape
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.model_files import write_model_as
 from prunelit.export.proof.compare import prove_folder
-from prunelit.model.decoder import Decoder, as_decoder
-from prunelit.model.per_layer import ADDED_BIASES
+from prunelit.model.decoder import Decoder, Layer, as_decoder
+from prunelit.model.per_layer import ADDED_BIASES, MIXTURE_WIDTHS
 from prunelit.runtime.errors import DoesNotFit
 
 # Errors that configs and models of transformers raise for widths that they cannot have.
@@ -58,6 +58,12 @@ def build_stock_model(model: nn.Module | Decoder) -> Any:
 class LayerWidths(NamedTuple):
     """The widths that all layers of a stock class have; 0 where no layer has such a block.
 
+    Attributes:
+        query_heads, kv_groups, head_dim: of an attention.
+        ffn_channels: of the FFN in layers without experts.
+        experts, expert_channels: number of experts, and channels of each.
+        shared_channels: of the FFN beside the experts.
+
     Example: see `prunelit.export.padded`, which uses it.
     """
 
@@ -65,26 +71,39 @@ class LayerWidths(NamedTuple):
     kv_groups: int
     head_dim: int
     ffn_channels: int
+    experts: int = 0
+    expert_channels: int = 0
+    shared_channels: int = 0
+
+    @property
+    def of_blocks(self) -> tuple[tuple[int, ...], ...]:
+        """Widths of the attention, of the dense FFN, and of the mixture."""
+        return tuple(self[:3]), (self.ffn_channels,), tuple(self[4:])
 
     @classmethod
     def from_shape(cls, shape: LayerShape) -> Self:
         """Take the widths of a layer."""
-        return cls(shape.query_heads, shape.kv_groups, shape.head_dim, shape.ffn_channels)
+        heads = (shape.query_heads, shape.kv_groups, shape.head_dim)
+        if shape.experts:
+            return cls(*heads, 0, shape.experts, shape.expert_channels, shape.ffn_channels)
+        return cls(*heads, shape.ffn_channels)
 
 
 def find_common_widths(decoder: Decoder) -> LayerWidths | None:
-    """Find the widths that all attentions and FFNs of a decoder have; None where they differ or a block was removed.
+    """Find the widths that all blocks of a kind have; None where they differ or a block was removed.
 
     Example: see `build_stock_model`.
     """
     if any(layer.list_removed_blocks() for layer in decoder):
         return None
-    shapes = [layer.shape for layer in decoder]
-    heads = {(shape.query_heads, shape.kv_groups, shape.head_dim) for shape in shapes if shape.kv_groups}
-    channels = {shape.ffn_channels for shape in shapes if shape.ffn_channels}
-    if len(heads) > 1 or len(channels) > 1:
-        return None
-    return LayerWidths(*(heads.pop() if heads else (0, 0, 0)), channels.pop() if channels else 0)
+    all_widths = [LayerWidths.from_shape(layer.shape) for layer in decoder]
+    common: list[int] = []
+    for widths in zip(*(widths.of_blocks for widths in all_widths), strict=True):
+        present = {of_block for of_block in widths if any(of_block)}
+        if len(present) > 1:
+            return None
+        common += present.pop() if present else widths[0]
+    return LayerWidths(*common)
 
 
 def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tuple[Any, Any, bool]]:
@@ -110,6 +129,8 @@ def propose_stock_configs(decoder: Decoder, widths: LayerWidths) -> Iterator[tup
     settings: dict[str, Any] = dict(names.config_exact_widths)
     if widths.ffn_channels:
         settings[names.config_ffn] = widths.ffn_channels
+    if names.mixture is not None and widths.experts:
+        settings |= names.mixture.get_config_widths(widths.experts, widths.expert_channels, widths.shared_channels)
     if widths.kv_groups:
         settings |= {names.config_heads: widths.query_heads, names.config_kv_heads: widths.kv_groups}
     build: Any = type(model)
@@ -149,7 +170,7 @@ def _drop_per_layer_options(options: dict[str, Any], settings: dict[str, Any]) -
     kept = {
         name: value
         for name, value in options.items()
-        if name not in ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES)
+        if name not in ("per_layer_config", "model_type", "architectures", "auto_map", ADDED_BIASES, MIXTURE_WIDTHS)
     }
     if not isinstance(options.get("text_config"), dict):
         return kept | settings
@@ -235,19 +256,30 @@ def check_uniform(model: nn.Module, tokenizer: Any) -> None:
 
 def _explain_misfit(model: nn.Module | Decoder) -> str:
     """Explain why no stock class can hold a model."""
-    shape_0, *other_shapes = [layer.shape for layer in as_decoder(model)]
-    description_0 = _describe_shape(shape_0)
-    for index, shape in enumerate(other_shapes, 1):
-        if LayerWidths.from_shape(shape) != LayerWidths.from_shape(shape_0):
-            return (
-                f"expected layers of one shape, got {description_0} in layer 0, {_describe_shape(shape)} in layer "
-                f"{index}"
-            )
-    return f"expected a stock class with the model's parameters, got none with {description_0} and its biases"
+    layers = list(as_decoder(model))
+    first: dict[int, tuple[Layer, tuple[int, ...]]] = {}  # by kind of block
+    for layer in layers:
+        for kind, widths in enumerate(LayerWidths.from_shape(layer.shape).of_blocks):
+            if not any(widths):
+                continue
+            other, other_widths = first.setdefault(kind, (layer, widths))
+            if widths != other_widths:
+                return (
+                    f"expected layers of one shape, got {_describe_shape(other.shape)} in layer {other.index}, "
+                    f"{_describe_shape(layer.shape)} in layer {layer.index}"
+                )
+    for layer in layers:
+        if removed := layer.list_removed_blocks():
+            return f"expected whole layers, got layer {layer.index} without its {' and '.join(removed)}"
+    descriptions = " and ".join(dict.fromkeys(_describe_shape(layer.shape) for layer in layers))
+    return f"expected a stock class with the model's parameters, got none with {descriptions} and its biases"
 
 
 def _describe_shape(shape: LayerShape) -> str:
-    return f"{shape.query_heads} query heads, {shape.kv_groups} KV groups, {shape.ffn_channels} channels"
+    description = f"{shape.query_heads} query heads, {shape.kv_groups} KV groups, {shape.ffn_channels} channels"
+    if not shape.experts:
+        return description
+    return f"{description} beside {shape.experts} experts of {shape.expert_channels} channels"
 
 
 LOAD_SNIPPET = """\

@@ -46,6 +46,8 @@ _PER_LAYER_LISTS = (
     "mlp_layer_types",
 )
 _LAYER_NUMBERS = ("attn_layer_indices", "full_attn_idxs", "rope_scaling_layers", "moe_layers")
+# Config attributes with the number of first layers that have a dense FFN, in a mixture of experts.
+_DENSE_LAYER_COUNTS = ("first_k_dense_replace", "num_dense_layers")
 # Integers of a block: its place in the cache.
 _CACHE_NUMBERS = ("layer_idx", "layer_id")
 # Config attributes that a model divides by the square root of its number of layers.
@@ -133,6 +135,7 @@ def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
     """`names` for one layer of a family whose layers differ: with the overrides that its modules select.
 
     In a layer with a mixture of experts, `mlp` is the shared FFN beside the experts, or None; in others `mixture` is.
+    Where a mixture was removed, `mlp` is its stub.
     """
     matching = [overrides for path, overrides in names.layer_variants if find(layer, path) not in (None, False)]
     if not matching and names.mixture is None:
@@ -141,8 +144,14 @@ def resolve_layer_names(layer: nn.Module, names: Any) -> Any:
     for overrides in matching:
         vars(resolved).update(overrides)
     if resolved.mixture is not None:
-        has_experts = find(find(layer, resolved.mixture.block), resolved.mixture.experts) is not None
-        vars(resolved).update({"mlp": resolved.mixture.shared} if has_experts else {"mixture": None})
+        block = find(layer, resolved.mixture.block)
+        if find(block, resolved.mixture.experts) is not None:
+            own: dict[str, Any] = {"mlp": resolved.mixture.shared}
+        elif block is not None and is_absent(block):
+            own = {"mlp": resolved.mixture.block, "mixture": None}
+        else:
+            own = {"mixture": None}
+        vars(resolved).update(own)
     return resolved
 
 
@@ -355,7 +364,8 @@ def settle(model: Any, names: Any) -> None:
                 setattr(config, attribute, getattr(config, attribute) * (len(kept) / config.num_hidden_layers) ** 0.5)
         config.num_hidden_layers = len(kept)
         blocks = [blocks[index] for index in kept]
-        _renumber_mixtures(config, [per_layer_names[index].mixture is not None for index in kept])
+        if names.mixture is not None:
+            _renumber_mixtures(config, [per_layer_names[index].mixture is not None for index in kept])
     # A layer of one block by design, such as an FFN alone, has no place in the cache to begin with.
     emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
     if _is_derived(config, "kv_sharing_modes"):
@@ -376,10 +386,10 @@ def settle(model: Any, names: Any) -> None:
 
 def _renumber_mixtures(config: Any, has_experts: Sequence[bool]) -> None:
     """Say in the config which of the layers that remain have experts, in families whose layers differ in it."""
-    if not any(has_experts):
-        return
-    if isinstance(getattr(config, "first_k_dense_replace", None), int):
-        config.first_k_dense_replace = has_experts.index(True)
+    numbers = [index for index, has in enumerate(has_experts) if has] or [len(has_experts)]
+    for attribute in _DENSE_LAYER_COUNTS:
+        if isinstance(getattr(config, attribute, None), int):
+            setattr(config, attribute, numbers[0])
     if isinstance(getattr(config, "mlp_only_layers", None), list):
         config.mlp_only_layers = [index for index, has in enumerate(has_experts) if not has]
         config.decoder_sparse_step = 1

@@ -26,7 +26,9 @@ from prunelit.planning.stock_shapes import (
     PrunedShape,
     Verdict,
     allows_added_biases,
+    compute_padded_mixture,
     compute_padded_widths,
+    find_mixture_misfit,
     fits_ffn_widths,
     format_first_items,
     format_plural_count,
@@ -41,6 +43,8 @@ FAST_WIDTH_MULTIPLE = 64
 
 _CONV1D_FAMILIES = frozenset({"gpt2"})  # linears stored as [in, out], which no reader of 4-bit weights takes
 
+_ALSO_WITHOUT_EXPERTS = frozenset({"granitemoehybrid", "qwen3_next"})  # mixtures some of whose models have none
+
 _NOT_IN_VLLM = frozenset(
     {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
 )
@@ -49,7 +53,9 @@ _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"})
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
 )
-LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | {"qwen3"}
+LLAMA_CPP_MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+"""Mixtures of experts that llama.cpp's graphs compute."""
+LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | LLAMA_CPP_MIXTURES | {"qwen3"}
 """Families of which a GGUF file can be written."""
 MIXER_BESIDE_ATTENTION = frozenset({"falcon_h1"})
 """Hybrids whose layers have an attention and a mixer; in the other ones a mixer stands in an attention's place."""
@@ -128,7 +134,8 @@ def list_family_formats(family: str) -> list[str]:
         "padded": True,
         "gguf": text_family in LLAMA_CPP_FAMILIES,
         "deci": text_family in LLAMA_LIKE_FAMILIES,
-        "int4": family not in _CONV1D_FAMILIES,
+        "int4": family not in _CONV1D_FAMILIES
+        and (ARCHITECTURES[family].mixture is None or family in _ALSO_WITHOUT_EXPERTS),
     }
     return [name for name, can_hold in fits.items() if can_hold]
 
@@ -139,7 +146,11 @@ def list_serving_notes(plan: PruningPlan) -> list[str]:
     Example: see `list_serving_options`.
     """
     pruned, notes = PrunedShape(plan), []
-    odd = [index for index, remaining, _ in pruned.layers if len(remaining.ffn_channels) % FAST_WIDTH_MULTIPLE]
+    odd = [
+        index
+        for index, kept, _ in pruned.layers
+        if len(kept.ffn_channels) % FAST_WIDTH_MULTIPLE or len(kept.expert_channels) % FAST_WIDTH_MULTIPLE
+    ]
     if odd:
         layers = f"{format_plural_count(len(odd), 'layer')} ({format_first_items(odd)})"
         notes.append(
@@ -154,7 +165,7 @@ def list_serving_notes(plan: PruningPlan) -> list[str]:
             and (len(remaining.kv_groups) % number == 0 or number % len(remaining.kv_groups) == 0)
             for _, remaining, _ in pruned.attentions
         )
-        and all(width % number == 0 for width in pruned.channels)
+        and all(width % number == 0 for width in (*pruned.channels, *(m[1] for m in pruned.mixtures)))
     ]
     if parallel:
         counts = ", ".join(map(str, parallel))
@@ -177,8 +188,18 @@ def _judge_padded(pruned: PrunedShape) -> Verdict:
         return refuse_added_biases(pruned)
     if not fits_ffn_widths(pruned) or len({shape.head_dim for _, _, shape in pruned.attentions}) > 1:
         return Verdict("no", "its layers have heads or FFNs of several sizes", "")
+    if len({mixture[:2] for mixture in pruned.mixtures}) > 1:
+        return Verdict("no", "experts of zeros would be chosen: their number and width must not differ", "scope: layer")
     widths, model = compute_padded_widths(pruned.plan), pruned.plan.model
-    parameters = sum(shape.parameters_at(*widths) for _, _, shape in pruned.layers)
+    experts, expert_channels, shared = compute_padded_mixture(pruned.plan)
+    dense_widths = {widths[2]} if any(not remaining.experts for _, remaining, _ in pruned.layers) else set()
+    if misfit := find_mixture_misfit(pruned.family, dense_widths, (experts, expert_channels, shared)):
+        return misfit
+    mixture = (experts, expert_channels) if experts else ()
+    parameters = sum(
+        shape.parameters_at(*widths[:2], shared if shape.experts else widths[2], True, *mixture)
+        for _, _, shape in pruned.layers
+    )
     return Verdict("yes", _describe_savings(pruned, 1 - parameters / model.block_parameters))
 
 
@@ -191,6 +212,8 @@ def _judge_vllm(pruned: PrunedShape) -> Verdict:
     stock_class = judge_stock_class(pruned)
     if stock_class.answer != "yes":
         return stock_class
+    if pruned.mixtures:
+        return Verdict("?", f"whether its {pruned.family} takes these experts was not looked up")
     if pruned.family in _NOT_IN_VLLM:
         return Verdict("?", f"no class of its own for {pruned.family} in the copy read")
     if pruned.has_config_head_size or pruned.family in _VLLM_READS_HEAD_SIZE:
@@ -272,12 +295,27 @@ def _judge_llama_cpp(pruned: PrunedShape) -> Verdict:
         )
     if not pruned.plan.is_uniform:
         return refuse_unequal_layers(pruned)
+    if pruned.family in LLAMA_CPP_MIXTURES:
+        return _judge_llama_cpp_mixture(pruned)
     if pruned.family == "qwen3" and pruned.biases:
         return Verdict("no", "its qwen3 graph has no biases", "repair: none")
     has_graph = pruned.family == "qwen3" or (
         pruned.family == "qwen2" and pruned.has_config_head_size and not pruned.biases
     )
     return Verdict("yes", f"as {pruned.family if has_graph else 'llama'}")
+
+
+def _judge_llama_cpp_mixture(pruned: PrunedShape) -> Verdict:
+    graph = {"mixtral": "llama"}.get(pruned.family, pruned.family.replace("_", ""))
+    if any(not remaining.experts for _, remaining, _ in pruned.layers):
+        return Verdict("no", f"its {graph} graph has experts in every layer")
+    if graph != "llama" and pruned.biases:
+        return Verdict("no", f"its {graph} graph has no such biases", "repair: none")
+    if graph == "qwen2moe" and not pruned.has_config_head_size:
+        return Verdict("no", "its qwen2moe graph takes head size = hidden size / heads", suggest_keeping_heads(pruned))
+    if graph == "olmoe" and any(shape.group_size != 1 for _, _, shape in pruned.attentions):
+        return Verdict("no", "its olmoe graph has as many KV heads as query heads")
+    return Verdict("yes", f"as {graph}")
 
 
 def _judge_llama_cpp_deci(pruned: PrunedShape) -> Verdict:
@@ -302,6 +340,8 @@ def _judge_tensorrt(pruned: PrunedShape) -> Verdict:
 
 
 def _judge_int4(pruned: PrunedShape, size: int) -> Verdict:
+    if pruned.mixtures:
+        return Verdict("no", "experts are no linears, and no reader takes their tensors in 4 bits")
     if pruned.family in _CONV1D_FAMILIES:
         return Verdict("no", f"linears of {pruned.family} are stored [in, out], which no reader takes in 4 bits")
     inputs = [("hidden size", pruned.plan.model.hidden_size)]

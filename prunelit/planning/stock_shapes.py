@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from prunelit.core.architectures import ARCHITECTURES, PRUNED
+from prunelit.core.declaration import Mixture
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 
 Answer = Literal["yes", "no", "?"]
@@ -53,7 +54,10 @@ _BIAS_SWITCHES: dict[str, tuple[frozenset[str], ...]] = {
     **dict.fromkeys(("hunyuan_v1_dense", "olmo", "qwen3", "vaultgemma"), (_ATTENTION,)),
     **dict.fromkeys(("cohere_compass_text", "granitemoehybrid", "lfm3", "nanochat"), (_ATTENTION,)),
     **dict.fromkeys(("qwen3_5_text", "qwen3_next", *_WHOLE_ATTENTIONS), (_ATTENTION,)),
-    **dict.fromkeys(("cwm", "helium", "minicpm3", "nemotron_h"), (_FFN,)),
+    **dict.fromkeys(("dots1", "granitemoe", "granitemoeshared", "llama4_text", "mellum"), (_ATTENTION,)),
+    **dict.fromkeys(("qwen3_5_moe_text", "qwen3_moe"), (_ATTENTION,)),
+    "hy_v3": _ANY_BLOCKS,
+    **dict.fromkeys(("cwm", "deepseek_v2", "helium", "minicpm3", "nemotron_h"), (_FFN,)),
     "internlm3": (_ATTENTION | _FFN,),
 }
 
@@ -111,8 +115,17 @@ class PrunedShape:
 
     @property
     def channels(self) -> set[int]:
-        """The different FFN widths."""
-        return {len(remaining.ffn_channels) for _, remaining, _ in self.layers if not remaining.mlp_removed}
+        """The different widths of FFNs in layers without experts."""
+        return {len(kept.ffn_channels) for _, kept, _ in self.layers if not kept.mlp_removed and not kept.experts}
+
+    @property
+    def mixtures(self) -> set[tuple[int, int, int]]:
+        """The different mixtures: number of experts, channels of each, channels of the shared FFN beside them."""
+        return {
+            (len(kept.experts), len(kept.expert_channels), len(kept.ffn_channels))
+            for _, kept, _ in self.layers
+            if kept.experts
+        }
 
     @property
     def half_layers(self) -> list[str]:
@@ -159,7 +172,7 @@ def _list_missing_blocks(remaining: LayerPlan, shape: LayerShape) -> list[str]:
     removed = remaining.list_removed_blocks(shape)
     if not (shape.one_block or shape.kv_groups or shape.has_mixer):
         removed.append("attention")
-    if not (shape.one_block or shape.ffn_channels):
+    if not (shape.one_block or shape.has_ffn):
         removed.append("mlp")
     return removed
 
@@ -175,6 +188,8 @@ def judge_stock_class(pruned: PrunedShape) -> Verdict:
         return refuse_unequal_layers(pruned)
     if not fits_ffn_widths(pruned):
         return Verdict("no", "some FFNs of its config are twice as wide as the others", "a method that cuts heads")
+    if pruned.mixtures and (misfit := find_mixture_misfit(pruned.family, pruned.channels, *pruned.mixtures)):
+        return misfit
     _, remaining, shape = next(iter(pruned.attentions), pruned.layers[0])
     heads, hidden = len(remaining.query_heads), pruned.plan.model.hidden_size
     if _has_whole_attentions(pruned) and any(len(kept.query_heads) < s.query_heads for _, kept, s in pruned.attentions):
@@ -222,7 +237,70 @@ def compute_padded_widths(plan: PruningPlan) -> tuple[int, int, int]:
         fitting = (count for count in range(groups, heads + 1) if heads % count == 0 and heads // count >= in_group)
         groups = heads if equal_groups else next(fitting, groups)
     no_channels = 0 if all(shape.one_block for _, _, shape in pruned.layers) else 1
-    return heads, groups, max(pruned.channels, default=no_channels)
+    channels = max(pruned.channels, default=no_channels)
+    mixture = _get_mixture(pruned)
+    if mixture is not None and mixture.config_channels == ARCHITECTURES[pruned.family].config_ffn:
+        channels = max(channels, compute_padded_mixture(plan)[1])
+    return heads, groups, channels
+
+
+def compute_padded_mixture(plan: PruningPlan) -> tuple[int, int, int]:
+    """Compute the widths of all mixtures of a padded model: those that remain, which are alike.
+
+    The shared FFN is as wide as the widest; in families that derive its width from that of the experts, a multiple.
+
+    Returns:
+        Experts, channels of each, and channels of the shared FFN; zeros where no mixture remains.
+
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> layer = LayerShape(4, 2, 8, 0, 3, 512, 512, 0, 3104, 32, experts=4, experts_per_token=2, expert_channels=8,
+        ...     expert_channel_cost=96, expert_cost=800, router_row_cost=32, mixture_cost=3200)
+        >>> model = ModelShape("mixtral", "tiny", 32, 50000, 0, 4, "", (layer,))
+        >>> compute_padded_mixture(PruningPlan("made", model, (LayerPlan.dense(layer),)))
+        (4, 8, 0)
+    """
+    pruned = PrunedShape(plan)
+    experts, channels, shared = (max(column) for column in zip(*(pruned.mixtures or {(0, 0, 0)}), strict=True))
+    mixture = _get_mixture(pruned)
+    if mixture is not None and (mixture.config_shared_count or mixture.config_shared == mixture.config_channels):
+        shared = -(-shared // channels) * channels
+    return experts, channels, shared
+
+
+def _get_mixture(pruned: PrunedShape) -> Mixture | None:
+    """Get the declaration of the family's mixture; None where no mixture remains."""
+    return ARCHITECTURES[pruned.family].mixture if pruned.mixtures and pruned.family in ARCHITECTURES else None
+
+
+def find_mixture_misfit(family: str, dense_widths: set[int], widths: tuple[int, int, int]) -> Verdict | None:
+    """Find what of a mixture a family's config cannot say; None where it can say all of it.
+
+    Some configs hold one number for the width of the experts and that of another FFN, or derive one from the other.
+
+    Args:
+        family: of the model.
+        dense_widths: widths of FFNs in layers without experts.
+        widths: experts, channels of each, channels of the shared FFN.
+
+    Example:
+        >>> find_mixture_misfit("jamba", {96}, (4, 64, 0)).why
+        'its config has one width for experts, 64, and dense FFNs, 96'
+    """
+    architecture, (_, channels, shared) = ARCHITECTURES[family], widths
+    mixture, option = architecture.mixture, "the same ratio for the channels of all FFNs"
+    if mixture is None or not channels:
+        return None
+    if mixture.config_shared_count and shared % channels:
+        return Verdict(
+            "no", f"its config makes the shared FFN a multiple of {channels}, the width of an expert", option
+        )
+    if mixture.config_shared == mixture.config_channels and shared and shared != channels:
+        return Verdict("no", f"its config has one width for experts, {channels}, and shared FFNs, {shared}", option)
+    other = max(dense_widths - {channels}, default=0)
+    if mixture.config_channels == architecture.config_ffn and other:
+        return Verdict("no", f"its config has one width for experts, {channels}, and dense FFNs, {other}", option)
+    return None
 
 
 def fits_ffn_widths(pruned: PrunedShape) -> bool:
@@ -230,7 +308,7 @@ def fits_ffn_widths(pruned: PrunedShape) -> bool:
 
     Example: see `PrunedShape`.
     """
-    widths = {shape.ffn_channels for shape in pruned.plan.model.layers if shape.ffn_channels}
+    widths = {shape.ffn_channels for shape in pruned.plan.model.layers if shape.ffn_channels and not shape.experts}
     return pruned.family not in _FFN_DOUBLED or len(widths) <= 1
 
 
@@ -282,6 +360,9 @@ def refuse_unequal_layers(pruned: PrunedShape) -> Verdict:
         )
     heads = {remaining.widths[:2] for _, remaining, _ in pruned.layers}
     kinds = [("heads", len(heads) > 1), ("FFN widths", len(pruned.channels) > 1)]
+    names = ("numbers of experts", "widths of experts", "shared FFNs")
+    columns = zip(*(pruned.mixtures or {(0, 0, 0)}), strict=True)
+    kinds += [(name, len(set(column)) > 1) for name, column in zip(names, columns, strict=True)]
     differing = " and ".join(name for name, differ in kinds if differ) or "head sizes"
     return Verdict("no", f"{differing} differ between layers", "scope: layer, protect: []")
 

@@ -14,13 +14,14 @@ _EVERY_LAYER = "num_hidden_layers"
 """`Architecture.fixed_layers` of families none of whose layers can be removed."""
 NOTES = (
     "heads: KV groups, or query heads in every group (the same where it has one); no: only the attention as a whole",
-    "channels: of the FFN",
+    "channels: of the FFN; in a mixture of experts, of dense layers and of the FFN beside the experts, where it has them",
+    "experts: whole experts, and channels of all experts of a layer; a layer keeps as many experts as a token chooses",
     "mixer: stands in an attention's place, or beside it (+ attention), or is an attention that is not cut by "
     "heads (shared: because other layers use its keys, or it uses theirs); it stays whole, or is removed as a block",
     "blocks: what can be removed; later layers: all but the first ones, which get features of the images; where no "
     "layer is named, what a layer computes depends on its number",
     "formats: gguf is for llama.cpp, deci for vLLM, the others for transformers; uniform needs layers of one shape, as "
-    "gguf of qwen3 does",
+    "gguf of qwen3 and of mixtures does; padded needs mixtures of one shape",
 )
 """What the columns mean."""
 
@@ -32,6 +33,7 @@ class FamilyRow(NamedTuple):
         family: `model_type` of its configs, of a multimodal model that of its decoder.
         heads: whether KV groups and query heads can be cut, "yes" or "no".
         channels: whether FFN channels can be cut.
+        experts: whether experts and their channels can be cut; "" for families without a mixture of experts.
         mixer: what stands in an attention's place, or beside it, in hybrid models; "" for others.
         blocks: what can be removed as a whole.
         formats: export formats that can hold a cut model.
@@ -44,12 +46,13 @@ class FamilyRow(NamedTuple):
     family: str
     heads: str
     channels: str
+    experts: str
     mixer: str
     blocks: str
     formats: str
 
 
-HEADER = FamilyRow("family", "heads", "channels", "mixer", "blocks", "formats")
+HEADER = FamilyRow(*FamilyRow._fields)
 
 
 def list_family_rows() -> list[FamilyRow]:
@@ -63,6 +66,7 @@ def list_family_rows() -> list[FamilyRow]:
             family,
             "yes" if architecture.attention and architecture.heads_prunable else "no",
             "yes",
+            "yes" if architecture.mixture is not None else "",
             _describe_mixer(family, architecture),
             ", ".join(_list_removable_blocks(family, architecture)),
             " ".join(list_family_formats(family)),
@@ -100,7 +104,7 @@ def render_family_table(markdown: bool = False) -> str:
 
     Example:
         >>> render_family_table().splitlines()[0].split()
-        ['family', 'heads', 'channels', 'mixer', 'blocks', 'formats']
+        ['family', 'heads', 'channels', 'experts', 'mixer', 'blocks', 'formats']
     """
     rows = list_family_rows()
     if markdown:
@@ -108,6 +112,8 @@ def render_family_table(markdown: bool = False) -> str:
         notes = [f"* {note}" for note in NOTES]
     else:
         widths = [max(map(len, column)) for column in zip(HEADER, *rows, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEADER, FamilyRow(*[""] * 6), *rows)]
+        lines = [
+            "  ".join(map(str.ljust, row, widths)).rstrip() for row in (HEADER, FamilyRow(*[""] * len(HEADER)), *rows)
+        ]
         notes = list(NOTES)
     return "\n".join([*lines, "", *notes])

@@ -17,13 +17,14 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.planning import serving as serving_file
 from prunelit.planning.serving import ServingRow, compute_deci_sizes, list_serving_notes, list_serving_options
-from prunelit.planning.stock_shapes import compute_padded_widths
+from prunelit.planning.stock_shapes import compute_padded_mixture, compute_padded_widths
 from prunelit.quantization.int4 import GROUP_SIZES
 from prunelit.quantization.int4_folder import CODES_PER_WORD
 from prunelit.repair import bias
 from prunelit.runtime.errors import DoesNotFit
 from tests.core.test_plan import layer_shape, model_shape
-from tests.tiny import FAMILIES, KINDS, cut, keep, tiny
+from tests.export.test_mixtures import CUTS, EACH_MIXTURE
+from tests.tiny import EXPERT_KINDS, FAMILIES, KINDS, cut, find_row, keep, tiny
 
 STOCK, HETERO = "transformers, stock class", "transformers, per-layer shapes"
 PADDED = "transformers, padded"
@@ -49,13 +50,17 @@ def keep_in(shape: LayerShape, kept: dict[str, tuple[int, ...]]) -> LayerPlan:
     """What a layer keeps of the blocks that it has."""
     lacking = {"channels"} if not shape.ffn_channels else set()
     lacking |= {"groups", "heads_in_group"} if not shape.kv_groups else set()
-    return keep(shape, **{name: units for name, units in kept.items() if name not in lacking})
+    there = kept | {"channels": tuple(c for c in kept.get("channels", ()) if c < shape.ffn_channels)}
+    return keep(shape, **{name: there[name] for name in kept if name not in lacking})
 
 
 def uniform_plans(model: Any) -> Iterator[tuple[str, PruningPlan]]:
     shape = Decoder(model).shape
     for name, kept in ways(next((layer for layer in shape.layers if layer.kv_groups), shape.layers[0])):
         yield name, PruningPlan("test", shape, tuple(keep_in(layer, kept) for layer in shape.layers))
+    if shape.has_experts:
+        for name in ("experts", "expert_channels", "channels"):
+            yield f"{name} of mixtures", PruningPlan("test", shape, tuple(map(CUTS[name], shape.layers)))
 
 
 def carried_out(model: Any, plan: PruningPlan) -> Any:
@@ -80,11 +85,15 @@ def check(build: Any, plan: PruningPlan, what: str) -> None:
         assert row(plan, PADDED).answer == "no", what
     else:
         assert row(plan, PADDED).answer == "yes", what
-        names = ("query_heads", "kv_groups", "ffn_channels")
-        assert tuple(max(getattr(s, name) for s in layers) for name in names) == compute_padded_widths(plan), what
+        dense = max((shape.ffn_channels for shape in layers if not shape.experts), default=0)
+        heads = tuple(max(getattr(shape, name) for shape in layers) for name in ("query_heads", "kv_groups"))
+        assert heads == compute_padded_widths(plan)[:2], what
+        assert dense in (0, compute_padded_widths(plan)[2]), what
+        mixtures = {(s.experts, s.expert_channels, s.ffn_channels) for s in layers if s.experts}
+        assert mixtures <= {compute_padded_mixture(plan)}, what
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EACH_MIXTURE])
 def test_transformers_rows_are_what_the_writers_find(family: str) -> None:
     def build() -> Any:
         return tiny(family)
@@ -92,8 +101,8 @@ def test_transformers_rows_are_what_the_writers_find(family: str) -> None:
     for name, plan in uniform_plans(build()):
         check(build, plan, name)
         check(build, bias.declare_biases(Decoder(build()), plan, True), f"{name}, with biases")
-    for kind in (*KINDS, "mixed"):
-        if kind not in FAMILIES[family].lacks:
+    for kind in (*KINDS, *(EXPERT_KINDS if Decoder(build()).shape.has_experts else ()), "mixed"):
+        if kind not in find_row(family).lacks:
             check(build, cut(build(), kind), kind)
             check(build, bias.declare_biases(Decoder(build()), cut(build(), kind), True), f"{kind}, with biases")
 

@@ -8,17 +8,18 @@ from torch import nn
 from prunelit.cli.method_cards import answer_methods_command
 from prunelit.core.architectures import ARCHITECTURES, Architecture, register
 from prunelit.core.plan import PruningPlan
-from prunelit.export import formats, hetero, padded, uniform
+from prunelit.export import formats, hetero, int4, padded, uniform
 from prunelit.export.gguf.layout import GRAPHS_OF_FAMILY
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.planning.serving import LLAMA_CPP_FAMILIES, list_family_formats
-from prunelit.quantization import int4_folder, quantize
+from prunelit.quantization import quantize
 from prunelit.report.family_table import HEADER, FamilyRow, list_family_rows, render_family_table
-from prunelit.runtime.errors import BadQuantisation, DoesNotFit
+from prunelit.runtime.errors import DoesNotFit
 from tests.family_page import COMMAND, PAGE, render_page
 from tests.test_configs import call
-from tests.tiny import FAMILIES, NEVER_STOCK, cut, keep, tiny
+from tests.export.test_mixtures import EACH_MIXTURE, plan_alike
+from tests.tiny import EXPERT_KINDS, FAMILIES, MIXTURES, NEVER_STOCK, cut, find_row, keep, tiny
 
 ROWS = {row.family: row for row in list_family_rows()}
 
@@ -31,11 +32,18 @@ def build(family: str) -> nn.Module:
 
 
 def can_hold(format: str, family: str) -> bool:
-    """Whether the writer takes a cut of channels: equal in all layers for "uniform", else another in each."""
+    """Whether the writer takes a cut of channels or experts: equal in all layers for "uniform", else another in each.
+
+    A padded mixture has as many experts as before.
+    """
     model = build(family)
     shape = Decoder(model).shape
-    narrow = (keep(each, channels=tuple(range(48)) if each.ffn_channels else None) for each in shape.layers)
-    plan = PruningPlan("test", shape, tuple(narrow)) if format == "uniform" else cut(model, "channel")
+    if shape.has_experts:
+        plan = plan_alike(model, "experts") if format == "uniform" else cut(model, "expert")
+        plan = cut(model, "mlp") if format == "padded" else plan
+    else:
+        narrow = (keep(each, channels=tuple(range(48)) if each.ffn_channels else None) for each in shape.layers)
+        plan = PruningPlan("test", shape, tuple(narrow)) if format == "uniform" else cut(model, "channel")
     surgery.apply(model, plan)
     try:
         if format == "uniform":
@@ -46,8 +54,8 @@ def can_hold(format: str, family: str) -> bool:
             padded.check_padded(model, None)
         else:
             quantize.quantize_model(model, "int4", 16)
-            int4_folder.find_common_group_size(model)
-    except (DoesNotFit, BadQuantisation):
+            int4.check_int4(model, None)
+    except DoesNotFit:
         return False
     return True
 
@@ -63,9 +71,11 @@ def test_every_family_has_a_row_with_names_of_formats() -> None:
         assert names == list_family_formats(family) == [name for name in formats.FORMATS if name in names]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *EACH_MIXTURE])
 def test_formats_are_those_whose_writers_take_a_cut_model(family: str) -> None:
-    stated = ROWS[FAMILIES[family].model_type].formats.split()
+    stated = ROWS[find_row(family).model_type].formats.split()
+    if family in ("granitemoehybrid-experts", "qwen3_next-experts"):  # the table says what models without experts can
+        stated.remove("int4")
     tried = ("uniform", "hetero", "padded", "int4")
     holding = [name for name in tried if can_hold(name, family)]
     if family in NEVER_STOCK:  # settings of a family that differ between layers
@@ -78,16 +88,17 @@ def test_families_of_gguf_are_those_of_the_writer() -> None:
     assert set(GRAPHS_OF_FAMILY) == LLAMA_CPP_FAMILIES
 
 
-@pytest.mark.parametrize("family", sorted({row.model_type for row in FAMILIES.values()}))
+@pytest.mark.parametrize("family", sorted({row.model_type for row in (FAMILIES | MIXTURES).values()}))
 def test_units_and_blocks_are_those_that_the_contract_cuts(family: str) -> None:
     row = ROWS[family]
     kinds = {
         kind
-        for each in FAMILIES.values()
+        for each in (FAMILIES | MIXTURES).values()
         if each.model_type == family
-        for kind in ("kv_group", "query_head", "attention", "mixer", "mlp", "layer")
-        if kind not in each.lacks
+        for kind in ("kv_group", "query_head", "attention", "mixer", "mlp", "layer", *EXPERT_KINDS)
+        if kind not in each.lacks and (kind not in EXPERT_KINDS or each in MIXTURES.values())
     }
+    assert (row.experts == "yes") == (set(EXPERT_KINDS) <= kinds)
     assert (row.heads == "yes") == bool(kinds & {"kv_group", "query_head"})
     for word, kind in (("attention", "attention"), ("mixer", "mixer"), ("FFN", "mlp"), ("layer", "layer")):
         assert (word in row.blocks) == (kind in kinds), word
@@ -99,7 +110,7 @@ def test_a_registered_family_has_a_row() -> None:
         (row,) = (row for row in list_family_rows() if row.family == "a_family_of_mine")
     finally:
         del ARCHITECTURES["a_family_of_mine"]
-    expected = ("no", "yes", "my_mixer", "attention, FFN, mixer, layer", "uniform hetero padded int4")
+    expected = ("no", "yes", "", "my_mixer", "attention, FFN, mixer, layer", "uniform hetero padded int4")
     assert row == FamilyRow("a_family_of_mine", *expected)
 
 

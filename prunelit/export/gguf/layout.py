@@ -7,10 +7,13 @@ is `deci`, which reads head counts and FFN widths per layer. In that graph
                         zeros;
   a removed FFN         has 32 channels of zeros: with 0 channels the graph silently drops the layer's attention too.
 
+The graphs of mixtures of experts read one number of experts and one width of them, for all layers. An FFN beside them
+has a width of its own.
+
 The graphs `llama` and `deci` rotate neighbouring dimensions where transformers rotates the halves of a head. The rows
 of q and k are therefore reordered, in each layer by its own number of heads.
 
-Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
+Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels, E experts, C channels of an expert.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,7 +31,9 @@ from prunelit.export.llama_layers import (
     get_model_family,
     has_tied_embeddings,
 )
+from prunelit.export.uniform import LayerWidths
 from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.experts import Experts
 from prunelit.model.per_layer import find
 from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
@@ -49,6 +54,9 @@ class LlamaCppGraph(NamedTuple):
         per_layer: it reads head counts and FFN widths per layer.
         qk_norm: it has norms on queries and keys.
         square_attention: Q * D must be H.
+        equal_heads: there must be as many KV heads as query heads.
+        needs_experts: every layer must be a mixture of experts.
+        normalizes_chosen: whether it divides the weights of the chosen experts by their sum.
 
     Example: `LlamaCppGraph` is used further down in this module.
     """
@@ -59,6 +67,9 @@ class LlamaCppGraph(NamedTuple):
     per_layer: bool = False
     qk_norm: bool = False
     square_attention: bool = False
+    equal_heads: bool = False
+    needs_experts: bool = False
+    normalizes_chosen: bool = True
 
 
 _TENSOR_NAMES = {
@@ -70,21 +81,45 @@ _TENSOR_NAMES = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
+_FFN_ROLES = ("gate", "up", "down")
 GRAPHS = {
     "llama": LlamaCppGraph(rotates_neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True),
     "deci": LlamaCppGraph(rotates_neighbours=True, biases=frozenset(_TENSOR_NAMES), rope_factors=True, per_layer=True),
     "qwen2": LlamaCppGraph(rotates_neighbours=False, biases=frozenset("qkv"), square_attention=True),
     "qwen3": LlamaCppGraph(rotates_neighbours=False, biases=frozenset(), qk_norm=True),
+    "qwen2moe": LlamaCppGraph(
+        rotates_neighbours=False,
+        biases=frozenset("qkv"),
+        square_attention=True,
+        needs_experts=True,
+        normalizes_chosen=False,
+    ),
+    "qwen3moe": LlamaCppGraph(rotates_neighbours=False, biases=frozenset(), qk_norm=True, needs_experts=True),
+    "olmoe": LlamaCppGraph(
+        rotates_neighbours=False,
+        biases=frozenset(),
+        qk_norm=True,
+        square_attention=True,
+        equal_heads=True,
+        needs_experts=True,
+        normalizes_chosen=False,
+    ),
 }
-GRAPHS_OF_FAMILY = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
+GRAPHS_OF_FAMILY: dict[str, tuple[str, ...]] = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
     "qwen2": ("qwen2", "llama", "deci"),
     "qwen3": ("qwen3",),
+    "mixtral": ("llama",),
+    "qwen2_moe": ("qwen2moe",),
+    "qwen3_moe": ("qwen3moe",),
+    "olmoe": ("olmoe",),
 }
 """Graphs that suit a family, in the order in which they are tried."""
 
 
 class LayerSizes(NamedTuple):
     """Sizes of one layer in the file; they include heads and channels of zeros that were added.
+
+    In a mixture of experts, `channels` are those of every expert.
 
     Example: see `prunelit.export.gguf.writer`, which uses it.
     """
@@ -93,6 +128,8 @@ class LayerSizes(NamedTuple):
     kv_groups: int
     head_dim: int
     channels: int
+    experts: int = 0
+    shared_channels: int = 0
 
 
 class TensorEntry(NamedTuple):
@@ -128,16 +165,21 @@ def choose_graph(decoder: Decoder) -> str:
     """
     family = get_model_family(decoder)
     check_llama_layers(decoder, "gguf", GRAPHS_OF_FAMILY)
-    widths = {(s.query_heads, s.kv_groups, s.ffn_channels) for s in (layer.shape for layer in decoder)}
-    is_uniform = len(widths) == 1 and 0 not in next(iter(widths))
-    is_square = {heads * get_head_dim(decoder) for heads, _, _ in widths} == {int(decoder.config.hidden_size)}
+    _check_mixtures(decoder)
+    widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
+    one_width = next(iter(widths))
+    is_uniform = len(widths) == 1 and 0 not in (one_width.query_heads, one_width.ffn_channels or one_width.experts)
+    is_square = {w.query_heads * get_head_dim(decoder) for w in widths} == {int(decoder.config.hidden_size)}
+    is_equal = all(w.query_heads == w.kv_groups for w in widths)
     biased = {
         role for layer in decoder for role, linear in collect_projections(layer).items() if linear.bias is not None
     }
     is_scaled = compute_rope_factors(decoder, "gguf") is not None
     for name in GRAPHS_OF_FAMILY[family]:
         graph = GRAPHS[name]
-        reads_shapes = graph.per_layer or (is_uniform and (is_square or not graph.square_attention))
+        reads_shapes = graph.per_layer or (
+            is_uniform and (is_square or not graph.square_attention) and (is_equal or not graph.equal_heads)
+        )
         if reads_shapes and biased <= graph.biases and (graph.rope_factors or not is_scaled):
             return name
     if not is_uniform:
@@ -145,8 +187,53 @@ def choose_graph(decoder: Decoder) -> str:
             f"format 'gguf': expected layers of one shape, which llama.cpp's {family} graph needs, got layers that "
             "differ; export format 'padded' and then that folder to gguf, or prune with --scope layer"
         )
-    unread = "a scaled rope" if is_scaled else f"biases on {', '.join(sorted(biased))}"
+    if is_scaled:
+        unread = "a scaled rope"
+    elif biased - graph.biases:
+        unread = f"biases on {', '.join(sorted(biased))}"
+    else:
+        heads = (
+            f"{one_width.query_heads} query heads in {one_width.kv_groups} KV groups of size {get_head_dim(decoder)}"
+        )
+        unread = f"{heads} at hidden size {decoder.config.hidden_size}"
     raise DoesNotFit(f"format 'gguf': llama.cpp's {family} graph does not read {unread}; use format 'hetero'")
+
+
+def _check_mixtures(decoder: Decoder) -> None:
+    """Check that the mixtures of a family of mixtures are those of its graph; nothing to check in another family.
+
+    Raises:
+        DoesNotFit: a layer has no experts, mixtures differ, or the router computes its weights in another way.
+    """
+    family, config = get_model_family(decoder), decoder.config
+    graph = GRAPHS[GRAPHS_OF_FAMILY[family][0]]
+    if decoder.architecture.mixture is None:
+        return
+    first = decoder.layers[0].shape
+    for layer in decoder:
+        shape = layer.shape
+        if not shape.experts:
+            raise DoesNotFit(
+                f"format 'gguf': expected experts in every layer, which llama.cpp's {family} graph needs, got none in "
+                f"layer {layer.index}; use format 'uniform' or 'hetero'"
+            )
+        if (shape.experts, shape.expert_channels) != (first.experts, first.expert_channels):
+            raise DoesNotFit(
+                f"format 'gguf': expected one number of experts of one width, got {first.experts} experts of "
+                f"{first.expert_channels} channels in layer 0, {shape.experts} of {shape.expert_channels} in layer "
+                f"{layer.index}; prune with --scope layer, or use format 'hetero'"
+            )
+    normalizes = getattr(config, "norm_topk_prob", graph.normalizes_chosen)
+    if bool(normalizes) != graph.normalizes_chosen:
+        raise DoesNotFit(
+            f"format 'gguf': expected norm_topk_prob = {graph.normalizes_chosen}, which llama.cpp's {family} graph "
+            f"computes, got {normalizes}; use format 'uniform' or 'hetero'"
+        )
+    if getattr(config, "clip_qkv", None) is not None:
+        raise DoesNotFit(
+            f"format 'gguf': expected clip_qkv = None, got {config.clip_qkv}, which no {family} graph of llama.cpp "
+            "reads; use format 'uniform' or 'hetero'"
+        )
 
 
 def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
@@ -160,15 +247,18 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
         >>> compute_layer_sizes(Decoder(LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))), "q8_0")
-        [LayerSizes(query_heads=2, kv_groups=2, head_dim=8, channels=32)]
+        [LayerSizes(query_heads=2, kv_groups=2, head_dim=8, channels=32, experts=0, shared_channels=0)]
     """
     dim, layers = get_head_dim(decoder), []
     for layer in decoder:
-        heads, groups, channels = layer.shape.query_heads, layer.shape.kv_groups, layer.shape.ffn_channels
+        shape = layer.shape
+        heads, groups, channels = shape.query_heads, shape.kv_groups, shape.expert_channels or shape.ffn_channels
         if layer.index == 0 and not heads:  # llama.cpp takes the head size from layer 0
             heads = groups = 1
         unit = Q8_BLOCK_SIZE if kind == "q8_0" or not channels else 1
-        layers.append(LayerSizes(heads, groups, dim, -(-max(channels, 1) // unit) * unit))
+        channels = -(-max(channels, 1) // unit) * unit
+        shared_channels = -(-shape.ffn_channels // unit) * unit if shape.experts else 0
+        layers.append(LayerSizes(heads, groups, dim, channels, shape.experts, shared_channels))
     return layers
 
 
@@ -203,7 +293,8 @@ def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, h
     Where the file needs a block that was removed, its matrices are zeros and its norm is ones.
     """
     block, dim = f"blk.{layer.index}.", sizes.head_dim
-    shapes = {"gate": (sizes.channels, hidden), "up": (sizes.channels, hidden), "down": (hidden, sizes.channels)}
+    channels, ffn_suffix = (sizes.shared_channels, "_shexp") if sizes.experts else (sizes.channels, "")
+    shapes = {"gate": (channels, hidden), "up": (channels, hidden), "down": (hidden, channels)} if channels else {}
     if sizes.query_heads:
         queries, keys = sizes.query_heads * dim, sizes.kv_groups * dim
         shapes |= {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
@@ -211,14 +302,30 @@ def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, h
     yield _make_norm_entry(f"{block}ffn_norm.weight", layer.get_norm("mlp_norm"), hidden)
     linears = collect_projections(layer)
     for role, shape in shapes.items():
-        linear, name = linears.get(role), f"{block}{_TENSOR_NAMES[role]}"
+        linear, name = linears.get(role), f"{block}{_TENSOR_NAMES[role]}{ffn_suffix if role in _FFN_ROLES else ''}"
         heads = {"q": sizes.query_heads, "k": sizes.kv_groups}.get(role, 0) if graph.rotates_neighbours else 0
         yield TensorEntry(f"{name}.weight", shape, partial(_arrange_rows, find(linear, "weight"), shape, heads))
         if find(linear, "bias") is not None:
             yield TensorEntry(f"{name}.bias", shape[:1], partial(_arrange_rows, find(linear, "bias"), shape[:1], heads))
-    if graph.qk_norm:
-        yield _make_norm_entry(f"{block}attn_q_norm.weight", find(layer.attention, "q_norm"), dim)
-        yield _make_norm_entry(f"{block}attn_k_norm.weight", find(layer.attention, "k_norm"), dim)
+    if graph.qk_norm:  # of every head, or of all heads together
+        for name in ("q", "k"):
+            norm = find(layer.attention, f"{name}_norm")
+            yield _make_norm_entry(f"{block}attn_{name}_norm.weight", norm, len(norm.weight))
+    if layer.experts is not None:
+        yield from _list_mixture_entries(layer.experts, block, sizes, hidden)
+
+
+def _list_mixture_entries(experts: Experts, block: str, sizes: LayerSizes, hidden: int) -> Iterator[TensorEntry]:
+    """List the tensors of router and experts; gate and up, which are one tensor in the model, are two in the file."""
+    before, after = (sizes.experts, sizes.channels, hidden), (sizes.experts, hidden, sizes.channels)
+    gates, ups = experts.gate_up.detach().split(experts.channels, dim=1)
+    router = experts.router.weight.detach()
+    yield TensorEntry(f"{block}ffn_gate_inp.weight", tuple(router.shape), lambda: router)
+    for name, x, shape in (("gate", gates, before), ("up", ups, before), ("down", experts.down, after)):
+        yield TensorEntry(f"{block}ffn_{name}_exps.weight", shape, partial(_arrange_rows, x, shape, 0))
+    shared_gate = find(experts.block, "shared_expert_gate.weight")
+    if shared_gate is not None:
+        yield TensorEntry(f"{block}ffn_gate_inp_shexp.weight", (hidden,), lambda: shared_gate.detach().flatten())
 
 
 def _make_norm_entry(name: str, norm: Any, size: int) -> TensorEntry:

@@ -118,7 +118,7 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     import gguf
 
     config, model = decoder.config, decoder.model
-    heads, groups, dims, channels = (list(column) for column in zip(*layers, strict=True))
+    heads, groups, dims, channels, experts, shared = (list(column) for column in zip(*layers, strict=True))
     per_layer = GRAPHS[graph].per_layer
     writer.add_type("model")
     writer.add_name(decoder.shape.name)
@@ -126,6 +126,12 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     writer.add_embedding_length(int(config.hidden_size))
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(channels if per_layer else channels[0])
+    if experts[0]:
+        writer.add_expert_count(experts[0])
+        writer.add_expert_used_count(decoder.layers[0].shape.experts_per_token)
+        writer.add_expert_feed_forward_length(channels[0])
+        if shared[0]:
+            writer.add_expert_shared_feed_forward_length(shared[0])
     writer.add_head_count(heads if per_layer else heads[0])
     writer.add_head_count_kv(groups if per_layer else groups[0])
     writer.add_key_length(dims[0])
@@ -147,12 +153,12 @@ def _choose_tensor_types(tensors: list[TensorEntry], kind: str) -> dict[str, Any
     types = gguf.GGMLQuantizationType
     matrix_type = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16, "q8_0": types.Q8_0}[kind]
 
-    def choose_type(shape: tuple[int, ...]) -> Any:
-        if len(shape) == 1:
+    def choose_type(name: str, shape: tuple[int, ...]) -> Any:
+        if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):  # rounded router weights choose other experts
             return types.F32
         return types.F16 if kind == "q8_0" and shape[-1] % Q8_BLOCK_SIZE else matrix_type
 
-    return {entry.name: choose_type(entry.shape) for entry in tensors}
+    return {entry.name: choose_type(entry.name, entry.shape) for entry in tensors}
 
 
 def _get_stored_layout(shape: tuple[int, ...], tensor_type: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:

@@ -77,7 +77,8 @@ def prove_folder(
             "the saved model does not read back equal: largest logit difference "
             f"{difference:.2e}, expected at most {limit:.2e}"
         )
-    elif difference and same_shapes and tolerance is None:
+    # Kernels of experts sum in an order that depends on where their tensors lie in memory.
+    elif difference and same_shapes and tolerance is None and not _has_experts(job.model):
         warnings.warn(f"the saved model's logits differ by {difference:.1e} from those in memory", stacklevel=4)
     return {
         "passed": why is None,
@@ -89,6 +90,10 @@ def prove_folder(
         **numbers,
         "versions": collect_versions(),
     }
+
+
+def _has_experts(model: Any) -> bool:
+    return any(hasattr(module, "experts") for module in model.modules())
 
 
 def compare_logits(expected: Tensor, reloaded: Tensor, tolerance: float = ROUNDING_TOLERANCE) -> dict[str, Any]:
