@@ -341,6 +341,7 @@ def small(content: Any, folder: Path, model: str) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:calibration")  # few tokens for so many experts
 @pytest.mark.parametrize("path", CUTTING, ids=named)
 def test_it_cuts_trains_and_saves(
     capsys: pytest.CaptureFixture[str], path: Path, deep: str, mixture: str, tmp_path: Path

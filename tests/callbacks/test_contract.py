@@ -112,10 +112,12 @@ def test_the_model_is_left_as_it_was_found(name, family):
 def test_the_budget_is_kept_and_the_plan_is_what_was_cut(name, family, scope):
     skip_what_a_family_refuses(name, family)
     model = tiny(family)
-    plan = pruned(name, model, scope=scope)
+    # More than a quarter of it is not in the experts that may go.
+    ratio = 0.2 if (family, name in EXPERT_METHODS) == ("deepseek_v3", True) else 0.3
+    plan = pruned(name, model, scope=scope, ratio=ratio)
     # Of whole layers the last one may be larger than what was missing.
     largest = max(layer.parameters for layer in plan.model.layers) / plan.model.block_parameters
-    assert 0.3 <= plan.predicted["ratio_of_block_parameters"] < (0.3 + largest if name == "shortgpt" else 0.45)
+    assert ratio <= plan.predicted["ratio_of_block_parameters"] < (0.3 + largest if name == "shortgpt" else 0.45)
     found = metrics.measure_model_size(model)
     assert found == {key: plan.predicted[key] for key in found}
     assert torch.isfinite(model(**batches_for(model)[1]).logits).all()

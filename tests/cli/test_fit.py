@@ -53,6 +53,7 @@ def small(source: str, words: str, out: Path, *more: str) -> list[str]:
     return ["prune", "--model", source, "--ratio", "0.3", *sizes, "--out", str(out), *more]
 
 
+@pytest.mark.filterwarnings("ignore:calibration")  # few tokens for so many experts
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_prune_then_evaluate(
     capsys: pytest.CaptureFixture[str], source: str, mixture_source: str, words: str, tmp_path: Path, method: str

@@ -31,6 +31,7 @@ def planned(source: str, words: str, out: Path, *more: str) -> list[str]:
     return ["plan", *small(source, words, out, *more)[1:]]
 
 
+@pytest.mark.filterwarnings("ignore:calibration")  # few tokens for so many experts
 @pytest.mark.parametrize("method", sorted(methods()))
 def test_it_is_the_plan_that_prune_cuts_by(
     capsys: pytest.CaptureFixture[str], source: str, mixture_source: str, words: str, tmp_path: Path, method: str
