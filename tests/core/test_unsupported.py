@@ -30,9 +30,18 @@ KINDS = [
     ({"model_type": "mpt", "attn_config": {"alibi": True}}, "ALiBi"),
     ({"model_type": "jais", "position_embedding_type": "alibi"}, "ALiBi"),
     ({"model_type": "jetmoe", "num_local_experts": 128}, "a mixture of 128 experts that no declaration names;"),
-    ({"model_type": "glm_moe_dsa", "n_routed_experts": 256, "kv_lora_rank": 512}, "a mixture of 256 experts that no declaration names;"),
-    ({"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}}, "a mixture of 16 experts that no declaration names;"),
-    ({"model_type": "ernie4_5_vl_moe_text", "moe_num_experts": [64, 32]}, "a mixture of 64 experts that no declaration names;"),
+    (
+        {"model_type": "glm_moe_dsa", "n_routed_experts": 256, "kv_lora_rank": 512},
+        "a mixture of 256 experts that no declaration names;",
+    ),
+    (
+        {"model_type": "dbrx", "ffn_config": {"moe_num_experts": 16}},
+        "a mixture of 16 experts that no declaration names;",
+    ),
+    (
+        {"model_type": "ernie4_5_vl_moe_text", "moe_num_experts": [64, 32]},
+        "a mixture of 64 experts that no declaration names;",
+    ),
     ({"model_type": "mamba2"}, STATE_SPACE),
     ({"model_type": "rwkv7"}, STATE_SPACE),
     ({"model_type": "falcon_mamba"}, STATE_SPACE),
@@ -43,7 +52,10 @@ KINDS = [
     ({"model_type": "a_new_one", "architectures": ["NewForTokenClassification"]}, "NewForTokenClassification,"),
     ({"model_type": "llava", "text_config": {"model_type": "bloom"}}, "'llava' with text_config of type 'bloom'"),
     ({"model_type": "llava", "text_config": {"model_type": "bloom"}}, "ALiBi"),
-    ({"model_type": "qwen3_vl_moe", "text_config": {"model_type": "x", "num_experts": 4}}, "a mixture of 4 experts that no declaration names;"),
+    (
+        {"model_type": "qwen3_vl_moe", "text_config": {"model_type": "x", "num_experts": 4}},
+        "a mixture of 4 experts that no declaration names;",
+    ),
     ({"model_type": "a_pair", "text_config": {"model_type": "lama"}}, "with text_config of type 'lama'"),
     ({"model_type": "a_pair", "text_config": {"model_type": "lama"}}, "nearest: 'llama'"),
     ({"model_type": "falcon", "alibi": True}, "expected alibi = False in its config, got True, a decoder with ALiBi"),
