@@ -68,9 +68,9 @@ def describe_unsupported_config(config: Any, decoder_config: Any, declared: Coll
 
     Example:
         >>> from types import SimpleNamespace
-        >>> config = SimpleNamespace(model_type="mixtral", num_local_experts=8)
+        >>> config = SimpleNamespace(model_type="jetmoe", num_local_experts=8)
         >>> describe_unsupported_config(config, config).partition("; ")[0]
-        "model_type 'mixtral': expected a declared decoder, got a mixture of 8 experts"
+        "model_type 'jetmoe': expected a declared decoder, got a mixture of 8 experts that no declaration names"
     """
     family = str(getattr(decoder_config, "model_type", None))
     subject = f"model_type {family!r}"
@@ -145,7 +145,7 @@ def describe_model_kind(config: Any) -> str:
         return "a decoder with ALiBi, a bias built for all of the config's heads; nothing of it is cut"
     if experts > 1 or ((model_type in _MIXTURES or "moe" in model_type) and experts < 0):
         count = f"{experts} " if experts > 1 else ""
-        return f"a mixture of {count}experts; mixtures are cut, but not without a declaration"
+        return f"a mixture of {count}experts that no declaration names; nothing of it is cut"
     if getattr(config, "kv_lora_rank", None):
         return "latent attention (kv_lora_rank), whose heads share one projection; nothing of it is cut undeclared"
     if key := next((key for key in _NESTED_DECODERS if getattr(config, key, None)), None):

@@ -107,11 +107,11 @@ def _check_mixtures_alike(decoder: Decoder) -> None:
     """
     having = [layer for layer in decoder if layer.shape.experts]
     for layer in having[1:]:
-        first, found = ((s.experts, s.expert_channels) for s in (having[0].shape, layer.shape))
-        if first != found:
+        first, widths = ((s.experts, s.expert_channels) for s in (having[0].shape, layer.shape))
+        if first != widths:
             raise DoesNotFit(
                 f"format 'padded': expected mixtures of one shape, got {first[0]} experts of {first[1]} channels in "
-                f"layer {having[0].index}, {found[0]} of {found[1]} in layer {layer.index}; use format 'hetero'"
+                f"layer {having[0].index}, {widths[0]} of {widths[1]} in layer {layer.index}; use format 'hetero'"
             )
 
 

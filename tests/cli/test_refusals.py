@@ -21,7 +21,7 @@ UNDECLARED = {"model_type": "a_new_one", "architectures": ["NewForCausalLM"]}
 CLASSIFIER = {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
 FOLDERS = [
     (T5, "got an encoder-decoder; nothing of it is cut"),
-    (DBRX, "got a mixture of 16 experts; mixtures are cut, but not without a declaration"),
+    (DBRX, "got a mixture of 16 experts that no declaration names; nothing of it is cut"),
     (GPTQ, "expected plain weights, got gptq in 4 bits; pass the model that it was made from"),
     (BLOOM, "got a decoder with ALiBi, a bias built for all of the config's heads; nothing of it is cut"),
     (MPT, "got a decoder with ALiBi"),
