@@ -100,14 +100,14 @@ def list_decoder_mixtures(model: nn.Module) -> list[DecoderMixture]:
         [('mlp.experts', ('gate_up_proj', 'down_proj'))]
     """
     names, layers = _find_layers(model)
-    found = []
+    mixtures = []
     for index, layer in enumerate(layers):
         mixture = resolve_layer_names(layer, names).mixture
         if mixture is not None:
             experts, router = f"{mixture.block}.{mixture.experts}", f"{mixture.block}.{mixture.router}"
             tensors = (mixture.gate_up, mixture.down)
-            found.append(DecoderMixture(index, f"{names.layers}.{index}", experts, router, tensors, layer))
-    return found
+            mixtures.append(DecoderMixture(index, f"{names.layers}.{index}", experts, router, tensors, layer))
+    return mixtures
 
 
 def _find_layers(model: nn.Module) -> tuple[Architecture, nn.ModuleList]:
