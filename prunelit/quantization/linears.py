@@ -1,4 +1,5 @@
-"""Lists the prunable linears of a model by layer and block, whether plain, quantised or with adapters."""
+"""Lists what adapters and 4-bit bases replace: the prunable linears of a model by layer and block, whether plain,
+quantised or with adapters; and its mixtures of experts, whose weights are tensors and not linears."""
 
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +34,28 @@ class DecoderLinear(NamedTuple):
     module: nn.Module
 
 
+class DecoderMixture(NamedTuple):
+    """The mixture of experts of a layer, by name.
+
+    Attributes:
+        layer: number of the layer.
+        prefix: path of the layer below the model.
+        experts: path below the layer of the module that holds the weights of all experts.
+        router: path below the layer of the module that chooses experts.
+        tensors: names of the weights in `experts`, in the order of computing.
+        module: the layer.
+
+    Example: see `list_decoder_mixtures`.
+    """
+
+    layer: int
+    prefix: str
+    experts: str
+    router: str
+    tensors: tuple[str, ...]
+    module: nn.Module
+
+
 def list_decoder_linears(model: nn.Module) -> list[DecoderLinear]:
     """List the prunable linears of a causal LM, layer by layer; removed blocks have none.
 
@@ -49,14 +72,7 @@ def list_decoder_linears(model: nn.Module) -> list[DecoderLinear]:
         >>> [linear.path for linear in list_decoder_linears(LlamaForCausalLM(LlamaConfig(**sizes)))][-2:]
         ['mlp.up_proj', 'mlp.down_proj']
     """
-    model = unwrap_peft_model(model)
-    names = find_architecture(model)
-    layers = find(model, names.layers)
-    if not isinstance(layers, nn.ModuleList):
-        raise DeclarationMismatch(
-            f"{type(model).__name__}: expected a list of decoder layers at {names.layers!r}, "
-            f"got {type(layers).__name__}; pass a causal LM, or correct the entry in prunelit/core/architectures.py"
-        )
+    names, layers = _find_layers(model)
     return [
         DecoderLinear(index, kind, path, f"{names.layers}.{index}.{path}", module)
         for index, layer in enumerate(layers)
@@ -65,6 +81,46 @@ def list_decoder_linears(model: nn.Module) -> list[DecoderLinear]:
         and not isinstance(module, nn.Identity)
         and not getattr(module, "prunelit_removed", False)
     ]
+
+
+def list_decoder_mixtures(model: nn.Module) -> list[DecoderMixture]:
+    """List the mixtures of experts of a causal LM, layer by layer; removed ones are left out.
+
+    Args:
+        model: as for `list_decoder_linears`.
+
+    Raises:
+        UnknownArchitecture, DeclarationMismatch: as for `list_decoder_linears`.
+
+    Example:
+        >>> from transformers import MixtralConfig, MixtralForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+        >>> model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes))
+        >>> [(mixture.experts, mixture.tensors) for mixture in list_decoder_mixtures(model)]
+        [('mlp.experts', ('gate_up_proj', 'down_proj'))]
+    """
+    names, layers = _find_layers(model)
+    mixtures = []
+    for index, layer in enumerate(layers):
+        mixture = resolve_layer_names(layer, names).mixture
+        if mixture is not None:
+            experts, router = f"{mixture.block}.{mixture.experts}", f"{mixture.block}.{mixture.router}"
+            tensors = (mixture.gate_up, mixture.down)
+            mixtures.append(DecoderMixture(index, f"{names.layers}.{index}", experts, router, tensors, layer))
+    return mixtures
+
+
+def _find_layers(model: nn.Module) -> tuple[Architecture, nn.ModuleList]:
+    """Find the declaration of a model, which PEFT may have wrapped, and its decoder layers."""
+    model = unwrap_peft_model(model)
+    names = find_architecture(model)
+    layers = find(model, names.layers)
+    if not isinstance(layers, nn.ModuleList):
+        raise DeclarationMismatch(
+            f"{type(model).__name__}: expected a list of decoder layers at {names.layers!r}, "
+            f"got {type(layers).__name__}; pass a causal LM, or correct the entry in prunelit/core/architectures.py"
+        )
+    return names, layers
 
 
 def _list_linear_paths(names: Architecture) -> list[tuple[LinearKind, str]]:

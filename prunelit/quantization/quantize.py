@@ -6,13 +6,14 @@ original before it replaces it. On CUDA widths are not restricted (that path has
 """
 
 import logging
+from contextlib import suppress
 from types import ModuleType
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from prunelit.core.architectures import get_architecture
+from prunelit.core.architectures import get_architecture, has_experts
 from prunelit.model.decoder import get_weight_out_in, is_conv1d
 from prunelit.model.per_layer import find, replace_module, set_linear
 from prunelit.quantization.int4 import Int4Linear, check_group_size, compute_error_bound
@@ -22,8 +23,9 @@ from prunelit.quantization.linears import (
     has_adapters,
     is_nf4,
     list_decoder_linears,
+    list_decoder_mixtures,
 )
-from prunelit.runtime.errors import BadOption, BadQuantisation
+from prunelit.runtime.errors import BadOption, BadQuantisation, UnknownArchitecture
 from prunelit.runtime.progress import track_progress
 
 Base = Literal["none", "nf4", "int4"]
@@ -90,6 +92,25 @@ def check_base_options(base: str, group_size: int = 32) -> None:
         import_bitsandbytes()
 
 
+def check_base_fits_config(base: str, config: Any) -> None:
+    """Check that a base can hold a model, from its config; no weights are needed.
+
+    Args:
+        base: one of BASES.
+        config: of the model, or the content of config.json with attributes for names.
+
+    Raises:
+        BadQuantisation: a base in 4 bits for a mixture of experts.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> check_base_fits_config("int4", SimpleNamespace(model_type="llama"))
+    """
+    with suppress(UnknownArchitecture):  # loading says it
+        if base != "none" and has_experts(config):
+            raise BadQuantisation(_refuse_experts(base, "most of the model"))
+
+
 def find_misfits(model: nn.Module, base: Base, group_size: int = 32) -> list[Misfit]:
     """Find the linears whose number of inputs does not suit a base.
 
@@ -135,11 +156,15 @@ def check_base_shapes(model: nn.Module, base: Base, group_size: int = 32) -> Non
 
     Raises:
         BadOption: see `check_base_options`.
-        BadQuantisation: nf4 on a CPU with inputs that are not a multiple of 64.
+        BadQuantisation: nf4 on a CPU with inputs that are not a multiple of 64, or a mixture of experts.
 
     Example: see `find_misfits`.
     """
     misfits = find_misfits(model, base, group_size)
+    if base != "none" and (mixtures := list_decoder_mixtures(model)):
+        experts = [p for mixture in mixtures for p in find(mixture.module, mixture.experts).parameters()]
+        share = sum(p.numel() for p in experts) / sum(p.numel() for p in model.parameters())
+        raise BadQuantisation(_refuse_experts(base, f"{share:.0%} of this model"))
     if misfits and base == "nf4":
         first = misfits[0]
         remedy = f"cut with align: {first.align}, or " if first.align else ""
@@ -175,8 +200,8 @@ def quantize_model(
 
     Raises:
         BadOption: see `check_base_options`.
-        BadQuantisation: nf4 does not take a width, or the model is quantised or has adapters already (nothing is
-            changed then); or a linear's error is too large (the linears before it are replaced).
+        BadQuantisation: nf4 does not take a width, the model is a mixture of experts, or is quantised or has adapters
+            already (nothing is changed then); or a linear's error is too large (the linears before it are replaced).
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -307,6 +332,14 @@ def import_bitsandbytes(needed_by: str = "base nf4") -> ModuleType:
     except ImportError as error:
         raise BadOption(f"{needed_by}: expected bitsandbytes, got {error}: pip install 'prunelit[nf4]'") from error
     return bitsandbytes
+
+
+def _refuse_experts(base: str, share: str) -> str:
+    """Say that the weights of experts are no linears, which alone are rounded."""
+    return (
+        f"base: expected none for a mixture of experts, got {base}; the experts' weights are {share}, and tensors that "
+        f"{base} would leave in full precision: use base none, with dtype bfloat16 to halve the memory"
+    )
 
 
 def _make_nf4_linear(

@@ -27,7 +27,7 @@ from prunelit.quantization.int4 import GroupLora
 from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
 from prunelit.quantization.linears import get_linear_widths, list_decoder_linears, unwrap_peft_model
 from prunelit.quantization.quantize import CONV1D_MARK
-from prunelit.recovery.lora import build_peft_config
+from prunelit.recovery.lora import build_peft_config, list_adapter_targets
 from prunelit.runtime.errors import BadAdapter
 
 CONFIG_FILE, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,6 +64,10 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
         # Added inputs are zero, so any column serves: the last again keeps a group's columns equal.
         a = torch.cat([pair[0], pair[0][:, -1:].expand(-1, inputs - pair[0].shape[1])], 1)
         pairs[linear.name] = a, pad_row_blocks(pair[1], outputs, parts)
+    for name, module in unwrap_peft_model(model).named_modules():
+        if hasattr(module, "parameter_name"):  # PEFT's adapter on a parameter: experts, routers
+            adapter: Any = module
+            pairs[name] = adapter.lora_A["default"].weight, adapter.lora_B["default"].weight
     config = _build_adapter_config(model, pairs)
     config.base_model_name_or_path = base
     config.inference_mode = True
@@ -81,11 +85,13 @@ def _build_adapter_config(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]]
     linears = list_decoder_linears(model)
     if hasattr(model, "peft_config"):
         config = copy.deepcopy(model.peft_config["default"])
+        if config.target_parameters:  # PEFT has made a set of it, whose order differs from run to run
+            config.target_parameters = sorted(config.target_parameters)
     else:
         ranks = [len(pairs[linear.name][0]) for linear in linears]
         rank = Counter(ranks).most_common(1)[0][0]
         scaling = cast(GroupLora, linears[0].module).scaling
-        config = build_peft_config(model, ranks, rank, scaling * rank)
+        config = build_peft_config(model, list_adapter_targets(model), ranks, rank, scaling * rank)
     bases = [getattr(linear.module, "base_layer", linear.module) for linear in linears]
     config.fan_in_fan_out = any(is_conv1d(base) or getattr(base, CONV1D_MARK, False) for base in bases)
     return config
@@ -104,9 +110,15 @@ def check_adapter(folder: str | os.PathLike[str], source: str) -> None:
     Example: see `tests/recovery/test_adapter_files.py`.
     """
     path = Path(folder).expanduser()
-    read_adapter_settings(path)
-    shapes = read_adapter_shapes(path)
+    settings = read_adapter_settings(path)
     base = _read_model_shapes(Path(source).expanduser())
+    # Files hold experts and routers under the family's own names; merging compares them.
+    modules = tuple(name.rpartition(".")[0] for name in settings.target_parameters or ())
+    shapes = {
+        name: shape
+        for name, shape in read_adapter_shapes(path).items()
+        if name in base or not name.removesuffix(".base_layer").endswith(modules or "\n")
+    }
     if base:
         check_shapes_match(folder, shapes, base, source)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from prunelit.model.decoder import is_conv1d
-from prunelit.model.per_layer import replace_module
+from prunelit.model.per_layer import find, replace_module
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import (
@@ -23,6 +23,7 @@ from prunelit.quantization.linears import (
     get_quantization,
     has_adapters,
     list_decoder_linears,
+    list_decoder_mixtures,
 )
 from prunelit.recovery.adapter_files import (
     KEY_PREFIX,
@@ -31,6 +32,7 @@ from prunelit.recovery.adapter_files import (
     read_adapter_settings,
     read_adapter_shapes,
 )
+from prunelit.recovery.lora import PATTERN_WARNING
 from prunelit.runtime.errors import BadAdapter, BadQuantisation
 from prunelit.runtime.progress import show_stage
 
@@ -53,7 +55,7 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
     check_shapes_match(
         folder,
         read_adapter_shapes(path),
-        {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)},
+        _list_target_shapes(model),
         "the model",
     )
     if get_quantization(model) == "int4":
@@ -62,11 +64,31 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
 
     try:
         with show_stage("merging the adapter"), silence_transformers(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", PATTERN_WARNING)
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
             return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())
+        if "size mismatch" in reason:  # of experts, whose number the shapes do not tell
+            reason = f"{reason[reason.index('size mismatch') :]:.160}; it was made for another cut"
+        reason = reason[:200]
         raise BadAdapter(f"adapter {str(folder)!r}: cannot be loaded onto the model: {reason}") from error
+
+
+def _list_target_shapes(model: Any) -> dict[str, tuple[int, int]]:
+    """List [O, I] of what adapters can sit on, by PEFT's names: of experts, that of the weights of one expert.
+
+    PEFT wraps a module once for each of its parameters, so the first of two is the `base_layer` of the second.
+    """
+    shapes = {x.name: get_linear_widths(x.module) for x in list_decoder_linears(model)}
+    for mixture in list_decoder_mixtures(model):
+        experts, router = find(mixture.module, mixture.experts), find(mixture.module, mixture.router)
+        names = [name for name, _ in experts.named_parameters(recurse=False) if name in mixture.tensors]
+        for depth, name in enumerate(reversed(names)):
+            _, rows, columns = getattr(experts, name).shape
+            shapes[f"{mixture.prefix}.{mixture.experts}{'.base_layer' * depth}"] = rows, columns
+        shapes[f"{mixture.prefix}.{mixture.router}"] = tuple(router.weight.shape)
+    return shapes
 
 
 def _merge_into_zeros(model: Any, folder: Path, settings: Any) -> Any:

@@ -9,6 +9,7 @@ the distance from the dense model's distributions (`prunelit.recovery.losses`). 
 import random
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import numpy
@@ -21,8 +22,11 @@ from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, sources
 from prunelit.model import copies
+from prunelit.model.folder import read_model_config
+from prunelit.model.per_layer import find
 from prunelit.model.text_model import list_tower_parameters
 from prunelit.quantization import quantize, views
+from prunelit.quantization.linears import list_decoder_mixtures
 from prunelit.recovery import lora, merge
 from prunelit.recovery.losses import (
     compute_cross_entropy,
@@ -32,6 +36,7 @@ from prunelit.recovery.losses import (
     select_model_inputs,
 )
 from prunelit.runtime.errors import BadOption, BadPlan
+from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.strategies import sharding
 
 _OPTIMIZER_CLASSES = {"adamw": "AdamW", "adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
@@ -49,7 +54,11 @@ class RecoveryModule(LightningModule):
         dtype: dtype of the base weights; adapters are float32.
         lora_rank: rank of the adapters; 0 trains all weights instead.
         lora_alpha: adapters are scaled by lora_alpha / lora_rank.
-        lora_dropout: dropout probability on the adapters' input.
+        lora_dropout: dropout probability on the adapters' input; none on experts and FFNs of mixtures, see `add_lora`.
+        lora_experts: in a mixture of experts, put adapters on the experts as well, a pair of matrices for each; False
+            leaves them as they were cut.
+        train_router: in a mixture of experts, train the routers as well: by adapters, or themselves where all weights
+            are trained. No loss that balances the load of experts is added, whatever the model's config says.
         learning_rate: peak learning rate, reached after the warm-up; it then falls to 0 as a cosine.
         weight_decay: weight decay of AdamW.
         warmup: share of the optimiser steps that warm up linearly.
@@ -63,15 +72,16 @@ class RecoveryModule(LightningModule):
         base: "none" leaves the weights under the adapters as they are. "nf4" (bitsandbytes, QLoRA) and "int4" (groups
             with float zero points, into which adapters merge without loss) hold them in 4 bits, see
             `prunelit.quantization.quantize`. With nf4 every process also keeps the pruned weights in a scratch file,
-            into which the adapters are merged.
+            into which the adapters are merged. Neither is for mixtures of experts.
         group_size: inputs per group of int4: 16, 32, 64 or 128.
-        ffn_lora_rank: rank in FFN blocks; None: lora_rank.
+        ffn_lora_rank: rank in FFN blocks, of every expert too; None: lora_rank.
         rank_rule: "even", or "by_cut": a higher rank where more was pruned, with no more adapter parameters.
         ffn_learning_rate: peak learning rate in FFN blocks; None: learning_rate.
         optimizer: "adamw" (torch), or of bitsandbytes "adamw8bit" or "paged_adamw8bit" (pages on CUDA only).
 
     Raises:
         BadOption: an option out of range; on construction, before the model is loaded.
+        BadQuantisation: a base in 4 bits for a mixture of experts; on construction where the model is a local folder.
         SourceNotFound: no such model source; on construction too.
 
     Example: `python -m prunelit fit --model MODEL --data.train words.txt`, or in Python
@@ -99,6 +109,8 @@ class RecoveryModule(LightningModule):
         rank_rule: Literal["even", "by_cut"] = "even",
         ffn_learning_rate: float | None = None,
         optimizer: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = "adamw",
+        lora_experts: bool = True,
+        train_router: bool = False,
     ):
         super().__init__()
         for name, value, low, high in (
@@ -133,6 +145,8 @@ class RecoveryModule(LightningModule):
         if optimizer != "adamw":
             quantize.import_bitsandbytes(f"model.optimizer {optimizer}")
         sources.check_model_source(model)
+        if config := read_model_config(Path(model).expanduser()):
+            quantize.check_base_fits_config(base, SimpleNamespace(**config))
         self.save_hyperparameters()
         # A checkpoint holds trainable weights only; on_load_checkpoint checks that none of these is missing.
         self.strict_loading = False
@@ -175,13 +189,28 @@ class RecoveryModule(LightningModule):
             self._load_teacher()
         for parameter in list_tower_parameters(self.model):
             parameter.requires_grad_(False)
+        mixtures = list_decoder_mixtures(self.model)
+        if options["train_router"] and not mixtures:
+            raise BadOption(
+                f"model.train_router: expected a mixture of experts, got {self.model.config.model_type} without; "
+                "leave the option out"
+            )
+        if not options["lora_rank"] and not options["train_router"]:
+            for mixture in mixtures:
+                find(mixture.module, mixture.router).requires_grad_(False)
+        if mixtures and options["lora_rank"] and not options["lora_experts"]:
+            log_on_rank_zero("model.lora_experts false: the experts get no adapters and stay as they were cut")
         sharding.mark_decoder_layers(self.model)
+        quantize.check_base_shapes(self.model, options["base"], options["group_size"])
         if options["base"] == "nf4":
             self._full_precision_model = [copies.copy_to_disk(self.model, sources.get_cache_folder() / "scratch")]
         quantize.quantize_model(self.model, options["base"], options["group_size"])
         if options["lora_rank"]:
             self.model = lora.add_lora(
-                self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"], self._choose_ranks()
+                *(self.model, options["lora_rank"], options["lora_alpha"], options["lora_dropout"]),
+                self._choose_ranks(),
+                experts=options["lora_experts"],
+                router=options["train_router"],
             )
         if options["gradient_checkpointing"]:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -198,7 +227,7 @@ class RecoveryModule(LightningModule):
         plans = list(get_applied_plans(self.model).values())
         if options["rank_rule"] == "by_cut" and plans:
             size = options["group_size"] if options["base"] == "int4" else 1
-            return lora.allocate_ranks_by_cut(plans[-1], options["lora_rank"], size)
+            return lora.allocate_ranks_by_cut(plans[-1], options["lora_rank"], size, experts=options["lora_experts"])
         return {"ffn": options["ffn_lora_rank"]} if options["ffn_lora_rank"] else None
 
     def _load_teacher(self) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from prunelit.calibration import metrics
 from prunelit.data import loading
 from prunelit.model.decoder import Decoder
+from prunelit.model.folder import read_model_config
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.linears import get_quantization
 from prunelit.recovery import adapter_files, merge
@@ -27,6 +29,7 @@ def check_export_source(model: str, format: str, group_size: int | None, adapter
     Raises:
         BadOption: no such group size, or a group size without a model to quantise.
         BadAdapter: see `check_adapter`.
+        BadQuantisation: format int4 for a local folder of a mixture of experts.
 
     Example:
         >>> check_export_source("folder", "int4", group_size=32, adapter=None)
@@ -40,6 +43,8 @@ def check_export_source(model: str, format: str, group_size: int | None, adapter
         if format != "int4" or stored_size is not None:
             got = f"format {format!r}" if format != "int4" else f"a folder in groups of {stored_size}"
             raise BadOption(f"group_size: expected format int4 and a model in full precision with it, got {got}")
+    if format == "int4" and (config := read_model_config(Path(model).expanduser())):
+        quantize.check_base_fits_config("int4", SimpleNamespace(**config))
     if adapter is not None:
         adapter_files.check_adapter(adapter, model)
 

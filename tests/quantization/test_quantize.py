@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from prunelit.model import surgery
-from prunelit.model.decoder import get_weight_out_in
+from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.quantization import quantize as quantize_module
 from prunelit.quantization.int4 import Int4Linear
 from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.quantization.quantize import (
+    check_base_fits_config,
     check_base_options,
     check_base_shapes,
     dequantize_model,
@@ -22,7 +23,7 @@ from prunelit.quantization.quantize import (
 )
 from prunelit.recovery.lora import add_lora
 from prunelit.runtime.errors import BadOption, BadQuantisation
-from tests.tiny import FAMILIES, cut, tiny, tokens
+from tests.tiny import FAMILIES, MIXTURES, cut, tiny, tokens
 
 # Widths that NF4 takes on CPUs: inputs in multiples of 64.
 FIT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 128}
@@ -302,3 +303,28 @@ def test_bytes_of_nf4() -> None:
     assert expected <= plain["base_bytes"] <= expected + 64 * len(list_decoder_linears(model))
     adapted = measure_base_memory(add_lora(model, 2, 4, 0.0))
     assert adapted["base_bytes"] == plain["base_bytes"] and adapted["trainable_parameters"] > 0
+
+
+@pytest.mark.parametrize("base", ["int4", pytest.param("nf4", marks=needs_bitsandbytes)])
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_are_refused_with_what_would_stay_in_full_precision(family: str, base: Any) -> None:
+    model = tiny(family)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    experts = [layer.experts.module for layer in Decoder(model) if layer.experts is not None]
+    share = sum(p.numel() for module in experts for p in module.parameters()) / sum(
+        p.numel() for p in model.parameters()
+    )
+    with pytest.raises(
+        BadQuantisation, match=f"base: expected none for a mixture of experts, got {base}.* {share:.0%}"
+    ):
+        quantize_model(model, base, 16)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(BadQuantisation, match="most of the model"):
+        check_base_fits_config(base, model.config)
+    check_base_fits_config("none", model.config)
+
+
+def test_a_family_with_mixtures_but_a_model_without_them_is_rounded() -> None:
+    model = tiny("qwen3_next")
+    check_base_fits_config("int4", model.config)
+    assert len(quantize_model(model, "int4", 16)) == len(list_decoder_linears(model))

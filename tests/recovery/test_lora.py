@@ -17,12 +17,14 @@ from prunelit.model.decoder import Decoder, get_weight_out_in
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.quantization.quantize import quantize_model
+from prunelit.recovery import lora
 from prunelit.recovery.lora import add_lora, allocate_ranks_by_cut, check_ranks, group_parameters
 from prunelit.recovery.merge import merge_adapters, merge_into_full_precision
 from prunelit.runtime.errors import BadOption, BadQuantisation
 from tests.tiny import cut, keep, tiny, tokens
 
-FAMILIES = ("llama", "llama-biases", "qwen3", "phi3", "gpt_neox", "gpt2", "opt")
+# In the family of qwen3_next there are mixtures of experts; this model has none.
+FAMILIES = ("llama", "llama-biases", "qwen3", "phi3", "gpt_neox", "gpt2", "opt", "qwen3_next")
 FIT = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 2, "intermediate_size": 128}
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -290,6 +292,12 @@ def test_nf4_adapters_are_merged_into_the_full_base(family: str) -> None:
         torch.testing.assert_close(get_weight_out_in(linear.module), weight + update)
     assert distance(logits(full), nf4) < distance(dense, nf4)
     torch.testing.assert_close(logits(adapted), nf4)  # taken from, not changed
+
+
+def test_nf4_in_a_family_of_mixtures_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lora, "get_quantization", lambda model: "nf4")
+    with pytest.raises(BadQuantisation, match="base: expected none or int4 for qwen3_next, got nf4"):
+        lora.add_lora(tiny("qwen3_next"), 2, 4, 0.0)
 
 
 @needs_bitsandbytes
