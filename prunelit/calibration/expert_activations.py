@@ -39,13 +39,14 @@ ExpertObserver = Callable[[Layer, ExpertActivations], None]
 
 @contextmanager
 def observe_layer_experts(
-    layer: Layer, observer: ExpertObserver, get_real_tokens: Callable[[], Tensor | None]
+    layer: Layer, observer: ExpertObserver | None, get_real_tokens: Callable[[], Tensor | None]
 ) -> Iterator[None]:
     """Call `observer` for every expert that gets a token, while the context is open; other layers are left alone.
 
     Args:
         layer: with or without a mixture.
-        observer: called with the layer and the activations of one expert on one batch.
+        observer: called with the layer and the activations of one expert on one batch; None: the experts only run one
+            after the other.
         get_real_tokens: returns which of the T tokens of the batch that is running are no padding, bool [T]; None: all.
 
     Example: see `prunelit.calibration.observe.observe`.
@@ -60,11 +61,12 @@ def observe_layer_experts(
         weights = experts.get_weights(expert)
         channels = experts.compute_channels(weights, x)
         outputs = experts.compute_output(weights, channels)
-        real_tokens = get_real_tokens()
-        is_real = slice(None) if real_tokens is None else real_tokens[rows]
-        activations = ExpertActivations(expert, x[is_real], gates[is_real], channels[is_real], outputs[is_real])
-        if len(activations.inputs):
-            observer(layer, activations)
+        if observer is not None:
+            real_tokens = get_real_tokens()
+            is_real = slice(None) if real_tokens is None else real_tokens[rows]
+            activations = ExpertActivations(expert, x[is_real], gates[is_real], channels[is_real], outputs[is_real])
+            if len(activations.inputs):
+                observer(layer, activations)
         return outputs * gates[:, None]
 
     def forward(hidden: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:

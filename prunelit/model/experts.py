@@ -80,10 +80,15 @@ class Experts:
         return cast(Tensor, getattr(self.module, self.names.down))
 
     @property
+    def own_tensors(self) -> list[ExpertTensor]:
+        """The tensors of the experts themselves; the others are small, and every token passes them."""
+        return [tensor for tensor in self.tensors if tensor.owner is self.module]
+
+    @property
     def channel_cost(self) -> int:
         """Parameters of one channel of one expert."""
         return sum(
-            tensor.per_channel * tensor.value[0].numel() // tensor.value.shape[tensor.axis]
+            tensor.per_channel * _count_per_expert(tensor) // tensor.value.shape[tensor.axis]
             for tensor in self.tensors
             if tensor.axis is not None and isinstance(tensor.value, nn.Parameter)
         )
@@ -91,13 +96,13 @@ class Experts:
     @property
     def expert_cost(self) -> int:
         """Parameters of one expert, with its row of the router."""
-        return sum(tensor.value[0].numel() for tensor in self.tensors if isinstance(tensor.value, nn.Parameter))
+        return sum(_count_per_expert(tensor) for tensor in self.tensors if isinstance(tensor.value, nn.Parameter))
 
     @property
     def router_row_cost(self) -> int:
         """Parameters of an expert that every token passes: those outside the experts' own tensors."""
         return sum(
-            tensor.value[0].numel()
+            _count_per_expert(tensor)
             for tensor in self.tensors
             if tensor.owner is not self.module and isinstance(tensor.value, nn.Parameter)
         )
@@ -115,14 +120,12 @@ class Experts:
         """Get the entry of one expert; of a weight on disk only this entry is read."""
         value = tensor.value
         if isinstance(value, LazyWeight):
-            return value.index_select(0, torch.tensor([expert])).load_values()[0]  # type: ignore[attr-defined]
+            return value.load_entry(expert)
         return value[expert]
 
     def get_weights(self, expert: int) -> dict[str, Tensor]:
         """Get an expert's tensors by name, weights as [out, in]."""
-        weights = {
-            tensor.name: self.get_tensor(tensor, expert) for tensor in self.tensors if tensor.owner is self.module
-        }
+        weights = {tensor.name: self.get_tensor(tensor, expert) for tensor in self.own_tensors}
         if self.names.transposed:
             weights |= {name: weights[name].T for name in (self.names.gate_up, self.names.down)}
         return weights
@@ -158,3 +161,8 @@ class Experts:
         """
         weights = (self.get_weights(expert)[self.names.down].detach().float() for expert in range(self.count))
         return torch.stack([reduce(weight) for weight in weights])
+
+
+def _count_per_expert(tensor: ExpertTensor) -> int:
+    """Count the values of one expert; an index would read a weight that stays on disk."""
+    return tensor.value.numel() // len(tensor.value)
