@@ -6,14 +6,15 @@ activations of one batch in that layer, and the residual streams of all batches 
 Weights come from memory-mapped files; their pages belong to the page cache of the system and are not counted.
 
 Experts are converted and scored one at a time, so only one of them counts in float32. Where a layer with all its
-experts exceeds the budget, its experts stay on disk: each is read when it computes, for every batch again.
+experts exceeds the budget, its experts stay on disk: each is read when it computes, on as many batches at once as the
+budget has room for what they hold meanwhile.
 
 Legend: B batch, S sequence, H hidden, V vocabulary, E experts, C channels of an expert.
 """
 
 import os
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -25,11 +26,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
-from prunelit.calibration.expert_activations import observe_layer_experts
+from prunelit.calibration.expert_activations import ExpertRounds, observe_layer_experts
 from prunelit.calibration.observe import STEPS_ATTRIBUTE, ForwardStep
 from prunelit.calibration.partial_forward import PartialForward, count_outputs
 from prunelit.core.plan import LayerShape
 from prunelit.model.decoder import Decoder, Layer
+from prunelit.model.experts import Experts
 from prunelit.model.lazy_weight import load_lazy_weights
 from prunelit.model.modes import use_eval_mode
 from prunelit.runtime.errors import BadOption
@@ -145,16 +147,84 @@ class SequentialPipeline:
         element_bytes = next(decoder.model.parameters()).element_size()
         partial_forward = OffloadedPartialForward(decoder)
         with tempfile.TemporaryDirectory(prefix=".prunelit-streams.", dir=self.scratch) as folder:
-            use_files = sum(sizes) * int(decoder.config.hidden_size) * element_bytes > bytes_left
+            stream_bytes = sum(sizes) * int(decoder.config.hidden_size) * element_bytes
+            use_files = stream_bytes > bytes_left
             store = _StreamStore(Path(folder) if use_files else None)
+            bytes_for_rounds = bytes_left - (0 if use_files else stream_bytes)
 
             def run(layer: Layer, number: int, batch: Batch) -> None:
                 hidden = store.take_stream(number, decoder.device) if layer.index else None
                 store.put_stream(number, partial_forward.run_layer(layer, batch, hidden))
 
+            def run_to_experts(layer: Layer, number: int, batch: Batch) -> None:
+                hidden = store.copy_stream(number, decoder.device) if layer.index else None
+                partial_forward.run_layer(layer, batch, hidden)
+
             for layer in track_progress(decoder.layers, what, unit="layer"):
-                with load_layer_weights(decoder, layer, self.budget, max(sizes, default=0)):
-                    yield [layer], ((batch, partial(run, layer, i, batch)) for i, batch in enumerate(batches))
+                with load_layer_weights(decoder, layer, self.budget, max(sizes, default=0)) as is_whole:
+                    experts = layer.experts
+                    if is_whole or experts is None or experts.names.scales_input:
+                        yield [layer], ((batch, partial(run, layer, i, batch)) for i, batch in enumerate(batches))
+                        continue
+                    held = [tokens * estimate_held_bytes(layer.shape, decoder, element_bytes) for tokens in sizes]
+                    groups = group_within(held, bytes_for_rounds)
+                    yield [layer], _run_in_rounds(layer, batches, groups, run_to_experts, run)
+
+
+def group_within(sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Group consecutive items so that the sizes of each group do not exceed a limit; a group has one item at least.
+
+    Example:
+        >>> group_within([3, 3, 5, 1], 6)
+        [[0, 1], [2, 3]]
+    """
+    groups: list[list[int]] = []
+    total = 0
+    for number, size in enumerate(sizes):
+        if not groups or total + size > limit:
+            groups.append([])
+            total = 0
+        groups[-1].append(number)
+        total += size
+    return groups
+
+
+def _run_in_rounds(
+    layer: Layer,
+    batches: Sequence[Batch],
+    groups: Sequence[Sequence[int]],
+    run_to_experts: Callable[[Layer, int, Batch], None],
+    run: Callable[[Layer, int, Batch], None],
+) -> Iterator[tuple[Batch, Callable[[], object]]]:
+    """Run groups of batches through a layer whose experts are read once for each group.
+
+    Args:
+        layer: with experts.
+        batches: all of them.
+        groups: numbers of the batches that run together.
+        run_to_experts: runs a batch as far as the experts, and leaves its stream as it is.
+        run: runs a batch through the layer.
+
+    Yields:
+        A batch and what to do with it; the batch comes several times.
+    """
+    experts = cast(Experts, layer.experts)
+    for group in groups:
+        if len(group) == 1:  # one pass is enough
+            yield batches[group[0]], partial(run, layer, group[0], batches[group[0]])
+            continue
+        experts.rounds = rounds = ExpertRounds(experts)
+        try:
+            for number in group:
+                start = partial(run_to_experts, layer, number, batches[number])
+                yield batches[number], partial(rounds.record, number, start)
+            for expert in range(experts.count):
+                for number in group:
+                    yield batches[number], partial(rounds.compute, number, expert)
+            for number in group:
+                yield batches[number], partial(rounds.finish, number, partial(run, layer, number, batches[number]))
+        finally:
+            experts.rounds = None
 
 
 class _StreamStore:
@@ -170,6 +240,10 @@ class _StreamStore:
         else:
             save_file({"hidden": hidden.contiguous()}, self.folder / str(number))
 
+    def copy_stream(self, number: int, device: torch.device) -> Tensor:
+        """A copy of a stream, which stays in the store."""
+        return self.take_stream(number, device) if self.folder is not None else self.streams[number].to(device).clone()
+
     def take_stream(self, number: int, device: torch.device) -> Tensor:
         if self.folder is None:
             return self.streams.pop(number).to(device)
@@ -179,7 +253,7 @@ class _StreamStore:
 
 
 @contextmanager
-def load_layer_weights(decoder: Decoder, layer: Layer, budget: int | None, tokens: int) -> Iterator[None]:
+def load_layer_weights(decoder: Decoder, layer: Layer, budget: int | None, tokens: int) -> Iterator[bool]:
     """Load the weights of a layer inside the context, so that it can run; its experts only if they fit the budget.
 
     Experts that do not fit stay on disk, and run one after the other, each read when it gets a token.
@@ -190,6 +264,9 @@ def load_layer_weights(decoder: Decoder, layer: Layer, budget: int | None, token
         budget: limit in bytes; None: no limit.
         tokens: tokens of the largest batch.
 
+    Yields:
+        Whether all weights are in memory.
+
     Raises:
         NonFinite: a value is NaN or infinite; names the parameter.
 
@@ -199,10 +276,10 @@ def load_layer_weights(decoder: Decoder, layer: Layer, budget: int | None, token
     experts = None if _fits_whole(decoder, layer, tokens, fixed, budget) else layer.experts
     if experts is None:
         with load_lazy_weights(layer.module):
-            yield
+            yield True
     else:
         with load_lazy_weights(layer.module, experts.module), observe_layer_experts(layer, None, lambda: None):
-            yield
+            yield False
 
 
 def estimate_layer_memory(decoder: Decoder, tokens: int = 0, budget: int | None = None) -> tuple[int, int]:
@@ -286,6 +363,19 @@ def estimate_expert_activation_bytes(shape: LayerShape, hidden: int, size: int, 
     whole = chosen * (6 * hidden + 4 * channels) * size if at_once else 0
     single = (5 * hidden + 6 * channels) * size + 8 * 3 * max(hidden, channels)  # observers widen to float64
     return routing + whole + single
+
+
+def estimate_held_bytes(shape: LayerShape, decoder: Decoder, size: int) -> int:
+    """Estimate the bytes that one token holds between the two passes of `ExpertRounds`: inputs, choice and output.
+
+    Args:
+        shape: of the layer.
+        decoder: the offloaded model.
+        size: bytes of one activation in the model's dtype.
+
+    Example: `estimate_held_bytes` is used further up in this module.
+    """
+    return 2 * int(decoder.config.hidden_size) * size + shape.experts_per_token * (8 + max(size, 4))
 
 
 @torch.no_grad()

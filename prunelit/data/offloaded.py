@@ -176,10 +176,8 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
     layers = Decoder(model).layers
     with_weights = [linear for layer in layers for linear in list_layer_linears(layer)]
     with_weights += [layer.experts.module for layer in layers if layer.experts is not None]
-    on_disk, names = (
-        {id(weight) for layer in layers for weight in list_weights_on_disk(layer)},
-        files.match_names(model),
-    )
+    on_disk = {id(weight) for layer in layers for weight in list_weights_on_disk(layer)}
+    names = files.match_names(model)
     of_experts = {id(weight): weight.shape for layer in layers for weight in list_expert_weights(layer)}
     empty = model.state_dict(keep_vars=True)
     shapes = {name: of_experts[id(meta)] for name, meta in empty.items() if id(meta) in of_experts}

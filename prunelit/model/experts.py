@@ -30,6 +30,8 @@ class Experts:
         tensors: all tensors with one entry per expert.
         count, channels: E and C.
         per_token: number of experts that the router chooses for each token.
+        rounds: set while the experts run on several batches, one expert after the other
+            (`prunelit.calibration.expert_activations.ExpertRounds`); None otherwise.
         groups, groups_per_token: the router first chooses groups of experts, in some families; 1 and 1 in the others.
 
     Raises:
@@ -46,6 +48,7 @@ class Experts:
 
     def __init__(self, layer: nn.Module, names: Any, index: int):
         self.names: Mixture = names.mixture
+        self.rounds: Any = None
         self.block: Any = find(layer, self.names.block)
         self.module: Any = find(self.block, self.names.experts)
         self.router: Any = find(self.block, self.names.router)
