@@ -19,6 +19,7 @@ from prunelit.model.per_layer import find, find_layers_path, is_absent, resolve_
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
 
 _SIGNS_PER_TENSOR = 64
+_VALUES_PER_SUM = 2**24
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -434,8 +435,10 @@ class Decoder:
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, LazyWeight):
                 continue
-            # One sum instead of a mask of the whole tensor: NaN and infinity survive it.
-            if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            # Sums instead of a mask of the whole tensor: NaN and infinity survive them. In parts, since on a CPU each is
+            # made of a copy in float32.
+            parts = parameter.detach().reshape(-1).split(_VALUES_PER_SUM)
+            if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts):
                 raise NonFinite(
                     f"parameter {name}: expected finite weights, got NaN or infinity; the model file is damaged or its "
                     "dtype overflowed (load it in bfloat16 or float32)"
