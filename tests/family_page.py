@@ -23,8 +23,8 @@ decoder unless a config says otherwise. The list is read from configs alone; eac
 """
 _REFUSED = """\
 What a folder holds is read in its config.json, before any weight. Encoder-decoders, encoders, decoders with ALiBi,
-mixtures of experts without a declaration, state-space models without attention, diffusion LMs, classifiers, and weights that other programs
-stored in few bits are refused in one line that says what the model is and what to do
+mixtures of experts without a declaration, state-space models without attention, diffusion LMs, classifiers, and weights
+that other programs stored in few bits are refused in one line that says what the model is and what to do
 ([unsupported.py](../prunelit/core/unsupported.py)). A registered family is never refused for its kind.
 
 What stays whole in which family, and which types have no declaration and why: [what is not cut](left-out.md).

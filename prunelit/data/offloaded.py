@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunelit.calibration.layer_pipeline import GIB, SequentialPipeline, list_layer_linears
+from prunelit.calibration.layer_pipeline import (
+    GIB,
+    SequentialPipeline,
+    list_expert_weights,
+    list_layer_linears,
+    list_weights_on_disk,
+)
 from prunelit.calibration.observe import STEPS_ATTRIBUTE
 from prunelit.calibration.partial_forward import check_layers_run_alone
 from prunelit.data import loading
@@ -25,6 +31,7 @@ from prunelit.model.decoder import Decoder
 from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder, build_meta_model
 from prunelit.model.lazy_weight import STREAMING_REFUSED, LazyWeight
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored_experts import find_stored_experts
 from prunelit.runtime.errors import BadOption, SourceNotFound
 
 STREAMED_REPAIRS = ("none", "bias")
@@ -158,7 +165,7 @@ def _build_skeleton(folder: Path, files: SafetensorsFolder, dtype: str, device: 
 
 
 def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, known: Mapping[str, Tensor]) -> None:
-    """Fill a meta model with its weights: lazy ones for the layers' linears, tensors in memory for the rest.
+    """Fill a meta model with its weights: lazy ones for linears and experts of layers, tensors in memory for the rest.
 
     Args:
         model: returned by `_build_skeleton`.
@@ -166,10 +173,22 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
         device: device that computes.
         known: tensors by name, shared where the files hold the same values.
     """
-    linears = [linear for layer in Decoder(model) for linear in list_layer_linears(layer)]
-    linear_weights, names = {id(linear.weight) for linear in linears}, files.match_names(model)
+    layers = Decoder(model).layers
+    with_weights = [linear for layer in layers for linear in list_layer_linears(layer)]
+    with_weights += [layer.experts.module for layer in layers if layer.experts is not None]
+    on_disk = {id(weight) for layer in layers for weight in list_weights_on_disk(layer)}
+    names = files.match_names(model)
+    of_experts = {id(weight): weight.shape for layer in layers for weight in list_expert_weights(layer)}
+    empty = model.state_dict(keep_vars=True)
+    shapes = {name: of_experts[id(meta)] for name, meta in empty.items() if id(meta) in of_experts}
+    stored_experts = find_stored_experts(files, model, shapes)
     missing: set[str] = set()
-    for name, meta in model.state_dict(keep_vars=True).items():
+    for name, meta in empty.items():
+        if name in stored_experts:
+            experts, (path, _, leaf) = stored_experts[name], name.rpartition(".")
+            weight = LazyWeight.from_reader(name, experts.read, meta.shape, meta.dtype, device, experts.read_entries)
+            setattr(model.get_submodule(path), leaf, nn.Parameter(weight))
+            continue
         if name not in names:
             missing.add(name)
             continue
@@ -180,7 +199,7 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
                 f"model {str(files.folder)!r}: {', '.join(file_names)}: expected {list(meta.shape)}, got "
                 f"{list(view.shape)}; the files are quantised or belong to another config"
             )
-        if id(meta) in linear_weights:
+        if id(meta) in on_disk:
             value: Tensor = LazyWeight.from_reader(
                 name, partial(files.map_joined, file_names), meta.shape, meta.dtype, device
             )
@@ -198,11 +217,13 @@ def _fill_weights(model: Any, files: SafetensorsFolder, device: torch.device, kn
             f"none for {len(unfilled)} of them ({unfilled[0]}, ...); load it and save it again with save_pretrained, "
             "or leave out --stream"
         )
-    for linear in linears:
-        linear.register_forward_pre_hook(_refuse_forward)
+    for module in with_weights:
+        module.register_forward_pre_hook(_refuse_forward)
 
 
-def _refuse_forward(linear: nn.Module, args: Any) -> None:
-    # Outside `load_lazy_weights` the weight has no values to compute with.
-    if isinstance(linear.weight, LazyWeight):
+def _refuse_forward(module: nn.Module, args: Any) -> None:
+    # Outside `load_lazy_weights` the weights have no values to compute with. Experts that run one after the other have
+    # a forward method of their own, which reads them.
+    is_lazy = any(isinstance(parameter, LazyWeight) for parameter in module.parameters(recurse=False))
+    if is_lazy and "forward" not in vars(module):
         raise BadOption(STREAMING_REFUSED)

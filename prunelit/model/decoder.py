@@ -19,6 +19,7 @@ from prunelit.model.per_layer import find, find_layers_path, is_absent, resolve_
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
 
 _SIGNS_PER_TENSOR = 64
+_VALUES_PER_SUM = 2**24
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -407,14 +408,20 @@ class Decoder:
     def compute_fingerprint(self) -> str:
         """Hash the signs of evenly spaced weights: the same in every dtype, different for another model.
 
+        Of experts the first of a layer is read: all of them may be files of many gigabytes.
+
         Example: see the class.
         """
         signs = hashlib.sha256()
         for layer in self.layers:
+            of_experts = {id(tensor.value) for tensor in layer.experts.own_tensors} if layer.experts else set()
             for parameter in layer.module.parameters():
                 if parameter.is_meta and not isinstance(parameter, LazyWeight):  # no values, so no signs
                     continue
-                flat = (parameter.read_stored() if isinstance(parameter, LazyWeight) else parameter.detach()).flatten()
+                values = parameter.detach()
+                if id(parameter) in of_experts:
+                    values = values.index_select(0, torch.tensor([0], device=values.device))
+                flat = (values.read_stored() if isinstance(values, LazyWeight) else values).flatten()
                 step = max(1, flat.numel() // _SIGNS_PER_TENSOR)
                 signs.update(bytes((flat[::step][:_SIGNS_PER_TENSOR] > 0).tolist()))
         return signs.hexdigest()[:16]
@@ -428,8 +435,10 @@ class Decoder:
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, LazyWeight):
                 continue
-            # One sum instead of a mask of the whole tensor: NaN and infinity survive it.
-            if not torch.isfinite(parameter.detach().sum(dtype=torch.float32)):
+            # Sums instead of a mask of the whole tensor: NaN and infinity survive them. In parts, since on a CPU each
+            # sum is made of a copy in float32.
+            parts = parameter.detach().reshape(-1).split(_VALUES_PER_SUM)
+            if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts):
                 raise NonFinite(
                     f"parameter {name}: expected finite weights, got NaN or infinity; the model file is damaged or its "
                     "dtype overflowed (load it in bfloat16 or float32)"

@@ -30,6 +30,8 @@ class Experts:
         tensors: all tensors with one entry per expert.
         count, channels: E and C.
         per_token: number of experts that the router chooses for each token.
+        rounds: set while the experts run on several batches, one expert after the other
+            (`prunelit.calibration.expert_activations.ExpertRounds`); None otherwise.
         groups, groups_per_token: the router first chooses groups of experts, in some families; 1 and 1 in the others.
 
     Raises:
@@ -46,6 +48,7 @@ class Experts:
 
     def __init__(self, layer: nn.Module, names: Any, index: int):
         self.names: Mixture = names.mixture
+        self.rounds: Any = None
         self.block: Any = find(layer, self.names.block)
         self.module: Any = find(self.block, self.names.experts)
         self.router: Any = find(self.block, self.names.router)
@@ -84,10 +87,15 @@ class Experts:
         return int(self.router.weight.shape[1])
 
     @property
+    def own_tensors(self) -> list[ExpertTensor]:
+        """The tensors of the experts themselves; the others are small, and every token passes them."""
+        return [tensor for tensor in self.tensors if tensor.owner is self.module]
+
+    @property
     def channel_cost(self) -> int:
         """Parameters of one channel of one expert."""
         return sum(
-            tensor.per_channel * tensor.value[0].numel() // tensor.value.shape[tensor.axis]
+            tensor.per_channel * _count_per_expert(tensor) // tensor.value.shape[tensor.axis]
             for tensor in self.tensors
             if tensor.axis is not None and isinstance(tensor.value, nn.Parameter)
         )
@@ -95,13 +103,13 @@ class Experts:
     @property
     def expert_cost(self) -> int:
         """Parameters of one expert, with its row of the router."""
-        return sum(tensor.value[0].numel() for tensor in self.tensors if isinstance(tensor.value, nn.Parameter))
+        return sum(_count_per_expert(tensor) for tensor in self.tensors if isinstance(tensor.value, nn.Parameter))
 
     @property
     def router_row_cost(self) -> int:
         """Parameters of an expert that every token passes: those outside the experts' own tensors."""
         return sum(
-            tensor.value[0].numel()
+            _count_per_expert(tensor)
             for tensor in self.tensors
             if tensor.owner is not self.module and isinstance(tensor.value, nn.Parameter)
         )
@@ -119,14 +127,12 @@ class Experts:
         """Get the entry of one expert; of a weight on disk only this entry is read."""
         value = tensor.value
         if isinstance(value, LazyWeight):
-            return value.index_select(0, torch.tensor([expert])).load_values()[0]  # type: ignore[attr-defined]
+            return value.load_entry(expert)
         return value[expert]
 
     def get_weights(self, expert: int) -> dict[str, Tensor]:
         """Get an expert's tensors by name, weights as [out, in]."""
-        weights = {
-            tensor.name: self.get_tensor(tensor, expert) for tensor in self.tensors if tensor.owner is self.module
-        }
+        weights = {tensor.name: self.get_tensor(tensor, expert) for tensor in self.own_tensors}
         if self.names.transposed:
             weights |= {name: weights[name].T for name in (self.names.gate_up, self.names.down)}
         return weights
@@ -162,3 +168,8 @@ class Experts:
         """
         weights = (self.get_weights(expert)[self.names.down].detach().float() for expert in range(self.count))
         return torch.stack([reduce(weight) for weight in weights])
+
+
+def _count_per_expert(tensor: ExpertTensor) -> int:
+    """Count the values of one expert; an index would read a weight that stays on disk."""
+    return tensor.value.numel() // len(tensor.value)

@@ -149,6 +149,28 @@ class SafetensorsFolder:
         ):
             return cast(Tensor, file.get_tensor(name))
 
+    def map_tensors(self, names: Sequence[str]) -> list[Tensor]:
+        """Several tensors, not yet read; each file is opened once."""
+        tensors: dict[str, Tensor] = {}
+        for file_name, group in self._group_by_file(names).items():
+            with self._wrap_read_errors(file_name), safe_open(self.folder / file_name, framework="pt") as file:
+                tensors |= {name: cast(Tensor, file.get_tensor(name)) for name in group}
+        return [tensors[name] for name in names]
+
+    def read_shapes(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors, by name; no values are read."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file_name, group in self._group_by_file(names).items():
+            with self._wrap_read_errors(file_name), safe_open(self.folder / file_name, framework="pt") as file:
+                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in group}
+        return shapes
+
+    def _group_by_file(self, names: Sequence[str]) -> dict[str, list[str]]:
+        names_by_file: dict[str, list[str]] = {}
+        for name in names:
+            names_by_file.setdefault(self.file_by_tensor[name], []).append(name)
+        return names_by_file
+
     @contextmanager
     def _wrap_read_errors(self, name: str) -> Iterator[None]:
         try:

@@ -26,6 +26,8 @@ _METADATA_OPERATIONS: tuple[Any, ...] = (
 # Operations that surgery and `get_weight_out_in` apply to weights; they are deferred until the values are read.
 _LAZY_OPERATIONS: tuple[Any, ...] = (Tensor.detach, Tensor.index_select, cast(Any, Tensor.T).__get__)
 _GRADIENT_HOOKS: tuple[Any, ...] = (Tensor.register_hook, Tensor.register_post_accumulate_grad_hook)
+Reader = Callable[[Tensor | None], Tensor]
+"""Returns the entries of a weight with these numbers along its first axis; None: all of them."""
 STREAMING_REFUSED = (
     "stream: expected a method that observes the model once, layer by layer, such as llm_bip, flap, wanda_sp, shortgpt "
     "or magnitude, with repair 'none' or 'bias', got one that needs gradients or runs the model several times; "
@@ -37,8 +39,8 @@ class LazyWeight(Tensor):
     """A tensor whose values are read from disk whenever an operation needs them, and are not cached.
 
     Shape, dtype and device are answered as if the values were in memory. `detach`, `index_select` and `.T` give another
-    `LazyWeight`, so a weight can be pruned before it is read. Every other operation computes with the values. It can be
-    a parameter.
+    `LazyWeight`, so a weight can be pruned before it is read; a selection along the first axis, that of experts, reads
+    nothing else. Every other operation computes with the values. It can be a parameter.
 
     Attributes:
         label: name of the weight, for messages.
@@ -57,12 +59,18 @@ class LazyWeight(Tensor):
 
     label: str
     target_device: torch.device
-    _reader: Callable[[], Tensor]
+    _reader: Reader
     _mapped: bool
 
     @classmethod
     def from_reader(
-        cls, name: str, read: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, home: torch.device
+        cls,
+        name: str,
+        read: Callable[[], Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        home: torch.device,
+        read_entries: Callable[[Tensor], Tensor] | None = None,
     ) -> Self:
         """Build a lazy weight from a function that reads its values.
 
@@ -72,32 +80,61 @@ class LazyWeight(Tensor):
             shape: of the values.
             dtype: the dtype in which they are computed with.
             home: the device on which they are computed with.
+            read_entries: reads the entries with these numbers along the first axis; None: they are taken from the view.
 
         Example: see the class.
         """
-        return cls._wrap_meta(torch.empty(*shape, dtype=dtype, device="meta"), name, read, home, mapped=True)
+
+        def read_chosen(entries: Tensor | None) -> Tensor:
+            if entries is None:
+                return read()
+            return read().index_select(0, entries) if read_entries is None else read_entries(entries)
+
+        return cls._wrap_meta(torch.empty(*shape, dtype=dtype, device="meta"), name, read_chosen, home, mapped=True)
 
     @classmethod
-    def _wrap_meta(cls, meta: Tensor, name: str, read: Callable[[], Tensor], home: torch.device, mapped: bool) -> Self:
+    def _wrap_meta(cls, meta: Tensor, name: str, read: Reader, home: torch.device, mapped: bool) -> Self:
         weight = cast(Self, Tensor._make_subclass(cls, meta))
         weight.label, weight.target_device, weight._reader, weight._mapped = name, home, read, mapped
         return weight
 
     def read_stored(self) -> Tensor:
         """Read the values in the dtype of the file, on the CPU; a copy only if the weight was pruned."""
-        return self._reader()
+        return self._reader(None)
 
     def read_values(self) -> Tensor:
         """Read the values on their device and in their dtype; a copy only if the file differs in either."""
-        return self._reader().to(self.target_device, self.dtype)
+        return self._reader(None).to(self.target_device, self.dtype)
 
     def load_values(self) -> Tensor:
         """Load a contiguous copy of the values, on their device and in their dtype.
 
+        Of a weight with several axes, such as that of all experts, one entry is read after the other: beside the copy
+        there is only one entry in memory.
+
         Raises:
             NonFinite: a value is NaN or infinite; names the parameter.
         """
-        values = self._reader().to(self.target_device, self.dtype, copy=self._mapped)
+        if self.dim() < 3:
+            return self._check_finite(self._reader(None).to(self.target_device, self.dtype, copy=self._mapped))
+        values = torch.empty(self.shape, dtype=self.dtype, device=self.target_device)
+        for number in range(len(self)):
+            values[number] = self.load_entry(number)
+        return values
+
+    def load_entry(self, number: int) -> Tensor:
+        """Load a contiguous copy of one entry along the first axis; nothing else is read.
+
+        Args:
+            number: of the entry.
+
+        Raises:
+            NonFinite: a value is NaN or infinite; names the parameter.
+        """
+        entry = self._reader(torch.tensor([number]))[0]  # a selection is a copy of what is mapped
+        return self._check_finite(entry.to(self.target_device, self.dtype))
+
+    def _check_finite(self, values: Tensor) -> Tensor:
         if not torch.isfinite(values.sum(dtype=torch.float32)):
             raise NonFinite(
                 f"parameter {self.label}: expected finite weights, got NaN or infinity; the model file is damaged or "
@@ -133,9 +170,17 @@ class LazyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             plain = Tensor._make_subclass(Tensor, self)
             meta = func(plain, *(x.to("meta") if isinstance(x, Tensor) else x for x in rest))
-        read = self._reader
-        mapped = self._mapped and func != Tensor.index_select
-        return self._wrap_meta(meta, self.label, lambda: func(read(), *rest), self.target_device, mapped)
+        read, axis = self._reader, rest[0] % self.dim() if func == Tensor.index_select else None
+
+        def read_result(entries: Tensor | None) -> Tensor:
+            if axis == 0:
+                return read(rest[1] if entries is None else rest[1][entries])
+            if func != cast(Any, Tensor.T).__get__:  # the first axis stays the first
+                return func(read(entries), *rest)
+            result = func(read(None))
+            return result if entries is None else result.index_select(0, entries)
+
+        return self._wrap_meta(meta, self.label, read_result, self.target_device, self._mapped and axis is None)
 
 
 def _read_lazy_arguments(arguments: Any) -> Any:
@@ -150,11 +195,12 @@ def _read_lazy_arguments(arguments: Any) -> Any:
 
 
 @contextmanager
-def load_lazy_weights(module: nn.Module) -> Iterator[None]:
+def load_lazy_weights(module: nn.Module, skipped: nn.Module | None = None) -> Iterator[None]:
     """Load the lazy weights of `module` into memory inside the context, and put the lazy ones back after it.
 
     Args:
         module: may hold ordinary parameters too; they are left alone.
+        skipped: a module inside it whose own weights stay on disk, such as the experts of a layer; None: none.
 
     Raises:
         NonFinite: a value is NaN or infinite; names the parameter.
@@ -173,7 +219,7 @@ def load_lazy_weights(module: nn.Module) -> Iterator[None]:
         (owner, name, parameter)
         for owner in module.modules()
         for name, parameter in owner.named_parameters(recurse=False)
-        if isinstance(parameter, LazyWeight)
+        if isinstance(parameter, LazyWeight) and owner is not skipped
     ]
     try:
         for owner, name, parameter in lazy_parameters:

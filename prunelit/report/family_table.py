@@ -14,7 +14,8 @@ _EVERY_LAYER = "num_hidden_layers"
 """`Architecture.fixed_layers` of families none of whose layers can be removed."""
 NOTES = (
     "heads: KV groups, or query heads in every group (the same where it has one); no: only the attention as a whole",
-    "channels: of the FFN; in a mixture of experts, of dense layers and of the FFN beside the experts, where it has them",
+    "channels: of the FFN; in a mixture of experts, of dense layers and of the FFN beside the experts, where it has "
+    "them",
     "experts: whole experts, and channels of all experts of a layer; a layer keeps as many experts as a token chooses",
     "mixer: stands in an attention's place, or beside it (+ attention), or is an attention that is not cut by "
     "heads (shared: because other layers use its keys, or it uses theirs); it stays whole, or is removed as a block",

@@ -3,6 +3,7 @@
 import json
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prunelit.cli.main import main
 from prunelit.data import loading, offloaded
 from prunelit.export import layer_files as writer
 from prunelit.export import save
+from prunelit.export.safetensors_parts import TensorParts, write_tensor_parts
 from prunelit.model.decoder import Decoder
 from prunelit.model.lazy_weight import LazyWeight, load_lazy_weights
 from prunelit.model.per_layer import shares_keys
@@ -355,12 +357,15 @@ def test_damaged_weights_are_named_and_nothing_is_written(method: PruningCallbac
 
 
 def test_a_file_that_does_not_hold_what_was_written_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(given: dict[str, Tensor], path: Path, **how: Any) -> None:
-        save_file({name: x + 1e-3 * path.name.startswith("model-00003") for name, x in given.items()}, path, **how)
+    def wrong(path: Path, given: list[TensorParts]) -> None:
+        shift = 1e-3 * path.name.startswith("model-00003")
+        write_tensor_parts(
+            path, [replace(x, make_parts=lambda x=x: [p + shift for p in x.make_parts()]) for x in given]
+        )
 
     far = offloaded.load_offloaded(folder_of(tiny("llama"), tmp_path / "dense"))
     plan = Magnitude(ratio=0.3, align=8).prune(far)
-    monkeypatch.setattr(writer, "save_file", wrong)
+    monkeypatch.setattr(writer, "write_tensor_parts", wrong)
     with pytest.raises(PrunelitError, match=r"output: model.layers.1.\S+ does not read back equal; nothing was kept"):
         save(far, tmp_path / "far", plan=plan)
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]

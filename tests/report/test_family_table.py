@@ -16,9 +16,9 @@ from prunelit.planning.serving import LLAMA_CPP_FAMILIES, list_family_formats
 from prunelit.quantization import quantize
 from prunelit.report.family_table import HEADER, FamilyRow, list_family_rows, render_family_table
 from prunelit.runtime.errors import DoesNotFit
+from tests.export.test_mixtures import EACH_MIXTURE, plan_alike
 from tests.family_page import COMMAND, PAGE, render_page
 from tests.test_configs import call
-from tests.export.test_mixtures import EACH_MIXTURE, plan_alike
 from tests.tiny import EXPERT_KINDS, FAMILIES, MIXTURES, NEVER_STOCK, cut, find_row, keep, tiny
 
 ROWS = {row.family: row for row in list_family_rows()}
