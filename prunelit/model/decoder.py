@@ -435,8 +435,8 @@ class Decoder:
         for name, parameter in self.model.named_parameters():
             if isinstance(parameter, LazyWeight):
                 continue
-            # Sums instead of a mask of the whole tensor: NaN and infinity survive them. In parts, since on a CPU each is
-            # made of a copy in float32.
+            # Sums instead of a mask of the whole tensor: NaN and infinity survive them. In parts, since a sum on a CPU
+            # makes a copy in float32.
             parts = parameter.detach().reshape(-1).split(_VALUES_PER_SUM)
             if not all(torch.isfinite(part.sum(dtype=torch.float32)) for part in parts):
                 raise NonFinite(
