@@ -18,7 +18,6 @@ from prunelit.export.formats import ExportJob
 from prunelit.export.proof.compare import prove_folder
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.quantization import quantize
 from prunelit.runtime.errors import DoesNotFit
 from tests.export.alike import generated, logits, plan_with
 from tests.tiny import EXPERT_KINDS, KINDS, MIXTURES, cut, find_row, keep, tiny, tokens
@@ -108,7 +107,8 @@ def test_layers_alike_become_a_stock_class(family: str, kind: str, tmp_path: Pat
     again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "m", output_loading_info=True)
     assert type(again) is stock and not info["missing_keys"] and not info["unexpected_keys"]
     assert_same_model(again, model)
-    assert dict(again.named_buffers()).keys() == dict(model.named_buffers()).keys()
+    # The rotary table of a type of layers that is gone is not built again.
+    assert dict(again.named_buffers()).keys() <= dict(model.named_buffers()).keys()
 
 
 @pytest.mark.parametrize("family", ONE_WIDTH)
@@ -207,8 +207,7 @@ def test_a_folder_of_mixtures_alike_becomes_stock_again(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.new_process
-@pytest.mark.parametrize("kind", ["experts", "mixed"])
-@pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss", "minimax_m2"])
+@pytest.mark.parametrize(("family", "kind"), [("deepseek_v3", "experts"), ("gpt_oss", "mixed")])
 def test_the_proof_runs_on_mixtures_in_a_new_process(family: str, kind: str, tmp_path: Path) -> None:
     model = tiny(family)
     surgery.apply(model, plan_alike(model, kind) if kind == "experts" else cut(model, kind))
@@ -257,7 +256,6 @@ def test_deci_has_no_experts(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["mixtral", "llama4_text"])
 def test_int4_has_no_experts(family: str, tmp_path: Path) -> None:
     model = tiny(family)
-    quantize.quantize_model(model, "int4", 16)
     with pytest.raises(DoesNotFit, match="format 'int4': expected weights in linears only, got a mixture of experts"):
         save(model, tmp_path / "m", format="int4")
     assert not list(tmp_path.iterdir())
