@@ -21,7 +21,7 @@ import torch  # noqa: E402
 
 from prunelit.core.architectures import ARCHITECTURES, Architecture  # noqa: E402
 from prunelit.export.proof import compare, reload  # noqa: E402
-from tests.tiny import DIVERSE, FAMILIES, Row, tiny, tiny_tokenizer  # noqa: E402
+from tests.tiny import DIVERSE, DIVERSE_MIXTURES, FAMILIES, MIXTURES, Row, tiny, tiny_tokenizer  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("prunelit", deadline=None, derandomize=True, max_examples=60)
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {}).values()
         names = {x[0] if isinstance(x, tuple) and x else x for x in params if isinstance(x, str | tuple)}
-        if names & alike:
+        if names & (alike | (MIXTURES.keys() - set(DIVERSE_MIXTURES))):
             item.add_marker(pytest.mark.slow)
         folder = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
         is_spared = item.path.name == "test_contract.py" and names & alike and zlib.crc32(item.name.encode()) % 3

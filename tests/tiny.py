@@ -310,6 +310,8 @@ _GROUPED_EXPERTS = {
     "first_k_dense_replace": 1,
     "routed_scaling_factor": 1.5,
 }
+# Plain; transposed with biases; groups of experts beside a shared FFN, after a dense layer.
+DIVERSE_MIXTURES = ("mixtral", "gpt_oss", "deepseek_v3")
 EXPERT_KINDS = ("expert", "expert_channel")
 MIXTURES: dict[str, Row] = {
     "deepseek_v2": Row(
