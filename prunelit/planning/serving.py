@@ -7,7 +7,8 @@
     vLLM           vllm/model_executor/models/: registry.py (classes), llama.py (reads head_dim), qwen2.py (head size is
                    hidden size / heads), nemotron_nas.py (DeciLM: one number of query heads for all layers, KV groups
                    per layer, FFN widths per layer in steps of 256; blocks may be missing, but not the first attention,
-                   which opens the residual; what a layer lacks is filled up with zeros)
+                   which opens the residual; what a layer lacks is filled up with zeros); six mixtures with fewer
+                   experts were run in vLLM 0.32 itself (benchmarks/served_mixtures.py)
     llama.cpp      src/models/deci.cpp: heads, KV groups and FFN widths per layer, Llama's computation, biases, no norms
                    on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks, and on tiny models of every
                    family written: the same text
@@ -49,6 +50,8 @@ _NOT_IN_VLLM = frozenset(
     {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
 )
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
+# Of which vLLM 0.32 computed tiny models with fewer experts as transformers does (benchmarks/served_mixtures.py).
+_VLLM_MIXTURES = frozenset({"glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 # Families that DeciLM and llama.cpp's llama and deci graphs compute.
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
@@ -213,6 +216,9 @@ def _judge_vllm(pruned: PrunedShape) -> Verdict:
     if stock_class.answer != "yes":
         return stock_class
     if pruned.mixtures:
+        keeps_heads = all(len(remaining.query_heads) == shape.query_heads for _, remaining, shape in pruned.layers)
+        if pruned.family in _VLLM_MIXTURES and keeps_heads:
+            return Verdict("yes", "its own class; tried with fewer experts, tiny models, vLLM 0.32")
         return Verdict("?", f"whether its {pruned.family} takes these experts was not looked up")
     if pruned.family in _NOT_IN_VLLM:
         return Verdict("?", f"no class of its own for {pruned.family} in the copy read")

@@ -271,3 +271,16 @@ def test_sizes_of_a_folder_for_decilm() -> None:
     gone = keep(eight, groups=())
     assert compute_deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 512), (6, 3, 256), (6, 3, 256)]
     assert compute_deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 512)
+
+
+def test_vllm_takes_mixtures_with_fewer_experts_that_it_was_tried_with() -> None:
+    def judge(family: str, kind: str) -> Any:
+        rows = {row.target: row for row in list_serving_options(cut(tiny(family), kind))}
+        return rows["vLLM, stock class"]
+
+    plan = cut(tiny("mixtral"), "expert")
+    alike = replace(plan, layers=(plan.layers[0],) * len(plan.layers))
+    row = {row.target: row for row in list_serving_options(alike)}["vLLM, stock class"]
+    assert row.answer == "yes" and "fewer experts" in row.why
+    assert judge("mixtral", "kv_group").answer in ("?", "no")
+    assert judge("mixtral", "expert").answer == "no"  # other numbers in every layer
