@@ -319,7 +319,7 @@ class PruningMethod(EventSource):
         if unit_kinds and has_experts and not expert_kinds and kinds is None:
             raise BadOption(
                 f"model_type {model_type!r}: {name} says nothing of experts, which are most of a mixture; expected a "
-                "method that does, such as reap, or kinds [heads, channels] to cut the rest alone"
+                "method that does, such as reap, or kinds heads and channels to cut the rest alone"
             )
         if has_experts and budget == "latency":
             raise BadOption("budget: expected another one than 'latency' for a mixture of experts, which is not timed")

@@ -65,4 +65,5 @@ def _name_types(types: str) -> str:
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", types)
     text = re.sub(r"\b(dict|list)\[[^\[\]]*\]", lambda match: {"dict": "a mapping", "list": "a list"}[match[1]], text)
     text = re.sub(r"typing\.Literal\[([^\]]*)\]", r"\1", text)
+    text = re.sub(r"(?:collections\.abc\.|typing\.)Sequence\[([^\]]*)\]", r"a list of \1", text)
     return re.sub(r"\b(" + "|".join(_TYPE_WORDS) + r")\b", lambda match: _TYPE_WORDS[match[1]], text)

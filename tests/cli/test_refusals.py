@@ -136,3 +136,11 @@ def test_an_adapter_is_refused_with_the_name_of_its_base(capsys: pytest.CaptureF
     code, _, errors = call(capsys, "prune", "--model", str(folder), "--ratio", "0.2", "--out", str(folder / "out"))
     assert code == 2 and errors.count("\n") == 1
     assert "LoRA adapters of 'owner/base'; merge them first: python -m prunelit export --model owner/base" in errors
+
+
+def test_a_kind_that_does_not_exist_is_named_with_those_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, error = call(
+        capsys, "plan", "--model", "any/model", "--method", "flap", "--kinds", "headz", "--ratio", "0.1"
+    )
+    assert code == 2
+    assert "kinds: expected one of a list of 'heads', 'channels', 'experts', 'expert_channels', null" in error
