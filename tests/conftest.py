@@ -38,16 +38,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Families that are declared exactly as another one go through the contract of cuts and through the writers; what
     reads the declaration alone, such as methods and repairs, is not tried on them again. The contract of methods runs
     on every third pair of a method and such a family, always the same ones: with 100 families all of them take hours.
+    What is tried on mixtures outside the contract of cuts is tried on a third of the pairs of a test and a mixture.
     """
     alike, twins = FAMILIES.keys() - set(DIVERSE), list_twins()
+    mixtures = MIXTURES.keys() - set(DIVERSE_MIXTURES)
     kept, dropped = [], []
     for item in items:
         params = getattr(getattr(item, "callspec", None), "params", {}).values()
         names = {x[0] if isinstance(x, tuple) and x else x for x in params if isinstance(x, str | tuple)}
-        if names & (alike | (MIXTURES.keys() - set(DIVERSE_MIXTURES))):
+        if names & (alike | mixtures):
             item.add_marker(pytest.mark.slow)
         folder = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
-        is_spared = item.path.name == "test_contract.py" and names & alike and zlib.crc32(item.name.encode()) % 3
+        is_sampled = (item.path.name == "test_contract.py" and names & alike) or (folder != "core" and names & mixtures)
+        is_spared = is_sampled and zlib.crc32(item.name.encode()) % 3
         (dropped if (folder in _READ_DECLARATIONS and names & twins) or is_spared else kept).append(item)
     if dropped:
         config.hook.pytest_deselected(items=dropped)

@@ -13,7 +13,7 @@ from tests.strategies.test_sharding import fit, strategy_of
 from tests.tiny import tiny_tokenizer
 from tests.tiny_multimodal import tiny_multimodal
 
-CASES = {"llava.full": {"lora_rank": 0}, "gemma3.lora": {}, "qwen3_vl.full": {"lora_rank": 0}}
+CASES = {"gemma3.lora": {}, "qwen3_vl.full": {"lora_rank": 0}}
 
 
 def save_source(folder: Path, family: str) -> str:
