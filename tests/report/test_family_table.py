@@ -15,7 +15,7 @@ from prunelit.model.decoder import Decoder
 from prunelit.planning.serving import LLAMA_CPP_FAMILIES, list_family_formats
 from prunelit.quantization import quantize
 from prunelit.report.family_table import HEADER, FamilyRow, list_family_rows, render_family_table
-from prunelit.runtime.errors import DoesNotFit
+from prunelit.runtime.errors import BadQuantisation, DoesNotFit
 from tests.export.test_mixtures import EACH_MIXTURE, plan_alike
 from tests.family_page import COMMAND, PAGE, render_page
 from tests.test_configs import call
@@ -55,7 +55,7 @@ def can_hold(format: str, family: str) -> bool:
         else:
             quantize.quantize_model(model, "int4", 16)
             int4.check_int4(model, None)
-    except DoesNotFit:
+    except (DoesNotFit, BadQuantisation):
         return False
     return True
 
