@@ -41,7 +41,10 @@ ExpertObserver = Callable[[Layer, ExpertActivations], None]
 
 
 class ExpertsReached(Exception):
-    """Stops a forward pass at the experts of a layer, whose inputs `ExpertRounds` has recorded."""
+    """Stops a forward pass at the experts of a layer, whose inputs `ExpertRounds` has recorded.
+
+    Example: see `ExpertRounds`, whose passes end by it.
+    """
 
 
 class _Call:

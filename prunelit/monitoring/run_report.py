@@ -27,7 +27,6 @@ from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
-from prunelit.model.text_model import count_tower_parameters
 from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import (
@@ -39,7 +38,6 @@ from prunelit.pruning.job import (
     fingerprint_job,
     read_callback_states,
 )
-from prunelit.quantization import views
 from prunelit.recovery import finish
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
@@ -136,7 +134,7 @@ class RunReport(Recorder, EventSource):
         self.record.title = Decoder(model).shape.name
         with move_to_device(model, trainer.strategy.root_device):
             self._measure_state("dense", model, metrics.measure_model_size(model))
-            self.report["tower_parameters"] = count_tower_parameters(views.view_as_plain_linears(model))
+            self.report["tower_parameters"] = finish.count_trained_tower(model)
             self._write_completions("dense", model, trainer)
         self._write_report(trainer)
 

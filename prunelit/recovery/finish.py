@@ -13,6 +13,7 @@ from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import ExportResult
 from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.model.text_model import count_tower_parameters
 from prunelit.quantization import int4_folder, quantize, views
 from prunelit.quantization.linears import get_quantization, has_adapters
 from prunelit.recovery import adapter_files
@@ -220,3 +221,14 @@ def _can_save_as_int4(model: nn.Module, format: str) -> bool:
         log_on_rank_zero(f"saved in full precision: {error}")
         return False
     return True
+
+
+def count_trained_tower(model: Any) -> int:
+    """Count the parameters of the tower and projector of a model as it is trained: with adapters, or in 4 bits.
+
+    Args:
+        model: of a recovery; 0 where it is no multimodal model.
+
+    Example: see `prunelit.monitoring.run_report`, which reports them.
+    """
+    return count_tower_parameters(views.view_as_plain_linears(model))
