@@ -74,8 +74,7 @@ def test_the_folders_load_with_transformers_alone() -> None:
 def test_a_plan_loads_and_is_written_as_it_was(name: str) -> None:
     plan = prunelit.PruningPlan.load(BEFORE / name)
     assert plan.digest == EXPECTED["plans"][name]
-    before = (BEFORE / name).read_text(encoding="utf-8")
-    assert plan.to_json() == before.replace("prunelit-plan/1", "prunelit-plan/2") != before
+    assert plan.to_json() == (BEFORE / name).read_text(encoding="utf-8")
 
 
 def test_a_plan_cuts() -> None:
