@@ -229,7 +229,7 @@ FILES: list[Row] = [
         )
     ),
     (PRUNE + " --model {odd_type}", ["odd_type", "'frobnicator'"]),
-    (EVALUATE + " --model {odd_type}", ["odd_type", "cannot be loaded"]),
+    (EVALUATE + " --model {odd_type}", ["odd_type", "'frobnicator'"]),
     (PRUNE + " --model {mpt}", ["'mpt'"]),
     (PRUNE + " --model org/name-that-is-nowhere", ["org/name-that-is-nowhere", "local folder", ".gguf", "pypi:"]),
     (PRUNE + " --model pypi:x", ["pypi:x", "pypi:NAME==VERSION"]),
