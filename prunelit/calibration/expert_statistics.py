@@ -35,6 +35,20 @@ class ExpertStatistics:
     norms: Tensor
     gated_norms: Tensor
 
+    @property
+    def mean_gated_norms(self) -> Tensor:
+        """The mean of the gated norms over an expert's own tokens; 0 for an expert without tokens."""
+        return self.gated_norms / self.tokens.clamp(min=1)
+
+
+def sum_output_norms(x: ExpertActivations) -> Tensor:
+    """Sum over the tokens of one expert what `ExpertStatistics` holds, float64 [3] in the order of its fields.
+
+    Example: see `measure_experts`.
+    """
+    norms = x.outputs.double().norm(dim=1)
+    return torch.stack([norms.new_tensor(len(norms)), norms.sum(), (norms * x.gates.double()).sum()])
+
 
 def measure_experts(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, ExpertStatistics]:
     """Run every batch once and measure the experts of every layer; it takes one forward pass.
@@ -62,9 +76,7 @@ def measure_experts(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Exp
     sums = Sums(len(decoder.layers))
 
     def add_expert(layer: Layer, x: ExpertActivations) -> None:
-        norms = x.outputs.double().norm(dim=1)
-        values = torch.stack([norms.new_tensor(len(norms)), norms.sum(), (norms * x.gates.double()).sum()])
-        sums.add_entry(layer, "experts", x.expert, layer.shape.experts, values)
+        sums.add_entry(layer, "experts", x.expert, layer.shape.experts, sum_output_norms(x))
 
     observe(decoder, batches, (), _ignore_activations, expert_observer=add_expert)
     totals = sums.means(1, decoder.device)  # divided by 1: sums

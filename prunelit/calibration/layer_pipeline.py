@@ -132,7 +132,7 @@ class SequentialPipeline:
         fixed, layer = estimate_layer_memory(decoder, tokens, self.budget)
         if self.budget is not None and fixed + layer > self.budget:
             layer_text = f"one layer with a batch of {tokens:,} tokens" if tokens else "one layer"
-            if any(layer.has_experts for layer in decoder):
+            if decoder.has_experts:
                 layer_text += ", experts read one at a time,"
             raise BadOption(
                 f"memory_gib: expected at least {(fixed + layer) / GIB:.3f} (embeddings, norms and head "

@@ -32,4 +32,4 @@ class REAP(ExpertMethod):
     """
 
     def compute_scores(self, statistics: ExpertStatistics) -> Tensor:
-        return statistics.gated_norms / statistics.tokens.clamp(min=1)
+        return statistics.mean_gated_norms

@@ -22,7 +22,7 @@ settings: `protect: [0, 1, 2, 3, -1, -2]` on 32 layers, `align: 1`, 10 sequences
 from typing import Any, get_args
 
 from prunelit.calibration import taylor
-from prunelit.core.scores import LayerScores, ScoreKind
+from prunelit.core.scores import EXPERT_KINDS, LayerScores, ScoreKind
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
@@ -72,5 +72,5 @@ class Taylor(PruningCallback):
     def score(self, context: PruningContext) -> list[LayerScores]:
         return taylor.score_mean_loss(
             *(context.decoder, context.batches, self.form, self.unit, self.checkpointing, self.layers_at_once),
-            experts=self.kinds is None or not {"experts", "expert_channels"}.isdisjoint(self.kinds),
+            experts=self.kinds is None or not set(EXPERT_KINDS).isdisjoint(self.kinds),
         )

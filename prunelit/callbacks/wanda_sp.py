@@ -91,7 +91,7 @@ class WandaSp(PruningCallback):
     def _plan_sequentially(self, context: PruningContext) -> PruningPlan:
         """Plan layer by layer: score a layer, select its units, and pass the text on without the removed ones."""
         decoder, batches = context.decoder, context.batches
-        if decoder.shape.has_experts:
+        if decoder.has_experts:
             raise BadOption("sequential: expected false for a mixture of experts, whose routing it does not follow")
         select, shape, partial_forward = self.make_selector(context), decoder.shape, PartialForward(decoder)
         own_batches = take_rank_share(batches)

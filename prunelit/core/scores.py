@@ -10,6 +10,8 @@ Unit = Literal["kv_group", "query_head"]
 
 ScoreKind = Literal["heads", "channels", "experts", "expert_channels"]
 """Kinds of units that have scores."""
+EXPERT_KINDS: tuple[ScoreKind, ScoreKind] = ("experts", "expert_channels")
+"""Those of a mixture; they save parameters of each other, so one of them is cut at a time."""
 
 Cost = Callable[..., float]
 """(dense layer, query heads, KV groups, FFN channels, experts=..., expert_channels=...) -> cost of the layer at these

@@ -98,9 +98,9 @@ class Layer:
                 if a.functional_activation
                 else self._require_attribute(self.mlp, a.activation)
             )
-        has_ffn = self.mlp is not None or self.has_experts
+        self.has_ffn = self.mlp is not None or self.has_experts  # or the stub of a removed one
         for name in (a.attention_norm, a.attention_post_norm, a.mlp_norm, a.mlp_post_norm, a.shared_norm):
-            if name is not None and (has_ffn or name not in (a.mlp_norm, a.mlp_post_norm)):
+            if name is not None and (self.has_ffn or name not in (a.mlp_norm, a.mlp_post_norm)):
                 self._require_attribute(module, name)
         self.shape = self._measure_shape()
 
@@ -256,11 +256,7 @@ class Layer:
             gated_query=a.gated_query and self.has_attention,
             fixed=self.is_fixed,
             attention_removable=a.attention_removable and not (self.has_attention and self.has_mixer),
-            one_block=sum(
-                block is not None
-                for block in (self.attention, self.mixer, self.mlp if not self.experts else self.experts)
-            )
-            == 1,
+            one_block=(self.attention is not None) + (self.mixer is not None) + self.has_ffn == 1,
             **(_measure_experts(self.experts) if self.experts else {}),
             mixture_cost=mixture_cost,
         )
@@ -356,6 +352,11 @@ class Decoder:
 
     def __iter__(self) -> Iterator[Layer]:
         return iter(self.layers)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether a layer has a mixture of experts; `shape` would read weights for the fingerprint."""
+        return any(layer.has_experts for layer in self.layers)
 
     @property
     def layer_modules(self) -> nn.ModuleList:

@@ -61,22 +61,35 @@ def expand_head_rows(blocks: Tensor, head_dim: int) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class LinearSlices:
-    """The slices of one linear, and the units that own them.
+class _OwnedSlices:
+    """Slices of one decoder layer, and the units that own them.
 
     Attributes:
         layer: index of the decoder layer.
+        owners: indices of the slices that belong to each unit, {kind: [units, n]}.
+    """
+
+    layer: int
+    owners: Mapping[UnitKind, Tensor]
+
+    def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
+        """Sum values per slice, [slices], over the slices of each unit, in float64."""
+        return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSlices(_OwnedSlices):
+    """The slices of one linear; its owners are {"query": [Q, n], "kv": [G, n]} or {"channel": [F, n]}.
+
+    Attributes:
         linear: the linear.
         columns: whether the slices are its inputs (o, down) instead of its outputs.
-        owners: indices of the slices that belong to each unit: {"query": [Q, n], "kv": [G, n]} or {"channel": [F, n]}.
 
     Example: see `collect_layer_slices`.
     """
 
-    layer: int
     linear: nn.Module
     columns: bool
-    owners: Mapping[UnitKind, Tensor]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -96,28 +109,20 @@ class LinearSlices:
             return out_in.T
         return out_in if bias is None else torch.cat([out_in, bias[:, None]], dim=1)
 
-    def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
-        """Sum values per slice, [slices], over the slices of each unit, in float64."""
-        return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
-
 
 @dataclass(frozen=True, eq=False)
-class ExpertSlices:
-    """The slices of one tensor of a mixture, with its bias, and the units that own them; see `LinearSlices`.
+class ExpertSlices(_OwnedSlices):
+    """The slices of one tensor of a mixture, with its bias; owners: {"expert": [E, n], "expert_channel": [C, n]}.
 
     Attributes:
-        layer: index of the decoder layer.
         parameters: the tensor with one entry per expert, and its bias if its entries belong to the slices.
         axis: along which the tensor has slices; None: it has one per expert.
-        owners: {"expert": [E, n], "expert_channel": [C, n]}: indices of the slices that belong to each unit.
 
     Example: see `collect_expert_slices`.
     """
 
-    layer: int
     parameters: list[nn.Parameter]
     axis: int | None
-    owners: Mapping[UnitKind, Tensor]
 
     @property
     def weight(self) -> nn.Parameter:
@@ -130,10 +135,6 @@ class ExpertSlices:
             return rows if bias is None else torch.cat([rows, bias[:, None]], dim=1)
         rows = weight.transpose(1, self.axis).flatten(0, 1)
         return rows if bias is None else torch.cat([rows, bias.flatten()[:, None]], dim=1)
-
-    def sum_per_unit(self, values: Tensor) -> dict[UnitKind, Tensor]:
-        """Sum values per slice, [slices], over the slices of each unit, in float64."""
-        return {kind: values.double()[indices].sum(1) for kind, indices in self.owners.items()}
 
 
 def collect_expert_slices(layer: Layer) -> list[ExpertSlices]:
@@ -166,7 +167,7 @@ def collect_expert_slices(layer: Layer) -> list[ExpertSlices]:
             size = rows.numel()
             owners["expert"] = (expert * size + torch.arange(size)).to(device)
             owners["expert_channel"] = (rows[:, None, :] + expert * size).flatten(1).to(device)
-        return ExpertSlices(layer.index, parameters, tensor.axis, owners)
+        return ExpertSlices(layer.index, owners, parameters, tensor.axis)
 
     return [
         build(gate_up, (True, f"{experts.names.gate_up}_bias"), experts.index_rows()),
@@ -215,4 +216,4 @@ def _build_linear_slices(
     layer: Layer, linear: nn.Module, owners: dict[UnitKind, Tensor], columns: bool = False
 ) -> LinearSlices:
     device = cast(Tensor, linear.weight).device
-    return LinearSlices(layer.index, linear, columns, {kind: indices.to(device) for kind, indices in owners.items()})
+    return LinearSlices(layer.index, {kind: indices.to(device) for kind, indices in owners.items()}, linear, columns)

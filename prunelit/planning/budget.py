@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 
 from prunelit.core.plan import LayerPlan, LayerShape
-from prunelit.core.scores import Cost, LayerScores, Unit
+from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, Unit
 from prunelit.planning.removal_steps import (
     RemovalSequence,
     StepKind,
@@ -248,7 +248,7 @@ def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: floa
     where that one cannot hold the rest.
     """
     savings = [sequence.accumulate_savings() for sequence in sequences]
-    mixture_kinds = [sequence.kind for sequence in sequences if sequence.kind in ("experts", "expert_channels")]
+    mixture_kinds = [sequence.kind for sequence in sequences if sequence.kind in EXPERT_KINDS]
     rest_kind = mixture_kinds[0] if mixture_kinds else "ffn"
     longest = [
         max((len(each.steps) for each in sequences if (each.kind == rest_kind) == takes_rest), default=0)

@@ -33,11 +33,11 @@ from prunelit.pruning.job import (
     find_tokenizer,
     fingerprint_job,
     read_callback_states,
-    share_batches,
     take_batches,
 )
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.runtime import fingerprints
+from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadPlan, NoCalibration
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights
 from prunelit.runtime.messages import log_on_rank_zero
@@ -217,7 +217,8 @@ class PruningCallback(PruningMethod, Callback):
         else:
             # The loader as given to fit, or by module or datamodule: Lightning has no public name for it.
             loader, source = trainer.fit_loop._data_source.dataloader(), "train dataloader"
-        batches = share_batches(take_batches(loader, self.windows))
+        # Shuffled loaders differ between ranks.
+        batches = broadcast_from_rank_zero(take_batches(loader, self.windows))
         if not batches:
             raise NoCalibration(
                 f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "

@@ -11,7 +11,6 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, select_tower_inputs
-from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
@@ -238,13 +237,3 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
             taken = {name: batch[name][:room] for name in names}
         batches.append({name: values.detach().cpu() for name, values in taken.items()})
     return batches
-
-
-def share_batches(batches: list[Batch]) -> list[Batch]:
-    """Send the batches of rank zero to every rank: shuffled loaders differ between ranks.
-
-    Example:
-        >>> share_batches([])  # one process
-        []
-    """
-    return broadcast_from_rank_zero(batches)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.core.scores import Cost, LayerScores, ScoreKind
+from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
 from prunelit.data.sources import read_decoder_facts
 from prunelit.model import surgery
@@ -143,7 +143,7 @@ class PruningMethod(EventSource):
         for kind in () if kinds is None else kinds:
             if kind not in self.unit_kinds:
                 raise BadOption(f"kinds: expected some of {', '.join(self.unit_kinds)}, got {kind!r:.40}")
-        if kinds is not None and (isinstance(kinds, str) or not kinds or {"experts", "expert_channels"} <= set(kinds)):
+        if kinds is not None and (isinstance(kinds, str) or not kinds or set(EXPERT_KINDS) <= set(kinds)):
             raise BadOption(
                 f"kinds: expected a list such as [{self.unit_kinds[-1]}], with experts or expert_channels, not both, "
                 f"got {kinds!r:.60}"
@@ -266,8 +266,8 @@ class PruningMethod(EventSource):
             if not scores_emitted and context.listeners:
                 scores_emitted = True
                 lists = {kind: _list_scores(getattr(each, kind) for each in scores) for kind in get_args(ScoreKind)}
-                experts_kinds = ("experts", "expert_channels") if decoder.shape.has_experts else ()
-                context.emit("scores", **{kind: lists[kind] for kind in ("heads", "channels", *experts_kinds)})
+                names = [kind for kind in lists if decoder.has_experts or kind not in EXPERT_KINDS]
+                context.emit("scores", **{kind: lists[kind] for kind in names})
             return layers
 
         return select
@@ -310,7 +310,7 @@ class PruningMethod(EventSource):
             BadOption: see `check_model_kind`.
         """
         name, unit_kinds = registry.get_method_name(cls), set(cls.unit_kinds)
-        expert_kinds = {"experts", "expert_channels"} & unit_kinds
+        expert_kinds = unit_kinds.intersection(EXPERT_KINDS)
         if unit_kinds and not has_experts and expert_kinds == unit_kinds:
             raise BadOption(
                 f"model_type {model_type!r}: expected a mixture of experts for {name}, got a model without; choose a "
@@ -432,7 +432,7 @@ class PruningMethod(EventSource):
         check_calibration_batches(batches, needed=self.reads_text and given_plan is None)
         with self.time_stage("score_and_plan"):
             if given_plan is None:
-                self.check_model_kind(decoder.config.model_type, decoder.shape.has_experts)
+                self.check_model_kind(decoder.config.model_type, decoder.has_experts)
             if batches and self.needs_text(given_plan):
                 check_context_length(decoder.config, max(batch["input_ids"].shape[1] for batch in batches))
             decoder.check_finite()

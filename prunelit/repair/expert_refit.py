@@ -66,16 +66,16 @@ def refit_experts(streams: PairedStreams, ridge: float) -> FitRecord:
         down = weights[experts.names.down]
         equations = NormalEquations(down.shape[1], down.shape[0], device=streams.decoder.device)
         tokens = routed.get(expert, _RoutedTokens())
-        inputs, places = [], []
-        for x, gates, rows in zip(tokens.inputs, tokens.gates, tokens.rows, strict=True):
-            weighted = widen_to_float32(experts.compute_channels(weights, x)) * widen_to_float32(gates)[:, None]
+        inputs = [
+            widen_to_float32(experts.compute_channels(weights, x)) * widen_to_float32(gates)[:, None]
+            for x, gates in zip(tokens.inputs, tokens.gates, strict=True)
+        ]
+        for weighted, rows in zip(inputs, tokens.rows, strict=True):
             equations.add_batch(weighted, error[rows])
-            inputs.append(weighted)
-            places.append(rows)
         # Every rank solves the same equations, also one whose tokens do not reach the expert.
         fit = equations.solve(ridge)
         down.copy_((down.float() + fit.weight.to(down.device)).to(down.dtype))  # a view of the tensor of all experts
-        for weighted, rows in zip(inputs, places, strict=True):
+        for weighted, rows in zip(inputs, tokens.rows, strict=True):
             error[rows] -= weighted @ fit.weight.T.to(weighted)
     after = sum_over_ranks(error.double().square().sum())
     squares = float(sum_over_ranks(target_squares))
@@ -109,5 +109,5 @@ def _collect_routed_tokens(streams: PairedStreams, layer: Layer) -> tuple[dict[i
             errors.append((target - activations["layer_output"]) / scale)
             target_squares += (target / scale).double().square().sum()
             offset += len(target)
-    error = torch.cat(errors) if errors else torch.zeros(0, int(streams.decoder.config.hidden_size))
+    error = torch.cat(errors) if errors else target_squares.new_zeros(0, int(streams.decoder.config.hidden_size))
     return routed, error, target_squares

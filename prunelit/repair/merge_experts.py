@@ -26,7 +26,8 @@ from torch import Tensor
 
 from prunelit.calibration.batches import Batch, get_padding_mask
 from prunelit.calibration.expert_activations import ExpertActivations, observe_layer_experts
-from prunelit.calibration.partial_forward import PartialForward
+from prunelit.calibration.expert_statistics import ExpertStatistics, sum_output_norms
+from prunelit.calibration.partial_forward import PartialForward, check_layers_run_alone
 from prunelit.core.plan import PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, Layer, as_decoder
@@ -61,6 +62,7 @@ def apply_merge(model: torch.nn.Module | Decoder, plan: PruningPlan, batches: Se
     """
     decoder = as_decoder(model)
     surgery.check_plan_fits(decoder, plan)
+    check_layers_run_alone(decoder.config)
     forward = PartialForward(decoder)
     own_batches = take_rank_share(list(batches))
     streams: list[Tensor | None] = [None] * len(own_batches)
@@ -114,14 +116,12 @@ def _observe_layer(
 ) -> _LayerEvidence:
     """Run all batches through a layer, score its experts on all tokens, and compare them on some."""
     experts, device = cast(Experts, layer.experts), forward.decoder.device
-    sums = torch.zeros(2, experts.count, dtype=torch.float64, device=device)
+    sums = torch.zeros(experts.count, 3, dtype=torch.float64, device=device)
     inputs: list[Tensor] = []
     mask: Tensor | None = None
 
     def score(layer: Layer, x: ExpertActivations) -> None:
-        norms = x.outputs.double().norm(dim=1) * x.gates.double()
-        sums[0, x.expert] += norms.sum()
-        sums[1, x.expert] += len(norms)
+        sums[x.expert] += sum_output_norms(x)
 
     def store_input(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = (args[0] if args else kwargs["hidden_states"]).reshape(-1, experts.hidden_size)
@@ -136,8 +136,7 @@ def _observe_layer(
                 forward.run_layers(batch, hidden, layer.index, layer.index + 1)
     finally:
         handle.remove()
-    total, tokens = sum_over_ranks(sums)
-    scores = total / tokens.clamp(min=1)
+    scores = ExpertStatistics(*sum_over_ranks(sums).T).mean_gated_norms
     if (scores > 0).any():
         scores = torch.where(scores > 0, scores, scores[scores > 0].min())
     else:
@@ -200,9 +199,7 @@ def merge_group(experts: Experts, group: Sequence[int], scores: Tensor, channels
     shares = scores[list(group)] / scores[list(group)].sum()
     rows_of_channels = experts.index_rows()
     orders = {expert: _match_channels(experts, centroid, expert, channels) for expert in others}
-    for tensor in experts.tensors:
-        if tensor.owner is not experts.module:
-            continue
+    for tensor in experts.own_tensors:
         merged = tensor.value[centroid].double() * shares[0]
         for expert, share in zip(others, shares[1:], strict=True):
             values = tensor.value[expert]
