@@ -91,18 +91,17 @@ def _proofs_here(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="module")
 def mixture_source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny mixture of experts and its tokenizer."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-mixture"
-    tokenizer = tiny_tokenizer()
-    tiny("mixtral", vocab_size=len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
+    return _save_tiny("mixtral", tmp_path_factory.mktemp("models") / "tiny-mixture")
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Folder of a tiny model and its tokenizer, a model source."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    return _save_tiny("llama", tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+def _save_tiny(family: str, folder: Path) -> str:
     tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer)).save_pretrained(folder)
+    tiny(family, vocab_size=len(tokenizer)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

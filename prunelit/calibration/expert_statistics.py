@@ -67,11 +67,12 @@ def measure_experts(decoder: Decoder, batches: Sequence[Batch]) -> dict[int, Exp
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
-        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
-        >>> decoder = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes)))
-        >>> statistics = measure_experts(decoder, [{"input_ids": torch.ones(1, 5, dtype=torch.long)}])
-        >>> int(statistics[0].tokens.sum())  # 5 tokens, each to 2 experts
-        10
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=32)
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+        >>> decoder = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads)))
+        >>> statistics = measure_experts(decoder, [{"input_ids": torch.arange(32)[None]}])
+        >>> int(statistics[0].tokens.sum())  # 32 tokens, each to 2 experts
+        64
     """
     sums = Sums(len(decoder.layers))
 

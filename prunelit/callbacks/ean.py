@@ -23,7 +23,7 @@ class EAN(ExpertMethod):
         >>> config = transformers.MixtralConfig(vocab_size=32, hidden_size=16, intermediate_size=24,
         ...     num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=4)
         >>> batches = [{"input_ids": torch.arange(20).view(2, 10)}]
-        >>> plan = EAN(ratio=0.2).prune(transformers.MixtralForCausalLM(config), batches)
+        >>> plan = EAN(ratio=0.4).prune(transformers.MixtralForCausalLM(config), batches)
         >>> len(plan.layers[0].experts)
         2
     """

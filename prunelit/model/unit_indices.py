@@ -143,8 +143,9 @@ def collect_expert_slices(layer: Layer) -> list[ExpertSlices]:
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
         >>> from prunelit.model.decoder import Decoder
-        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
-        >>> layer = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes))).layers[0]
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=32)
+        >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
+        >>> layer = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads))).layers[0]
         >>> for slices in collect_expert_slices(layer):
         ...     print({kind: tuple(indices.shape) for kind, indices in slices.owners.items()})
         {'expert': (4, 64), 'expert_channel': (32, 8)}
