@@ -38,7 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Families that are declared exactly as another one go through the contract of cuts and through the writers; what
     reads the declaration alone, such as methods and repairs, is not tried on them again. The contract of methods runs
     on every third pair of a method and such a family, always the same ones: with 100 families all of them take hours.
-    What is tried on mixtures outside the contract of cuts is tried on a third of the pairs of a test and a mixture.
+    So does the table of what loads a cut, which takes six seconds a family. What is tried on mixtures outside the
+    contract of cuts is tried on a third of the pairs of a test and a mixture.
     """
     alike, twins = FAMILIES.keys() - set(DIVERSE), list_twins()
     mixtures = MIXTURES.keys() - set(DIVERSE_MIXTURES)
@@ -49,7 +50,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if names & (alike | mixtures):
             item.add_marker(pytest.mark.slow)
         folder = item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
-        is_sampled = (item.path.name == "test_contract.py" and names & alike) or (folder != "core" and names & mixtures)
+        is_sampled = (item.path.name in _SAMPLED and names & alike) or (folder != "core" and names & mixtures)
         is_spared = is_sampled and zlib.crc32(item.name.encode()) % 3
         (dropped if (folder in _READ_DECLARATIONS and names & twins) or is_spared else kept).append(item)
     if dropped:
@@ -58,6 +59,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 _TESTS = Path(__file__).parent
+_SAMPLED = ("test_contract.py", "test_serving.py")
 _READ_DECLARATIONS = ("callbacks", "repair", "calibration", "planning", "recovery", "pruning", "evaluation")
 
 

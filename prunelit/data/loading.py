@@ -55,7 +55,8 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         raise BadOption(f"dtype: expected one of auto, {', '.join(DTYPES)}, got {dtype!r}")
     folder = resolve_model_source(str(source))
     target_dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
-    with show_stage(f"loading {shorten_source(source)}"), silence_transformers():
+    # Lightning builds modules inside a device context, which transformers would follow; the docstring says the CPU.
+    with show_stage(f"loading {shorten_source(source)}"), silence_transformers(), torch.device("cpu"):
         try:
             if int4_folder.read_int4_config(folder) is not None:
                 model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)

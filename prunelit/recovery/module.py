@@ -184,7 +184,13 @@ class RecoveryModule(LightningModule):
         """
         if self._configured:
             return
-        self._configured, options = True, self.hparams
+        self._configured = True
+        # Lightning calls this inside a context of its device. The model is moved there afterwards, with what is built.
+        with next(self.model.parameters()).device:
+            self._build_on_pruned_model()
+
+    def _build_on_pruned_model(self) -> None:
+        options = self.hparams
         if options["loss"] == "distill":
             self._load_teacher()
         for parameter in list_tower_parameters(self.model):
