@@ -42,7 +42,8 @@ class Experts:
         >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=32)
         >>> heads = dict(num_attention_heads=2, num_key_value_heads=2)
         >>> from prunelit.model.decoder import Decoder
-        >>> experts = Decoder(MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads))).layers[0].experts
+        >>> model = MixtralForCausalLM(MixtralConfig(num_local_experts=4, **sizes, **heads))
+        >>> experts = Decoder(model).layers[0].experts
         >>> experts.count, experts.channels, experts.per_token
         (4, 32, 2)
     """
