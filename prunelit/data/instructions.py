@@ -26,7 +26,7 @@ from prunelit.data.rows.chats import (
 from prunelit.data.rows.row_shapes import read_chat_row
 from prunelit.data.rows.source_options import SourceOptions, parse_source
 from prunelit.data.rows.table_rows import explain_refused_row, find_dataset_shape
-from prunelit.data.rows.tables import read_dataset
+from prunelit.data.rows.tables import iterate_rows, read_dataset
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.progress import track_progress
 
@@ -137,7 +137,7 @@ def _read_pieces(source: str, tokenizer: Any) -> Iterator[list[tuple[str, bool]]
             f"completion; got {sorted(dataset.column_names)}"
         )
     skipped: dict[int, str] = {}
-    for number, row in enumerate(dataset.select_columns(list(shape.columns))):
+    for number, row in enumerate(iterate_rows(dataset.select_columns(list(shape.columns)), source, "instructions")):
         place = f"instructions {source!r}: row {number}"
         chat = read_chat_row(row, shape, place)
         try:

@@ -29,14 +29,14 @@ def is_drawn_by_rows(rows: TextRows, seqlen: int, count: int) -> bool:
         count: number of windows.
 
     Returns:
-        True where the source has several rows, more than `WHOLE_BYTES`, and at least twice the stretches needed.
+        True where the source is no single document, larger than `WHOLE_BYTES`, and holds twice the stretches needed.
 
     Example:
         >>> is_drawn_by_rows(TextRows("poems", ["one fish", "two fish"]), seqlen=8, count=2)
         False
     """
     least = max(WHOLE_BYTES, 2 * BYTES_PER_TOKEN * seqlen * count)
-    return len(rows) > 1 and rows.measure_total() > least
+    return rows.has_rows and rows.measure_total() > least
 
 
 def draw_row_windows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:

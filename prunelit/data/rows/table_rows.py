@@ -8,7 +8,7 @@ from torch import Tensor
 
 from prunelit.data.rows.chats import TemplateRefusal, format_chat, has_template
 from prunelit.data.rows.row_shapes import RowShape, find_row_shape, read_chat_row
-from prunelit.data.rows.tables import read_dataset
+from prunelit.data.rows.tables import iterate_rows, read_dataset
 from prunelit.data.rows.text_rows import TextRows
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.messages import log_on_rank_zero
@@ -31,10 +31,10 @@ def find_dataset_shape(dataset: Any, source: str, what: str, column: str | None 
 
     Example: see `tests/data/test_shapes.py`.
     """
-    samples = dataset[:_SAMPLED_ROWS]
+    samples = list(iterate_rows(dataset.select(range(min(_SAMPLED_ROWS, len(dataset)))), source, what))
     columns: dict[str, Any] = {}
     for name, feature in dataset.features.items():
-        values = samples.get(name, [])
+        values = [row[name] for row in samples]
         is_text = getattr(feature, "dtype", None) in ("string", "large_string")
         columns[name] = next((value for value in values if value is not None), "" if is_text else None)
     shape = find_row_shape(columns, source, what, column)
@@ -93,7 +93,10 @@ class TableRows(TextRows):
         Raises:
             SourceNotFound: the row is no text, or the chat template refuses it.
         """
-        return self._write_row(index, self.dataset[index], tokenizer)
+        return self._write_row(index, self._read_row(index), tokenizer)
+
+    def _read_row(self, index: int) -> Mapping[str, Any]:
+        return next(iterate_rows(self.dataset.select([index]), self.source))
 
     def _write_row(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> str | None:
         place = f"text {self.source!r}: row {index}"
@@ -119,7 +122,7 @@ class TableRows(TextRows):
         """See `TextRows`."""
         self._choose_separator(tokenizer)
         is_first = True
-        for index, row in enumerate(self.dataset):
+        for index, row in enumerate(iterate_rows(self.dataset, self.source)):
             text = self._write_row(index, row, tokenizer)
             if text is not None:
                 yield text if is_first else self.separator + text
@@ -134,7 +137,7 @@ class TableRows(TextRows):
     def read_ids(self, index: int, tokenizer: Any, start: int, length: int) -> list[int]:
         """See `TextRows`; of chats and rows of token ids the stretch begins at the start and has any length."""
         if self.shape.name == "ids":
-            return self._read_own_ids(index, self.dataset[index], tokenizer)
+            return self._read_own_ids(index, self._read_row(index), tokenizer)
         if self.is_text:
             return super().read_ids(index, tokenizer, start, length)
         self._choose_separator(tokenizer)
@@ -148,7 +151,10 @@ class TableRows(TextRows):
         """See `TextRows`."""
         if self.shape.name != "ids":
             return super().iterate_ids(tokenizer)
-        return (self._read_own_ids(index, row, tokenizer) for index, row in enumerate(self.dataset))
+        return (
+            self._read_own_ids(index, row, tokenizer)
+            for index, row in enumerate(iterate_rows(self.dataset, self.source))
+        )
 
     def _read_own_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
         ids = row[self.shape.columns[0]] or []

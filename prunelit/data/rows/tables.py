@@ -1,13 +1,13 @@
 """Rows of tables: files, folders and hub datasets that `datasets` reads."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prunelit.data.rows.source_options import parse_source
-from prunelit.data.rows.unpack import check_is_text, is_packed, unpack_file
+from prunelit.data.rows.unpack import check_is_text, check_no_nul, is_packed, unpack_file
 from prunelit.data.sources import check_hub_access
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 from prunelit.runtime.progress import show_stage
@@ -121,9 +121,12 @@ def _read_tables(paths: Sequence[Path], source: str, what: str) -> Any:
     if builder != "parquet":
         for path in paths:
             check_is_text(path, source)
-    files = [str(unpack_file(path, source)) for path in paths]
+    files = [unpack_file(path, source) for path in paths]
+    if builder != "parquet":
+        for file in files:
+            check_no_nul(file, source)
     with _explain_refusal(source, what) as datasets:
-        return datasets.load_dataset(builder, data_files={"train": files}, split="train", **options)
+        return datasets.load_dataset(builder, data_files={"train": list(map(str, files))}, split="train", **options)
 
 
 def _read_folder(folder: Path, split: str | None, source: str, what: str) -> Any:
@@ -154,6 +157,25 @@ def _read_saved(folder: Path, split: str | None, source: str, what: str) -> Any:
             f"{suggest_name(split_name, content) or '; append #split=NAME'}"
         )
     return content[split_name]
+
+
+def iterate_rows(dataset: Any, source: str, what: str = "text") -> Iterator[Mapping[str, Any]]:
+    """Iterate over the rows of a dataset.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        source: name of the source, for the error message.
+        what: kind of the source, for the error message.
+
+    Raises:
+        SourceNotFound: a row is no UTF-8: the readers of tables do not look at that.
+
+    Example: see `prunelit.data.instructions`, which uses it.
+    """
+    try:
+        yield from dataset
+    except UnicodeDecodeError as error:
+        raise SourceNotFound(f"{what} {source!r}: cannot be read: expected UTF-8 text, got {error.reason}") from error
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class TextRows:
         separator: what stands between two rows.
         adds_special_tokens: whether the tokenizer adds its special tokens to the whole; chat templates write their own.
         skipped: number of every row that was left out, and why.
+        has_rows: whether the text is more than one document.
         has_text: whether anything but spaces was read by now.
 
     Example:
@@ -42,6 +43,7 @@ class TextRows:
         self.options: SourceOptions = parse_source(source)[1]
         self.skipped: dict[int, str] = {}
         self.has_text = False
+        self.has_rows = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -92,6 +94,11 @@ class TextRows:
     def _note_text(self, tokenizer: Any) -> Iterator[str]:
         for text in self.iterate_texts(tokenizer):
             self.has_text = self.has_text or bool(text.strip())
+            # A tokenizer takes hours for one word of this length.
+            if len(text) >= PIECE_LENGTH and text[:PIECE_LENGTH].isalnum():
+                raise SourceNotFound(
+                    f"text {self.source!r}: expected words, got {PIECE_LENGTH:,} letters and digits in a row"
+                )
             yield text
 
 
@@ -124,6 +131,7 @@ class DocumentRows(TextRows):
     def __init__(self, source: str, paths: Sequence[Path]):
         super().__init__(source)
         self.paths = paths
+        self.has_rows = len(paths) > 1
         for path in paths:
             check_is_text(path, source)
 
@@ -154,6 +162,10 @@ class DocumentRows(TextRows):
             reader = io.TextIOWrapper(stream, encoding="utf-8")
             try:
                 while part := reader.read(PIECE_LENGTH):
+                    if "\0" in part:
+                        raise SourceNotFound(
+                            f"text {self.source!r}: cannot be read: expected UTF-8 text, got a NUL in {path.name}"
+                        )
                     yield part
             except UnicodeDecodeError as error:
                 raise SourceNotFound(

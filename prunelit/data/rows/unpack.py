@@ -97,7 +97,7 @@ def check_is_text(path: Path, source: str) -> None:
         source: name of the source, for the error message.
 
     Raises:
-        SourceNotFound: the first bytes hold a NUL or are no UTF-8, or the file cannot be read.
+        SourceNotFound: the first bytes hold a NUL or are no UTF-8, or the file cannot be read or grows without end.
 
     Example:
         >>> import tempfile
@@ -110,6 +110,9 @@ def check_is_text(path: Path, source: str) -> None:
     """
     with open_bytes(path, source) as stream:
         head = stream.read(_HEAD_BYTES)
+        read_bytes = len(head)
+        while is_packed(path) and read_bytes <= FREE_BYTES and (chunk := stream.read(_CHUNK_BYTES)):
+            read_bytes += len(chunk)  # a file that grows without end is found before its text is worked on
     problem = f"a NUL at byte {head.index(0)}" if 0 in head else ""
     try:
         head.decode("utf-8")
@@ -118,6 +121,28 @@ def check_is_text(path: Path, source: str) -> None:
             problem = problem or f"{head[error.start : error.start + 1]!r} at byte {error.start}"
     if problem:
         raise SourceNotFound(f"text {source!r}: cannot be read: expected UTF-8 text, got {problem}")
+
+
+def check_no_nul(path: Path, source: str) -> None:
+    """Check that a plain file of text holds no NUL byte anywhere: readers of tables take minutes to stumble over them.
+
+    Args:
+        path: the file, not packed.
+        source: name of the source, for the error message.
+
+    Raises:
+        SourceNotFound: it holds one, or cannot be read.
+
+    Example: see `prunelit.data.rows.tables`, which uses it.
+    """
+    start = 0
+    with open_bytes(path, source) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            if (place := chunk.find(0)) >= 0:
+                raise SourceNotFound(
+                    f"text {source!r}: cannot be read: expected UTF-8 text, got a NUL at byte {start + place:,}"
+                )
+            start += len(chunk)
 
 
 def unpack_file(path: Path, source: str) -> Path:

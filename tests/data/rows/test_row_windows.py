@@ -72,10 +72,13 @@ def test_few_long_rows_are_drawn_from_all_over() -> None:
     assert places[0] < 800 and places[-1] > 3_200
 
 
-def test_small_sources_and_single_documents_are_taken_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_sources_and_single_documents_are_taken_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(row_windows, "WHOLE_BYTES", 1_000)
     assert not row_windows.is_drawn_by_rows(TextRows("a", ["a" * 500, "b" * 499]), 8, 2)
-    assert not row_windows.is_drawn_by_rows(TextRows("a", ["a" * 5_000]), 8, 2)
+    (tmp_path / "a.txt").write_text("a" * 5_000)
+    assert not row_windows.is_drawn_by_rows(text.open_text_rows(str(tmp_path / "a.txt")), 8, 2)
     assert not row_windows.is_drawn_by_rows(TextRows("a", ["a" * 5_000] * 2), 8, 40)  # almost all of it is wanted
     assert row_windows.is_drawn_by_rows(TextRows("a", ["a" * 5_000] * 2), 8, 2)
 
