@@ -9,6 +9,7 @@ import pyarrow
 import pytest
 
 from prunelit.data import instructions, text
+from prunelit.data.eval_texts import resolve_text_sources
 from prunelit.data.rows import table_rows
 from prunelit.data.rows.chats import Chat, fold_chat, format_chat
 from prunelit.data.rows.source_options import SourceOptions
@@ -243,3 +244,12 @@ def test_the_builtin_text_is_said_once(caplog: pytest.LogCaptureFixture, monkeyp
             text.draw_windows(text.BUILTIN_TEXT, tiny_tokenizer(), 8, 1)
     (line,) = [record.getMessage() for record in caplog.records]
     assert "Python's documentation" in line and "nobody's model" in line
+
+
+def test_options_stay_behind_files_of_a_data_folder(tmp_path: Path) -> None:
+    source = rows_in(tmp_path / "a.jsonl", {"body": "fish", "title": "a"})
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.md").write_text("fish")
+    found = resolve_text_sources("t", ["a.jsonl#column=body", "texts"], str(tmp_path))
+    assert found == [f"{source}#column=body", str(tmp_path / "texts")]
+    assert [text.read_source_text(name) for name in found] == ["fish", "fish"]
