@@ -54,11 +54,11 @@ def parse_source(source: str) -> tuple[str, SourceOptions]:
     Example:
         >>> parse_source("pages.csv#column=body")[1].column
         'body'
-        >>> parse_source("pages.csv#colum=body")
+        >>> parse_source("pages.csv#column_=body")
         Traceback (most recent call last):
         ...
-        prunelit.runtime.errors.BadOption: text 'pages.csv#colum=body': expected column, split, refused, template \
-behind the #, got 'colum'; did you mean 'column'?
+        prunelit.runtime.errors.BadOption: text 'pages.csv#column_=body': expected column, split, refused, template \
+behind the #, got 'column_'; did you mean 'column'?
     """
     match = _FRAGMENT.search(source)
     if match is None or Path(source).expanduser().exists():

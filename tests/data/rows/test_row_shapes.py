@@ -131,8 +131,8 @@ def test_a_column_is_found_or_named_and_said(
 @pytest.mark.parametrize(
     ("option", "error", "match"),
     [
-        ("#column=boddy", SourceNotFound, "expected the column 'boddy', got .*did you mean 'body'"),
-        ("#colum=body", BadOption, "'colum'; did you mean 'column'"),
+        ("#column=body2", SourceNotFound, "expected the column 'body2', got .*did you mean 'body'"),
+        ("#column_=body", BadOption, "'column_'; did you mean 'column'"),
         ("#refused=drop", BadOption, "refused: expected error or skip or fold, got 'drop'"),
         ("#split=test", BadOption, "split"),
     ],
