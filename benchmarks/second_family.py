@@ -25,6 +25,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from prunelit import load_tokenizer
 from prunelit.data import text
+from prunelit.data.rows import tables
 from prunelit.runtime.text_files import write_json
 
 TRAIN = ["wikitext2/tok_train.parquet", "ptb/train.parquet", "books/novels.parquet"]
@@ -66,7 +67,7 @@ def main() -> None:
 def train(data: Path, steps: int, folder: Path) -> None:
     seed_everything(0)
     words = [text.read_source_text(str(data / name)) for name in TRAIN]
-    rows = text.read_dataset(str(data / INSTRUCTIONS))
+    rows = tables.read_dataset(str(data / INSTRUCTIONS))
     words.append("\n\n".join(f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in rows))
     tokenizer = load_tokenizer(QUICKSTART).train_new_from_iterator(
         (part[i : i + 10_000] for part in words for i in range(0, len(part), 10_000)), vocab_size=4096

@@ -32,12 +32,12 @@ def check_calibration_batches(batches: Any, needed: bool) -> None:
     """Check the calibration batches that a caller passes.
 
     Args:
-        batches: any object; a sequence of {"input_ids": [B, S], ...} is accepted.
+        batches: any object; what `convert_batches` takes is accepted.
         needed: whether at least one batch is required.
 
     Raises:
-        BadOption: `batches` is not such a sequence.
-        NoCalibration: `needed` is true and the sequence is empty.
+        BadOption: `batches` holds no token ids.
+        NoCalibration: `needed` is true and there are no batches.
 
     Example:
         >>> check_calibration_batches([{"input_ids": torch.zeros(2, 8, dtype=torch.long)}], needed=True)
@@ -46,20 +46,99 @@ def check_calibration_batches(batches: Any, needed: bool) -> None:
         ...
         prunelit.runtime.errors.BadOption: batches: expected a list of {'input_ids': token ids [B, S]}, ...
     """
-    problem: str | None = None
-    if isinstance(batches, str):
-        problem = repr(batches)[:60]
-    elif not isinstance(batches, Sequence):
-        problem = f"a {type(batches).__name__}"
-    else:
-        for batch in batches:
-            ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-            if not isinstance(ids, Tensor) or ids.dim() != 2:
-                problem = f"a {type(batch).__name__}{'' if ids is None else ' with other input_ids'} in the list"
-    if problem is not None:
-        raise BadOption(f"batches: expected a list of {{'input_ids': token ids [B, S]}}, got {problem}; {BATCHES_HINT}")
-    if needed and not batches:
+    if not convert_batches(batches) and needed:
         raise NoCalibration(f"calibration: expected at least one batch, got none; {BATCHES_HINT}")
+
+
+def convert_batches(batches: Any) -> list[Batch]:
+    """Bring the calibration set of a caller into the form that methods read.
+
+    Args:
+        batches: a list, tuple or DataLoader of batches. A batch is {"input_ids": ids, ...}, or the ids alone; ids are a
+            tensor [B, S] or [S], or lists of numbers, of which shorter ones are padded. One such batch, or all ids as
+            one tensor, will do.
+
+    Returns:
+        The batches; those that have the form already are not copied.
+
+    Raises:
+        BadOption: anything else; nothing is dropped silently.
+
+    Example:
+        >>> convert_batches([[[5, 6, 7], [8, 9]]])
+        [{'input_ids': tensor([[5, 6, 7],
+                [8, 9, 0]]), 'attention_mask': tensor([[1, 1, 1],
+                [1, 1, 0]])}]
+        >>> loader = torch.utils.data.DataLoader(torch.ones(5, 8, dtype=torch.long), batch_size=2)
+        >>> [len(batch["input_ids"]) for batch in convert_batches(loader)]
+        [2, 2, 1]
+    """
+    if isinstance(batches, Tensor) and batches.dim() == 2 and not batches.is_floating_point():
+        return split_into_batches(batches)
+    if isinstance(batches, Mapping):
+        return [_convert_batch(batches)]
+    problem = repr(batches)[:60] if isinstance(batches, str) else f"a {type(batches).__name__}"
+    if isinstance(batches, str | Tensor) or not hasattr(batches, "__iter__") or not _has_length(batches):
+        raise BadOption(f"{_EXPECTED_BATCHES}, got {problem}; {BATCHES_HINT}")
+    return [_convert_batch(batch) for batch in batches]
+
+
+_EXPECTED_BATCHES = "batches: expected a list of {'input_ids': token ids [B, S]}"
+
+
+def _has_length(batches: Any) -> bool:
+    """Whether the number of batches is known: a stream could have no end."""
+    try:
+        return len(batches) >= 0
+    except TypeError:
+        return False
+
+
+def _convert_batch(batch: Any) -> Batch:
+    """`convert_batches` of one batch."""
+    if isinstance(batch, Mapping):
+        ids, others = batch.get("input_ids"), batch
+    else:
+        # A loader of a TensorDataset gives lists of tensors; only one tensor can be nothing but ids.
+        is_wrapped = isinstance(batch, list | tuple) and len(batch) == 1 and isinstance(batch[0], Tensor)
+        ids, others = (batch[0] if is_wrapped else batch), {}
+    mask = None
+    if isinstance(ids, list | tuple) and ids and not any(isinstance(each, Tensor) for each in ids):
+        ids, mask = _convert_lists(ids)
+    if isinstance(ids, Tensor) and ids.dim() == 1:
+        ids = ids[None]
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.numel() or ids.is_floating_point() or ids.is_complex():
+        detail = " with other input_ids" if "input_ids" in others else ""
+        if isinstance(ids, Tensor):
+            detail += f" {list(ids.shape)} of {str(ids.dtype).removeprefix('torch.')}"
+        elif isinstance(batch, list | tuple):
+            detail += f" of {len(batch)}"
+        raise BadOption(f"{_EXPECTED_BATCHES}, got a {type(batch).__name__}{detail} in the list; {BATCHES_HINT}")
+    given_mask = others.get("attention_mask")
+    if given_mask is not None and not isinstance(given_mask, Tensor):
+        given_mask, _ = _convert_lists(given_mask)
+    if given_mask is not None:
+        mask = given_mask[None] if given_mask.dim() == 1 else given_mask
+        if mask.shape != ids.shape:
+            raise BadOption(
+                f"batches: expected an attention_mask of the shape of input_ids {list(ids.shape)}, got "
+                f"{list(mask.shape)}; {BATCHES_HINT}"
+            )
+    if others.get("input_ids") is ids and (mask is None or others.get("attention_mask") is mask):
+        return others
+    return {**others, "input_ids": ids.long(), **({} if mask is None else {"attention_mask": mask})}
+
+
+def _convert_lists(ids: Sequence[Any]) -> tuple[Tensor | None, Tensor | None]:
+    """Lists of numbers as a tensor, padded on the right, and the mask of what is no padding; None for anything else."""
+    rows = [ids] if all(isinstance(each, int) for each in ids) else list(ids)
+    if not all(isinstance(row, list | tuple) and all(isinstance(each, int) for each in row) for row in rows):
+        return None, None
+    longest = max(map(len, rows), default=0)
+    padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], dtype=torch.long)
+    if all(len(row) == longest for row in rows):
+        return padded, None
+    return padded, torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
 
 
 def get_padding_mask(batch: Batch) -> Tensor | None:

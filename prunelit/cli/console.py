@@ -1,4 +1,4 @@
-"""Output of the command line: errors in one line, log messages by level, results on stdout.
+"""Output of the command line: errors in one line, log messages by level, results on stdout; no control characters.
 
 An error that the user can fix is a `PrunelitError`: one line and exit code 2; `--verbose` adds the traceback. Messages
 of parsers, Lightning and the system about bad input are turned into a `PrunelitError` here. Everything else is a bug,
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
 from prunelit.runtime.parser_messages import condense_message
+from prunelit.runtime.text_files import escape_controls
 
 _MEMORY_OPTIONS = {
     "fit": "--data.batch_size or --data.seqlen, or pass --model.base nf4, --model.gradient_checkpointing true",
@@ -111,6 +112,13 @@ def _unwrap_parser_error(command: str, error: ValueError) -> PrunelitError | Non
     return PrunelitError(f"{command}: {class_path}: {condense_message(str(root))}")
 
 
+class _EscapedFormatter(logging.Formatter):
+    """Writes messages and tracebacks without the control characters that names and texts in them may hold."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return escape_controls(super().format(record))
+
+
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes above progress bars, to the `sys.stderr` of now: tests and notebooks replace it between commands."""
 
@@ -135,7 +143,7 @@ def configure_logging() -> None:
     logger, is_verbose = logging.getLogger("prunelit"), progress.is_verbose()
     if not logger.handlers:
         handler = _StderrHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_EscapedFormatter("%(message)s"))
         logger.addHandler(handler)
     logger.setLevel((logging.DEBUG if is_verbose else logging.INFO) if progress.is_rank_zero() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
@@ -159,6 +167,7 @@ _original_show_warning: list[Callable[..., None]] = []
 
 def _show_warning(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
     """Show a warning of prunelit in one line, any other one as Python does; above progress bars."""
+    message = escape_controls(str(message))
     with tqdm.external_write_mode(file=sys.stderr):
         if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(location[0] if location else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
@@ -170,11 +179,11 @@ def print_result(line: str) -> None:
     """Print a result on stdout, above progress bars.
 
     Args:
-        line: the text, without the newline at its end.
+        line: the text, without the newline at its end; control characters in it are written as escapes.
 
     Example:
         >>> print_result("done")
         done
     """
     with tqdm.external_write_mode(file=sys.stdout):
-        sys.stdout.write(line + "\n")
+        sys.stdout.write(escape_controls(line) + "\n")

@@ -8,6 +8,7 @@ from prunelit import __version__
 from prunelit.cli import method_cards
 from prunelit.runtime import progress
 from prunelit.runtime.errors import PrunelitError, suggest_name
+from prunelit.runtime.text_files import escape_controls
 
 VERBOSE = "--verbose"
 COMMANDS = {
@@ -73,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         return _run_command(arguments)
     except PrunelitError as error:
         if progress.is_verbose():
-            traceback.print_exc()
-        sys.stderr.write(f"prunelit: error: {' '.join(str(error).split())}\n")
+            sys.stderr.write(escape_controls(traceback.format_exc()))
+        sys.stderr.write(escape_controls(f"prunelit: error: {' '.join(str(error).split())}") + "\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("prunelit: interrupted\n")

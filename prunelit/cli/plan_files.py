@@ -9,6 +9,7 @@ from prunelit.core.plan import PruningPlan
 from prunelit.core.plan_diff import find_plan_differences
 from prunelit.report.plan_card import render_plan_card, render_plan_difference
 from prunelit.runtime.errors import PrunelitError, suggest_name
+from prunelit.runtime.text_files import escape_controls
 
 WORDS = ("show", "diff")
 
@@ -49,5 +50,5 @@ def run_plan_files(arguments: list[str]) -> int:
 
 
 def _print_lines(lines: str, code: int) -> int:
-    sys.stdout.write(lines + "\n")
+    sys.stdout.write(escape_controls(lines) + "\n")
     return code

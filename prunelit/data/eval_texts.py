@@ -1,6 +1,5 @@
 """Texts for measuring perplexity, as config files state them."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +9,8 @@ from jsonargparse import ArgumentParser
 
 from prunelit.data import text
 from prunelit.data.option_types import parse_options
+from prunelit.data.rows.source_options import parse_source
+from prunelit.data.rows.tables import DOCUMENT_FORMATS, TABLE_FORMATS, get_ending
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 
 
@@ -79,10 +80,12 @@ def resolve_text_sources(name: str, sources: str | Sequence[str], folder: str | 
     """
     resolved = []
     for source in [sources] if isinstance(sources, str) else sources:
-        path_in_folder = Path(folder or ".").expanduser() / source
-        looks_like_file = re.search(r"\.(parquet|jsonl?|txt)(\.gz)?$", source, re.IGNORECASE)
-        if folder and not source.startswith(("builtin:", "/", "~")) and (looks_like_file or path_in_folder.is_file()):
-            source = str(path_in_folder)
+        name_alone, _ = parse_source(source)
+        options_part = source[len(name_alone) :]
+        path_in_folder = Path(folder or ".").expanduser() / name_alone
+        looks_like_file = get_ending(Path(name_alone)) in (*TABLE_FORMATS, *DOCUMENT_FORMATS)
+        if folder and not source.startswith(("builtin:", "/", "~")) and (looks_like_file or path_in_folder.exists()):
+            source = f"{path_in_folder}{options_part}"
         try:
             text.check_text_source(source)
         except SourceNotFound as error:

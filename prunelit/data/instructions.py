@@ -1,30 +1,37 @@
 """Instruction data as rows of token ids whose labels are the answers.
 
-A source is a file or a dataset as in `prunelit.data.text`, with these columns:
-
-    instruction, input (may be empty or missing), output      Alpaca (Stanford)
-    messages: [{role, content}, ...]                           chats
-
-The tokenizer's chat template formats the prompts; without one, they are written under plain headings.
+A source is a file, a folder or a dataset as in `prunelit.data.text`, whose rows are chats, instructions or completions
+as in `prunelit.data.rows.row_shapes`. The tokenizer's chat template formats the prompts; without one, they are written
+under plain headings.
 
 Legend: N rows, S tokens.
 """
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelit.data import text
+from prunelit.data.rows.chats import (
+    Chat,
+    Message,
+    TemplateRefusal,
+    apply_template,
+    fold_chat,
+    has_template,
+    write_untemplated,
+)
+from prunelit.data.rows.row_shapes import read_chat_row
+from prunelit.data.rows.source_options import SourceOptions, parse_source
+from prunelit.data.rows.table_rows import explain_refused_row, find_dataset_shape
+from prunelit.data.rows.tables import iterate_rows, read_dataset
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.progress import track_progress
 
 InstructionRows = dict[str, Tensor]
 """{"input_ids", "labels" (-100: no loss), "attention_mask"}, each [N, S]."""
-
-Message = Mapping[str, str]
-"""{"role", "content"} of one turn of a chat."""
 
 
 def read_instructions(source: str, tokenizer: Any, seqlen: int) -> InstructionRows:
@@ -33,7 +40,7 @@ def read_instructions(source: str, tokenizer: Any, seqlen: int) -> InstructionRo
     Examples whose prompt leaves no room for an answer are left out.
 
     Args:
-        source: a file or a dataset with the columns above.
+        source: a file, a folder or a dataset.
         tokenizer: the model's transformers tokenizer.
         seqlen: tokens per row.
 
@@ -41,14 +48,14 @@ def read_instructions(source: str, tokenizer: Any, seqlen: int) -> InstructionRo
         The rows, each tensor [N, seqlen].
 
     Raises:
-        SourceNotFound: the source is missing, unreadable, or lacks these columns.
+        SourceNotFound: the source is missing, unreadable, or lacks such columns; the template refuses a row.
         NotEnoughText: no example has an answer within `seqlen` tokens.
     """
     examples = []
-    for chat in track_progress(_read_chats(source), f"tokenising {source}", unit="example"):
+    for pieces in track_progress(_read_pieces(source, tokenizer), f"tokenising {source}", unit="example"):
         ids: list[int] = []
         labels: list[int] = []
-        for piece, is_answer in split_chat_pieces(chat, tokenizer):
+        for piece, is_answer in pieces:
             piece_ids = tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
             ids += piece_ids
             labels += piece_ids if is_answer else [-100] * len(piece_ids)
@@ -74,7 +81,9 @@ def read_instructions(source: str, tokenizer: Any, seqlen: int) -> InstructionRo
     return rows
 
 
-def split_chat_pieces(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
+def split_chat_pieces(
+    chat: Sequence[Message], tokenizer: Any, tools: Any = None, options: SourceOptions | None = None
+) -> list[tuple[str, bool]]:
     """Split a chat into pieces of text, and say of each whether it is an answer that the model has to learn.
 
     An answer includes the end-of-turn mark that the template writes after it.
@@ -82,9 +91,14 @@ def split_chat_pieces(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str
     Args:
         chat: the messages, in order.
         tokenizer: the model's transformers tokenizer.
+        tools: that the messages may call.
+        options: of the source; whether the template is used.
 
     Returns:
         (text, whether it is an answer) of each piece, in order.
+
+    Raises:
+        TemplateRefusal: the chat template refuses the chat.
 
     Example:
         >>> from types import SimpleNamespace
@@ -93,11 +107,11 @@ def split_chat_pieces(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str
         >>> [text for text, is_answer in pieces if is_answer]
         ['Hello</s>']
     """
-    if not getattr(tokenizer, "chat_template", None):
-        return _write_headings(chat, tokenizer)
+    if not has_template(tokenizer, options or SourceOptions()):
+        return write_untemplated(Chat(chat), tokenizer)
 
     def format_messages(messages: Sequence[Message], add_prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_prompt))
+        return apply_template(messages, tokenizer, tools, add_prompt)
 
     pieces: list[tuple[str, bool]] = []
     covered = ""  # the part of the formatted chat that `pieces` hold
@@ -113,39 +127,40 @@ def split_chat_pieces(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str
     return pieces
 
 
-def _write_headings(chat: Sequence[Message], tokenizer: Any) -> list[tuple[str, bool]]:
-    """Split a chat as `split_chat_pieces` does, for a tokenizer without a chat template."""
-    pieces = [(tokenizer.bos_token or "", False)]
-    for message in chat:
-        is_answer = message["role"] == "assistant"
-        heading = {"assistant": "Response", "system": "System"}.get(message["role"], "Instruction")
-        pieces.append((f"### {heading}:\n", False))
-        pieces.append((message["content"] + ((tokenizer.eos_token or "") if is_answer else "\n\n"), is_answer))
-    return pieces
-
-
-def _read_chats(source: str) -> list[list[Message]]:
-    """Read the examples of a source as lists of messages."""
-    dataset = text.read_dataset(source, "instructions")
-    columns = set(dataset.column_names)
-    if "messages" in columns:
-        chats = [list(row) for row in dataset["messages"]]
-    elif {"instruction", "output"} <= columns:
-        chats = [
-            [{"role": "user", "content": _format_prompt(row)}, {"role": "assistant", "content": row["output"] or ""}]
-            for row in dataset
-        ]
-    else:
+def _read_pieces(source: str, tokenizer: Any) -> Iterator[list[tuple[str, bool]]]:
+    """Read the examples of a source one by one, as `split_chat_pieces` gives them."""
+    dataset, options = read_dataset(source, "instructions"), parse_source(source)[1]
+    shape = find_dataset_shape(dataset, source, "instructions", options.column) if len(dataset) else None
+    if shape is None or shape.name in ("text", "ids"):
         raise SourceNotFound(
-            f"instructions {source!r}: expected columns instruction, input, output, or messages; got {sorted(columns)}"
+            f"instructions {source!r}: expected columns instruction, input, output, or messages, or prompt and "
+            f"completion; got {sorted(dataset.column_names)}"
         )
-    for number, chat in enumerate(chats):
-        if not all(isinstance(m, Mapping) and isinstance(m.get("content"), str) and m.get("role") for m in chat):
-            raise SourceNotFound(
-                f"instructions {source!r}: row {number}: expected messages of role and content, got {chat!r:.60}"
-            )
-    return chats
+    skipped: dict[int, str] = {}
+    for number, row in enumerate(iterate_rows(dataset.select_columns(list(shape.columns)), source, "instructions")):
+        place = f"instructions {source!r}: row {number}"
+        chat = read_chat_row(row, shape, place)
+        try:
+            yield _split_row(chat, tokenizer, options)
+        except TemplateRefusal as refusal:
+            if options.refused != "skip":
+                raise SourceNotFound(explain_refused_row(place, refusal, options.refused)) from refusal
+            skipped[number] = str(refusal)
+    if skipped:
+        number, why = next(iter(skipped.items()))
+        warnings.warn(
+            f"instructions {source!r}: left out {len(skipped)} rows that the chat template refuses: row {number} "
+            f"({why}){', ...' if len(skipped) > 1 else ''}",
+            stacklevel=3,
+        )
 
 
-def _format_prompt(row: Mapping[str, Any]) -> str:
-    return f"{row['instruction']}\n\n{row['input']}" if row.get("input") else str(row["instruction"])
+def _split_row(chat: Chat, tokenizer: Any, options: SourceOptions) -> list[tuple[str, bool]]:
+    if chat.is_plain:
+        return write_untemplated(chat, tokenizer)
+    try:
+        return split_chat_pieces(chat.messages, tokenizer, chat.tools, options)
+    except TemplateRefusal:
+        if options.refused != "fold":
+            raise
+        return split_chat_pieces(fold_chat(chat.messages), tokenizer, None, options)

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from prunelit.calibration.batches import TOWER_INPUTS, Batch
-from prunelit.data.text import BUILTIN_TEXT, read_dataset
+from prunelit.data.rows.source_options import parse_source
+from prunelit.data.rows.tables import list_documents, read_dataset
+from prunelit.data.rows.text_rows import BUILTIN_TEXT
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.progress import track_progress
 
@@ -43,7 +45,7 @@ def has_pictures(source: str) -> bool:
         >>> has_pictures("builtin:python-docs")
         False
     """
-    if source == BUILTIN_TEXT or source.endswith((".txt", ".txt.gz")):
+    if source == BUILTIN_TEXT or list_documents(source):
         return False
     return _find_columns(source, read_dataset(source)) is not None
 
@@ -86,7 +88,7 @@ def make_picture_batches(source: str, processor: Any, count: int, seed: int) -> 
         raise NotEnoughText(f"text {source!r}: expected rows with pictures, got {len(dataset)} rows without")
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(dataset), generator=generator)[:count].sort().values.tolist()
-    folder = Path(source).expanduser().parent
+    folder = Path(parse_source(source)[0]).expanduser().parent
     batches: list[Batch] = []
     for index in track_progress(chosen, "reading pictures", unit="row"):
         place, row = f"text {source!r}: row {index}", dataset[index]

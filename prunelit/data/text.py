@@ -2,34 +2,48 @@
 
 A source is one of
     builtin:python-docs                          documentation topics of the standard library, part of every Python
-    path to .parquet, .json, .jsonl or .txt      or gzipped; column `text` or `sentence`; a .txt file is one document
+    path to .txt or .md                          one document
+    path to .parquet, .json, .jsonl, .csv, .tsv  rows, whose columns are recognised, see `prunelit.data.rows.row_shapes`
+    folder                                       of such files, or written by `save_to_disk` of `datasets`
     hub id, hub_id:config, hub_id:config:split   a Hugging Face dataset; split "train" unless given
 
-Protocol, as in the papers: rows of a column `text` are joined by two newlines, rows of a column `sentence` (Penn
-Treebank: one sentence a row) by a space. The whole text is tokenised once and cut into windows without overlap; the
-remainder is dropped.
+Files may be packed, `.gz` or `.zst`. Behind a `#` stand options, `rows.jsonl#column=body`, see
+`prunelit.data.rows.source_options`.
+
+Protocol, as in the papers: rows of text are joined by two newlines, rows of a column `sentence` (Penn Treebank: one
+sentence a row) by a space. The whole text is tokenised once and cut into windows without overlap; the remainder is
+dropped. Chats are written by the tokenizer's chat template and follow each other. Windows drawn at random from a large
+source are made of rows drawn at random, see `prunelit.data.rows.row_windows`.
 
 Legend: N windows.
 """
 
-import logging
-import pydoc_data.topics
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunelit.data.sources import check_hub_access
+from prunelit.data.rows.row_windows import draw_row_windows, is_drawn_by_rows
+from prunelit.data.rows.source_options import parse_source
+from prunelit.data.rows.table_rows import TableRows
+from prunelit.data.rows.tables import (
+    DOCUMENT_FORMATS,
+    TABLE_FORMATS,
+    get_ending,
+    is_saved_dataset,
+    list_documents,
+    list_text_files,
+)
+from prunelit.data.rows.text_rows import BUILTIN_TEXT, BuiltinRows, DocumentRows, TextRows
 from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound, suggest_file
-from prunelit.runtime.progress import show_stage
+from prunelit.runtime.messages import log_on_rank_zero
+from prunelit.runtime.progress import track_progress
 
-BUILTIN_TEXT = "builtin:python-docs"
-_JOINED_BY = {"text": "\n\n", "sentence": " "}
-_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".txt": "text"}
+_ENDINGS = ", ".join((*TABLE_FORMATS, *DOCUMENT_FORMATS))
+_notified: set[str] = set()
 
 
 def check_text_source(source: str) -> None:
@@ -52,24 +66,48 @@ def check_text_source(source: str) -> None:
         return
     if source.startswith("builtin:"):
         raise SourceNotFound(f"text {source!r}: expected {BUILTIN_TEXT!r}, the only built-in text")
-    path = Path(source).expanduser()
+    name, _ = parse_source(source)
+    path = Path(name).expanduser()
     if path.is_dir():
-        raise SourceNotFound(f"text {source!r}: expected a file, got a folder; name one of its files")
-    if path.is_file():
-        if _get_suffix(path) not in _FORMATS:
-            raise SourceNotFound(f"text {source!r}: expected a file ending in {', '.join(_FORMATS)} (or these + .gz)")
-    elif _looks_like_path(source):
+        if not is_saved_dataset(path) and not list_text_files(path):
+            raise SourceNotFound(f"text {source!r}: expected files ending in {_ENDINGS}, got a folder without")
+    elif path.is_file():
+        if get_ending(path) not in (*TABLE_FORMATS, *DOCUMENT_FORMATS):
+            raise SourceNotFound(f"text {source!r}: expected a file ending in {_ENDINGS} (or these + .gz, .zst)")
+    elif _looks_like_path(name):
         raise SourceNotFound(
-            f"text {source!r}: no such file; expected {', '.join(_FORMATS)}, {BUILTIN_TEXT!r} or a hub id"
-            f"{suggest_file(source)}"
+            f"text {source!r}: no such file; expected {_ENDINGS}, a folder, {BUILTIN_TEXT!r} or a hub id"
+            f"{suggest_file(name)}"
         )
 
 
-def read_source_text(source: str) -> str:
+def open_text_rows(source: str) -> TextRows:
+    """Open a text source as rows; only what is asked for is read.
+
+    Args:
+        source: a text source.
+
+    Raises:
+        SourceNotFound: the source is missing, unreadable, or has no column of text.
+        NotEnoughText: the source has no rows.
+
+    Example:
+        >>> len(open_text_rows("builtin:python-docs")) > 50
+        True
+    """
+    check_text_source(source)
+    if source == BUILTIN_TEXT:
+        return BuiltinRows()
+    documents = list_documents(source)
+    return DocumentRows(source, documents) if documents else TableRows(source)
+
+
+def read_source_text(source: str, tokenizer: Any = None) -> str:
     """Read the whole text of a source and join its rows.
 
     Args:
         source: a text source.
+        tokenizer: writes chats; None: they are written under plain headings.
 
     Raises:
         SourceNotFound: the source is missing, unreadable, or has no column of text.
@@ -77,17 +115,8 @@ def read_source_text(source: str) -> str:
 
     Example: see `tests/data/test_text.py`.
     """
-    check_text_source(source)
-    if source == BUILTIN_TEXT:
-        topics = pydoc_data.topics.topics
-        column, rows = "text", [topics[name] for name in sorted(topics)]
-    else:
-        column, rows = _read_rows(source)
-    invalid_row = next((row for row in rows if row is not None and not isinstance(row, str)), None)
-    if invalid_row is not None:
-        got = f"a {type(invalid_row).__name__}: {invalid_row!r:.40}"
-        raise SourceNotFound(f"text {source!r}: expected rows of text, got {got}")
-    text = _JOINED_BY[column].join(row or "" for row in rows)
+    rows = open_text_rows(source)
+    text = "".join(rows.iterate_texts(tokenizer))
     if not text.strip():
         raise NotEnoughText(f"text {source!r}: expected text, got {len(rows)} empty rows")
     return text
@@ -108,9 +137,43 @@ def tokenise_source(source: str, tokenizer: Any) -> Tensor:
 
     Example: see `tests/data/test_text.py`.
     """
-    content = read_source_text(source)
-    with show_stage(f"tokenising {source}"):
-        return torch.tensor(tokenizer(content, verbose=False)["input_ids"], dtype=torch.long)
+    return _tokenise_rows(open_text_rows(source), tokenizer, None)
+
+
+def _tokenise_rows(rows: TextRows, tokenizer: Any, most_tokens: int | None) -> Tensor:
+    """Tokenise rows as one text, or its beginning of at least `most_tokens` tokens."""
+    _notify_of_builtin(rows.source)
+    pieces, count = [], 0
+    for ids in track_progress(rows.iterate_ids(tokenizer), f"tokenising {rows.source}", unit="piece"):
+        pieces.append(torch.tensor(ids, dtype=torch.long))
+        count += len(ids)
+        if most_tokens is not None and count >= most_tokens:
+            break
+    _warn_of_skipped(rows)
+    if not rows.has_text:
+        raise NotEnoughText(f"text {rows.source!r}: expected text, got {len(rows)} empty rows")
+    return torch.cat(pieces)
+
+
+def _notify_of_builtin(source: str) -> None:
+    """Say once what the built-in text is: it is the default, and nobody chose it."""
+    if source == BUILTIN_TEXT and source not in _notified:
+        _notified.add(source)
+        log_on_rank_zero(
+            f"text {BUILTIN_TEXT!r}: Python's documentation, which is on every machine and fits nobody's model; name a "
+            "text like what your model reads and writes"
+        )
+
+
+def _warn_of_skipped(rows: TextRows) -> None:
+    """Warn of rows that were left out."""
+    if rows.skipped:
+        listed = ", ".join(f"row {number} ({why})" for number, why in list(rows.skipped.items())[:3])
+        more = f", and {len(rows.skipped) - 3} more" if len(rows.skipped) > 3 else ""
+        warnings.warn(
+            f"text {rows.source!r}: left out {len(rows.skipped)} rows that the chat template refuses: {listed}{more}",
+            stacklevel=4,
+        )
 
 
 def draw_windows(
@@ -128,7 +191,8 @@ def draw_windows(
         tokenizer: a transformers tokenizer.
         seqlen: tokens per window.
         count: number of windows over all sources; None: all windows. A source with fewer windows causes a warning.
-        seed: draw windows at random with this seed and keep them in text order; None: take the first ones.
+        seed: draw windows at random with this seed and keep them in text order; None: take the first ones. From large
+            sources rows are drawn, see `prunelit.data.rows.row_windows`.
         stride: tokens from the start of one window to the start of the next; None: `seqlen`, without overlap.
 
     Returns:
@@ -155,23 +219,37 @@ def draw_windows(
     check_stride(stride, seqlen, names)
     windows = []
     for number, source in enumerate(names):
-        source_windows = cut_into_windows(tokenise_source(source, tokenizer), seqlen, source, stride)
-        if count is not None:
-            share = count // len(names) + (number < count % len(names))
-            if len(source_windows) < share:
-                warnings.warn(
-                    f"text {source!r}: {share} windows of {seqlen} tokens asked for, it has {len(source_windows)}",
-                    stacklevel=2,
-                )
-            if seed is None:
-                source_windows = source_windows[:share]
-            else:
-                generator = torch.Generator().manual_seed(seed + number)
-                source_windows = source_windows[
-                    torch.randperm(len(source_windows), generator=generator)[:share].sort().values
-                ]
+        share = None if count is None else count // len(names) + (number < count % len(names))
+        source_windows = _draw_source_windows(
+            source, tokenizer, seqlen, share, None if seed is None else seed + number, stride
+        )
+        if share is not None and len(source_windows) < share:
+            warnings.warn(
+                f"text {source!r}: {share} windows of {seqlen} tokens asked for, it has {len(source_windows)}",
+                stacklevel=2,
+            )
         windows.append(source_windows)
     return torch.cat(windows)
+
+
+def _draw_source_windows(
+    source: str, tokenizer: Any, seqlen: int, count: int | None, seed: int | None, stride: int | None
+) -> Tensor:
+    """`draw_windows` of one source."""
+    rows = open_text_rows(source)
+    if count is not None and seed is not None and stride is None and is_drawn_by_rows(rows, seqlen, count):
+        windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
+        _warn_of_skipped(rows)
+        if not len(windows):
+            raise NotEnoughText(f"text {source!r}: expected at least one window of {seqlen} tokens, got none")
+        return windows
+    # The first windows need the beginning of the text alone.
+    most_tokens = seqlen + (count - 1) * (stride or seqlen) if count is not None and seed is None else None
+    windows = cut_into_windows(_tokenise_rows(rows, tokenizer, most_tokens), seqlen, source, stride)
+    if seed is not None and count is not None:
+        generator = torch.Generator().manual_seed(seed)
+        windows = windows[torch.randperm(len(windows), generator=generator)[:count].sort().values]
+    return windows[:count]
 
 
 def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> None:
@@ -223,80 +301,6 @@ def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None =
     return ids.unfold(0, seqlen, stride or seqlen).contiguous()
 
 
-def _looks_like_path(source: str) -> bool:
-    return source.startswith((".", "/", "~")) or _get_suffix(Path(source)) in _FORMATS or source.count("/") > 1
-
-
-def _get_suffix(path: Path) -> str:
-    return Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
-
-
-def read_dataset(source: str, what: str = "text") -> Any:
-    """Read a file or a hub dataset as a `datasets.Dataset`.
-
-    Args:
-        source: a text source other than the built-in text.
-        what: name of the kind of source in error messages.
-
-    Raises:
-        SourceNotFound: the source is missing or unreadable.
-
-    Example: see `prunelit.data.instructions`, which uses it.
-    """
-    path = Path(source).expanduser()
-    with show_stage(f"reading {source}"), silence_datasets():
-        import datasets
-
-        try:
-            if path.is_file():
-                builder = _FORMATS[_get_suffix(path)]
-                options = {"sample_by": "document"} if builder == "text" else {}
-                return datasets.load_dataset(builder, data_files={"train": str(path)}, split="train", **options)
-            name, _, rest = source.partition(":")
-            config, _, split = rest.partition(":")
-            check_hub_access(name, what, "a .parquet, .json, .jsonl or .txt file")
-            return datasets.load_dataset(name, config or None, split=split or "train")
-        except (OSError, ValueError, StopIteration, datasets.exceptions.DatasetsError) as error:
-            cause = error.__cause__ or error
-            raise SourceNotFound(f"{what} {source!r}: cannot be read: {describe_error(cause)}") from error
-
-
-@contextmanager
-def silence_datasets() -> Iterator[None]:
-    """Silence the progress bars and the log of `datasets`; callers report errors in one line of their own.
-
-    Example: see `prunelit.evaluation.zero_shot`, which uses it.
-    """
-    import datasets
-
-    log, had_bars = logging.getLogger("datasets"), datasets.is_progress_bar_enabled()
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-        if had_bars:
-            datasets.enable_progress_bars()
-
-
-def _read_rows(source: str) -> tuple[str, list[Any]]:
-    """Read the text column of a dataset: its name and its rows."""
-    dataset = read_dataset(source)
-    column = next((name for name in _JOINED_BY if name in dataset.column_names), None)
-    if column is None:
-        raise SourceNotFound(
-            f"text {source!r}: expected a column {' or '.join(_JOINED_BY)}, got {dataset.column_names}"
-        )
-    return column, list(dataset[column])
-
-
-def describe_error(error: BaseException) -> str:
-    """Describe an error by its type and the first line of its message.
-
-    Example:
-        >>> describe_error(ValueError("bad row\\nin file 3"))
-        'ValueError: bad row'
-    """
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+def _looks_like_path(name: str) -> bool:
+    endings = (*TABLE_FORMATS, *DOCUMENT_FORMATS)
+    return name.startswith((".", "/", "~")) or get_ending(Path(name)) in endings or name.count("/") > 1

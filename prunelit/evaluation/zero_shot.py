@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from prunelit.data.text import describe_error, silence_datasets
+from prunelit.data.rows.tables import describe_error, silence_datasets
 from prunelit.evaluation import paired
 from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.fingerprints import compute_digest

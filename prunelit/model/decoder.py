@@ -329,6 +329,8 @@ class Decoder:
     """
 
     def __init__(self, model: nn.Module):
+        # torch.compile wraps the model; the wrapper runs what is cut here, compiled anew.
+        model = getattr(model, "_orig_mod", model)
         if getattr(model, "config", None) is None:
             raise BadOption(
                 f"model: expected a transformers causal LM, got a {type(model).__name__}; pass what prunelit.load "

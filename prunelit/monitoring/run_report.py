@@ -51,7 +51,7 @@ from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.events import EventSource
 from prunelit.runtime.fingerprints import fingerprint_batches
 from prunelit.runtime.messages import log_on_rank_zero
-from prunelit.runtime.text_files import JsonObject, write_json
+from prunelit.runtime.text_files import JsonObject, escape_controls, write_json
 from prunelit.runtime.timing import time_stage
 from prunelit.runtime.versions import collect_versions
 from prunelit.strategies import sharding
@@ -199,7 +199,7 @@ class RunReport(Recorder, EventSource):
             files = "report.html report.json plan.json config.yaml"
             others = describe_other_parameters(self.report["recovered"], self.report["tower_parameters"])
             table = metrics.format_text_table(rows)
-            sys.stdout.write(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n")
+            sys.stdout.write(escape_controls(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n"))
 
     def state_dict(self) -> dict[str, str | None]:
         """Fingerprints of the dense model and the tokenizer."""

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, select_tower_inputs
+from prunelit.calibration.batches import Batch, convert_batches, select_tower_inputs
 from prunelit.runtime.errors import BadOption, BadPlan, NoModel
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
@@ -215,17 +215,24 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
     """Take the first batches that hold `input_ids`, up to a number of sequences.
 
     Args:
-        loader: yields batches; the first one without `input_ids` ends the search. None: there are none.
+        loader: yields batches; the first one that holds no token ids ends the search. None: there are none.
         sequences: most rows over all batches; the last batch is cut, unless it holds pictures.
 
     Example:
         >>> loader = [{"input_ids": torch.zeros(4, 8, dtype=torch.long)}] * 3
         >>> [len(batch["input_ids"]) for batch in take_batches(loader, sequences=6)]
         [4, 2]
+        >>> take_batches([torch.ones(1, 3, dtype=torch.long), "no ids"], sequences=6)
+        [{'input_ids': tensor([[1, 1, 1]])}]
     """
     batches: list[Batch] = []
     for batch in loader if loader is not None else ():
-        if not isinstance(batch, Mapping) or "input_ids" not in batch:
+        if not isinstance(batch, Mapping):
+            try:
+                (batch,) = convert_batches([batch])
+            except BadOption:  # a job of another kind
+                break
+        if "input_ids" not in batch:
             break
         room = sequences - sum(len(b["input_ids"]) for b in batches)
         if room <= 0:

@@ -20,7 +20,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunelit.calibration.batches import Batch, check_calibration_batches, count_real_tokens, split_into_batches
+from prunelit.calibration.batches import (
+    Batch,
+    check_calibration_batches,
+    convert_batches,
+    count_real_tokens,
+    split_into_batches,
+)
 from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, ScoreKind
@@ -376,7 +382,8 @@ class PruningMethod(EventSource):
 
         Args:
             model: dense model, or its `Decoder`; its mode, dtype, device and `requires_grad` stay as they are.
-            batches: calibration set, see `make_batches`; every rank passes the same list.
+            batches: calibration set, see `make_batches`; every rank passes the same list. Lists and loaders
+                of token ids will do, see `prunelit.calibration.batches.convert_batches`.
             given_plan: cut by this plan instead of scoring; default: that of `plan_file`.
 
         Raises:
@@ -408,7 +415,7 @@ class PruningMethod(EventSource):
         return plan
 
     def _make_context(self, model: nn.Module | Decoder, batches: Sequence[Batch]) -> PruningContext:
-        return PruningContext(as_decoder(model), batches, self.options, self.listeners)
+        return PruningContext(as_decoder(model), convert_batches(batches), self.options, self.listeners)
 
     def _prune(self, context: PruningContext, given_plan: PruningPlan | None, repaired_file: str | None) -> PruningPlan:
         """`prune`; `repaired_file` in `run_cache` holds weights that were repaired after a cut by `given_plan`."""

@@ -13,6 +13,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, NoReturn, TypedDict, TypeVar
 
+from prunelit.runtime.text_files import escape_controls
+
 if TYPE_CHECKING:
     from tqdm import tqdm as ProgressBar
 
@@ -84,6 +86,7 @@ def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: in
     """
     from tqdm.auto import tqdm
 
+    what = escape_controls(what)
     if total is None:
         with suppress(TypeError):  # a generator has no length
             total = len(items)  # type: ignore[arg-type]
@@ -113,6 +116,7 @@ def show_stage(what: str) -> Iterator[None]:
         ...     total = 1 + 1
     """
     start = time.perf_counter()
+    what = escape_controls(what)
     with _redraw_every_second(_ElapsedLine(what)):
         yield
     _log.debug("%s: %.1f s", what, time.perf_counter() - start)

@@ -1,5 +1,6 @@
 """Which errors are the user's, in one line; which keep their traceback; what --verbose adds."""
 
+import json
 import logging
 import sys
 import warnings
@@ -9,11 +10,12 @@ import pytest
 import torch
 
 from prunelit.cli import dispatch
-from prunelit.cli.console import condense_errors, configure_logging
+from prunelit.cli.console import _show_warning, condense_errors, configure_logging, print_result
 from prunelit.cli.main import main
 from prunelit.runtime import progress
 from prunelit.runtime.errors import OutOfMemory, PrunelitError
 from prunelit.runtime.parser_messages import condense_message
+from prunelit.runtime.text_files import escape_controls
 
 
 @pytest.mark.parametrize(
@@ -128,3 +130,42 @@ def test_what_a_constructor_raised_is_found_behind_the_parser(cause: Exception, 
     wrapped.__cause__.__cause__ = cause
     with pytest.raises(PrunelitError if wanted else ValueError, match=wanted), condense_errors("fit"):
         raise wrapped
+
+
+STEERING = "red \x1b[31m\x07\x9b2J\u202efish\ud800"
+ESCAPED = r"red \u001b[31m\u0007\u009b2J\u202efish\ud800"
+
+
+def test_text_of_strangers_does_not_steer_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: str, arguments: list[str]) -> int:
+        configure_logging()
+        print_result(STEERING)
+        logging.getLogger("prunelit").warning("%s", STEERING)
+        _show_warning(STEERING, UserWarning, "/prunelit/a.py", 1)
+        raise PrunelitError(STEERING)
+
+    monkeypatch.setattr(dispatch, "run_command", fail)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        assert main(["prune", "--verbose"]) == 2
+        configure_logging()  # without --verbose again
+    printed = capsys.readouterr()
+    assert printed.out == ESCAPED + "\n"
+    lines = printed.err.splitlines()
+    assert lines[:2] == [ESCAPED, f"prunelit: warning: {ESCAPED}"] and lines[-1] == f"prunelit: error: {ESCAPED}"
+    assert not any(sign in printed.err for sign in "\x1b\x07\x9b\u202e")
+
+
+def test_progress_shows_names_without_control_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    monkeypatch.setattr(progress, "_ElapsedLine", lambda what: names.append(what))
+    with progress.show_stage(f"reading {STEERING}"):
+        pass
+    assert names == [f"reading {ESCAPED}"]
+
+
+def test_escaped_json_is_the_same_json() -> None:
+    content = {"name": STEERING.replace("\ud800", "") + "\x7f\n"}
+    assert json.loads(escape_controls(json.dumps(content, ensure_ascii=False))) == content

@@ -223,7 +223,7 @@ def test_what_is_missing_is_said_before_anything_is_read(source, hint):
 
 
 def test_a_folder_or_another_ending_is_refused(tmp_path):
-    for source, hint in ((str(tmp_path), "got a folder"), (write(tmp_path / "a.csv", "a"), "ending in .parquet")):
+    for source, hint in ((str(tmp_path), "got a folder"), (write(tmp_path / "a.pdf", "a"), "ending in .parquet")):
         with pytest.raises(SourceNotFound, match=hint) as error:
             text.check_text_source(source)
         assert one_line(error)
@@ -254,8 +254,8 @@ def test_a_broken_gzip_is_one_line(tmp_path):
 
 
 def test_a_file_without_a_text_column_says_which_it_has(tmp_path):
-    with pytest.raises(SourceNotFound, match=r"text or sentence, got \['body', 'number'\]") as error:
-        text.read_source_text(write(tmp_path / "a.jsonl", '{"body": "a", "number": 1}'))
+    with pytest.raises(SourceNotFound, match=r"text or sentence, .*, got \['author', 'number', 'title'\]") as error:
+        text.read_source_text(write(tmp_path / "a.jsonl", '{"author": "a", "number": 1, "title": "b"}'))
     assert one_line(error)
 
 

@@ -1,14 +1,15 @@
 """`prune` and `plan_model` from Python: what is no model, no text or no list is one clear line, and nothing is cut."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
+from prunelit.calibration.batches import convert_batches
 from prunelit.callbacks import LLMBIP, Magnitude
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NoCalibration, PrunelitError
 from tests.tiny import tiny, tokens
@@ -16,17 +17,27 @@ from tests.tiny import tiny, tokens
 BATCHES = [{"input_ids": tokens(2, 8)}]
 
 
+class Endless(IterableDataset[Tensor]):
+    """A stream without a length."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            yield tokens(1, 8)[0]
+
+
 @pytest.mark.parametrize("act", ["prune", "plan_model"])
 @pytest.mark.parametrize(
     ("batches", "got"),
     [
         ("builtin:python-docs", "got 'builtin:python-docs'; make them with method.make_batches"),
-        ([tokens(2, 8)], "got a Tensor in the list; "),
-        (tokens(2, 8), "got a Tensor; "),
+        ([tokens(2, 8).float()], "got a Tensor [2, 8] of float32 in the list; "),
+        (tokens(2, 8)[None], "got a Tensor; "),
+        ([[tokens(2, 8), tokens(2, 8)]], "got a list of 2 in the list; "),
+        ([tokens(2, 8)[:, :0]], "got a Tensor [2, 0] of int64 in the list; "),
         ([{"ids": tokens(2, 8)}], "got a dict in the list; "),
-        ([{"input_ids": [1, 2]}], "got a dict with other input_ids in the list; "),
-        ([{"input_ids": tokens(2, 8)[0]}], "got a dict with other input_ids in the list; "),
-        (DataLoader(torch.arange(4)), "got a DataLoader; "),  # type: ignore[arg-type]
+        ([{"input_ids": [1, "two"]}], "got a dict with other input_ids in the list; "),
+        ([{"input_ids": tokens(2, 8)[None]}], "got a dict with other input_ids [1, 2, 8] of int64 in the list; "),
+        (DataLoader(Endless()), "got a DataLoader; "),
         (iter(BATCHES), "got a list_iterator; "),
         (None, "got a NoneType; "),
     ],
@@ -36,6 +47,46 @@ def test_what_is_no_list_of_batches(act: str, batches: Any, got: str) -> None:
         with pytest.raises(BadOption, match=r"^batches: expected a list of .*input_ids.*, ") as error:
             getattr(method, act)(tiny("llama"), batches)
         assert got in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        tokens(4, 8),
+        [tokens(4, 8)],
+        tokens(4, 8).tolist(),
+        [tokens(4, 8).tolist()],
+        {"input_ids": tokens(4, 8)},
+        [{"input_ids": tokens(4, 8).tolist(), "attention_mask": [[1] * 8] * 4}],
+        DataLoader(tokens(4, 8), batch_size=2),  # type: ignore[arg-type]
+        DataLoader(TensorDataset(tokens(4, 8)), batch_size=4),
+    ],
+)
+def test_token_ids_in_other_containers_are_the_same_calibration_set(batches: Any) -> None:
+    method = LLMBIP(0.4, align=8)
+    assert method.plan_model(tiny("llama"), batches).layers == (
+        method.plan_model(tiny("llama"), [{"input_ids": tokens(4, 8)}]).layers
+    )
+
+
+def test_lists_of_other_lengths_are_padded() -> None:
+    with pytest.raises(BadOption, match=r"attention_mask of the shape of input_ids \[2, 8\], got \[1, 2\]"):
+        convert_batches([{"input_ids": tokens(2, 8), "attention_mask": [1, 1]}])
+    (batch,) = convert_batches([[[5, 6, 7], [8]]])
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert convert_batches(BATCHES)[0] is BATCHES[0]
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_cut_and_still_runs() -> None:
+    plain, inner = tiny("llama"), tiny("llama")
+    compiled = torch.compile(inner, backend="eager")
+    ids = tokens(1, 8)
+    compiled(input_ids=ids)
+    plan = Magnitude(0.4, align=8).prune(compiled, BATCHES)
+    assert plan == Magnitude(0.4, align=8).prune(plain, BATCHES)
+    torch.testing.assert_close(compiled(input_ids=ids).logits, plain(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,185 @@
+"""Rows of tables as text: a column of text, chats in the words of the chat template, or token ids."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunelit.data.rows.chats import TemplateRefusal, format_chat, has_template
+from prunelit.data.rows.row_shapes import RowShape, find_row_shape, read_chat_row
+from prunelit.data.rows.tables import iterate_rows, read_dataset
+from prunelit.data.rows.text_rows import TextRows
+from prunelit.runtime.errors import NotEnoughText, SourceNotFound
+from prunelit.runtime.messages import log_on_rank_zero
+
+_SAMPLED_ROWS = 100
+_described: set[str] = set()
+
+
+def find_dataset_shape(dataset: Any, source: str, what: str, column: str | None = None) -> RowShape:
+    """Find out what the rows of a dataset are, and say it once.
+
+    Args:
+        dataset: a `datasets.Dataset`.
+        source: name of the source, for messages.
+        what: kind of the source, for messages.
+        column: the column that the user names; None: the names decide.
+
+    Raises:
+        SourceNotFound: it has no column of text, see `prunelit.data.rows.row_shapes`.
+
+    Example: see `tests/data/test_shapes.py`.
+    """
+    samples = list(iterate_rows(dataset.select(range(min(_SAMPLED_ROWS, len(dataset)))), source, what))
+    columns: dict[str, Any] = {}
+    for name, feature in dataset.features.items():
+        values = [row[name] for row in samples]
+        is_text = getattr(feature, "dtype", None) in ("string", "large_string")
+        columns[name] = next((value for value in values if value is not None), "" if is_text else None)
+    shape = find_row_shape(columns, source, what, column)
+    if source not in _described:
+        _described.add(source)
+        first = repr(columns[shape.columns[0]])
+        first = first if len(first) <= 60 else f"{first[:57]}..."
+        log_on_rank_zero(f"{what} {source!r}: {shape.describe()}, {len(dataset):,} rows, first: {first}")
+    return shape
+
+
+class TableRows(TextRows):
+    """Rows of a file, a folder or a hub dataset, read one by one from the disk.
+
+    Args:
+        source: a text source.
+
+    Raises:
+        SourceNotFound: it cannot be read, or has no column of text; later, where a row is not as expected.
+
+    Example: see `tests/data/test_shapes.py`.
+    """
+
+    def __init__(self, source: str):
+        super().__init__(source)
+        dataset = read_dataset(source)
+        if not len(dataset):
+            raise NotEnoughText(f"text {source!r}: expected text, got 0 empty rows")
+        self.shape = find_dataset_shape(dataset, source, "text", self.options.column)
+        self.dataset = dataset.select_columns(list(self.shape.columns))
+        self.is_text = self.shape.name == "text"
+        self.adds_special_tokens = self.is_text
+        if self.shape.columns == ("sentence",):
+            self.separator = " "
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def measure_total(self) -> int:
+        """See `TextRows`."""
+        return int(self.dataset.data.nbytes)
+
+    def measure_rows(self) -> Tensor:
+        """See `TextRows`; only the lengths are read."""
+        if not self.is_text:
+            return torch.ones(len(self), dtype=torch.long)
+        import pyarrow.compute
+
+        chunks = self.dataset.data.column(self.shape.columns[0]).chunks
+        lengths = [pyarrow.compute.binary_length(chunk).fill_null(0) for chunk in chunks]
+        return torch.cat([torch.tensor(chunk.to_numpy(zero_copy_only=False), dtype=torch.long) for chunk in lengths])
+
+    def read_text(self, index: int, tokenizer: Any) -> str | None:
+        """See `TextRows`.
+
+        Raises:
+            SourceNotFound: the row is no text, or the chat template refuses it.
+        """
+        return self._write_row(index, self._read_row(index), tokenizer)
+
+    def _read_row(self, index: int) -> Mapping[str, Any]:
+        return next(iterate_rows(self.dataset.select([index]), self.source))
+
+    def _write_row(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> str | None:
+        place = f"text {self.source!r}: row {index}"
+        if self.is_text:
+            text = row[self.shape.columns[0]]
+            if text is not None and not isinstance(text, str):
+                got = f"a {type(text).__name__}: {text!r:.40}"
+                raise SourceNotFound(f"text {self.source!r}: expected rows of text, got {got} in row {index}")
+            return text or ""
+        if self.shape.name == "ids":
+            raise SourceNotFound(f"text {self.source!r}: expected text, got token ids in {self.shape.describe()}")
+        if all(not value for value in row.values()):
+            return None
+        try:
+            return format_chat(read_chat_row(row, self.shape, place), tokenizer, self.options)
+        except TemplateRefusal as refusal:
+            if self.options.refused != "skip":
+                raise SourceNotFound(explain_refused_row(place, refusal, self.options.refused)) from refusal
+            self.skipped[index] = str(refusal)
+            return None
+
+    def iterate_texts(self, tokenizer: Any) -> Iterator[str]:
+        """See `TextRows`."""
+        self._choose_separator(tokenizer)
+        is_first = True
+        for index, row in enumerate(iterate_rows(self.dataset, self.source)):
+            text = self._write_row(index, row, tokenizer)
+            if text is not None:
+                yield text if is_first else self.separator + text
+                is_first = False
+
+    def _choose_separator(self, tokenizer: Any) -> None:
+        """Chats end with a mark of their own, if the template or the tokenizer has one."""
+        if not self.is_text:
+            has_end = has_template(tokenizer, self.options) or getattr(tokenizer, "eos_token", None)
+            self.separator = "" if has_end else "\n\n"
+
+    def read_ids(self, index: int, tokenizer: Any, start: int, length: int) -> list[int]:
+        """See `TextRows`; of chats and rows of token ids the stretch begins at the start and has any length."""
+        if self.shape.name == "ids":
+            return self._read_own_ids(index, self._read_row(index), tokenizer)
+        if self.is_text:
+            return super().read_ids(index, tokenizer, start, length)
+        self._choose_separator(tokenizer)
+        text = self.read_text(index, tokenizer)
+        if text is None:
+            return []
+        ids: list[int] = tokenizer(text + self.separator, verbose=False, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def iterate_ids(self, tokenizer: Any) -> Iterator[list[int]]:
+        """See `TextRows`."""
+        if self.shape.name != "ids":
+            return super().iterate_ids(tokenizer)
+        return (
+            self._read_own_ids(index, row, tokenizer)
+            for index, row in enumerate(iterate_rows(self.dataset, self.source))
+        )
+
+    def _read_own_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
+        ids = row[self.shape.columns[0]] or []
+        size = len(tokenizer)
+        outside = [each for each in ids if not isinstance(each, int) or not 0 <= each < size]
+        if outside:
+            raise SourceNotFound(
+                f"text {self.source!r}: row {index}: expected token ids from 0 to {size - 1:,}, those of the model's "
+                f"tokenizer, got {outside[0]!r:.40}"
+            )
+        self.has_text = self.has_text or bool(ids)
+        return list(ids)
+
+
+def explain_refused_row(place: str, refusal: Exception, policy: str) -> str:
+    """Write the message about a row that the chat template refuses.
+
+    Args:
+        place: source and number of the row.
+        refusal: why.
+        policy: what the source's options say of such rows.
+
+    Example:
+        >>> explain_refused_row("text 'a.jsonl': row 3", ValueError("no tools"), "fold")
+        "text 'a.jsonl': row 3: the chat template refuses it: no tools; append #refused=skip to leave such rows out"
+    """
+    fold = "" if policy == "fold" else ", #refused=fold to fold them into turns of user and assistant"
+    return f"{place}: the chat template refuses it: {refusal}; append #refused=skip to leave such rows out{fold}"
