@@ -18,7 +18,7 @@ from prunelit.runtime.errors import BadOption, BadPlan, NoModel, SourceNotFound,
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from prunelit.runtime.messages import log_on_rank_zero
-from prunelit.runtime.torch_files import find_file_damage, is_pickle_allowed, read_checkpoint_file
+from prunelit.runtime.torch_files import find_file_damage, is_pickle_allowed, read_lightning_file
 
 
 def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Module:
@@ -186,7 +186,7 @@ def read_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
         return {}
     allow_unknown = is_pickle_allowed(_find_run_locals(trainer).get("weights_only"))
     try:
-        return read_checkpoint_file(checkpoint, allow_unknown)
+        return read_lightning_file(checkpoint, allow_unknown)
     except SourceNotFound:
         if allow_unknown and find_file_damage(checkpoint) is None:
             return {}  # Lightning may read it all the same; the plan is beside it

@@ -20,7 +20,7 @@ from torchmetrics.text import Perplexity
 
 from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.model.folder import read_model_config
@@ -393,7 +393,15 @@ class RecoveryModule(LightningModule):
             )
         self.load_model()
         rebuild_shapes(self.model, plans)
+        mark_state_dicts(self, get_applied_plans(self.model))
         self.configure_model()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does; frozen weights do not count as missing, because checkpoints do not hold them."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in trainable]
+        return keys
 
     def on_train_start(self) -> None:
         """Restore the random states last, after everything that draws random numbers while a run is set up."""

@@ -139,6 +139,26 @@ def read_checkpoint_file(path: Path, allow_unknown: bool = False) -> dict[str, A
     return content
 
 
+def read_lightning_file(path: Path, allow_unknown: bool = False) -> dict[str, Any]:
+    """`read_checkpoint_file` of a checkpoint that a Trainer can go on from.
+
+    Args:
+        path, allow_unknown: see there.
+
+    Raises:
+        SourceNotFound: see there; or it holds weights alone.
+
+    Example: see `tests/monitoring/test_untrusted_checkpoints.py`.
+    """
+    content = read_checkpoint_file(path, allow_unknown)
+    if missing := [key for key in ("pytorch-lightning_version", "state_dict") if key not in content]:
+        raise SourceNotFound(
+            f"checkpoint {str(path)!r}: expected a checkpoint of Lightning, got a file without {missing[0]!r}; give one "
+            "that ModelCheckpoint or trainer.save_checkpoint has written"
+        )
+    return content
+
+
 def is_pickle_allowed(weights_only: bool | None) -> bool:
     """Whether `torch.load` with this argument runs what is in a file.
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import BertConfig, BertModel
 
 from prunelit.callbacks import LLMBIP, Magnitude
-from prunelit.core.plan import PruningPlan
+from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration, NoModel, SourceNotFound
 from tests.foreign_job import ForeignData, ForeignModule, sequences
@@ -43,6 +43,15 @@ def bip(**options: Any) -> LLMBIP:
 
 def widths(module: ForeignModule) -> list[tuple[int, int]]:
     return [(layer.shape.kv_groups, layer.shape.ffn_channels) for layer in Decoder(module.network)]
+
+
+def whole_layer_plan(path: Path) -> str:
+    """A plan without the last layer."""
+    shape = Decoder(ForeignModule().network).shape
+    layers = [LayerPlan.dense(layer) for layer in shape.layers]
+    gone = LayerPlan((), (), ())
+    PruningPlan("by hand", shape, (*layers[:-1], gone)).save(path)
+    return str(path)
 
 
 def test_two_callbacks_that_cut_are_refused(tmp_path: Path) -> None:

@@ -17,12 +17,10 @@ from lightning.pytorch.callbacks import (
 from torch.optim.swa_utils import AveragedModel
 
 from prunelit.callbacks import Magnitude
-from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.copies import copy_sharing_tensors
-from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import StaleReference
 from tests.foreign_job import ForeignData, ForeignModule
-from tests.pruning.test_attach import trainer, widths
+from tests.pruning.test_attach import trainer, whole_layer_plan, widths
 
 
 def cut(**options: Any) -> Magnitude:
@@ -113,16 +111,7 @@ class HoldsLayerList(ForeignModule):
 )
 def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any, said: str) -> None:
     with pytest.raises(StaleReference, match=said):
-        fit(tmp_path, kind(), cut())
-
-
-def whole_layer_plan(path: Path) -> str:
-    """A plan without the last layer."""
-    shape = Decoder(ForeignModule().network).shape
-    layers = [LayerPlan.dense(layer) for layer in shape.layers]
-    gone = LayerPlan((), (), ())
-    PruningPlan("by hand", shape, (*layers[:-1], gone)).save(path)
-    return str(path)
+        fit(tmp_path, kind(), cut(), max_epochs=1)
 
 
 @pytest.mark.parametrize("kind", [HoldsLayers, HoldsLayerList, HoldsMethod])
