@@ -61,7 +61,7 @@ def count_applied_plans(model: nn.Module, plans: Sequence[PruningPlan]) -> int:
     if applied != saved[: len(applied)]:
         raise BadPlan(
             f"checkpoint: its model was cut by {_describe_plans(plans)}, this one by "
-            f"{_describe_plans(list(get_applied_plans(model).values()))}; build the module anew, then load the checkpoint"
+            f"{_describe_plans(list(get_applied_plans(model).values()))}; build the module anew, then load it"
         )
     return len(applied)
 

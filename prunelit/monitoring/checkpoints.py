@@ -19,8 +19,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from prunelit.pruning.job import is_local_path
-from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.torch_files import (
     check_torch_file,
     find_file_damage,

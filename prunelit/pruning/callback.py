@@ -4,11 +4,9 @@ The cut happens in `setup("fit")`: after the datamodule's setup, and before `con
 checkpoint, the strategy's wrapping and the optimiser. So nothing is built on shapes that change later.
 """
 
-import json
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +18,7 @@ from torch import nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.result_cache import ResultCache
-from prunelit.core.plan import LayerPlan, PruningPlan, get_applied_plans
+from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.core.saved_plans import list_saved_plans, mark_state_dicts
 from prunelit.data import loading
 from prunelit.model.modes import move_to_device
@@ -44,14 +42,13 @@ from prunelit.pruning.job import (
 from prunelit.pruning.live_references import WatchedModel, check_references, list_averaging_callbacks
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.pruning.restore import holds_weights
+from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
 from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights
 
 __all__ = ["PruningCallback", "Repair"]
-
-_FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
 
 
 class PruningCallback(PruningMethod, Callback):
@@ -137,6 +134,7 @@ class PruningCallback(PruningMethod, Callback):
         given_plan, saved = self.given_plan, dict[str, Any]()
         checkpoint = find_resume_path(trainer)
         content = read_checkpoint(trainer, checkpoint) if checkpoint else {}
+        self._watched = WatchedModel(model)
         self._earlier_plans, is_cut = list(marks.values()), False
         saved_plans = list_saved_plans(content)
         if marks or len(saved_plans) > 1:
@@ -149,11 +147,12 @@ class PruningCallback(PruningMethod, Callback):
         if is_cut or (saved_plans and self._earlier_plans):  # it was made with weights that had been trained
             self._job_fingerprints["model"] = None
         if checkpoint:
-            given_plan, saved = self._load_resumed_plan(checkpoint, content)
+            saved = content.get("callbacks", {}).get(self.state_key, {})
+            check_same_job(saved, self._job_fingerprints)
+            given_plan = find_resumed_plan(self, checkpoint, content, saved)
         if is_cut:  # by `prunelit.restore`
             self.applied_plan = marks[key] = saved_plans[-1]
             return
-        self._watched = WatchedModel(model)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device), warnings.catch_warnings():
             if saved_plans and self._earlier_plans:  # those weights come from the checkpoint
                 warnings.filterwarnings("ignore", message="the plan was made for weights")
@@ -173,10 +172,10 @@ class PruningCallback(PruningMethod, Callback):
                         stacklevel=2,
                     )
         if self._earlier_plans:
-            dense, left = self._earlier_plans[0].model.parameters, marks[key].predicted["parameters"]
+            dense, left = self._earlier_plans[0].model.parameters, int(marks[key].predicted["parameters"])
             self.say(
-                f"{self.name}: cut {len(self._earlier_plans) + 1} of this model; the ratio counted what the cuts before "
-                f"had left. {int(left):,} of {dense:,} parameters of the first model stay ({1 - left / dense:.2%} removed)"
+                f"{self.name}: cut {len(self._earlier_plans) + 1} of this model; the ratio counted what earlier cuts "
+                f"had left. {left:,} of {dense:,} parameters of the first model stay ({1 - left / dense:.2%} gone)"
             )
 
     def plan_job(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
@@ -203,7 +202,7 @@ class PruningCallback(PruningMethod, Callback):
             return
         content = read_checkpoint(trainer, checkpoint)
         plans = list_saved_plans(content)
-        if not plans and not content and (plan := self._find_plan_beside(checkpoint)):
+        if not plans and not content and (plan := find_plan_beside(self, checkpoint)):
             plans = [plan]
         if not plans:
             return
@@ -227,11 +226,11 @@ class PruningCallback(PruningMethod, Callback):
             if saved and not holds_weights(content, pl_module, model):
                 check_same_job(saved, fingerprint_job(model, trainer, pl_module))
             rebuild_shapes(model, plans)
-            self.say(f"checkpoint {checkpoint.name}: the model is cut as its was, by {plans[-1].method}")
+            if saved:  # of this callback, which will not cut the model again
+                marks.pop(next(reversed(marks)))
+                marks[key] = plans[-1]
+            self.say(f"checkpoint {checkpoint.name}: its model was cut by {plans[-1].method}, and so is this one")
         self.applied_plan, self._earlier_plans = plans[-1], plans[:-1]
-        if saved:  # of this callback, which will not cut the model again
-            marks.pop(next(reversed(marks)))
-            marks[key] = plans[-1]
         self._mark_checkpoints(trainer, pl_module, model)
 
     def _mark_checkpoints(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> None:
@@ -247,13 +246,13 @@ class PruningCallback(PruningMethod, Callback):
         Raises:
             StaleReference: something holds what the cut has replaced.
         """
-        if self._watched is not None:
+        if self._watched is not None and self._watched.model() in set(pl_module.modules()):
             check_references(trainer, pl_module, self._watched)
         if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if folder := getattr(checkpoint, "dirpath", None):
-                self.applied_plan.save(Path(folder) / self._plan_file_name)
+                self.applied_plan.save(Path(folder) / get_plan_file_name(self))
 
     def state_dict(self) -> dict[str, Any]:
         """The plans as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""
@@ -278,58 +277,6 @@ class PruningCallback(PruningMethod, Callback):
                     f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
                     f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of "
                     "that run"
-                )
-
-    @property
-    def _plan_file_name(self) -> str:
-        return f"plan.{self.name}.json"
-
-    def _load_resumed_plan(
-        self, checkpoint: Path, content: dict[str, Any]
-    ) -> tuple[PruningPlan | None, dict[str, Any]]:
-        """The plan of a checkpoint's last cut, in the file or beside it (a sharded one is a folder), and our state.
-
-        Raises:
-            BadPlan: another model, tokenizer, method or options than now.
-        """
-        states: dict[str, Any] = content.get("callbacks", {})
-        saved: dict[str, Any] = states.get(self.state_key, {})
-        check_same_job(saved, self._job_fingerprints)
-        plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
-        if plan is None and not states:
-            plan = next(reversed(list_saved_plans(content)), None) or self._find_plan_beside(checkpoint)
-        if plan is None:
-            others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
-            if others:
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
-                    f"{type(self).__name__}; resume with the configuration of that run"
-                )
-            self.say(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
-            return None, saved
-        self._check_resumed_options(plan, checkpoint)
-        return plan, saved
-
-    def _find_plan_beside(self, checkpoint: Path) -> PruningPlan | None:
-        beside = [folder / self._plan_file_name for folder in (checkpoint, checkpoint.parent)]
-        return next((PruningPlan.load(path) for path in beside if path.is_file()), None)
-
-    def _check_resumed_options(self, plan: PruningPlan, checkpoint: Path) -> None:
-        """Check that a run which resumes with a plan has the options that made this plan."""
-        if self.given_plan is not None:
-            if _list_remaining_units(self.given_plan) != _list_remaining_units(plan):
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
-                    f"{self.given_plan.digest}; resume with the configuration of that run"
-                )
-            return
-        asked = json.loads(json.dumps(self.options, default=str))
-        recorded = json.loads(json.dumps(dict(plan.options), default=str))
-        for name in sorted(asked.keys() & recorded.keys() - set(_FREE_OPTIONS)):
-            if asked[name] != recorded[name]:
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks "
-                    f"for {asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
     def _find_calibration(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
@@ -376,8 +323,3 @@ def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallba
     pruners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
     check_single_pruner([type(callback).__name__ for callback in pruners], wanted_by)
     return pruners[0] if pruners else None
-
-
-def _list_remaining_units(plan: PruningPlan) -> list[LayerPlan]:
-    """The remaining units; biases are not compared, because they are declared when a plan is carried out."""
-    return [replace(kept, attention_bias=False, mlp_bias=False) for kept in plan.layers]

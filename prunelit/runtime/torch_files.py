@@ -153,8 +153,8 @@ def read_lightning_file(path: Path, allow_unknown: bool = False) -> dict[str, An
     content = read_checkpoint_file(path, allow_unknown)
     if missing := [key for key in ("pytorch-lightning_version", "state_dict") if key not in content]:
         raise SourceNotFound(
-            f"checkpoint {str(path)!r}: expected a checkpoint of Lightning, got a file without {missing[0]!r}; give one "
-            "that ModelCheckpoint or trainer.save_checkpoint has written"
+            f"checkpoint {str(path)!r}: expected a checkpoint of Lightning, got a file without {missing[0]!r}; give "
+            "one that ModelCheckpoint or trainer.save_checkpoint has written"
         )
     return content
 

@@ -119,7 +119,7 @@ def test_a_new_callback_cuts_further_and_says_what_its_ratio_counts(
         assert cut.applied_plan.predicted["parameters"] == parameters[-1]
         assert cut.applied_plan.predicted["ratio_of_block_parameters"] == pytest.approx(0.24, abs=0.04)
     assert dense > parameters[0] > parameters[1] > parameters[2]
-    assert f"magnitude: cut 3 of this model; the ratio counted what the cuts before had left. {parameters[2]:,} of" in (
+    assert f"magnitude: cut 3 of this model; the ratio counted what earlier cuts had left. {parameters[2]:,} of" in (
         caplog.text
     )
 
@@ -175,9 +175,9 @@ class TwoModels(ForeignModule):
 
 def test_of_several_models_the_target_is_cut(tmp_path: Path) -> None:
     module = TwoModels()
-    with pytest.raises(BadOption, match="expected one transformers model, got 2; .*target: 'teacher' or 'student'"):
+    with pytest.raises(BadOption, match=r"expected one transformers model, got 2; .*target: 'teacher' or 'student'"):
         trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
-    with pytest.raises(NoModel, match="target 'pupil'.*'teacher' .*'student'"):
+    with pytest.raises(NoModel, match=r"target 'pupil'.*'teacher' .*'student'"):
         trainer(tmp_path, bip(target="pupil")).fit(module, datamodule=ForeignData())
     callback = bip(target="student")
     trainer(tmp_path, callback).fit(module, datamodule=ForeignData())

@@ -102,7 +102,7 @@ class HoldsLayerList(ForeignModule):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        (EarlyOptimizer, "optimizer AdamW: .* got 9 that the cut has replaced, such as .*configure_optimizers"),
+        (EarlyOptimizer, r"optimizer AdamW: .* got 9 that the cut has replaced, such as .*configure_optimizers"),
         (EarlyOptimizers, "optimizer AdamW"),
         (HoldsParameters, r"HoldsParameters\.clipped: .*mlp.* of before the cut"),
         (HoldsParameter, r"HoldsParameter\.gate: .*gate_proj"),
@@ -143,7 +143,7 @@ class OwnAverage(Callback):
 
 @pytest.mark.parametrize("form", ["module", "model", "state"])
 def test_an_average_of_ones_own_is_named_before_the_cut_and_works_after_it(tmp_path: Path, form: str) -> None:
-    with pytest.raises(StaleReference, match="put OwnAverage after the pruning callback in trainer.callbacks"):
+    with pytest.raises(StaleReference, match=r"put OwnAverage after the pruning callback in trainer.callbacks"):
         fit(tmp_path, ForeignModule(), OwnAverage(form), cut())
     fit(tmp_path, ForeignModule(), cut(), OwnAverage(form))
 

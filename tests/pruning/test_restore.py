@@ -79,7 +79,7 @@ def test_the_live_model_is_tested_by_its_own_checkpoint(tmp_path: Path) -> None:
     run.fit(module, datamodule=ForeignData())
     assert widths(module) == small
     trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
-    with pytest.raises(BadPlan, match="its model was cut by .*, this one by .*, then .*; build the module anew"):
+    with pytest.raises(BadPlan, match=r"its model was cut by .*, this one by .*, then .*; build the module anew"):
         trainer(tmp_path, bip()).test(module, loader(), ckpt_path=str(tmp_path / "ckpt/last.ckpt"))
 
 
@@ -169,7 +169,7 @@ def recovered(request: Any, source: str, words: str, tmp_path_factory: pytest.Te
 def test_recovery_is_validated_from_its_checkpoint(
     source: str, words: str, recovered: Any, tmp_path: Path, kept: bool
 ) -> None:
-    folder, path, perplexity, repair, trained_module, options = recovered
+    folder, path, perplexity, repair, _, options = recovered
     module = RecoveryModule(source, **options)
     run = trainer(folder if kept else tmp_path, bip(repair=repair))
     found = run.validate(module, text(source, words), ckpt_path=str(path), verbose=False)[0]["val_perplexity"]
