@@ -42,7 +42,7 @@ def restore(model: Model, checkpoint: str | Path, target: str | None = None) -> 
         BadPlan: it holds no plan, or that of another model; or weights are missing in it.
         BadOption: `model` is neither of the two.
 
-    Example: see `tests/pruning/test_restore.py`; docs/tutorials/attach.md runs it.
+    Example: see `tests/pruning/test_restore.py` and docs/tutorials/attach.md.
     """
     path = Path(checkpoint).expanduser()
     content = read_checkpoint_file(path)

@@ -1,6 +1,9 @@
 """After a cut, whatever in a job still holds the old weights is named; what holds the new ones, or its own, is not."""
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ from prunelit.model.copies import copy_sharing_tensors
 from prunelit.runtime.errors import StaleReference
 from tests.foreign_job import ForeignData, ForeignModule
 from tests.pruning.test_attach import trainer, whole_layer_plan, widths
+
+ROOT = Path(__file__).parents[2]
 
 
 def cut(**options: Any) -> Magnitude:
@@ -200,3 +205,33 @@ def test_a_second_fit_finds_nothing_of_the_first(tmp_path: Path) -> None:
     fit(tmp_path, module, callback)
     fit(tmp_path, module, callback)
     fit(tmp_path, module, cut())
+
+
+TWO_RANKS = """
+from tests.pruning.test_live_references import EarlyOptimizer, ForeignData, ForeignModule, Trainer, cut
+
+for module in (ForeignModule(), EarlyOptimizer()):
+    run = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[cut()],
+    )
+    run.fit(module, datamodule=ForeignData())
+    print("trained", run.global_rank)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_RANKS)
+    done = subprocess.run(
+        [sys.executable, "job.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert sorted(line for line in done.stdout.splitlines() if "trained" in line) == ["trained 0", "trained 1"]
+    assert done.stderr.count("StaleReference: optimizer AdamW: expected the parameters of the cut model") == 2
