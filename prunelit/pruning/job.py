@@ -318,6 +318,7 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
         sequences: most rows over all batches; the last batch is cut, unless it holds pictures.
 
     Example:
+        >>> import torch
         >>> loader = [{"input_ids": torch.zeros(4, 8, dtype=torch.long)}] * 3
         >>> [len(batch["input_ids"]) for batch in take_batches(loader, sequences=6)]
         [4, 2]
