@@ -64,7 +64,8 @@ class PruningCallback(PruningMethod, Callback):
     weights of the changed decoder layers, about the size of the cut model.
 
     Args:
-        ratio, options: see `PruningMethod`.
+        ratio: see `PruningMethod`.
+        options: see `PruningMethod`.
         target: path of the model to cut in the LightningModule, such as "student"; needed where there are several.
 
     Example:
