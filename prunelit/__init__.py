@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from prunelit.pruning.callback import PruningCallback as PruningCallback
     from prunelit.pruning.context import PruningContext as PruningContext
     from prunelit.pruning.method import plan as plan
+    from prunelit.pruning.restore import restore as restore
     from prunelit.recovery.datamodule import TextDataModule as TextDataModule
     from prunelit.recovery.module import RecoveryModule as RecoveryModule
     from prunelit.runtime.errors import PrunelitError as PrunelitError
@@ -54,6 +55,7 @@ _HOME = {
     "apply": "prunelit.model.surgery",
     "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
+    "restore": "prunelit.pruning.restore",
     "load_tokenizer": "prunelit.data.loading",
     "perplexity": "prunelit.calibration.metrics",
     # Plans

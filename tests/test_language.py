@@ -16,7 +16,7 @@ SOURCES = {
 # Names that say nothing about what they hold.
 EMPTY_NAMES = {"found", "said", "wanted", "both", "seen", "mine", "theirs"}
 # One-word functions: verbs of the package, and interfaces that other code calls by this name.
-VERBS = {"plan", "apply", "save", "load", "observe", "perplexity", "register", "methods", "main", "run"}
+VERBS = {"plan", "apply", "save", "load", "observe", "perplexity", "register", "methods", "main", "run", "restore"}
 COPIED = "model/per_layer.py"  # its source is in saved folders, so it stays as it is
 
 

@@ -27,7 +27,7 @@ from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime import progress
 from prunelit.runtime.atomic_files import replace_file
 from prunelit.runtime.errors import BadOption, OutputNotWritable, SourceNotFound, suggest_file, suggest_name
-from prunelit.runtime.torch_files import check_torch_file
+from prunelit.runtime.torch_files import check_torch_file, read_lightning_file
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -200,17 +200,20 @@ def _expand_model_option(arguments: list[str]) -> list[str]:
     return expanded
 
 
-def _check_resume_checkpoint(path: str | None) -> None:
+def _check_resume_checkpoint(path: str | None, runs_pickles: bool) -> None:
     """Check the checkpoint to resume from, before anything is built.
 
     Raises:
-        SourceNotFound: it is missing, truncated or damaged.
+        SourceNotFound: it is missing, truncated, damaged or no checkpoint, or holds objects that loading would run.
     """
     if path is None or path in ("last", "best", "hpc") or not is_local_path(path) or Path(path).is_dir():
         return
     if not Path(path).is_file():
         raise SourceNotFound(f"ckpt_path {path!r}: no such file; 'last' is the newest whole one{suggest_file(path)}")
-    check_torch_file(Path(path))
+    if runs_pickles:
+        check_torch_file(Path(path))
+    else:
+        read_lightning_file(Path(path))
 
 
 def run(command: str, arguments: list[str]) -> int:
@@ -229,7 +232,8 @@ def run(command: str, arguments: list[str]) -> int:
     Example: see `tests/cli/test_fit.py`.
     """
     parser_options = {"exit_on_error": False, "epilog": HELP_EPILOG}
-    _check_resume_checkpoint(peek_option("ckpt_path", arguments))
+    runs_pickles = str(peek_option("weights_only", arguments)).lower() == "false"
+    _check_resume_checkpoint(peek_option("ckpt_path", arguments), runs_pickles)
     if sys.argv[1:] == [command, *arguments]:
         sys.argv[2:] = _expand_model_option(arguments)
     arguments = _expand_model_option(arguments)

@@ -228,7 +228,7 @@ def find_7b_command(name: str) -> str | None:
 
 
 def list_method_options(name: str) -> list[Option]:
-    """List the constructor arguments of a method: its own first, then those of `PruningMethod` that it uses.
+    """List the constructor arguments of a method: its own first, then those of its base classes that it uses.
 
     Args:
         name: of the method.
@@ -238,6 +238,8 @@ def list_method_options(name: str) -> list[Option]:
     base_options = {
         option.name: option for option in _read_constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")
     }
+    for option in _read_constructor(_PACKAGE / "pruning" / "callback.py", "PruningCallback"):
+        base_options.setdefault(option.name, option)
     method = methods()[name]
     class_node = _find_class(method.path, method.class_name)
     own_options = {option.name: option for option in _read_constructor(method.path, method.class_name)}

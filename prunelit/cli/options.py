@@ -120,7 +120,7 @@ def add_method_options(parser: ArgumentParser, arguments: list[str], default: st
     )
     parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
     parser.add_argument("--text", type=Sources, default=[text.BUILTIN_TEXT], help="calibration text source(s)")
-    skipped = {"calibration"}
+    skipped = {"calibration", *cls.job_options}
     if plan:
         parser.add_argument("--ratio", type=float | None, default=None)
         skipped.add("ratio")

@@ -190,7 +190,7 @@ def _parse_row_options(
             raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_SET_BY_TABLE[name]}")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, None, skip=set(_SET_BY_TABLE), sub_configs=False)
-    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.ignored_options}
+    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.ignored_options, *kind.job_options}
     for name in row_options:
         if name not in accepted:
             raise BadOption(

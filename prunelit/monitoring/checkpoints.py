@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
@@ -20,8 +19,15 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from prunelit.pruning.job import is_local_path
+from prunelit.runtime.errors import SourceNotFound
 from prunelit.runtime.messages import log_on_rank_zero
-from prunelit.runtime.torch_files import check_torch_file, find_file_damage, write_torch_file
+from prunelit.runtime.torch_files import (
+    check_torch_file,
+    find_file_damage,
+    is_pickle_allowed,
+    read_checkpoint_file,
+    write_torch_file,
+)
 from prunelit.strategies.sharding import is_sharded_strategy
 
 _SHARDED_END = "meta.pt"  # the last file that Lightning writes into a sharded checkpoint
@@ -63,10 +69,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Read a checkpoint.
 
         Raises:
-            SourceNotFound: the file is missing, truncated or damaged; the message names the newest whole one beside it.
+            SourceNotFound: the file is missing, truncated or damaged, and the message names the newest whole one beside
+                it; or it is no checkpoint, or holds objects that loading would run and `weights_only` is not False.
         """
         if is_local_path(path):
             check_torch_file(Path(path))
+            if not is_pickle_allowed(weights_only):
+                read_checkpoint_file(Path(path))
         return super().load_checkpoint(path, map_location, weights_only)
 
 
@@ -191,12 +200,12 @@ def find_newest_checkpoint(trainer: Trainer) -> Path | None:
 
 
 def _describe_missing_state(path: Path) -> str | None:
-    """Say why a whole file is no checkpoint to resume from; None where it is one."""
+    """Say why a whole file is no checkpoint to resume from; None where it is one. Nothing in it is run."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except Exception as error:  # noqa: BLE001  (a whole file, but not written by Lightning)
-        return f"not readable ({type(error).__name__})"
-    return None if isinstance(checkpoint, dict) and "optimizer_states" in checkpoint else "without an optimiser's state"
+        checkpoint = read_checkpoint_file(path)
+    except SourceNotFound as error:
+        return f"not to be read ({error})"
+    return None if "optimizer_states" in checkpoint else "without an optimiser's state"
 
 
 def _list_model_checkpoints(trainer: Trainer) -> list[ModelCheckpoint]:

@@ -106,7 +106,7 @@ class Dashboard(Recorder):
             loggers.define_axes(trainer.loggers, AXES)
             loggers.guard_hyperparameters(trainer.loggers)
             if resumed := find_resume_path(trainer):
-                self._resume_record(read_callback_states(resumed).get(self.state_key, {}))
+                self._resume_record(read_callback_states(trainer, resumed).get(self.state_key, {}))
         self._write_completions(trainer, trainer.lightning_module, "dense")
 
     def on_event(self, event: str, facts: Facts) -> None:

@@ -122,7 +122,7 @@ class RunReport(Recorder, EventSource):
         data = getattr(trainer, "datamodule", None)
         self._identity = fingerprint_job(model, trainer, pl_module)
         if resumed := find_resume_path(trainer):
-            check_same_job(read_callback_states(resumed).get(self.state_key, {}), self._identity)
+            check_same_job(read_callback_states(trainer, resumed).get(self.state_key, {}), self._identity)
         self._windows = data.validation if isinstance(data, TextDataModule) else None
         if isinstance(data, TextDataModule):
             parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]

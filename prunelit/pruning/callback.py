@@ -4,9 +4,9 @@ The cut happens in `setup("fit")`: after the datamodule's setup, and before `con
 checkpoint, the strategy's wrapping and the optimiser. So nothing is built on shapes that change later.
 """
 
-import json
+import uuid
 import warnings
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,10 +18,13 @@ from torch import nn
 
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.result_cache import ResultCache
-from prunelit.core.plan import LayerPlan, PruningPlan, get_applied_plans
+from prunelit.core.plan import PruningPlan, get_applied_plans
+from prunelit.core.saved_plans import list_saved_plans, mark_state_dicts
 from prunelit.data import loading
 from prunelit.model.modes import move_to_device
+from prunelit.model.saved_shapes import count_applied_plans, rebuild_shapes
 from prunelit.pruning.job import (
+    check_no_adapters,
     check_own_processes,
     check_same_job,
     check_same_on_ranks,
@@ -32,64 +35,128 @@ from prunelit.pruning.job import (
     find_resume_path,
     find_tokenizer,
     fingerprint_job,
-    read_callback_states,
+    log_in_job,
+    read_checkpoint,
     take_batches,
 )
+from prunelit.pruning.live_references import WatchedModel, check_references, list_averaging_callbacks
 from prunelit.pruning.method import PruningMethod, Repair
+from prunelit.pruning.restore import holds_weights
+from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
 from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import broadcast_from_rank_zero
-from prunelit.runtime.errors import BadPlan, NoCalibration
+from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights
-from prunelit.runtime.messages import log_on_rank_zero
 
 __all__ = ["PruningCallback", "Repair"]
-
-_FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options that may differ when a run goes on
 
 
 class PruningCallback(PruningMethod, Callback):
     """Base of all methods: cuts the model of a job, and stores in its checkpoints what a resumed run needs.
+
+    Every callback object cuts a model once: a second `fit` with it goes on with the cut model, and one with a new
+    callback cuts further. Before `validate`, `test` and `predict` with a checkpoint the model gets the shapes that the
+    checkpoint was saved with.
 
     Scores, the finished plan and repaired weights are cached in the folder `kept` of the Trainer's `default_root_dir`,
     so a killed run does not compute them again. A job without a `default_root_dir` of its own (it would be the working
     directory) caches nothing. The folder may be deleted. It takes a few kilobytes, and for methods with a repair the
     weights of the changed decoder layers, about the size of the cut model.
 
-    Arguments: see `PruningMethod`.
+    Args:
+        ratio: see `PruningMethod`.
+        options: see `PruningMethod`.
+        target: path of the model to cut in the LightningModule, such as "student"; needed where there are several.
 
     Example:
         trainer = Trainer(callbacks=[LLMBIP(ratio=0.2)])     # docs/tutorials/attach.md runs this
     """
 
+    job_options = ("target",)
     _job_fingerprints: dict[str, str | None] | None = None
     _pruned_fingerprint: str | None = None
+    _earlier_plans: Sequence[PruningPlan] = ()
+    _watched: WatchedModel | None = None
+    _logger: Callable[..., None] | None = None
+
+    def __init__(self, ratio: float, *, target: str | None = None, **options: Any):
+        super().__init__(ratio, **options)
+        self.target = target
+        self._identity = uuid.uuid4().hex  # of this object, for as long as the model lives
+
+    @property
+    def log(self) -> Callable[..., None] | None:
+        """The module's `log`, see Lightning."""
+        return self._logger
+
+    @log.setter
+    def log(self, function: Any) -> None:
+        """Take the module's `log`, and the place before callbacks that copy the model in their `setup`.
+
+        Lightning hands it to every callback right before the first `setup`, and nothing else until then.
+        """
+        self._logger = function
+        callbacks = getattr(getattr(getattr(function, "__self__", None), "_trainer", None), "callbacks", [])
+        if self in callbacks and (copying := list_averaging_callbacks(callbacks[: callbacks.index(self)])):
+            callbacks.remove(self)
+            callbacks.insert(callbacks.index(copying[0]), self)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Cut once, before anything is built on the model's shapes.
 
         Raises:
             BadPlan: the checkpoint to resume from is of another model, tokenizer, method or options.
-            SourceNotFound: it is missing or damaged.
-            BadOption: a strategy of spawned processes, another pruning callback, or ranks that read different text.
+            SourceNotFound: it is missing or damaged, or holds objects that loading would run.
+            BadOption: a strategy of spawned processes, another pruning callback, several models, a callback that has
+                copied the model already, or ranks that read different text.
         """
+        self.say = log_in_job
         if stage != "fit":
+            self._restore_shapes(trainer, pl_module)
             return
         find_pruner(trainer)
         check_own_processes(trainer)
-        model = find_model(pl_module)
-        marks = get_applied_plans(model)
-        key = f"{self.name}:{sorted(self.options.items(), key=lambda item: item[0])}"
-        if key in marks:  # fit was called again over the same live model
+        earlier_callbacks = trainer.callbacks[: trainer.callbacks.index(self)] if self in trainer.callbacks else []  # type: ignore[attr-defined]
+        for copying in list_averaging_callbacks(earlier_callbacks):
+            name = type(copying).__name__
+            raise BadOption(
+                f"trainer.callbacks: {name} copies the model before the cut; put it after the callback that cuts"
+            )
+        model = find_model(pl_module, self.target)
+        marks, key = get_applied_plans(model), f"{self.name}, {self._identity}"
+        self._mark_checkpoints(trainer, pl_module, model)
+        if key in marks:  # fit was called again with this callback over the same live model
             self.applied_plan = marks[key]
             return
+        check_no_adapters(model)
         self.listeners = collect_listeners(trainer)
         self._use_job_cache(trainer)
         self.repaired_file = self._pruned_fingerprint = None
-        self._job_fingerprints = fingerprint_job(model, trainer, pl_module)
         given_plan, saved = self.given_plan, dict[str, Any]()
-        if checkpoint := find_resume_path(trainer):
-            given_plan, saved = self._load_resumed_plan(checkpoint)
-        with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
+        checkpoint = find_resume_path(trainer)
+        content = read_checkpoint(trainer, checkpoint) if checkpoint else {}
+        self._watched = WatchedModel(model)
+        self._earlier_plans, is_cut = list(marks.values()), False
+        saved_plans = list_saved_plans(content)
+        if marks or len(saved_plans) > 1:
+            is_cut = bool(saved_plans) and count_applied_plans(model, saved_plans) == len(saved_plans)
+            if saved_plans:
+                self._earlier_plans = saved_plans[:-1]
+                if not is_cut:
+                    rebuild_shapes(model, self._earlier_plans)
+        self._job_fingerprints = fingerprint_job(model, trainer, pl_module)
+        if is_cut or (saved_plans and self._earlier_plans):  # it was made with weights that had been trained
+            self._job_fingerprints["model"] = None
+        if checkpoint:
+            saved = content.get("callbacks", {}).get(self.state_key, {})
+            check_same_job(saved, self._job_fingerprints)
+            given_plan = find_resumed_plan(self, checkpoint, content, saved)
+        if is_cut:  # by `prunelit.restore`
+            self.applied_plan = marks[key] = saved_plans[-1]
+            return
+        with isolate_rng(), move_to_device(model, trainer.strategy.root_device), warnings.catch_warnings():
+            if saved_plans and self._earlier_plans:  # those weights come from the checkpoint
+                warnings.filterwarnings("ignore", message="the plan was made for weights")
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
             repaired = saved.get("repaired") if given_plan and self.run_cache else None
             batches: list[Batch] = []
@@ -105,6 +172,12 @@ class PruningCallback(PruningMethod, Callback):
                         "gone, and text, machine or version differ",
                         stacklevel=2,
                     )
+        if self._earlier_plans:
+            dense, left = self._earlier_plans[0].model.parameters, int(marks[key].predicted["parameters"])
+            self.say(
+                f"{self.name}: cut {len(self._earlier_plans) + 1} of this model; the ratio counted what earlier cuts "
+                f"had left. {left:,} of {dense:,} parameters of the first model stay ({1 - left / dense:.2%} gone)"
+            )
 
     def plan_job(self, trainer: Trainer, pl_module: LightningModule) -> PruningPlan:
         """Make the plan by which `setup` would cut this job's model; nothing is cut. The run reuses the cached scores.
@@ -123,18 +196,70 @@ class PruningCallback(PruningMethod, Callback):
         self.run_cache = ResultCache(folder) if folder else None
         self.cache = self.run_cache if is_own else self.cache
 
+    def _restore_shapes(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Before a stage that does not train: bring back the shapes of the checkpoint that is about to be loaded."""
+        checkpoint = find_resume_path(trainer)
+        if checkpoint is None:
+            return
+        content = read_checkpoint(trainer, checkpoint)
+        plans = list_saved_plans(content)
+        if not plans and not content and (plan := find_plan_beside(self, checkpoint)):
+            plans = [plan]
+        if not plans:
+            return
+        model = find_model(pl_module, self.target)
+        marks, key = get_applied_plans(model), f"{self.name}, {self._identity}"
+        saved: dict[str, Any] = content.get("callbacks", {}).get(self.state_key, {})
+        is_repaired = saved.get("cut_weights") is not None
+        if count_applied_plans(model, plans) == len(plans):
+            pass  # the model that was trained in this process
+        elif is_repaired and not holds_weights(content, pl_module, model):
+            # Adapters alone, which sit on repaired weights: put back, or repaired again.
+            self.listeners, self.run_cache, self._job_fingerprints = [], None, None
+            self._use_job_cache(trainer)
+            check_same_job(saved, fingerprint_job(model, trainer, pl_module))
+            is_kept = self.run_cache is not None and self.run_cache.has_file(str(saved.get("repaired")))
+            with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
+                batches = [] if is_kept else self._find_calibration(trainer, pl_module, model)
+                marks[key] = self._prune(self._make_context(model, batches), plans[-1], saved.get("repaired"))
+                self._pruned_fingerprint = fingerprint_weights(model)
+        else:
+            if saved and not holds_weights(content, pl_module, model):
+                check_same_job(saved, fingerprint_job(model, trainer, pl_module))
+            rebuild_shapes(model, plans)
+            if saved:  # of this callback, which will not cut the model again
+                marks.pop(next(reversed(marks)))
+                marks[key] = plans[-1]
+            self.say(f"checkpoint {checkpoint.name}: its model was cut by {plans[-1].method}, and so is this one")
+        self.applied_plan, self._earlier_plans = plans[-1], plans[:-1]
+        self._mark_checkpoints(trainer, pl_module, model)
+
+    def _mark_checkpoints(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> None:
+        # Strategies that shard ask torch for every entry of a state dict by its name.
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            mark_state_dicts(pl_module, get_applied_plans(model))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the plan beside the checkpoints, where a resumed run (sharded ones too) looks for it."""
+        """Check that the job holds the cut model's parameters; write the plan beside the checkpoints.
+
+        There a resumed run (sharded ones too) looks for it.
+
+        Raises:
+            StaleReference: something holds what the cut has replaced.
+        """
+        if self._watched is not None and self._watched.model() in set(pl_module.modules()):
+            check_references(trainer, pl_module, self._watched)
         if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if folder := getattr(checkpoint, "dirpath", None):
-                self.applied_plan.save(Path(folder) / self._plan_file_name)
+                self.applied_plan.save(Path(folder) / get_plan_file_name(self))
 
     def state_dict(self) -> dict[str, Any]:
-        """The plan as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""
+        """The plans as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""
         return {
             "plan": self.applied_plan.to_json() if self.applied_plan else None,
+            "earlier_plans": [plan.to_json() for plan in self._earlier_plans],
             "repaired": self.repaired_file,
             "cut_weights": self._pruned_fingerprint,
         } | (self._job_fingerprints or {})
@@ -153,54 +278,6 @@ class PruningCallback(PruningMethod, Callback):
                     f"checkpoint: its plan is {saved.digest} ({saved.method}), the model was cut with "
                     f"{self.applied_plan.digest} ({self.applied_plan.method}); resume with the configuration of "
                     "that run"
-                )
-
-    @property
-    def _plan_file_name(self) -> str:
-        return f"plan.{self.name}.json"
-
-    def _load_resumed_plan(self, checkpoint: Path) -> tuple[PruningPlan | None, dict[str, Any]]:
-        """The plan a checkpoint was made with, in the file or beside it (a sharded one is a folder), and our state.
-
-        Raises:
-            BadPlan: another model, tokenizer, method or options than now.
-            SourceNotFound: missing or damaged.
-        """
-        states = read_callback_states(checkpoint)
-        saved: dict[str, Any] = states.get(self.state_key, {})
-        check_same_job(saved, self._job_fingerprints)
-        plan = PruningPlan.from_json(saved["plan"]) if saved.get("plan") else None
-        if plan is None:
-            beside = [folder / self._plan_file_name for folder in (checkpoint, checkpoint.parent)]
-            plan = next((PruningPlan.load(path) for path in beside if path.is_file()), None) if not states else None
-        if plan is None:
-            others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
-            if others:
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
-                    f"{type(self).__name__}; resume with the configuration of that run"
-                )
-            log_on_rank_zero(f"checkpoint {checkpoint.name} holds no plan of {self.name}: scoring again")
-            return None, saved
-        self._check_resumed_options(plan, checkpoint)
-        return plan, saved
-
-    def _check_resumed_options(self, plan: PruningPlan, checkpoint: Path) -> None:
-        """Check that a run which resumes with a plan has the options that made this plan."""
-        if self.given_plan is not None:
-            if _list_remaining_units(self.given_plan) != _list_remaining_units(plan):
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan is {plan.digest}, that of plan_file is "
-                    f"{self.given_plan.digest}; resume with the configuration of that run"
-                )
-            return
-        asked = json.loads(json.dumps(self.options, default=str))
-        recorded = json.loads(json.dumps(dict(plan.options), default=str))
-        for name in sorted(asked.keys() & recorded.keys() - set(_FREE_OPTIONS)):
-            if asked[name] != recorded[name]:
-                raise BadPlan(
-                    f"checkpoint {checkpoint.name}: its plan was made with {name} {recorded[name]!r}, this run asks "
-                    f"for {asked[name]!r}; resume with the configuration of that run, or start another one"
                 )
 
     def _find_calibration(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> list[Batch]:
@@ -247,8 +324,3 @@ def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallba
     pruners = [callback for callback in trainer.callbacks if isinstance(callback, PruningCallback)]  # type: ignore[attr-defined]
     check_single_pruner([type(callback).__name__ for callback in pruners], wanted_by)
     return pruners[0] if pruners else None
-
-
-def _list_remaining_units(plan: PruningPlan) -> list[LayerPlan]:
-    """The remaining units; biases are not compared, because they are declared when a plan is carried out."""
-    return [replace(kept, attention_bias=False, mlp_bias=False) for kept in plan.layers]

@@ -1,29 +1,39 @@
 """What a Lightning job offers to a callback: its model, its batches, and the checkpoint that it is about to restore."""
 
+import logging
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch, convert_batches, select_tower_inputs
-from prunelit.runtime.errors import BadOption, BadPlan, NoModel
+from prunelit.core.architectures import get_architecture
+from prunelit.pruning.method import PruningMethod
+from prunelit.runtime.errors import BadOption, BadPlan, NoModel, SourceNotFound, UnknownArchitecture
 from prunelit.runtime.events import EventListener
 from prunelit.runtime.fingerprints import fingerprint_tokenizer, fingerprint_weights
-from prunelit.runtime.torch_files import check_torch_file
+from prunelit.runtime.messages import log_on_rank_zero
+from prunelit.runtime.torch_files import find_file_damage, is_pickle_allowed, read_lightning_file
 
 
-def find_model(pl_module: LightningModule) -> nn.Module:
+def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Module:
     """Find the transformers model inside a LightningModule.
 
-    A module that loads its model late may offer `load_model()`; it is called here, before the search.
+    A module that loads its model late may offer `load_model()`; it is called here, before the search. Of several models
+    the one is taken whose family can be pruned, where there is but one.
+
+    Args:
+        pl_module: of the job.
+        target: path of the model in it, such as "student"; None: that of the job's pruning callback, if it has one.
 
     Raises:
-        NoModel: there is none yet.
+        NoModel: there is none yet, or none at `target`.
+        BadOption: there are several, and no `target`.
 
     Example:
         See `PruningCallback.setup`, which calls it.
@@ -32,13 +42,49 @@ def find_model(pl_module: LightningModule) -> nn.Module:
 
     if callable(load := getattr(pl_module, "load_model", None)):
         load()
-    for module in pl_module.modules():
-        if isinstance(module, PreTrainedModel):
-            return module
-    raise NoModel(
-        f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, "
-        "got none; build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
+    pruners = [c for c in getattr(pl_module._trainer, "callbacks", ()) if isinstance(c, PruningMethod)]
+    target = target or next((getattr(pruner, "target", None) for pruner in pruners), None)
+    models: dict[str, PreTrainedModel] = {}
+    for path, module in pl_module.named_modules():
+        within_another = any(path.startswith(f"{other}.") for other in models)
+        if isinstance(module, PreTrainedModel) and not within_another:
+            models[path] = module
+    if target is not None:
+        owner = dict(pl_module.named_modules()).get(target)
+        of_target = [model for path, model in models.items() if f"{path}.".startswith(f"{target}.")]
+        if isinstance(owner, PreTrainedModel) or len(of_target) == 1:
+            return owner if isinstance(owner, PreTrainedModel) else of_target[0]
+        raise NoModel(
+            f"target {target!r}: expected the path of a transformers model in {type(pl_module).__name__}, got "
+            f"{'several' if of_target else 'none'}; there {_describe_models(models)}"
+        )
+    prunable = {path: model for path, model in models.items() if _has_architecture(model)}
+    for candidates in (models, prunable):
+        if len(candidates) == 1:
+            return next(iter(candidates.values()))
+    if not models:
+        raise NoModel(
+            f"{type(pl_module).__name__}: expected a transformers model as an attribute when callbacks are set up, "
+            "got none; build it in __init__ (not in setup or configure_model), or give the module a load_model() method"
+        )
+    raise BadOption(
+        f"{type(pl_module).__name__}: expected one transformers model, got {len(models)}; give the pruning callback "
+        f"target: {' or '.join(repr(path) for path in models)}"
     )
+
+
+def _has_architecture(model: Any) -> bool:
+    try:
+        get_architecture(model.config)
+    except UnknownArchitecture:
+        return False
+    return True
+
+
+def _describe_models(models: Mapping[str, Any]) -> str:
+    if not models:
+        return "is none at all; build it in __init__, or give the module a load_model() method"
+    return "are " + ", ".join(f"{path!r} ({type(model).__name__})" for path, model in models.items())
 
 
 def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) -> None:
@@ -66,6 +112,23 @@ def check_single_pruner(cutting: Sequence[str], wanted_by: str | None = None) ->
         )
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """Check that a model is cut before adapters sit on its linears.
+
+    Raises:
+        BadOption: it holds adapters of PEFT.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
+    for module in model.modules():
+        if type(module).__module__.startswith("peft."):
+            raise BadOption(
+                f"{type(model).__name__}: expected a model without adapters, got one with {type(module).__name__}; "
+                "merge them before another cut, or build the module anew"
+            )
+
+
 def check_own_processes(trainer: Trainer) -> None:
     """Refuse strategies of spawned or forked processes.
 
@@ -83,40 +146,63 @@ def check_own_processes(trainer: Trainer) -> None:
 
 
 def find_resume_path(trainer: Trainer) -> Path | None:
-    """Find the checkpoint that `trainer.fit` is about to restore.
-
-    Lightning resolves it before the callbacks' setup but keeps it in a local variable of `Trainer._run` until after
-    (2.6), and shapes must be right before the restore; so it is read from that frame.
+    """Find the checkpoint that the Trainer is about to restore, in any of its stages.
 
     Example:
         See `PruningCallback.setup`, which calls it.
     """
-    if trainer.ckpt_path:
-        return Path(trainer.ckpt_path)
+    path = _find_run_locals(trainer).get("ckpt_path", trainer.ckpt_path)
+    return Path(path) if path else None
+
+
+def _find_run_locals(trainer: Trainer) -> dict[str, Any]:
+    """Find the local variables of `Trainer._run`; empty outside of it.
+
+    Lightning resolves the checkpoint before the callbacks' setup but keeps it there until after (2.6), and shapes must
+    be right before the restore. `trainer.ckpt_path` is that of the run before.
+    """
     frame = sys._getframe()
     while frame is not None:
         if frame.f_code.co_name == "_run" and frame.f_locals.get("self") is trainer:
-            path = frame.f_locals.get("ckpt_path")
-            return Path(path) if path else None
+            return dict(frame.f_locals)
         frame = frame.f_back  # type: ignore[assignment]
-    return None
+    return {}
 
 
-def read_callback_states(checkpoint: Path) -> dict[str, Any]:
-    """Read the states of the callbacks from a checkpoint file; a sharded checkpoint, which is a folder, has none.
+def read_checkpoint(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Read the checkpoint that the Trainer is about to restore; nothing in it is run, whatever the caller allows.
+
+    Returns:
+        Its content, without objects that torch does not load by itself; empty for a sharded checkpoint, which is a
+        folder, and for one that is not on this machine.
 
     Raises:
-        SourceNotFound: the file is missing, cut short or damaged.
+        SourceNotFound: it is missing, damaged or no checkpoint, or it holds objects that the caller does not allow.
 
     Example:
         See `PruningCallback.setup`, which calls it.
     """
     if checkpoint.is_dir() or not is_local_path(checkpoint):
         return {}
-    check_torch_file(checkpoint)
-    # The caller is about to load this same file through Lightning; mmap reads only the few bytes asked for.
-    saved = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=False)
-    states: dict[str, Any] = saved.get("callbacks", {})
+    allow_unknown = is_pickle_allowed(_find_run_locals(trainer).get("weights_only"))
+    try:
+        return read_lightning_file(checkpoint, allow_unknown)
+    except SourceNotFound:
+        if allow_unknown and find_file_damage(checkpoint) is None:
+            return {}  # Lightning may read it all the same; the plan is beside it
+        raise
+
+
+def read_callback_states(trainer: Trainer, checkpoint: Path) -> dict[str, Any]:
+    """Read the states of the callbacks from the checkpoint that the Trainer is about to restore.
+
+    Raises:
+        SourceNotFound: see `read_checkpoint`.
+
+    Example:
+        See `prunelit.monitoring.dashboard`, which calls it.
+    """
+    states: dict[str, Any] = read_checkpoint(trainer, checkpoint).get("callbacks", {})
     return states
 
 
@@ -128,6 +214,19 @@ def is_local_path(path: str | Path) -> bool:
         (True, False)
     """
     return ":/" not in str(path)
+
+
+def log_in_job(message: str) -> None:
+    """Log a line as Lightning's own callbacks do, where prunelit's logger is not shown; never in both ways.
+
+    Example:
+        See `PruningCallback.setup`, which calls it.
+    """
+    logger = logging.getLogger("prunelit")
+    if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():  # our command line, or a job that shows the line
+        log_on_rank_zero(message)
+    else:
+        rank_zero_info(message)
 
 
 def find_cache_folder(trainer: Trainer) -> Path | None:
@@ -219,6 +318,7 @@ def take_batches(loader: Any, sequences: int) -> list[Batch]:
         sequences: most rows over all batches; the last batch is cut, unless it holds pictures.
 
     Example:
+        >>> import torch
         >>> loader = [{"input_ids": torch.zeros(4, 8, dtype=torch.long)}] * 3
         >>> [len(batch["input_ids"]) for batch in take_batches(loader, sequences=6)]
         [4, 2]

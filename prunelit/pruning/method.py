@@ -62,7 +62,8 @@ class PruningMethod(EventSource):
     """Base of all methods, without Lightning. Methods derive from `PruningCallback`, which adds the job.
 
     Args:
-        ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1).
+        ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1). It counts what is there before
+            the cut: in a model that was cut before, what the earlier cuts have left.
         budget: what the ratio counts: "parameters", "active_parameters" (those that a token passes in a mixture of
             experts), "macs" (per token), "kv_bytes" (KV cache per token), or "latency" (measured on the machine at
             hand, see `prunelit.planning.latency`).
@@ -113,6 +114,9 @@ class PruningMethod(EventSource):
     ignored_options: ClassVar[tuple[str, ...]] = ()
     """Options of this base class that mean nothing to the method. Values other than the defaults are refused, `--help`
     does not list them, and common options of a comparison skip the method."""
+    job_options: ClassVar[tuple[str, ...]] = ()
+    """Options that say where a Lightning job keeps its model; they decide nothing of the plan, and commands that load
+    the model themselves do not have them."""
     cut_options: ClassVar[tuple[str, ...]] = ()
     """Options of the method that its `cut` reads, so that they may be given together with a plan."""
     repair_choices: ClassVar[tuple[str, ...]] = ("none", "bias", "least_squares")
@@ -169,6 +173,8 @@ class PruningMethod(EventSource):
         self.repair = repair
         self.calibration, self.windows, self.seqlen, self.seed = calibration, windows, seqlen, seed
         self.plan_file = plan_file
+        self.say: Callable[[str], None] = log_on_rank_zero
+        """Logs a line of what was done."""
         self.applied_plan: PruningPlan | None = None
         self.seconds: dict[str, float] = {}
         self.cache: ResultCache | None = None
@@ -365,13 +371,13 @@ class PruningMethod(EventSource):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every constructor argument and its value."""
+        """Every constructor argument and its value, without `job_options`."""
         names = (
             name
             for kind in reversed(type(self).__mro__)
             if issubclass(kind, PruningMethod)
             for name, parameter in inspect.signature(kind.__init__).parameters.items()
-            if name != "self" and parameter.kind is not parameter.VAR_KEYWORD
+            if name not in ("self", *self.job_options) and parameter.kind is not parameter.VAR_KEYWORD
         )
         return {name: getattr(self, name) for name in dict.fromkeys(names)}
 
@@ -426,7 +432,7 @@ class PruningMethod(EventSource):
             self._cut_or_restore(context, plan, repaired_file)
         self.applied_plan = plan
         predicted = plan.predicted
-        log_on_rank_zero(
+        self.say(
             f"{plan.method}: {predicted['ratio_of_block_parameters']:.2%} of block parameters removed "
             f"({predicted['ratio_of_all_parameters']:.2%} of all), {int(predicted['parameters']):,} stay"
         )

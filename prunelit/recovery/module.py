@@ -7,7 +7,7 @@ the distance from the dense model's distributions (`prunelit.recovery.losses`). 
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, cast
@@ -19,11 +19,13 @@ from torch import Tensor
 from torchmetrics.text import Perplexity
 
 from prunelit.core.architectures import get_decoder_config
-from prunelit.core.plan import get_applied_plans
+from prunelit.core.plan import PruningPlan, get_applied_plans
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import find
+from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.model.text_model import list_tower_parameters
 from prunelit.quantization import quantize, views
 from prunelit.quantization.linears import list_decoder_mixtures
@@ -180,10 +182,19 @@ class RecoveryModule(LightningModule):
     def configure_model(self) -> None:
         """Load the dense teacher, quantise, add adapters, and prepare for the strategy, once.
 
-        Lightning calls this after `setup`, so the callbacks have pruned the model by now.
+        Lightning calls this after `setup`, so the callbacks have pruned the model by now. Where there is no model yet,
+        in `load_from_checkpoint`, `on_load_checkpoint` goes on, which knows the plan.
+
+        Raises:
+            BadOption: the options do not fit the model.
         """
-        if self._configured:
+        if self._configured or (self.model is None and self._trainer is None):
             return
+        if self.model is None:
+            raise BadOption(
+                "RecoveryModule: expected its model in configure_model, got none, because a callback calls it in its "
+                "setup; put that callback after the one that prunes"
+            )
         self._configured = True
         # Lightning calls this inside a context of its device. The model is moved there afterwards, with what is built.
         with next(self.model.parameters()).device:
@@ -191,7 +202,7 @@ class RecoveryModule(LightningModule):
 
     def _build_on_pruned_model(self) -> None:
         options = self.hparams
-        if options["loss"] == "distill":
+        if options["loss"] == "distill" and self._trainer is not None:
             self._load_teacher()
         for parameter in list_tower_parameters(self.model):
             parameter.requires_grad_(False)
@@ -222,7 +233,7 @@ class RecoveryModule(LightningModule):
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             if options["lora_rank"]:
                 self.model.enable_input_require_grads()
-        if sharding.is_sharded_strategy(self.trainer.strategy):
+        if self._trainer is not None and sharding.is_sharded_strategy(self.trainer.strategy):
             self._meta_model = [
                 sharding.prepare_for_sharding(self.model, loading.DTYPES[options["dtype"]], self.device_mesh)
             ]
@@ -341,17 +352,30 @@ class RecoveryModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Reduce the checkpoint to the trainable weights, and add the random states, from which dropout continues."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trainable}
+        checkpoint["state_dict"] = {
+            name: value for name, value in checkpoint["state_dict"].items() if name in trainable or is_cut_mark(name)
+        }
         checkpoint["random_states"] = _capture_random_states()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Check that the checkpoint has exactly the trainable weights of this module, before they are loaded.
 
+        Without a Trainer, in `load_from_checkpoint`, the model is loaded, cut and given its adapters here.
+
         Raises:
             BadPlan: a weight is missing, unknown or of another shape: another model, plan or rank.
         """
+        plans = list_saved_plans(checkpoint)
+        if self._trainer is None and not self._configured:
+            self._build_saved_model(checkpoint, plans)
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if plans and not get_applied_plans(model):
+            raise BadPlan(
+                f"this checkpoint was cut by prunelit: add the callback of {plans[-1].method} to trainer.callbacks, or "
+                "load it with RecoveryModule.load_from_checkpoint"
+            )
         expected_shapes = {name: p.shape for name, p in self.named_parameters() if p.requires_grad}
-        saved_shapes = {name: value.shape for name, value in checkpoint["state_dict"].items()}
+        saved_shapes = {n: value.shape for n, value in checkpoint["state_dict"].items() if not is_cut_mark(n)}
         for name in sorted(expected_shapes.keys() | saved_shapes.keys()):
             expected, saved = expected_shapes.get(name), saved_shapes.get(name)
             if expected != saved:
@@ -360,6 +384,30 @@ class RecoveryModule(LightningModule):
                     "it was made with another model, plan or lora_rank: resume with the configuration of that run"
                 )
         self._random_states = checkpoint.get("random_states")
+
+    def _build_saved_model(self, checkpoint: dict[str, Any], plans: Sequence[PruningPlan]) -> None:
+        """Load the model, cut it by the plans of a checkpoint, and add adapters.
+
+        Raises:
+            BadPlan: adapters that sit on weights which are not in the checkpoint, or another model.
+        """
+        states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+        if self.hparams["lora_rank"] and any(state.get("cut_weights") for state in states):
+            raise BadPlan(
+                "checkpoint: its adapters sit on repaired weights, which it does not hold; load it with a Trainer that "
+                "has the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
+            )
+        self.load_model()
+        rebuild_shapes(self.model, plans)
+        mark_state_dicts(self, get_applied_plans(self.model))
+        self.configure_model()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does; frozen weights do not count as missing, because checkpoints do not hold them."""
+        keys = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name in trainable]
+        return keys
 
     def on_train_start(self) -> None:
         """Restore the random states last, after everything that draws random numbers while a run is set up."""

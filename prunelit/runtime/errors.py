@@ -112,6 +112,13 @@ class NoModel(PrunelitError):
     """
 
 
+class StaleReference(PrunelitError):
+    """Something in a job holds weights that the cut has replaced.
+
+    Example: see `tests/pruning/test_live_references.py`.
+    """
+
+
 class NoCalibration(PrunelitError):
     """No calibration batches: no text source, no `calibration_dataloader()`, no train batches with `input_ids`.
 

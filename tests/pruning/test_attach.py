@@ -1,5 +1,6 @@
 """A pruning callback on a foreign Lightning job: the model is cut once, before anything is built on its shapes."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
+from transformers import BertConfig, BertModel
 
 from prunelit.callbacks import LLMBIP, Magnitude
-from prunelit.core.plan import PruningPlan
+from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration, NoModel, SourceNotFound
 from tests.foreign_job import ForeignData, ForeignModule, sequences
@@ -41,6 +43,15 @@ def bip(**options: Any) -> LLMBIP:
 
 def widths(module: ForeignModule) -> list[tuple[int, int]]:
     return [(layer.shape.kv_groups, layer.shape.ffn_channels) for layer in Decoder(module.network)]
+
+
+def whole_layer_plan(path: Path) -> str:
+    """A plan without the last layer."""
+    shape = Decoder(ForeignModule().network).shape
+    layers = [LayerPlan.dense(layer) for layer in shape.layers]
+    gone = LayerPlan((), (), ())
+    PruningPlan("by hand", shape, (*layers[:-1], gone)).save(path)
+    return str(path)
 
 
 def test_two_callbacks_that_cut_are_refused(tmp_path: Path) -> None:
@@ -85,14 +96,105 @@ def test_setup_leaves_the_random_state_alone(tmp_path: Path) -> None:
     assert torch.equal(module.state, before)
 
 
-def test_one_model_is_cut_once(tmp_path: Path) -> None:
+def test_a_callback_cuts_a_model_once(tmp_path: Path) -> None:
     module, callback = ForeignModule(), bip()
     trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
     once = widths(module)
     trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
-    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())  # a notebook cell run again
     trainer(tmp_path, bip()).validate(module, datamodule=ForeignData(), verbose=False)
     assert widths(module) == once
+
+
+def test_a_new_callback_cuts_further_and_says_what_its_ratio_counts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, cuts = ForeignModule(), [Magnitude(0.2, align=4, kinds=["channels"]) for _ in range(3)]
+    dense = sum(p.numel() for p in module.network.parameters())
+    caplog.set_level("INFO")
+    parameters = []
+    for cut in cuts:
+        trainer(tmp_path, cut).fit(module, datamodule=ForeignData())
+        parameters.append(sum(p.numel() for p in module.network.parameters()))
+        assert cut.applied_plan is not None
+        assert cut.applied_plan.predicted["parameters"] == parameters[-1]
+        assert cut.applied_plan.predicted["ratio_of_block_parameters"] == pytest.approx(0.24, abs=0.04)
+    assert dense > parameters[0] > parameters[1] > parameters[2]
+    assert f"magnitude: cut 3 of this model; the ratio counted what earlier cuts had left. {parameters[2]:,} of" in (
+        caplog.text
+    )
+
+
+def test_a_run_of_two_cuts_resumes_into_the_shapes_of_both(tmp_path: Path) -> None:
+    def cut(**options: Any) -> Magnitude:
+        return Magnitude(0.3, align=8, **options)
+
+    module = ForeignModule()
+    trainer(tmp_path, cut()).fit(module, datamodule=ForeignData())
+    checkpoint = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, cut(), checkpoint, enable_checkpointing=True).fit(module, datamodule=ForeignData())
+    again = ForeignModule()
+    run = trainer(tmp_path, cut(), steps=6)
+    run.fit(again, datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt"))
+    assert widths(again) == widths(module) != [(2, 64)] * 3
+    assert run.global_step == 6
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_job_says_once_how_much_was_cut(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, shown: bool
+) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    own, lightnings = logging.getLogger("prunelit"), logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(lightnings, "handlers", [handler])
+    monkeypatch.setattr(own, "handlers", [handler] if shown else [])
+    monkeypatch.setattr(own, "propagate", False)
+    monkeypatch.setattr(own, "level", logging.INFO if shown else logging.NOTSET)
+    own.manager._clear_cache()  # type: ignore[attr-defined]
+    trainer(tmp_path, Magnitude(0.3, align=8), steps=1).fit(ForeignModule(), datamodule=ForeignData())
+    own.manager._clear_cache()  # type: ignore[attr-defined]
+    assert len([line for line in lines if "of block parameters removed" in line]) == 1
+
+
+class TwoModels(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.teacher = self.build().requires_grad_(False)  # named first by who reads the module from above
+        self.student = self.network
+        del self.network
+        self.network = [self.student]  # type: ignore[assignment]
+
+    def training_step(self, batch: dict[str, torch.Tensor], index: int) -> torch.Tensor:
+        loss: torch.Tensor = self.student(**batch, labels=batch["input_ids"]).loss
+        return loss
+
+    def validation_step(self, batch: dict[str, torch.Tensor], index: int) -> None:
+        pass
+
+
+def test_of_several_models_the_target_is_cut(tmp_path: Path) -> None:
+    module = TwoModels()
+    with pytest.raises(BadOption, match=r"expected one transformers model, got 2; .*target: 'teacher' or 'student'"):
+        trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
+    with pytest.raises(NoModel, match=r"target 'pupil'.*'teacher' .*'student'"):
+        trainer(tmp_path, bip(target="pupil")).fit(module, datamodule=ForeignData())
+    callback = bip(target="student")
+    trainer(tmp_path, callback).fit(module, datamodule=ForeignData())
+    shapes = [[layer.shape.ffn_channels for layer in Decoder(model)] for model in (module.teacher, module.student)]
+    assert shapes[0] == [64] * 3
+    assert max(shapes[1]) < 64
+    assert callback.applied_plan is not None
+    assert "target" not in callback.applied_plan.options
+
+
+def test_a_model_that_cannot_be_pruned_beside_it_needs_no_target(tmp_path: Path) -> None:
+    module = ForeignModule()
+    module.reward = BertModel(  # type: ignore[assignment]
+        BertConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+    ).requires_grad_(False)
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
+    assert widths(module) != [(2, 64)] * 3
 
 
 def test_a_callback_used_again_cuts_the_next_model(tmp_path: Path) -> None:

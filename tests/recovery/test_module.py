@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from prunelit.calibration import metrics
 from prunelit.callbacks import LLMBIP, ShortGPT
 from prunelit.core.plan import PruningPlan, get_applied_plans
+from prunelit.core.saved_plans import CUT_MARK, list_saved_plans
 from prunelit.data import loading
 from prunelit.monitoring.run_report import RunReport
 from prunelit.quantization import quantize
@@ -82,7 +83,8 @@ def test_the_first_checkpoint_differs_from_the_end(source: str, tmp_path: Path) 
 
 def test_a_checkpoint_holds_plan_and_adapters_only(source: str, tmp_path: Path) -> None:
     module, _, pruner = run(source, tmp_path, 3)
-    saved = torch.load(tmp_path / "ckpt/step=3.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "ckpt/step=3.ckpt", weights_only=True)
+    assert list_saved_plans({"state_dict": {CUT_MARK: saved["state_dict"].pop(CUT_MARK)}}) == [pruner.applied_plan]
     assert all(".lora_" in name for name in saved["state_dict"])
     state = next(value for name, value in saved["callbacks"].items() if "LLMBIP" in name)
     assert PruningPlan.from_json(state["plan"]) == pruner.applied_plan

@@ -1,0 +1,237 @@
+"""After a cut, whatever in a job still holds the old weights is named; what holds the new ones, or its own, is not."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import (
+    Callback,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from torch.optim.swa_utils import AveragedModel
+
+from prunelit.callbacks import Magnitude
+from prunelit.model.copies import copy_sharing_tensors
+from prunelit.runtime.errors import StaleReference
+from tests.foreign_job import ForeignData, ForeignModule
+from tests.pruning.test_attach import trainer, whole_layer_plan, widths
+
+ROOT = Path(__file__).parents[2]
+
+
+def cut(**options: Any) -> Magnitude:
+    return Magnitude(0.3, align=8, **options)
+
+
+def fit(folder: Path, module: ForeignModule, *callbacks: Any, data: Any = None, **options: Any) -> Trainer:
+    run = trainer(folder, *callbacks, **options)
+    run.fit(module, datamodule=data or ForeignData())
+    return run
+
+
+class EarlyOptimizer(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adam = torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    def configure_optimizers(self) -> Any:
+        return self.adam
+
+
+class EarlyOptimizers(EarlyOptimizer):
+    """Two optimisers, one of them right."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> Any:
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.network.lm_head.parameters(), lr=1e-3), self.adam]
+
+
+class HoldsParameters(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.clipped = {"ffn": [p for n, p in self.network.named_parameters() if "mlp" in n]}
+
+
+class HoldsParameter(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = self.network.model.layers[0].mlp.gate_proj.weight  # registered under a second name
+
+
+class HoldsSchedule(ForeignModule):
+    """An optimiser of its own, behind an object of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.helper = Helper(torch.optim.SGD(self.parameters(), lr=1e-3))
+
+
+class Helper:
+    def __init__(self, optimizer: Any):
+        self.optimizer = optimizer
+
+
+class HoldsMethod(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.last_layer = self.network.model.layers[-1].forward
+
+
+class HoldsLayers(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = list(self.network.model.layers)
+
+
+class HoldsLayerList(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = self.network.model.layers  # a module under a second name
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (EarlyOptimizer, r"optimizer AdamW: .* got 9 that the cut has replaced, such as .*configure_optimizers"),
+        (EarlyOptimizers, "optimizer AdamW"),
+        (HoldsParameters, r"HoldsParameters\.clipped: .*mlp.* of before the cut"),
+        (HoldsParameter, r"HoldsParameter\.gate: .*gate_proj"),
+        (HoldsSchedule, r"HoldsSchedule\.helper"),
+    ],
+)
+def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any, said: str) -> None:
+    with pytest.raises(StaleReference, match=said):
+        fit(tmp_path, kind(), cut(), max_epochs=1)
+
+
+@pytest.mark.parametrize("kind", [HoldsLayers, HoldsLayerList, HoldsMethod])
+def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
+    with pytest.raises(StaleReference, match=kind.__name__):
+        fit(tmp_path, kind(), cut(plan_file=whole_layer_plan(tmp_path / "plan.json")))
+
+
+def test_layers_that_stay_may_be_held(tmp_path: Path) -> None:
+    module = HoldsLayers()
+    fit(tmp_path, module, cut())
+    assert module.blocks == list(module.network.model.layers)
+
+
+class OwnAverage(Callback):
+    """An average of somebody's own, made when the job is set up."""
+
+    def __init__(self, form: str):
+        self.form = form
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.form == "module":
+            self.copied = copy.deepcopy(pl_module)
+        elif self.form == "model":
+            self.ema_model = copy.deepcopy(pl_module.network)
+        else:
+            self.shadow = {name: p.detach().clone() for name, p in pl_module.named_parameters()}
+
+
+@pytest.mark.parametrize("form", ["module", "model", "state"])
+def test_an_average_of_ones_own_is_named_before_the_cut_and_works_after_it(tmp_path: Path, form: str) -> None:
+    with pytest.raises(StaleReference, match=r"put OwnAverage after the pruning callback in trainer.callbacks"):
+        fit(tmp_path, ForeignModule(), OwnAverage(form), cut())
+    fit(tmp_path, ForeignModule(), cut(), OwnAverage(form))
+
+
+def test_a_teacher_may_hold_the_dense_weights(tmp_path: Path) -> None:
+    class Distils(Callback):
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            self.teacher = copy.deepcopy(pl_module.network)
+
+    class Teaches(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.shares_weights = [copy_sharing_tensors(self.network)]
+
+    module = Teaches()
+    fit(tmp_path, module, Distils(), cut())
+    assert module.shares_weights[0].model.layers[0].mlp.gate_proj.out_features == 64
+
+
+AVERAGES = {
+    "WeightAveraging": lambda: WeightAveraging(),
+    "EMAWeightAveraging": lambda: EMAWeightAveraging(decay=0.5),
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(swa_lrs=1e-3, swa_epoch_start=1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+@pytest.mark.parametrize("name", AVERAGES)
+def test_lightnings_averages_stand_after_the_cut_wherever_they_are_listed(tmp_path: Path, name: str) -> None:
+    module, average = ForeignModule(), AVERAGES[name]()
+    run = fit(tmp_path, module, average, cut(), steps=-1, max_epochs=2)
+    assert [type(c).__name__ for c in run.callbacks[:2]] == ["Magnitude", name]  # type: ignore[attr-defined]
+    copied = average._average_model
+    copied = copied.module if isinstance(copied, AveragedModel) else copied
+    assert widths(copied) == widths(module) != [(2, 64)] * 3
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback with a model that overrides")
+def test_a_job_with_an_average_resumes_and_is_tested(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    module = ForeignModule()
+    fit(tmp_path, module, WeightAveraging(), cut(), keep, enable_checkpointing=True)
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+    again = ForeignModule()
+    run = trainer(tmp_path, WeightAveraging(), cut(), steps=6)
+    run.fit(again, datamodule=ForeignData(), ckpt_path=last)
+    assert run.global_step == 6
+    assert widths(again) == widths(module)
+
+
+def test_a_second_fit_finds_nothing_of_the_first(tmp_path: Path) -> None:
+    module = ForeignModule()
+    callback = cut()
+    fit(tmp_path, module, callback)
+    fit(tmp_path, module, callback)
+    fit(tmp_path, module, cut())
+
+
+TWO_RANKS = """
+from tests.pruning.test_live_references import EarlyOptimizer, ForeignData, ForeignModule, Trainer, cut
+
+for module in (ForeignModule(), EarlyOptimizer()):
+    run = Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_steps=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, callbacks=[cut()],
+    )
+    run.fit(module, datamodule=ForeignData())
+    print("trained", run.global_rank)
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_stop_together(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(TWO_RANKS)
+    done = subprocess.run(
+        [sys.executable, "job.py"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert sorted(line for line in done.stdout.splitlines() if "trained" in line) == ["trained 0", "trained 1"]
+    assert done.stderr.count("StaleReference: optimizer AdamW: expected the parameters of the cut model") == 2
