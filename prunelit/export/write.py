@@ -255,6 +255,12 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a plain Exception, with the system's message in it
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
+    # transformers also saves how the tokenizer was loaded: from this machine's files, or offline.
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_and_prove(
