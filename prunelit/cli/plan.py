@@ -8,6 +8,7 @@
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -31,6 +32,7 @@ from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
 from prunelit.model.modes import move_to_device
 from prunelit.planning import latency
+from prunelit.planning.overshoot import describe_overshoot
 from prunelit.pruning.callback import PruningCallback, find_pruner
 from prunelit.pruning.job import find_model
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
@@ -211,6 +213,8 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
             options.model, wrap_in_list(options.text), method, measured=options.latency, **named
         )
     print_result(render_plan_card(plan, time_saved))
+    if reason := describe_overshoot(plan):
+        logging.getLogger("prunelit").warning("%s", reason)
     if out:
         write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
