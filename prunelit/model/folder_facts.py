@@ -110,8 +110,8 @@ def _read_folder_facts_once(folder: Path, versions: tuple[tuple[str, int, int], 
     )
     if missing := [name for name in files if name not in sizes]:
         raise SourceNotFound(
-            f"model {str(folder)!r}: cannot be loaded: {main_file} names {missing[0]!r}, which is not in the folder; fetch "
-            "the missing files"
+            f"model {str(folder)!r}: cannot be loaded: {main_file} names {missing[0]!r}, which is not in the folder; "
+            "fetch the missing files"
         )
     tensors: dict[str, StoredTensor] = {}
     for name in files:
