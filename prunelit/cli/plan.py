@@ -38,6 +38,7 @@ from prunelit.pruning.job import find_model
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.text_files import write_text
+from prunelit.runtime.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -228,7 +229,7 @@ def _is_fit_config(arguments: list[str]) -> bool:
     finder.add_argument("--config", action="append", default=[])
     for path in finder.parse_known_args(arguments)[0].config:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser itself says what is wrong with it
         if isinstance(content, dict) and ("trainer" in content or isinstance(content.get("model"), dict)):
