@@ -3,6 +3,7 @@
 Units are removed in steps, so small models, wide steps (`align`) and whole KV groups overshoot the ratio.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,10 @@ def describe_overshoot(plan: PruningPlan) -> str:
         >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
         >>> kept = LayerPlan((0, 1, 2, 3), (0, 1), tuple(range(16)))
         >>> plan = PruningPlan("random", model, (kept, kept), {"ratio": 0.2, "align": 16})
-        >>> first, second = describe_overshoot(plan).split("; ")
-        >>> first.partition(", since")[0]
+        >>> removed, finer = describe_overshoot(plan).split("; ")
+        >>> removed.partition(", since")[0]
         'ratio 0.2: 24.7% of parameters are removed, 4.7 points more'
-        >>> second
+        >>> finer
         '--align 1 would remove about 20.1%'
     """
     overshoot = measure_overshoot(plan)
@@ -113,9 +114,22 @@ def describe_overshoot(plan: PruningPlan) -> str:
         if nearest is not None and nearest[0] - overshoot.ratio <= LARGEST_OVERSHOOT:
             break
     reason = f"it is cut in steps of {_describe_steps(plan)}"
-    if nearest is None:
-        return f"{head}{reason}; no option makes finer ones"
-    return f"{head}{reason}; {nearest[1]} would remove about {nearest[0]:.1%}"
+    finer = f"{nearest[1]} would remove about {nearest[0]:.1%}" if nearest else "no option makes finer ones"
+    below = _find_share_below(plan, overshoot.ratio)
+    return f"{head}{reason}; {finer}" + (f"; --ratio {below:.4f} stays below it" if below else "")
+
+
+def _find_share_below(plan: PruningPlan, ratio: float) -> float | None:
+    """Find the largest cut with the plan's options that removes no more than a ratio: its share, rounded down."""
+    lower, upper, largest = 0.0, ratio, 0.0
+    for _ in range(10):
+        middle = (lower + upper) / 2
+        share = _plan_alternative(plan, {"ratio": middle})
+        if share is not None and share <= ratio:
+            lower, largest = middle, max(largest, share)
+        else:
+            upper = middle
+    return math.floor(10_000 * largest) / 10_000 or None
 
 
 def _describe_steps(plan: PruningPlan) -> str:

@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> Any:
         elif isinstance(event, yaml.AliasEvent):
             if any(anchor == event.anchor for anchor, _ in open_nodes):
                 raise _build_error("an alias inside of what it stands for", event)
-            count += values_by_anchor.get(event.anchor, 1)
+            count += values_by_anchor.get(str(event.anchor), 1)
         elif isinstance(event, yaml.ScalarEvent):
             count += 1
         if len(open_nodes) > _DEEPEST:
@@ -56,6 +56,5 @@ def parse_yaml(text: str) -> Any:
 
 
 def _build_error(problem: str, event: yaml.Event) -> yaml.YAMLError:
-    return yaml.constructor.ConstructorError(
-        problem=f"expected plain values, got {problem}", problem_mark=event.start_mark
-    )
+    mark: Any = event.start_mark
+    return yaml.constructor.ConstructorError(problem=f"expected plain values, got {problem}", problem_mark=mark)

@@ -22,7 +22,11 @@ EXPERTS = {"kinds": ["experts"]}
         ("gpt2", {"scope": "global"}, "steps of kv_group and FFN widths in multiples of align 64; --align"),
         ("llama", {"budget": "macs"}, "of macs are removed"),
         ("gpt2", {"budget": "kv_bytes"}, "steps of kv_group, in every layer alike; --scope global"),
-        ("mixtral", {**EXPERTS, "scope": "global"}, "steps of whole experts; no option makes finer ones"),
+        (
+            "mixtral",
+            {**EXPERTS, "scope": "global"},
+            "steps of whole experts; no option makes finer ones; --ratio 0.2498 stays",
+        ),
     ],
     ids=["layer", "global", "macs", "kv_bytes", "experts"],
 )
@@ -37,6 +41,9 @@ def test_the_option_that_is_named_keeps_its_word(family: str, options: dict[str,
         assert other is not None and 0.25 <= other.achieved < overshoot.achieved
         # Unequal scores order the steps of scope "global" otherwise, by at most one of them.
         assert other.achieved == pytest.approx(float(change[3]) / 100, abs=0.01)
+    if options.get("scope") != "global" and (change := re.search(r"; --ratio ([\d.]+) stays below it", reason)):
+        other = measure_overshoot(Random(float(change[1]), **options).plan_model(tiny(family)))
+        assert other is not None and float(change[1]) <= other.achieved <= 0.25
 
 
 def test_a_plan_near_its_ratio_is_not_remarked_on() -> None:
