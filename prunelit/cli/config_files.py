@@ -15,11 +15,11 @@ from typing import Any
 
 import yaml
 
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning import registry
 from prunelit.pruning.registry import list_broken_files, methods
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_file, suggest_name
 from prunelit.runtime.parser_messages import condense_message
-from prunelit.runtime.yaml_text import parse_yaml
 
 _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
 """Modules of Lightning whose classes a config may name without the module."""

@@ -12,11 +12,11 @@ from jsonargparse import ArgumentParser, Namespace
 
 from prunelit.data import text
 from prunelit.data.option_types import Sources
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.parser_messages import condense_message
 from prunelit.runtime.progress import show_stage
-from prunelit.runtime.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from prunelit.pruning.callback import PruningCallback

@@ -27,6 +27,7 @@ from prunelit.data import loading, offloaded, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
@@ -38,7 +39,6 @@ from prunelit.pruning.job import find_model
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.text_files import write_text
-from prunelit.runtime.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule

@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from prunelit.core.plan import PruningPlan
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.export.formats import ExportJob, ExportResult, Format
-from prunelit.runtime.yaml_text import parse_yaml
 
 CARD_FILE = "README.md"
 _SIZE_LABELS = {
