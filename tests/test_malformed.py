@@ -31,6 +31,8 @@ FIT = (
 COMPARE = "compare --model {model} --out {out} --config {yaml}"
 TABLE = "methods: [magnitude]\nratios: [0.3]\ntexts: {t: {text: words.txt, seqlen: 16}}\n"
 
+BOMB = "a0: &a0 x\n" + "".join(f"a{n + 1}: &a{n + 1} [{', '.join([f'*a{n}'] * 10)}]\n" for n in range(9))
+
 Row = tuple[str, list[str]] | tuple[str, list[str], str]
 
 
@@ -46,6 +48,8 @@ WORDS: list[Row] = [  # of the command line itself
     ("methods llm_bip flap", ["methods", "flap"]),
     ("prune", ["model"]),
     ("prune --model {model}", ["ratio"]),
+    (PRUNE + " --method ../../x", ["../../x", "expected one of", "flap"]),
+    ("plan --model {model} --ratio 0.2 --method ..", ["method '..'", "expected one of"]),
     (PRUNE + " --ratoi 0.2", ["--ratoi", "did you mean 'ratio'"]),
     (PRUNE + " stray", ["stray"]),
     (PRUNE + " --text", ["text"]),
@@ -76,6 +80,15 @@ YAML: list[Row] = [
     ("fit --config {yaml}", ["yaml"], "- model\n- data\n"),
     ("fit --config {yaml}", ["c.yaml", "empty file"], ""),
     ("fit --config {binary}", ["binary"]),
+    *(
+        (f"{command} --config {{yaml}}", ["c.yaml", "in line", said], content)
+        for command in ("fit", "prune", "plan")
+        for content, said in (
+            (BOMB, "more than 100,000 of them, aliases included"),
+            ("protect: &a [*a]\n", "an alias inside of what it stands for"),
+            (f"protect: {'[' * 2000}{']' * 2000}\n", "more than 64 levels"),
+        )
+    ),
     ("fit --config {yaml}", ["model", "expected"], "model: [a, b]"),
     ("fit --config {yaml}", ["trainer"], "trainer: 5"),
     ("fit --config {yaml}", ["trainer.max_steps", "lots"], "trainer: {max_steps: lots}\nmodel: {model: x}"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning import registry
 from prunelit.pruning.registry import list_broken_files, methods
 from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_file, suggest_name
@@ -72,7 +73,7 @@ def read_config_file(path: str) -> Mapping[str, object]:
     if "\n" in path or path.lstrip().startswith("{") or Path(path).is_fifo():
         return {}
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""

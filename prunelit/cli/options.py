@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from prunelit.data import text
 from prunelit.data.option_types import Sources
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.parser_messages import condense_message
@@ -216,7 +217,7 @@ def peek_option(option: str, arguments: list[str]) -> str | None:
         return str(getattr(known, option))
     for path in reversed(known.config):
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError):
             continue  # the parser reports what is wrong with the file
         if isinstance(content, dict) and content.get(option):

@@ -8,6 +8,7 @@
 """
 
 import argparse
+import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -26,11 +27,13 @@ from prunelit.data import loading, offloaded, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.folder import read_model_config
 from prunelit.model.modes import move_to_device
 from prunelit.planning import latency
+from prunelit.planning.overshoot import describe_overshoot
 from prunelit.pruning.callback import PruningCallback, find_pruner
 from prunelit.pruning.job import find_model
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
@@ -211,6 +214,8 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
             options.model, wrap_in_list(options.text), method, measured=options.latency, **named
         )
     print_result(render_plan_card(plan, time_saved))
+    if reason := describe_overshoot(plan):
+        logging.getLogger("prunelit").warning("%s", reason)
     if out:
         write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
@@ -224,7 +229,7 @@ def _is_fit_config(arguments: list[str]) -> bool:
     finder.add_argument("--config", action="append", default=[])
     for path in finder.parse_known_args(arguments)[0].config:
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError, yaml.YAMLError):
             continue  # the parser itself says what is wrong with it
         if isinstance(content, dict) and ("trainer" in content or isinstance(content.get("model"), dict)):

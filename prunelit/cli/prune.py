@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +20,12 @@ from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
 from prunelit.export import load_commands
+from prunelit.export.formats import ExportResult
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
 from prunelit.model.text_model import count_tower_parameters
+from prunelit.planning.overshoot import describe_overshoot
 from prunelit.pruning.callback import PruningCallback
 from prunelit.report import run_page
 from prunelit.report.format_numbers import describe_other_parameters
@@ -105,37 +107,68 @@ def prune_model(
         tower_parameters = count_tower_parameters(network)
         plan = method.prune(dense_decoder, batches)
         pruned_decoder = Decoder(network)
-        with method.time_stage("save"):
-            written = export.write_model(
+        given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
+        record.facts |= {
+            "tower_parameters": tower_parameters,
+            "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
+        }
+        report: JsonObject = {
+            "method": plan.method,
+            "options": plan.options,
+            "dense": dense_size,
+            "pruned": metrics.measure_model_size(pruned_decoder)
+            | {name: value for name, value in plan.predicted.items() if name.startswith("ratio")},
+            "tower_parameters": tower_parameters,
+            "calibration": plan.calibration,
+        }
+        with ExitStack() as save_stage:
+            save_stage.enter_context(method.time_stage("save"))
+
+            def add_reports(folder: Path, written: ExportResult) -> None:
+                save_stage.close()
+                _write_reports(folder, written, Path(out), plan, method, report, record)
+
+            export.write_model(
                 *(pruned_decoder, out, tokenizer, plan, format, overwrite),
                 max_shard_size=max_shard_size,
                 fresh_process=True,
+                add_files=add_reports,
             )
-    ratios = {name: value for name, value in plan.predicted.items() if name.startswith("ratio")}
-    report = {
-        "method": plan.method,
-        "options": plan.options,
-        "dense": dense_size,
-        "pruned": metrics.measure_model_size(pruned_decoder) | ratios,
-        "tower_parameters": tower_parameters,
-        "calibration": plan.calibration,
+    return report
+
+
+def _write_reports(
+    folder: Path,
+    written: ExportResult,
+    target: Path,
+    plan: PruningPlan,
+    method: PruningCallback,
+    report: JsonObject,
+    record: Record,
+) -> None:
+    """Write report.json and report.html beside the model before it is in place: a killed job leaves all or nothing.
+
+    Args:
+        folder: of the model.
+        written: its format.
+        target: where the folder will be.
+        plan: that was applied.
+        method: that made it, with the seconds of its stages.
+        report: content of report.json so far; completed here.
+        record: of the run.
+    """
+    report |= {
         "format": written.format,
         "seconds": {name: round(value, 2) for name, value in method.seconds.items()},
         "peak_memory_mib": get_peak_memory_mib(),
         "versions": collect_versions(),
         "seed": plan.seed,
     }
-    write_json(Path(out) / "report.json", report)
+    write_json(folder / "report.json", report)
     for name in ("dense", "pruned"):
         record.on_event("measured", {"name": name, "row": report[name]})
-    given = {"model": model, "text": list(sources), "out": out, "method": plan.method, **plan.options}
-    record.facts |= {
-        "tower_parameters": tower_parameters,
-        "config": yaml.safe_dump(given | {"dtype": dtype, "format": format}, sort_keys=False, allow_unicode=True),
-        "load": load_commands.list_load_commands(written.format, Path(out), plan),
-    }
-    run_page.write_run_page(record, Path(out))
-    return report
+    record.facts["load"] = load_commands.list_load_commands(written.format, target, plan, folder)
+    run_page.write_run_page(record, folder)
 
 
 def _check_format(tokenizer: "PreTrainedTokenizerBase", format: str, decoder: Decoder, plan: PruningPlan) -> None:
@@ -166,9 +199,13 @@ def run(command: str, arguments: list[str]) -> int:
     }
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     others = describe_other_parameters(report["pruned"], report["tower_parameters"])
-    removed = f"removed {share[0]:.2%} of block parameters, {share[1]:.2%} of all; {others}"
+    asked = f" (asked: {method.ratio:.2%})" if method.given_plan is None and method.budget == "parameters" else ""
+    removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    plan = method.applied_plan
+    if method.given_plan is None and plan is not None and (reason := describe_overshoot(plan)):
+        logging.getLogger("prunelit").warning("%s", reason)
     return 0
 
 

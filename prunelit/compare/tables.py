@@ -12,6 +12,10 @@ from prunelit.report.page import parts
 from prunelit.report.page.parts import Notes, Section, Table
 
 _MISSING = "\N{EN DASH}"
+LEAST_DIFFERENCE = 0.005
+"""Nats by which a winner leads at least: about half of the range between two seeds, see docs/lab-log.md."""
+LARGEST_SHARE_GAP = 0.005
+"""Rows whose removed shares differ by more are not compared, unless the winner is the one that removed more."""
 
 
 def compute_mean_log_ratio(cell: CellResult, dense: DenseResult) -> float:
@@ -89,13 +93,9 @@ def build_comparison_sections(report: ComparisonReport) -> list[Section]:
     parts_of_tables: list[parts.Part] = [
         f"Perplexity on {' / '.join(texts)}; the dense model has {perplexities}.",
         build_ratio_table(report, format_perplexities),
-        f"Mean over {' / '.join(texts)} of ln(perplexity / dense perplexity), in nats, smaller is better; the best of "
-        "each column in bold.",
-        build_ratio_table(
-            report,
-            _format_log_ratios(dense),
-            best=lambda cells: _compute_mean(compute_mean_log_ratio(cell, dense) for cell in cells),
-        ),
+        f"Mean over {' / '.join(texts)} of ln(perplexity / dense perplexity), in nats, smaller is better; a winner is "
+        f"in bold: one that leads by more than the seeds' spread and {LEAST_DIFFERENCE} nats, and removed no less.",
+        build_ratio_table(report, _format_log_ratios(dense), winners=find_best_rows(report)),
         "Seconds to score, plan, cut and repair.",
         build_ratio_table(report, format_seconds),
     ]
@@ -109,30 +109,69 @@ def build_comparison_sections(report: ComparisonReport) -> list[Section]:
 
 
 def find_best_rows(report: ComparisonReport) -> dict[float, tuple[str, float]]:
-    """Find the best row at each ratio, among the rows that have finished every seed.
+    """Find the winner at each ratio, among the rows that have finished every seed.
+
+    A row wins if no other one is within noise of it, and if none of those behind it removed clearly more. With one row
+    there is nothing to win.
 
     Args:
         report: content of compare.json.
 
     Returns:
-        {ratio: (label of the row, its mean log ratio)}.
+        {ratio: (label of the row, its mean log ratio)}; ratios without a winner are left out.
 
     Example:
-        >>> cell = {"status": "finished", "label": "flap", "ratio": 0.2, "texts": {"a": {"nll": 2.5}}}
-        >>> dense = {"texts": {"a": {"nll": 2.0}}}
-        >>> report = {"ratios": [0.2], "seeds": [0], "rows": [{"label": "flap"}], "cells": [cell], "dense": dense}
-        >>> find_best_rows(report)
+        >>> def make_cell(label, nll):
+        ...     shares = {"ratio": 0.2, "ratio_of_block_parameters": 0.2}
+        ...     return {"status": "finished", "label": label, "texts": {"a": {"nll": nll}}, **shares}
+        >>> cells, rows = [make_cell("flap", 2.5), make_cell("random", 2.9)], [{"label": "flap"}, {"label": "random"}]
+        >>> report = {"ratios": [0.2], "seeds": [0], "rows": rows, "cells": cells}
+        >>> find_best_rows({**report, "dense": {"texts": {"a": {"nll": 2.0}}}})
         {0.2: ('flap', 0.5)}
     """
     best: dict[float, tuple[str, float]] = {}
     for ratio in report["ratios"]:
-        for row in report["rows"]:
-            cells = _select_finished_cells(report, row["label"], ratio)
-            if len(cells) == len(report["seeds"]):
-                measure = _compute_mean(compute_mean_log_ratio(cell, report["dense"]) for cell in cells)
-                if ratio not in best or measure < best[ratio][1]:
-                    best[ratio] = row["label"], measure
+        cells_by_label = {row["label"]: _select_finished_cells(report, row["label"], ratio) for row in report["rows"]}
+        complete = {label: cells for label, cells in cells_by_label.items() if len(cells) == len(report["seeds"])}
+        if winner := _find_winner(complete, report["dense"], _counts_parameters(report)):
+            best[ratio] = winner, _compute_mean(_list_log_ratios(complete[winner], report["dense"]))
     return best
+
+
+def _find_winner(
+    cells_by_label: Mapping[str, Sequence[CellEntry]], dense: DenseResult, counts_parameters: bool
+) -> str | None:
+    """Find the row that is clearly the nearest to the dense model; None where there is none."""
+    ratios_by_label = {label: _list_log_ratios(cells, dense) for label, cells in cells_by_label.items()}
+    if len(ratios_by_label) < 2:
+        return None
+    best = min(ratios_by_label, key=lambda label: _compute_mean(ratios_by_label[label]))
+    for label, ratios in ratios_by_label.items():
+        own = ratios_by_label[best]
+        noise = max(LEAST_DIFFERENCE, _compute_half_range(own) + _compute_half_range(ratios))
+        removed_more = _compute_share(cells_by_label[label]) - _compute_share(cells_by_label[best])
+        is_unfair = counts_parameters and removed_more > LARGEST_SHARE_GAP
+        if label != best and (is_unfair or not _compute_mean(ratios) - _compute_mean(own) > noise):
+            return None
+    return best
+
+
+def _counts_parameters(report: ComparisonReport) -> bool:
+    """Whether the ratios are shares of the parameters, which every cell tells, in all rows."""
+    return all(row.get("options", {}).get("budget", "parameters") == "parameters" for row in report["rows"])
+
+
+def _list_log_ratios(cells: Sequence[CellEntry], dense: DenseResult) -> list[float]:
+    return [compute_mean_log_ratio(cell, dense) for cell in cells]
+
+
+def _compute_half_range(values: Sequence[float]) -> float:
+    return (max(values) - min(values)) / 2
+
+
+def _compute_share(cells: Sequence[CellEntry]) -> float:
+    """The share of the decoder layers' parameters that was removed, mean over seeds."""
+    return _compute_mean(cell["ratio_of_block_parameters"] for cell in cells)
 
 
 def _format_log_ratios(dense: DenseResult) -> Callable[[Sequence[CellEntry]], str]:
@@ -147,14 +186,16 @@ def _compute_mean(values: Iterable[float]) -> float:
 def build_ratio_table(
     report: ComparisonReport,
     content: Callable[[Sequence[CellEntry]], str],
-    best: Callable[[Sequence[CellEntry]], float] | None = None,
+    winners: Mapping[float, tuple[str, float]] | None = None,
 ) -> Table:
-    """Build a table with one row for each method and one column for each ratio.
+    """Build a table with one row for each method and one column for each ratio, whose title is the share removed.
+
+    Where the rows of a column removed different shares, each of its cells names its own.
 
     Args:
         report: content of compare.json.
         content: writes a table cell from its finished cells (one for each seed).
-        best: the measure whose smallest value in a column is highlighted; rows with unfinished seeds do not count.
+        winners: rows to highlight, see `find_best_rows`.
 
     Example:
         >>> report = {"ratios": [0.2], "seeds": [0], "rows": [{"label": "flap"}], "cells": []}
@@ -162,19 +203,32 @@ def build_ratio_table(
         ['method', '20%']
     """
     seed_count = len(report["seeds"])
-    rows, highlighted = [[row_index["label"]] for row_index in report["rows"]], set()
+    rows, highlighted, head = [[row["label"]] for row in report["rows"]], set(), ["method"]
     for column, ratio in enumerate(report["ratios"], 1):
-        cells_by_row = [_select_finished_cells(report, row_index["label"], ratio) for row_index in report["rows"]]
-        complete = [cells for cells in cells_by_row if len(cells) == seed_count]
-        lowest = min((best(cells) for cells in complete), default=None) if best else None
+        cells_by_row = [_select_finished_cells(report, row["label"], ratio) for row in report["rows"]]
+        shares = [_compute_share(cells) for cells in cells_by_row if cells] if _counts_parameters(report) else []
+        is_one_share = not shares or max(shares) - min(shares) <= LARGEST_SHARE_GAP
+        head.append(_title_column(ratio, shares))
         for row_index, (row_cells, cells) in enumerate(zip(rows, cells_by_row, strict=True)):
             text = content(cells) if cells else _MISSING
+            if cells and not is_one_share:
+                text += f" (-{_compute_share(cells):.1%})"
             if cells and len(cells) < seed_count:
                 text += f" ({len(cells)} of {seed_count} seeds)"
-            if best and len(cells) == seed_count and best(cells) == lowest:
+            if winners and winners.get(ratio, ("",))[0] == report["rows"][row_index]["label"]:
                 highlighted.add((row_index, column))
             row_cells.append(text)
-    return Table(["method", *map(format_percent, report["ratios"])], rows, frozenset(highlighted))
+    return Table(head, rows, frozenset(highlighted))
+
+
+def _title_column(ratio: float, shares: Sequence[float]) -> str:
+    """The share that the rows of a column removed, and the ratio where that was another."""
+    asked = format_percent(ratio)
+    if not shares or max(abs(share - ratio) for share in shares) <= LARGEST_SHARE_GAP:
+        return asked
+    low, high = f"{min(shares):.1%}", f"{max(shares):.1%}"
+    removed = low if max(shares) - min(shares) <= LARGEST_SHARE_GAP else f"{low} to {high}"
+    return f"{removed} (asked: {asked})"
 
 
 def _select_finished_cells(report: ComparisonReport, label: str, ratio: float) -> list[CellEntry]:

@@ -12,7 +12,9 @@ The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cach
 import hashlib
 import json
 import os
+import pickle
 import re
+import shlex
 import shutil
 import socket
 import struct
@@ -34,6 +36,7 @@ from prunelit.core.architectures import get_architecture, get_decoder_config, ha
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.model.context_length import check_position_table
 from prunelit.model.folder import read_model_config
+from prunelit.model.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization.int4_folder import QUANT_METHOD
 from prunelit.runtime.atomic_files import replace_folder
@@ -47,7 +50,7 @@ _PACKAGE = re.compile(
 # Errors that libraries raise on files that are damaged, truncated, or contradict themselves.
 UNREADABLE_ERRORS = (
     *(OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, ImportError, EOFError),
-    *(struct.error, SafetensorError, StrictDataclassError),
+    *(ArithmeticError, struct.error, pickle.PickleError, zipfile.BadZipFile, SafetensorError, StrictDataclassError),
 )
 
 
@@ -86,8 +89,12 @@ def check_model_source(source: str) -> None:
     elif path.is_dir():
         if not (path / "config.json").is_file():
             gguf_file = next(path.glob("*.gguf"), None)
-            hint = f"; pass {str(gguf_file)!r}" if gguf_file else _advise_on_adapter(path)
+            inside = next((name for name in ("model", "base") if (path / name / "config.json").is_file()), None)
+            instead = gguf_file or (path / inside if inside else None)
+            hint = f"; pass {str(instead)!r}" if instead else _advise_on_adapter(path)
             raise SourceNotFound(f"model {source!r}: expected a folder with config.json, got {_list_names(path)}{hint}")
+        if (advice := _advise_on_adapter(path)) and read_folder_facts(path) is None:  # with a copy of config.json
+            raise SourceNotFound(f"model {source!r}: expected a model, got {_list_names(path)}{advice}")
         if "block_configs" in read_model_config(path):
             raise SourceNotFound(
                 f"model {source!r}: expected a folder that transformers reads, got vLLM's layout of a DeciLM; load the "
@@ -101,13 +108,13 @@ def check_model_source(source: str) -> None:
 
 
 def check_prunable_source(source: str) -> None:
-    """Check that a model source can be pruned, from its config.json alone.
+    """Check that a model source can be pruned, from its config.json and the headers of its files.
 
     Args:
         source: a model source; of others than local folders and hub ids in the cache only the form is checked.
 
     Raises:
-        SourceNotFound: as for `check_model_source`.
+        SourceNotFound: as for `check_model_source`, or config.json and the files contradict each other.
         UnknownArchitecture: the model's family is not supported, or not with these settings, or it is a classifier.
         BadQuantisation: the weights are in few bits, in another layout than that of prunelit.
 
@@ -128,6 +135,10 @@ def check_prunable_source(source: str) -> None:
         return  # an int4 folder, which is dequantised while it is loaded
     if reason := describe_quantized_weights(config):
         raise BadQuantisation(f"model {source!r}: {reason}")
+    if (path := _find_config_folder(source)) is not None:
+        if not get_quantization_settings(config) and (reason := describe_packed_weights(path)):
+            raise BadQuantisation(f"model {source!r}: {reason}")
+        check_folder_facts(path, config)
 
 
 class DecoderFacts(NamedTuple):
@@ -182,13 +193,19 @@ def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> Non
 
 def _read_config(source: str) -> SimpleNamespace | None:
     """Read the config.json of a local folder or of a hub id in the cache; None for other sources."""
+    path = _find_config_folder(source)
+    config = {} if path is None else read_model_config(path)
+    return SimpleNamespace(**config) if config.get("model_type") else None
+
+
+def _find_config_folder(source: str) -> Path | None:
+    """Find the local folder of a source, or that of a hub id in the cache; None for other sources."""
     path = Path(source).expanduser()
     if not path.exists() and not source.startswith("pypi:"):
         with suppress(HFValidationError):
             if isinstance(cached := try_to_load_from_cache(source, "config.json"), str):
                 path = Path(cached).parent
-    config = read_model_config(path) if path.is_dir() else {}
-    return SimpleNamespace(**config) if config.get("model_type") else None
+    return path if path.is_dir() else None
 
 
 def _advise_on_adapter(folder: Path) -> str:
@@ -200,10 +217,8 @@ def _advise_on_adapter(folder: Path) -> str:
         return ""
     if kind != "LORA":
         return f": {kind} adapters of {base!r}; merge them into that model with PEFT first"
-    return (
-        f": LoRA adapters of {base!r}; merge them first: python -m prunelit export --model {base} --adapter {folder} "
-        "--format uniform --out DIR"
-    )
+    command = shlex.join(["python", "-m", "prunelit", "export", "--model", str(base), "--adapter", str(folder)])
+    return f": LoRA adapters of {base!r}; merge them first: {command} --format uniform --out DIR"
 
 
 def resolve_model_source(source: str) -> str:
@@ -231,6 +246,7 @@ def resolve_model_source(source: str) -> str:
             raise SourceNotFound(
                 f"model {source!r}: expected a config.json with model_type, got one without; copy the model's own"
             )
+        check_folder_facts(path, SimpleNamespace(**read_model_config(path)))
         return str(path)
     if path.is_file():
         return str(_convert_gguf(path))

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from prunelit.core.plan import PruningPlan
+from prunelit.data.yaml_text import parse_yaml
 from prunelit.export.formats import ExportJob, ExportResult, Format
 
 CARD_FILE = "README.md"
@@ -65,7 +66,7 @@ def _build_front_matter(source: str, chosen: Format) -> dict[str, Any]:
     source_card = _read_text_or_empty(Path(source, CARD_FILE)) if source else ""
     front_matter = re.match(r"---\n(.*?)\n---", source_card, re.DOTALL)
     try:
-        source_head = yaml.safe_load(front_matter[1]) if front_matter else {}
+        source_head = parse_yaml(front_matter[1]) if front_matter else {}
     except yaml.YAMLError:
         source_head = {}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source) and not Path(source).exists():

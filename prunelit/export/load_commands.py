@@ -13,13 +13,16 @@ from prunelit.planning.serving import list_serving_options
 _LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "gguf")
 
 
-def list_load_commands(name: str, path: Path, plan: PruningPlan | None) -> list[tuple[str, str]]:
+def list_load_commands(
+    name: str, path: Path, plan: PruningPlan | None, folder: Path | None = None
+) -> list[tuple[str, str]]:
     """List ways to load a saved model, those that are likely wanted first.
 
     Args:
         name: the format that was written.
         path: where it was written.
         plan: the plan that was applied to the model, or None.
+        folder: where its config.json is as long as it is not at `path`.
 
     Returns:
         Pairs of a heading and the Python code or shell commands.
@@ -30,7 +33,7 @@ def list_load_commands(name: str, path: Path, plan: PruningPlan | None) -> list[
         As its format, deci, is loaded: llm = LLM("out", trust_remote_code=True)
     """
     python_path, shell_path = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
-    config = SimpleNamespace(**read_model_config(path))
+    config = SimpleNamespace(**read_model_config(folder or path))
     snippet = load_export_format(name).render_load_snippet(config).replace("PATH", python_path)
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:

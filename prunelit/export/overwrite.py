@@ -12,7 +12,7 @@ from typing import Any
 
 from prunelit.core.plan import PLAN_FORMATS
 from prunelit.export.proof.compare import PROOF_FILE
-from prunelit.runtime.atomic_files import check_kind, explain_refusal, try_writing
+from prunelit.runtime.atomic_files import check_kind, explain_refusal, try_replacing_folder, try_writing
 from prunelit.runtime.errors import OutputNotWritable
 
 _ADAPTER_CONFIG = "adapter_config.json"
@@ -50,7 +50,10 @@ def check_output(
         check_kind(path, file)
         if path.exists() if file else path.is_dir() and any(path.iterdir()):
             _check_replaceable_output(path, overwrite, file, reads)
-        try_writing(path)
+        if file:
+            try_writing(path)
+        else:
+            try_replacing_folder(path.resolve())
 
 
 def _check_replaceable_output(path: Path, overwrite: bool, file: bool, reads: Collection[str]) -> None:

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ def write_model(
     report: Mapping[str, Any] | None = None,
     unproved: bool = False,
     text_only: bool = False,
+    add_files: Callable[[Path, ExportResult], None] | None = None,
 ) -> ExportResult:
     """Write a pruned (or dense) causal LM so that it loads again with equal logits.
 
@@ -184,6 +185,8 @@ def write_model(
         report: report.json of the run that made the model, for the model card.
         unproved: leave out the proof; the verdict then says so.
         text_only: of a multimodal model write the causal LM inside it. GGUF and deci hold nothing else.
+        add_files: called with the folder as it will be and the result, after the proof; what it adds there appears
+            together with the model.
 
     Returns:
         Format, path, sizes and verdict.
@@ -220,7 +223,10 @@ def write_model(
         )
         try:
             with replace_folder(path, _is_single_file(chosen, path)) as folder:
-                return _write_and_prove(chosen, job, folder, report or {}, unproved)
+                result = _write_and_prove(chosen, job, folder, report or {}, unproved)
+                if add_files is not None:
+                    add_files(folder, result)
+                return result
         except DoesNotFit:
             if name == candidates[-1]:
                 raise
@@ -255,6 +261,12 @@ def _save_tokenizer(tokenizer: Any, folder: Path) -> None:
         tokenizer.save_pretrained(folder)
     except Exception as error:  # the tokenizers library raises a plain Exception, with the system's message in it
         raise (OSError(str(error)) if "os error" in str(error) else error) from error
+    # transformers also saves how the tokenizer was loaded: from this machine's files, or offline.
+    path = folder / "tokenizer_config.json"
+    if path.is_file():
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        kept = {name: value for name, value in settings.items() if name not in ("is_local", "local_files_only")}
+        path.write_text(json.dumps(kept, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _write_and_prove(

@@ -1,6 +1,5 @@
 """A folder that transformers saved, read without transformers' loader: the model without memory, tensors one by one."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunelit.core.architectures import PRUNED, get_decoder_config
+from prunelit.model.folder_facts import parse_json_file, read_weight_map
 from prunelit.runtime.errors import SourceNotFound
 
 INDEX_FILE, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -26,14 +26,12 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     Example: see `tests/cli/test_once.py`.
     """
     path = Path(folder) / "config.json"
-    try:
-        content = json.loads(_read_text_once(path, *_get_version(path))) if path.is_file() else {}
-    except (OSError, ValueError) as error:
-        raise SourceNotFound(f"model {str(folder)!r}: cannot be loaded: config.json: {error}") from error
+    if not path.is_file():
+        return {}
+    prefix = f"model {str(folder)!r}: cannot be loaded: config.json: "
+    content = parse_json_file(path, prefix, _read_text_once(path, *_get_version(path)))
     if not isinstance(content, dict):
-        raise SourceNotFound(
-            f"model {str(folder)!r}: cannot be loaded: config.json: expected a JSON object, got {content!r:.40}"
-        )
+        raise SourceNotFound(f"{prefix}expected a JSON object, got {content!r:.40}")
     return content
 
 
@@ -134,12 +132,11 @@ class SafetensorsFolder:
     def __init__(self, folder: Path):
         self.folder = folder
         index = folder / INDEX_FILE
-        with self._wrap_read_errors(INDEX_FILE if index.is_file() else SINGLE):
-            if index.is_file():
-                self.file_by_tensor: dict[str, str] = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            else:
-                with safe_open(folder / SINGLE, framework="pt") as file:
-                    self.file_by_tensor = dict.fromkeys(file.keys(), SINGLE)
+        if index.is_file() and not (folder / SINGLE).is_file():  # transformers prefers the single file too
+            self.file_by_tensor = read_weight_map(index)
+            return
+        with self._wrap_read_errors(SINGLE), safe_open(folder / SINGLE, framework="pt") as file:
+            self.file_by_tensor = dict.fromkeys(file.keys(), SINGLE)
 
     def map_tensor(self, name: str) -> Tensor:
         """A tensor, not yet read."""

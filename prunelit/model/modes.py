@@ -34,7 +34,8 @@ def use_generation_config(model: Any, **settings: Any) -> Iterator[None]:
     """Let `model.generate()` use only these settings inside the context; the model gets its own back after it.
 
     `generate()` fills in what it is not told from the model's generation config, where chat models have repetition
-    penalties and end-of-turn tokens.
+    penalties and end-of-turn tokens. A PEFT model's `generate()` also writes the config into the model inside it, so
+    the config of every module is put back.
 
     Args:
         model: transformers model.
@@ -49,11 +50,15 @@ def use_generation_config(model: Any, **settings: Any) -> Iterator[None]:
     """
     from transformers import GenerationConfig
 
-    previous, model.generation_config = model.generation_config, GenerationConfig(**settings)
+    attributes = [vars(module) for module in (model.modules() if isinstance(model, nn.Module) else [model])]
+    previous = [{name: own[name] for name in ("generation_config",) if name in own} for own in attributes]
+    model.generation_config = GenerationConfig(**settings)
     try:
         yield
     finally:
-        model.generation_config = previous
+        for own, settings_before in zip(attributes, previous, strict=True):
+            own.pop("generation_config", None)
+            own.update(settings_before)
 
 
 @contextmanager

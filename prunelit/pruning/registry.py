@@ -91,7 +91,7 @@ def method_class(name: str) -> Any:
     if name in methods():
         return getattr(importlib.import_module(f"{PACKAGE}.{name}"), methods()[name].class_name)
     module, _, class_name = name.rpartition(".")
-    if module:
+    if module and not module.startswith("."):  # no path of a file
         try:
             return getattr(importlib.import_module(module), class_name)
         except (ImportError, AttributeError, SyntaxError) as error:

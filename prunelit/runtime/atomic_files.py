@@ -4,6 +4,7 @@ Every writer of the package goes through this module. What a killed process left
 process that writes to the same target.
 """
 
+import errno
 import os
 import platform
 import shutil
@@ -131,6 +132,40 @@ def try_writing(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=path if path.is_dir() else path.parent):
         pass
+
+
+def try_replacing_folder(path: Path) -> None:
+    """Try what the end of a job does to a folder: what is refused then, as for a mount point, is refused now.
+
+    The folder stays where it is: it cannot take the name of another one that is not empty, which systems find out last.
+
+    Args:
+        path: an absolute path that may exist.
+
+    Raises:
+        OutputNotWritable: the folder is a mount point or in use.
+        OSError: the system refuses for another reason.
+
+    Example: see `prunelit.export.overwrite`, which uses it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging, occupied = temporary_path(path), temporary_path(path, _OLD)
+    try:
+        staging.mkdir()
+        if path.is_dir():
+            (occupied / "a folder that is not empty").mkdir(parents=True)
+            os.rename(path, occupied)
+    except OSError as error:
+        if error.errno in (errno.EBUSY, errno.EXDEV):
+            raise OutputNotWritable(
+                f"output {str(path)!r}: expected a folder that can be replaced as a whole, got a mount point or one "
+                "that the system keeps in place; choose a folder inside it"
+            ) from error
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(occupied, ignore_errors=True)
 
 
 @contextmanager

@@ -276,6 +276,48 @@ def test_tables_by_hand() -> None:
     assert "- z:" not in said
 
 
+def two_rows(nlls: list[list[float]], shares: tuple[float, float], **options: Any) -> dict[str, Any]:
+    """A report of two rows at one ratio, with the losses of each seed; the dense model has 2."""
+    cells = [
+        {
+            **{"label": label, "ratio": 0.2, "seed": seed, "status": "finished", "texts": {"a": {"nll": nll}}},
+            **{"ratio_of_block_parameters": share, "seconds": {"prune": 1.0}, "size": {"parameters": 9}},
+        }
+        for label, share, row in zip("xz", shares, nlls, strict=True)
+        for seed, nll in enumerate(row)
+    ]
+    rows = [{"label": label, "method": label, "options": options} for label in "xz"]
+    dense = {"texts": {"a": {"nll": 2.0}}, "size": {"parameters": 10}}
+    texts = {"a": handmade()["texts"]["a"]}
+    seeds = list(range(len(nlls[0])))
+    return handmade(rows=rows, ratios=[0.2], seeds=seeds, cells=cells, dense=dense, texts=texts, options=options)
+
+
+@pytest.mark.parametrize(
+    ("nlls", "shares", "options", "head", "winner"),
+    [
+        ([[2.5], [2.7]], (0.2, 0.2), {}, "20%", "x"),
+        ([[2.5], [2.501]], (0.2, 0.2), {}, "20%", None),  # within what another seed changes
+        ([[2.5, 2.6], [2.58, 2.66]], (0.2, 0.2), {}, "20%", None),  # the seeds overlap
+        ([[2.5, 2.6], [2.78, 2.86]], (0.2, 0.2), {}, "20%", "x"),
+        ([[2.5], [2.7]], (0.211, 0.249), {}, "21.1% to 24.9% (asked: 20%)", None),  # it removed less
+        ([[2.5], [2.7]], (0.249, 0.211), {}, "21.1% to 24.9% (asked: 20%)", "x"),
+        ([[2.5], [2.7]], (0.249, 0.249), {}, "24.9% (asked: 20%)", "x"),
+        ([[2.5], [2.7]], (0.1, 0.249), {"budget": "macs"}, "20%", "x"),  # no share of parameters was asked for
+        ([[2.5], [math.nan]], (0.2, 0.2), {}, "20%", None),
+    ],
+)
+def test_a_winner_leads_by_more_than_noise_and_removed_no_less(
+    nlls: list[list[float]], shares: tuple[float, float], options: dict[str, Any], head: str, winner: str | None
+) -> None:
+    comparison: Any = two_rows(nlls, shares, **options)
+    said = tables.render_comparison_markdown(comparison)
+    assert f"| method | {head} |" in said
+    assert [label for label, _ in tables.find_best_rows(comparison).values()] == ([winner] if winner else [])
+    assert said.count("| **") == (winner is not None)
+    assert ("(-24.9%)" in said) == ("to" in head)
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [(1.0, "1.00"), (9.994, "9.99"), (9.996, "10.0"), (99.94, "99.9"), (99.96, "100"), (9385.8, "9386")],

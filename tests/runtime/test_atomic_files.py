@@ -227,3 +227,37 @@ def test_auto_goes_on_only_where_a_format_does_not_fit(tmp_path: Path, monkeypat
     with pytest.raises(DoesNotFit):
         save(tiny("llama"), tmp_path / "m")
     assert tried == [True, True] and not list(tmp_path.iterdir())
+
+
+_IN_A_MOUNT = """
+import sys
+from pathlib import Path
+from prunelit.runtime.atomic_files import try_replacing_folder
+try_replacing_folder(Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("mounted", ["tmpfs", "the same disk", "nothing"])
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, mounted: str) -> None:
+    target = tmp_path / "m"
+    target.mkdir()
+    mount = {"tmpfs": "mount -t tmpfs none $0 &&", "the same disk": "mount --bind $0 $0 &&", "nothing": ""}[mounted]
+    shell = ["unshare", "-rm", "sh", "-c"]
+    if subprocess.run([*shell, f"{mount} true", str(target)], capture_output=True, check=False).returncode:
+        pytest.skip("this system lets no user mount a folder")
+    command = [*shell, f'{mount} exec "$1" -c "$2" "$0"', str(target), sys.executable, _IN_A_MOUNT]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ("got a mount point" in done.stderr) == (mounted != "nothing"), done.stderr
+    assert names(tmp_path) == ["m"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_name_that_leaves_no_room_for_the_folder_beside_it_is_refused_before_any_work(
+    tmp_path: Path, there: bool
+) -> None:
+    target = tmp_path / ("m" * 250)
+    if there:
+        target.mkdir()
+    with pytest.raises(OutputNotWritable, match="File name too long"):
+        check_output(target)
+    assert names(tmp_path) == ([target.name] if there else [])

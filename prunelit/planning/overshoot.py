@@ -1,0 +1,199 @@
+"""How much more a plan removes than its ratio asks for, and which option would bring it nearer.
+
+Units are removed in steps, so small models, wide steps (`align`) and whole KV groups overshoot the ratio.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.runtime.errors import PrunelitError
+
+if TYPE_CHECKING:
+    from prunelit.core.scores import LayerScores
+
+LARGEST_OVERSHOOT = 0.01
+"""An overshoot up to this share is no reason for a warning."""
+_OPTIONS = ("ratio", "scope", "unit", "align", "protect", "budget", "min_kept", "uniform_heads")
+
+
+@dataclass(frozen=True)
+class Overshoot:
+    """What a plan removes beside what was asked for.
+
+    Attributes:
+        ratio: share that was asked for.
+        achieved: share that the plan removes of the same budget.
+        budget: what both are shares of.
+
+    Example:
+        >>> Overshoot(0.25, 0.375, "parameters").excess
+        0.125
+    """
+
+    ratio: float
+    achieved: float
+    budget: str
+
+    @property
+    def excess(self) -> float:
+        """Share removed beyond the ratio; negative where less was removed."""
+        return self.achieved - self.ratio
+
+
+def measure_overshoot(plan: PruningPlan) -> Overshoot | None:
+    """Measure how much more a plan removes of its own budget than its ratio asks for.
+
+    Args:
+        plan: the plan, with the options of its method.
+
+    Returns:
+        None where the plan names no ratio, or its budget is measured in seconds.
+
+    Example: see `describe_overshoot`.
+    """
+    ratio, budget = plan.options.get("ratio"), str(plan.options.get("budget", "parameters"))
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+        return None
+    if budget == "parameters":
+        return Overshoot(ratio, float(plan.predicted["ratio_of_block_parameters"]), budget)
+    if budget == "latency":
+        return None
+    shapes = plan.model.layers
+    dense = sum(_count_cost(plan, shape, LayerPlan.dense(shape)) for shape in shapes)
+    kept = sum(_count_cost(plan, shape, layer) for shape, layer in zip(shapes, plan.layers, strict=True))
+    return Overshoot(ratio, 1 - kept / dense, budget) if dense else None
+
+
+def _count_cost(plan: PruningPlan, shape: LayerShape, kept: LayerPlan) -> float:
+    budget = plan.options["budget"]
+    if budget == "kv_bytes":
+        return shape.kv_elements_at(len(kept.kv_groups))
+    if budget == "macs":
+        return shape.macs_at(plan.model.hidden_size, **kept.counts)
+    return shape.parameters_at(**kept.counts, active=True)
+
+
+def describe_overshoot(plan: PruningPlan) -> str:
+    """Describe an overshoot of more than one point, and the option that removes nearly what was asked for.
+
+    Args:
+        plan: the plan, with the options of its method.
+
+    Returns:
+        One sentence for a warning; "" where the plan is near its ratio.
+
+    Example:
+        >>> from prunelit.core.plan import ModelShape
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
+        >>> kept = LayerPlan((0, 1, 2, 3), (0, 1), tuple(range(16)))
+        >>> plan = PruningPlan("random", model, (kept, kept), {"ratio": 0.2, "align": 16})
+        >>> removed, finer = describe_overshoot(plan).split("; ")
+        >>> removed.partition(", since")[0]
+        'ratio 0.2: 24.7% of parameters are removed, 4.7 points more'
+        >>> finer
+        '--align 1 would remove about 20.1%'
+    """
+    overshoot = measure_overshoot(plan)
+    if overshoot is None or overshoot.excess <= LARGEST_OVERSHOOT:
+        return ""
+    head = (
+        f"ratio {overshoot.ratio:g}: {overshoot.achieved:.1%} of {overshoot.budget.replace('_', ' ')} are removed, "
+        f"{100 * overshoot.excess:.1f} points more, since "
+    )
+    if any(layer.removed or layer.attention_removed or layer.mlp_removed for layer in plan.layers):
+        return f"{head}whole blocks are removed; the ratio is met by a smaller one only if blocks are smaller"
+    nearest: tuple[float, str] | None = None
+    for name, value in _list_alternatives(plan):
+        share = _plan_alternative(plan, {name: value})
+        if share is not None and share < overshoot.achieved and (nearest is None or share < nearest[0]):
+            nearest = share, f"--{name} {value}"
+        if nearest is not None and nearest[0] - overshoot.ratio <= LARGEST_OVERSHOOT:
+            break
+    reason = f"it is cut in steps of {_describe_steps(plan)}"
+    finer = f"{nearest[1]} would remove about {nearest[0]:.1%}" if nearest else "no option makes finer ones"
+    below = _find_share_below(plan, overshoot.ratio)
+    return f"{head}{reason}; {finer}" + (f"; --ratio {below:.4f} stays below it" if below else "")
+
+
+def _find_share_below(plan: PruningPlan, ratio: float) -> float | None:
+    """Find the largest cut with the plan's options that removes no more than a ratio: its share, rounded down."""
+    lower, upper, largest = 0.0, ratio, 0.0
+    for _ in range(10):
+        middle = (lower + upper) / 2
+        share = _plan_alternative(plan, {"ratio": middle})
+        if share is not None and share <= ratio:
+            lower, largest = middle, max(largest, share)
+        else:
+            upper = middle
+    return math.floor(10_000 * largest) / 10_000 or None
+
+
+def _describe_steps(plan: PruningPlan) -> str:
+    """The steps in which the kinds of units of a plan are removed."""
+    align, removed = plan.options.get("align"), _find_removed_kinds(plan)
+    steps = {
+        "heads": str(plan.options.get("unit", "kv_group")),
+        "channels": f"FFN widths in multiples of align {align}",
+        "experts": "whole experts",
+        "expert_channels": f"widths of experts in multiples of align {align}",
+    }
+    alike = ", in every layer alike" if plan.options.get("scope") == "layer" else ""
+    return " and ".join(text for kind, text in steps.items() if kind in removed) + alike
+
+
+def _list_alternatives(plan: PruningPlan) -> Iterator[tuple[str, Any]]:
+    """List options with finer steps, the next finer one first."""
+    align, options = plan.options.get("align"), plan.options
+    while isinstance(align, int) and align > 1:
+        align //= 2
+        yield "align", align
+    if options.get("unit") == "kv_group" and options.get("budget") != "kv_bytes":
+        yield "unit", "query_head"
+    if options.get("scope") == "layer":
+        yield "scope", "global"
+
+
+def _plan_alternative(plan: PruningPlan, changes: dict[str, Any]) -> float | None:
+    """Share that the plan's method would remove with other options; None where it cannot. All units score alike."""
+    from prunelit.planning.budget import select_units  # loads torch, which `plan show` does without
+
+    options = {name: plan.options[name] for name in _OPTIONS if name in plan.options} | changes
+    try:
+        layers = select_units(plan.model.layers, _score_alike(plan), **options)
+    except PrunelitError:
+        return None
+    other = PruningPlan(plan.method, plan.model, layers, {**plan.options, **changes})
+    overshoot = measure_overshoot(other)
+    return None if overshoot is None else overshoot.achieved
+
+
+def _find_removed_kinds(plan: PruningPlan) -> set[str]:
+    """Kinds of units of which a plan removes some."""
+    kinds = set()
+    for shape, kept in zip(plan.model.layers, plan.layers, strict=True):
+        counts = {
+            "heads": (len(kept.query_heads), shape.query_heads),
+            "channels": (len(kept.ffn_channels), shape.ffn_channels),
+            "experts": (len(kept.experts), shape.experts),
+            "expert_channels": (len(kept.expert_channels), shape.expert_channels),
+        }
+        kinds |= {kind for kind, (remaining, dense) in counts.items() if remaining < dense}
+    return kinds
+
+
+def _score_alike(plan: PruningPlan) -> "list[LayerScores]":
+    """Equal scores for the kinds of units of which a plan removes some."""
+    import torch
+
+    from prunelit.core.scores import LayerScores
+
+    sizes = {"heads": "query_heads", "channels": "ffn_channels"}
+    kinds = _find_removed_kinds(plan)
+    return [
+        LayerScores(**{kind: torch.zeros(getattr(shape, sizes.get(kind, kind))) for kind in kinds})
+        for shape in plan.model.layers
+    ]
