@@ -105,6 +105,10 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     # The skeleton that is built first needs some width; a layer with experts has the widths of its own entry.
     dense_channels = max((shape.ffn_channels for shape in shapes if not shape.experts), default=0)
     channels = dense_channels or settings.get(names.config_ffn) or decoder.config.hidden_size
+    head_dims = {shape.head_dim for layer, shape in zip(decoder, shapes, strict=True) if layer.has_attention}
+    if getattr(decoder.config, "head_dim", None) is None and len(head_dims) == 1:
+        # Without it vLLM takes hidden size / heads, of which layers have different numbers.
+        settings["head_dim"] = min(head_dims)
     whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
     if isinstance(channels, list):  # one entry for each layer, none of which has a dense FFN
         channels = decoder.config.hidden_size
@@ -202,6 +206,7 @@ class Pruned{stock.__name__}(PerLayerModel, {stock.__name__}):
 
 class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
     config_class = Pruned{config.__name__}
+    _keys_to_ignore_on_load_unexpected = None  # vLLM drops all whose name holds such a text, as GPT-2's c_attn.bias
     names = Pruned{stock.__name__}.names
 """
 

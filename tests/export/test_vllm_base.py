@@ -33,6 +33,7 @@ def test_base_model_has_the_weights_and_an_attention_of_every_number(
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "vllm", ALL_ATTENTION_FUNCTIONS["sdpa"])
     config = AutoConfig.from_pretrained(tmp_path / "m", trust_remote_code=True)
     config._attn_implementation = "vllm"
+    assert config.head_dim == 8  # vLLM reads it; hidden size / heads is another number in every layer
     built = AutoModel.from_config(config, trust_remote_code=True, dtype=torch.float32)
     # No name but the prefix of the head differs: vLLM puts it in front.
     assert {name for name, _ in built.named_parameters()} == {name for name, _ in model.base_model.named_parameters()}
