@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
@@ -10,7 +11,9 @@ from prunelit.cli.options import build_parser, parse_command_line
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
+from prunelit.export.proof import served
 from prunelit.recovery import prepare
+from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import JsonObject
 
 
@@ -26,6 +29,8 @@ def export_model(
     overwrite: bool = False,
     unproved: bool = False,
     text_only: bool = False,
+    prove: Literal["", "vllm"] = "",
+    vllm_python: str = "",
 ) -> writers.ExportResult:
     """Write a model in another format, with the proof that it is the same.
 
@@ -36,7 +41,8 @@ def export_model(
         format: "auto" (uniform where a stock class holds the shapes, else hetero; int4 for an int4 folder), "uniform",
             "hetero", "padded", "gguf" (llama.cpp), "deci" (vLLM's layout), "int4"; what each is and what loads it:
             docs/export.md.
-        type: number format of the weights, for formats that have several; "" for their default.
+        type: number format of the weights (gguf), or "ffn_mult" for deci in steps of 256 for old readers; ""
+            for the format's default.
         dtype: the weights are converted to it first; "auto" leaves them as they are.
         group_size: inputs per group where a model in full precision becomes int4: 16, 32 (default), 64 or 128.
         adapter: folder in PEFT's format (LoRA) that is merged into the model first; made for this very model.
@@ -45,6 +51,8 @@ def export_model(
         unproved: leave out the proof, as where the program that it needs is not installed.
         text_only: of a model of text and images write the causal LM inside it, without the tower; gguf and deci hold
             nothing else.
+        prove: "vllm" lets vLLM's engine load the result and answer prompts as well; only a folder that it runs is kept.
+        vllm_python: path of the Python of an environment that has vLLM; "" is the running one.
 
     Raises:
         PrunelitError: before the model is loaded, for what can be known then; see `write_model` for the rest.
@@ -54,6 +62,11 @@ def export_model(
     sources.check_prunable_source(model)
     reads = [source for source in (model, adapter) if source is not None]
     writers.check_export_request(out, format, type, overwrite, max_shard_size, unproved, reads=reads)
+    if prove:
+        served.check_served_format(format)
+        served.check_vllm_python(vllm_python)
+    elif vllm_python:
+        raise BadOption(f"vllm_python {vllm_python!r}: expected --prove vllm beside it, got none")
     prepare.check_export_source(model, format, group_size, adapter)
     plan, report = _load_run_files(Path(model).expanduser())
     tokenizer = loading.load_tokenizer(model)
@@ -66,6 +79,7 @@ def export_model(
         report=report,
         unproved=unproved,
         text_only=text_only,
+        vllm_python=vllm_python if prove else None,
     )
 
 
@@ -103,5 +117,7 @@ def run(command: str, arguments: list[str]) -> int:
         print_result(proof["summary"])
     if "largest_difference" in proof:
         print_result(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
+    if vllm := proof.get("vllm"):
+        print_result(served.format_served_verdict(vllm))
     print_result(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
     return 0

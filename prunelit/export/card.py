@@ -11,9 +11,12 @@ from typing import Any
 
 import yaml
 
+from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import PruningPlan
 from prunelit.data.yaml_text import parse_yaml
 from prunelit.export.formats import ExportJob, ExportResult, Format
+from prunelit.export.load_commands import list_serve_commands
+from prunelit.export.proof.served import format_served_verdict
 
 CARD_FILE = "README.md"
 _SIZE_LABELS = {
@@ -49,12 +52,21 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
         _render_title(name, job.plan),
         f"## Load\n\n```python\n{chosen.render_load_snippet(job.model.config)}\n```"
         + (f"\n\n{_format_sentence(note)}" if note else ""),
+        _render_servers(written, chosen, job),
         _render_sizes(written, job.plan),
         _render_method(job.plan),
         _render_quality(report),
         _render_proof(written.proof),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _render_servers(written: ExportResult, chosen: Format, job: ExportJob) -> str:
+    """Render the commands of servers, each with what is known of it; "" where none is known."""
+    model_type = str(get_decoder_config(job.model.config).model_type)
+    commands = list_serve_commands(chosen.name, "PATH", model_type, job.plan, written.proof.get("vllm"))
+    sections = [f"{heading}:\n\n```sh\n{lines}\n```" for heading, lines in commands]
+    return "\n\n".join(["## Serve", *sections]) if sections else ""
 
 
 def _build_front_matter(source: str, chosen: Format) -> dict[str, Any]:
@@ -200,6 +212,8 @@ def _render_proof(proof: Mapping[str, Any]) -> str:
             f"- greedy generation with the KV cache and without: difference of logits {proof['cache_difference']:.3g} "
             f"(at most {proof['cache_limit']:.2g})"
         )
+    if "vllm" in proof:
+        lines.append(f"- {format_served_verdict(proof['vllm'])}")
     names = ("prunelit", "transformers", "torch", "python")
     versions = ", ".join(f"{name} {proof['versions'][name]}" for name in names if name in proof.get("versions", {}))
     return "\n".join(["## Proof", "", *lines, f"- versions: {versions}", "", "The same as data: `proof.json`."])

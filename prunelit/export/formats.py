@@ -26,9 +26,10 @@ class ExportJob:
         path: an empty folder, or the file to write for a format with a suffix; a temporary one beside the target.
         tokenizer: the model's tokenizer, or None.
         plan: the plan that was applied to the model, or None.
-        kind: type of the weights, one of `Format.kinds`; "" where the format has none.
+        kind: type of the weights or of the layout, one of `Format.kinds`; "" where the format has none.
         max_shard_size: largest size of one weight file, as "5GB".
         fresh_process: prove in a new process, as users will load the model; otherwise in this one, which is faster.
+        vllm_python: Python of an environment with vLLM, in which the folder is proved as well; None: it is not.
         decoders: holds the model's decoder once it is built, see `get_decoder`.
 
     Example: see `tests/export/test_int4.py`.
@@ -41,6 +42,7 @@ class ExportJob:
     kind: str = ""
     max_shard_size: str = "5GB"
     fresh_process: bool = False
+    vllm_python: str | None = None
     decoders: list[Decoder] = field(default_factory=list, repr=False)
 
     def get_decoder(self) -> Decoder:
@@ -91,7 +93,8 @@ class Format:
         write: ExportJob -> facts. Raises `DoesNotFit`.
         prove: ExportJob -> verdict.
         suffix: suffix of the file, for a format that is one file; "" for a folder.
-        kinds: types of the weights to choose from (`--type`), the default first; empty: the model's own dtype.
+        kinds: types of the weights, or of the layout, to choose from (`--type`), the default first; empty: there is
+            one layout, in the model's own dtype.
         library: `library_name` on the hub.
         check_installed: raises a `PrunelitError` if a package is missing; called before a model is loaded.
         check_proof_installed: the same for packages that only the proof needs.

@@ -71,15 +71,17 @@ def add_modelling_file(model: nn.Module | Decoder, folder: Path) -> None:
     Example: see `tests/export/proof/test_compare.py`.
     """
     decoder = as_decoder(model)
-    base, names = find_stock_class(type(decoder.model)), decoder.architecture.names
+    stock, names = find_stock_class(type(decoder.model)), decoder.architecture.names
+    base = find_stock_class(type(cast(Any, decoder.model).base_model))
     path = folder / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     config["auto_map"] = {
-        "AutoConfig": f"{_MODELLING_MODULE}.Pruned{base.config_class.__name__}",
-        find_auto_class(decoder.model.config).__name__: f"{_MODELLING_MODULE}.Pruned{base.__name__}",
+        "AutoConfig": f"{_MODELLING_MODULE}.Pruned{stock.config_class.__name__}",
+        "AutoModel": f"{_MODELLING_MODULE}.Pruned{base.__name__}",  # what vLLM builds
+        find_auto_class(decoder.model.config).__name__: f"{_MODELLING_MODULE}.Pruned{stock.__name__}",
     }
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    source = _render_modelling_file(base, names, _find_decoder_config_class(decoder))
+    source = _render_modelling_file(stock, base, names, _find_decoder_config_class(decoder))
     (folder / f"{_MODELLING_MODULE}.py").write_text(source, encoding="utf-8")
 
 
@@ -103,6 +105,10 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     # The skeleton that is built first needs some width; a layer with experts has the widths of its own entry.
     dense_channels = max((shape.ffn_channels for shape in shapes if not shape.experts), default=0)
     channels = dense_channels or settings.get(names.config_ffn) or decoder.config.hidden_size
+    head_dims = {shape.head_dim for layer, shape in zip(decoder, shapes, strict=True) if layer.has_attention}
+    if getattr(decoder.config, "head_dim", None) is None and len(head_dims) == 1:
+        # Without it vLLM takes hidden size / heads, of which layers have different numbers.
+        settings["head_dim"] = min(head_dims)
     whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
     if isinstance(channels, list):  # one entry for each layer, none of which has a dense FFN
         channels = decoder.config.hidden_size
@@ -163,16 +169,17 @@ def _declare_added_biases(settings: dict[str, Any], decoder: Decoder, shell: Any
             settings[ADDED_BIASES] = []  # transformers' schema requires a global value beside a per-layer one
 
 
-def _render_modelling_file(base: Any, names: dict[str, Any], decoder_config: Any) -> str:
-    """Render the modelling file: the source of prunelit/model/per_layer.py, then the two classes of this family.
+def _render_modelling_file(stock: Any, base: Any, names: dict[str, Any], decoder_config: Any) -> str:
+    """Render the modelling file: the source of prunelit/model/per_layer.py, then the three classes of this family.
 
     Args:
-        base: stock class of the model.
+        stock: stock class of the model.
+        base: stock class of the model without its head.
         names: of the decoder's modules.
         decoder_config: stock config class of the decoder inside a multimodal model; None for a causal LM.
     """
-    config = base.config_class
-    imports = dict.fromkeys((config, base, *((decoder_config,) if decoder_config else ())))
+    config = stock.config_class
+    imports = dict.fromkeys((config, stock, base, *((decoder_config,) if decoder_config else ())))
     import_lines = "\n".join(f"from {kind.__module__} import {kind.__name__}  # noqa: E402" for kind in imports)
     if decoder_config is None:
         config_bases, nested = f"PerLayerConfig, {config.__name__}", ""
@@ -192,9 +199,15 @@ class Pruned{config.__name__}({config_bases}):
     model_type = "{PRUNED}{config.model_type}"{nested}
 
 
-class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
+class Pruned{stock.__name__}(PerLayerModel, {stock.__name__}):
     config_class = Pruned{config.__name__}
     names = {pprint.pformat(names, indent=4, width=100, sort_dicts=False)}
+
+
+class Pruned{base.__name__}(PerLayerModel, {base.__name__}):
+    config_class = Pruned{config.__name__}
+    _keys_to_ignore_on_load_unexpected = None  # vLLM drops all whose name holds such a text, as GPT-2's c_attn.bias
+    names = Pruned{stock.__name__}.names
 """
 
 

@@ -1,14 +1,19 @@
-"""Commands that load what a run has saved: the format's own snippet, prunelit, and the programs that suit its plan."""
+"""Commands that load and serve what was saved: the format's own snippet, prunelit, and programs that suit its plan."""
 
 import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+from prunelit.core.architectures import PRUNED
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
+from prunelit.export.proof.served import format_serve_command
 from prunelit.model.folder import read_model_config
-from prunelit.planning.serving import list_serving_options
+from prunelit.planning.serving import LLAMA_CPP_TRIED, list_serving_options
+from prunelit.planning.vllm_models import VLLM_VERSION, judge_vllm_backend
 
 _LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "gguf")
 
@@ -31,21 +36,60 @@ def list_load_commands(
         >>> for heading, commands in list_load_commands("deci", Path("out"), plan=None):
         ...     print(heading, commands.splitlines()[-1], sep=": ")
         As its format, deci, is loaded: llm = LLM("out", trust_remote_code=True)
+        With vLLM (tried with 0.32.0): vllm serve out --trust-remote-code
     """
     python_path, shell_path = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
-    config = SimpleNamespace(**read_model_config(folder or path))
-    snippet = load_export_format(name).render_load_snippet(config).replace("PATH", python_path)
+    settings = read_model_config(folder or path)
+    snippet = load_export_format(name).render_load_snippet(SimpleNamespace(**settings)).replace("PATH", python_path)
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:
         commands.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{python_path}")'))
-    option_by_target = {option.target: option for option in list_serving_options(plan)} if plan else {}
-    vllm = option_by_target.get("vLLM, stock class")
-    if name == "uniform" and vllm is not None and vllm.answer == "yes":
-        commands.append((f"With vLLM ({vllm.known} in its code, not run)", f"vllm serve {shell_path}"))
+    decoder_type = str((settings.get("text_config") or settings).get("model_type", ""))
+    commands += list_serve_commands(name, shell_path, decoder_type, plan)
     if name not in ("gguf", "deci"):
-        llama_cpp = [option for target, option in option_by_target.items() if target.startswith("llama.cpp")]
-        if any(option.answer == "yes" for option in llama_cpp):
-            export = f"python -m prunelit export --model {shell_path} --format gguf --out model.gguf"
-            commands.append(("With llama.cpp", f"{export}\nllama-cli -m model.gguf"))
         commands.append(("Measured again", f"python -m prunelit evaluate --model {shell_path}"))
+    return commands
+
+
+def list_serve_commands(
+    name: str, path: str, model_type: str, plan: PruningPlan | None, verdict: Mapping[str, Any] | None = None
+) -> list[tuple[str, str]]:
+    """List shell commands by which servers run a saved model, each with what is known of it.
+
+    Args:
+        name: the format.
+        path: of the folder or file, quoted for a shell.
+        model_type: of the written decoder.
+        plan: the plan that was applied to the model; without one, nothing is known of its shapes.
+        verdict: of vLLM itself, as of `prove_in_vllm`.
+
+    Returns:
+        Pairs of a heading and the commands.
+
+    Example:
+        >>> list_serve_commands("hetero", "out", "pruned_llama", plan=None)
+        [('With vLLM (tried with 0.32.0)', 'vllm serve out --trust-remote-code')]
+    """
+    commands, family = [], model_type.removeprefix(PRUNED)
+    answers = {option.target: option for option in list_serving_options(plan)} if plan else {}
+    own_class = answers.get("vLLM, stock class")
+    if verdict is not None:
+        command = format_serve_command(path, name, verdict["model_impl"])
+        commands.append((f"With vLLM (run with {verdict['versions']['vllm']}, see the proof)", command))
+    elif name == "deci":
+        commands.append((f"With vLLM (tried with {VLLM_VERSION})", format_serve_command(path, name)))
+    elif name == "hetero" and (backend := judge_vllm_backend(family)).answer != "no":
+        known = f"tried with {VLLM_VERSION}" if backend.answer == "yes" else "not tried with this family"
+        commands.append((f"With vLLM ({known})", format_serve_command(path, name)))
+    elif name == "uniform" and own_class is not None and own_class.answer == "yes":
+        model_impl = "transformers" if "--model-impl transformers" in own_class.why else "auto"
+        known = f"tried with {VLLM_VERSION}" if own_class.known == "tried" else "read in its code, not run"
+        commands.append((f"With vLLM ({known})", format_serve_command(path, name, model_impl)))
+    if name == "gguf":
+        commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"llama-cli -m {path}"))
+    elif name != "deci" and any(
+        option.answer == "yes" for target, option in answers.items() if target.startswith("llama.cpp")
+    ):
+        export = f"python -m prunelit export --model {path} --format gguf --out model.gguf"
+        commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"{export}\nllama-cli -m model.gguf"))
     return commands

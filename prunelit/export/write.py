@@ -20,6 +20,7 @@ from prunelit.export.card import CARD_FILE, render_model_card
 from prunelit.export.formats import AUTO_FORMATS, ExportJob, ExportResult, Format, load_export_format
 from prunelit.export.overwrite import check_output
 from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.export.proof.served import prove_in_vllm
 from prunelit.model.decoder import Decoder
 from prunelit.model.text_model import extract_text_model, is_multimodal
 from prunelit.quantization.linears import get_quantization
@@ -164,6 +165,7 @@ def write_model(
     unproved: bool = False,
     text_only: bool = False,
     add_files: Callable[[Path, ExportResult], None] | None = None,
+    vllm_python: str | None = None,
 ) -> ExportResult:
     """Write a pruned (or dense) causal LM so that it loads again with equal logits.
 
@@ -187,6 +189,8 @@ def write_model(
         text_only: of a multimodal model write the causal LM inside it. GGUF and deci hold nothing else.
         add_files: called with the folder as it will be and the result, after the proof; what it adds there appears
             together with the model.
+        vllm_python: Python of an environment with vLLM ("" is the running one), whose engine proves the folder as well;
+            None: it does not.
 
     Returns:
         Format, path, sizes and verdict.
@@ -219,7 +223,7 @@ def write_model(
         chosen = load_export_format(name)
         job = ExportJob(
             *(model, path, tokenizer, plan, kind or next(iter(chosen.kinds), "")),
-            *(max_shard_size, fresh_process, decoders),
+            *(max_shard_size, fresh_process, vllm_python, decoders),
         )
         try:
             with replace_folder(path, _is_single_file(chosen, path)) as folder:
@@ -297,6 +301,9 @@ def _write_and_prove(
         proof = {"format": chosen.name, **(_UNPROVED_VERDICT if unproved else chosen.prove(job))}
     if not proof["passed"] and not unproved:
         raise NotProved(f"output: {proof['why']}; nothing was kept")
+    if job.vllm_python is not None:
+        with show_stage(f"proving {chosen.name} in vLLM"):
+            proof["vllm"] = prove_in_vllm(job, chosen.name)
     dense = None
     if job.plan is not None:
         element_size = next(job.model.parameters()).element_size()

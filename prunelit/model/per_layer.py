@@ -4,6 +4,10 @@ The source of this file is copied, as it stands, into every folder saved with pe
 plain transformers loads it with `trust_remote_code=True`; therefore it imports torch, transformers and the standard
 library only. `prunelit.load` uses this very module instead and runs no code from the folder.
 
+vLLM's Transformers backend runs the same file. It builds the base model (without its head) with the attention
+implementation "vllm", expects an attention in every layer, and finds it by the number of the layer; see
+`UnusedAttention`.
+
 `names` is an `Architecture`, or anything with the same attributes. Q query heads, G KV groups, D head size, F channels.
 """
 
@@ -15,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Integers that attention modules keep for themselves, and what they count.
 _COUNTERS = {
@@ -61,6 +66,30 @@ class RemovedAttention(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
+
+
+class UnusedAttention(RemovedAttention):
+    """In place of a removed attention in vLLM, which refuses layers without one: an attention that is never asked.
+
+    vLLM counts a module as attention if the source of its forward calls what the interface returns, so these lines must
+    stand here though nothing reaches them. vLLM then puts an attention of its own into the module (`attn`), which would
+    reserve a KV cache; without a specification of its cache it reserves none.
+    """
+
+    def __init__(self, config: Any, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        if hidden_states is None:
+            attention_interface: Any = ALL_ATTENTION_FUNCTIONS.get_interface("vllm", None)
+            return attention_interface(self, *args, **kwargs)
+        return torch.zeros_like(hidden_states), None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "attn":
+            value.get_kv_cache_spec = lambda *args, **kwargs: None
 
 
 class RemovedMixer(nn.Module):
@@ -181,10 +210,13 @@ def find_layers_path(model: Any, layers: str) -> str:
     return f"{path}.{inner}".removeprefix(".")
 
 
-def remove_attention(layer: nn.Module, names: Any) -> None:
-    """Remove a layer's attention block with the norms that feed or follow it alone."""
+def remove_attention(layer: nn.Module, names: Any, stub: nn.Module | None = None) -> None:
+    """Remove a layer's attention block with the norms that feed or follow it alone.
+
+    `stub` takes its place; None: a `RemovedAttention`.
+    """
     names = resolve_layer_names(layer, names)
-    _leave_stub(layer, names, names.attention, RemovedAttention())
+    _leave_stub(layer, names, names.attention, stub or RemovedAttention())
     _remove_mixing_norms(layer, names)
 
 
@@ -332,7 +364,8 @@ def settle(model: Any, names: Any) -> None:
 
     The cache finds the number of past tokens in its first layer. Where all layers are of one type, the attentions that
     remain are numbered 0, 1, ...; where types differ (sliding and full, attention and mixer), positions carry the type,
-    so the numbers stay and the removed ones are declared to the cache as layers that store nothing.
+    so the numbers stay and the removed ones are declared to the cache as layers that store nothing. vLLM has a cache of
+    its own and finds a layer's number of heads by the number of its attention, so there they stay as well.
     """
     config = _get_decoder_config(model.config)
     layers = find(model, names.layers)
@@ -375,13 +408,18 @@ def settle(model: Any, names: Any) -> None:
     elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
         config.kv_sharing_modes = None
     numbers = list(range(len(layers)))
-    if not mixed:
+    if not mixed and not _is_run_by_vllm(config):
         numbers = [sum(not empty for empty in emptied[:index]) for index in numbers]
     for number, present in zip(numbers, blocks, strict=True):
         for block in present:
             for attribute in _CACHE_NUMBERS:
                 if isinstance(getattr(block, attribute, None), int):
                     setattr(block, attribute, number)
+
+
+def _is_run_by_vllm(config: Any) -> bool:
+    """Whether vLLM builds the model: it names an attention implementation of its own ("vllm", "vllm_mla")."""
+    return str(getattr(config, "_attn_implementation", "")).startswith("vllm")
 
 
 def _renumber_mixtures(config: Any, has_experts: Sequence[bool]) -> None:
@@ -452,7 +490,7 @@ def build_layer_shapes(model: Any, names: Any) -> None:
         if "mixer" in skipped:
             remove_mixer(layer, names)
         if "attention" in skipped:
-            remove_attention(layer, names)
+            remove_attention(layer, names, UnusedAttention(config, index) if _is_run_by_vllm(config) else None)
         if attention is None or "attention" in skipped:
             heads = groups = 0
         else:
@@ -572,7 +610,9 @@ def nest_per_layer_config(outer: Any, decoder: Any, prefix: str) -> dict[str, An
 
 
 class PerLayerModel:
-    """Mixed into a family's causal LM: builds it dense (on the meta device when loading), then shapes every layer."""
+    """Mixed into a family's causal LM, or its base model: builds it dense (on the meta device when loading), then
+    shapes every layer.
+    """
 
     names: dict[str, Any]
 
@@ -580,6 +620,8 @@ class PerLayerModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         names = types.SimpleNamespace(**self.names)
         names.layers = find_layers_path(self, names.layers)
+        if find(self, names.layers) is None:  # a base model; the path begins at the model with the head
+            names.layers = names.layers.partition(".")[2]
         if names.mixture is not None:
             names.mixture = types.SimpleNamespace(**names.mixture)
         build_layer_shapes(self, names)

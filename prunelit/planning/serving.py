@@ -6,9 +6,10 @@
 
     vLLM           vllm/model_executor/models/: registry.py (classes), llama.py (reads head_dim), qwen2.py (head size is
                    hidden size / heads), nemotron_nas.py (DeciLM: one number of query heads for all layers, KV groups
-                   per layer, FFN widths per layer in steps of 256; blocks may be missing, but not the first attention,
-                   which opens the residual; what a layer lacks is filled up with zeros); six mixtures with fewer
-                   experts were run in vLLM 0.32 itself (benchmarks/served_mixtures.py)
+                   and FFN widths per layer; blocks may be missing, but not the first attention, which opens the
+                   residual; what a layer lacks is filled up with zeros). Run in vLLM 0.32 itself: folders with
+                   per-layer shapes, stock classes and DeciLM (benchmarks/served_folders.py), six mixtures with fewer
+                   experts (benchmarks/served_mixtures.py)
     llama.cpp      src/models/deci.cpp: heads, KV groups and FFN widths per layer, Llama's computation, biases, no norms
                    on queries and keys; run on SmolLM2 with 9/6/3 heads and missing blocks, and on tiny models of every
                    family written: the same text
@@ -38,6 +39,7 @@ from prunelit.planning.stock_shapes import (
     refuse_unequal_layers,
     suggest_keeping_heads,
 )
+from prunelit.planning.vllm_models import VLLM_OWN_CLASSES, VLLM_RUNS_PER_LAYER, judge_vllm_backend
 
 GROUP_SIZES = (16, 32, 64, 128)
 FAST_WIDTH_MULTIPLE = 64
@@ -46,16 +48,16 @@ _CONV1D_FAMILIES = frozenset({"gpt2"})  # linears stored as [in, out], which no 
 
 _ALSO_WITHOUT_EXPERTS = frozenset({"granitemoehybrid", "qwen3_next"})  # mixtures some of whose models have none
 
-_NOT_IN_VLLM = frozenset(
-    {"biogpt", "helium", "hyperclovax", "iquestcoder", "ministral", "ministral3", "smollm3", "vaultgemma"}
-)
 _VLLM_READS_HEAD_SIZE, _VLLM_DERIVES_HEAD_SIZE = frozenset({"llama", "mistral"}), frozenset({"qwen2"})
+_VLLM_TRIED_CLASSES = frozenset({"llama", "qwen2", "qwen3"})  # benchmarks/served_folders.py
 # Of which vLLM 0.32 computed tiny models with fewer experts as transformers does (benchmarks/served_mixtures.py).
 _VLLM_MIXTURES = frozenset({"glm4_moe", "gpt_oss", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 # Families that DeciLM and llama.cpp's llama and deci graphs compute.
 LLAMA_LIKE_FAMILIES = frozenset(
     {"cwm", "internlm3", "iquestcoder", "llama", "ministral", "mistral", "qwen2", "seed_oss"}
 )
+LLAMA_CPP_TRIED = "xllamacpp 2026.10"
+"""The wheel of llama.cpp that proved GGUF files here."""
 LLAMA_CPP_MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 """Mixtures of experts that llama.cpp's graphs compute."""
 LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | LLAMA_CPP_MIXTURES | {"qwen3"}
@@ -64,7 +66,7 @@ MIXER_BESIDE_ATTENTION = frozenset({"falcon_h1"})
 """Hybrids whose layers have an attention and a mixer; in the other ones a mixer stands in an attention's place."""
 _CODES_PER_WORD = 8  # 4-bit codes in a word: the smallest group size that is written
 DECI_FFN_MULTIPLE = 256
-"""DeciLM's FFN widths are multiples of it."""
+"""DeciLM's FFN widths are multiples of it where they are written as `ffn_mult`."""
 _TENSORRT_FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
@@ -104,8 +106,9 @@ def list_serving_options(plan: PruningPlan) -> list[ServingRow]:
         ("transformers, stock class", judge_stock_class(pruned), "tried"),
         ("transformers, per-layer shapes", _judge_per_layer_class(pruned), "tried"),
         ("transformers, padded", _judge_padded(pruned), "tried"),
-        ("vLLM, stock class", _judge_vllm(pruned), "read"),
-        ("vLLM, DeciLM", _judge_vllm_deci(pruned), "read"),
+        ("vLLM, stock class", _judge_vllm(pruned), "tried" if pruned.family in _VLLM_TRIED_CLASSES else "read"),
+        ("vLLM, per-layer shapes", judge_vllm_backend(pruned.family), "tried"),
+        ("vLLM, DeciLM", _judge_vllm_deci(pruned), "tried"),
         ("llama.cpp, own graph", _judge_llama_cpp(pruned), "tried"),
         ("llama.cpp, deci graph", _judge_llama_cpp_deci(pruned), "tried"),
         ("TensorRT-LLM", _judge_tensorrt(pruned), "read"),
@@ -220,15 +223,19 @@ def _judge_vllm(pruned: PrunedShape) -> Verdict:
         if pruned.family in _VLLM_MIXTURES and keeps_heads:
             return Verdict("yes", "its own class; tried with fewer experts, tiny models, vLLM 0.32")
         return Verdict("?", f"whether its {pruned.family} takes these experts was not looked up")
-    if pruned.family in _NOT_IN_VLLM:
-        return Verdict("?", f"no class of its own for {pruned.family} in the copy read")
-    if pruned.has_config_head_size or pruned.family in _VLLM_READS_HEAD_SIZE:
+    family = pruned.family
+    if family in VLLM_OWN_CLASSES and (pruned.has_config_head_size or family in _VLLM_READS_HEAD_SIZE):
         return Verdict("yes", "its own class")
-    if pruned.family in _VLLM_DERIVES_HEAD_SIZE:
-        return Verdict(
-            "no", f"its {pruned.family} takes head size = hidden size / heads", suggest_keeping_heads(pruned)
-        )
-    return Verdict("?", f"whether its {pruned.family} reads the head size was not looked up")
+    if family not in VLLM_OWN_CLASSES:
+        why = f"no class of its own for {family}"
+    elif family in _VLLM_DERIVES_HEAD_SIZE:
+        why = f"its {family} takes head size = hidden size / heads"
+    else:
+        why = f"whether its {family} reads the head size was not looked up"
+    if family in VLLM_RUNS_PER_LAYER:  # the backend runs transformers' own modules, whatever their shapes
+        return Verdict("yes", f"with --model-impl transformers: {why}")
+    option = suggest_keeping_heads(pruned) if family in _VLLM_DERIVES_HEAD_SIZE else ""
+    return Verdict("no" if family in _VLLM_DERIVES_HEAD_SIZE else "?", why, option)
 
 
 def _judge_vllm_deci(pruned: PrunedShape) -> Verdict:
@@ -242,8 +249,6 @@ def _judge_vllm_deci(pruned: PrunedShape) -> Verdict:
         options.append("protect: [0]")
     if pads_heads and len(pruned.query_heads) > 1:
         options.append("uniform_heads: true")
-    if any(width % DECI_FFN_MULTIPLE for width in pruned.channels):
-        options.append(f"align: {DECI_FFN_MULTIPLE}")
     if not options:
         return Verdict("yes", "every width per layer as it is")
     parameters = sum(shape.parameters_at(*size) for size, (_, _, shape) in zip(sizes, pruned.layers, strict=True))
@@ -259,21 +264,22 @@ def compute_deci_sizes(plan: PruningPlan) -> list[tuple[int, int, int]]:
     return compute_deci_widths([remaining.widths for _, remaining, _ in PrunedShape(plan).layers])
 
 
-def compute_deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def compute_deci_widths(widths: Sequence[tuple[int, int, int]], ffn_multiple: int = 1) -> list[tuple[int, int, int]]:
     """Compute the widths of the layers in a folder for DeciLM, which are padded with zeros.
 
-    All layers get the same number of query heads, the smallest that has room for each of them. FFN widths are rounded
-    up to multiples of 256. The first layer gets an attention even if it has none.
+    All layers get the same number of query heads, the smallest that has room for each of them. The first layer gets an
+    attention even if it has none.
 
     Args:
         widths: query heads, KV groups and channels of each layer; 0 for a removed block.
+        ffn_multiple: FFN widths are rounded up to multiples of it: 256 for readers that know no others.
 
     Returns:
         Query heads, KV groups and channels of each layer in the folder; 0 for a missing block.
 
     Example:
         >>> compute_deci_widths([(4, 2, 300), (2, 1, 256), (0, 0, 256)])
-        [(4, 2, 512), (4, 1, 256), (0, 0, 256)]
+        [(4, 2, 300), (4, 1, 256), (0, 0, 256)]
     """
     heads = max((query_heads for query_heads, _, _ in widths), default=0)
     # The search ends at the latest at the largest number of groups times the largest group.
@@ -283,7 +289,7 @@ def compute_deci_widths(widths: Sequence[tuple[int, int, int]]) -> list[tuple[in
     for index, (query_heads, groups, channels) in enumerate(widths):
         has_attention = query_heads > 0 or index == 0
         group_count = _find_group_count(heads, groups, query_heads // max(1, groups)) if has_attention else 0
-        ffn_width = -(-channels // DECI_FFN_MULTIPLE) * DECI_FFN_MULTIPLE
+        ffn_width = -(-channels // ffn_multiple) * ffn_multiple
         padded.append((heads if has_attention else 0, group_count, ffn_width))
     return padded
 

@@ -156,9 +156,9 @@ def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama"
         (STOCK, (FEWER,) * 3, "gpt_neox", "no", r"head size.*ratio below 0\.333"),
         (STOCK, (DENSE,) * 3, "mpt", "?", "mpt"),
         ("vLLM, stock class", (FEWER,) * 3, "llama", "yes", ""),
-        ("vLLM, stock class", (FEWER,) * 3, "qwen2", "no", r"head size.*ratio below 0\.333"),
+        ("vLLM, stock class", (FEWER,) * 3, "qwen2", "yes", "--model-impl transformers: its qwen2 takes head size"),
         ("vLLM, stock class", (NARROW,) * 3, "qwen2", "yes", ""),
-        ("vLLM, stock class", (FEWER,) * 3, "granite", "?", "not looked up"),
+        ("vLLM, stock class", (FEWER,) * 3, "granite", "yes", "--model-impl transformers: whether"),
         ("vLLM, stock class", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
         ("vLLM, stock class", (NARROW,) * 3, "helium", "?", "no class"),
         ("vLLM, DeciLM", (WIDE, WIDE_NO_ATTENTION, WIDE_NO_FFN), "llama", "yes", "as it is"),
@@ -170,7 +170,7 @@ def plan_of(*layers: LayerPlan, model: ModelShape = LLAMA, family: str = "llama"
             "filled up with zeros: saves.* uniform_heads: true$",
         ),
         ("vLLM, DeciLM", (WIDE_NO_ATTENTION, WIDE, WIDE), "llama", "yes", r"zeros.* protect: \[0\]$"),
-        ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "llama", "yes", "zeros.* align: 256$"),
+        ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "llama", "yes", "as it is"),
         ("vLLM, DeciLM", (DENSE, NARROW, DENSE), "qwen3", "no", "qwen3.*scope: layer"),
         ("llama.cpp, own graph", (FEWER,) * 3, "mistral", "yes", "as llama"),
         ("llama.cpp, own graph", (DENSE, FEWER, DENSE), "llama", "no", "scope: layer"),
@@ -264,13 +264,13 @@ def test_sizes_of_a_folder_for_decilm() -> None:
     ones = keep(eight, heads_in_group=(0,))
     model = model_shape(*[eight] * 3)
     assert compute_deci_sizes(plan_of(LayerPlan.dense(eight), few, ones, model=model)) == [
-        (8, 4, 512),
-        (8, 4, 256),
-        (8, 4, 512),
+        (8, 4, 300),
+        (8, 4, 200),
+        (8, 4, 300),
     ]
     gone = keep(eight, groups=())
-    assert compute_deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 512), (6, 3, 256), (6, 3, 256)]
-    assert compute_deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 512)
+    assert compute_deci_sizes(plan_of(gone, few, few, model=model)) == [(6, 1, 300), (6, 3, 200), (6, 3, 200)]
+    assert compute_deci_sizes(plan_of(few, gone, few, model=model))[1] == (0, 0, 300)
 
 
 def test_vllm_takes_mixtures_with_fewer_experts_that_it_was_tried_with() -> None:

@@ -1,9 +1,9 @@
 """Script that reads a `deci` folder as vLLM's DeciLM does: `python -P reader.py QUESTION ANSWER`.
 
 It is written from what vLLM's model reads in a config: attention with one number of query heads for all layers and
-`n_heads_in_group` query heads to a KV head, FFN widths from `ffn_mult`, and blocks that are no-ops. It runs in a
-process of its own and imports nothing of prunelit. It is plain PyTorch in float32 without a cache: it shows whether the
-folder holds the model, not how vLLM would run it.
+`n_heads_in_group` query heads to a KV head, FFN widths from `ffn_mult` or else `intermediate_size`, and blocks that are
+no-ops. It runs in a process of its own and imports nothing of prunelit. It is plain PyTorch in float32 without a cache:
+it shows whether the folder holds the model, not how vLLM would run it.
 
 QUESTION is a JSON file {"folder", "tokens": [[id]], "threads"}; ANSWER holds the logits [B, S, V], as torch saves them.
 
@@ -68,7 +68,10 @@ def compute_deci_logits(folder: Path, ids: Tensor) -> Tensor:
             x = x + _apply_attention(normed, attention, block.attention.n_heads_in_group, config, rotations)
         if not block.ffn.no_op:
             normed = _apply_rms_norm(x, layer.pop("post_attention_layernorm.weight"), config)
-            channels = compute_ffn_width(block.ffn.ffn_mult, config.hidden_size)
+            is_exact = not hasattr(block.ffn, "ffn_mult")
+            channels = (
+                block.ffn.intermediate_size if is_exact else compute_ffn_width(block.ffn.ffn_mult, config.hidden_size)
+            )
             x = x + _apply_ffn(normed, _take_weights(layer, "mlp."), channels, config)
         _check_all_used(layer)
     x = _apply_rms_norm(x, weights.pop("model.norm.weight"), config)

@@ -1,11 +1,11 @@
 """Format deci: a folder for vLLM's DeciLM ("nemotron-nas"), whose layers may differ in KV heads, FFN width and blocks.
 
-DeciLM has one number of query heads for all layers, and FFN widths in steps of 256. Heads and channels of zeros fill up
-what a layer lacks; they contribute exactly zero. Layer 0 must have attention: where it was removed, it has one KV head
-of zeros. All other pruned units and blocks stay removed.
+DeciLM has one number of query heads for all layers. Heads of zeros fill up what a layer lacks; they contribute exactly
+zero. Layer 0 must have attention: where it was removed, it has one KV head of zeros. All other pruned units and blocks
+stay removed. With `--type ffn_mult` FFN widths are in steps of 256, for readers that do not take exact ones.
 
-Source of the layout: vllm/model_executor/models/nemotron_nas.py. vLLM itself has not been run on such a folder; the
-proof is `prunelit.export.deci.reader`, which reads it as that file does.
+Source of the layout: vllm/model_executor/models/nemotron_nas.py. The proof is `prunelit.export.deci.reader`, which
+reads a folder as that file does; vLLM 0.32 ran such folders in benchmarks/served_folders.py.
 
 Legend: H hidden size, Q query heads, G KV groups, S query heads in a group, D head size, F FFN channels.
 """
@@ -38,6 +38,8 @@ from prunelit.planning.serving import DECI_FFN_MULTIPLE, compute_deci_widths
 from prunelit.runtime.errors import DoesNotFit
 from prunelit.runtime.versions import collect_versions
 
+FFN_MULTIPLIERS = "ffn_mult"
+"""The kind of folder whose FFN widths are multipliers, which lead to multiples of 256 only."""
 _CONFIG_MODULE = "configuration_decilm"
 _CONFIG_SOURCE = '''\
 """DeciLM's config: `block_configs` with attributes, as vLLM reads them. Written by prunelit for this folder."""
@@ -93,19 +95,20 @@ def write_deci(job: ExportJob) -> dict[str, Any]:
     """
     check_deci(job.model, job.tokenizer)
     decoder = job.get_decoder()
-    layers, biased = _list_layer_sizes(decoder), _find_biased_roles(decoder)
+    layers, biased = _list_layer_sizes(decoder, job.kind), _find_biased_roles(decoder)
+    config = json.dumps(_build_deci_config(decoder, layers, biased, job.kind), indent=2) + "\n"
     weights = _build_deci_weights(decoder, layers, biased)
     save_torch_state_dict(weights, job.path, max_shard_size=job.max_shard_size, metadata={"format": "pt"})
-    config = json.dumps(_build_deci_config(decoder, layers, biased), indent=2) + "\n"
     (job.path / "config.json").write_text(config, encoding="utf-8")
     (job.path / f"{_CONFIG_MODULE}.py").write_text(_CONFIG_SOURCE, encoding="utf-8")
     copy.deepcopy(job.model.generation_config).save_pretrained(job.path)
     size = _count_written_size(decoder, layers, weights)
     zeros = size["parameters"] - sum(parameter.numel() for parameter in job.model.parameters())
     heads = max(layer.query_heads for layer in layers)
+    steps = f", FFN widths in steps of {DECI_FFN_MULTIPLE}" if job.kind == FFN_MULTIPLIERS else ""
     note = (
-        f"deci: {heads} query heads in every attention, FFN widths in steps of {DECI_FFN_MULTIPLE}: {zeros:,} of "
-        f"{size['parameters']:,} parameters are zeros that fill up; vLLM itself was not run"
+        f"deci: {heads} query heads in every attention{steps}: {zeros:,} of {size['parameters']:,} parameters are "
+        "zeros that fill up"
     )
     return {"note": note, "size": size, "zeros": zeros}
 
@@ -122,9 +125,6 @@ def check_deci(model: nn.Module, tokenizer: Any) -> None:
     check_llama_layers(decoder, "deci")
     compute_rope_factors(decoder, "deci")
     get_head_dim(decoder)
-    for size in _list_layer_sizes(decoder):
-        if size.channels:
-            compute_ffn_multiplier(size.channels, int(decoder.config.hidden_size))
 
 
 def _count_written_size(decoder: Decoder, layers: list[_LayerSizes], weights: dict[str, Tensor]) -> dict[str, int]:
@@ -141,11 +141,12 @@ def _count_written_size(decoder: Decoder, layers: list[_LayerSizes], weights: di
     }
 
 
-def _list_layer_sizes(decoder: Decoder) -> list[_LayerSizes]:
-    """List the sizes of the layers in the folder."""
+def _list_layer_sizes(decoder: Decoder, kind: str) -> list[_LayerSizes]:
+    """List the sizes of the layers in the folder; `kind` says how FFN widths are written."""
     shapes = (layer.shape for layer in decoder)
     widths = [(shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes]
-    return [_LayerSizes(*sizes) for sizes in compute_deci_widths(widths)]
+    multiple = DECI_FFN_MULTIPLE if kind == FFN_MULTIPLIERS else 1
+    return [_LayerSizes(*sizes) for sizes in compute_deci_widths(widths, multiple)]
 
 
 def _find_biased_roles(decoder: Decoder) -> set[str]:
@@ -155,7 +156,7 @@ def _find_biased_roles(decoder: Decoder) -> set[str]:
     return {roles[role] for role, linear in linears if linear.bias is not None}
 
 
-def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[str]) -> dict[str, Any]:
+def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[str], kind: str) -> dict[str, Any]:
     """Build config.json; it holds rope twice, as transformers 5 writes it and as transformers 4 did."""
     config, model = decoder.config, decoder.model
     hidden, rope = int(config.hidden_size), dict(config.rope_parameters)
@@ -167,7 +168,7 @@ def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[
                 "replace_with_linear": False,
             },
             "ffn": {
-                "ffn_mult": compute_ffn_multiplier(size.channels, hidden) if size.channels else None,
+                **_declare_ffn_width(size.channels, hidden, kind),
                 "no_op": not size.channels,
                 "replace_with_linear": False,
             },
@@ -201,6 +202,13 @@ def _build_deci_config(decoder: Decoder, layers: list[_LayerSizes], biased: set[
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "torch_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
     }
+
+
+def _declare_ffn_width(channels: int, hidden: int, kind: str) -> dict[str, Any]:
+    """Declare the width of an FFN; vLLM reads `intermediate_size` where there is no `ffn_mult`."""
+    if kind == FFN_MULTIPLIERS:
+        return {"ffn_mult": compute_ffn_multiplier(channels, hidden) if channels else None}
+    return {"intermediate_size": channels} if channels else {}
 
 
 def compute_ffn_multiplier(channels: int, hidden: int) -> float:
@@ -323,7 +331,7 @@ def prove_deci(job: ExportJob) -> dict[str, Any]:
     return {
         "passed": difference <= limit,
         "why": None if difference <= limit else f"the folder does not read back equal: {why}",
-        "loader": "prunelit's own reading of vLLM's DeciLM, in a new process; vLLM itself was not run",
+        "loader": "prunelit's own reading of vLLM's DeciLM, in a new process",
         "dtype": "float32",
         **numbers,
         "versions": collect_versions(),
@@ -331,8 +339,14 @@ def prove_deci(job: ExportJob) -> dict[str, Any]:
 
 
 _LOAD_SNIPPET = """\
-from vllm import LLM  # not run by prunelit: see the proof below
+from vllm import LLM
 
 llm = LLM("PATH", trust_remote_code=True)"""
 
-FORMAT = Format("deci", _LOAD_SNIPPET, write_deci, prove_deci, library="vllm", check=check_deci, text_only=True)
+FORMAT = Format(
+    *("deci", _LOAD_SNIPPET, write_deci, prove_deci),
+    kinds=("exact", FFN_MULTIPLIERS),
+    library="vllm",
+    check=check_deci,
+    text_only=True,
+)

@@ -12,7 +12,9 @@ from typing import Any
 from prunelit.runtime.errors import NotProved
 
 
-def run_proof_script(script: str, question: Mapping[str, Any], folder: Path, failure: str, telling: str = "") -> bytes:
+def run_proof_script(
+    script: str, question: Mapping[str, Any], folder: Path, failure: str, telling: str = "", python: str = ""
+) -> bytes:
     """Run `python -P script QUESTION ANSWER`.
 
     The process looks nothing up on a hub. Copies that transformers makes of remote code are removed with it.
@@ -23,6 +25,7 @@ def run_proof_script(script: str, question: Mapping[str, Any], folder: Path, fai
         folder: the folder that is proved. Both files lie in it, so they are removed with it if this process is killed.
         failure: the beginning of the error message if the script fails.
         telling: a text that marks the line of stderr with the reason; "": the reason is the last line.
+        python: a Python of another environment; "": the running one.
 
     Returns:
         The content of the file ANSWER.
@@ -36,7 +39,9 @@ def run_proof_script(script: str, question: Mapping[str, Any], folder: Path, fai
         question_file, answer_file = Path(scratch, "asked.json"), Path(scratch, "answer")
         question_file.write_text(json.dumps(question), encoding="utf-8")
         environment = os.environ | {"HF_MODULES_CACHE": str(Path(scratch, "modules")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-P", script, str(question_file), str(answer_file)]
+        if python:  # this environment's packages are not for the other one
+            environment.pop("PYTHONPATH", None)
+        command = [python or sys.executable, "-P", script, str(question_file), str(answer_file)]
         process = subprocess.run(
             command, env=environment, capture_output=True, text=True, errors="replace", check=False
         )

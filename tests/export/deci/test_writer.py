@@ -33,8 +33,8 @@ def model_of(family: str, kind: str | None = None, **config: Any) -> Any:
     return model
 
 
-def assert_reads_back(model: Any, folder: Path) -> dict[str, Any]:
-    facts = writer.write_deci(ExportJob(model, folder))
+def assert_reads_back(model: Any, folder: Path, kind: str = "exact") -> dict[str, Any]:
+    facts = writer.write_deci(ExportJob(model, folder, kind=kind))
     with torch.no_grad():
         found = reader.compute_deci_logits(folder, tokens() % model.config.vocab_size)
     torch.testing.assert_close(found, logits(model), rtol=0, atol=2e-6)
@@ -66,7 +66,8 @@ def test_rope_and_tied_embeddings(rope: dict[str, Any], tied: bool, tmp_path: Pa
     assert_reads_back(model_of("llama", "mixed", rope_parameters=rope, tie_word_embeddings=tied), tmp_path)
 
 
-def test_what_the_config_says(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "widths"), [("exact", [256, 600]), ("ffn_mult", [256, 768])])
+def test_what_the_config_says(kind: str, widths: list[int], tmp_path: Path) -> None:
     model = tiny("mistral", hidden_size=256, intermediate_size=600)
     first, second, third = Decoder(model).shape.layers
     plan = plan_with(
@@ -76,7 +77,7 @@ def test_what_the_config_says(tmp_path: Path) -> None:
         keep(third, (2,), channels=()),
     )
     surgery.apply(model, plan)
-    facts = assert_reads_back(model, tmp_path)
+    facts = assert_reads_back(model, tmp_path, kind)
     config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
     assert (config.model_type, config.architectures) == ("nemotron-nas", ["DeciLMForCausalLM"])
     # 4 heads in 2 groups and 3 in 1 have room among 4; layer 0 has one KV head of zeros, since it cannot be without
@@ -84,12 +85,14 @@ def test_what_the_config_says(tmp_path: Path) -> None:
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [4, 2, 4]
     assert [block.attention.no_op for block in config.block_configs] == [False] * 3
     assert [block.ffn.no_op for block in config.block_configs] == [False, False, True]
-    widths = [reader.compute_ffn_width(block.ffn.ffn_mult, 256) for block in config.block_configs[:2]]
-    assert widths == [256, 768]
+    ffns = [block.ffn for block in config.block_configs[:2]]
+    assert all(hasattr(ffn, "ffn_mult") == (kind == "ffn_mult") for ffn in ffns)  # vLLM prefers it where it is there
+    found = [ffn.intermediate_size if kind == "exact" else reader.compute_ffn_width(ffn.ffn_mult, 256) for ffn in ffns]
+    assert found == widths
     whole = sum(x.numel() for x in load_file(tmp_path / "model.safetensors").values())
     assert facts["size"]["parameters"] == whole == facts["zeros"] + sum(x.numel() for x in model.parameters())
     assert facts["size"]["kv_bytes_per_token"] == 2 * 8 * (1 + 2 + 1) * 4
-    assert "vLLM itself was not run" in facts["note"]
+    assert ("steps of 256" in facts["note"]) == (kind == "ffn_mult")
 
 
 def test_sizes_are_counted_as_elsewhere(tmp_path: Path) -> None:
@@ -106,7 +109,7 @@ def test_multipliers_give_the_width(hidden: int, steps: int) -> None:
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 8), st.integers(0, 600)), min_size=1, max_size=6))
 def test_one_number_of_query_heads_has_room_for_all(layers: list[tuple[int, int, int]]) -> None:
-    sizes = compute_deci_widths([(groups * size, groups, channels) for groups, size, channels in layers])
+    sizes = compute_deci_widths([(groups * size, groups, channels) for groups, size, channels in layers], 256)
     (heads,) = {found for found, _, _ in sizes}
     assert heads <= max(groups for groups, _, _ in layers) * max(size for _, size, _ in layers)
     for (groups, size, channels), (_, found, width) in zip(layers, sizes, strict=True):
@@ -138,7 +141,7 @@ def test_a_verdict_from_a_new_process(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     model = model_of("llama", "mixed", vocab_size=len(tokenizer))
     made = write_model(model, tmp_path / "m", tokenizer, format="deci")
-    assert made.proof["largest_difference"] < 2e-6 and "vLLM itself was not run" in made.proof["loader"]
+    assert made.proof["largest_difference"] < 2e-6 and "DeciLM" in made.proof["loader"]
     assert json.loads((tmp_path / "m" / "proof.json").read_text())["passed"]
     assert "vllm" in (tmp_path / "m" / "README.md").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)("ab")["input_ids"]
