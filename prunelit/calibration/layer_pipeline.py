@@ -32,8 +32,8 @@ from prunelit.calibration.partial_forward import PartialForward, count_outputs
 from prunelit.core.plan import LayerShape
 from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.experts import Experts
-from prunelit.model.lazy_weight import load_lazy_weights
 from prunelit.model.modes import use_eval_mode
+from prunelit.model.stored.lazy_weight import load_lazy_weights
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import track_progress
 

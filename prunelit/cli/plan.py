@@ -30,8 +30,8 @@ from prunelit.data.sources import check_prunable_source, check_sequence_length
 from prunelit.data.yaml_text import parse_yaml
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import read_model_config
 from prunelit.model.modes import move_to_device
+from prunelit.model.stored.folder import read_model_config
 from prunelit.planning import latency
 from prunelit.planning.overshoot import describe_overshoot
 from prunelit.pruning.callback import PruningCallback, find_pruner

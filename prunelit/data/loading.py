@@ -11,9 +11,9 @@ import torch
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture
 from prunelit.data.option_types import Dtype
 from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
-from prunelit.model.folder import find_auto_class, read_model_config
 from prunelit.model.per_layer import PerLayerConfig, PerLayerModel, nest_per_layer_config
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored.folder import find_auto_class, read_model_config
 from prunelit.quantization import int4_folder, quantize
 from prunelit.runtime.errors import BadOption, SourceNotFound
 from prunelit.runtime.progress import show_stage

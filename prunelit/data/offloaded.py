@@ -28,10 +28,10 @@ from prunelit.calibration.partial_forward import check_layers_run_alone
 from prunelit.data import loading
 from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder, build_meta_model
-from prunelit.model.lazy_weight import STREAMING_REFUSED, LazyWeight
 from prunelit.model.quiet import silence_transformers
-from prunelit.model.stored_experts import find_stored_experts
+from prunelit.model.stored.folder import INDEX_FILE, SINGLE, SafetensorsFolder, build_meta_model
+from prunelit.model.stored.lazy_weight import STREAMING_REFUSED, LazyWeight
+from prunelit.model.stored.stored_experts import find_stored_experts
 from prunelit.runtime.errors import BadOption, SourceNotFound
 
 STREAMED_REPAIRS = ("none", "bias")

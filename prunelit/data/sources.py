@@ -35,9 +35,9 @@ from safetensors import SafetensorError
 from prunelit.core.architectures import get_architecture, get_decoder_config, has_experts
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.model.context_length import check_position_table
-from prunelit.model.folder import read_model_config
-from prunelit.model.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored.folder import read_model_config
+from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.quantization.int4_folder import QUANT_METHOD
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture, suggest_file

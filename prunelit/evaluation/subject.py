@@ -7,7 +7,7 @@ from prunelit.data import sources
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import read_model_config
+from prunelit.model.stored.folder import read_model_config
 from prunelit.recovery import adapter_files, merge
 
 if TYPE_CHECKING:

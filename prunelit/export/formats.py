@@ -8,7 +8,7 @@ from typing import Any
 
 from prunelit.core.plan import PruningPlan
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import find_auto_class
+from prunelit.model.stored.folder import find_auto_class
 from prunelit.runtime.errors import BadOption, suggest_name
 
 FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")

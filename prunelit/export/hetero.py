@@ -20,8 +20,8 @@ from prunelit.export.proof.compare import prove_folder
 from prunelit.export.uniform import build_if_shapes_match, build_on_meta, find_stock_class
 from prunelit.model import per_layer
 from prunelit.model.decoder import Decoder, as_decoder
-from prunelit.model.folder import find_auto_class
 from prunelit.model.per_layer import ADDED_BIASES, MIXTURE_WIDTHS, find
+from prunelit.model.stored.folder import find_auto_class
 from prunelit.runtime.errors import DoesNotFit
 
 _MODELLING_MODULE = "modeling_pruned"

@@ -14,9 +14,9 @@ from prunelit.core.architectures import get_architecture, has_experts
 from prunelit.export import hetero, uniform
 from prunelit.export.formats import ExportJob, Format
 from prunelit.export.proof import compare
-from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import find
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored.folder import read_model_config
 from prunelit.quantization import int4_folder, views
 from prunelit.quantization.int4 import Int4Linear
 from prunelit.quantization.linears import get_quantization, list_decoder_linears

@@ -17,7 +17,7 @@ from prunelit.calibration.observe import STEPS_ATTRIBUTE
 from prunelit.data import offloaded
 from prunelit.export.safetensors_parts import TensorParts, write_tensor_parts
 from prunelit.model.decoder import Decoder
-from prunelit.model.lazy_weight import LazyWeight
+from prunelit.model.stored.lazy_weight import LazyWeight
 from prunelit.runtime.errors import PrunelitError
 from prunelit.runtime.progress import track_progress
 

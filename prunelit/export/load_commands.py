@@ -11,7 +11,7 @@ from prunelit.core.architectures import PRUNED
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
 from prunelit.export.proof.served import format_serve_command
-from prunelit.model.folder import read_model_config
+from prunelit.model.stored.folder import read_model_config
 from prunelit.planning.serving import LLAMA_CPP_TRIED, list_serving_options
 from prunelit.planning.vllm_models import VLLM_VERSION, judge_vllm_backend
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from prunelit.core.architectures import Architecture, get_architecture, get_decoder_config
 from prunelit.core.plan import LayerShape, ModelShape
 from prunelit.model.experts import Experts
-from prunelit.model.lazy_weight import LazyWeight
 from prunelit.model.per_layer import find, find_layers_path, is_absent, resolve_layer_names
+from prunelit.model.stored.lazy_weight import LazyWeight
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NonFinite
 
 _SIGNS_PER_TENSOR = 64

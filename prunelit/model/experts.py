@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from prunelit.core.declaration import Mixture
-from prunelit.model.lazy_weight import LazyWeight
 from prunelit.model.per_layer import ExpertTensor, find, find_expert_tensors
+from prunelit.model.stored.lazy_weight import LazyWeight
 from prunelit.runtime.errors import DeclarationMismatch
 
 

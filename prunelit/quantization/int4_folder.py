@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from prunelit.core.architectures import get_architecture
-from prunelit.model.folder import SafetensorsFolder, build_meta_model, read_model_config
 from prunelit.model.per_layer import replace_module
+from prunelit.model.stored.folder import SafetensorsFolder, build_meta_model, read_model_config
 from prunelit.quantization.int4 import Int4Linear
 from prunelit.quantization.linears import DecoderLinear, list_decoder_linears
 from prunelit.quantization.quantize import CONV1D_MARK

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
-from prunelit.model.folder import INDEX_FILE, SINGLE, SafetensorsFolder
+from prunelit.model.stored.folder import INDEX_FILE, SINGLE, SafetensorsFolder
 from prunelit.quantization.int4 import GroupLora
 from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
 from prunelit.quantization.linears import get_linear_widths, list_decoder_linears, unwrap_peft_model

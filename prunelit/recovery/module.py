@@ -23,9 +23,9 @@ from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
 from prunelit.data import loading, sources
 from prunelit.model import copies
-from prunelit.model.folder import read_model_config
 from prunelit.model.per_layer import find
 from prunelit.model.saved_shapes import rebuild_shapes
+from prunelit.model.stored.folder import read_model_config
 from prunelit.model.text_model import list_tower_parameters
 from prunelit.quantization import quantize, views
 from prunelit.quantization.linears import list_decoder_mixtures

@@ -8,7 +8,7 @@ from typing import Any
 from prunelit.calibration import metrics
 from prunelit.data import loading
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import read_model_config
+from prunelit.model.stored.folder import read_model_config
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.linears import get_quantization
 from prunelit.recovery import adapter_files, merge

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from prunelit.model import folder
 from prunelit.model.decoder import Decoder
+from prunelit.model.stored import folder
 from prunelit.report import run_page
 from prunelit.report.record import Record
 from tests.cli.test_fit import call, small

@@ -30,8 +30,8 @@ from prunelit.export import layer_files as writer
 from prunelit.export import save
 from prunelit.export.safetensors_parts import TensorParts, write_tensor_parts
 from prunelit.model.decoder import Decoder
-from prunelit.model.lazy_weight import LazyWeight, load_lazy_weights
 from prunelit.model.per_layer import shares_keys
+from prunelit.model.stored.lazy_weight import LazyWeight, load_lazy_weights
 from prunelit.runtime.errors import BadOption, NonFinite, PrunelitError, SourceNotFound
 from tests.tiny import FAMILIES, KINDS, cut, tiny, tokens
 

@@ -21,8 +21,8 @@ from prunelit.data import loading, offloaded
 from prunelit.export import save
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.model.folder import SafetensorsFolder
-from prunelit.model.lazy_weight import LazyWeight
+from prunelit.model.stored.folder import SafetensorsFolder
+from prunelit.model.stored.lazy_weight import LazyWeight
 from prunelit.runtime.errors import BadOption, DoesNotFit, NonFinite, SourceNotFound
 from tests.data.test_offloaded import BATCHES, PADDED, Held, assert_same, folder_of
 from tests.tiny import EXPERT_KINDS, MIXTURES, cut, tiny, tokens

@@ -21,7 +21,7 @@ from prunelit.data import loading, offloaded
 from prunelit.export import layer_files
 from prunelit.export.formats import ExportJob
 from prunelit.export.proof import new_process, reload
-from prunelit.model.folder import find_auto_class
+from prunelit.model.stored.folder import find_auto_class
 from prunelit.runtime.versions import collect_versions
 
 _log = logging.getLogger("prunelit")

@@ -142,7 +142,7 @@ def read_weight_map(index: Path) -> dict[str, str]:
     Raises:
         SourceNotFound: the index is damaged, or names a file outside of its folder.
 
-    Example: see `prunelit.model.folder.SafetensorsFolder`, which uses it.
+    Example: see `prunelit.model.stored.folder.SafetensorsFolder`, which uses it.
     """
     prefix = f"model {str(index.parent)!r}: cannot be loaded: {index.name}: "
     content = parse_json_file(index, prefix)
@@ -218,7 +218,7 @@ def check_folder_facts(folder: Path, config: Any) -> None:
         SourceNotFound: see `read_folder_facts`; or a size in config.json is none or exceeds what the files hold; or
             the weights are those of another kind of model; or config.json ties embeddings that differ.
 
-    Example: see `tests/model/test_folder_facts.py`.
+    Example: see `tests/model/stored/test_folder_facts.py`.
     """
     facts = read_folder_facts(folder)
     if facts is None:
@@ -336,7 +336,7 @@ def describe_packed_weights(folder: Path) -> str:
     Raises:
         SourceNotFound: see `read_folder_facts`.
 
-    Example: see `tests/model/test_folder_facts.py`.
+    Example: see `tests/model/stored/test_folder_facts.py`.
     """
     facts = read_folder_facts(folder)
     for name, tensor in (facts.tensors if facts else {}).items():

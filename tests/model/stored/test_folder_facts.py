@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from prunelit.data import loading
 from prunelit.data.sources import check_prunable_source, resolve_model_source
-from prunelit.model.folder import SafetensorsFolder
+from prunelit.model.stored.folder import SafetensorsFolder
 from prunelit.runtime.errors import BadQuantisation, PrunelitError, SourceNotFound
 from tests.tiny import tiny
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from prunelit.model.folder import SafetensorsFolder
+from prunelit.model.stored.folder import SafetensorsFolder
 from prunelit.runtime.errors import SourceNotFound
 
 _AXES = 3

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunelit.core.architectures import PRUNED, get_decoder_config
-from prunelit.model.folder_facts import parse_json_file, read_weight_map
+from prunelit.model.stored.folder_facts import parse_json_file, read_weight_map
 from prunelit.runtime.errors import SourceNotFound
 
 INDEX_FILE, SINGLE = "model.safetensors.index.json", "model.safetensors"
