@@ -199,7 +199,8 @@ def run(command: str, arguments: list[str]) -> int:
     }
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     others = describe_other_parameters(report["pruned"], report["tower_parameters"])
-    asked = f" (asked: {method.ratio:.2%})" if method.given_plan is None and method.budget == "parameters" else ""
+    is_asked = method.ratio is not None and method.given_plan is None and method.budget == "parameters"
+    asked = f" (asked: {method.ratio:.2%})" if is_asked else ""
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
