@@ -25,7 +25,7 @@ from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
 from prunelit.model.text_model import count_tower_parameters
-from prunelit.planning.overshoot import describe_overshoot
+from prunelit.planning.overshoot import describe_overshoot, format_asked_share
 from prunelit.pruning.callback import PruningCallback
 from prunelit.report import run_page
 from prunelit.report.format_numbers import describe_other_parameters
@@ -199,13 +199,12 @@ def run(command: str, arguments: list[str]) -> int:
     }
     share = report["pruned"]["ratio_of_block_parameters"], report["pruned"]["ratio_of_all_parameters"]
     others = describe_other_parameters(report["pruned"], report["tower_parameters"])
-    is_asked = method.ratio is not None and method.given_plan is None and method.budget == "parameters"
-    asked = f" (asked: {method.ratio:.2%})" if is_asked else ""
+    plan = method.applied_plan if method.given_plan is None else None
+    asked = format_asked_share(plan) if plan is not None else ""
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
-    plan = method.applied_plan
-    if method.given_plan is None and plan is not None and (reason := describe_overshoot(plan)):
+    if plan is not None and (reason := describe_overshoot(plan)):
         logging.getLogger("prunelit").warning("%s", reason)
     return 0
 

@@ -67,6 +67,25 @@ def measure_overshoot(plan: PruningPlan) -> Overshoot | None:
     return Overshoot(ratio, 1 - kept / dense, budget) if dense else None
 
 
+def format_asked_share(plan: PruningPlan) -> str:
+    """Write what share of the parameters a plan was to remove, to stand behind the share that it does remove.
+
+    Args:
+        plan: the plan, with the options of its method.
+
+    Returns:
+        "" where the budget of the plan is not a ratio of parameters.
+
+    Example:
+        >>> from prunelit.core.shapes import layer_shape, model_shape
+        >>> shape = layer_shape(4, 2, 8, 64, hidden=32)
+        >>> format_asked_share(PruningPlan("random", model_shape(shape), (LayerPlan.dense(shape),), {"ratio": 0.2}))
+        ' (asked: 20.00%)'
+    """
+    overshoot = measure_overshoot(plan)
+    return f" (asked: {overshoot.ratio:.2%})" if overshoot and overshoot.budget == "parameters" else ""
+
+
 def _count_cost(plan: PruningPlan, shape: LayerShape, kept: LayerPlan) -> float:
     budget = plan.options["budget"]
     if budget == "kv_bytes":

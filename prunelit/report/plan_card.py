@@ -8,7 +8,7 @@ from typing import NamedTuple
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
 from prunelit.core.plan_diff import PlanDifference
 from prunelit.core.plan_json import format_index_ranges
-from prunelit.planning.overshoot import measure_overshoot
+from prunelit.planning.overshoot import format_asked_share
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.format_numbers import describe_other_parameters
 
@@ -54,10 +54,8 @@ def render_plan_card(plan: PruningPlan, measured: MeasuredLatency | None = None)
     model = plan.model
     headline = f"{plan.method} on {model.name} ({model.model_type}, {len(model.layers)} layers), plan {plan.digest}"
     predicted = plan.predicted
-    overshoot = measure_overshoot(plan)
-    asked = f" (asked: {overshoot.ratio:.2%})" if overshoot and overshoot.budget == "parameters" else ""
     removed = (
-        f"removed {predicted['ratio_of_block_parameters']:.2%}{asked} of block parameters, "
+        f"removed {predicted['ratio_of_block_parameters']:.2%}{format_asked_share(plan)} of block parameters, "
         f"{predicted['ratio_of_all_parameters']:.2%} of all; {describe_other_parameters(predicted)}"
     )
     parts = [
