@@ -77,9 +77,10 @@ def format_asked_share(plan: PruningPlan) -> str:
         "" where the budget of the plan is not a ratio of parameters.
 
     Example:
-        >>> from prunelit.core.shapes import layer_shape, model_shape
-        >>> shape = layer_shape(4, 2, 8, 64, hidden=32)
-        >>> format_asked_share(PruningPlan("random", model_shape(shape), (LayerPlan.dense(shape),), {"ratio": 0.2}))
+        >>> from prunelit.core.plan import ModelShape
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer,))
+        >>> format_asked_share(PruningPlan("random", model, (LayerPlan.dense(layer),), {"ratio": 0.2}))
         ' (asked: 20.00%)'
     """
     overshoot = measure_overshoot(plan)
