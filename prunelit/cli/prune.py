@@ -18,7 +18,7 @@ from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
-from prunelit.data.sources import check_prunable_source, check_sequence_length
+from prunelit.data.sources import check_prunable_source, check_sequence_length, summarise_error
 from prunelit.export import load_commands
 from prunelit.export.formats import ExportResult
 from prunelit.model import copies, surgery
@@ -168,7 +168,15 @@ def _write_reports(
     for name in ("dense", "pruned"):
         record.on_event("measured", {"name": name, "row": report[name]})
     record.facts["load"] = load_commands.list_load_commands(written.format, target, plan, folder)
-    run_page.write_run_page(record, folder)
+    try:
+        run_page.write_run_page(record, folder)
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        # The model is finished and proved: a page that cannot be drawn must not take it along.
+        logging.getLogger("prunelit").warning(
+            "report.html could not be drawn, the model is kept: %s", summarise_error(error)
+        )
 
 
 def _check_format(tokenizer: "PreTrainedTokenizerBase", format: str, decoder: Decoder, plan: PruningPlan) -> None:

@@ -141,19 +141,26 @@ def find_best_rows(report: ComparisonReport) -> dict[float, tuple[str, float]]:
 def _find_winner(
     cells_by_label: Mapping[str, Sequence[CellEntry]], dense: DenseResult, counts_parameters: bool
 ) -> str | None:
-    """Find the row that is clearly the nearest to the dense model; None where there is none."""
+    """Find the row that is clearly the nearest to the dense model; None where there is none.
+
+    A row that removed clearly more than the nearest one is no rival of it: nobody knows how it would do at its share.
+    """
     ratios_by_label = {label: _list_log_ratios(cells, dense) for label, cells in cells_by_label.items()}
-    if len(ratios_by_label) < 2:
+    means = {label: _compute_mean(ratios) for label, ratios in ratios_by_label.items()}
+    finite = [label for label, mean in means.items() if math.isfinite(mean)]
+    best = min(finite, key=lambda label: means[label], default=None)
+    if best is None:
         return None
-    best = min(ratios_by_label, key=lambda label: _compute_mean(ratios_by_label[label]))
+    rivals = 0
     for label, ratios in ratios_by_label.items():
-        own = ratios_by_label[best]
-        noise = max(LEAST_DIFFERENCE, _compute_half_range(own) + _compute_half_range(ratios))
         removed_more = _compute_share(cells_by_label[label]) - _compute_share(cells_by_label[best])
-        is_unfair = counts_parameters and removed_more > LARGEST_SHARE_GAP
-        if label != best and (is_unfair or not _compute_mean(ratios) - _compute_mean(own) > noise):
+        if label == best or (counts_parameters and removed_more > LARGEST_SHARE_GAP):
+            continue
+        rivals += 1
+        noise = max(LEAST_DIFFERENCE, _compute_half_range(ratios_by_label[best]) + _compute_half_range(ratios))
+        if math.isfinite(means[label]) and not means[label] - means[best] > noise:
             return None
-    return best
+    return best if rivals else None
 
 
 def _counts_parameters(report: ComparisonReport) -> bool:

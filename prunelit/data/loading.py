@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunelit.core.architectures import PRUNED, Architecture, get_architecture
+from prunelit.core.architectures import PRUNED, Architecture, get_architecture, get_decoder_config
 from prunelit.data.option_types import Dtype
 from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
 from prunelit.model.per_layer import PerLayerConfig, PerLayerModel, nest_per_layer_config
@@ -81,7 +81,35 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         warnings.warn(
             f"model {str(source)!r}: {len(unexpected)} weights have no place in it ({unexpected[0]}, ...)", stacklevel=2
         )
+    declare_untied_head(model)
     return model.eval()
+
+
+def declare_untied_head(model: Any) -> None:
+    """Say in the config of a loaded model that its head is not its embedding, where its files held two matrices.
+
+    Adapters that were merged into a tied head leave such files, and some configs name no tie where their class has one
+    by default. transformers keeps both matrices then, but saves the flag as it was, and the next reader ties them.
+
+    Args:
+        model: as loaded.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> config = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2, num_key_value_heads=1)
+        >>> model = LlamaForCausalLM(config)
+        >>> model.config.tie_word_embeddings = True  # as a file may say
+        >>> declare_untied_head(model)
+        >>> model.config.tie_word_embeddings
+        False
+    """
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or embedding is None or head.weight is embedding.weight:
+        return
+    for config in (model.config, get_decoder_config(model.config)):
+        if getattr(config, "tie_word_embeddings", None) is True:
+            config.tie_word_embeddings = False
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:

@@ -146,6 +146,7 @@ def load_offloaded(
             _fill_weights(model, files, device, known or {})
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(source)!r}: cannot be loaded: {summarise_error(error)}") from error
+    loading.declare_untied_head(model)
     setattr(model, STEPS_ATTRIBUTE, pipeline)
     return model.eval()
 

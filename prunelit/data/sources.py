@@ -135,7 +135,8 @@ def check_prunable_source(source: str) -> None:
         return  # an int4 folder, which is dequantised while it is loaded
     if reason := describe_quantized_weights(config):
         raise BadQuantisation(f"model {source!r}: {reason}")
-    if (path := _find_config_folder(source)) is not None:
+    # A hub id's folder in the cache may lack files, which are fetched while it is loaded.
+    if (path := Path(source).expanduser()).is_dir():
         if not get_quantization_settings(config) and (reason := describe_packed_weights(path)):
             raise BadQuantisation(f"model {source!r}: {reason}")
         check_folder_facts(path, config)

@@ -124,8 +124,9 @@ def describe_overshoot(plan: PruningPlan) -> str:
         f"ratio {overshoot.ratio:g}: {overshoot.achieved:.1%} of {overshoot.budget.replace('_', ' ')} are removed, "
         f"{100 * overshoot.excess:.1f} points more, since "
     )
-    if any(layer.removed or layer.attention_removed or layer.mlp_removed for layer in plan.layers):
-        return f"{head}whole blocks are removed; the ratio is met by a smaller one only if blocks are smaller"
+    shapes = plan.model.layers
+    if any(kept.list_removed_blocks(shape) for kept, shape in zip(plan.layers, shapes, strict=True)):
+        return f"{head}whole blocks are removed, and the last one was larger than what was missing"
     nearest: tuple[float, str] | None = None
     for name, value in _list_alternatives(plan):
         share = _plan_alternative(plan, {name: value})
@@ -135,21 +136,21 @@ def describe_overshoot(plan: PruningPlan) -> str:
             break
     reason = f"it is cut in steps of {_describe_steps(plan)}"
     finer = f"{nearest[1]} would remove about {nearest[0]:.1%}" if nearest else "no option makes finer ones"
-    below = _find_share_below(plan, overshoot.ratio)
-    return f"{head}{reason}; {finer}" + (f"; --ratio {below:.4f} stays below it" if below else "")
+    below = _find_ratio_below(plan, overshoot.ratio)
+    return f"{head}{reason}; {finer}" + (f"; --ratio {below:.3f} stays below it" if below else "")
 
 
-def _find_share_below(plan: PruningPlan, ratio: float) -> float | None:
-    """Find the largest cut with the plan's options that removes no more than a ratio: its share, rounded down."""
-    lower, upper, largest = 0.0, ratio, 0.0
-    for _ in range(10):
-        middle = (lower + upper) / 2
-        share = _plan_alternative(plan, {"ratio": middle})
+def _find_ratio_below(plan: PruningPlan, ratio: float) -> float | None:
+    """Find the largest ratio, to three places, that removes no more than `ratio` with the plan's other options."""
+    lower, upper = 0, math.ceil(1_000 * ratio)  # in thousandths
+    while upper - lower > 1:
+        middle = (lower + upper) // 2
+        share = _plan_alternative(plan, {"ratio": middle / 1_000})
         if share is not None and share <= ratio:
-            lower, largest = middle, max(largest, share)
+            lower = middle
         else:
             upper = middle
-    return math.floor(10_000 * largest) / 10_000 or None
+    return lower / 1_000 or None
 
 
 def _describe_steps(plan: PruningPlan) -> str:

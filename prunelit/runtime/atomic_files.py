@@ -150,11 +150,14 @@ def try_replacing_folder(path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     staging, occupied = temporary_path(path), temporary_path(path, _OLD)
+    marker: Path | None = None
     try:
         staging.mkdir()
         if path.is_dir():
-            (occupied / "a folder that is not empty").mkdir(parents=True)
+            marker = occupied / "a folder that is not empty"
+            marker.mkdir(parents=True)
             os.rename(path, occupied)
+            os.rename(occupied, path)  # a system that allows it has moved the folder
     except OSError as error:
         if error.errno in (errno.EBUSY, errno.EXDEV):
             raise OutputNotWritable(
@@ -165,7 +168,8 @@ def try_replacing_folder(path: Path) -> None:
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(occupied, ignore_errors=True)
+        if marker is not None and marker.is_dir():  # nothing else is ever removed here
+            shutil.rmtree(occupied, ignore_errors=True)
 
 
 @contextmanager

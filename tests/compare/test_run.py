@@ -304,7 +304,8 @@ def two_rows(nlls: list[list[float]], shares: tuple[float, float], **options: An
         ([[2.5], [2.7]], (0.249, 0.211), {}, "21.1% to 24.9% (asked: 20%)", "x"),
         ([[2.5], [2.7]], (0.249, 0.249), {}, "24.9% (asked: 20%)", "x"),
         ([[2.5], [2.7]], (0.1, 0.249), {"budget": "macs"}, "20%", "x"),  # no share of parameters was asked for
-        ([[2.5], [math.nan]], (0.2, 0.2), {}, "20%", None),
+        ([[2.5], [math.nan]], (0.2, 0.2), {}, "20%", "x"),
+        ([[math.nan], [math.nan]], (0.2, 0.2), {}, "20%", None),
     ],
 )
 def test_a_winner_leads_by_more_than_noise_and_removed_no_less(

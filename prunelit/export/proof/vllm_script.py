@@ -76,9 +76,8 @@ def _ask_engine(
         model_impl=model_impl,
         seed=0,
     )
-    sampling = SamplingParams(
-        temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True
-    )
+    # No min_tokens: until they are reached, vLLM would give no token that ends a text, as transformers may.
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True)
     outputs = [
         answer.outputs[0] for answer in engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
     ]
@@ -103,7 +102,7 @@ def _describe_engine(engine: Any) -> dict[str, Any]:
 
 def _find_reason(error: BaseException) -> str:
     """The message of the error that began it, in one line."""
-    while (cause := error.__cause__ or error.__context__) is not None:
+    while (cause := error.__cause__ or (None if error.__suppress_context__ else error.__context__)) is not None:
         error = cause
     text = " ".join(str(error).split()) or "no message"
     return f"{type(error).__name__}: {text}"[:400]
