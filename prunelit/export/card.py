@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import PruningPlan
 from prunelit.data.yaml_text import parse_yaml
 from prunelit.export.formats import ExportJob, ExportResult, Format
@@ -63,7 +62,7 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
 
 def _render_servers(written: ExportResult, chosen: Format, job: ExportJob) -> str:
     """Render the commands of servers, each with what is known of it; "" where none is known."""
-    model_type = str(get_decoder_config(job.model.config).model_type)
+    model_type = str(job.model.config.model_type)
     commands = list_serve_commands(chosen.name, "PATH", model_type, job.plan, written.proof.get("vllm"))
     sections = [f"{heading}:\n\n```sh\n{lines}\n```" for heading, lines in commands]
     return "\n\n".join(["## Serve", *sections]) if sections else ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from prunelit.core.architectures import PRUNED
+from prunelit.core.architectures import ARCHITECTURES, PRUNED
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
 from prunelit.export.proof.served import format_serve_command
@@ -38,14 +38,15 @@ def list_load_commands(
         As its format, deci, is loaded: llm = LLM("out", trust_remote_code=True)
         With vLLM (tried with 0.32.0): vllm serve out --trust-remote-code
     """
+    if name == "gguf" and path.suffix != ".gguf":  # in a folder, the file has the writer's name
+        path /= "model.gguf"
     python_path, shell_path = json.dumps(str(path), ensure_ascii=False)[1:-1], shlex.quote(str(path))
     settings = read_model_config(folder or path)
     snippet = load_export_format(name).render_load_snippet(SimpleNamespace(**settings)).replace("PATH", python_path)
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:
         commands.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{python_path}")'))
-    decoder_type = str((settings.get("text_config") or settings).get("model_type", ""))
-    commands += list_serve_commands(name, shell_path, decoder_type, plan)
+    commands += list_serve_commands(name, shell_path, str(settings.get("model_type", "")), plan)
     if name not in ("gguf", "deci"):
         commands.append(("Measured again", f"python -m prunelit evaluate --model {shell_path}"))
     return commands
@@ -59,7 +60,7 @@ def list_serve_commands(
     Args:
         name: the format.
         path: of the folder or file, quoted for a shell.
-        model_type: of the written decoder.
+        model_type: of the written model; of a multimodal one vLLM has not been tried with layers of different shape.
         plan: the plan that was applied to the model; without one, nothing is known of its shapes.
         verdict: of vLLM itself, as of `prove_in_vllm`.
 
@@ -78,8 +79,11 @@ def list_serve_commands(
         commands.append((f"With vLLM (run with {verdict['versions']['vllm']}, see the proof)", command))
     elif name == "deci":
         commands.append((f"With vLLM (tried with {VLLM_VERSION})", format_serve_command(path, name)))
-    elif name == "hetero" and (backend := judge_vllm_backend(family)).answer != "no":
+    elif name == "hetero" and family in ARCHITECTURES and (backend := judge_vllm_backend(family)).answer != "no":
         known = f"tried with {VLLM_VERSION}" if backend.answer == "yes" else "not tried with this family"
+        commands.append((f"With vLLM ({known})", format_serve_command(path, name)))
+    elif name == "padded":
+        known = f"tried with {VLLM_VERSION}" if family == "llama" else "not tried with this family"
         commands.append((f"With vLLM ({known})", format_serve_command(path, name)))
     elif name == "uniform" and own_class is not None and own_class.answer == "yes":
         model_impl = "transformers" if "--model-impl transformers" in own_class.why else "auto"

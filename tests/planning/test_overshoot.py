@@ -25,7 +25,7 @@ EXPERTS = {"kinds": ["experts"]}
         (
             "mixtral",
             {**EXPERTS, "scope": "global"},
-            "steps of whole experts; no option makes finer ones; --ratio 0.2498 stays",
+            "steps of whole experts; no option makes finer ones; --ratio 0.249 stays",
         ),
     ],
     ids=["layer", "global", "macs", "kv_bytes", "experts"],
@@ -43,7 +43,7 @@ def test_the_option_that_is_named_keeps_its_word(family: str, options: dict[str,
         assert other.achieved == pytest.approx(float(change[3]) / 100, abs=0.01)
     if options.get("scope") != "global" and (change := re.search(r"; --ratio ([\d.]+) stays below it", reason)):
         other = measure_overshoot(Random(float(change[1]), **options).plan_model(tiny(family)))
-        assert other is not None and float(change[1]) <= other.achieved <= 0.25
+        assert other is not None and float(change[1]) - 1e-9 <= other.achieved <= 0.25
 
 
 def test_a_plan_near_its_ratio_is_not_remarked_on() -> None:
@@ -52,6 +52,12 @@ def test_a_plan_near_its_ratio_is_not_remarked_on() -> None:
     assert overshoot is not None and 0 <= overshoot.excess <= 0.01
     assert overshoot.achieved == plan.predicted["ratio_of_block_parameters"]
     assert describe_overshoot(plan) == ""
+
+
+@pytest.mark.parametrize("family", ["lfm2", "deepseek_v2"])
+def test_layers_that_never_had_a_block_have_lost_none(family: str) -> None:
+    reason = describe_overshoot(Random(0.2, kinds=["channels"]).plan_model(tiny(family)))
+    assert "whole blocks" not in reason and "in multiples of align 64" in reason
 
 
 def test_removed_blocks_are_named() -> None:

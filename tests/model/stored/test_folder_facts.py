@@ -11,10 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from prunelit.data import loading
+from prunelit.callbacks import Magnitude
+from prunelit.data import loading, offloaded
 from prunelit.data.sources import check_prunable_source, resolve_model_source
+from prunelit.export.write import save
 from prunelit.model.stored.folder import SafetensorsFolder
-from prunelit.runtime.errors import BadQuantisation, PrunelitError, SourceNotFound
+from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 from tests.tiny import tiny
 
 WEIGHTS = "model.safetensors"
@@ -95,7 +97,6 @@ NO_CLASS = set_config(architectures=None)
 SCORE = set_tensors("lm_head.weight", score__weight=torch.zeros(2, 36))
 OTHERS = "model.safetensors.index.json: expected names of files in this folder, got "
 REFUSED: dict[str, tuple[Change, str]] = {
-    "tied flag": (set_config(tie_word_embeddings=True), 'write "tie_word_embeddings": false into config.json'),
     "a million layers": (set_config(num_hidden_layers=10**6), "num_hidden_layers: expected at most .* got 1,000,000"),
     "no layers": (set_config(num_hidden_layers=-1), "num_hidden_layers: expected a positive whole number, got -1"),
     "layers in words": (set_config(num_hidden_layers="two"), "expected a positive whole number, got 'two'"),
@@ -173,17 +174,37 @@ def test_folders_as_they_are_saved_are_accepted(tmp_path: Path, family: str, sha
 def test_a_tied_head_that_is_stored_too_is_accepted(tmp_path: Path) -> None:
     model = tiny("gemma")
     model.save_pretrained(tmp_path)
-    table = model.get_input_embeddings().weight.detach()
-    set_tensors(lm_head__weight=table.clone())(tmp_path)
+    set_tensors(lm_head__weight=model.get_input_embeddings().weight.detach().clone())(tmp_path)
     check_prunable_source(str(tmp_path))
-    other = table.clone()
-    other[-1, -1] += 1
-    set_tensors("lm_head.weight", lm_head__weight=other)(tmp_path)
-    with pytest.raises(PrunelitError, match=r"expected lm_head\.weight to be model\.embed_tokens\.weight"):
-        check_prunable_source(str(tmp_path))
-    set_config(tie_word_embeddings=False)(tmp_path)  # as the message says
-    check_prunable_source(str(tmp_path))
-    assert torch.equal(loading.load(tmp_path).get_output_embeddings().weight, other)
+    assert loading.load(tmp_path).config.tie_word_embeddings is True
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_head_that_differs_from_a_tied_embedding_is_cut_and_saved_apart(
+    untied: Path, tmp_path: Path, streamed: bool
+) -> None:
+    folder = tmp_path / "merged"
+    shutil.copytree(untied, folder)
+    set_config(tie_word_embeddings=True)(folder)  # as PEFT leaves it when adapters on a tied head are merged
+    check_prunable_source(str(folder))
+    model = offloaded.load_offloaded(folder) if streamed else loading.load(folder)
+    plan = Magnitude(0.3, align=8).prune(model, [])
+    save(model, tmp_path / "cut", plan=plan)
+    assert json.loads((tmp_path / "cut" / "config.json").read_text())["tie_word_embeddings"] is False
+    head = loading.load(tmp_path / "cut").get_output_embeddings().weight
+    assert torch.equal(head, load_file(untied / WEIGHTS)["lm_head.weight"])
+
+
+def test_files_in_a_folder_below_and_a_second_number_of_layers_are_accepted(untied: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(untied, folder)
+    tensors = load_file(folder / WEIGHTS)
+    (folder / "weights").mkdir()
+    (folder / WEIGHTS).rename(folder / "weights" / "one.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "weights/one.safetensors")}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    set_config(num_layers=0)(folder)
+    check_prunable_source(str(folder))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
