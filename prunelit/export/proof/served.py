@@ -20,7 +20,7 @@ from prunelit.data import loading, offloaded
 from prunelit.export.formats import ExportJob
 from prunelit.export.proof import new_process, vllm_script
 from prunelit.export.proof.float32 import use_float32_model
-from prunelit.model.modes import use_eval_mode
+from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved
 
 FOLDERS_WITH_CODE = frozenset({"hetero", "deci"})
@@ -108,6 +108,7 @@ def prove_in_vllm(job: ExportJob, format: str) -> dict[str, Any]:
     prompts = metrics.make_fixed_tokens(job.model, room=_NEW_TOKENS)
     with _load_in_float32(job, format) as model:
         expected = compute_greedy_answers(model, prompts, _NEW_TOKENS)
+    del model  # vLLM needs the memory
     question = {
         "folders": list_serve_folders([(job.path, format)]),
         "prompts": prompts.tolist(),
@@ -191,21 +192,11 @@ def compute_greedy_answers(model: Any, prompts: Tensor, new_tokens: int) -> dict
 
     Example: see `prove_in_vllm`.
     """
-    from transformers import GenerationConfig
-
-    with use_eval_mode(model):
-        own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)
-        try:
-            output = model.generate(
-                prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        finally:
-            model.generation_config = own
+    settings = {"pad_token_id": 0, "max_new_tokens": new_tokens, "do_sample": False}
+    with use_eval_mode(model), use_generation_config(model, **settings):
+        output = model.generate(
+            prompts, attention_mask=torch.ones_like(prompts), output_logits=True, return_dict_in_generate=True
+        )
     tokens = output.sequences[:, prompts.shape[1] :]
     logprobs = torch.stack(output.logits, 1).float().log_softmax(-1)
     best = logprobs.topk(2, -1).values
