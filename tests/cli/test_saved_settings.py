@@ -13,7 +13,7 @@ from tests.tiny import tiny, tiny_tokenizer
 SAMPLING = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.1, "eos_token_id": [1, 2]}
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 OF_THE_CUT = {"architectures", "auto_map", "model_type", "per_layer_config", "num_attention_heads"}
-OF_THE_CUT |= {"num_key_value_heads", "intermediate_size", "n_inner", "n_head"}
+OF_THE_CUT |= {"num_key_value_heads", "intermediate_size", "n_inner", "n_head", "head_dim"}  # the last one for vLLM
 OF_THE_RESULT = {"README.md", "modeling_pruned.py", "plan.json", "proof.json"}
 OF_THE_JOB = {"record.json", "report.html", "report.json"}
 
