@@ -10,8 +10,8 @@ from prunelit.runtime.errors import SourceNotFound
 MOST_LEVELS = 128
 """No row of text or tools is nested like this; 1,000 levels are too many for Python, 20,000 for pyarrow."""
 _CHUNK_BYTES = 4 * 2**20
-_NOT_STRUCTURE = bytes(each for each in range(256) if each not in b'"[]{}')
-_STEPS = numpy.zeros(256, dtype=numpy.int64)
+_NOT_STRUCTURE = bytes(each for each in range(256) if each not in b'\n"[]{}')
+_STEPS = numpy.zeros(256, dtype=numpy.int32)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
 
 
@@ -30,7 +30,7 @@ class DepthScan:
     """
 
     def __init__(self) -> None:
-        self.deepest = self._depth = self._lowest = self._quotes = 0
+        self.deepest = self._depth = self._quotes = 0
         self._rest = b""
 
     def read(self, part: bytes) -> None:
@@ -45,12 +45,14 @@ class DepthScan:
         if not len(structure):
             return
         is_quote = structure == ord('"')
-        quotes = self._quotes + is_quote.cumsum()
-        depths = self._depth + numpy.where(quotes % 2 == 0, _STEPS[structure], 0).cumsum()
-        # Of JSON the lowest is 0; brackets that were never opened must not hide others.
-        lowest = numpy.minimum.accumulate(numpy.minimum(depths, self._lowest))
-        self.deepest = max(self.deepest, int((depths - lowest).max()))
-        self._quotes, self._depth, self._lowest = int(quotes[-1]) % 2, int(depths[-1]), int(lowest[-1])
+        quotes = self._quotes + is_quote.cumsum(dtype=numpy.int32)
+        # No string of JSON goes on behind the end of a line, so a quote that is left open hides no further line.
+        quotes -= numpy.maximum.accumulate(numpy.where(structure == ord("\n"), quotes, 0))
+        depths = self._depth + numpy.where(quotes % 2 == 0, _STEPS[structure], 0).cumsum(dtype=numpy.int32)
+        # Of JSON none is below 0; brackets that were never opened must not hide others.
+        depths -= numpy.minimum.accumulate(numpy.minimum(depths, 0))
+        self.deepest = max(self.deepest, int(depths.max()))
+        self._quotes, self._depth = int(quotes[-1]) % 2, int(depths[-1])
 
 
 def check_json_depth(path: Path, source: str) -> None:

@@ -147,7 +147,7 @@ class TableRows(TextRows):
     def read_ids(self, index: int, tokenizer: Any, start: int, length: int) -> list[int]:
         """See `TextRows`; of chats the stretch begins at the start and has any length."""
         if self.shape.name == "ids":
-            return self._read_own_ids(index, self._read_row(index), tokenizer)[start : start + length]
+            return self._check_ids(index, self._read_row(index), tokenizer, slice(start, start + length))
         if self.is_text:
             return super().read_ids(index, tokenizer, start, length)
         self._choose_separator(tokenizer)
@@ -162,12 +162,13 @@ class TableRows(TextRows):
         if self.shape.name != "ids":
             return super().iterate_ids(tokenizer)
         return (
-            self._read_own_ids(index, row, tokenizer)
+            self._check_ids(index, row, tokenizer, slice(None))
             for index, row in enumerate(iterate_rows(self.dataset, self.source))
         )
 
-    def _read_own_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-        ids = row[self.shape.columns[0]] or []
+    def _check_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any, places: slice) -> list[int]:
+        """The token ids at some places of a row, which the tokenizer must know."""
+        ids = (row[self.shape.columns[0]] or [])[places]
         size = len(tokenizer)
         outside = [each for each in ids if not isinstance(each, int) or not 0 <= each < size]
         if outside:
