@@ -144,11 +144,11 @@ def read_chat_row(row: Mapping[str, Any], shape: RowShape, place: str) -> Chat |
     names = ("prompt", "completion") if shape.name == "completion" else shape.columns[:1]
     if any(row[name] is None for name in names) or not any(row[name] for name in names):
         return None
-    tools = _read_json(row.get("tools"), place) if "tools" in shape.columns else None
+    tools = _read_json(row.get("tools"), "tools", place) if "tools" in shape.columns else None
     if shape.name == "completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         turns = (("user", row["prompt"]), ("assistant", row["completion"]))
         return Chat([{"role": role, "content": content} for role, content in turns], is_plain=True)
-    parts = [_read_json(row[name], place) for name in names]
+    parts = [_read_json(row[name], name, place) for name in names]
     for name, part in zip(names, parts, strict=True):
         if not isinstance(part, Sequence) or isinstance(part, str):
             expected = "messages of role and content"
@@ -163,15 +163,17 @@ def _read_string(value: Any, column: str, place: str) -> str | None:
     return value
 
 
-def _read_json(value: Any, place: str) -> Any:
+def _read_json(value: Any, column: str, place: str) -> Any:
     """A value, parsed where it is JSON in a string: tables cannot hold tools of different shapes otherwise."""
     if not isinstance(value, str):
         return value
     scan = DepthScan()
     scan.read(value.encode("utf-8", errors="replace"))
     if scan.deepest > MOST_LEVELS:
-        raise SourceNotFound(f"{place}: expected JSON of at most {MOST_LEVELS} levels, got {scan.deepest:,}")
+        raise SourceNotFound(
+            f"{place}: expected JSON of at most {MOST_LEVELS} levels in the column {column!r}, got {scan.deepest:,}"
+        )
     try:
         return json.loads(value)
     except ValueError as error:
-        raise SourceNotFound(f"{place}: expected JSON, got {value!r:.60}") from error
+        raise SourceNotFound(f"{place}: expected JSON in the column {column!r}, got {value!r:.60}") from error

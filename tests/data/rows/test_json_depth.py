@@ -57,6 +57,8 @@ def test_a_deep_row_is_one_line(tmp_path: Path, levels: int) -> None:
 def test_a_deep_string_of_json_is_one_line(tmp_path: Path) -> None:
     packed = "[" * 5_000 + "]" * 5_000
     (tmp_path / "deep.jsonl").write_text(json.dumps({"messages": packed}) + "\n")
-    with pytest.raises(SourceNotFound, match="row 0: expected JSON of at most 128 levels, got 5,000") as error:
+    with pytest.raises(
+        SourceNotFound, match="row 0: expected JSON of at most 128 levels in the column 'messages', got 5,000"
+    ) as error:
         text.read_source_text(str(tmp_path / "deep.jsonl"))
     assert one_line(error)
