@@ -80,7 +80,19 @@ def convert_batches(batches: Any) -> list[Batch]:
     problem = repr(batches)[:60] if isinstance(batches, str) else f"a {type(batches).__name__}"
     if isinstance(batches, str | Tensor) or not hasattr(batches, "__iter__") or not _has_length(batches):
         raise BadOption(f"{_EXPECTED_BATCHES}, got {problem}; {BATCHES_HINT}")
+    if isinstance(batches, list | tuple) and len(batches) == 2 and _is_mask_of(*batches):
+        raise BadOption(
+            "batches: expected a list of batches, got ids and a mask of the same shape; pass "
+            "{'input_ids': ids, 'attention_mask': mask}"
+        )
     return [_convert_batch(batch) for batch in batches]
+
+
+def _is_mask_of(ids: Any, values: Any) -> bool:
+    """Whether `values` are the padding mask of `ids`, not token ids: two batches of ids are no such pair."""
+    if not isinstance(ids, Tensor) or not isinstance(values, Tensor) or ids.shape != values.shape:
+        return False
+    return bool(((values == 0) | (values == 1)).all()) and not bool(((ids == 0) | (ids == 1)).all())
 
 
 _EXPECTED_BATCHES = "batches: expected a list of {'input_ids': token ids [B, S]}"
@@ -116,7 +128,10 @@ def _convert_batch(batch: Any) -> Batch:
         raise BadOption(f"{_EXPECTED_BATCHES}, got a {type(batch).__name__}{detail} in the list; {BATCHES_HINT}")
     given_mask = others.get("attention_mask")
     if given_mask is not None and not isinstance(given_mask, Tensor):
-        given_mask, _ = _convert_lists(given_mask)
+        problem = f"a {type(given_mask).__name__}: {given_mask!r:.40}"
+        given_mask = _convert_lists(given_mask)[0] if isinstance(given_mask, list | tuple) else None
+        if given_mask is None:
+            raise BadOption(f"batches: expected an attention_mask of 0 and 1, got {problem}; {BATCHES_HINT}")
     if given_mask is not None:
         mask = given_mask[None] if given_mask.dim() == 1 else given_mask
         if mask.shape != ids.shape:

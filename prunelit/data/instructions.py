@@ -140,6 +140,8 @@ def _read_pieces(source: str, tokenizer: Any) -> Iterator[list[tuple[str, bool]]
     for number, row in enumerate(iterate_rows(dataset.select_columns(list(shape.columns)), source, "instructions")):
         place = f"instructions {source!r}: row {number}"
         chat = read_chat_row(row, shape, place)
+        if chat is None:
+            continue
         try:
             yield _split_row(chat, tokenizer, options)
         except TemplateRefusal as refusal:

@@ -32,6 +32,7 @@ from prunelit.data.rows.table_rows import TableRows
 from prunelit.data.rows.tables import (
     DOCUMENT_FORMATS,
     TABLE_FORMATS,
+    check_source_options,
     get_ending,
     is_saved_dataset,
     list_documents,
@@ -54,6 +55,7 @@ def check_text_source(source: str) -> None:
 
     Raises:
         SourceNotFound: the file does not exist or has an unknown ending, or the built-in text is unknown.
+        BadOption: an option of the source is unknown, or means nothing for such a source.
 
     Example:
         >>> check_text_source("builtin:python-docs")
@@ -68,6 +70,7 @@ def check_text_source(source: str) -> None:
         raise SourceNotFound(f"text {source!r}: expected {BUILTIN_TEXT!r}, the only built-in text")
     name, _ = parse_source(source)
     path = Path(name).expanduser()
+    check_source_options(source)
     if path.is_dir():
         if not is_saved_dataset(path) and not list_text_files(path):
             raise SourceNotFound(f"text {source!r}: expected files ending in {_ENDINGS}, got a folder without")
@@ -239,10 +242,9 @@ def _draw_source_windows(
     rows = open_text_rows(source)
     if count is not None and seed is not None and stride is None and is_drawn_by_rows(rows, seqlen, count):
         windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
-        _warn_of_skipped(rows)
-        if not len(windows):
-            raise NotEnoughText(f"text {source!r}: expected at least one window of {seqlen} tokens, got none")
-        return windows
+        if len(windows) == count:
+            _warn_of_skipped(rows)
+            return windows  # else the rests of rows are needed too, so the text is taken as a whole
     # The first windows need the beginning of the text alone.
     most_tokens = seqlen + (count - 1) * (stride or seqlen) if count is not None and seed is None else None
     windows = cut_into_windows(_tokenise_rows(rows, tokenizer, most_tokens), seqlen, source, stride)

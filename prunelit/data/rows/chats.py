@@ -118,7 +118,7 @@ def fold_chat(messages: Sequence[Message]) -> list[Message]:
     folded: list[dict[str, Any]] = []
     for message in messages:
         role = "assistant" if message["role"] == "assistant" else "user"
-        calls = "".join(json.dumps(call) for call in message.get("tool_calls", ()))
+        calls = "".join(json.dumps(call, default=str) for call in message.get("tool_calls", ()))
         content = "\n".join(part for part in (message["content"], calls) if part)
         if folded and folded[-1]["role"] == role:
             folded[-1]["content"] = "\n\n".join(part for part in (folded[-1]["content"], content) if part)
@@ -186,7 +186,7 @@ def write_untemplated(chat: Chat, tokenizer: Any) -> list[tuple[str, bool]]:
     for message in chat.messages:
         is_answer = message["role"] == "assistant"
         heading = {"assistant": "Response", "system": "System"}.get(message["role"], "Instruction")
-        content = message["content"] or "".join(json.dumps(call) for call in message.get("tool_calls", ()))
+        content = message["content"] or "".join(json.dumps(call, default=str) for call in message.get("tool_calls", ()))
         if not chat.is_plain:
             pieces.append((f"### {heading}:\n", False))
         end = (getattr(tokenizer, "eos_token", None) or "") if is_answer else ("" if chat.is_plain else "\n\n")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunelit.data.rows.chats import Chat, read_messages
+from prunelit.data.rows.json_depth import MOST_LEVELS, DepthScan
 from prunelit.runtime.errors import SourceNotFound, suggest_name
 
 ShapeName = Literal["text", "chat", "instruction", "completion", "ids"]
@@ -111,13 +112,16 @@ def _shape_of_column(column: str, columns: Mapping[str, Any]) -> RowShape:
     return RowShape("chat" if is_packed_chat else "text", (column,))
 
 
-def read_chat_row(row: Mapping[str, Any], shape: RowShape, place: str) -> Chat:
+def read_chat_row(row: Mapping[str, Any], shape: RowShape, place: str) -> Chat | None:
     """Read a row of shape chat, instruction or completion as a chat.
 
     Args:
         row: {column: value}.
         shape: of the rows.
         place: source and number of the row, for the error message.
+
+    Returns:
+        The chat; None where the row is empty: its chat, its question or its answer is missing.
 
     Raises:
         SourceNotFound: the row is not of this shape.
@@ -128,29 +132,48 @@ def read_chat_row(row: Mapping[str, Any], shape: RowShape, place: str) -> Chat:
         {'role': 'assistant', 'content': '4'}
     """
     if shape.name == "instruction":
+        texts = {name: _read_string(row[name], name, place) for name in shape.columns}
         question, answer, *others = shape.columns
-        context = next((row[name] for name in others if name != "system" and row.get(name)), None)
-        system = row.get("system") if "system" in others else None
-        prompt = f"{row[question]}\n\n{context}" if context else str(row[question])
-        messages = [{"role": "system", "content": str(system)}] if system else []
-        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": str(row[answer] or "")}]
+        if texts[question] is None or texts[answer] is None or not any(texts.values()):
+            return None
+        context = next((texts[name] for name in others if name != "system" and texts[name]), None)
+        prompt = f"{texts[question]}\n\n{context}" if context else texts[question]
+        messages = [{"role": "system", "content": texts["system"]}] if texts.get("system") else []
+        messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": texts[answer]}]
         return Chat(messages)
-    tools = _read_json(row.get("tools"), place) if "tools" in shape.columns else None
+    names = ("prompt", "completion") if shape.name == "completion" else shape.columns[:1]
+    if any(row[name] is None for name in names) or not any(row[name] for name in names):
+        return None
+    tools = _read_json(row.get("tools"), "tools", place) if "tools" in shape.columns else None
     if shape.name == "completion" and isinstance(row["prompt"], str) and isinstance(row["completion"], str):
         turns = (("user", row["prompt"]), ("assistant", row["completion"]))
         return Chat([{"role": role, "content": content} for role, content in turns], is_plain=True)
-    names = ("prompt", "completion") if shape.name == "completion" else shape.columns[:1]
-    parts = [_read_json(row[name], place) for name in names]
-    if not all(isinstance(part, Sequence) and not isinstance(part, str) for part in parts):
-        raise SourceNotFound(f"{place}: expected messages of role and content, got {row[names[0]]!r:.60}")
+    parts = [_read_json(row[name], name, place) for name in names]
+    for name, part in zip(names, parts, strict=True):
+        if not isinstance(part, Sequence) or isinstance(part, str):
+            expected = "messages of role and content"
+            raise SourceNotFound(f"{place}: expected {expected} in the column {name!r}, got {row[name]!r:.60}")
     return Chat(read_messages([message for part in parts for message in part], place), tools or None)
 
 
-def _read_json(value: Any, place: str) -> Any:
+def _read_string(value: Any, column: str, place: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        got = f"a {type(value).__name__}: {value!r:.40}"
+        raise SourceNotFound(f"{place}: expected text in the column {column!r}, got {got}")
+    return value
+
+
+def _read_json(value: Any, column: str, place: str) -> Any:
     """A value, parsed where it is JSON in a string: tables cannot hold tools of different shapes otherwise."""
     if not isinstance(value, str):
         return value
+    scan = DepthScan()
+    scan.read(value.encode("utf-8", errors="replace"))
+    if scan.deepest > MOST_LEVELS:
+        raise SourceNotFound(
+            f"{place}: expected JSON of at most {MOST_LEVELS} levels in the column {column!r}, got {scan.deepest:,}"
+        )
     try:
         return json.loads(value)
     except ValueError as error:
-        raise SourceNotFound(f"{place}: expected JSON, got {value!r:.60}") from error
+        raise SourceNotFound(f"{place}: expected JSON in the column {column!r}, got {value!r:.60}") from error

@@ -2,8 +2,9 @@
 
 A window begins with a row drawn at random. Where the row is longer than the window, its rest is dropped; where it is
 shorter, further rows drawn at random follow. Rows are drawn once. A long row counts as several, stretches of
-`BYTES_PER_TOKEN` bytes for each token of a window, so a text with few long rows is drawn from as evenly as one with
-many short ones. Only drawn rows are read and tokenised.
+`BYTES_PER_TOKEN` bytes for each token of a window (of token ids: stretches of a window), so a text with few long rows
+is drawn from as evenly as one with many short ones. A chat is one stretch, for it is read from its beginning. Only
+drawn rows are read and tokenised. Where the rows do not suffice for all windows, the text is taken as a whole.
 """
 
 from typing import Any
@@ -16,8 +17,6 @@ from prunelit.runtime.progress import track_progress
 
 WHOLE_BYTES = 16 * 2**20
 """A text up to this size is tokenised as a whole, as in the papers."""
-BYTES_PER_TOKEN = 16
-"""Most text has 3 to 6 bytes a token, so a stretch of a long row gives a whole window."""
 
 
 def is_drawn_by_rows(rows: TextRows, seqlen: int, count: int) -> bool:
@@ -35,8 +34,13 @@ def is_drawn_by_rows(rows: TextRows, seqlen: int, count: int) -> bool:
         >>> is_drawn_by_rows(TextRows("poems", ["one fish", "two fish"]), seqlen=8, count=2)
         False
     """
-    least = max(WHOLE_BYTES, 2 * BYTES_PER_TOKEN * seqlen * count)
-    return rows.has_rows and rows.measure_total() > least
+    if not rows.has_rows or rows.measure_total() <= WHOLE_BYTES:
+        return False
+    stretch = rows.size_per_token * seqlen
+    sizes = rows.measure_rows()
+    if not rows.has_stretches:
+        sizes = sizes.clamp(max=stretch)
+    return int(sizes.sum()) > 2 * stretch * count
 
 
 def draw_row_windows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor:
@@ -60,8 +64,10 @@ def draw_row_windows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, se
         >>> [bytes(window.tolist()) for window in draw_row_windows(rows, Letters(), 8, 2, seed=0)]
         [b'red fish', b'one fish']
     """
-    stretch_bytes = BYTES_PER_TOKEN * seqlen
-    stretches_of_rows = (rows.measure_rows() + stretch_bytes - 1).div(stretch_bytes, rounding_mode="floor").clamp(min=1)
+    stretch_size = rows.size_per_token * seqlen
+    most = None if rows.has_stretches else 1
+    stretches_of_rows = (rows.measure_rows() + stretch_size - 1).div(stretch_size, rounding_mode="floor")
+    stretches_of_rows = stretches_of_rows.clamp(min=1, max=most)
     ends = stretches_of_rows.cumsum(0)
     order = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(seed))
     remaining = (int(order[place]) for place in range(len(order)))  # `iter(order)` makes a tensor of every number
@@ -71,7 +77,7 @@ def draw_row_windows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, se
         while len(ids) < seqlen and (stretch := next(remaining, None)) is not None:
             row = int(torch.searchsorted(ends, stretch, right=True))
             number = stretch - int(ends[row] - stretches_of_rows[row])
-            ids += rows.read_ids(row, tokenizer, number * stretch_bytes, stretch_bytes)
+            ids += rows.read_ids(row, tokenizer, number * stretch_size, stretch_size)
         if len(ids) < seqlen:
             break
         windows.append(ids[:seqlen])

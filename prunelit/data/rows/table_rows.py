@@ -9,7 +9,7 @@ from torch import Tensor
 from prunelit.data.rows.chats import TemplateRefusal, format_chat, has_template
 from prunelit.data.rows.row_shapes import RowShape, find_row_shape, read_chat_row
 from prunelit.data.rows.tables import iterate_rows, read_dataset
-from prunelit.data.rows.text_rows import TextRows
+from prunelit.data.rows.text_rows import BYTES_PER_TOKEN, TextRows
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.messages import log_on_rank_zero
 
@@ -29,7 +29,7 @@ def find_dataset_shape(dataset: Any, source: str, what: str, column: str | None 
     Raises:
         SourceNotFound: it has no column of text, see `prunelit.data.rows.row_shapes`.
 
-    Example: see `tests/data/test_shapes.py`.
+    Example: see `tests/data/rows/test_row_shapes.py`.
     """
     samples = list(iterate_rows(dataset.select(range(min(_SAMPLED_ROWS, len(dataset)))), source, what))
     columns: dict[str, Any] = {}
@@ -55,7 +55,7 @@ class TableRows(TextRows):
     Raises:
         SourceNotFound: it cannot be read, or has no column of text; later, where a row is not as expected.
 
-    Example: see `tests/data/test_shapes.py`.
+    Example: see `tests/data/rows/test_row_shapes.py`.
     """
 
     def __init__(self, source: str):
@@ -67,6 +67,8 @@ class TableRows(TextRows):
         self.dataset = dataset.select_columns(list(self.shape.columns))
         self.is_text = self.shape.name == "text"
         self.adds_special_tokens = self.is_text
+        self.size_per_token = 1 if self.shape.name == "ids" else BYTES_PER_TOKEN
+        self.has_stretches = self.is_text or self.shape.name == "ids"
         if self.shape.columns == ("sentence",):
             self.separator = " "
 
@@ -78,14 +80,20 @@ class TableRows(TextRows):
         return int(self.dataset.data.nbytes)
 
     def measure_rows(self) -> Tensor:
-        """See `TextRows`; only the lengths are read."""
-        if not self.is_text:
-            return torch.ones(len(self), dtype=torch.long)
-        import pyarrow.compute
-
-        chunks = self.dataset.data.column(self.shape.columns[0]).chunks
-        lengths = [pyarrow.compute.binary_length(chunk).fill_null(0) for chunk in chunks]
-        return torch.cat([torch.tensor(chunk.to_numpy(zero_copy_only=False), dtype=torch.long) for chunk in lengths])
+        """See `TextRows`; only the lengths are read. Chats count as equally long."""
+        if not self.has_stretches:
+            return torch.full((len(self),), self.measure_total() // len(self))
+        measure = _measure_text if self.is_text else _measure_lists
+        lengths = [measure(chunk) for chunk in self.dataset.data.column(self.shape.columns[0]).chunks]
+        if any(chunk is None for chunk in lengths):
+            column = self.shape.columns[0]
+            expected = "text" if self.is_text else "token ids"
+            raise SourceNotFound(
+                f"text {self.source!r}: expected rows of {expected}, got {self.dataset.data.schema.field(column).type} "
+                f"in the column {column!r}"
+            )
+        arrays = [chunk.fill_null(0).to_numpy(zero_copy_only=False) for chunk in lengths]
+        return torch.cat([torch.tensor(array, dtype=torch.long) for array in arrays])
 
     def read_text(self, index: int, tokenizer: Any) -> str | None:
         """See `TextRows`.
@@ -96,7 +104,8 @@ class TableRows(TextRows):
         return self._write_row(index, self._read_row(index), tokenizer)
 
     def _read_row(self, index: int) -> Mapping[str, Any]:
-        return next(iterate_rows(self.dataset.select([index]), self.source))
+        # `dataset[index]` is read within `iterate_rows`, which words the error of a row that is no UTF-8.
+        return next(iterate_rows((self.dataset[number] for number in (index,)), self.source))
 
     def _write_row(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> str | None:
         place = f"text {self.source!r}: row {index}"
@@ -108,10 +117,11 @@ class TableRows(TextRows):
             return text or ""
         if self.shape.name == "ids":
             raise SourceNotFound(f"text {self.source!r}: expected text, got token ids in {self.shape.describe()}")
-        if all(not value for value in row.values()):
+        chat = read_chat_row(row, self.shape, place)
+        if chat is None:
             return None
         try:
-            return format_chat(read_chat_row(row, self.shape, place), tokenizer, self.options)
+            return format_chat(chat, tokenizer, self.options)
         except TemplateRefusal as refusal:
             if self.options.refused != "skip":
                 raise SourceNotFound(explain_refused_row(place, refusal, self.options.refused)) from refusal
@@ -135,9 +145,9 @@ class TableRows(TextRows):
             self.separator = "" if has_end else "\n\n"
 
     def read_ids(self, index: int, tokenizer: Any, start: int, length: int) -> list[int]:
-        """See `TextRows`; of chats and rows of token ids the stretch begins at the start and has any length."""
+        """See `TextRows`; of chats the stretch begins at the start and has any length."""
         if self.shape.name == "ids":
-            return self._read_own_ids(index, self._read_row(index), tokenizer)
+            return self._check_ids(index, self._read_row(index), tokenizer, slice(start, start + length))
         if self.is_text:
             return super().read_ids(index, tokenizer, start, length)
         self._choose_separator(tokenizer)
@@ -152,12 +162,13 @@ class TableRows(TextRows):
         if self.shape.name != "ids":
             return super().iterate_ids(tokenizer)
         return (
-            self._read_own_ids(index, row, tokenizer)
+            self._check_ids(index, row, tokenizer, slice(None))
             for index, row in enumerate(iterate_rows(self.dataset, self.source))
         )
 
-    def _read_own_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any) -> list[int]:
-        ids = row[self.shape.columns[0]] or []
+    def _check_ids(self, index: int, row: Mapping[str, Any], tokenizer: Any, places: slice) -> list[int]:
+        """The token ids at some places of a row, which the tokenizer must know."""
+        ids = (row[self.shape.columns[0]] or [])[places]
         size = len(tokenizer)
         outside = [each for each in ids if not isinstance(each, int) or not 0 <= each < size]
         if outside:
@@ -167,6 +178,29 @@ class TableRows(TextRows):
             )
         self.has_text = self.has_text or bool(ids)
         return list(ids)
+
+
+def _measure_text(chunk: Any) -> Any:
+    """The bytes of each text of a part of a column; None where it is no text."""
+    import pyarrow.compute
+
+    kind = chunk.type
+    content = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    if pyarrow.types.is_null(kind) or pyarrow.types.is_string_view(kind) or content is not kind:
+        if content is not kind and not (pyarrow.types.is_string(content) or pyarrow.types.is_large_string(content)):
+            return None
+        chunk = chunk.cast(pyarrow.large_string())  # `binary_length` does not know these
+    is_text = pyarrow.types.is_string(chunk.type) or pyarrow.types.is_large_string(chunk.type)
+    return pyarrow.compute.binary_length(chunk) if is_text else None
+
+
+def _measure_lists(chunk: Any) -> Any:
+    """The length of each list of a part of a column; None where it holds no lists."""
+    import pyarrow.compute
+
+    kind = chunk.type
+    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
+    return pyarrow.compute.list_value_length(chunk) if is_list else None
 
 
 def explain_refused_row(place: str, refusal: Exception, policy: str) -> str:

@@ -1,11 +1,13 @@
 """Rows of tables: files, folders and hub datasets that `datasets` reads."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from prunelit.data.rows.json_depth import check_json_depth
 from prunelit.data.rows.source_options import parse_source
 from prunelit.data.rows.unpack import check_is_text, check_no_nul, is_packed, unpack_file
 from prunelit.data.sources import check_hub_access
@@ -16,6 +18,8 @@ TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv
 """Endings of files with rows, and the builders of `datasets` that read them."""
 DOCUMENT_FORMATS = (".txt", ".md")
 """Endings of files that are one document each."""
+_SPLITS = {"train": {"train", "training"}, "test": {"test"}, "validation": {"validation"}}
+"""Splits, and the words in names of files and folders that say them."""
 _SAVED = ("dataset_info.json", "dataset_dict.json")
 """Files by which a folder of `Dataset.save_to_disk` or `DatasetDict.save_to_disk` is known."""
 
@@ -80,6 +84,30 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _SAVED)
 
 
+def check_source_options(source: str, what: str = "text") -> None:
+    """Check that a source's options can mean something: files have no splits, and documents no columns.
+
+    Args:
+        source: a text source other than the built-in text.
+        what: name of the kind of source in error messages.
+
+    Raises:
+        BadOption: an option asks for what such a source cannot have.
+
+    Example:
+        >>> check_source_options("owner/name#split=test")
+    """
+    name, options = parse_source(source)
+    documents = list_documents(source)
+    if (documents or Path(name).expanduser().is_file()) and options.split not in (None, "train"):
+        kind = "documents have" if documents else "a file has"
+        raise BadOption(f"{what} {source!r}: split: expected none, since {kind} no splits, got {options.split!r}")
+    if documents and options.column is not None:
+        raise BadOption(
+            f"{what} {source!r}: column: expected none, since documents have no columns, got {options.column!r}"
+        )
+
+
 def read_dataset(source: str, what: str = "text") -> Any:
     """Read a file, a folder or a hub dataset as a `datasets.Dataset`.
 
@@ -95,6 +123,7 @@ def read_dataset(source: str, what: str = "text") -> Any:
     """
     name, options = parse_source(source)
     path = Path(name).expanduser()
+    check_source_options(source, what)
     if path.is_file():
         return _read_tables([path], source, what)
     if path.is_dir() and is_saved_dataset(path):
@@ -125,6 +154,8 @@ def _read_tables(paths: Sequence[Path], source: str, what: str) -> Any:
     if builder != "parquet":
         for file in files:
             check_no_nul(file, source)
+            if builder == "json":
+                check_json_depth(file, source)
     with _explain_refusal(source, what) as datasets:
         return datasets.load_dataset(builder, data_files={"train": list(map(str, files))}, split="train", **options)
 
@@ -133,12 +164,13 @@ def _read_folder(folder: Path, split: str | None, source: str, what: str) -> Any
     """Read the tables of a folder; where their names or places say a split, those of one split."""
     files = list_text_files(folder)
     names = {path: "/".join(path.relative_to(folder).parts).lower() for path in files}
-    splits = {word for word in ("train", "test", "validation") if any(word in name for name in names.values())}
+    words = {path: set(re.split("[^a-z]+", name)) for path, name in names.items()}  # of `latest.jsonl`, not `test`
+    splits = {name for name, others in _SPLITS.items() if any(others & each for each in words.values())}
     if splits:
         split_name = split or "train"
         if split_name not in splits:
             raise BadOption(f"{what} {source!r}: split: expected {' or '.join(sorted(splits))}, got {split_name!r}")
-        files = [path for path in files if split_name in names[path]]
+        files = [path for path in files if _SPLITS[split_name] & words[path]]
     elif split not in (None, "train"):
         raise BadOption(f"{what} {source!r}: split: expected none, since no file's name says one, got {split!r}")
     return _read_tables(files, source, what)
@@ -149,6 +181,8 @@ def _read_saved(folder: Path, split: str | None, source: str, what: str) -> Any:
     with _explain_refusal(source, what) as datasets:
         content = datasets.load_from_disk(str(folder))
     if not isinstance(content, datasets.DatasetDict):
+        if split not in (None, "train"):
+            raise BadOption(f"{what} {source!r}: split: expected none, since the folder holds no splits, got {split!r}")
         return content
     split_name = split or "train"
     if split_name not in content:
@@ -159,11 +193,11 @@ def _read_saved(folder: Path, split: str | None, source: str, what: str) -> Any:
     return content[split_name]
 
 
-def iterate_rows(dataset: Any, source: str, what: str = "text") -> Iterator[Mapping[str, Any]]:
+def iterate_rows(dataset: Iterable[Mapping[str, Any]], source: str, what: str = "text") -> Iterator[Mapping[str, Any]]:
     """Iterate over the rows of a dataset.
 
     Args:
-        dataset: a `datasets.Dataset`.
+        dataset: a `datasets.Dataset`, or rows of it that are read one by one.
         source: name of the source, for the error message.
         what: kind of the source, for the error message.
 
@@ -186,7 +220,14 @@ def _explain_refusal(source: str, what: str) -> Iterator[Any]:
 
         try:
             yield datasets
-        except (OSError, ValueError, KeyError, StopIteration, datasets.exceptions.DatasetsError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            StopIteration,
+            RecursionError,
+            datasets.exceptions.DatasetsError,
+        ) as error:
             cause = error.__cause__ or error
             raise SourceNotFound(f"{what} {source!r}: cannot be read: {describe_error(cause)}") from error
 

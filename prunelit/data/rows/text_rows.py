@@ -15,6 +15,8 @@ from prunelit.data.rows.unpack import check_is_text, open_bytes
 from prunelit.runtime.errors import SourceNotFound
 
 BUILTIN_TEXT = "builtin:python-docs"
+BYTES_PER_TOKEN = 16
+"""Most text has 3 to 6 bytes a token, so this much for each token of a window gives a whole window."""
 
 
 class TextRows:
@@ -28,6 +30,8 @@ class TextRows:
         skipped: number of every row that was left out, and why.
         has_rows: whether the text is more than one document.
         has_text: whether anything but spaces was read by now.
+        size_per_token: what a token of a window needs of the sizes of `measure_rows`.
+        has_stretches: whether a long row can be read in several stretches; else only from its beginning.
 
     Example:
         >>> rows = TextRows("poems", ["one fish", "two fish"])
@@ -37,6 +41,8 @@ class TextRows:
 
     separator = "\n\n"
     adds_special_tokens = True
+    size_per_token = BYTES_PER_TOKEN
+    has_stretches = True
 
     def __init__(self, source: str, rows: Sequence[str] = ()):
         self.source, self.rows = source, rows
@@ -53,7 +59,7 @@ class TextRows:
         return sum(len(row.encode()) for row in self.rows)
 
     def measure_rows(self) -> Tensor:
-        """Measure every row, [rows] int64 of bytes; a row of unknown size has one."""
+        """Measure every row, [rows] int64: bytes, or the number of token ids where rows are these."""
         return torch.tensor([len(row.encode()) for row in self.rows])
 
     def read_text(self, index: int, tokenizer: Any) -> str | None:
@@ -66,8 +72,8 @@ class TextRows:
         Args:
             index: number of the row.
             tokenizer: a transformers tokenizer.
-            start: first byte of the stretch.
-            length: bytes of the stretch; a character that it cuts is left out.
+            start: first byte of the stretch, or first token where rows are token ids.
+            length: bytes or tokens of the stretch; a character that it cuts is left out.
         """
         text = self.read_text(index, tokenizer)
         if text is None:

@@ -44,7 +44,7 @@ def open_bytes(path: Path, source: str) -> Iterator[BinaryIO]:
     Raises:
         SourceNotFound: the file cannot be read, is damaged, or grows beyond `GROWTH_LIMIT`; from the body too.
 
-    Example: see `prunelit.data.documents`.
+    Example: see `prunelit.data.rows.text_rows`.
     """
     try:
         with open(path, "rb") as packed:
@@ -158,7 +158,7 @@ def unpack_file(path: Path, source: str) -> Path:
     Raises:
         SourceNotFound: see `open_bytes`; OutputNotWritable: the cache folder has no room.
 
-    Example: see `tests/data/test_unpack.py`.
+    Example: see `tests/data/rows/test_unpack.py`.
     """
     if not is_packed(path):
         return path
