@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from prunelit.callbacks import Magnitude
 from prunelit.model.copies import copy_sharing_tensors
+from prunelit.pruning import live_references
 from prunelit.runtime.errors import StaleReference
 from tests.foreign_job import ForeignData, ForeignModule
 from tests.pruning.test_attach import trainer, whole_layer_plan, widths
@@ -98,6 +100,39 @@ class HoldsLayers(ForeignModule):
         self.blocks = list(self.network.model.layers)
 
 
+class Remote(Mapping[int, Any]):
+    """Reads each item from somewhere else."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(5))
+
+    def __getitem__(self, key: int) -> Any:
+        raise OSError("gone")
+
+
+def test_the_data_of_a_job_is_not_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(ForeignData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.samples = [{"input_ids": [1] * 512, "names": ["a"] * 512, "labels": list(range(512))}] * 2
+            self.samples += [dict(self.samples[0], input_ids=[1] * 512) for _ in range(500)]
+            self.shards = Remote()
+
+    visits, find = [], live_references._find_replaced
+    monkeypatch.setattr(live_references, "_find_replaced", lambda *given: (visits.append(1), find(*given))[1])
+    module = ForeignModule()
+    module.shares_weights = [copy_sharing_tensors(module.network)]  # type: ignore[assignment]
+    fit(tmp_path, module, cut(), data=Rows())
+    assert 500 < len(visits) < 10_000
+    monkeypatch.setattr(live_references, "_MOST_VISITED", 100)
+    visits.clear()
+    fit(tmp_path, module, cut(), data=Rows())
+    assert 100 < len(visits) < 1500
+
+
 class HoldsLayerList(ForeignModule):
     def __init__(self) -> None:
         super().__init__()
@@ -121,7 +156,7 @@ def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any,
 
 @pytest.mark.parametrize("kind", [HoldsLayers, HoldsLayerList, HoldsMethod])
 def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
-    with pytest.raises(StaleReference, match=kind.__name__):
+    with pytest.raises(StaleReference, match=rf"{kind.__name__}\..*set it in the module's setup"):
         fit(tmp_path, kind(), cut(plan_file=whole_layer_plan(tmp_path / "plan.json")))
 
 
@@ -139,7 +174,7 @@ class OwnAverage(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.form == "module":
-            self.copied = copy.deepcopy(pl_module)
+            self.averaged = copy.deepcopy(pl_module)
         elif self.form == "model":
             self.ema_model = copy.deepcopy(pl_module.network)
         else:
@@ -154,17 +189,20 @@ def test_an_average_of_ones_own_is_named_before_the_cut_and_works_after_it(tmp_p
 
 
 def test_a_teacher_may_hold_the_dense_weights(tmp_path: Path) -> None:
-    class Distils(Callback):
+    class EmaLoss(Callback):  # whose name tells nothing of what it holds
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self.teacher = copy.deepcopy(pl_module.network)
+            self.teacher, self.teaching_module = copy.deepcopy(pl_module.network), copy.deepcopy(pl_module)
 
     class Teaches(ForeignModule):
-        def __init__(self) -> None:
+        def __init__(self, with_reference: bool = True) -> None:
             super().__init__()
             self.shares_weights = [copy_sharing_tensors(self.network)]
+            if with_reference:
+                self.reference = Teaches(with_reference=False).requires_grad_(False)
 
     module = Teaches()
-    fit(tmp_path, module, Distils(), cut())
+    fit(tmp_path, module, EmaLoss(), cut(target="network"))
+    assert module.reference.network.model.layers[0].mlp.gate_proj.out_features == 64
     assert module.shares_weights[0].model.layers[0].mlp.gate_proj.out_features == 64
 
 
