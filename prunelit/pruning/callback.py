@@ -19,7 +19,7 @@ from torch import nn
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import list_saved_plans, mark_state_dicts
+from prunelit.core.saved_plans import get_pruner_state, list_saved_plans, mark_checkpoints
 from prunelit.data import loading
 from prunelit.model.modes import move_to_device
 from prunelit.model.saved_shapes import count_applied_plans, rebuild_shapes
@@ -148,7 +148,7 @@ class PruningCallback(PruningMethod, Callback):
         if is_cut or (saved_plans and self._earlier_plans):  # it was made with weights that had been trained
             self._job_fingerprints["model"] = None
         if checkpoint:
-            saved = content.get("callbacks", {}).get(self.state_key, {})
+            saved = get_pruner_state(content, self.state_key)
             check_same_job(saved, self._job_fingerprints)
             given_plan = find_resumed_plan(self, checkpoint, content, saved)
         if is_cut:  # by `prunelit.restore`
@@ -209,7 +209,7 @@ class PruningCallback(PruningMethod, Callback):
             return
         model = find_model(pl_module, self.target)
         marks, key = get_applied_plans(model), f"{self.name}, {self._identity}"
-        saved: dict[str, Any] = content.get("callbacks", {}).get(self.state_key, {})
+        saved = get_pruner_state(content, self.state_key)
         is_repaired = saved.get("cut_weights") is not None
         if count_applied_plans(model, plans) == len(plans):
             pass  # the model that was trained in this process
@@ -237,7 +237,7 @@ class PruningCallback(PruningMethod, Callback):
     def _mark_checkpoints(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> None:
         # Strategies that shard ask torch for every entry of a state dict by its name.
         if not trainer.strategy.restore_checkpoint_after_setup:
-            mark_state_dicts(pl_module, get_applied_plans(model))
+            mark_checkpoints(pl_module, get_applied_plans(model))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the job holds the cut model's parameters; write the plan beside the checkpoints.

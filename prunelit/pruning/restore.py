@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints
 from prunelit.model.decoder import as_decoder
 from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.pruning.job import find_model
@@ -30,8 +30,9 @@ def restore(model: Model, checkpoint: str | Path, target: str | None = None) -> 
     Args:
         model: a new LightningModule, or the transformers model alone, as it was before the cut; its weights do not
             matter where the checkpoint holds all of them.
-        checkpoint: file of a job with a pruning callback; of a LightningModule also one with `save_weights_only`, or
-            its state dict in a file of `torch.save`.
+        checkpoint: file of a job with a pruning callback, also one with `save_weights_only` or of
+            `trainer.save_checkpoint(path, weights_only=True)`; or its state dict in a file of `torch.save`. What
+            `module.state_dict()` returns holds no plan.
         target: path of the model that was cut, in a LightningModule with several.
 
     Returns:
@@ -72,7 +73,7 @@ def _restore_module(
             "the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
         )
     rebuild_shapes(model, plans)
-    mark_state_dicts(module, get_applied_plans(model))
+    mark_checkpoints(module, get_applied_plans(model))
     if is_overridden("configure_model", module):
         module.configure_model()
     content = content if "state_dict" in content else {"state_dict": content}

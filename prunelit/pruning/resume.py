@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.core.saved_plans import list_saved_plans
+from prunelit.core.saved_plans import is_pruner_state, list_saved_plans
 from prunelit.pruning.method import PruningMethod
 from prunelit.runtime.errors import BadPlan
 
@@ -39,7 +39,7 @@ def find_resumed_plan(
     if plan is None and not states:
         plan = next(reversed(list_saved_plans(content)), None) or find_plan_beside(method, checkpoint)
     if plan is None:
-        others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
+        others = [name for name, state in states.items() if is_pruner_state(state)]
         if others:
             raise BadPlan(
                 f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "

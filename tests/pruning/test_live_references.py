@@ -20,7 +20,9 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim.swa_utils import AveragedModel
 
+import prunelit
 from prunelit.callbacks import Magnitude
+from prunelit.core.saved_plans import CUT_MARK
 from prunelit.model.copies import copy_sharing_tensors
 from prunelit.pruning import live_references
 from prunelit.runtime.errors import StaleReference
@@ -133,12 +135,6 @@ def test_the_data_of_a_job_is_not_read_item_by_item(tmp_path: Path, monkeypatch:
     assert 100 < len(visits) < 1500
 
 
-class HoldsLayerList(ForeignModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = self.network.model.layers  # a module under a second name
-
-
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
@@ -154,10 +150,27 @@ def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any,
         fit(tmp_path, kind(), cut(), max_epochs=1)
 
 
-@pytest.mark.parametrize("kind", [HoldsLayers, HoldsLayerList, HoldsMethod])
+@pytest.mark.parametrize("kind", [HoldsLayers, HoldsMethod])
 def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
     with pytest.raises(StaleReference, match=rf"{kind.__name__}\..*set it in the module's setup"):
         fit(tmp_path, kind(), cut(plan_file=whole_layer_plan(tmp_path / "plan.json")))
+
+
+def test_a_second_name_of_the_layers_stays_right(tmp_path: Path) -> None:
+    class HoldsLayerList(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = self.network.model.layers
+
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    cuts = [cut(plan_file=whole_layer_plan(tmp_path / "plan.json")) for _ in range(2)]
+    last = tmp_path / "ckpt" / "last.ckpt"
+    first, again = HoldsLayerList(), HoldsLayerList()
+    fit(tmp_path, first, cuts[0], keep, enable_checkpointing=True)
+    trainer(tmp_path, cuts[1], steps=6).fit(again, datamodule=ForeignData(), ckpt_path=str(last))
+    for module in (first, again, prunelit.restore(HoldsLayerList(), last)):
+        assert module.blocks is module.network.model.layers
+        assert len(module.blocks) == 2
 
 
 def test_layers_that_stay_may_be_held(tmp_path: Path) -> None:
@@ -230,6 +243,7 @@ def test_a_job_with_an_average_resumes_and_is_tested(tmp_path: Path) -> None:
     module = ForeignModule()
     fit(tmp_path, module, WeightAveraging(), cut(), keep, enable_checkpointing=True)
     last = str(tmp_path / "ckpt" / "last.ckpt")
+    assert CUT_MARK in torch.load(last, weights_only=True)["state_dict"]
     again = ForeignModule()
     run = trainer(tmp_path, WeightAveraging(), cut(), steps=6)
     run.fit(again, datamodule=ForeignData(), ckpt_path=last)
