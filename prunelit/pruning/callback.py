@@ -39,7 +39,7 @@ from prunelit.pruning.job import (
     read_checkpoint,
     take_batches,
 )
-from prunelit.pruning.live_references import WatchedModel, check_references, list_averaging_callbacks
+from prunelit.pruning.live_references import WatchedModel, check_attributes, check_references, list_averaging_callbacks
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.pruning.restore import holds_weights
 from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
@@ -150,7 +150,7 @@ class PruningCallback(PruningMethod, Callback):
         if checkpoint:
             saved = get_pruner_state(content, self.state_key)
             check_same_job(saved, self._job_fingerprints)
-            given_plan = find_resumed_plan(self, checkpoint, content, saved)
+            given_plan = find_resumed_plan(self, checkpoint, content, saved, holds_weights(content, pl_module, model))
         if is_cut:  # by `prunelit.restore`
             self.applied_plan = marks[key] = saved_plans[-1]
             return
@@ -184,7 +184,7 @@ class PruningCallback(PruningMethod, Callback):
 
         The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
         """
-        model = find_model(pl_module)
+        model = find_model(pl_module, self.target)
         self._use_job_cache(trainer)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             scores = self.reads_text and self.given_plan is None
@@ -210,7 +210,7 @@ class PruningCallback(PruningMethod, Callback):
         model = find_model(pl_module, self.target)
         marks, key = get_applied_plans(model), f"{self.name}, {self._identity}"
         saved = get_pruner_state(content, self.state_key)
-        is_repaired = saved.get("cut_weights") is not None
+        is_repaired, self._watched = saved.get("cut_weights") is not None, WatchedModel(model)
         if count_applied_plans(model, plans) == len(plans):
             pass  # the model that was trained in this process
         elif is_repaired and not holds_weights(content, pl_module, model):
@@ -249,11 +249,24 @@ class PruningCallback(PruningMethod, Callback):
         """
         if self._watched is not None and self._watched.model() in set(pl_module.modules()):
             check_references(trainer, pl_module, self._watched)
+        self._watched = None  # weak references cannot be pickled with the callback
         if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if folder := getattr(checkpoint, "dirpath", None):
                 self.applied_plan.save(Path(folder) / get_plan_file_name(self))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, where this or another stage brought shapes back, that the job holds the cut model's parameters.
+
+        Raises:
+            StaleReference: something holds what was replaced.
+        """
+        if self._watched is not None:
+            check_attributes(self._watched, pl_module, trainer)
+            self._watched = None
+
+    on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """The plans as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""

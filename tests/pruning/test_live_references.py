@@ -150,6 +150,35 @@ def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any,
         fit(tmp_path, kind(), cut(), max_epochs=1)
 
 
+@pytest.mark.parametrize("stage", ["validate", "test", "restore"])
+def test_without_training_it_is_named_too(tmp_path: Path, stage: str) -> None:
+    class Watches(HoldsLayers):
+        def test_step(self, batch: Any, index: int) -> None:
+            pass
+
+    class SetsInSetup(ForeignModule):
+        def setup(self, stage: str) -> None:
+            self.blocks = list(self.network.model.layers)
+
+        test_step = Watches.test_step
+
+    plan = whole_layer_plan(tmp_path / "plan.json")
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    fit(tmp_path, ForeignModule(), cut(plan_file=plan), keep, enable_checkpointing=True)
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+
+    def read(module: ForeignModule) -> None:
+        if stage == "restore":
+            prunelit.restore(module, last)
+        else:
+            rows = ForeignData().val_dataloader()
+            getattr(trainer(tmp_path, cut(plan_file=plan)), stage)(module, rows, ckpt_path=last, verbose=False)
+
+    with pytest.raises(StaleReference, match=r"Watches\.blocks: .*model\.layers\.2.* in the module's setup"):
+        read(Watches())
+    read(SetsInSetup())
+
+
 @pytest.mark.parametrize("kind", [HoldsLayers, HoldsMethod])
 def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
     with pytest.raises(StaleReference, match=rf"{kind.__name__}\..*set it in the module's setup"):
