@@ -112,7 +112,7 @@ def _list_plan_texts(checkpoint: Mapping[str, Any]) -> Iterable[str]:
     state = checkpoint.get("state_dict", checkpoint)
     for name, value in state.items():
         if isinstance(name, str) and is_cut_mark(name):
-            texts = json.loads(bytes(value.tolist()).decode())
+            texts = json.loads(bytes(map(int, value.tolist())).decode())  # of floats, if all became such
             if not isinstance(texts, list) or not texts:
                 raise TypeError("no list of plans")
             return texts

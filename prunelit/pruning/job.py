@@ -44,9 +44,9 @@ def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Modu
         load()
     pruners = [c for c in getattr(pl_module._trainer, "callbacks", ()) if isinstance(c, PruningMethod)]
     target = target or next((getattr(pruner, "target", None) for pruner in pruners), None)
-    found = {path: module for path, module in pl_module.named_modules() if isinstance(module, PreTrainedModel)}
-    parts = {id(part) for model in found.values() for part in model.modules() if part is not model}
-    models = {path: model for path, model in found.items() if id(model) not in parts}
+    all_models = {path: module for path, module in pl_module.named_modules() if isinstance(module, PreTrainedModel)}
+    parts = {id(part) for model in all_models.values() for part in model.modules() if part is not model}
+    models = {path: model for path, model in all_models.items() if id(model) not in parts}
     if target is not None:
         owner = _find_module(pl_module, target)
         for path, model in models.items():

@@ -149,6 +149,7 @@ def test_a_job_says_once_how_much_was_cut(
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     own, lightnings = logging.getLogger("prunelit"), logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(lightnings, "handlers", [handler])
+    monkeypatch.setattr(lightnings, "level", logging.INFO)  # our command line may have run in this process
     monkeypatch.setattr(own, "handlers", [handler] if shown else [])
     monkeypatch.setattr(own, "propagate", False)
     monkeypatch.setattr(own, "level", logging.INFO if shown else logging.NOTSET)

@@ -94,6 +94,10 @@ def test_restore_without_a_trainer(trained: Any, tmp_path: Path, which: int) -> 
     assert torch.equal(network(ids).logits, trained[0].network(ids).logits)
     torch.save(torch.load(trained[which], weights_only=True)["state_dict"], tmp_path / "state.pt")
     check_equal(prunelit.restore(Stages(), tmp_path / "state.pt"), trained)
+    state = torch.load(trained[which], weights_only=True)["state_dict"]
+    torch.save({name: value.bfloat16() for name, value in state.items()}, tmp_path / "half.pt")
+    halved = prunelit.restore(Stages(), tmp_path / "half.pt")
+    assert widths(halved) == widths(trained[0])
 
 
 def test_a_restored_module_trains_on_by_the_checkpoint(trained: Any, tmp_path: Path) -> None:
