@@ -377,7 +377,6 @@ def settle(model: Any, names: Any) -> None:
         for (_, mixer, _), own in zip(blocks, per_layer_names, strict=True)
     )
     if len(kept) < len(layers):
-        parent, _, name = names.layers.rpartition(".")
         for attribute in _PER_LAYER_LISTS:
             values = getattr(config, attribute, None)
             if isinstance(values, list) and len(values) == len(layers) and not _is_derived(config, attribute):
@@ -388,10 +387,8 @@ def settle(model: Any, names: Any) -> None:
                 setattr(config, attribute, [kept.index(index) for index in values if index in kept])
         if getattr(config, "attention_types", None) and hasattr(config, "attention_layers"):  # derived from the former
             config.attention_types = [[[kind], 1] for kind in config.attention_layers]
-        training = layers.training
-        layers = nn.ModuleList(layers[index] for index in kept)
-        layers.training = training
-        setattr(find(model, parent), name, layers)
+        for index in sorted(set(range(len(layers))) - set(kept), reverse=True):
+            del layers[index]  # in place, because others may hold the list, such as a job under a name of its own
         for attribute in _DIVIDED_BY_ROOT_OF_DEPTH:
             if getattr(config, attribute, None) is not None:
                 setattr(config, attribute, getattr(config, attribute) * (len(kept) / config.num_hidden_layers) ** 0.5)

@@ -244,7 +244,7 @@ class Dashboard(Recorder):
             return
         try:
             model = find_model(pl_module)
-        except NoModel:
+        except (NoModel, BadOption):  # none, or several and no callback that says which
             return
         texts = samples.generate_completions(model, tokenizer, self._samples)
         self.record.on_event("completions", {"prompts": self._samples.prompts, "name": state, "texts": texts})

@@ -19,7 +19,7 @@ from torch import nn
 from prunelit.calibration.batches import Batch
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import list_saved_plans, mark_state_dicts
+from prunelit.core.saved_plans import get_pruner_state, list_saved_plans, mark_checkpoints
 from prunelit.data import loading
 from prunelit.model.modes import move_to_device
 from prunelit.model.saved_shapes import count_applied_plans, rebuild_shapes
@@ -39,7 +39,7 @@ from prunelit.pruning.job import (
     read_checkpoint,
     take_batches,
 )
-from prunelit.pruning.live_references import WatchedModel, check_references, list_averaging_callbacks
+from prunelit.pruning.live_references import WatchedModel, check_attributes, check_references, list_averaging_callbacks
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.pruning.restore import holds_weights
 from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
@@ -148,9 +148,9 @@ class PruningCallback(PruningMethod, Callback):
         if is_cut or (saved_plans and self._earlier_plans):  # it was made with weights that had been trained
             self._job_fingerprints["model"] = None
         if checkpoint:
-            saved = content.get("callbacks", {}).get(self.state_key, {})
+            saved = get_pruner_state(content, self.state_key)
             check_same_job(saved, self._job_fingerprints)
-            given_plan = find_resumed_plan(self, checkpoint, content, saved)
+            given_plan = find_resumed_plan(self, checkpoint, content, saved, holds_weights(content, pl_module, model))
         if is_cut:  # by `prunelit.restore`
             self.applied_plan = marks[key] = saved_plans[-1]
             return
@@ -184,7 +184,7 @@ class PruningCallback(PruningMethod, Callback):
 
         The datamodule is in place (`trainer.datamodule`) and set up, where text is read.
         """
-        model = find_model(pl_module)
+        model = find_model(pl_module, self.target)
         self._use_job_cache(trainer)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
             scores = self.reads_text and self.given_plan is None
@@ -209,8 +209,8 @@ class PruningCallback(PruningMethod, Callback):
             return
         model = find_model(pl_module, self.target)
         marks, key = get_applied_plans(model), f"{self.name}, {self._identity}"
-        saved: dict[str, Any] = content.get("callbacks", {}).get(self.state_key, {})
-        is_repaired = saved.get("cut_weights") is not None
+        saved = get_pruner_state(content, self.state_key)
+        is_repaired, self._watched = saved.get("cut_weights") is not None, WatchedModel(model)
         if count_applied_plans(model, plans) == len(plans):
             pass  # the model that was trained in this process
         elif is_repaired and not holds_weights(content, pl_module, model):
@@ -237,7 +237,7 @@ class PruningCallback(PruningMethod, Callback):
     def _mark_checkpoints(self, trainer: Trainer, pl_module: LightningModule, model: nn.Module) -> None:
         # Strategies that shard ask torch for every entry of a state dict by its name.
         if not trainer.strategy.restore_checkpoint_after_setup:
-            mark_state_dicts(pl_module, get_applied_plans(model))
+            mark_checkpoints(pl_module, get_applied_plans(model))
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check that the job holds the cut model's parameters; write the plan beside the checkpoints.
@@ -249,11 +249,24 @@ class PruningCallback(PruningMethod, Callback):
         """
         if self._watched is not None and self._watched.model() in set(pl_module.modules()):
             check_references(trainer, pl_module, self._watched)
+        self._watched = None  # weak references cannot be pickled with the callback
         if self.applied_plan is None or not trainer.is_global_zero:
             return
         for checkpoint in trainer.checkpoint_callbacks:
             if folder := getattr(checkpoint, "dirpath", None):
                 self.applied_plan.save(Path(folder) / get_plan_file_name(self))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check, where this or another stage brought shapes back, that the job holds the cut model's parameters.
+
+        Raises:
+            StaleReference: something holds what was replaced.
+        """
+        if self._watched is not None:
+            check_attributes(self._watched, pl_module, trainer)
+            self._watched = None
+
+    on_test_start = on_predict_start = on_validation_start
 
     def state_dict(self) -> dict[str, Any]:
         """The plans as JSON text, and fingerprints of the dense model, the tokenizer and the repaired weights."""

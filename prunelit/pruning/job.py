@@ -33,7 +33,7 @@ def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Modu
 
     Raises:
         NoModel: there is none yet, or none at `target`.
-        BadOption: there are several, and no `target`.
+        BadOption: there are several, and no `target`; or it is a part of a model.
 
     Example:
         See `PruningCallback.setup`, which calls it.
@@ -44,13 +44,17 @@ def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Modu
         load()
     pruners = [c for c in getattr(pl_module._trainer, "callbacks", ()) if isinstance(c, PruningMethod)]
     target = target or next((getattr(pruner, "target", None) for pruner in pruners), None)
-    models: dict[str, PreTrainedModel] = {}
-    for path, module in pl_module.named_modules():
-        within_another = any(path.startswith(f"{other}.") for other in models)
-        if isinstance(module, PreTrainedModel) and not within_another:
-            models[path] = module
+    all_models = {path: module for path, module in pl_module.named_modules() if isinstance(module, PreTrainedModel)}
+    parts = {id(part) for model in all_models.values() for part in model.modules() if part is not model}
+    models = {path: model for path, model in all_models.items() if id(model) not in parts}
     if target is not None:
-        owner = dict(pl_module.named_modules()).get(target)
+        owner = _find_module(pl_module, target)
+        for path, model in models.items():
+            if owner is not model and _has_architecture(model) and any(part is owner for part in model.modules()):
+                raise BadOption(
+                    f"target {target!r}: expected a whole transformers model, got a part of {path!r}, which would not "
+                    f"fit its config after the cut; give target: {path!r}"
+                )
         of_target = [model for path, model in models.items() if f"{path}.".startswith(f"{target}.")]
         if isinstance(owner, PreTrainedModel) or len(of_target) == 1:
             return owner if isinstance(owner, PreTrainedModel) else of_target[0]
@@ -71,6 +75,14 @@ def find_model(pl_module: LightningModule, target: str | None = None) -> nn.Modu
         f"{type(pl_module).__name__}: expected one transformers model, got {len(models)}; give the pruning callback "
         f"target: {' or '.join(repr(path) for path in models)}"
     )
+
+
+def _find_module(pl_module: LightningModule, path: str) -> nn.Module | None:
+    """A module by any of its names; `named_modules` has one name of each."""
+    try:
+        return pl_module.get_submodule(path)
+    except AttributeError:
+        return None
 
 
 def _has_architecture(model: Any) -> bool:

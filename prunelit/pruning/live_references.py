@@ -4,6 +4,7 @@ A cut puts new parameters in place of old ones, and takes whole modules away. Th
 optimiser holds the old ones. So they are watched through weak references, and looked for when all of the job is built.
 """
 
+import itertools
 import re
 import types
 import weakref
@@ -19,6 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from prunelit.runtime.errors import StaleReference
 
 _DEPTH = 4  # of containers and objects in an attribute
+_MOST_VISITED = 100_000  # objects in an attribute; a job's data may be among them
+_FIRST_ITEMS = 8  # of a sequence: where all of them are of these types, it holds data
+_TYPES_OF_DATA = (int, float, complex, str, bytes, type(None))
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential, nn.ParameterList, nn.ParameterDict)
 _NOT_SEARCHED = (type, types.ModuleType, types.FunctionType, str, bytes, Trainer, LightningModule, LightningDataModule)
 _NAME_OF_AVERAGE = re.compile(r"ema(?![a-z])|averag|avg|swa(?![a-z])|shadow", re.IGNORECASE)
@@ -69,7 +73,7 @@ def check_references(trainer: Trainer, pl_module: LightningModule, watched: Watc
     Example:
         See `PruningCallback.on_fit_start`, which calls it.
     """
-    replaced = {id(value): (name, value) for name, value in watched.list_replaced()}
+    replaced = _list_replaced_by_id(watched)
     owners = list(_list_owners(trainer, pl_module))
     _check_attributes(owners, replaced, registered=True)  # first, because optimisers are made of them
     for optimizer in trainer.optimizers:
@@ -82,6 +86,29 @@ def check_references(trainer: Trainer, pl_module: LightningModule, watched: Watc
             )
     _check_averages(trainer, pl_module, watched)
     _check_attributes(owners, replaced, registered=False)
+
+
+def check_attributes(watched: WatchedModel, pl_module: LightningModule, trainer: Trainer | None = None) -> None:
+    """Check that the attributes of a job hold parameters and modules of the cut model; a part of `check_references`.
+
+    Args:
+        watched: the model before the cut.
+        pl_module: holds the cut model.
+        trainer: of the job, where there is one.
+
+    Raises:
+        StaleReference: something holds what the cut has replaced; says what, and what to do.
+
+    Example:
+        See `prunelit.pruning.restore`, which calls it.
+    """
+    replaced = _list_replaced_by_id(watched)
+    for registered in (True, False):
+        _check_attributes(list(_list_owners(trainer, pl_module)), replaced, registered)
+
+
+def _list_replaced_by_id(watched: WatchedModel) -> dict[int, tuple[str, Any]]:
+    return {id(value): (name, value) for name, value in watched.list_replaced()}
 
 
 def _check_attributes(
@@ -100,7 +127,7 @@ def _check_attributes(
                 if (name := _find_replaced(item, replaced, _DEPTH, set())) is not None:
                     raise StaleReference(
                         f"{owner_name}.{key}: expected parameters or modules of the cut model, got {name} of before "
-                        "the cut; take it from the model when it is used, or set it in on_fit_start"
+                        "the cut; take it from the model when it is used, or set it in the module's setup"
                     )
 
 
@@ -118,7 +145,7 @@ def _list_optimizer_parameters(optimizer: Any) -> list[Tensor]:
     return [parameter for group in getattr(optimizer, "param_groups", ()) for parameter in group["params"]]
 
 
-def _list_owners(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
+def _list_owners(trainer: Trainer | None, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
     """The objects whose attributes are searched; not transformers models: a teacher may share the dense weights."""
     from transformers import PreTrainedModel
 
@@ -130,7 +157,7 @@ def _list_owners(trainer: Trainer, pl_module: LightningModule) -> Iterator[tuple
             models.append(path)
         else:
             yield ".".join(filter(None, (type(pl_module).__name__, path))), module
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in getattr(trainer, "callbacks", ()):
         yield type(callback).__name__, callback
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield type(data).__name__, data
@@ -140,14 +167,17 @@ def _find_replaced(value: Any, replaced: Mapping[int, tuple[str, Any]], depth: i
     """Name of what `value` is or holds of the replaced; None where it holds nothing of them."""
     if id(value) in replaced:
         return replaced[id(value)][0]
-    if isinstance(value, _NOT_SEARCHED) or id(value) in visited or depth == 0:
+    if isinstance(value, (*_NOT_SEARCHED, *_TYPES_OF_DATA)) or id(value) in visited or depth == 0:
+        return None
+    if len(visited) == _MOST_VISITED:
         return None
     visited.add(id(value))
     items: Iterable[Any] = ()
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # the items of other mappings may be read from files or the network
         items = list(value.values())
     elif isinstance(value, list | tuple | set | frozenset):
-        items = value
+        first_items = list(itertools.islice(value, _FIRST_ITEMS))
+        items = () if all(isinstance(item, _TYPES_OF_DATA) for item in first_items) else value
     elif isinstance(value, _CONTAINERS):
         items = [*value.children(), *value.parameters(recurse=False)]
     elif isinstance(value, torch.optim.Optimizer):
@@ -176,7 +206,7 @@ def _check_averages(trainer: Trainer, pl_module: LightningModule, watched: Watch
     for owner in owners:
         attributes = vars(owner) | vars(owner).get("_modules", {})
         for attribute, value in attributes.items():
-            if not _is_average(owner, attribute, value, pl_module):
+            if not _is_average(attribute, value, pl_module):
                 continue
             for name, shape in _list_shapes(value):
                 names = (name, prefix + name)
@@ -193,15 +223,12 @@ def _check_averages(trainer: Trainer, pl_module: LightningModule, watched: Watch
                     )
 
 
-def _is_average(owner: Any, attribute: str, value: Any, pl_module: LightningModule) -> bool:
+def _is_average(attribute: str, value: Any, pl_module: LightningModule) -> bool:
+    """Whether an attribute holds an average, by type or name: other copies may be dense, such as a teacher."""
     if isinstance(value, AveragedModel):
         return True
-    if isinstance(value, nn.Module) and value is not pl_module and type(value) is type(pl_module):
-        return True
-    named = _NAME_OF_AVERAGE.search(attribute) or (
-        owner is not pl_module and _NAME_OF_AVERAGE.search(type(owner).__name__)
-    )
-    return bool(named) and isinstance(value, nn.Module | Mapping) and value is not pl_module
+    named = _NAME_OF_AVERAGE.search(attribute) is not None
+    return named and isinstance(value, nn.Module | dict) and value is not pl_module
 
 
 def _list_shapes(value: Any) -> Iterator[tuple[str, Any]]:

@@ -2,7 +2,8 @@
 
     prunelit.restore(MyModule(), "last.ckpt")      a LightningModule, or the transformers model alone
 
-`PruningCallback` does the same before any stage of a Trainer. No code in a checkpoint is run.
+`PruningCallback` does the same before any stage of a Trainer. No code in a checkpoint is run: objects in it that torch
+does not load by itself, such as hyperparameters, are replaced by others that do nothing.
 """
 
 from collections.abc import Mapping
@@ -14,10 +15,11 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints
 from prunelit.model.decoder import as_decoder
 from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.pruning.job import find_model
+from prunelit.pruning.live_references import WatchedModel, check_attributes
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.torch_files import read_checkpoint_file
 
@@ -30,22 +32,24 @@ def restore(model: Model, checkpoint: str | Path, target: str | None = None) -> 
     Args:
         model: a new LightningModule, or the transformers model alone, as it was before the cut; its weights do not
             matter where the checkpoint holds all of them.
-        checkpoint: file of a job with a pruning callback; of a LightningModule also one with `save_weights_only`, or
-            its state dict in a file of `torch.save`.
+        checkpoint: file of a job with a pruning callback, also one with `save_weights_only` or of
+            `trainer.save_checkpoint(path, weights_only=True)`; or its state dict in a file of `torch.save`. What
+            `module.state_dict()` returns holds no plan.
         target: path of the model that was cut, in a LightningModule with several.
 
     Returns:
         `model`.
 
     Raises:
-        SourceNotFound: the file is missing, damaged or no checkpoint, or holds objects that loading would run.
+        SourceNotFound: the file is missing, damaged or no checkpoint.
         BadPlan: it holds no plan, or that of another model; or weights are missing in it.
         BadOption: `model` is neither of the two.
+        StaleReference: an attribute of the module holds layers or parameters that the cut has replaced.
 
     Example: see `tests/pruning/test_restore.py` and docs/tutorials/attach.md.
     """
     path = Path(checkpoint).expanduser()
-    content = read_checkpoint_file(path)
+    content = read_checkpoint_file(path, allow_unknown=True)  # of which only weights and plans are used
     plans = list_saved_plans(content)
     if not plans:
         raise BadPlan(
@@ -71,10 +75,12 @@ def _restore_module(
             "checkpoint: its adapters sit on repaired weights, which it does not hold; load it with a Trainer that has "
             "the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
         )
+    watched = WatchedModel(model)
     rebuild_shapes(model, plans)
-    mark_state_dicts(module, get_applied_plans(model))
+    mark_checkpoints(module, get_applied_plans(model))
     if is_overridden("configure_model", module):
         module.configure_model()
+    check_attributes(watched, module)
     content = content if "state_dict" in content else {"state_dict": content}
     module.on_load_checkpoint(content)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.core.saved_plans import list_saved_plans
+from prunelit.core.saved_plans import is_pruner_state, list_saved_plans
 from prunelit.pruning.method import PruningMethod
 from prunelit.runtime.errors import BadPlan
 
@@ -15,7 +15,11 @@ _FREE_OPTIONS = ("calibration", "plan_file", "journal", "cache_gib")  # options 
 
 
 def find_resumed_plan(
-    method: PruningMethod, checkpoint: Path, content: Mapping[str, Any], saved: Mapping[str, Any]
+    method: PruningMethod,
+    checkpoint: Path,
+    content: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    has_weights: bool = False,
 ) -> PruningPlan | None:
     """Find the plan of a checkpoint's last cut, in the file or beside it (a sharded one is a folder).
 
@@ -24,12 +28,13 @@ def find_resumed_plan(
         checkpoint: its path.
         content: of the checkpoint; empty for a sharded one.
         saved: what the method's callback has stored in it.
+        has_weights: whether it holds weights of the decoder itself, and not only adapters.
 
     Returns:
         The plan; None where there is none, which is said.
 
     Raises:
-        BadPlan: another method or other options than now.
+        BadPlan: another method or other options than now, or weights of a model that was not cut.
 
     Example:
         See `PruningCallback.setup`, which calls it.
@@ -39,11 +44,16 @@ def find_resumed_plan(
     if plan is None and not states:
         plan = next(reversed(list_saved_plans(content)), None) or find_plan_beside(method, checkpoint)
     if plan is None:
-        others = [name for name, state in states.items() if isinstance(state, dict) and state.get("plan")]
+        others = [name for name, state in states.items() if is_pruner_state(state)]
         if others:
             raise BadPlan(
                 f"checkpoint {checkpoint.name}: its model was cut by {', '.join(others)}, this run cuts by "
                 f"{type(method).__name__}; resume with the configuration of that run"
+            )
+        if has_weights:
+            raise BadPlan(
+                f"checkpoint {checkpoint.name}: expected one of a run that cut its model, got the weights of a model "
+                "without a plan, which do not fit after the cut; load them into the module and fit without ckpt_path"
             )
         method.say(f"checkpoint {checkpoint.name} holds no plan of {method.name}: scoring again")
         return None

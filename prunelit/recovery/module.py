@@ -20,7 +20,7 @@ from torchmetrics.text import Perplexity
 
 from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_state_dicts
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.model.per_layer import find
@@ -353,7 +353,7 @@ class RecoveryModule(LightningModule):
         """Reduce the checkpoint to the trainable weights, and add the random states, from which dropout continues."""
         trainable = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {
-            name: value for name, value in checkpoint["state_dict"].items() if name in trainable or is_cut_mark(name)
+            name: value for name, value in checkpoint["state_dict"].items() if name in trainable
         }
         checkpoint["random_states"] = _capture_random_states()
 
@@ -399,7 +399,7 @@ class RecoveryModule(LightningModule):
             )
         self.load_model()
         rebuild_shapes(self.model, plans)
-        mark_state_dicts(self, get_applied_plans(self.model))
+        mark_checkpoints(self, get_applied_plans(self.model))
         self.configure_model()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:

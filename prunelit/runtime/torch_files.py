@@ -88,6 +88,9 @@ def check_torch_file(path: Path) -> None:
     )
 
 
+_NAMED_PARTS = ("state_dict", "callbacks")  # of a checkpoint: dictionaries
+
+
 class _StandIn:
     """Takes the place of a class or function that a file names: it accepts anything, and does nothing."""
 
@@ -136,6 +139,10 @@ def read_checkpoint_file(path: Path, allow_unknown: bool = False) -> dict[str, A
         raise SourceNotFound(f"{name}, got a file that torch cannot read ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise SourceNotFound(f"{name}, got a file that holds a {type(content).__name__}")
+    for part, value in {"its entries": content, **{key: content.get(key, {}) for key in _NAMED_PARTS}}.items():
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            kind = "other names than text" if isinstance(value, dict) else f"a {type(value).__name__}"
+            raise SourceNotFound(f"{name} with names for {part}, got {kind}")
     return content
 
 

@@ -234,6 +234,14 @@ def test_completions_of_the_prompts_asked_for(tmp_path: Path, source: Path) -> N
     assert str(source.parent) not in (Path(logger.log_dir) / "hparams.yaml").read_text()
 
 
+def test_a_job_of_two_models_without_a_cut_has_no_completions(tmp_path: Path) -> None:
+    module, logger = ForeignModule(), CSVLogger(tmp_path, "csv")
+    module.teacher = ForeignModule.build()  # type: ignore[assignment]
+    module.tokenizer = tiny_tokenizer()  # type: ignore[assignment]
+    trainer(tmp_path, logger, Dashboard(prompts=["a"]), max_steps=1).fit(module, datamodule=ForeignData())
+    assert not (Path(logger.log_dir) / "tables" / "samples.csv").exists()
+
+
 class Spy(Logger):
     """A logger of nobody's: it takes numbers."""
 

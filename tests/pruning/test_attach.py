@@ -2,6 +2,7 @@
 
 import logging
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +149,7 @@ def test_a_job_says_once_how_much_was_cut(
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
     own, lightnings = logging.getLogger("prunelit"), logging.getLogger("lightning.pytorch")
     monkeypatch.setattr(lightnings, "handlers", [handler])
+    monkeypatch.setattr(lightnings, "level", logging.INFO)  # our command line may have run in this process
     monkeypatch.setattr(own, "handlers", [handler] if shown else [])
     monkeypatch.setattr(own, "propagate", False)
     monkeypatch.setattr(own, "level", logging.INFO if shown else logging.NOTSET)
@@ -186,6 +188,46 @@ def test_of_several_models_the_target_is_cut(tmp_path: Path) -> None:
     assert max(shapes[1]) < 64
     assert callback.applied_plan is not None
     assert "target" not in callback.applied_plan.options
+
+
+def test_a_part_of_a_model_is_no_second_model_and_no_target(tmp_path: Path) -> None:
+    class PartFirst(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            whole = self.network
+            del self.network
+            self.backbone = whole.model
+            self.network = whole
+
+    module = PartFirst()
+    for target in ("backbone", "network.model"):
+        with pytest.raises(BadOption, match=rf"target '{target}': .* got a part of 'network'.*give target: 'network'"):
+            trainer(tmp_path, bip(target=target)).fit(module, datamodule=ForeignData())
+    trainer(tmp_path, bip()).fit(module, datamodule=ForeignData())
+    assert widths(module) != [(2, 64)] * 3
+    assert module.backbone is module.network.model
+
+
+def test_a_checkpoint_of_the_dense_model_is_refused_before_anything_is_scored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    trainer(tmp_path, keep, enable_checkpointing=True).fit(ForeignModule(), datamodule=ForeignData())
+    monkeypatch.setattr(LLMBIP, "score", fail)
+    with pytest.raises(BadPlan, match=r"last\.ckpt: .*without a plan.*fit without ckpt_path$"):
+        trainer(tmp_path, bip(), steps=6).fit(
+            ForeignModule(), datamodule=ForeignData(), ckpt_path=str(tmp_path / "ckpt" / "last.ckpt")
+        )
+
+
+def test_a_callback_is_pickled_after_a_fit_and_plans_for_its_target(tmp_path: Path) -> None:
+    callback, module = bip(target="student"), TwoModels()
+    run = trainer(tmp_path, callback)
+    run.fit(module, datamodule=ForeignData())
+    assert pickle.loads(pickle.dumps(callback)).applied_plan == callback.applied_plan
+    other = TwoModels()
+    plan = Magnitude(0.3, align=8, target="student").plan_job(run, other)
+    assert plan.model == Decoder(other.student).shape
 
 
 def test_a_model_that_cannot_be_pruned_beside_it_needs_no_target(tmp_path: Path) -> None:

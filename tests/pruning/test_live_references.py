@@ -4,6 +4,7 @@ import copy
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,11 @@ from lightning.pytorch.callbacks import (
 )
 from torch.optim.swa_utils import AveragedModel
 
+import prunelit
 from prunelit.callbacks import Magnitude
+from prunelit.core.saved_plans import CUT_MARK
 from prunelit.model.copies import copy_sharing_tensors
+from prunelit.pruning import live_references
 from prunelit.runtime.errors import StaleReference
 from tests.foreign_job import ForeignData, ForeignModule
 from tests.pruning.test_attach import trainer, whole_layer_plan, widths
@@ -98,10 +102,37 @@ class HoldsLayers(ForeignModule):
         self.blocks = list(self.network.model.layers)
 
 
-class HoldsLayerList(ForeignModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = self.network.model.layers  # a module under a second name
+class Remote(Mapping[int, Any]):
+    """Reads each item from somewhere else."""
+
+    def __len__(self) -> int:
+        return 5
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(5))
+
+    def __getitem__(self, key: int) -> Any:
+        raise OSError("gone")
+
+
+def test_the_data_of_a_job_is_not_read_item_by_item(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Rows(ForeignData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.samples = [{"input_ids": [1] * 512, "names": ["a"] * 512, "labels": list(range(512))}] * 2
+            self.samples += [dict(self.samples[0], input_ids=[1] * 512) for _ in range(500)]
+            self.shards = Remote()
+
+    visits, find = [], live_references._find_replaced
+    monkeypatch.setattr(live_references, "_find_replaced", lambda *given: (visits.append(1), find(*given))[1])
+    module = ForeignModule()
+    module.shares_weights = [copy_sharing_tensors(module.network)]  # type: ignore[assignment]
+    fit(tmp_path, module, cut(), data=Rows())
+    assert 500 < len(visits) < 10_000
+    monkeypatch.setattr(live_references, "_MOST_VISITED", 100)
+    visits.clear()
+    fit(tmp_path, module, cut(), data=Rows())
+    assert 100 < len(visits) < 1500
 
 
 @pytest.mark.parametrize(
@@ -119,10 +150,56 @@ def test_who_holds_weights_of_before_the_cut_is_named(tmp_path: Path, kind: Any,
         fit(tmp_path, kind(), cut(), max_epochs=1)
 
 
-@pytest.mark.parametrize("kind", [HoldsLayers, HoldsLayerList, HoldsMethod])
+@pytest.mark.parametrize("stage", ["validate", "test", "restore"])
+def test_without_training_it_is_named_too(tmp_path: Path, stage: str) -> None:
+    class Watches(HoldsLayers):
+        def test_step(self, batch: Any, index: int) -> None:
+            pass
+
+    class SetsInSetup(ForeignModule):
+        def setup(self, stage: str) -> None:
+            self.blocks = list(self.network.model.layers)
+
+        test_step = Watches.test_step
+
+    plan = whole_layer_plan(tmp_path / "plan.json")
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    fit(tmp_path, ForeignModule(), cut(plan_file=plan), keep, enable_checkpointing=True)
+    last = str(tmp_path / "ckpt" / "last.ckpt")
+
+    def read(module: ForeignModule) -> None:
+        if stage == "restore":
+            prunelit.restore(module, last)
+        else:
+            rows = ForeignData().val_dataloader()
+            getattr(trainer(tmp_path, cut(plan_file=plan)), stage)(module, rows, ckpt_path=last, verbose=False)
+
+    with pytest.raises(StaleReference, match=r"Watches\.blocks: .*model\.layers\.2.* in the module's setup"):
+        read(Watches())
+    read(SetsInSetup())
+
+
+@pytest.mark.parametrize("kind", [HoldsLayers, HoldsMethod])
 def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
-    with pytest.raises(StaleReference, match=kind.__name__):
+    with pytest.raises(StaleReference, match=rf"{kind.__name__}\..*set it in the module's setup"):
         fit(tmp_path, kind(), cut(plan_file=whole_layer_plan(tmp_path / "plan.json")))
+
+
+def test_a_second_name_of_the_layers_stays_right(tmp_path: Path) -> None:
+    class HoldsLayerList(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = self.network.model.layers
+
+    keep = ModelCheckpoint(dirpath=tmp_path / "ckpt", save_last=True)
+    cuts = [cut(plan_file=whole_layer_plan(tmp_path / "plan.json")) for _ in range(2)]
+    last = tmp_path / "ckpt" / "last.ckpt"
+    first, again = HoldsLayerList(), HoldsLayerList()
+    fit(tmp_path, first, cuts[0], keep, enable_checkpointing=True)
+    trainer(tmp_path, cuts[1], steps=6).fit(again, datamodule=ForeignData(), ckpt_path=str(last))
+    for module in (first, again, prunelit.restore(HoldsLayerList(), last)):
+        assert module.blocks is module.network.model.layers
+        assert len(module.blocks) == 2
 
 
 def test_layers_that_stay_may_be_held(tmp_path: Path) -> None:
@@ -139,7 +216,7 @@ class OwnAverage(Callback):
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.form == "module":
-            self.copied = copy.deepcopy(pl_module)
+            self.averaged = copy.deepcopy(pl_module)
         elif self.form == "model":
             self.ema_model = copy.deepcopy(pl_module.network)
         else:
@@ -154,17 +231,20 @@ def test_an_average_of_ones_own_is_named_before_the_cut_and_works_after_it(tmp_p
 
 
 def test_a_teacher_may_hold_the_dense_weights(tmp_path: Path) -> None:
-    class Distils(Callback):
+    class EmaLoss(Callback):  # whose name tells nothing of what it holds
         def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-            self.teacher = copy.deepcopy(pl_module.network)
+            self.teacher, self.teaching_module = copy.deepcopy(pl_module.network), copy.deepcopy(pl_module)
 
     class Teaches(ForeignModule):
-        def __init__(self) -> None:
+        def __init__(self, with_reference: bool = True) -> None:
             super().__init__()
             self.shares_weights = [copy_sharing_tensors(self.network)]
+            if with_reference:
+                self.reference = Teaches(with_reference=False).requires_grad_(False)
 
     module = Teaches()
-    fit(tmp_path, module, Distils(), cut())
+    fit(tmp_path, module, EmaLoss(), cut(target="network"))
+    assert module.reference.network.model.layers[0].mlp.gate_proj.out_features == 64
     assert module.shares_weights[0].model.layers[0].mlp.gate_proj.out_features == 64
 
 
@@ -192,6 +272,7 @@ def test_a_job_with_an_average_resumes_and_is_tested(tmp_path: Path) -> None:
     module = ForeignModule()
     fit(tmp_path, module, WeightAveraging(), cut(), keep, enable_checkpointing=True)
     last = str(tmp_path / "ckpt" / "last.ckpt")
+    assert CUT_MARK in torch.load(last, weights_only=True)["state_dict"]
     again = ForeignModule()
     run = trainer(tmp_path, WeightAveraging(), cut(), steps=6)
     run.fit(again, datamodule=ForeignData(), ckpt_path=last)

@@ -1,19 +1,21 @@
 """Every stage, and code without a Trainer, gets the shapes of a checkpoint; where nothing of ours is, it says so."""
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
 import prunelit
 from prunelit.callbacks import Magnitude
-from prunelit.core.saved_plans import CUT_MARK
+from prunelit.core.saved_plans import CUT_MARK, list_saved_plans
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
-from prunelit.runtime.errors import BadPlan, PrunelitError
+from prunelit.runtime.errors import BadPlan, PrunelitError, SourceNotFound
 from tests.foreign_job import ForeignData, ForeignModule, sequences
 from tests.pruning.test_attach import bip, trainer, whole_layer_plan, widths
 from tests.tiny import tiny
@@ -90,8 +92,12 @@ def test_restore_without_a_trainer(trained: Any, tmp_path: Path, which: int) -> 
     network = prunelit.restore(ForeignModule.build(), str(trained[which])).eval()
     ids = torch.arange(8)[None]
     assert torch.equal(network(ids).logits, trained[0].network(ids).logits)
-    torch.save(module.state_dict(), tmp_path / "state.pt")
+    torch.save(torch.load(trained[which], weights_only=True)["state_dict"], tmp_path / "state.pt")
     check_equal(prunelit.restore(Stages(), tmp_path / "state.pt"), trained)
+    state = torch.load(trained[which], weights_only=True)["state_dict"]
+    torch.save({name: value.bfloat16() for name, value in state.items()}, tmp_path / "half.pt")
+    halved = prunelit.restore(Stages(), tmp_path / "half.pt")
+    assert widths(halved) == widths(trained[0])
 
 
 def test_a_restored_module_trains_on_by_the_checkpoint(trained: Any, tmp_path: Path) -> None:
@@ -115,6 +121,82 @@ def test_where_nothing_of_ours_is_the_error_says_what_was_done(trained: Any, tmp
             Stages().load_state_dict(torch.load(trained[2], weights_only=True)["state_dict"])
 
 
+@pytest.mark.parametrize("way", ["as it is", "pickled", "copied", "restored"])
+def test_only_checkpoints_hold_the_plan(trained: Any, tmp_path: Path, way: str) -> None:
+    module = {
+        "as it is": lambda: trained[0],
+        "pickled": lambda: pickle.loads(pickle.dumps(trained[0])),
+        "copied": lambda: copy.deepcopy(trained[0]),
+        "restored": lambda: prunelit.restore(Stages(), trained[1]),
+    }[way]()
+    average = {name: value.clone() for name, value in module.state_dict().items()}
+    for name, value in module.state_dict().items():  # as jobs do
+        average[name].mul_(0.5).add_(value, alpha=0.5)
+    assert all(value.is_floating_point() for value in average.values())
+    run = trainer(tmp_path)  # without a callback of ours
+    run.strategy.connect(module)
+    for weights_only in (True, False):
+        run.save_checkpoint(tmp_path / "saved.ckpt", weights_only=weights_only)
+        check_equal(prunelit.restore(Stages(), tmp_path / "saved.ckpt"), trained)
+
+
+class StoresPlan(Callback):
+    """What it calls a plan is none of ours."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"plan": "weekly"}
+
+
+def test_what_others_call_a_plan_is_passed_over(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(dirpath=tmp_path, save_last=True)
+    trainer(tmp_path, StoresPlan(), bip(), keep, enable_checkpointing=True).fit(Stages(), datamodule=ForeignData())
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    marked = dict(content["state_dict"])
+    content["state_dict"].pop(CUT_MARK)
+    assert list_saved_plans(content) == list_saved_plans({"state_dict": marked})
+    trainer(tmp_path, StoresPlan(), bip(), steps=6).fit(
+        Stages(), datamodule=ForeignData(), ckpt_path=str(tmp_path / "last.ckpt")
+    )
+
+
+def write_bytes(content: bytes) -> torch.Tensor:
+    return torch.tensor(list(content), dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "mark",
+    ["x", None, torch.tensor(3), *map(write_bytes, (b"\xff\xfe", b"5", b"[5]", b"[]", b'["{}"]', b"[" * 100_000))],
+)
+def test_a_mark_of_somebody_else_is_one_line(tmp_path: Path, mark: Any) -> None:
+    torch.save({"state_dict": {CUT_MARK: mark}}, tmp_path / "odd.ckpt")
+    with pytest.raises(BadPlan) as refused:
+        prunelit.restore(Stages(), tmp_path / "odd.ckpt")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"), [("state_dict", [1]), ("state_dict", {5: torch.ones(1)}), ("callbacks", "s"), (5, 5)]
+)
+def test_a_checkpoint_of_other_types_is_one_line(tmp_path: Path, part: Any, value: Any) -> None:
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2"} | {part: value}, tmp_path / "odd.ckpt")
+    for read in (
+        lambda path: prunelit.restore(Stages(), path),
+        lambda path: trainer(tmp_path, bip()).test(Stages(), loader(), ckpt_path=str(path)),
+    ):
+        with pytest.raises(SourceNotFound, match=r"odd\.ckpt'.* with names for ") as refused:
+            read(tmp_path / "odd.ckpt")
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("state", ["s", {"plan": 5}, {"plan": "{}", "repaired": None, "cut_weights": None}])
+def test_a_callback_state_of_other_types_is_one_line(tmp_path: Path, state: Any) -> None:
+    content = {"state_dict": {}, "pytorch-lightning_version": "2", "callbacks": {bip().state_key: state}}
+    torch.save(content, tmp_path / "odd.ckpt")
+    with pytest.raises(BadPlan) as refused:
+        trainer(tmp_path, bip()).fit(Stages(), datamodule=ForeignData(), ckpt_path=str(tmp_path / "odd.ckpt"))
+    assert "\n" not in str(refused.value)
+
+
 def test_what_cannot_be_restored_is_said_in_one_line(trained: Any, tmp_path: Path) -> None:
     with pytest.raises(BadPlan, match="without a plan"):
         torch.save({"state_dict": {}}, tmp_path / "plain.ckpt")
@@ -132,9 +214,10 @@ def test_what_cannot_be_restored_is_said_in_one_line(trained: Any, tmp_path: Pat
 
 
 def test_a_job_without_a_cut_has_no_mark(tmp_path: Path) -> None:
-    module = Stages()
-    trainer(tmp_path).fit(module, datamodule=ForeignData())
-    assert CUT_MARK not in module.state_dict()
+    module, run = Stages(), trainer(tmp_path)
+    run.fit(module, datamodule=ForeignData())
+    run.save_checkpoint(tmp_path / "dense.ckpt")
+    assert list_saved_plans(torch.load(tmp_path / "dense.ckpt", weights_only=True)) == []
 
 
 # RecoveryModule --------------------------------------------------------------------------------------------------
