@@ -16,6 +16,7 @@ from prunelit.data.yaml_text import parse_yaml
 from prunelit.export.formats import ExportJob, ExportResult, Format
 from prunelit.export.load_commands import list_serve_commands
 from prunelit.export.proof.served import format_served_verdict
+from prunelit.model.stored.folder import read_model_config
 
 CARD_FILE = "README.md"
 _SIZE_LABELS = {
@@ -62,7 +63,7 @@ def render_model_card(written: ExportResult, chosen: Format, job: ExportJob, rep
 
 def _render_servers(written: ExportResult, chosen: Format, job: ExportJob) -> str:
     """Render the commands of servers, each with what is known of it; "" where none is known."""
-    model_type = str(job.model.config.model_type)
+    model_type = str(read_model_config(job.path).get("model_type", ""))  # the written one: InternLM 3 becomes Llama
     commands = list_serve_commands(chosen.name, "PATH", model_type, job.plan, written.proof.get("vllm"))
     sections = [f"{heading}:\n\n```sh\n{lines}\n```" for heading, lines in commands]
     return "\n\n".join(["## Serve", *sections]) if sections else ""

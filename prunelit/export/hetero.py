@@ -106,7 +106,8 @@ def _build_config_settings(decoder: Decoder, heads: int) -> dict[str, Any]:
     dense_channels = max((shape.ffn_channels for shape in shapes if not shape.experts), default=0)
     channels = dense_channels or settings.get(names.config_ffn) or decoder.config.hidden_size
     head_dims = {shape.head_dim for layer, shape in zip(decoder, shapes, strict=True) if layer.has_attention}
-    if settings.get("head_dim") is None and len(head_dims) == 1:
+    is_computed = isinstance(getattr(type(decoder.config), "head_dim", None), property)  # Falcon's
+    if settings.get("head_dim") is None and not is_computed and len(head_dims) == 1:
         # Without it vLLM takes hidden size / heads, of which layers have different numbers.
         settings["head_dim"] = min(head_dims)
     whole_model = {name: settings[name] for name in (names.config_heads, names.config_kv_heads)}
