@@ -12,8 +12,8 @@ from prunelit.core.plan import PruningPlan
 from prunelit.core.plan_diff import find_plan_differences
 from prunelit.monitoring import loggers
 from prunelit.monitoring.dashboard import Dashboard
-from prunelit.pruning.resume import _list_remaining_units
 from prunelit.pruning.registry import method_class
+from prunelit.pruning.resume import _list_remaining_units
 from prunelit.report.figures import draw_picture
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.plan_card import list_layer_rows, render_plan_card, render_plan_difference
