@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from prunelit.compare.report_content import ComparisonReport
 from prunelit.compare.tables import compute_mean_log_ratio
 from prunelit.report.format_numbers import exponentiate_nll, format_percent
-from prunelit.runtime.errors import BadOption
+from prunelit.runtime.errors import BadOption, get_first_line
 from prunelit.runtime.wandb_settings import WANDB_QUIET
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def open_wandb_run(project: str, name: str, folder: Path, stack: ExitStack) -> "
         settings = wandb.Settings(**WANDB_QUIET)
         run = wandb.init(project=project, name=name, job_type="compare", dir=str(folder), settings=settings)
     except wandb.Error as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = get_first_line(error)
         raise BadOption(
             f"wandb_project {project!r}: wandb refuses: {reason}; run `wandb login`, or set WANDB_MODE=offline"
         ) from error

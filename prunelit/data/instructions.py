@@ -7,7 +7,6 @@ under plain headings.
 Legend: N rows, S tokens.
 """
 
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -19,13 +18,15 @@ from prunelit.data.rows.chats import (
     Message,
     TemplateRefusal,
     apply_template,
-    fold_chat,
+    handle_refusal,
     has_template,
+    warn_of_skipped,
+    write_or_fold,
     write_untemplated,
 )
 from prunelit.data.rows.row_shapes import read_chat_row
 from prunelit.data.rows.source_options import SourceOptions, parse_source
-from prunelit.data.rows.table_rows import explain_refused_row, find_dataset_shape
+from prunelit.data.rows.table_rows import find_dataset_shape
 from prunelit.data.rows.tables import iterate_rows, read_dataset
 from prunelit.runtime.errors import NotEnoughText, SourceNotFound
 from prunelit.runtime.progress import track_progress
@@ -145,24 +146,11 @@ def _read_pieces(source: str, tokenizer: Any) -> Iterator[list[tuple[str, bool]]
         try:
             yield _split_row(chat, tokenizer, options)
         except TemplateRefusal as refusal:
-            if options.refused != "skip":
-                raise SourceNotFound(explain_refused_row(place, refusal, options.refused)) from refusal
-            skipped[number] = str(refusal)
-    if skipped:
-        number, why = next(iter(skipped.items()))
-        warnings.warn(
-            f"instructions {source!r}: left out {len(skipped)} rows that the chat template refuses: row {number} "
-            f"({why}){', ...' if len(skipped) > 1 else ''}",
-            stacklevel=3,
-        )
+            handle_refusal(refusal, options, number, place, skipped)
+    warn_of_skipped(f"instructions {source!r}", skipped, stacklevel=3)
 
 
 def _split_row(chat: Chat, tokenizer: Any, options: SourceOptions) -> list[tuple[str, bool]]:
     if chat.is_plain:
         return write_untemplated(chat, tokenizer)
-    try:
-        return split_chat_pieces(chat.messages, tokenizer, chat.tools, options)
-    except TemplateRefusal:
-        if options.refused != "fold":
-            raise
-        return split_chat_pieces(fold_chat(chat.messages), tokenizer, None, options)
+    return write_or_fold(chat, options, lambda each: split_chat_pieces(each.messages, tokenizer, each.tools, options))

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunelit.data.rows.chats import warn_of_skipped
 from prunelit.data.rows.row_windows import draw_row_windows, is_drawn_by_rows
 from prunelit.data.rows.source_options import parse_source
 from prunelit.data.rows.table_rows import TableRows
@@ -152,7 +153,7 @@ def _tokenise_rows(rows: TextRows, tokenizer: Any, most_tokens: int | None) -> T
         count += len(ids)
         if most_tokens is not None and count >= most_tokens:
             break
-    _warn_of_skipped(rows)
+    warn_of_skipped(f"text {rows.source!r}", rows.skipped, stacklevel=3)
     if not rows.has_text:
         raise NotEnoughText(f"text {rows.source!r}: expected text, got {len(rows)} empty rows")
     return torch.cat(pieces)
@@ -165,17 +166,6 @@ def _notify_of_builtin(source: str) -> None:
         log_on_rank_zero(
             f"text {BUILTIN_TEXT!r}: Python's documentation, which is on every machine and fits nobody's model; name a "
             "text like what your model reads and writes"
-        )
-
-
-def _warn_of_skipped(rows: TextRows) -> None:
-    """Warn of rows that were left out."""
-    if rows.skipped:
-        listed = ", ".join(f"row {number} ({why})" for number, why in list(rows.skipped.items())[:3])
-        more = f", and {len(rows.skipped) - 3} more" if len(rows.skipped) > 3 else ""
-        warnings.warn(
-            f"text {rows.source!r}: left out {len(rows.skipped)} rows that the chat template refuses: {listed}{more}",
-            stacklevel=4,
         )
 
 
@@ -243,7 +233,7 @@ def _draw_source_windows(
     if count is not None and seed is not None and stride is None and is_drawn_by_rows(rows, seqlen, count):
         windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
         if len(windows) == count:
-            _warn_of_skipped(rows)
+            warn_of_skipped(f"text {source!r}", rows.skipped, stacklevel=3)
             return windows  # else the rests of rows are needed too, so the text is taken as a whole
     # The first windows need the beginning of the text alone.
     most_tokens = seqlen + (count - 1) * (stride or seqlen) if count is not None and seed is None else None

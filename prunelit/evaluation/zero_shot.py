@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from prunelit.data.rows.tables import describe_error, silence_datasets
+from prunelit.data.rows.tables import silence_datasets
 from prunelit.evaluation import paired
-from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.errors import SourceNotFound, describe_error
 from prunelit.runtime.fingerprints import compute_digest
 from prunelit.runtime.progress import show_stage
 from prunelit.runtime.text_files import JsonObject

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from prunelit.monitoring.dashboard import AXES, METRICS
 from prunelit.report.record import STATES
-from prunelit.runtime.errors import BadOption
+from prunelit.runtime.errors import BadOption, get_first_line
 from prunelit.runtime.text_files import JsonObject
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def save_workspace(entity: str, project: str) -> list[str]:
         try:
             addresses.append(str(build(entity, project).save().url))
         except Exception as error:  # what W&B and its transport raise has no common type
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = get_first_line(error)
             raise BadOption(
                 f"project {project!r}: W&B refuses: {reason}; run `wandb login`, or write the layout with --out FILE"
             ) from error

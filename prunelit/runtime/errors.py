@@ -20,6 +20,26 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
+def get_first_line(error: BaseException) -> str:
+    """Get the first line of what an error says; its type where it says nothing.
+
+    Example:
+        >>> get_first_line(ValueError("bad row\\nin file 3")), get_first_line(KeyError())
+        ('bad row', 'KeyError')
+    """
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_error(error: BaseException) -> str:
+    """Describe an error by its type and the first line of its message.
+
+    Example:
+        >>> describe_error(ValueError("bad row\\nin file 3"))
+        'ValueError: bad row'
+    """
+    return f"{type(error).__name__}: {get_first_line(error) if str(error).strip() else ''}"
+
+
 def suggest_file(path: str | Path) -> str:
     """Suggest the nearest file beside a path that does not exist, as `suggest_name` does.
 

@@ -5,13 +5,15 @@ those is an option of the source, see `prunelit.data.rows.source_options`.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from prunelit.data.rows.source_options import SourceOptions
-from prunelit.runtime.errors import SourceNotFound
+from prunelit.runtime.errors import SourceNotFound, get_first_line
 
+Written = TypeVar("Written")
 Message = Mapping[str, Any]
 """{"role", "content"} of one turn of a chat, and what else the template reads, such as "tool_calls"."""
 
@@ -118,8 +120,7 @@ def fold_chat(messages: Sequence[Message]) -> list[Message]:
     folded: list[dict[str, Any]] = []
     for message in messages:
         role = "assistant" if message["role"] == "assistant" else "user"
-        calls = "".join(json.dumps(call, default=str) for call in message.get("tool_calls", ()))
-        content = "\n".join(part for part in (message["content"], calls) if part)
+        content = "\n".join(part for part in (message["content"], _write_tool_calls(message)) if part)
         if folded and folded[-1]["role"] == role:
             folded[-1]["content"] = "\n\n".join(part for part in (folded[-1]["content"], content) if part)
         else:
@@ -127,6 +128,79 @@ def fold_chat(messages: Sequence[Message]) -> list[Message]:
                 folded.append({"role": "user", "content": ""})
             folded.append({"role": role, "content": content})
     return list(folded)
+
+
+def _write_tool_calls(message: Message) -> str:
+    return "".join(json.dumps(call, default=str) for call in message.get("tool_calls", ()))
+
+
+def write_or_fold(chat: Chat, options: SourceOptions, write: Callable[[Chat], Written]) -> Written:
+    """Write a chat, or the folded one where a template refuses it and the options say so.
+
+    Args:
+        chat: the chat.
+        options: of the source.
+        write: writes a chat, and raises `TemplateRefusal`.
+
+    Raises:
+        TemplateRefusal: the chat is refused, and the folded one where folding was asked for.
+
+    Example: see `format_chat`.
+    """
+    try:
+        return write(chat)
+    except TemplateRefusal:
+        if options.refused != "fold":
+            raise
+        return write(Chat(fold_chat(chat.messages)))
+
+
+def handle_refusal(
+    refusal: TemplateRefusal, options: SourceOptions, number: int, place: str, skipped: dict[int, str]
+) -> None:
+    """Note a row that the chat template refuses where such rows are left out; else say what to do.
+
+    Args:
+        refusal: why.
+        options: of the source.
+        number: of the row.
+        place: source and number of the row, for the error message.
+        skipped: reasons by the numbers of rows that were left out; this one is added.
+
+    Raises:
+        SourceNotFound: the options do not leave such rows out.
+
+    Example:
+        >>> handle_refusal(TemplateRefusal("no tools"), SourceOptions(refused="skip"), 3, "row 3", skipped := {})
+        >>> skipped
+        {3: 'no tools'}
+    """
+    if options.refused != "skip":
+        fold = "" if options.refused == "fold" else ", #refused=fold to fold them into turns of user and assistant"
+        raise SourceNotFound(
+            f"{place}: the chat template refuses it: {refusal}; append #refused=skip to leave such rows out{fold}"
+        ) from refusal
+    skipped[number] = str(refusal)
+
+
+def warn_of_skipped(name: str, skipped: Mapping[int, str], stacklevel: int) -> None:
+    """Warn of the rows that `handle_refusal` left out, if there are any.
+
+    Args:
+        name: kind and name of the source.
+        skipped: reasons by the numbers of the rows.
+        stacklevel: of the caller, see `warnings.warn`.
+
+    Example:
+        >>> warn_of_skipped("text 'a.jsonl'", {}, 1)
+    """
+    if skipped:
+        listed = ", ".join(f"row {number} ({why})" for number, why in list(skipped.items())[:3])
+        more = f", and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        warnings.warn(
+            f"{name}: left out {len(skipped)} rows that the chat template refuses: {listed}{more}",
+            stacklevel=stacklevel + 1,  # this function is one more
+        )
 
 
 def apply_template(
@@ -153,8 +227,7 @@ def apply_template(
             )
         )
     except Exception as error:  # whatever a template does with a chat it was not made for: TypeError, UndefinedError
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise TemplateRefusal(lines[0][:200]) from error
+        raise TemplateRefusal(get_first_line(error)[:200]) from error
 
 
 def has_template(tokenizer: Any, options: SourceOptions) -> bool:
@@ -186,7 +259,7 @@ def write_untemplated(chat: Chat, tokenizer: Any) -> list[tuple[str, bool]]:
     for message in chat.messages:
         is_answer = message["role"] == "assistant"
         heading = {"assistant": "Response", "system": "System"}.get(message["role"], "Instruction")
-        content = message["content"] or "".join(json.dumps(call, default=str) for call in message.get("tool_calls", ()))
+        content = message["content"] or _write_tool_calls(message)
         if not chat.is_plain:
             pieces.append((f"### {heading}:\n", False))
         end = (getattr(tokenizer, "eos_token", None) or "") if is_answer else ("" if chat.is_plain else "\n\n")
@@ -211,9 +284,4 @@ def format_chat(chat: Chat, tokenizer: Any, options: SourceOptions) -> str:
     """
     if chat.is_plain or not has_template(tokenizer, options):
         return "".join(piece for piece, _ in write_untemplated(chat, tokenizer))
-    try:
-        return apply_template(chat.messages, tokenizer, chat.tools)
-    except TemplateRefusal:
-        if options.refused != "fold":
-            raise
-        return apply_template(fold_chat(chat.messages), tokenizer)
+    return write_or_fold(chat, options, lambda each: apply_template(each.messages, tokenizer, each.tools))

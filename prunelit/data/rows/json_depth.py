@@ -4,12 +4,11 @@ from pathlib import Path
 
 import numpy
 
-from prunelit.data.rows.unpack import open_bytes
+from prunelit.data.rows.unpack import iterate_text_chunks
 from prunelit.runtime.errors import SourceNotFound
 
 MOST_LEVELS = 128
 """No row of text or tools is nested like this; 1,000 levels are too many for Python, 20,000 for pyarrow."""
-_CHUNK_BYTES = 4 * 2**20
 _NOT_STRUCTURE = bytes(each for each in range(256) if each not in b'\n"[]{}')
 _STEPS = numpy.zeros(256, dtype=numpy.int32)
 _STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1
@@ -55,25 +54,25 @@ class DepthScan:
         self._quotes, self._depth = int(quotes[-1]) % 2, int(depths[-1])
 
 
-def check_json_depth(path: Path, source: str) -> None:
-    """Check that a file of JSON is nested at most `MOST_LEVELS` deep, before it is parsed.
+def check_structure(path: Path, source: str, is_json: bool) -> None:
+    """Read through a file of rows once before it is parsed: no NUL, and JSON of at most `MOST_LEVELS` levels.
 
     Args:
         path: the file, not packed.
         source: name of the source, for the error message.
+        is_json: whether it holds JSON.
 
     Raises:
-        SourceNotFound: it is nested deeper, or cannot be read.
+        SourceNotFound: it holds a NUL, is nested deeper, or cannot be read.
 
     Example: see `prunelit.data.rows.tables`, which uses it.
     """
-    scan, start = DepthScan(), 0
-    with open_bytes(path, source) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
+    scan = DepthScan()
+    for start, chunk in iterate_text_chunks(path, source):
+        if is_json:
             scan.read(chunk)
-            if scan.deepest > MOST_LEVELS:
-                raise SourceNotFound(
-                    f"text {source!r}: cannot be read: expected JSON of at most {MOST_LEVELS} levels, got "
-                    f"{scan.deepest:,} or more behind byte {start:,}"
-                )
-            start += len(chunk)
+        if scan.deepest > MOST_LEVELS:
+            raise SourceNotFound(
+                f"text {source!r}: cannot be read: expected JSON of at most {MOST_LEVELS} levels, got "
+                f"{scan.deepest:,} or more behind byte {start:,}"
+            )

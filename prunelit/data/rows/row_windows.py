@@ -37,7 +37,7 @@ def is_drawn_by_rows(rows: TextRows, seqlen: int, count: int) -> bool:
     if not rows.has_rows or rows.measure_total() <= WHOLE_BYTES:
         return False
     stretch = rows.size_per_token * seqlen
-    sizes = rows.measure_rows()
+    sizes = rows.row_sizes
     if not rows.has_stretches:
         sizes = sizes.clamp(max=stretch)
     return int(sizes.sum()) > 2 * stretch * count
@@ -66,7 +66,7 @@ def draw_row_windows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, se
     """
     stretch_size = rows.size_per_token * seqlen
     most = None if rows.has_stretches else 1
-    stretches_of_rows = (rows.measure_rows() + stretch_size - 1).div(stretch_size, rounding_mode="floor")
+    stretches_of_rows = (rows.row_sizes + stretch_size - 1).div(stretch_size, rounding_mode="floor")
     stretches_of_rows = stretches_of_rows.clamp(min=1, max=most)
     ends = stretches_of_rows.cumsum(0)
     order = torch.randperm(int(ends[-1]), generator=torch.Generator().manual_seed(seed))

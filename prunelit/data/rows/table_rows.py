@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunelit.data.rows.chats import TemplateRefusal, format_chat, has_template
+from prunelit.data.rows.chats import TemplateRefusal, format_chat, handle_refusal, has_template
 from prunelit.data.rows.row_shapes import RowShape, find_row_shape, read_chat_row
 from prunelit.data.rows.tables import iterate_rows, read_dataset
 from prunelit.data.rows.text_rows import BYTES_PER_TOKEN, TextRows
@@ -123,20 +123,14 @@ class TableRows(TextRows):
         try:
             return format_chat(chat, tokenizer, self.options)
         except TemplateRefusal as refusal:
-            if self.options.refused != "skip":
-                raise SourceNotFound(explain_refused_row(place, refusal, self.options.refused)) from refusal
-            self.skipped[index] = str(refusal)
+            handle_refusal(refusal, self.options, index, place, self.skipped)
             return None
 
-    def iterate_texts(self, tokenizer: Any) -> Iterator[str]:
+    def iterate_row_texts(self, tokenizer: Any) -> Iterator[str | None]:
         """See `TextRows`."""
         self._choose_separator(tokenizer)
-        is_first = True
         for index, row in enumerate(iterate_rows(self.dataset, self.source)):
-            text = self._write_row(index, row, tokenizer)
-            if text is not None:
-                yield text if is_first else self.separator + text
-                is_first = False
+            yield self._write_row(index, row, tokenizer)
 
     def _choose_separator(self, tokenizer: Any) -> None:
         """Chats end with a mark of their own, if the template or the tokenizer has one."""
@@ -201,19 +195,3 @@ def _measure_lists(chunk: Any) -> Any:
     kind = chunk.type
     is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
     return pyarrow.compute.list_value_length(chunk) if is_list else None
-
-
-def explain_refused_row(place: str, refusal: Exception, policy: str) -> str:
-    """Write the message about a row that the chat template refuses.
-
-    Args:
-        place: source and number of the row.
-        refusal: why.
-        policy: what the source's options say of such rows.
-
-    Example:
-        >>> explain_refused_row("text 'a.jsonl': row 3", ValueError("no tools"), "fold")
-        "text 'a.jsonl': row 3: the chat template refuses it: no tools; append #refused=skip to leave such rows out"
-    """
-    fold = "" if policy == "fold" else ", #refused=fold to fold them into turns of user and assistant"
-    return f"{place}: the chat template refuses it: {refusal}; append #refused=skip to leave such rows out{fold}"

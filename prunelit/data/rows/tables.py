@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prunelit.data.rows.json_depth import check_json_depth
+from prunelit.data.rows.json_depth import check_structure
 from prunelit.data.rows.source_options import parse_source
-from prunelit.data.rows.unpack import check_is_text, check_no_nul, is_packed, unpack_file
+from prunelit.data.rows.unpack import check_is_text, is_packed, unpack_file
 from prunelit.data.sources import check_hub_access
-from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
+from prunelit.runtime.errors import BadOption, SourceNotFound, describe_error, suggest_name
 from prunelit.runtime.progress import show_stage
 
 TABLE_FORMATS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv"}
@@ -153,9 +153,7 @@ def _read_tables(paths: Sequence[Path], source: str, what: str) -> Any:
     files = [unpack_file(path, source) for path in paths]
     if builder != "parquet":
         for file in files:
-            check_no_nul(file, source)
-            if builder == "json":
-                check_json_depth(file, source)
+            check_structure(file, source, is_json=builder == "json")
     with _explain_refusal(source, what) as datasets:
         return datasets.load_dataset(builder, data_files={"train": list(map(str, files))}, split="train", **options)
 
@@ -250,13 +248,3 @@ def silence_datasets() -> Iterator[None]:
         log.setLevel(level)
         if had_bars:
             datasets.enable_progress_bars()
-
-
-def describe_error(error: BaseException) -> str:
-    """Describe an error by its type and the first line of its message.
-
-    Example:
-        >>> describe_error(ValueError("bad row\\nin file 3"))
-        'ValueError: bad row'
-    """
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"

@@ -3,6 +3,7 @@
 import io
 import pydoc_data.topics
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,19 @@ class TextRows:
         ids: list[int] = tokenizer(stretch + end, verbose=False, add_special_tokens=False)["input_ids"]
         return ids
 
+    @cached_property
+    def row_sizes(self) -> Tensor:
+        """What `measure_rows` gives, measured once."""
+        return self.measure_rows()
+
+    def iterate_row_texts(self, tokenizer: Any) -> Iterator[str | None]:
+        """Iterate over the texts of all rows; None where a row is left out."""
+        return (self.read_text(index, tokenizer) for index in range(len(self)))
+
     def iterate_texts(self, tokenizer: Any) -> Iterator[str]:
         """Iterate over parts of the whole text: rows with their separators between them."""
         is_first = True
-        for index in range(len(self)):
-            text = self.read_text(index, tokenizer)
+        for text in self.iterate_row_texts(tokenizer):
             if text is not None:
                 yield text if is_first else self.separator + text
                 is_first = False

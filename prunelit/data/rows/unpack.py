@@ -10,7 +10,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from prunelit.data.sources import get_cache_folder
 from prunelit.runtime.atomic_files import replace_file
-from prunelit.runtime.errors import OutputNotWritable, SourceNotFound
+from prunelit.runtime.errors import OutputNotWritable, SourceNotFound, describe_error
 from prunelit.runtime.fingerprints import compute_digest
 from prunelit.runtime.progress import track_progress
 
@@ -75,10 +75,7 @@ class _GuardedStream(io.RawIOBase):
         try:
             data = self.stream.read(len(buffer))
         except (OSError, EOFError, ValueError, zlib.error) as error:  # those of pyarrow are of these classes too
-            first_line = (str(error).strip().splitlines() or [""])[0]
-            raise SourceNotFound(
-                f"text {self.source!r}: cannot be read: {type(error).__name__}: {first_line}"
-            ) from error
+            raise SourceNotFound(f"text {self.source!r}: cannot be read: {describe_error(error)}") from error
         buffer[: len(data)] = data
         self.count += len(data)
         if self.stream is not self.packed and self.count > max(FREE_BYTES, GROWTH_LIMIT * self.packed.tell()):
@@ -123,25 +120,29 @@ def check_is_text(path: Path, source: str) -> None:
         raise SourceNotFound(f"text {source!r}: cannot be read: expected UTF-8 text, got {problem}")
 
 
-def check_no_nul(path: Path, source: str) -> None:
-    """Check that a plain file of text holds no NUL byte anywhere: readers of tables take minutes to stumble over them.
+def iterate_text_chunks(path: Path, source: str) -> Iterator[tuple[int, bytes]]:
+    """Iterate over the bytes of a plain file of text, none of which is a NUL: readers of tables stumble over them late.
 
     Args:
         path: the file, not packed.
         source: name of the source, for the error message.
 
-    Raises:
-        SourceNotFound: it holds one, or cannot be read.
+    Yields:
+        Where a chunk begins, and the chunk.
 
-    Example: see `prunelit.data.rows.tables`, which uses it.
+    Raises:
+        SourceNotFound: it holds a NUL, or cannot be read.
+
+    Example: see `prunelit.data.rows.json_depth`, which uses it.
     """
     start = 0
     with open_bytes(path, source) as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
+        for chunk in _read_chunks(stream):
             if (place := chunk.find(0)) >= 0:
                 raise SourceNotFound(
                     f"text {source!r}: cannot be read: expected UTF-8 text, got a NUL at byte {start + place:,}"
                 )
+            yield start, chunk
             start += len(chunk)
 
 
