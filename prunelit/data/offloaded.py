@@ -29,7 +29,8 @@ from prunelit.data import loading
 from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error
 from prunelit.model.decoder import Decoder
 from prunelit.model.quiet import silence_transformers
-from prunelit.model.stored.folder import INDEX_FILE, SINGLE, SafetensorsFolder, build_meta_model
+from prunelit.model.stored.folder import SafetensorsFolder, build_meta_model
+from prunelit.model.stored.folder_facts import INDEX_FILE, SINGLE
 from prunelit.model.stored.lazy_weight import STREAMING_REFUSED, LazyWeight
 from prunelit.model.stored.stored_experts import find_stored_experts
 from prunelit.runtime.errors import BadOption, SourceNotFound

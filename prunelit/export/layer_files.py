@@ -17,6 +17,7 @@ from prunelit.calibration.observe import STEPS_ATTRIBUTE
 from prunelit.data import offloaded
 from prunelit.export.safetensors_parts import TensorParts, write_tensor_parts
 from prunelit.model.decoder import Decoder
+from prunelit.model.stored.folder_facts import INDEX_FILE, SINGLE
 from prunelit.model.stored.lazy_weight import LazyWeight
 from prunelit.runtime.errors import PrunelitError
 from prunelit.runtime.progress import track_progress
@@ -67,7 +68,7 @@ def write_layer_files(shell: Any, model: Any, folder: Path) -> None:
         write_tensor_parts(folder / name, tensors)
         keys_by_file[name] = [tensor.name for tensor in tensors]
     first_file = f"model-00001-of-{len(layers) + 1:05}.safetensors"
-    (folder / offloaded.SINGLE).rename(folder / first_file)
+    (folder / SINGLE).rename(folder / first_file)
     with safe_open(folder / first_file, framework="pt") as file:
         keys_by_file[first_file] = list(file.keys())
     # Tied tensors have two names and one address; they count once.
@@ -81,7 +82,7 @@ def write_layer_files(shell: Any, model: Any, folder: Path) -> None:
         },
         "weight_map": {key: name for name in sorted(keys_by_file) for key in keys_by_file[name]},
     }
-    (folder / offloaded.INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _hold_tensor(name: str, tensor: Tensor) -> TensorParts:

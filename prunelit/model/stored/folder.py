@@ -11,10 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunelit.core.architectures import PRUNED, get_decoder_config
-from prunelit.model.stored.folder_facts import parse_json_file, read_weight_map
+from prunelit.model.stored.folder_facts import INDEX_FILE, SINGLE, parse_json_file, read_weight_map
 from prunelit.runtime.errors import SourceNotFound
-
-INDEX_FILE, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def read_model_config(folder: str | Path) -> dict[str, Any]:

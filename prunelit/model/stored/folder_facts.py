@@ -18,7 +18,9 @@ from prunelit.runtime.errors import SourceNotFound
 
 LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, or of a JSON file beside it, that are still read; the format's own limit."""
-_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+SINGLE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+"""Names of a folder's weights in one file, and of the index of those in several."""
+_FILES = (SINGLE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _EXPERT_COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _WIDTHS = ("vocab_size", "hidden_size", "n_embd", "d_model")
@@ -34,23 +36,17 @@ _PACKED_NAME = re.compile(r"\.(qweight|qzeros|weight_packed|weight_scale_inv|abs
 
 
 class StoredTensor(NamedTuple):
-    """Where a tensor is, and what it is.
+    """What a tensor in a file is.
 
     Attributes:
-        file: name of the file.
         dtype: as safetensors writes it, such as "BF16".
         shape: of the tensor.
-        start: first byte in the file.
-        stop: byte after the last.
 
     Example: see `read_folder_facts`.
     """
 
-    file: str
     dtype: str
     shape: tuple[int, ...]
-    start: int
-    stop: int
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,12 @@ class FolderFacts:
     """What the headers of a folder say.
 
     Attributes:
-        files: names of the weight files.
-        size: their bytes.
+        size: bytes of the weight files.
         tensors: by name; empty for .bin files, whose names are not in a header.
 
     Example: see `read_folder_facts`.
     """
 
-    files: tuple[str, ...]
     size: int
     tensors: Mapping[str, StoredTensor]
 
@@ -119,7 +113,7 @@ def _read_folder_facts_once(folder: Path, versions: tuple[tuple[str, int, int], 
             raise SourceNotFound(
                 f"model {str(folder)!r}: cannot be loaded: {name}: it is cut short or damaged: fetch it again"
             )
-    return FolderFacts(files, sum((folder / name).stat().st_size for name in files), tensors)
+    return FolderFacts(sum((folder / name).stat().st_size for name in files), tensors)
 
 
 def _is_legacy_torch_file(path: Path) -> bool:
@@ -188,20 +182,16 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             if length > min(size - 8, LARGEST_HEADER):
                 raise SourceNotFound(damaged)
             content = json.loads(file.read(length))
-        tensors = {
-            str(name): StoredTensor(
-                path.name,
-                str(entry["dtype"]),
-                tuple(int(length) for length in entry["shape"]),
-                *(8 + length + int(offset) for offset in entry["data_offsets"]),
-            )
-            for name, entry in content.items()
-            if name != "__metadata__"
-        }
+        tensors: dict[str, StoredTensor] = {}
+        for name, entry in content.items():
+            if name == "__metadata__":
+                continue
+            start, stop = (8 + length + int(offset) for offset in entry["data_offsets"])
+            if not 0 <= start <= stop <= size:
+                raise SourceNotFound(damaged)
+            tensors[str(name)] = StoredTensor(str(entry["dtype"]), tuple(int(extent) for extent in entry["shape"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SourceNotFound(damaged) from error
-    if any(not 0 <= tensor.start <= tensor.stop <= size for tensor in tensors.values()):
-        raise SourceNotFound(damaged)
     return tensors
 
 
