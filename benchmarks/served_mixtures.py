@@ -10,8 +10,6 @@ log-probabilities are compared. The result is written to benchmarks/results/serv
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -52,24 +50,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {"num_local_experts": 8, "intermediate_size": 64},
 }
-_SERVE = """
-import json, sys
-import vllm
-from vllm import LLM, SamplingParams
-
-folder, prompts, new_tokens = sys.argv[1], json.loads(sys.argv[2]), int(sys.argv[3])
-engine = LLM(folder, dtype="float32", enforce_eager=True, skip_tokenizer_init=True, max_model_len=64)
-sampling = SamplingParams(
-    temperature=0, max_tokens=new_tokens, min_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True
-)
-answers = engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling)
-tokens = [list(answer.outputs[0].token_ids) for answer in answers]
-logprobs = [
-    [step[token].logprob for token, step in zip(answer.outputs[0].token_ids, answer.outputs[0].logprobs)]
-    for answer in answers
-]
-print("ANSWER " + json.dumps({"tokens": tokens, "logprobs": logprobs, "vllm": vllm.__version__}))
-"""
 
 
 def main() -> None:
@@ -78,18 +58,29 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/served_mixtures.json")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"command": "benchmarks/served_mixtures.py --vllm_python ENV/bin/python", "families": {}}
-    with tempfile.TemporaryDirectory() as folder:
-        for family in arguments.families:
-            path = Path(folder) / family
-            expected = write_cut_model(family, path)
-            answer = ask_vllm(arguments.vllm_python, path, expected["prompts"])
-            results["families"][family] = compare_answers(expected, answer)
-            print(family, results["families"][family], flush=True)
-            results["vllm"] = answer.get("vllm", results.get("vllm"))
+
+    from prunelit.export.proof.served import ask_vllm, compare_served_answers, list_serve_folders
     from prunelit.runtime.versions import collect_versions
 
-    results["versions"] = collect_versions()
+    families: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = [Path(scratch) / family for family in arguments.families]
+        expected = [write_cut_model(*pair) for pair in zip(arguments.families, folders, strict=True)]
+        questions = list_serve_folders([(folder, "uniform") for folder in folders])
+        for question, own in zip(questions, expected, strict=True):
+            question["prompts"] = own["prompts"]
+        reply = ask_vllm(arguments.vllm_python, {"folders": questions, "new_tokens": NEW_TOKENS}, Path(scratch))
+    for family, own, answer in zip(arguments.families, expected, reply["answers"], strict=True):
+        verdict = {"error": answer["error"]} if "error" in answer else compare_served_answers(own["answers"], answer)
+        kept = {name: answer[name] for name in ("model_impl", "model_class") if name in answer}
+        families[family] = {"experts": own["experts"], **kept, **verdict}
+        print(family, families[family], flush=True)
+    results = {
+        "command": "benchmarks/served_mixtures.py --vllm_python ENV/bin/python",
+        "families": families,
+        "vllm": reply["versions"],
+        "versions": collect_versions(),
+    }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
@@ -100,6 +91,7 @@ def write_cut_model(family: str, path: Path) -> dict[str, Any]:
 
     import prunelit
     from prunelit.callbacks import REAP
+    from prunelit.export.proof.served import compute_greedy_answers
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(family, **SIZES, **_EXPERTS, **FAMILIES[family])
@@ -112,51 +104,11 @@ def write_cut_model(family: str, path: Path) -> dict[str, Any]:
     plan = REAP(ratio=0.3).prune(model, [{"input_ids": calibration}])
     prunelit.save(model, path, format="uniform", plan=plan)
     prompts = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        steps = model.generate(
-            prompts, max_new_tokens=NEW_TOKENS, do_sample=False, output_logits=True, return_dict_in_generate=True
-        )
-    tokens = steps.sequences[:, prompts.shape[1] :]
-    logprobs = torch.stack(steps.logits, dim=1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
     experts = [
         f"{len(kept.experts)} of {shape.experts}" for kept, shape in zip(plan.layers, plan.model.layers, strict=True)
     ]
-    return {
-        "prompts": prompts.tolist(),
-        "tokens": tokens.tolist(),
-        "logprobs": logprobs.tolist(),
-        "experts": experts,
-    }
-
-
-def ask_vllm(python: str, folder: Path, prompts: list[list[int]]) -> dict[str, Any]:
-    """Let vLLM answer the prompts in a process of its own; the last line of its error where it does not."""
-    settings = {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [python, "-c", _SERVE, str(folder), json.dumps(prompts), str(NEW_TOKENS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | settings, check=False)
-    for line in done.stdout.splitlines():
-        if line.startswith("ANSWER "):
-            answer: dict[str, Any] = json.loads(line.removeprefix("ANSWER "))
-            return answer
-    return {"error": (done.stderr.strip().splitlines() or ["no output"])[-1][:300]}
-
-
-def compare_answers(expected: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
-    """Compare tokens and log-probabilities."""
-    if "error" in answer:
-        return {"experts": expected["experts"], "error": answer["error"]}
-    pairs = zip(expected["logprobs"], answer["logprobs"], strict=True)
-    difference = max(abs(ours - theirs) for rows in pairs for ours, theirs in zip(*rows, strict=True))
-    return {
-        "experts": expected["experts"],
-        "same_tokens": expected["tokens"] == answer["tokens"],
-        "largest_logprob_difference": difference,
-    }
+    answers = compute_greedy_answers(model, prompts, NEW_TOKENS)
+    return {"prompts": prompts.tolist(), "answers": answers, "experts": experts}
 
 
 if __name__ == "__main__":
