@@ -56,6 +56,26 @@ def mark_checkpoints(module: Any, plans: Mapping[str, PruningPlan]) -> None:
     attributes["_prunelit_saved_plans"] = plans
 
 
+def refuse_missing_weights(checkpoint: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint of adapters alone that sit on weights which a repair has changed: those are not in it.
+
+    Args:
+        checkpoint: its content, known to hold no weights of the decoder itself.
+
+    Raises:
+        BadPlan: one of its pruning callbacks has repaired weights.
+
+    Example:
+        >>> refuse_missing_weights({"callbacks": {"LLMBIP": {"cut_weights": None}}})
+    """
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
+    if any(state.get("cut_weights") for state in states):
+        raise BadPlan(
+            "checkpoint: its adapters sit on repaired weights, which it does not hold; load it with a Trainer that has "
+            "the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
+        )
+
+
 def _save_marked(module: Any, own_hook: Any, checkpoint: dict[str, Any]) -> None:
     if own_hook is None:
         type(module).on_save_checkpoint(module, checkpoint)

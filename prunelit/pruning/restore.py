@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints, refuse_missing_weights
 from prunelit.model.decoder import as_decoder
 from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.pruning.job import find_model
@@ -69,12 +69,8 @@ def _restore_module(
 ) -> None:
     """In the order of Lightning's `load_from_checkpoint`."""
     model = find_model(module, target)
-    states = [state for state in content.get("callbacks", {}).values() if isinstance(state, dict)]
-    if any(state.get("cut_weights") for state in states) and not holds_weights(content, module, model):
-        raise BadPlan(
-            "checkpoint: its adapters sit on repaired weights, which it does not hold; load it with a Trainer that has "
-            "the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
-        )
+    if not holds_weights(content, module, model):
+        refuse_missing_weights(content)
     watched = WatchedModel(model)
     rebuild_shapes(model, plans)
     mark_checkpoints(module, get_applied_plans(model))

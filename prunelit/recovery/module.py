@@ -20,7 +20,7 @@ from torchmetrics.text import Perplexity
 
 from prunelit.core.architectures import get_decoder_config
 from prunelit.core.plan import PruningPlan, get_applied_plans
-from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints
+from prunelit.core.saved_plans import is_cut_mark, list_saved_plans, mark_checkpoints, refuse_missing_weights
 from prunelit.data import loading, sources
 from prunelit.model import copies
 from prunelit.model.per_layer import find
@@ -391,12 +391,8 @@ class RecoveryModule(LightningModule):
         Raises:
             BadPlan: adapters that sit on weights which are not in the checkpoint, or another model.
         """
-        states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, dict)]
-        if self.hparams["lora_rank"] and any(state.get("cut_weights") for state in states):
-            raise BadPlan(
-                "checkpoint: its adapters sit on repaired weights, which it does not hold; load it with a Trainer that "
-                "has the pruning callback and the default_root_dir of that run, or load the model that fit has saved"
-            )
+        if self.hparams["lora_rank"]:
+            refuse_missing_weights(checkpoint)
         self.load_model()
         rebuild_shapes(self.model, plans)
         mark_checkpoints(self, get_applied_plans(self.model))
