@@ -138,14 +138,14 @@ class PruningCallback(PruningMethod, Callback):
         self._watched = WatchedModel(model)
         self._earlier_plans, is_cut = list(marks.values()), False
         saved_plans = list_saved_plans(content)
-        if marks or len(saved_plans) > 1:
-            is_cut = bool(saved_plans) and count_applied_plans(model, saved_plans) == len(saved_plans)
-            if saved_plans:
-                self._earlier_plans = saved_plans[:-1]
-                if not is_cut:
-                    rebuild_shapes(model, self._earlier_plans)
+        if saved_plans and (marks or len(saved_plans) > 1):
+            is_cut = count_applied_plans(model, saved_plans) == len(saved_plans)
+            self._earlier_plans = saved_plans[:-1]
+            if not is_cut:
+                rebuild_shapes(model, self._earlier_plans)
+        weights_follow = bool(saved_plans and self._earlier_plans)  # those of the checkpoint, which had been trained
         self._job_fingerprints = fingerprint_job(model, trainer, pl_module)
-        if is_cut or (saved_plans and self._earlier_plans):  # it was made with weights that had been trained
+        if is_cut or weights_follow:
             self._job_fingerprints["model"] = None
         if checkpoint:
             saved = get_pruner_state(content, self.state_key)
@@ -155,7 +155,7 @@ class PruningCallback(PruningMethod, Callback):
             self.applied_plan = marks[key] = saved_plans[-1]
             return
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device), warnings.catch_warnings():
-            if saved_plans and self._earlier_plans:  # those weights come from the checkpoint
+            if weights_follow:
                 warnings.filterwarnings("ignore", message="the plan was made for weights")
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
             repaired = saved.get("repaired") if given_plan and self.run_cache else None
