@@ -13,6 +13,7 @@ from prunelit.export.write import save
 from prunelit.pruning.registry import method_class, methods
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
+from tests.callbacks.test_contract import pruned
 from tests.fake_accelerator import DEVICE, FakeAccelerator
 from tests.tiny import EXPERT_METHODS, tiny
 
@@ -20,19 +21,6 @@ METHODS = tuple(methods())
 # Each method with the repair that does most, and every repair with some method.
 CASES = [(name, method_class(name).repair_choices[-1]) for name in METHODS]
 CASES += [("flap", "bias"), ("random", "bias"), ("reap", "least_squares")]
-
-
-def make_batches(model):
-    ids = torch.randint(3, model.config.vocab_size, (4, 16), generator=torch.Generator().manual_seed(1))
-    mask = torch.ones_like(ids)
-    mask[3, 12:] = 0
-    return [{"input_ids": ids[:2]}, {"input_ids": ids[2:], "attention_mask": mask[2:]}]
-
-
-def prune(name, model, repair, batches):
-    options = {"ratio": 0.3, "align": 8, "repair": repair}
-    ignored = method_class(name).ignored_options
-    return method_class(name)(**{key: x for key, x in options.items() if key not in ignored}).prune(model, batches)
 
 
 def test_operations_on_two_devices_are_refused():
@@ -65,12 +53,11 @@ def test_methods_and_repairs_run_where_the_model_is(name, repair):
     if name in EXPERT_METHODS:  # its other kernels ask for operations that the CPU has not
         model.set_experts_implementation("eager")
     twin = copy.deepcopy(model)
-    batches = make_batches(model)
-    plan = prune(name, twin, repair, batches)
+    plan = pruned(name, twin, repair=repair)
     torch.manual_seed(0)
     with FakeAccelerator():
         model.to(DEVICE)
-        plan_there = prune(name, model, repair, batches)
+        plan_there = pruned(name, model, repair=repair)
         assert {parameter.device for parameter in model.parameters()} == {DEVICE}
     assert plan_there.digest == plan.digest
     for (path, weight), expected in zip(model.named_parameters(), twin.parameters(), strict=True):

@@ -455,10 +455,11 @@ def _stores_nothing(attention: Any, mixer: Any) -> bool:
     return not (attention is None and mixer is None) and is_absent(attention) and is_absent(mixer)
 
 
-def _biased(linear: Any) -> None:
-    """Give a linear a bias, still empty, unless it has one."""
+def add_zero_bias(linear: Any) -> None:
+    """Give a linear a bias of zeros, unless it has one."""
     if linear.bias is None:
-        linear.bias = nn.Parameter(linear.weight.new_empty(linear.weight.shape[0]))
+        weight = linear.weight
+        linear.bias = nn.Parameter(weight.new_zeros(weight.shape[0]), requires_grad=weight.requires_grad)
 
 
 def _resized(linear: Any, out_features: int | None, in_features: int | None) -> None:
@@ -500,7 +501,7 @@ def build_layer_shapes(model: Any, names: Any) -> None:
                 _resized(find(attention, names.value), groups * dim, None)
             _resized(find(attention, names.output), None, heads * dim)
             if "attention" in biased:
-                _biased(find(attention, names.output))
+                add_zero_bias(find(attention, names.output))
             for path, kind in names.per_head.items():
                 keep_entries(attention, path, range(heads if kind == "query" else groups))
         if "mlp" in skipped:
@@ -516,7 +517,7 @@ def build_layer_shapes(model: Any, names: Any) -> None:
                         _resized(find(mlp, path), channels, None)
             _resized(find(mlp, names.down), None, channels)
             if "mlp" in biased:
-                _biased(find(mlp, names.down))
+                add_zero_bias(find(mlp, names.down))
         set_counters(layer, names, config, heads, groups, channels, experts, expert_channels)
     settle(model, model_names)
 

@@ -4,11 +4,12 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.model import surgery
 from prunelit.model.decoder import as_decoder
+from prunelit.model.per_layer import add_zero_bias
 from prunelit.runtime.errors import BadPlan
 
 
@@ -41,10 +42,7 @@ def rebuild_shapes(model: nn.Module, plans: Sequence[PruningPlan]) -> None:
             warnings.filterwarnings("ignore", message="the plan was made for weights")  # these are replaced
             surgery.apply(decoder, plan)
         for linear in biased:
-            if linear.bias is None:
-                weight: Tensor = linear.weight
-                outputs = weight.new_zeros(plan.model.hidden_size)
-                linear.bias = nn.Parameter(outputs, requires_grad=weight.requires_grad)
+            add_zero_bias(linear)
         marks[f"{plan.method}, restored {len(marks)}"] = plan
 
 
