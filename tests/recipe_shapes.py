@@ -1,6 +1,6 @@
 """Public shapes of the models that configs/recipes/ are for, written by hand: sizes alone, no weights.
 
-    python -m tests.recipe_shapes FOLDER      writes FOLDER/NAME/config.json for each, which `plan --estimate true` reads
+    python -m tests.recipe_shapes FOLDER      writes FOLDER/NAME/config.json for each, for `plan --estimate true`
 
 No weights of these models have been on the machines that test this project.
 """

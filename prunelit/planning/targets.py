@@ -24,7 +24,7 @@ TARGET_OPTIONS = ("parameters", "memory", "speedup", "context", "batch")
 """Names of the options that make a `SizeTarget`."""
 DEFAULT_CONTEXT, DEFAULT_BATCH = 4096, 1
 
-_NUMBER = re.compile(r"(\d+(?:\.\d*)?(?:[eE][+-]?\d+)?)([A-Za-z]*)")
+_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?)([A-Za-z]*)")
 _COUNT_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _BYTE_UNITS = {"MB": 10**6, "GB": 10**9, "TB": 10**12, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
