@@ -62,7 +62,7 @@ class FLAP(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         metric: Metric = "WIFV",
         scope: budget.Scope = "global",
         repair: Repair = "bias",

@@ -63,7 +63,7 @@ class LLMBIP(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         form: Literal["mean_field", "exact"] = "mean_field",
         propagate_ffn: bool = True,
         **kwargs: Any,

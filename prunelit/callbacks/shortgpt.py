@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from prunelit.calibration.observe import Sums, observe
-from prunelit.core.plan import PruningPlan
+from prunelit.core.plan import ModelShape, PruningPlan
 from prunelit.model.decoder import Layer
 from prunelit.planning.block_sets import (
     IGNORED_OPTIONS,
@@ -37,10 +37,10 @@ class ShortGPT(PruningCallback):
 
     Args:
         ratio: least share of the decoder layers' budget to remove, with as few layers as their order allows; give
-            either this or `count`.
+            this, `count`, or `parameters` or `memory`.
         count: number of layers to remove, as in the paper.
-        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` say nothing
-            about whole layers.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept`, `uniform_heads`, `rounding` and
+            `speedup` say nothing about whole layers.
 
     Example:
         >>> import torch, transformers
@@ -81,6 +81,10 @@ class ShortGPT(PruningCallback):
         tokens = observe(decoder, batches, ("layer_input", "layer_output"), accumulate)
         return [1 - float(mean["cosine"]) for mean in sums.means(tokens, decoder.device)]
 
+    def check_size_target(self, shape: ModelShape | None) -> None:
+        if shape is not None and self.given_plan is None:
+            self.goal.check_feasible(shape, list_blocks(shape, protect=self.protect), len(shape.layers))
+
     def plan(self, context: PruningContext) -> PruningPlan:
         decoder = context.decoder
         shape = decoder.shape
@@ -106,5 +110,5 @@ class ShortGPT(PruningCallback):
         for layer in reversed(removed):
             if is_met([other for other in removed if other != layer]):
                 removed.remove(layer)
-        self._calibration_record = {**self._calibration_record, "block_influence": influence}
+        self.add_to_calibration_record(block_influence=influence, **self.goal.make_record(shape))
         return self.build_plan(context, plan_without_blocks(shape, list_blocks_of(removed)))

@@ -56,7 +56,7 @@ class Taylor(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         form: taylor.TaylorForm = "first",
         layers_at_once: int | None = None,
         checkpointing: bool = False,

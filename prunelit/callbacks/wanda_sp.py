@@ -62,7 +62,7 @@ class WandaSp(PruningCallback):
     score_options = ()
     unit_kinds = get_args(ScoreKind)
 
-    def __init__(self, ratio: float, sequential: bool = False, **kwargs: Any):
+    def __init__(self, ratio: float | None = None, sequential: bool = False, **kwargs: Any):
         super().__init__(ratio, **kwargs)
         if sequential and self.scope != "layer":
             raise BadOption(f"sequential: expected scope 'layer' with it, got {self.scope!r}")

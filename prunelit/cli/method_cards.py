@@ -41,8 +41,8 @@ class Option(NamedTuple):
         what: its documentation in one line.
 
     Example:
-        >>> next(option.default for option in list_method_options("flap") if option.name == "ratio") is None
-        True
+        >>> next(option.default for option in list_method_options("flap") if option.name == "ratio")
+        'null'
     """
 
     name: str

@@ -3,6 +3,7 @@
     plan --model M --method flap --ratio 0.2 --out plan.json     scores and plans as `prune` with these options
     plan --config configs/recover-lora.yaml                      scores and plans as `fit` with this file
     plan --plan plan.json                                        loads no weights and no text
+    plan --model M --memory 12GiB                                what it would take, from config.json alone
 
 `plan show` and `plan diff`, which need files only, are in `prunelit.cli.plan_files`.
 """
@@ -20,11 +21,13 @@ from torch import nn
 
 from prunelit import export
 from prunelit.cli.console import print_result
+from prunelit.cli.method_cards import determine_needs
 from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line, peek_option
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.data import loading, offloaded, text
 from prunelit.data.loading import choose_device, load_on_device
+from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
 from prunelit.data.yaml_text import parse_yaml
@@ -36,6 +39,8 @@ from prunelit.planning import latency
 from prunelit.planning.overshoot import describe_overshoot
 from prunelit.pruning.callback import PruningCallback, find_pruner
 from prunelit.pruning.job import find_model
+from prunelit.pruning.registry import methods
+from prunelit.report.estimate import ScoringWork, render_estimate
 from prunelit.report.plan_card import MeasuredLatency, render_plan_card
 from prunelit.runtime.errors import BadOption, BadPlan
 from prunelit.runtime.text_files import write_text
@@ -98,6 +103,8 @@ def make_model_plan(
     if model is None:
         raise BadOption("model: expected a model source, got none; a plan alone is read with `plan show FILE`")
     offloaded.check_streaming_options(model, stream, memory_gib)
+    if method.size_target.is_asked:
+        method.check_size_target(read_model_shape(model, dtype, choose_device(device).type == "cpu"))
     if stream and measured:
         raise BadOption("latency: expected a model in memory, got --stream true; leave one of them out")
     reads = method.reads_text and given_plan is None
@@ -115,6 +122,39 @@ def make_model_plan(
     with nullcontext() if stream else move_to_device(network, choose_device(device)):
         plan = method.plan_model(network, batches) if given_plan is None else given_plan
         return plan, _measure_latency(network, method, plan) if measured else None
+
+
+def describe_estimate(
+    model: str | None, method: PruningCallback, dtype: Dtype = "auto", device: str = "auto", stream: bool = False
+) -> str:
+    """Describe what a cut would take and leave, from a model's config.json alone: no weight and no text is read.
+
+    Args:
+        model: model source; the config of a hub id is fetched.
+        method: with the target or ratio, and the options that decide how it is reached.
+        dtype: of the weights.
+        device: that would score; its speed is measured with one matrix product.
+        stream: layers stay on disk while they are scored.
+
+    Raises:
+        BadOption: no model, or one whose shape its config does not tell; or the model is small enough.
+        InfeasibleBudget: no cut is that small.
+
+    Example: see `tests/planning/test_recipes.py`.
+    """
+    if model is None:
+        raise BadOption("estimate: expected a model source, got none; give --model")
+    check_prunable_source(model)
+    method.check_source(model)
+    target_device = choose_device(device)
+    shape = read_model_shape(model, dtype, target_device.type == "cpu", fetch=True)
+    if shape is None:
+        raise BadOption(f"estimate: expected a model with plain weights, got {model!r}; leave --estimate out")
+    needs = determine_needs(methods()[method.name]) if method.name in methods() else None
+    scoring = ScoringWork(needs, method.windows * method.seqlen, stream)
+    if scoring.passes is not None:
+        scoring = scoring._replace(rate=latency.measure_product_rate(target_device, dtype, shape.bytes_per_element))
+    return render_estimate(method.estimate_plan(shape), method.size_target, scoring)
 
 
 def make_job_plan(job: FitJob, measured: bool) -> PlanResult:
@@ -200,16 +240,30 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
         )
         parser.add_argument("--out", type=str | None, default=None, help="write the plan to this file")
         parser.add_argument("--latency", type=bool, default=False, help="measure small shapes of the model as well")
+        parser.add_argument(
+            "--estimate",
+            type=bool | None,
+            default=None,
+            help="what it would take, from config.json alone: nothing is loaded or scored (default with parameters, "
+            "memory or speedup, unless method, text, out or latency is given)",
+        )
         parser.add_argument("--overwrite", type=bool, default=False, help="replace the file of --out")
         parser.add_function_arguments(
             make_model_plan, None, skip={"model", "method", "sources", "measured"}, sub_configs=False
         )
         options = parse_command_line(parser, arguments)
         out = options.out
-        _check_output_file(out, options.overwrite)
         same = ("dtype", "device", "stream", "memory_gib")
-        method = build_method(kind, options, (*same, "model", "out", "latency", "overwrite"))
+        method = build_method(kind, options, (*same, "model", "out", "latency", "overwrite", "estimate"))
         named = {name: options[name] for name in same}
+        chosen = options.estimate
+        if chosen is None:  # a target alone asks what it would take
+            is_scored = any(peek_option(name, arguments) for name in ("method", "text", "out", "latency", "plan"))
+            chosen = method.size_target.is_asked and not is_scored
+        if chosen:
+            print_result(describe_estimate(options.model, method, options.dtype, options.device, options.stream))
+            return 0
+        _check_output_file(out, options.overwrite)
         plan, time_saved = make_model_plan(
             options.model, wrap_in_list(options.text), method, measured=options.latency, **named
         )

@@ -17,6 +17,7 @@ from prunelit.cli.options import add_method_options, build_method, build_parser,
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
+from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length, summarise_error
 from prunelit.export import load_commands
@@ -87,6 +88,8 @@ def prune_model(
     if method.needs_text():
         check_sequence_length(model, method.seqlen)
     target_device = choose_device(device)
+    if method.size_target.is_asked:
+        method.check_size_target(read_model_shape(model, dtype, target_device.type == "cpu"))
     record = Record(
         facts={"hardware": describe_hardware(target_device), "seed": method.seed, "versions": collect_versions()}
     )

@@ -20,6 +20,7 @@ from prunelit.data.option_types import parse_options
 Value = TypeVar("Value")
 _SET_BY_TABLE = {
     "ratio": "ratios",
+    **dict.fromkeys(("parameters", "memory", "speedup", "context", "batch"), "ratios, which all rows share"),
     "seed": "seeds",
     "calibration": "calibration.text",
     "windows": "calibration.windows",

@@ -194,13 +194,16 @@ def check_sequence_length(source: str, tokens: int, name: str = "seqlen") -> Non
 
 def _read_config(source: str) -> SimpleNamespace | None:
     """Read the config.json of a local folder or of a hub id in the cache; None for other sources."""
-    path = _find_config_folder(source)
+    path = find_config_folder(source)
     config = {} if path is None else read_model_config(path)
     return SimpleNamespace(**config) if config.get("model_type") else None
 
 
-def _find_config_folder(source: str) -> Path | None:
-    """Find the local folder of a source, or that of a hub id in the cache; None for other sources."""
+def find_config_folder(source: str) -> Path | None:
+    """Find the local folder of a source, or that of a hub id in the cache; None for other sources.
+
+    Example: see `prunelit.data.model_shape`, which uses it.
+    """
     path = Path(source).expanduser()
     if not path.exists() and not source.startswith("pypi:"):
         with suppress(HFValidationError):

@@ -4,19 +4,31 @@ A block is the attention, the FFN or, in hybrid models, the mixer of one layer.
 """
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
+from prunelit.planning.targets import (
+    TARGET_OPTIONS,
+    Constraint,
+    SizeTarget,
+    list_constraints,
+    make_target_record,
+    make_unreachable_error,
+)
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
+
+if TYPE_CHECKING:
+    from prunelit.core.scores import Cost
 
 BlockKind = Literal["attention", "mlp", "mixer"]
 BlockChoice = Literal["mix", "attention", "mlp"]
 BlockBudget = Literal["parameters", "macs", "kv_bytes"]
 
-IGNORED_OPTIONS = ("scope", "unit", "kinds", "min_kept", "uniform_heads")
-"""Options about widths: they have no effect when whole blocks are removed. `align` is not among them: a comparison
-table sets one `align` for all its rows, and widths that stay whole are not rounded anyway."""
+IGNORED_OPTIONS = ("scope", "unit", "kinds", "min_kept", "uniform_heads", "rounding", "speedup")
+"""Options about widths, and about a time measured over widths: they have no effect when whole blocks are removed.
+`align` is not among them: a comparison table sets one `align` for all its rows, and widths that stay whole are not
+rounded anyway."""
 
 
 _LETTERS: dict[BlockKind, str] = {"attention": "A", "mlp": "M", "mixer": "X"}
@@ -136,13 +148,16 @@ def plan_without_blocks(shape: ModelShape, removed: Collection[Block]) -> list[L
     return plans
 
 
-def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "parameters") -> int:
+def sum_block_costs(
+    shape: ModelShape, removed: Collection[Block], budget: BlockBudget = "parameters", cost: "Cost | None" = None
+) -> float:
     """Sum what a model saves without these blocks.
 
     Args:
         shape: the dense model.
         removed: the blocks.
         budget: what is counted: parameters, MACs per token, or elements of the KV cache per token ("kv_bytes").
+        cost: of a layer, in place of the budget's own count.
 
     Example:
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
@@ -151,16 +166,18 @@ def sum_block_costs(shape: ModelShape, removed: Collection[Block], budget: Block
         3104
     """
 
-    def count_cost(layer: LayerShape, attention: bool, mixer: bool, mlp: bool) -> int:
+    def count_cost(layer: LayerShape, attention: bool, mixer: bool, mlp: bool) -> float:
         groups = attention * layer.kv_groups
         widths = attention * layer.query_heads, groups, mlp * layer.ffn_channels, mixer, mlp * layer.experts
+        if cost is not None:
+            return cost(layer, *widths[:3], mixer=mixer, experts=widths[4])
         if budget == "kv_bytes":
             return layer.kv_elements_at(groups)
         if budget == "macs":
             return layer.macs_at(shape.hidden_size, *widths)
         return layer.parameters_at(*widths)
 
-    total = 0
+    total = 0.0 if cost is not None else 0
     for index, layer in enumerate(shape.layers):
         # The difference of whole layers, because the norm that both blocks share goes only with the second of them.
         total += count_cost(layer, True, True, True)
@@ -174,11 +191,12 @@ class RemovalGoal:
 
     Args:
         ratio: share to remove, in (0, 1).
-        count: number of units to remove, at least 1. Give either `ratio` or `count`.
+        count: number of units to remove, at least 1. Give either `ratio` or `count`, or a target.
         budget: what `ratio` is a share of.
+        target: what the whole model may be afterwards, beside or instead of `ratio`.
 
     Raises:
-        BadOption: both or neither of `ratio` and `count` are given, or a value is out of range.
+        BadOption: none of `ratio`, `count` and `target` is given, or `count` and another, or a value is out of range.
 
     Example:
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
@@ -193,9 +211,12 @@ class RemovalGoal:
     ratio: float | None = None
     count: int | None = None
     budget: BlockBudget = "parameters"
+    target: SizeTarget = field(default_factory=SizeTarget)
 
     def __post_init__(self) -> None:
-        if (self.ratio is None) == (self.count is None):
+        if self.count is not None and self.target.is_asked:
+            raise BadOption("count: expected it alone, got parameters or memory beside it; leave one of them out")
+        if (self.ratio is None) == (self.count is None) and not (self.ratio is None and self.target.is_asked):
             got = "neither" if self.ratio is None else "both"
             raise BadOption(f"ratio, count: expected exactly one of them, got {got}; give ratio=0.2, or count=5")
         ratio, count = (0.5 if self.ratio is None else self.ratio), (1 if self.count is None else self.count)
@@ -213,12 +234,25 @@ class RemovalGoal:
         Args:
             ratio: see the class.
             count: see the class.
-            options: the arguments that the method passes on to `PruningCallback`; only "budget" is read.
+            options: the arguments that the method passes on to `PruningCallback`; only "budget" and those of a target
+                are read.
 
         Raises:
             BadOption: see the class.
         """
-        return cls(ratio, count, options.get("budget", "parameters"))
+        target = SizeTarget.from_options(*(options.get(name) for name in TARGET_OPTIONS))
+        return cls(ratio, count, options.get("budget", "parameters"), target)
+
+    def list_constraints(self, shape: ModelShape) -> list[Constraint]:
+        """List what has to be reached in a model; nothing where a count is."""
+        if self.count is not None:
+            return []
+        return list_constraints(shape, self.target, self.ratio, self.budget)
+
+    def _compute_saved_share(self, shape: ModelShape, removed: Collection[Block], constraint: Constraint) -> float:
+        if constraint.cost is None:
+            return self.compute_share(shape, removed)
+        return sum_block_costs(shape, removed, cost=constraint.cost) / constraint.of_layers
 
     def compute_share(self, shape: ModelShape, removed: Collection[Block]) -> float:
         """Compute the share of the decoder layers' budget that these blocks hold."""
@@ -229,7 +263,8 @@ class RemovalGoal:
         """Whether the removed blocks, which count as `units`, are enough."""
         if self.count is not None:
             return units >= self.count
-        return self.compute_share(shape, removed) >= (self.ratio or 0.0)
+        constraints = self.list_constraints(shape)
+        return all(self._compute_saved_share(shape, removed, each) >= each.ratio for each in constraints)
 
     def check_feasible(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
         """Check that the goal can be met.
@@ -249,6 +284,21 @@ class RemovalGoal:
         largest_share = max(self.compute_share(shape, blocks) for blocks in removable_sets)
         if self.ratio is not None and self.ratio > largest_share:
             raise self.make_infeasible_error(f"{largest_share:.4f} of the {self.budget}")
+        for constraint in self.list_constraints(shape):
+            share = max(self._compute_saved_share(shape, blocks, constraint) for blocks in removable_sets)
+            if constraint.name != "ratio" and constraint.ratio > share:
+                raise make_unreachable_error(constraint, share)
+
+    def make_record(self, shape: ModelShape) -> dict[str, Any]:
+        """Make what a plan keeps of a target; {} where there is none.
+
+        The tightest constraint is that of the largest share.
+        """
+        if not self.target.is_asked:
+            return {}
+        constraints = self.list_constraints(shape)
+        tightest = max(constraints, key=lambda constraint: constraint.ratio)
+        return {"target": make_target_record(self.target, tightest, constraints)}
 
     def make_infeasible_error(self, most: str) -> InfeasibleBudget:
         """Build the error for a goal that cannot be met.
@@ -257,6 +307,10 @@ class RemovalGoal:
             most: the most that can be removed, as text.
         """
         goal = f"ratio {self.ratio}" if self.count is None else f"count {self.count}"
+        if self.ratio is None and self.target.parameters is not None:
+            goal = f"parameters {self.target.parameters:,}"
+        elif self.ratio is None and self.target.memory is not None:
+            goal = f"memory {self.target.memory:,} bytes"
         return InfeasibleBudget(
             f"{goal}: expected at most {most} in the blocks that may be removed, since one attention stays; lower it, "
             "protect fewer layers, or allow both kinds of block"

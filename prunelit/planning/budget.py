@@ -1,12 +1,14 @@
 """Chooses the remaining units from their scores: the budget, its scope, rounding and protected layers.
 
 At least `ratio` of what the decoder layers cost is removed, and no step (with scope "layer": no step of all layers)
-could be given back without missing that budget. A step is the smallest cut that keeps a layer legal, see
+could be given back without missing that budget; with rounding "below" at most `ratio`, and no step could be added. A
+step is the smallest cut that keeps a layer legal, see
 `prunelit.planning.removal_steps`. All functions are pure functions on tensors.
 """
 
 import bisect
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Literal, get_args
@@ -26,6 +28,7 @@ from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
 Scope = Literal["layer", "global", "layer_mean"]
 Budget = Literal["parameters", "active_parameters", "macs", "kv_bytes", "latency"]
+Rounding = Literal["above", "below"]
 
 _COST_FUNCTIONS: dict[str, Cost] = {
     "parameters": LayerShape.parameters_at,
@@ -54,6 +57,7 @@ def select_units(
     standardise: bool = True,
     joint: bool = True,
     cost: Cost | None = None,
+    rounding: Rounding = "above",
 ) -> tuple[LayerPlan, ...]:
     """Choose the units that remain, from their scores.
 
@@ -82,6 +86,8 @@ def select_units(
             up to `ratio` of their own cost, and channels take the rest.
         cost: cost of a layer at given widths, in place of the budget's own count; budget "latency" needs one, see
             `prunelit.planning.latency`.
+        rounding: "above" removes at least `ratio`, with no step that could be given back; "below" removes at most
+            `ratio`, with no step that could be added.
 
     Returns:
         One `LayerPlan` per layer; at least one KV group (or query head per group), `align` channels and as many experts
@@ -90,7 +96,8 @@ def select_units(
     Raises:
         BadOption: an option is out of range, or experts and their channels have scores in one layer.
         NonFinite: a score is NaN or infinite.
-        InfeasibleBudget: the layers that may be pruned do not hold that much of the budget.
+        InfeasibleBudget: the layers that may be pruned do not hold that much of the budget, or with rounding "below"
+            no cut is as small as `ratio`.
 
     Example:
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
@@ -105,7 +112,143 @@ def select_units(
         budget=budget,
         min_kept=min_kept,
         uniform_heads=uniform_heads,
+        rounding=rounding,
     )
+    removal = prepare_removal(
+        *(shapes, scores, scope, unit, align, protect),
+        budget=budget,
+        min_kept=min_kept,
+        uniform_heads=uniform_heads,
+        standardise=standardise,
+        joint=joint,
+        cost=cost,
+    )
+    return removal.build_layer_plans(removal.choose_steps(ratio, rounding))
+
+
+class PreparedRemoval:
+    """The steps in which the units of a model can be removed, and the choice among them for any ratio.
+
+    Attributes:
+        dense_cost: of all decoder layers.
+        largest_share: share of it that all steps together save.
+
+    Example:
+        >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
+        >>> scores = LayerScores(channels=torch.arange(32.0))
+        >>> removal = prepare_removal([layer] * 2, [scores] * 2, align=8)
+        >>> [round(removal.compute_share(removal.choose_steps(0.2, rounding)), 3) for rounding in ("above", "below")]
+        [0.247, 0.124]
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[LayerShape],
+        layer_sequences: list[RemovalSequence],
+        cost: Cost,
+        *,
+        scope: Scope,
+        unit: Unit,
+        joint: bool,
+        uniform_heads: bool,
+        budget: str,
+        limits: str,  # what has to remain, for the message; "" where every layer is protected
+    ):
+        self._shapes, self._layer_sequences = shapes, layer_sequences
+        self._scope, self._unit, self._joint = scope, unit, joint
+        self._budget, self._limits, self._cost = budget, limits, cost
+        # The choice is made on `sequences`; each stands for one or, with tied heads, several of `layer_sequences`.
+        self._sequences, self._members = layer_sequences, [[number] for number in range(len(layer_sequences))]
+        if uniform_heads:
+            self._sequences, self._members = _tie_heads(shapes, layer_sequences)
+        self._savings = [sequence.accumulate_savings() for sequence in self._sequences]
+        self.dense_cost = sum(cost(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
+        self.largest_share = sum(each[-1] for each in self._savings) / self.dense_cost if self.dense_cost else 0.0
+
+    def choose_steps(self, ratio: float, rounding: Rounding = "above") -> list[int]:
+        """Choose how many steps are taken from each sequence.
+
+        Args:
+            ratio: share of the dense cost to save, in (0, 1).
+            rounding: see `select_units`.
+
+        Raises:
+            InfeasibleBudget: all steps together save less; or with rounding "below", the first one saves more.
+        """
+        target, sequences = ratio * self.dense_cost, self._sequences
+        if sum(each[-1] for each in self._savings) < target or not self.dense_cost:
+            if not self._limits:
+                raise InfeasibleBudget(
+                    f"ratio {ratio:.4g} of {self._budget}: expected a layer that may be cut, got all "
+                    f"{len(self._shapes)} layers protected; protect fewer layers",
+                    0.0,
+                )
+            raise InfeasibleBudget(
+                f"ratio {ratio:.4g} of {self._budget}: expected at most {self.largest_share:.4f} with {self._limits}; "
+                "lower ratio, align or min_kept, or protect fewer layers",
+                self.largest_share,
+            )
+        if self._scope == "layer":
+            counts = _take_uniformly(sequences, ratio, target, rounding)
+        elif self._scope == "layer_mean":
+            counts = _take_in_order(sequences, _order_by_layer_mean(sequences, ratio), target, rounding)
+        elif self._joint:
+            counts = _take_in_order(sequences, _order_by_score(sequences, _KINDS), target, rounding)
+        else:
+            headless = sum(self._cost(shape, 0, 0, shape.ffn_channels) for shape in self._shapes)
+            order = _order_kinds_apart(sequences, ratio * (self.dense_cost - headless))
+            counts = _take_in_order(sequences, order, target, rounding)
+        if not any(counts):
+            raise InfeasibleBudget(
+                f"ratio {ratio:.4g} of {self._budget}: no cut is that small, and rounding below allows no larger one; "
+                "raise ratio, lower align, or leave rounding out"
+            )
+        return counts
+
+    def compute_share(self, step_counts: Sequence[int]) -> float:
+        """Compute the share of the dense cost that so many steps of each sequence save."""
+        saved = sum(each[count] for each, count in zip(self._savings, step_counts, strict=True))
+        return saved / self.dense_cost
+
+    def build_layer_plans(self, step_counts: Sequence[int]) -> tuple[LayerPlan, ...]:
+        """Build the plan of every layer for so many steps of each sequence."""
+        layer_step_counts = [0] * len(self._layer_sequences)
+        for sequence, count, numbers in zip(self._sequences, step_counts, self._members, strict=True):
+            removed = sequence.steps[count - 1].removed_after if count else 0
+            for number in numbers:
+                steps = self._layer_sequences[number].steps
+                layer_step_counts[number] = sum(step.removed_after <= removed for step in steps)
+        return _build_layer_plans(self._shapes, self._layer_sequences, layer_step_counts, self._unit)
+
+
+def prepare_removal(
+    shapes: Sequence[LayerShape],
+    scores: Sequence[LayerScores],
+    scope: Scope = "layer",
+    unit: Unit = "kv_group",
+    align: int = 64,
+    protect: Collection[int] = (),
+    *,
+    budget: Budget = "parameters",
+    min_kept: float = 0.0,
+    uniform_heads: bool = False,
+    standardise: bool = True,
+    joint: bool = True,
+    cost: Cost | None = None,
+) -> PreparedRemoval:
+    """Prepare the choice of units for any ratio, see `select_units`, whose options these are.
+
+    Layers of one shape that share one `LayerScores` object are worked out once.
+
+    Args:
+        shapes, scores, scope, unit, align, protect: see `select_units`.
+        budget, min_kept, uniform_heads, standardise, joint, cost: see `select_units`.
+
+    Raises:
+        BadOption, NonFinite: see `select_units`.
+
+    Example: see `PreparedRemoval`.
+    """
     layer_cost = cost or _COST_FUNCTIONS.get(budget)
     if layer_cost is None:
         raise BadOption(
@@ -113,57 +256,42 @@ def select_units(
             "see prunelit.planning.latency.measure_latency_table"
         )
     protected = {layer % len(shapes) for layer in protect}
-    if shapes and len(protected) == len(shapes):
-        raise InfeasibleBudget(
-            f"ratio {ratio} of {budget}: expected a layer that may be cut, got all {len(shapes)} layers protected; "
-            "protect fewer layers"
-        )
     compared = scope == "global"
     layer_sequences: list[RemovalSequence] = []
+    built: dict[tuple[LayerShape, int], list[RemovalSequence]] = {}
     for index, (shape, score) in enumerate(zip(shapes, scores, strict=True)):
         if score.experts is not None and score.expert_channels is not None:
             raise BadOption(
                 f"layer {index}: expected scores of experts or of their channels, got both; they save parameters of "
                 "each other, so cut one kind after the other"
             )
-        if index not in protected:
-            layer_sequences += build_removal_sequences(
-                index, shape, score, layer_cost, unit, align, min_kept, compared, compared and standardise
-            )
-    # The choice is made on `sequences`; each stands for one or, with tied heads, several of `layer_sequences`.
-    sequences, members = layer_sequences, [[number] for number in range(len(layer_sequences))]
-    if uniform_heads:
-        sequences, members = _tie_heads(shapes, layer_sequences)
-    dense_cost = sum(layer_cost(shape, shape.query_heads, shape.kv_groups, shape.ffn_channels) for shape in shapes)
-    target = ratio * dense_cost
-    largest_saving = sum(sequence.accumulate_savings()[-1] for sequence in sequences)
-    if largest_saving < target or not dense_cost:
-        least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
-        if any(sequence.kind == "experts" for sequence in sequences):
-            least += f", {max(shape.least_experts for shape in shapes)} experts"
-        if uniform_heads:
-            least += " (uniform_heads: as many as any other layer keeps)"
-        most = largest_saving / dense_cost if dense_cost else 0
-        raise InfeasibleBudget(
-            f"ratio {ratio} of {budget}: expected at most {most:.4f} with {least} and {align} "
-            f"channels kept in each of {len(shapes) - len(protected)} unprotected layers; lower ratio, align or "
-            "min_kept, or protect fewer layers"
+        if index in protected:
+            continue
+        key = shape, id(score)
+        if key in built:
+            layer_sequences += [replace(sequence, layer=index) for sequence in built[key]]
+            continue
+        built[key] = build_removal_sequences(
+            index, shape, score, layer_cost, unit, align, min_kept, compared, compared and standardise
         )
-    if scope == "layer":
-        step_counts = _take_uniformly(sequences, ratio, target)
-    elif scope == "layer_mean":
-        step_counts = _take_in_order(sequences, _order_by_layer_mean(sequences, ratio), target)
-    elif joint:
-        step_counts = _take_in_order(sequences, _order_by_score(sequences, _KINDS), target)
-    else:
-        heads_cost = dense_cost - sum(layer_cost(shape, 0, 0, shape.ffn_channels) for shape in shapes)
-        step_counts = _take_in_order(sequences, _order_kinds_apart(sequences, ratio * heads_cost), target)
-    layer_step_counts = [0] * len(layer_sequences)
-    for sequence, count, numbers in zip(sequences, step_counts, members, strict=True):
-        removed = sequence.steps[count - 1].removed_after if count else 0
-        for number in numbers:
-            layer_step_counts[number] = sum(step.removed_after <= removed for step in layer_sequences[number].steps)
-    return _build_layer_plans(shapes, layer_sequences, layer_step_counts, unit)
+        layer_sequences += built[key]
+    least = f"{min_kept:g} of the units and one {unit}" if min_kept else f"one {unit}"
+    if any(sequence.kind == "experts" for sequence in layer_sequences):
+        least += f", {max(shape.least_experts for shape in shapes)} experts"
+    if uniform_heads:
+        least += " (uniform_heads: as many as any other layer keeps)"
+    limits = f"{least} and {align} channels kept in each of {len(shapes) - len(protected)} unprotected layers"
+    if shapes and len(protected) == len(shapes):
+        limits = ""
+    return PreparedRemoval(
+        *(shapes, layer_sequences, layer_cost),
+        scope=scope,
+        unit=unit,
+        joint=joint,
+        uniform_heads=uniform_heads,
+        budget=budget,
+        limits=limits,
+    )
 
 
 def check_budget_options(
@@ -177,6 +305,7 @@ def check_budget_options(
     budget: str = "parameters",
     min_kept: float = 0.0,
     uniform_heads: bool = False,
+    rounding: str = "above",
 ) -> None:
     """Check the options of `select_units`, also before a model is loaded.
 
@@ -190,6 +319,7 @@ def check_budget_options(
         budget: one of `Budget`.
         min_kept: in [0, 1).
         uniform_heads: true or false.
+        rounding: one of `Rounding`.
 
     Raises:
         BadOption: names the option, what was expected and what it got.
@@ -204,7 +334,13 @@ def check_budget_options(
         raise BadOption(f"ratio: expected a number between 0 and 1 (both excluded), got {ratio!r}")
     if isinstance(min_kept, bool) or not isinstance(min_kept, int | float) or not 0 <= min_kept < 1:
         raise BadOption(f"min_kept: expected a number from 0 to below 1, got {min_kept!r}")
-    for name, value, allowed in (("scope", scope, Scope), ("unit", unit, Unit), ("budget", budget, Budget)):
+    choices = (
+        ("scope", scope, Scope),
+        ("unit", unit, Unit),
+        ("budget", budget, Budget),
+        ("rounding", rounding, Rounding),
+    )
+    for name, value, allowed in choices:
         if value not in get_args(allowed):
             raise BadOption(f"{name}: expected one of {', '.join(get_args(allowed))}, got {value!r}")
     if not isinstance(uniform_heads, bool):
@@ -241,7 +377,7 @@ _StepQueue = list[tuple[int, int]]
 """(number of the sequence, position of the step in it), first to be removed first."""
 
 
-def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: float) -> list[int]:
+def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: float, rounding: Rounding) -> list[int]:
     """Number of steps to take from each sequence, the same number in every layer.
 
     Every kind loses floor(ratio * units) first, but for the one that takes the rest; the other kinds lose more only
@@ -269,6 +405,16 @@ def _take_uniformly(sequences: list[RemovalSequence], ratio: float, target: floa
         return sum(savings[number][count] for number, count in enumerate(count_steps(extra, rest_steps)))
 
     choices = range(longest[0] + 1)
+    if rounding == "below":
+        below = [0] * len(sequences)
+        for extra in range(longest[1] + 1):
+            rest_steps = bisect.bisect_right(choices, target, key=partial(sum_savings, extra)) - 1
+            if rest_steps < 0:
+                break
+            below = count_steps(extra, rest_steps)
+            if rest_steps < longest[0]:  # what takes the rest has more to give, so no other kind loses more
+                break
+        return below
     for extra in range(longest[1] + 1):
         rest_steps = bisect.bisect_left(choices, target, key=partial(sum_savings, extra))
         if rest_steps < len(choices):
@@ -322,9 +468,16 @@ def _sort_step_queue(queue: Iterable[tuple[float, int, int]]) -> _StepQueue:
     return [(number, position) for _, number, position in sorted(queue)]
 
 
-def _take_in_order(sequences: list[RemovalSequence], queue: _StepQueue, target: float) -> list[int]:
+def _take_in_order(sequences: list[RemovalSequence], queue: _StepQueue, target: float, rounding: Rounding) -> list[int]:
     """Number of steps to take from each sequence, in the order of the queue until the target is met."""
     counts, total = [0] * len(sequences), 0.0
+    if rounding == "below":
+        for number, position in queue:
+            saving = sequences[number].steps[position].saving
+            if counts[number] == position and total + saving <= target:  # later steps need all earlier ones
+                total += saving
+                counts[number] = position + 1
+        return counts
     for number, position in queue:
         if total >= target:
             break

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
@@ -139,6 +140,92 @@ def measure_latency_table(
         ],
     }
     return LatencyTable(dict(zip(distinct_shapes, curves, strict=True)), record)
+
+
+@torch.no_grad()
+def measure_product_rate(device: torch.device, dtype: str = "auto", element_size: int = 4, repeats: int = 3) -> float:
+    """Measure how many multiply-accumulates a second one matrix product reaches: a bound on how fast layers run.
+
+    Args:
+        device: that multiplies.
+        dtype: "float32", "bfloat16", "float16"; "auto" goes by the size of an element.
+        element_size: bytes, for "auto".
+        repeats: products that count; the fastest counts.
+
+    Example:
+        >>> measure_product_rate(torch.device("cpu"), repeats=1) > 0
+        True
+    """
+    chosen = getattr(torch, dtype) if dtype != "auto" else torch.float32 if element_size == 4 else torch.bfloat16
+    rows, width, columns = (256, 1024, 1024) if device.type == "cpu" else (2048, 4096, 4096)
+    left, right = (torch.ones(size, device=device, dtype=chosen) for size in ((rows, width), (columns, width)))
+
+    def run() -> float:
+        start = time.perf_counter()
+        product = nn.functional.linear(left, right)
+        product[-1, -1].item()  # waits for the device
+        return time.perf_counter() - start
+
+    (seconds,) = run_in_rounds([run], repeats, "measuring a matrix product")
+    return rows * width * columns / min(seconds)
+
+
+@torch.no_grad()
+def measure_outside_seconds(decoder: Decoder, tokens: int = 512, repeats: int = 9) -> float:
+    """Measure the seconds of one prefill outside the decoder layers: embeddings, last norm, head of the last token.
+
+    In a distributed run rank zero measures, and all ranks get its number.
+
+    Args:
+        decoder: the model; it is not changed.
+        tokens: length of the text; fewer if the model has fewer positions.
+        repeats: runs; the median counts.
+
+    Returns:
+        Seconds of the whole model with one layer, without those of the layer.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=8)
+        >>> measure_outside_seconds(Decoder(LlamaForCausalLM(LlamaConfig(**sizes))), tokens=4, repeats=1) > 0
+        True
+    """
+    seconds = 0.0
+    if get_rank() == 0:
+        first = next((layer for layer in decoder if layer.has_attention), decoder.layers[0])
+        model, index = _isolate_layer(decoder, first.shape, LayerPlan.dense(first.shape))
+        one_layer = Decoder(model)
+        length = max(1, min(tokens, get_context_limit(decoder.config) or tokens))
+        ids = (torch.arange(length, device=decoder.device)[None] * 7 + 3) % int(decoder.config.vocab_size)
+        last_logits = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+        layer = one_layer.layer_modules[index]
+        stamps: list[float] = []
+
+        def add_stamp(*args: Any) -> None:
+            if decoder.device.type != "cpu":
+                torch.accelerator.synchronize(decoder.device)
+            stamps.append(time.perf_counter())
+
+        def run() -> float:
+            stamps.clear()
+            handles = [layer.register_forward_pre_hook(add_stamp), layer.register_forward_hook(add_stamp)]
+            try:
+                add_stamp()
+                with torch.no_grad(), use_eval_mode(model):
+                    model(input_ids=ids, use_cache=False, **last_logits)
+                add_stamp()
+            finally:
+                for handle in handles:
+                    handle.remove()
+            return stamps[3] - stamps[2] + stamps[1] - stamps[0]
+
+        (measured,) = run_in_rounds([run], repeats, "measuring what is outside the layers")
+        seconds = statistics.median(measured)
+    if dist.is_initialized():
+        broadcast = [seconds]
+        dist.broadcast_object_list(broadcast, src=0)
+        seconds = broadcast[0]
+    return seconds
 
 
 def _measure_curves(

@@ -3,20 +3,21 @@
 Units are removed in steps, so small models, wide steps (`align`) and whole KV groups overshoot the ratio.
 """
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.planning.targets import describe_target, score_alike
 from prunelit.runtime.errors import PrunelitError
 
 if TYPE_CHECKING:
-    from prunelit.core.scores import LayerScores
+    from prunelit.core.scores import ScoreKind
 
 LARGEST_OVERSHOOT = 0.01
 """An overshoot up to this share is no reason for a warning."""
-_OPTIONS = ("ratio", "scope", "unit", "align", "protect", "budget", "min_kept", "uniform_heads")
+_OPTIONS = ("scope", "unit", "align", "protect", "budget", "min_kept", "uniform_heads")
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ def measure_overshoot(plan: PruningPlan) -> Overshoot | None:
         plan: the plan, with the options of its method.
 
     Returns:
-        None where the plan names no ratio, or its budget is measured in seconds.
+        None where the plan names no ratio, or has a target besides, or its budget is measured in seconds.
 
     Example: see `describe_overshoot`.
     """
     ratio, budget = plan.options.get("ratio"), str(plan.options.get("budget", "parameters"))
-    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool) or describe_target(plan):
         return None
     if budget == "parameters":
         return Overshoot(ratio, float(plan.predicted["ratio_of_block_parameters"]), budget)
@@ -83,8 +84,12 @@ def format_asked_share(plan: PruningPlan) -> str:
         >>> format_asked_share(PruningPlan("random", model, (LayerPlan.dense(layer),), {"ratio": 0.2}))
         ' (asked: 20.00%)'
     """
+    if target := describe_target(plan):
+        return f" (asked: {target})"
     overshoot = measure_overshoot(plan)
-    return f" (asked: {overshoot.ratio:.2%})" if overshoot and overshoot.budget == "parameters" else ""
+    if overshoot is None or overshoot.budget != "parameters":
+        return ""
+    return f" (asked: {'at most ' if plan.options.get('rounding') == 'below' else ''}{overshoot.ratio:.2%})"
 
 
 def _count_cost(plan: PruningPlan, shape: LayerShape, kept: LayerPlan) -> float:
@@ -129,28 +134,15 @@ def describe_overshoot(plan: PruningPlan) -> str:
         return f"{head}whole blocks are removed, and the last one was larger than what was missing"
     nearest: tuple[float, str] | None = None
     for name, value in _list_alternatives(plan):
-        share = _plan_alternative(plan, {name: value})
+        share = _share_of_alternative(plan, {name: value})
         if share is not None and share < overshoot.achieved and (nearest is None or share < nearest[0]):
             nearest = share, f"--{name} {value}"
         if nearest is not None and nearest[0] - overshoot.ratio <= LARGEST_OVERSHOOT:
             break
     reason = f"it is cut in steps of {_describe_steps(plan)}"
     finer = f"{nearest[1]} would remove about {nearest[0]:.1%}" if nearest else "no option makes finer ones"
-    below = _find_ratio_below(plan, overshoot.ratio)
-    return f"{head}{reason}; {finer}" + (f"; --ratio {below:.3f} stays below it" if below else "")
-
-
-def _find_ratio_below(plan: PruningPlan, ratio: float) -> float | None:
-    """Find the largest ratio, to three places, that removes no more than `ratio` with the plan's other options."""
-    lower, upper = 0, math.ceil(1_000 * ratio)  # in thousandths
-    while upper - lower > 1:
-        middle = (lower + upper) // 2
-        share = _plan_alternative(plan, {"ratio": middle / 1_000})
-        if share is not None and share <= ratio:
-            lower = middle
-        else:
-            upper = middle
-    return lower / 1_000 or None
+    below = _share_of_alternative(plan, {"rounding": "below"})
+    return f"{head}{reason}; {finer}" + (f"; --rounding below would remove about {below:.1%}" if below else "")
 
 
 def _describe_steps(plan: PruningPlan) -> str:
@@ -178,25 +170,32 @@ def _list_alternatives(plan: PruningPlan) -> Iterator[tuple[str, Any]]:
         yield "scope", "global"
 
 
-def _plan_alternative(plan: PruningPlan, changes: dict[str, Any]) -> float | None:
+def _share_of_alternative(plan: PruningPlan, changes: dict[str, Any]) -> float | None:
     """Share that the plan's method would remove with other options; None where it cannot. All units score alike."""
-    from prunelit.planning.budget import select_units  # loads torch, which `plan show` does without
+    from prunelit.planning.budget import prepare_removal  # loads torch, which `plan show` does without
 
     options = {name: plan.options[name] for name in _OPTIONS if name in plan.options} | changes
+    rounding = options.pop("rounding", plan.options.get("rounding", "above"))
+    cost = None
+    if options.get("budget") == "macs":
+        cost = partial(_count_macs, plan.model.hidden_size)
     try:
-        layers = select_units(plan.model.layers, _score_alike(plan), **options)
+        scores = score_alike(plan.model, _find_removed_kinds(plan))
+        removal = prepare_removal(plan.model.layers, scores, cost=cost, **options)
+        return removal.compute_share(removal.choose_steps(float(plan.options["ratio"]), rounding))
     except PrunelitError:
         return None
-    other = PruningPlan(plan.method, plan.model, layers, {**plan.options, **changes})
-    overshoot = measure_overshoot(other)
-    return None if overshoot is None else overshoot.achieved
 
 
-def _find_removed_kinds(plan: PruningPlan) -> set[str]:
+def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: Any) -> float:
+    return shape.macs_at(hidden_size, *widths, **mixture)
+
+
+def _find_removed_kinds(plan: PruningPlan) -> "set[ScoreKind]":
     """Kinds of units of which a plan removes some."""
-    kinds = set()
+    kinds: set[ScoreKind] = set()
     for shape, kept in zip(plan.model.layers, plan.layers, strict=True):
-        counts = {
+        counts: dict[ScoreKind, tuple[int, int]] = {
             "heads": (len(kept.query_heads), shape.query_heads),
             "channels": (len(kept.ffn_channels), shape.ffn_channels),
             "experts": (len(kept.experts), shape.experts),
@@ -204,17 +203,3 @@ def _find_removed_kinds(plan: PruningPlan) -> set[str]:
         }
         kinds |= {kind for kind, (remaining, dense) in counts.items() if remaining < dense}
     return kinds
-
-
-def _score_alike(plan: PruningPlan) -> "list[LayerScores]":
-    """Equal scores for the kinds of units of which a plan removes some."""
-    import torch
-
-    from prunelit.core.scores import LayerScores
-
-    sizes = {"heads": "query_heads", "channels": "ffn_channels"}
-    kinds = _find_removed_kinds(plan)
-    return [
-        LayerScores(**{kind: torch.zeros(getattr(shape, sizes.get(kind, kind))) for kind in kinds})
-        for shape in plan.model.layers
-    ]

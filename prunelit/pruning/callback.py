@@ -21,6 +21,7 @@ from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.plan import PruningPlan, get_applied_plans
 from prunelit.core.saved_plans import get_pruner_state, list_saved_plans, mark_checkpoints
 from prunelit.data import loading
+from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
 from prunelit.model.saved_shapes import count_applied_plans, rebuild_shapes
 from prunelit.pruning.job import (
@@ -79,7 +80,7 @@ class PruningCallback(PruningMethod, Callback):
     _watched: WatchedModel | None = None
     _logger: Callable[..., None] | None = None
 
-    def __init__(self, ratio: float, *, target: str | None = None, **options: Any):
+    def __init__(self, ratio: float | None = None, *, target: str | None = None, **options: Any):
         super().__init__(ratio, **options)
         self.target = target
         self._identity = uuid.uuid4().hex  # of this object, for as long as the model lives
@@ -159,6 +160,8 @@ class PruningCallback(PruningMethod, Callback):
                 warnings.filterwarnings("ignore", message="the plan was made for weights")
             # A checkpoint may hold adapters only, which sit on the repaired weights: put back, or repaired again.
             repaired = saved.get("repaired") if given_plan and self.run_cache else None
+            if given_plan is None and self.size_target.is_asked:
+                self.check_size_target(Decoder(model).shape)
             batches: list[Batch] = []
             if self.needs_text(given_plan) and not (self.run_cache and repaired and self.run_cache.has_file(repaired)):
                 with self.time_stage("text"):
@@ -187,6 +190,8 @@ class PruningCallback(PruningMethod, Callback):
         model = find_model(pl_module, self.target)
         self._use_job_cache(trainer)
         with isolate_rng(), move_to_device(model, trainer.strategy.root_device):
+            if self.size_target.is_asked:
+                self.check_size_target(Decoder(model).shape)
             scores = self.reads_text and self.given_plan is None
             return self.plan_model(model, self._find_calibration(trainer, pl_module, model) if scores else [])
 

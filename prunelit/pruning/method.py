@@ -28,7 +28,7 @@ from prunelit.calibration.batches import (
     split_into_batches,
 )
 from prunelit.calibration.result_cache import CachedResult, ResultCache
-from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
+from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
 from prunelit.data.sources import read_decoder_facts
@@ -36,7 +36,7 @@ from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
 from prunelit.model.decoder import Decoder, as_decoder
 from prunelit.planning import budget as budget_rules
-from prunelit.planning import latency
+from prunelit.planning import latency, targets
 from prunelit.pruning import registry
 from prunelit.pruning.context import PruningContext
 from prunelit.repair import bias, merge_experts, reconstruct
@@ -56,6 +56,8 @@ from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.timing import time_stage
 
 Repair = Literal["none", "bias", "least_squares", "merge"]
+_ADDED_OPTIONS: dict[str, Any] = {"rounding": "above", **dict.fromkeys(targets.TARGET_OPTIONS)}
+_KEPT = object()  # equal to no value
 
 
 class PruningMethod(EventSource):
@@ -63,7 +65,8 @@ class PruningMethod(EventSource):
 
     Args:
         ratio: share of the decoder layers' budget to remove (the sparsity), in (0, 1). It counts what is there before
-            the cut: in a model that was cut before, what the earlier cuts have left.
+            the cut: in a model that was cut before, what the earlier cuts have left. None where `parameters`, `memory`
+            or `speedup` says how much; of several the tightest counts.
         budget: what the ratio counts: "parameters", "active_parameters" (those that a token passes in a mixture of
             experts), "macs" (per token), "kv_bytes" (KV cache per token), or "latency" (measured on the machine at
             hand, see `prunelit.planning.latency`).
@@ -79,6 +82,7 @@ class PruningMethod(EventSource):
         uniform_heads: every layer loses the same number of KV groups or query heads, whatever the scope (none where a
             layer is protected); FFN widths may differ. For runtimes with one head count, see
             `prunelit.planning.serving`.
+        rounding: "above" removes at least the ratio, with the nearest legal cut; "below" at most the ratio.
         repair: how the calibration text alone improves the cut model: "none"; "bias" adds the mean output of the
             removed units to the output biases; "least_squares" refits the output projections, layer by layer (see
             `prunelit.repair.reconstruct`); "merge", for methods that remove experts, merges these into the remaining
@@ -89,6 +93,12 @@ class PruningMethod(EventSource):
         seqlen: tokens per sequence of a text source; batches of a job keep their own length.
         seed: of the draw of windows and of the method.
         plan_file: cut by this plan instead of scoring.
+        parameters: most parameters of the whole model after the cut, embeddings included: "6B", "600M", 1.5e9.
+        memory: most memory of the whole model after the cut, weights in its dtype and KV cache: "12GiB", "800MB".
+        speedup: prefill at least this many times as fast, measured on the machine at hand, see
+            `prunelit.planning.latency`.
+        context: tokens per sequence in the KV cache that `memory` counts; None: 4096.
+        batch: sequences in the KV cache that `memory` counts; None: 1.
 
     Raises:
         BadOption, SourceNotFound, BadPlan: on construction, before any model is loaded.
@@ -124,7 +134,7 @@ class PruningMethod(EventSource):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         budget: budget_rules.Budget = "parameters",
         scope: budget_rules.Scope = "layer",
         unit: budget_rules.Unit = "kv_group",
@@ -133,16 +143,29 @@ class PruningMethod(EventSource):
         protect: Sequence[int] = (),
         min_kept: float = 0.0,
         uniform_heads: bool = False,
+        rounding: budget_rules.Rounding = "above",
         repair: Repair = "none",
         calibration: str | Sequence[str] | None = None,
         windows: int = 64,
         seqlen: int = 512,
         seed: int = 0,
         plan_file: str | None = None,
+        parameters: int | float | str | None = None,
+        memory: int | float | str | None = None,
+        speedup: float | None = None,
+        context: int | None = None,
+        batch: int | None = None,
     ):
         super().__init__()
+        self.size_target = targets.SizeTarget.from_options(parameters, memory, speedup, context, batch)
+        """What is asked of the whole model."""
+        targets.check_ratio_or_target(ratio, budget, rounding, self.size_target)
         budget_rules.check_budget_options(
-            *(ratio, scope, unit, align, protect), budget=budget, min_kept=min_kept, uniform_heads=uniform_heads
+            *(0.5 if ratio is None else ratio, scope, unit, align, protect),
+            budget=budget,
+            min_kept=min_kept,
+            uniform_heads=uniform_heads,
+            rounding=rounding,
         )
         if repair not in self.repair_choices:
             own = f"; {self.name} has its own repair, leave this out" if self.repair_choices == ("none",) else ""
@@ -164,6 +187,8 @@ class PruningMethod(EventSource):
         self.ratio, self.budget, self.scope, self.unit, self.align = ratio, budget, scope, unit, align
         self.kinds = None if kinds is None else list(kinds)
         self.protect, self.min_kept, self.uniform_heads = list(protect), min_kept, uniform_heads
+        self.rounding, self.parameters, self.memory, self.speedup = rounding, parameters, memory, speedup
+        self.context, self.batch = context, batch
         defaults = inspect.signature(PruningMethod.__init__).parameters
         for name in self.ignored_options:
             if (value := getattr(self, name)) != (default := defaults[name].default):
@@ -245,36 +270,20 @@ class PruningMethod(EventSource):
         Raises:
             InfeasibleBudget, NonFinite: when the function is called.
         """
-        decoder = context.decoder
-        cost: Cost | None = None
-        if self.budget == "latency":
-            table = latency.measure_latency_table(decoder, self.unit, self.align)
-            self._calibration_record = {**self._calibration_record, "latency": table.record}
-            cost = table.estimate_seconds
-        elif self.budget == "macs":  # of the model's own hidden size, since those of a mixer do not depend on it
-            cost = partial(_count_macs, decoder.shape.hidden_size)
-        elif self.budget == "parameters" and self.repair == "bias":
-            cost = bias.make_bias_cost(decoder)
-        options = {
-            "ratio": self.ratio,
-            "scope": self.scope,
-            "unit": self.unit,
-            "align": self.align,
-            "protect": self.protect,
-            "budget": self.budget,
-            "min_kept": self.get_min_kept(decoder),
-            "uniform_heads": self.uniform_heads,
-            "standardise": self.standardise,
-            "joint": self.joint,
-            "cost": cost,
-        }
+        decoder, shape = context.decoder, context.decoder.shape
+        constraints = self._list_constraints(decoder, shape)
+        options = self.list_selection_options() | {"min_kept": self.get_min_kept(decoder)}
         # A method that selects again passes an order in the form of scores: only the first ones are importances.
         scores_emitted = False
 
         def select(scores: Sequence[LayerScores], **changes: Any) -> tuple[LayerPlan, ...]:
             nonlocal scores_emitted
             scores = [self._drop_other_kinds(layer) for layer in scores]
-            layers = budget_rules.select_units(decoder.shape.layers, scores, **(options | changes))
+            select_by = partial(budget_rules.select_units, shape.layers, scores, **(options | changes))
+            layers, tightest = targets.select_tightest(shape, constraints, select_by)
+            if self.size_target.is_asked:
+                record = targets.make_target_record(self.size_target, tightest, constraints)
+                self.add_to_calibration_record(target=record)
             if not scores_emitted and context.listeners:
                 scores_emitted = True
                 lists = {kind: _list_scores(getattr(each, kind) for each in scores) for kind in get_args(ScoreKind)}
@@ -283,6 +292,103 @@ class PruningMethod(EventSource):
             return layers
 
         return select
+
+    def _list_constraints(self, decoder: Decoder, shape: ModelShape) -> list[targets.Constraint]:
+        """What the cut has to reach; with budget "latency" or a speedup the layers are measured."""
+        parameter_cost = bias.make_bias_cost(decoder) if self.repair == "bias" else LayerShape.parameters_at
+        budget_cost: Cost | None = parameter_cost if self.repair == "bias" and self.budget == "parameters" else None
+        times: targets.LayerTimes | None = None
+        if self.budget == "macs":  # of the model's own hidden size, since those of a mixer do not depend on it
+            budget_cost = partial(_count_macs, shape.hidden_size)
+        if self.budget == "latency" or self.size_target.speedup is not None:
+            table = latency.measure_latency_table(decoder, self.unit, self.align)
+            record = dict(table.record)
+            if self.budget == "latency":
+                budget_cost = table.estimate_seconds
+            if self.size_target.speedup is not None:
+                outside = latency.measure_outside_seconds(decoder)
+                times = targets.LayerTimes(table.estimate_seconds, outside)
+                record["outside_seconds"] = outside
+            self.add_to_calibration_record(latency=record)
+        return targets.list_constraints(
+            *(shape, self.size_target, self.ratio, self.budget, budget_cost, parameter_cost, times)
+        )
+
+    def find_asked_share(self, shape: ModelShape) -> float:
+        """The largest share of the decoder layers that is asked to go, each in its own measure; nothing is measured."""
+        constraints = targets.list_constraints(shape, self.size_target, self.ratio, self.budget)
+        shares = [constraint.ratio for constraint in constraints]
+        return max([*shares, 1 - 1 / (self.size_target.speedup or 1)])
+
+    def check_size_target(self, shape: ModelShape | None) -> None:
+        """Refuse a target that no cut reaches, and log what it means for the layers, before any text is read.
+
+        Args:
+            shape: of the dense model, whose weights are not needed; None: it is not at hand.
+
+        Raises:
+            BadOption: the dense model is small enough.
+            InfeasibleBudget: names the smallest that can be reached.
+        """
+        if shape is None or not self.size_target.is_asked or self.given_plan is not None:
+            return
+        ratio = None if self.budget == "latency" else self.ratio
+        constraints = targets.list_constraints(shape, self.size_target, ratio, self.budget)
+        if not constraints:
+            return  # a speedup alone, which is measured later
+        self.say(targets.describe_constraints(self._plan_size(shape, constraints), constraints))
+
+    def estimate_plan(self, shape: ModelShape) -> PruningPlan:
+        """Plan as if all units scored alike, from the shape of a model alone: how much goes of each kind.
+
+        Raises:
+            BadOption: the method removes whole blocks, or the model is small enough already.
+            InfeasibleBudget: names the smallest that can be reached.
+        """
+        kinds = self.list_cut_kinds(shape)
+        if not self.unit_kinds:
+            raise BadOption(
+                f"estimate: expected a method that cuts widths, got {self.name}, which searches for whole blocks; "
+                "choose another --method, such as llm_bip"
+            )
+        self.check_model_kind(shape.model_type, shape.has_experts)
+        if self.budget == "latency" or self.size_target.speedup is not None:
+            raise BadOption(
+                "estimate: expected a target that needs no measurement, got a speedup or budget latency; add --method "
+                "to measure and score"
+            )
+        constraints = targets.list_constraints(shape, self.size_target, self.ratio, self.budget)
+        layers, tightest = targets.plan_alike(shape, kinds, constraints, **self.list_selection_options())
+        record = {"target": targets.make_target_record(self.size_target, tightest, constraints)}
+        return PruningPlan(self.name, shape, layers, self.options, self.seed, record)
+
+    def _plan_size(self, shape: ModelShape, constraints: Sequence[targets.Constraint]) -> targets.Constraint:
+        """Find the tightest constraint; raises InfeasibleBudget where one cannot be reached."""
+        _, tightest = targets.plan_alike(
+            shape, self.list_cut_kinds(shape), constraints, **self.list_selection_options()
+        )
+        return tightest
+
+    def list_cut_kinds(self, shape: ModelShape) -> list[ScoreKind]:
+        """List the kinds of units that are cut of such a model; empty for a method that removes whole blocks."""
+        kinds = [kind for kind in self.unit_kinds if self.kinds is None or kind in self.kinds]
+        if self.kinds is None and "experts" in kinds and shape.has_experts:
+            kinds = [kind for kind in kinds if kind != "expert_channels"]
+        return [kind for kind in kinds if shape.has_experts or kind not in EXPERT_KINDS]
+
+    def list_selection_options(self) -> dict[str, Any]:
+        """The options of `prunelit.planning.budget.select_units` that need no model."""
+        return {
+            "scope": self.scope,
+            "unit": self.unit,
+            "align": self.align,
+            "protect": self.protect,
+            "min_kept": self.min_kept or 0.0,
+            "uniform_heads": self.uniform_heads,
+            "standardise": self.standardise,
+            "joint": self.joint,
+            "rounding": self.rounding,
+        }
 
     def _drop_other_kinds(self, scores: LayerScores) -> LayerScores:
         """The scores of those kinds of units that are cut."""
@@ -307,6 +413,8 @@ class PruningMethod(EventSource):
                 method that scores nothing else; or a budget that mixtures do not have.
         """
         self.check_options_for_kind(model_type, has_experts, self.kinds, self.budget)
+        if has_experts and self.speedup is not None:
+            raise BadOption("speedup: expected parameters or memory for a mixture of experts, which is not timed")
 
     @classmethod
     def check_options_for_kind(
@@ -371,7 +479,7 @@ class PruningMethod(EventSource):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every constructor argument and its value, without `job_options`."""
+        """Every constructor argument and its value, without `job_options`, and without targets that are not set."""
         names = (
             name
             for kind in reversed(type(self).__mro__)
@@ -379,7 +487,9 @@ class PruningMethod(EventSource):
             for name, parameter in inspect.signature(kind.__init__).parameters.items()
             if name not in ("self", *self.job_options) and parameter.kind is not parameter.VAR_KEYWORD
         )
-        return {name: getattr(self, name) for name in dict.fromkeys(names)}
+        values = {name: getattr(self, name) for name in dict.fromkeys(names)}
+        # Plans and caches of runs that do not use them are what they were before there were such options.
+        return {name: value for name, value in values.items() if value != _ADDED_OPTIONS.get(name, _KEPT)}
 
     def prune(
         self, model: nn.Module | Decoder, batches: Sequence[Batch] = (), given_plan: PruningPlan | None = None
@@ -581,7 +691,7 @@ def plan(
         model: dense transformers causal LM, or its `Decoder`; it stays as it is.
         method: name of a method (`python -m prunelit methods`), its class, or an instance.
         batches: calibration set, `[{"input_ids": token ids [B, S]}, ...]`; none for methods that read no text.
-        options: of the method, `ratio` at least; not with an instance.
+        options: of the method; `ratio`, or a target such as `parameters`, at least; not with an instance.
 
     Raises:
         BadOption: no such method, or options beside an instance; PrunelitError: as `PruningMethod.plan_model`.

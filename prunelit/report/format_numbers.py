@@ -56,13 +56,13 @@ def format_percent(ratio: float) -> str:
 
 
 def format_count(count: float) -> str:
-    """Format a large count with three digits and M, G or T; below a million in full.
+    """Format a large count with three digits and M, G, T or P; below a million in full.
 
     Example:
         >>> format_count(1234567), format_count(1234)
         ('1.23 M', '1,234')
     """
-    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if count >= size:
             return f"{count / size:.3g} {letter}"
     return f"{count:,.0f}"

@@ -107,8 +107,16 @@ class NonFinite(PrunelitError):
 class InfeasibleBudget(PrunelitError):
     """The budget cannot be met with the units that may be pruned.
 
+    Args:
+        message: for people.
+        largest_share: share of the layers' cost that can be removed at most, where it is known.
+
     Example: see `tests/callbacks/block_pruner/test_callback.py`.
     """
+
+    def __init__(self, message: str, largest_share: float | None = None):
+        super().__init__(message)
+        self.largest_share = largest_share
 
 
 class BadPlan(PrunelitError):

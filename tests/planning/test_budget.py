@@ -748,3 +748,30 @@ def test_uniform_heads_says_why_a_budget_can_not_be_met() -> None:
         select_units(shapes, scores, 0.45, align=8, protect=[0], uniform_heads=True)
     with pytest.raises(BadOption, match="uniform_heads: expected true or false"):
         check_budget_options(0.2, "layer", "kv_group", 1, (), uniform_heads="yes")
+
+
+# Below ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "layer_mean"])
+@pytest.mark.parametrize("uniform_heads", [False, True])
+def test_below_removes_at_most_the_ratio_and_wastes_no_step(scope: Any, uniform_heads: bool) -> None:
+    shapes = (layer_shape(channels=64),) * 3
+    scores = [scores_of(shape) for shape in shapes]
+    dense = sum(shape.parameters for shape in shapes)
+
+    def removed(ratio: float, rounding: Any) -> float:
+        options: dict[str, Any] = {"align": 8, "uniform_heads": uniform_heads, "rounding": rounding}
+        plans = select_units(shapes, scores, ratio, scope, **options)
+        return 1 - sum(shape.parameters_at(**kept.counts) for shape, kept in zip(shapes, plans, strict=True)) / dense
+
+    for ratio in (0.2, 0.37, 0.6):
+        below, above = removed(ratio, "below"), removed(ratio, "above")
+        assert below <= ratio <= above
+        if scope != "layer_mean":  # whose order depends on the ratio
+            assert removed(below * (1 + 1e-9), "below") == pytest.approx(below)
+        assert removed(below * (1 - 1e-6), "below") < below
+        step = max(shapes[0].channel_cost * 8, 2 * shapes[0].query_head_cost + shapes[0].kv_head_cost) * 3
+        assert ratio - below < step / dense
+    with pytest.raises(InfeasibleBudget, match="no cut is that small, and rounding below allows no larger one"):
+        removed(1e-6, "below")

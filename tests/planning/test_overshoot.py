@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prunelit.callbacks import Random, ShortGPT
-from prunelit.planning.overshoot import describe_overshoot, measure_overshoot
+from prunelit.planning.overshoot import describe_overshoot, format_asked_share, measure_overshoot
 from tests.cli.test_fit import call, small
 from tests.cli.test_fit import words as words  # a fixture
 from tests.tiny import tiny, tokens
@@ -25,7 +25,7 @@ EXPERTS = {"kinds": ["experts"]}
         (
             "mixtral",
             {**EXPERTS, "scope": "global"},
-            "steps of whole experts; no option makes finer ones; --ratio 0.249 stays",
+            "steps of whole experts; no option makes finer ones",
         ),
     ],
     ids=["layer", "global", "macs", "kv_bytes", "experts"],
@@ -35,15 +35,20 @@ def test_the_option_that_is_named_keeps_its_word(family: str, options: dict[str,
     overshoot, reason = measure_overshoot(plan), describe_overshoot(plan)
     assert overshoot is not None and overshoot.excess > 0.01
     assert part in reason
-    if change := re.search(r"; --(\w+) (\w+) would remove about ([\d.]+)%", reason):
+    if change := re.search(r"; --(?!rounding)(\w+) (\w+) would remove about ([\d.]+)%", reason):
         name, value = change[1], int(change[2]) if change[2].isdecimal() else change[2]
         other = measure_overshoot(Random(0.25, **(options | {name: value})).plan_model(tiny(family)))
         assert other is not None and 0.25 <= other.achieved < overshoot.achieved
         # Unequal scores order the steps of scope "global" otherwise, by at most one of them.
         assert other.achieved == pytest.approx(float(change[3]) / 100, abs=0.01)
-    if options.get("scope") != "global" and (change := re.search(r"; --ratio ([\d.]+) stays below it", reason)):
-        other = measure_overshoot(Random(float(change[1]), **options).plan_model(tiny(family)))
-        assert other is not None and float(change[1]) - 1e-9 <= other.achieved <= 0.25
+    if change := re.search(r"; --rounding below would remove about ([\d.]+)%", reason):
+        below = Random(0.25, rounding="below", **options).plan_model(tiny(family))
+        other = measure_overshoot(below)
+        assert other is not None and other.achieved <= 0.25
+        if options.get("scope") != "global":
+            assert other.achieved == pytest.approx(float(change[1]) / 100, abs=6e-4)
+        if options.get("budget", "parameters") == "parameters":
+            assert format_asked_share(below) == " (asked: at most 25.00%)"
 
 
 def test_a_plan_near_its_ratio_is_not_remarked_on() -> None:

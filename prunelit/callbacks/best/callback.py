@@ -68,7 +68,7 @@ class Best(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         scope: budget.Scope = "global",
         min_kept: float | None = None,
         own_text: float = 1.0,
@@ -114,7 +114,7 @@ class Best(PruningCallback):
         shapes = decoder.shape.layers
         protected = {layer % len(shapes) for layer in self.protect}
         removable = sum(self._count_removable(shape) for i, shape in enumerate(shapes) if i not in protected)
-        even_cut = self.ratio * decoder.shape.block_parameters / max(1, removable)
+        even_cut = self.find_asked_share(decoder.shape) * decoder.shape.block_parameters / max(1, removable)
         return max(0.0, _EVEN_SHARE * (1 - even_cut))
 
     def cut(self, context: PruningContext, plan: PruningPlan) -> None:

@@ -15,8 +15,8 @@ from typing import Any, get_args
 from prunelit.calibration.batches import take_sequences
 from prunelit.callbacks.block_pruner.evaluator import BlockEvaluator
 from prunelit.callbacks.block_pruner.search import SearchMethod, search_blocks
-from prunelit.core.plan import PruningPlan
-from prunelit.planning.block_sets import IGNORED_OPTIONS, BlockChoice, RemovalGoal, plan_without_blocks
+from prunelit.core.plan import ModelShape, PruningPlan
+from prunelit.planning.block_sets import IGNORED_OPTIONS, BlockChoice, RemovalGoal, list_blocks, plan_without_blocks
 from prunelit.pruning.callback import PruningCallback
 from prunelit.pruning.context import PruningContext
 from prunelit.runtime.errors import BadOption
@@ -27,7 +27,7 @@ class BlockPruner(PruningCallback):
     """Remove the attention and FFN blocks whose loss raises perplexity least. No recovery is part of the method.
 
     Args:
-        ratio: least share of the decoder layers' budget to remove; give either this or `count`.
+        ratio: least share of the decoder layers' budget to remove; give this, `count`, or `parameters` or `memory`.
         count: number of blocks to remove, as in the paper.
         blocks: kinds of block that may be removed: "mix" (all), "attention" (and mixers) or "mlp".
         search: "lazy" skips candidates whose last known value is far above the best; "greedy" is exactly the paper's
@@ -38,8 +38,8 @@ class BlockPruner(PruningCallback):
         search_windows: number of calibration sequences that the search evaluates on, from the first; None: all. A
             search runs the text hundreds of times.
         cache_gib: host memory for residual streams, in GiB per process.
-        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` say nothing
-            about whole blocks.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept`, `uniform_heads`, `rounding` and
+            `speedup` say nothing about whole blocks.
 
     Example:
         >>> import torch, transformers
@@ -84,6 +84,11 @@ class BlockPruner(PruningCallback):
         self.count, self.blocks, self.search, self.beam_width = count, blocks, search, beam_width
         self.journal, self.search_windows, self.cache_gib = journal, search_windows, cache_gib
 
+    def check_size_target(self, shape: ModelShape | None) -> None:
+        if shape is not None and self.given_plan is None:
+            candidates = list_blocks(shape, self.blocks, self.protect)
+            self.goal.check_feasible(shape, candidates, len(candidates))
+
     def plan(self, context: PruningContext) -> PruningPlan:
         decoder, batches = context.decoder, context.batches
         journal, search_batches = self.journal, take_sequences(batches, self.search_windows)
@@ -94,5 +99,5 @@ class BlockPruner(PruningCallback):
         evaluator.emit = self.emit
         result = search_blocks(evaluator, self.goal, self.blocks, self.search, self.protect, self.beam_width)
         self.seconds["recalled"] = evaluator.recalled_seconds
-        self._calibration_record = {**self._calibration_record, "search": result.record}
+        self.add_to_calibration_record(search=result.record, **self.goal.make_record(decoder.shape))
         return self.build_plan(context, plan_without_blocks(decoder.shape, result.removed))

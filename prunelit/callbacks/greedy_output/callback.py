@@ -74,7 +74,7 @@ class GreedyOutput(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         criterion_heads: Criterion = "both",
         tau: float | None = None,
         moment: second_moment.Moment = "empirical",

@@ -72,7 +72,7 @@ class SAAP(PruningCallback):
 
     def __init__(
         self,
-        ratio: float,
+        ratio: float | None = None,
         scope: budget.Scope = "global",
         min_kept: float = 0.2,
         fusion: Fusion = "uncertainty",
