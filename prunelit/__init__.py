@@ -43,7 +43,10 @@ if TYPE_CHECKING:
     from prunelit.monitoring.dashboard import Dashboard as Dashboard
     from prunelit.pruning.callback import PruningCallback as PruningCallback
     from prunelit.pruning.context import PruningContext as PruningContext
-    from prunelit.pruning.method import plan as plan
+    from prunelit.pruning.hosts.loops import prune_in_loop as prune_in_loop
+    from prunelit.pruning.hosts.trainer import PruneBeforeTraining as PruneBeforeTraining
+    from prunelit.pruning.one_call import plan as plan
+    from prunelit.pruning.one_call import prune as prune
     from prunelit.pruning.restore import restore as restore
     from prunelit.recovery.datamodule import TextDataModule as TextDataModule
     from prunelit.recovery.module import RecoveryModule as RecoveryModule
@@ -51,7 +54,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     # Verbs
-    "plan": "prunelit.pruning.method",
+    "prune": "prunelit.pruning.one_call",
+    "plan": "prunelit.pruning.one_call",
     "apply": "prunelit.model.surgery",
     "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
@@ -87,6 +91,8 @@ _HOME = {
     "Mixture": "prunelit.core.declaration",
     "register": "prunelit.core.architectures",
     # Jobs
+    "PruneBeforeTraining": "prunelit.pruning.hosts.trainer",
+    "prune_in_loop": "prunelit.pruning.hosts.loops",
     "RecoveryModule": "prunelit.recovery.module",
     "TextDataModule": "prunelit.recovery.datamodule",
     "Dashboard": "prunelit.monitoring.dashboard",

@@ -314,15 +314,7 @@ class PruningCallback(PruningMethod, Callback):
                 f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "
                 "datamodule with calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
             )
-        self._calibration_record = {
-            "source": [source],
-            "windows": sum(len(batch["input_ids"]) for batch in batches),
-            "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
-            "fingerprint": fingerprints.fingerprint_token_ids(
-                torch.cat([batch["input_ids"].flatten() for batch in batches])
-            ),
-        }
-        return batches
+        return self.record_calibration(batches, source)
 
 
 def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:
