@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from prunelit.pruning.one_call import prune as prune
     from prunelit.pruning.restore import restore as restore
     from prunelit.recovery.datamodule import TextDataModule as TextDataModule
+    from prunelit.recovery.live import recover as recover
     from prunelit.recovery.module import RecoveryModule as RecoveryModule
     from prunelit.runtime.errors import PrunelitError as PrunelitError
 
@@ -56,6 +57,7 @@ _HOME = {
     # Verbs
     "prune": "prunelit.pruning.one_call",
     "plan": "prunelit.pruning.one_call",
+    "recover": "prunelit.recovery.live",
     "apply": "prunelit.model.surgery",
     "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
