@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from prunelit.core.scores import LayerScores as LayerScores
     from prunelit.data.loading import load as load
     from prunelit.data.loading import load_tokenizer as load_tokenizer
+    from prunelit.evaluation.live import EvaluationResult as EvaluationResult
+    from prunelit.evaluation.live import evaluate as evaluate
     from prunelit.export.write import save as save
     from prunelit.model.decoder import Decoder as Decoder
     from prunelit.model.surgery import apply as apply
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from prunelit.recovery.datamodule import TextDataModule as TextDataModule
     from prunelit.recovery.live import recover as recover
     from prunelit.recovery.module import RecoveryModule as RecoveryModule
+    from prunelit.report.figures.plans import draw_plan as draw_plan
     from prunelit.runtime.errors import PrunelitError as PrunelitError
 
 _HOME = {
@@ -58,6 +61,7 @@ _HOME = {
     "prune": "prunelit.pruning.one_call",
     "plan": "prunelit.pruning.one_call",
     "recover": "prunelit.recovery.live",
+    "evaluate": "prunelit.evaluation.live",
     "apply": "prunelit.model.surgery",
     "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
@@ -67,6 +71,8 @@ _HOME = {
     # Plans
     "PruningPlan": "prunelit.core.plan",
     "LayerPlan": "prunelit.core.plan",
+    "draw_plan": "prunelit.report.figures.plans",
+    "EvaluationResult": "prunelit.evaluation.live",
     # Methods
     "Best": "prunelit.callbacks",
     "BlockPruner": "prunelit.callbacks",

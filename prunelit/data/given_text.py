@@ -1,9 +1,9 @@
 """Text that a caller of a Python function gives: sources, texts, rows of a data set, or token ids.
 
-    "builtin:python-docs", "a.jsonl", "owner/dataset", ["a.txt", "b.txt"]     sources, see `prunelit.data.text`
-    ["One fish.", "Two fish."], "a text with spaces"                          texts
-    a datasets.Dataset with a column text, a generator of texts               texts, as many as are needed
-    [N, S] token ids, [{"input_ids": ...}, ...], a DataLoader                 batches
+"builtin:python-docs", "a.jsonl", "owner/dataset", ["a.txt", "b.txt"]     sources, see `prunelit.data.text`
+["One fish.", "Two fish."], "a text with spaces"                          texts
+a datasets.Dataset with a column text, a generator of texts               texts, as many as are needed
+[N, S] token ids, [{"input_ids": ...}, ...], a DataLoader                 batches
 """
 
 import itertools
@@ -173,7 +173,9 @@ def load_own_reader(model: Any, tokenizer: Any = None) -> Any:
         return tokenizer
     name = tokenizer if tokenizer is not None else getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
-        raise BadOption("tokenizer: expected that of the model, got none, and the model does not say where it came from")
+        raise BadOption(
+            "tokenizer: expected that of the model, got none, and the model does not say where it came from"
+        )
     try:
         return loading.load_text_reader(name)
     except PrunelitError as error:

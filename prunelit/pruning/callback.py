@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -43,7 +42,6 @@ from prunelit.pruning.live_references import WatchedModel, check_attributes, che
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.pruning.restore import holds_weights
 from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
-from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights

@@ -535,7 +535,9 @@ class PruningMethod(EventSource):
                 return self.record_calibration(batches, given[0])
             tokenizer = tokenizer.tokenizer
         ids = text.draw_windows(given, tokenizer, self.seqlen, self.windows, self.seed)
-        return self.record_calibration(split_into_batches(ids), *([given.source] if hasattr(given, "source") else given))
+        return self.record_calibration(
+            split_into_batches(ids), *([given.source] if hasattr(given, "source") else given)
+        )
 
     def record_calibration(self, batches: list[Batch], *sources: str) -> list[Batch]:
         """Record for the plan what is scored on; returns the batches.
@@ -573,4 +575,3 @@ def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: An
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
-

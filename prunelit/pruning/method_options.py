@@ -1,4 +1,4 @@
-"""A method from its name and options, as Python code gives them: names and types are checked before anything is loaded."""
+"""A method from its name and options, as Python code gives them; names and types are checked first."""
 
 import difflib
 from collections.abc import Collection, Mapping
@@ -69,7 +69,9 @@ def parse_method_options(
     names = {action.dest for action in parser._actions} - {"help", "calibration", *kind.ignored_options}
     for name in options:
         if name not in names:
-            raise BadOption(f"{where}: expected options of the method, got {name!r}{_suggest_names(name, names, others)}")
+            raise BadOption(
+                f"{where}: expected options of the method, got {name!r}{_suggest_names(name, names, others)}"
+            )
     defaults = {}
     if any(action.dest == "ratio" and action.required for action in parser._actions) and "ratio" not in options:
         if not options.get("plan_file"):

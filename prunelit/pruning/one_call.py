@@ -174,8 +174,8 @@ def check_live_model(model: Any) -> None:
     inner = model.modules() if isinstance(model, nn.Module) else ()
     if any(isinstance(module, PreTrainedModel) for module in inner):
         raise BadOption(
-            f"model: expected a transformers model, got a {type(model).__name__} around one; cut the model before it is "
-            "wrapped, prepared or set up"
+            f"model: expected a transformers model, got a {type(model).__name__} around one; cut the model before it "
+            "is wrapped, prepared or set up"
         )
     raise BadOption(f"model: expected a transformers model or a model source, got a {type(model).__name__}")
 

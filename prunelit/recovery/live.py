@@ -34,7 +34,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "distill": {"loss": "distill", "learning_rate": 1e-3, "warmup": 0.1},
     "all_weights": {"lora_rank": 0, "learning_rate": 3e-4, "warmup": 0.1},
 }
-"""Options of `RecoveryModule` that differ from its own defaults: those of configs/recover-lora.yaml and -distill.yaml."""
+"""What differs from the defaults of `RecoveryModule`, as in configs/recover-lora.yaml and recover-distill.yaml."""
 _OWN_OPTIONS = ("text", "tokenizer", "how", "steps", "seqlen", "batch_size", "seed", "teacher", "trainer")
 
 

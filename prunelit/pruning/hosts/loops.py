@@ -1,7 +1,7 @@
 """`prunelit.prune_in_loop`: the cut inside a training loop of your own, under accelerate, Lightning Fabric or nothing.
 
-The order is: build the model, cut, build the optimiser, then `accelerator.prepare` or `fabric.setup`. What was built too
-early is found among all live objects, and refused before anything is cut.
+The order is: build the model, cut, build the optimiser, then `accelerator.prepare` or `fabric.setup`. What was built
+too early is found among all live objects, and refused before anything is cut.
 """
 
 import gc
@@ -70,8 +70,8 @@ def prune_in_loop(
     check_live_model(model)
     for optimizer, name in list_optimizers_of(model):
         raise StaleReference(
-            f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds {name}; "
-            "call prune_in_loop first"
+            f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds "
+            f"{name}; call prune_in_loop first"
         )
     return prune_live_model(chosen, model, text, tokenizer, device)
 
@@ -83,7 +83,8 @@ def _find_wrapper(host: Any, model: Any) -> str | None:
     if any(each is model for each in getattr(host, "_models", ())):
         return type(host).__name__
     for each in gc.get_objects():
-        if issubclass(type(each), nn.Module) and type(each).__name__ in _WRAPPERS:
-            if any(module is model for module in each.modules()):
-                return type(each).__name__
+        # By the type alone: asking isinstance would run the code of proxies among the objects.
+        is_wrapper = issubclass(type(each), nn.Module) and type(each).__name__ in _WRAPPERS
+        if is_wrapper and any(module is model for module in each.modules()):
+            return type(each).__name__
     return None

@@ -1,7 +1,7 @@
 """What `save_pretrained` of a cut model writes, whoever calls it: a Trainer, a training loop, the user.
 
-As it is, transformers would save the weights of the cut model beside the config of the dense one, and nothing could load
-that. The config, and the class where layers differ, are those of `prunelit.export`; the weights have the same names.
+As it is, transformers would save the weights of the cut model beside the config of the dense one, and nothing could
+load that. The config, and the class where layers differ, are those of `prunelit.export`; weights keep their names.
 """
 
 import copy
@@ -20,7 +20,9 @@ from prunelit.model.quiet import silence_transformers
 from prunelit.runtime.errors import BadOption, BadPlan
 
 PLAN_FILE = "plan.json"
-_ANOTHER_PLAN = "it was cut by another plan, or not at all; cut this model by plan.json of the checkpoint (plan_file=...)"
+_ANOTHER_PLAN = (
+    "it was cut by another plan, or not at all; cut this model by plan.json of the checkpoint (plan_file=...)"
+)
 
 
 def make_savable(model: Any, plan: PruningPlan) -> None:
@@ -74,8 +76,8 @@ def _save_cut_model(
             written.save_pretrained(folder, **options)
     except RuntimeError as error:
         raise BadPlan(
-            f"save_pretrained: expected the weights of the cut model, got others ({' '.join(str(error).split())[:200]}); "
-            "merge adapters first"
+            f"save_pretrained: expected the weights of the cut model, got others; merge adapters first: "
+            f"{' '.join(str(error).split())[:200]}"
         ) from error
     if not is_stock:
         add_modelling_file(model, folder)

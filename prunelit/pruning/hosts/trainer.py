@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import TrainerCallback
 
@@ -28,9 +27,9 @@ _OWN_OPTIONS = ("method", "text", "tokenizer")
 class PruneBeforeTraining(TrainerCallback):
     """Cuts the model of a Trainer once, before its optimiser is built.
 
-    Give it in `callbacks=[...]` of the Trainer's constructor. Scores, plan and repaired weights are cached in the folder
-    `kept` of the Trainer's `output_dir`, so a resumed run is cut alike without scoring again. Checkpoints, and what
-    `trainer.save_model` writes, hold plan.json and are read by `prunelit.load`.
+    Give it in `callbacks=[...]` of the Trainer's constructor. Scores, plan and repaired weights are cached in the
+    folder `kept` of the Trainer's `output_dir`, so a resumed run is cut alike without scoring again. Checkpoints, and
+    what `trainer.save_model` writes, hold plan.json and are read by `prunelit.load`.
 
     A Trainer that adds adapters itself, such as TRL's `SFTTrainer(peft_config=...)`, adds them before any callback is
     asked. There, call `prunelit.prune(model, ...)` first and leave this callback out.
@@ -125,7 +124,6 @@ def _check_no_adapters_yet(model: nn.Module) -> None:
         check_no_adapters(model)
     except BadOption as error:
         raise BadOption(
-            f"{type(model).__name__}: expected a model without adapters, got one that the Trainer or peft gave them; call "
+            f"{type(model).__name__}: expected a model without adapters, got one that has them; call "
             "prunelit.prune(model, ...) before the adapters are added, and leave this callback out"
         ) from error
-

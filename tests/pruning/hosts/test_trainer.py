@@ -83,7 +83,9 @@ def test_what_is_too_late_is_refused(tmp_path: Path) -> None:
     late.add_callback(make_cut())
     with pytest.raises(NoModel, match="got added later"):
         late.train()
-    anew = Trainer(None, arguments(tmp_path), train_dataset=ROWS, callbacks=[make_cut()], model_init=lambda: tiny("llama"))
+    anew = Trainer(
+        None, arguments(tmp_path), train_dataset=ROWS, callbacks=[make_cut()], model_init=lambda: tiny("llama")
+    )
     with pytest.raises(NoModel, match="inside model_init"):
         anew.train()
     from peft import LoraConfig, get_peft_model
