@@ -64,7 +64,7 @@ def prune_in_loop(
         raise BadOption(f"host: expected an Accelerator, a Fabric or None, got a {type(host).__name__}")
     if wrapper := _find_wrapper(host, model):
         raise StaleReference(
-            f"model: expected one that is prepared after the cut, got one inside a {wrapper}; call prune_in_loop "
+            f"model: expected one that is prepared after the cut, got one that {wrapper} holds; call prune_in_loop "
             "before accelerator.prepare, fabric.setup or the like"
         )
     check_live_model(model)
