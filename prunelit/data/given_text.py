@@ -7,7 +7,6 @@ a datasets.Dataset with a column text, a generator of texts               texts,
 """
 
 import itertools
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,11 @@ from torch import Tensor
 from prunelit.calibration.batches import Batch, convert_batches, get_padding_mask, split_into_batches
 from prunelit.data import loading, pictures
 from prunelit.data.rows.source_options import parse_source
+from prunelit.data.rows.tables import DOCUMENT_FORMATS, TABLE_FORMATS, get_ending
 from prunelit.data.rows.text_rows import BYTES_PER_TOKEN, TextRows
 from prunelit.runtime.errors import BadOption, NoCalibration, NotEnoughText, PrunelitError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+){0,2}")
-_LONGEST_PATH = 1024
+_LONGEST_NAME = 255
 
 
 def parse_given_text(given: Any, tokens: int | None = None, sequences: int | None = None) -> Any:
@@ -80,13 +79,13 @@ def _is_text_row(item: Any) -> bool:
 
 
 def _is_source(text: str) -> bool:
-    """Whether a string names a source: a file that exists, or words without spaces as paths and hub ids are."""
-    name = text if text.startswith("builtin:") else parse_source(text)[0] if "\n" not in text else text
-    if len(name) > _LONGEST_PATH or "\n" in name or "\0" in name:
+    """Whether a string names a source, also one that is not there; texts have spaces or letters beyond ASCII."""
+    if len(text) > _LONGEST_NAME or "\n" in text or "\0" in text:
         return False
-    if Path(name).expanduser().exists() or name.startswith(("builtin:", "./", "../", "/", "~/")):
+    if text.startswith("builtin:") or (text.isascii() and not any(map(str.isspace, text))):
         return True
-    return _HUB_ID.fullmatch(name) is not None and not name.endswith(".")
+    name = parse_source(text)[0]
+    return get_ending(Path(name)) in (*TABLE_FORMATS, *DOCUMENT_FORMATS) or Path(name).expanduser().exists()
 
 
 def _collect_texts(items: Iterable[Any], characters: int | None) -> list[str]:

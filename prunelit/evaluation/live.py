@@ -102,7 +102,7 @@ class _LiveModel(EvaluatedModel):
 
     def check_length(self, seqlen: int, name: str) -> None:
         """Check the tokens of a window."""
-        check_context_length(self.live.config, seqlen)
+        check_context_length(self.live.config, seqlen, name)
 
     def predict_dtype(self) -> str | None:
         """The dtype that the model has."""

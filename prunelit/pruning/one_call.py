@@ -22,6 +22,7 @@ from prunelit.data.rows.text_rows import BUILTIN_TEXT
 from prunelit.data.sources import check_prunable_source
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.pruning.hosts.saving import make_savable
 from prunelit.pruning.job import check_no_adapters
 from prunelit.pruning.live_references import WatchedModel, list_stale_optimizers
@@ -128,6 +129,26 @@ def prune_live_model(
             stacklevel=3,
         )
     return plan
+
+
+def cut_by_saved_plan(model: Any, plan: PruningPlan | str | os.PathLike[str]) -> PruningPlan:
+    """Give a dense model the shapes that a saved plan says, for a run that goes on: its weights come from a checkpoint.
+
+    Biases that a repair has added are there too, and zero until they are loaded.
+
+    Args:
+        model: a transformers model, see `check_live_model`.
+        plan: the plan or its file.
+
+    Raises:
+        BadPlan: no plan, or that of another model.
+
+    Example: see `prunelit.pruning.hosts.loops`, which uses it.
+    """
+    saved = plan if isinstance(plan, PruningPlan) else PruningPlan.load(plan)
+    rebuild_shapes(model, [*get_applied_plans(model).values(), saved])
+    make_savable(model, saved)
+    return saved
 
 
 def read_calibration(method: PruningMethod, model: Any, text: Any, tokenizer: Any) -> list[Batch]:

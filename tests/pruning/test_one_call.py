@@ -8,8 +8,8 @@ import torch
 
 import prunelit
 from prunelit.core.plan import get_applied_plans
-from prunelit.runtime.errors import BadOption, NoCalibration, PrunelitError
-from tests.tiny import tiny, tokens
+from prunelit.runtime.errors import BadOption, NoCalibration, PrunelitError, SourceNotFound
+from tests.tiny import tiny, tiny_tokenizer, tokens
 
 CUT: dict[str, Any] = {"ratio": 0.3, "align": 8, "windows": 4, "seqlen": 16}
 TEXTS = [" ".join(f"w{n * k % 89}" for n in range(60)) for k in range(8)]
@@ -94,7 +94,7 @@ def test_mistakes_get_one_line() -> None:
         ({"ratio": "much"}, "ratio"),
         ({"ratio": 0.3, "scope": "lyer"}, "did you mean 'layer'"),
         ({"ratio": 0.3, "text": 7}, "got a int"),
-        ({"ratio": 0.3, "text": "no such file.txt"}, "tokenizer"),
+        ({"ratio": 0.3, "text": "a text without a tokenizer"}, "tokenizer"),
         ({"ratio": 0.3, "method": "flpa"}, "did you mean 'flap'"),
         ({"ratio": 0.3, "method": torch.nn.Linear}, "a subclass of PruningCallback"),
         ({"ratio": 0.3, "method": prunelit.LLMBIP(0.3)}, "no options beside an instance"),
@@ -103,6 +103,9 @@ def test_mistakes_get_one_line() -> None:
         with pytest.raises(BadOption, match=message) as caught:
             prunelit.prune(model, **options)
         assert "\n" not in str(caught.value)
+    for name in ("no such file.txt", "no/such/file.jsonl", "builtin:nothing"):
+        with pytest.raises(SourceNotFound):
+            prunelit.prune(model, text=name, tokenizer=tiny_tokenizer(), **CUT)
     with pytest.raises(NoCalibration, match="nothing in it"):
         prunelit.prune(model, text=[], **CUT)
     wrapped = torch.nn.Sequential(model)

@@ -5,6 +5,7 @@ too early is found among all live objects, and refused before anything is cut.
 """
 
 import gc
+import os
 from typing import Any
 
 import torch
@@ -14,10 +15,10 @@ from prunelit.core.plan import PruningPlan
 from prunelit.pruning.live_references import list_optimizers_of
 from prunelit.pruning.method import PruningMethod
 from prunelit.pruning.method_options import build_method_by_name
-from prunelit.pruning.one_call import check_live_model, prune_live_model
+from prunelit.pruning.one_call import check_live_model, cut_by_saved_plan, prune_live_model
 from prunelit.runtime.errors import BadOption, StaleReference
 
-_OWN_OPTIONS = ("host", "method", "text", "tokenizer")
+_OWN_OPTIONS = ("host", "method", "text", "tokenizer", "plan")
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "_FabricModule", "DeepSpeedEngine")
 
 
@@ -28,13 +29,14 @@ def prune_in_loop(
     *,
     text: Any = None,
     tokenizer: Any = None,
+    plan: PruningPlan | str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> PruningPlan:
     """Cut a model in place inside a training loop, before its optimiser is built and before it is prepared.
 
     Every process calls it, and the plan is the same in all. `model.save_pretrained` and
     `accelerator.unwrap_model(model).save_pretrained` then write folders that `prunelit.load` reads. A run that goes on
-    from a saved state cuts by the saved plan first: `prune_in_loop(host, model, plan_file="state/plan.json")`.
+    from a saved state cuts by the saved plan first: `prune_in_loop(host, model, plan="state/plan.json")`.
 
     Args:
         host: an `Accelerator` or a `Fabric`, on whose device the model is scored; None: where the model is.
@@ -42,7 +44,8 @@ def prune_in_loop(
         method: name of a method (`python -m prunelit methods`), its class, or an instance such as `LLMBIP(ratio=0.2)`.
         text: what the method scores on, see `prunelit.prune`.
         tokenizer: of the model; None: from where the model was loaded.
-        options: of the method by name.
+        plan: of the run that goes on, or its file: the model gets these shapes, and its weights from your checkpoint.
+        options: of the method by name; none with `plan`.
 
     Raises:
         StaleReference: an optimiser was built on the model, or the model was prepared or wrapped; nothing was cut.
@@ -58,7 +61,9 @@ def prune_in_loop(
         ...
         prunelit.runtime.errors.StaleReference: optimizer SGD: expected one that is built after the cut, ...
     """
-    chosen = build_method_by_name(method, options, _OWN_OPTIONS)
+    chosen = None if plan is not None else build_method_by_name(method, options, _OWN_OPTIONS)
+    if plan is not None and options:
+        raise BadOption(f"plan: expected no options of a method beside it, got {', '.join(options)}; leave one out")
     device = getattr(host, "device", None)
     if host is not None and not isinstance(device, torch.device):
         raise BadOption(f"host: expected an Accelerator, a Fabric or None, got a {type(host).__name__}")
@@ -73,6 +78,8 @@ def prune_in_loop(
             f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds "
             f"{name}; call prune_in_loop first"
         )
+    if chosen is None:
+        return cut_by_saved_plan(model, plan or "")
     return prune_live_model(chosen, model, text, tokenizer, device)
 
 

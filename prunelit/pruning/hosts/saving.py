@@ -20,9 +20,7 @@ from prunelit.model.quiet import silence_transformers
 from prunelit.runtime.errors import BadOption, BadPlan
 
 PLAN_FILE = "plan.json"
-_ANOTHER_PLAN = (
-    "it was cut by another plan, or not at all; cut this model by plan.json of the checkpoint (plan_file=...)"
-)
+_ANOTHER_PLAN = "it was cut by another plan, or not at all; cut this model by plan.json of the checkpoint (plan=...)"
 
 
 def make_savable(model: Any, plan: PruningPlan) -> None:

@@ -4,6 +4,7 @@ The Trainer calls `on_init_end` at the end of its construction, when the model i
 `train` builds the optimiser and wraps the model. The cut happens there.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,10 @@ from prunelit.pruning.job import check_no_adapters
 from prunelit.pruning.live_references import WatchedModel, list_optimizers_of, list_stale_optimizers
 from prunelit.pruning.method import PruningMethod
 from prunelit.pruning.method_options import build_method_by_name
-from prunelit.pruning.one_call import check_live_model, prune_live_model
+from prunelit.pruning.one_call import check_live_model, cut_by_saved_plan, prune_live_model
 from prunelit.runtime.errors import BadOption, NoModel, StaleReference
 
-_OWN_OPTIONS = ("method", "text", "tokenizer")
+_OWN_OPTIONS = ("method", "text", "tokenizer", "plan")
 
 
 class PruneBeforeTraining(TrainerCallback):
@@ -38,7 +39,9 @@ class PruneBeforeTraining(TrainerCallback):
         method: name of a method (`python -m prunelit methods`), its class, or an instance such as `LLMBIP(ratio=0.2)`.
         text: what the method scores on, see `prunelit.prune`; None: its `calibration`, or "builtin:python-docs".
         tokenizer: None: the Trainer's `processing_class`, or that from where the model was loaded.
-        options: of the method by name.
+        plan: a saved plan or its file: the model gets these shapes, and its weights from the checkpoint to resume from.
+            Where `args.resume_from_checkpoint` names a folder, its plan.json is taken without being asked for.
+        options: of the method by name; none with `plan`.
 
     Raises:
         BadOption: no such method or option; on construction.
@@ -53,9 +56,13 @@ class PruneBeforeTraining(TrainerCallback):
         *,
         text: Any = None,
         tokenizer: Any = None,
+        plan: PruningPlan | str | os.PathLike[str] | None = None,
         **options: Any,
     ):
-        self.method = build_method_by_name(method, options, _OWN_OPTIONS)
+        if plan is not None and options:
+            raise BadOption(f"plan: expected no options of a method beside it, got {', '.join(options)}; leave one out")
+        self.method = None if plan is not None else build_method_by_name(method, options, _OWN_OPTIONS)
+        self._saved_plan = plan if isinstance(plan, PruningPlan | None) else PruningPlan.load(plan)
         self.text, self.tokenizer = text, tokenizer
         self.plan: PruningPlan | None = None
         self._watched: WatchedModel | None = None
@@ -83,14 +90,18 @@ class PruneBeforeTraining(TrainerCallback):
                 f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds "
                 f"{name}; let the Trainer build it (args.optim), or override create_optimizer"
             )
-        self.method.run_cache = self.method.cache = ResultCache(Path(args.output_dir) / "kept")
-        if self.method.given_plan is None and isinstance(args.resume_from_checkpoint, str):
-            saved = Path(args.resume_from_checkpoint) / PLAN_FILE
-            self.method.given_plan = PruningPlan.load(saved) if saved.is_file() else None
         self._watched = WatchedModel(model)
-        tokenizer = self.tokenizer if self.tokenizer is not None else others.get("processing_class")
-        device = None if next(model.parameters()).is_cuda else args.device
-        self.plan = prune_live_model(self.method, model, self.text, tokenizer, device)
+        saved_plan = self._saved_plan
+        if saved_plan is None and isinstance(args.resume_from_checkpoint, str):
+            file = Path(args.resume_from_checkpoint) / PLAN_FILE
+            saved_plan = PruningPlan.load(file) if file.is_file() else None
+        if saved_plan is not None or self.method is None:
+            self.plan = cut_by_saved_plan(model, saved_plan or "")
+        else:
+            self.method.run_cache = self.method.cache = ResultCache(Path(args.output_dir) / "kept")
+            tokenizer = self.tokenizer if self.tokenizer is not None else others.get("processing_class")
+            device = None if next(model.parameters()).is_cuda else args.device
+            self.plan = prune_live_model(self.method, model, self.text, tokenizer, device)
         cut, self._is_cut = model, lambda other: other is cut
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **others: Any) -> None:

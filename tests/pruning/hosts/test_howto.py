@@ -28,4 +28,10 @@ def test_a_block_runs(host: str, block: str, tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_page_shows_every_host() -> None:
-    assert [host for host, _ in BLOCKS] == ["In a notebook", "transformers' Trainer", "TRL", "accelerate", "Lightning Fabric"]
+    assert [host for host, _ in BLOCKS] == [
+        "In a notebook",
+        "transformers' Trainer",
+        "TRL",
+        "accelerate",
+        "Lightning Fabric",
+    ]

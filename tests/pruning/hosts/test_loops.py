@@ -36,7 +36,7 @@ def test_accelerate_saves_a_state_and_goes_on(tmp_path: Path) -> None:
 
     accelerator.free_memory()
     again = tiny("llama")
-    prunelit.prune_in_loop(accelerator, again, plan_file=str(tmp_path / "state" / "plan.json"))
+    prunelit.prune_in_loop(accelerator, again, plan=str(tmp_path / "state" / "plan.json"))
     again, optimizer = accelerator.prepare(again, torch.optim.AdamW(again.parameters(), lr=1e-3))
     accelerator.load_state(str(tmp_path / "state"))
     train_step(again, optimizer, accelerator.backward)
@@ -56,7 +56,7 @@ def test_fabric_saves_a_state_and_goes_on(tmp_path: Path) -> None:
     assert torch.equal(prunelit.load(tmp_path / "model")(ROWS).logits, expected)
 
     again = tiny("llama")
-    prunelit.prune_in_loop(fabric, again, plan_file=str(tmp_path / "plan.json"))
+    prunelit.prune_in_loop(fabric, again, plan=str(tmp_path / "plan.json"))
     live, optimizer = fabric.setup(again, torch.optim.AdamW(again.parameters(), lr=1e-3))
     fabric.load(tmp_path / "state.ckpt", {"model": live, "optimizer": optimizer})
     train_step(live, optimizer, fabric.backward)
@@ -80,6 +80,8 @@ def test_what_was_built_too_early_is_refused_before_the_cut() -> None:
     for given in (model, wrapped):
         with pytest.raises(StaleReference, match="one that _FabricModule holds"):
             prunelit.prune_in_loop(fabric, given, "magnitude", ratio=0.3)
+    with pytest.raises(BadOption, match="plan: expected no options of a method beside it, got ratio"):
+        prunelit.prune_in_loop(None, model, plan="plan.json", ratio=0.3)
     with pytest.raises(BadOption, match="host: expected an Accelerator, a Fabric or None, got a str"):
         prunelit.prune_in_loop("cpu", model, "magnitude", ratio=0.3)
     assert model.num_parameters() == size

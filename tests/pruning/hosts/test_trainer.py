@@ -60,9 +60,9 @@ def test_another_cut_is_no_start_for_a_resumed_run(tmp_path: Path) -> None:
     trainer.train()
     checkpoint = tmp_path / "checkpoint-1"
     other = build(tmp_path, tiny("llama"), PruneBeforeTraining("magnitude", ratio=0.6, align=8), steps=2)
-    with pytest.raises(BadPlan, match=r"expected shape .* cut by another plan, .*plan_file"):
+    with pytest.raises(BadPlan, match=r"expected shape .* cut by another plan, .*plan=..."):
         other.train(resume_from_checkpoint=str(checkpoint))
-    by_plan = PruneBeforeTraining("magnitude", plan_file=str(checkpoint / "plan.json"))
+    by_plan = PruneBeforeTraining(plan=checkpoint / "plan.json")
     build(tmp_path, tiny("llama"), by_plan, steps=2).train(resume_from_checkpoint=str(checkpoint))
     named = PruneBeforeTraining("magnitude", ratio=0.6, align=8)
     build(tmp_path, tiny("llama"), named, resume_from_checkpoint=str(checkpoint))
