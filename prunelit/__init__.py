@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from prunelit.core.scores import LayerScores as LayerScores
     from prunelit.data.loading import load as load
     from prunelit.data.loading import load_tokenizer as load_tokenizer
+    from prunelit.evaluation.live import EvaluationResult as EvaluationResult
+    from prunelit.evaluation.live import evaluate as evaluate
     from prunelit.export.write import save as save
     from prunelit.model.decoder import Decoder as Decoder
     from prunelit.model.surgery import apply as apply
@@ -43,15 +45,23 @@ if TYPE_CHECKING:
     from prunelit.monitoring.dashboard import Dashboard as Dashboard
     from prunelit.pruning.callback import PruningCallback as PruningCallback
     from prunelit.pruning.context import PruningContext as PruningContext
-    from prunelit.pruning.method import plan as plan
+    from prunelit.pruning.hosts.loops import prune_in_loop as prune_in_loop
+    from prunelit.pruning.hosts.trainer import PruneBeforeTraining as PruneBeforeTraining
+    from prunelit.pruning.one_call import plan as plan
+    from prunelit.pruning.one_call import prune as prune
     from prunelit.pruning.restore import restore as restore
     from prunelit.recovery.datamodule import TextDataModule as TextDataModule
+    from prunelit.recovery.live import recover as recover
     from prunelit.recovery.module import RecoveryModule as RecoveryModule
+    from prunelit.report.figures.plans import draw_plan as draw_plan
     from prunelit.runtime.errors import PrunelitError as PrunelitError
 
 _HOME = {
     # Verbs
-    "plan": "prunelit.pruning.method",
+    "prune": "prunelit.pruning.one_call",
+    "plan": "prunelit.pruning.one_call",
+    "recover": "prunelit.recovery.live",
+    "evaluate": "prunelit.evaluation.live",
     "apply": "prunelit.model.surgery",
     "save": "prunelit.export.write",
     "load": "prunelit.data.loading",
@@ -61,6 +71,8 @@ _HOME = {
     # Plans
     "PruningPlan": "prunelit.core.plan",
     "LayerPlan": "prunelit.core.plan",
+    "draw_plan": "prunelit.report.figures.plans",
+    "EvaluationResult": "prunelit.evaluation.live",
     # Methods
     "Best": "prunelit.callbacks",
     "BlockPruner": "prunelit.callbacks",
@@ -87,6 +99,8 @@ _HOME = {
     "Mixture": "prunelit.core.declaration",
     "register": "prunelit.core.architectures",
     # Jobs
+    "PruneBeforeTraining": "prunelit.pruning.hosts.trainer",
+    "prune_in_loop": "prunelit.pruning.hosts.loops",
     "RecoveryModule": "prunelit.recovery.module",
     "TextDataModule": "prunelit.recovery.datamodule",
     "Dashboard": "prunelit.monitoring.dashboard",

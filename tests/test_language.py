@@ -17,6 +17,7 @@ SOURCES = {
 EMPTY_NAMES = {"found", "said", "wanted", "both", "seen", "mine", "theirs"}
 # One-word functions: verbs of the package, and interfaces that other code calls by this name.
 VERBS = {"plan", "apply", "save", "load", "observe", "perplexity", "register", "methods", "main", "run", "restore"}
+VERBS |= {"prune", "recover", "evaluate"}
 COPIED = "model/per_layer.py"  # its source is in saved folders, so it stays as it is
 
 

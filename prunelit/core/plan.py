@@ -5,8 +5,10 @@ layer a line (see `prunelit.core.plan_json`), hashed, compared across ranks, edi
 machine without the scores.
 """
 
+import base64
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from html import escape
@@ -232,8 +234,20 @@ class PruningPlan:
             f"{len(self.layers)} layers, {removed:.2%} of their parameters removed>"
         )
 
+    def plot(self) -> Any:
+        """Draw which units stay in every layer: a matplotlib figure, which notebooks show and `savefig` writes."""
+        # Pictures belong to `report`, which core does not know. The front of the package, which is imported before
+        # any module of it, names who draws, and imports that on first use.
+        return sys.modules["prunelit"].draw_plan(self)
+
     def _repr_html_(self) -> str:
-        """What notebooks show: totals, and a row for every run of layers that keep as much."""
+        """What notebooks show: the table, and the picture below it."""
+        data = base64.b64encode(self.plot()._repr_png_()).decode()
+        picture = f'<img alt="units that stay, layer by layer" src="data:image/png;base64,{data}">'
+        return self.render_table_html() + picture
+
+    def render_table_html(self) -> str:
+        """Render totals, and a row for every run of layers that keep as much, as HTML."""
         predicted = self.predicted
         totals = (
             f"{escape(self.method)} on {escape(self.model.name or self.model.model_type)}: "

@@ -170,7 +170,7 @@ def _notify_of_builtin(source: str) -> None:
 
 
 def draw_windows(
-    sources: str | Sequence[str],
+    sources: str | Sequence[str] | TextRows,
     tokenizer: Any,
     seqlen: int,
     count: int | None = None,
@@ -180,7 +180,7 @@ def draw_windows(
     """Draw windows of token ids from one or several sources, mixed evenly.
 
     Args:
-        sources: one or more text sources.
+        sources: one or more text sources, or the rows of a text.
         tokenizer: a transformers tokenizer.
         seqlen: tokens per window.
         count: number of windows over all sources; None: all windows. A source with fewer windows causes a warning.
@@ -202,7 +202,7 @@ def draw_windows(
         >>> draw_windows("builtin:python-docs", tokenizer, seqlen=8).shape
         torch.Size([2, 8])
     """
-    names = [sources] if isinstance(sources, str) else list(sources)
+    names: list[str | TextRows] = [sources] if isinstance(sources, str | TextRows) else list(sources)
     if not names:
         raise BadOption(f"text: expected at least one source, got none; the built-in one is {BUILTIN_TEXT!r}")
     if seqlen < 2 or (count is not None and count < len(names)):
@@ -217,8 +217,9 @@ def draw_windows(
             source, tokenizer, seqlen, share, None if seed is None else seed + number, stride
         )
         if share is not None and len(source_windows) < share:
+            name = source if isinstance(source, str) else source.source
             warnings.warn(
-                f"text {source!r}: {share} windows of {seqlen} tokens asked for, it has {len(source_windows)}",
+                f"text {name!r}: {share} windows of {seqlen} tokens asked for, it has {len(source_windows)}",
                 stacklevel=2,
             )
         windows.append(source_windows)
@@ -226,10 +227,11 @@ def draw_windows(
 
 
 def _draw_source_windows(
-    source: str, tokenizer: Any, seqlen: int, count: int | None, seed: int | None, stride: int | None
+    source: str | TextRows, tokenizer: Any, seqlen: int, count: int | None, seed: int | None, stride: int | None
 ) -> Tensor:
     """`draw_windows` of one source."""
-    rows = open_text_rows(source)
+    rows = open_text_rows(source) if isinstance(source, str) else source
+    source = rows.source
     if count is not None and seed is not None and stride is None and is_drawn_by_rows(rows, seqlen, count):
         windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
         if len(windows) == count:
@@ -244,7 +246,7 @@ def _draw_source_windows(
     return windows[:count]
 
 
-def check_stride(stride: int | None, seqlen: int, sources: Sequence[str]) -> None:
+def check_stride(stride: int | None, seqlen: int, sources: Sequence[object]) -> None:
     """Check the stride of overlapping windows.
 
     Args:

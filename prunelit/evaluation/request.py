@@ -5,7 +5,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from torch import Tensor
+
 from prunelit.data.eval_texts import resolve_text_sources
+from prunelit.data.rows.text_rows import TextRows
 from prunelit.evaluation import tasks
 from prunelit.evaluation.perplexities import Text
 from prunelit.evaluation.samples import Samples
@@ -20,7 +23,7 @@ class EvaluationRequest:
     Attributes:
         texts: texts for perplexity.
         data: folder of their files; None where they come from elsewhere.
-        sources: the texts' sources, resolved against `data`.
+        sources: the texts' sources, resolved against `data`; or rows, or windows of token ids [N, S].
         definitions: {task: path of its YAML}.
         files: {task: its local file}; empty where rows come from the hub.
         limit: items of each task; None for all.
@@ -35,7 +38,7 @@ class EvaluationRequest:
 
     texts: Mapping[str, Text] = field(default_factory=dict)
     data: str | None = None
-    sources: Mapping[str, list[str]] = field(default_factory=dict)
+    sources: Mapping[str, list[str] | TextRows | Tensor] = field(default_factory=dict)
     definitions: Mapping[str, str] = field(default_factory=dict)
     files: Mapping[str, Path] = field(default_factory=dict)
     limit: int | None = None

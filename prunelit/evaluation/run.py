@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prunelit.calibration import metrics
 from prunelit.calibration.result_cache import ResultCache
-from prunelit.data import loading, sources, text
+from prunelit.data import text
 from prunelit.data.loading import choose_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
@@ -183,10 +183,10 @@ class Evaluation:
         self.subjects, self.request, self.cache = subjects, request, cache
         for name, text_options in request.texts.items():
             for subject in subjects.values():
-                sources.check_sequence_length(subject.source, text_options.seqlen, f"texts.{name}.seqlen")
+                subject.check_length(text_options.seqlen, f"texts.{name}.seqlen")
         _check_same_dtype({dtype for subject in subjects.values() if (dtype := subject.predict_dtype())})
         self.device = choose_device(next(iter(subjects.values())).device)
-        self.tokenizers = {role: loading.load_tokenizer(subject.source) for role, subject in subjects.items()}
+        self.tokenizers = {role: subject.load_tokenizer() for role, subject in subjects.items()}
         if request.samples:
             for tokenizer in self.tokenizers.values():
                 request.samples.check_chat_template(tokenizer)
@@ -225,10 +225,10 @@ class Evaluation:
     # One model -------------------------------------------------------------------------------------------------------
 
     def _draw_windows(self, name: str, options: Text) -> Tensor:
+        if isinstance(given := self.request.sources[name], Tensor):
+            return given
         windows = [
-            text.draw_windows(
-                self.request.sources[name], tokenizer, options.seqlen, options.windows, stride=options.stride
-            )
+            text.draw_windows(given, tokenizer, options.seqlen, options.windows, stride=options.stride)
             for tokenizer in self.tokenizers.values()
         ]
         perplexities.check_same_tokens(name, windows[0], windows[-1])

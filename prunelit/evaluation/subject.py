@@ -1,10 +1,10 @@
 """A model to evaluate: any source, with a PEFT adapter merged into it where one is given."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunelit.data import sources
-from prunelit.data.loading import choose_device, load_on_device
+from prunelit.data.loading import choose_device, load_on_device, load_tokenizer
 from prunelit.data.option_types import Dtype
 from prunelit.model.decoder import Decoder
 from prunelit.model.stored.folder import read_model_config
@@ -48,6 +48,22 @@ class EvaluatedModel:
         choose_device(self.device)
         if self.adapter is not None:
             adapter_files.check_adapter(self.adapter, self.source)
+
+    def check_length(self, seqlen: int, name: str) -> None:
+        """Check the tokens of a window against the model's context; `name` is that of the option.
+
+        Raises:
+            BadOption: the window is longer.
+        """
+        sources.check_sequence_length(self.source, seqlen, name)
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer.
+
+        Raises:
+            SourceNotFound: there is none.
+        """
+        return load_tokenizer(self.source)
 
     def predict_dtype(self) -> str | None:
         """Predict the dtype of the loaded model from its config; None where only loading can tell."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -44,7 +43,6 @@ from prunelit.pruning.live_references import WatchedModel, check_attributes, che
 from prunelit.pruning.method import PruningMethod, Repair
 from prunelit.pruning.restore import holds_weights
 from prunelit.pruning.resume import find_plan_beside, find_resumed_plan, get_plan_file_name
-from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import broadcast_from_rank_zero
 from prunelit.runtime.errors import BadOption, BadPlan, NoCalibration
 from prunelit.runtime.fingerprints import fingerprint_batches, fingerprint_weights
@@ -319,15 +317,7 @@ class PruningCallback(PruningMethod, Callback):
                 f"{type(self).__name__}: no calibration text: expected calibration=... (a text source), a "
                 "datamodule with calibration_dataloader(), or train batches that hold 'input_ids'; got none of these"
             )
-        self._calibration_record = {
-            "source": [source],
-            "windows": sum(len(batch["input_ids"]) for batch in batches),
-            "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
-            "fingerprint": fingerprints.fingerprint_token_ids(
-                torch.cat([batch["input_ids"].flatten() for batch in batches])
-            ),
-        }
-        return batches
+        return self.record_calibration(batches, source)
 
 
 def find_pruner(trainer: Trainer, wanted_by: str | None = None) -> PruningCallback | None:

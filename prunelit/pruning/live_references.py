@@ -4,6 +4,7 @@ A cut puts new parameters in place of old ones, and takes whole modules away. Th
 optimiser holds the old ones. So they are watched through weak references, and looked for when all of the job is built.
 """
 
+import gc
 import itertools
 import re
 import types
@@ -139,6 +140,38 @@ def list_averaging_callbacks(callbacks: Iterable[Callback]) -> list[Callback]:
         []
     """
     return [callback for callback in callbacks if isinstance(callback, WeightAveraging | StochasticWeightAveraging)]
+
+
+def list_optimizers_of(model: nn.Module) -> list[tuple[Any, str]]:
+    """List the live optimisers, whoever holds them, that were built on parameters of a model, with a name of these.
+
+    Args:
+        model: about to be cut.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters())
+        >>> [(found is optimizer, name) for found, name in list_optimizers_of(model)]
+        [(True, 'weight')]
+    """
+    return _list_optimizers_with({id(value): (name, value) for name, value in model.named_parameters()})
+
+
+def list_stale_optimizers(watched: WatchedModel) -> list[tuple[Any, str]]:
+    """List the live optimisers that hold parameters which a cut has replaced, with a name of these.
+
+    Example: see `prunelit.pruning.one_call`, which uses it.
+    """
+    return _list_optimizers_with(_list_replaced_by_id(watched))
+
+
+def _list_optimizers_with(names: Mapping[int, tuple[str, Any]]) -> list[tuple[Any, str]]:
+    if not names:
+        return []
+    # By the type alone: asking isinstance would run the code of proxies among the objects.
+    live = [each for each in gc.get_objects() if issubclass(type(each), torch.optim.Optimizer)]
+    held = ((each, next((p for p in _list_optimizer_parameters(each) if id(p) in names), None)) for each in live)
+    return [(each, names[id(parameter)][0]) for each, parameter in held if parameter is not None]
 
 
 def _list_optimizer_parameters(optimizer: Any) -> list[Tensor]:

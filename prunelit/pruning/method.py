@@ -31,6 +31,7 @@ from prunelit.calibration.result_cache import CachedResult, ResultCache
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
+from prunelit.data.given_text import is_tokenised, parse_given_text, split_given_batches
 from prunelit.data.sources import read_decoder_facts
 from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
@@ -625,35 +626,42 @@ class PruningMethod(EventSource):
         """Time a stage of the work into `seconds`, and emit it."""
         return time_stage(name, self.seconds, self.emit)
 
-    def make_batches(self, sources: str | Sequence[str], tokenizer: Any) -> list[Batch]:
-        """Calibration batches from text sources: `windows` windows of `seqlen` tokens, drawn with `seed`.
+    def make_batches(self, sources: Any, tokenizer: Any) -> list[Batch]:
+        """Calibration batches from text: `windows` windows of `seqlen` tokens, drawn with `seed`.
 
         With the processor of a multimodal model in place of a tokenizer, a source whose rows have pictures gives
         batches of one row, see `prunelit.data.pictures`.
-        """
-        names = [sources] if isinstance(sources, str) else list(sources)
-        if pictures.is_processor(tokenizer):
-            if len(names) == 1 and pictures.has_pictures(names[0]):
-                return self._make_picture_batches(names[0], tokenizer)
-            tokenizer = tokenizer.tokenizer
-        ids = text.draw_windows(sources, tokenizer, self.seqlen, self.windows, self.seed)
-        self._calibration_record = {
-            "source": names,
-            "windows": len(ids),
-            "seqlen": self.seqlen,
-            "fingerprint": fingerprints.fingerprint_token_ids(ids),
-        }
-        return split_into_batches(ids)
 
-    def _make_picture_batches(self, source: str, processor: Any) -> list[Batch]:
-        batches = pictures.make_picture_batches(source, processor, self.windows, self.seed)
+        Args:
+            sources: text source(s), texts, or batches of token ids, see `prunelit.data.given_text`.
+            tokenizer: not read where batches are given.
+        """
+        given = parse_given_text(sources, self.windows * self.seqlen, self.windows)
+        if is_tokenised(given):
+            return self.record_calibration(split_given_batches(given), "batches given in Python")
+        if pictures.is_processor(tokenizer):
+            if isinstance(given, list) and len(given) == 1 and pictures.has_pictures(given[0]):
+                batches = pictures.make_picture_batches(given[0], tokenizer, self.windows, self.seed)
+                return self.record_calibration(batches, given[0])
+            tokenizer = tokenizer.tokenizer
+        ids = text.draw_windows(given, tokenizer, self.seqlen, self.windows, self.seed)
+        return self.record_calibration(
+            split_into_batches(ids), *([given.source] if hasattr(given, "source") else given)
+        )
+
+    def record_calibration(self, batches: list[Batch], *sources: str) -> list[Batch]:
+        """Record for the plan what is scored on; returns the batches.
+
+        Args:
+            batches: at least one.
+            sources: where they come from.
+        """
+        ids = [batch["input_ids"].flatten().cpu() for batch in batches]
         self._calibration_record = {
-            "source": [source],
-            "windows": len(batches),
+            "source": list(sources),
+            "windows": sum(len(batch["input_ids"]) for batch in batches),
             "seqlen": max(batch["input_ids"].shape[1] for batch in batches),
-            "fingerprint": fingerprints.fingerprint_token_ids(
-                torch.cat([batch["input_ids"].flatten() for batch in batches])
-            ),
+            "fingerprint": fingerprints.fingerprint_token_ids(torch.cat(ids)),
         }
         return batches
 
@@ -677,36 +685,3 @@ def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: An
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:
     return [None if layer is None else [float(score) for score in layer.tolist()] for layer in scores]
-
-
-def plan(
-    model: nn.Module | Decoder,
-    method: str | type[PruningMethod] | PruningMethod = "llm_bip",
-    batches: Sequence[Batch] = (),
-    **options: Any,
-) -> PruningPlan:
-    """Plan a cut without carrying it out: what `prunelit.apply(model, plan)` would remove.
-
-    Args:
-        model: dense transformers causal LM, or its `Decoder`; it stays as it is.
-        method: name of a method (`python -m prunelit methods`), its class, or an instance.
-        batches: calibration set, `[{"input_ids": token ids [B, S]}, ...]`; none for methods that read no text.
-        options: of the method; `ratio`, or a target such as `parameters`, at least; not with an instance.
-
-    Raises:
-        BadOption: no such method, or options beside an instance; PrunelitError: as `PruningMethod.plan_model`.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "vocab_size": 32}
-        >>> model = LlamaForCausalLM(LlamaConfig(num_attention_heads=4, num_key_value_heads=2, **sizes))
-        >>> plan(model, "magnitude", ratio=0.5, align=8).layers[0].widths
-        (2, 1, 8)
-    """
-    if isinstance(method, PruningMethod):
-        if options:
-            raise BadOption(f"method: expected no options beside an instance, got {', '.join(options)}")
-        return method.plan_model(model, batches)
-    kind = registry.method_class(method) if isinstance(method, str) else method
-    instance: PruningMethod = kind(**options)
-    return instance.plan_model(model, batches)

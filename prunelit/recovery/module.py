@@ -146,9 +146,7 @@ class RecoveryModule(LightningModule):
         quantize.check_base_options(base, group_size)
         if optimizer != "adamw":
             quantize.import_bitsandbytes(f"model.optimizer {optimizer}")
-        sources.check_model_source(model)
-        if config := read_model_config(Path(model).expanduser()):
-            quantize.check_base_fits_config(base, SimpleNamespace(**config))
+        self.check_source(model, base)
         self.save_hyperparameters()
         # A checkpoint holds trainable weights only; on_load_checkpoint checks that none of these is missing.
         self.strict_loading = False
@@ -169,12 +167,22 @@ class RecoveryModule(LightningModule):
         options["model"] = Path(str(options["model"])).name or "model"
         return options
 
+    def check_source(self, model: str, base: quantize.Base) -> None:
+        """Check the model source on construction, as far as that is possible without loading it."""
+        sources.check_model_source(model)
+        if config := read_model_config(Path(model).expanduser()):
+            quantize.check_base_fits_config(base, SimpleNamespace(**config))
+
     # Building, in the order in which Lightning calls --------------------------------------------------------------
 
     def load_model(self) -> None:
         """Load the base model, once. Pruning callbacks call this in their `setup`, which runs before this module's."""
         if self.model is None:
             self.model = loading.load(self.hparams["model"], self.hparams["dtype"]).train()
+
+    def load_teacher_model(self) -> Any:
+        """Load the dense model that the loss "distill" compares with."""
+        return loading.load(self.hparams["model"], self.hparams["dtype"])
 
     def setup(self, stage: str) -> None:
         self.load_model()
@@ -249,7 +257,7 @@ class RecoveryModule(LightningModule):
 
     def _load_teacher(self) -> None:
         """Load the dense model as a frozen teacher. It shares parameters that are neither pruned nor trained."""
-        dense = loading.load(self.hparams["model"], self.hparams["dtype"]).eval().requires_grad_(False)
+        dense = self.load_teacher_model().eval().requires_grad_(False)
         if self.hparams["lora_rank"] and not sharding.is_sharded_strategy(self.trainer.strategy):
             student_parameters = dict(self.model.named_parameters(remove_duplicate=False))
             for path, module in dense.named_modules():

@@ -1,7 +1,9 @@
 """A plan reads well and takes small edits; an edit that makes no plan is refused."""
 
+import base64
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -19,8 +21,8 @@ def test_repr_is_one_line_that_says_what_goes() -> None:
 @given(plans())
 def test_representations_never_fail_and_escape(plan: PruningPlan) -> None:
     assert "\n" not in repr(replace(plan, method="x"))
-    HTMLParser().feed(plan._repr_html_())
-    assert "<script>" not in replace(plan, method="<script>")._repr_html_()
+    HTMLParser().feed(plan.render_table_html())
+    assert "<script>" not in replace(plan, method="<script>").render_table_html()
 
 
 def test_html_joins_layers_that_keep_as_much() -> None:
@@ -28,6 +30,16 @@ def test_html_joins_layers_that_keep_as_much() -> None:
     assert html.count("<tr><td>") == 2
     assert "<td>0</td><td>2 of 8</td><td>1 of 4</td><td>2 of 96</td>" in html
     assert "<td>1 to 2</td><td>8 of 8</td>" in html
+
+
+def test_a_plan_is_drawn_and_shown_below_its_table(tmp_path: Path) -> None:
+    plan = plan_of(LayerPlan((0, 1), (0,), (1, 5)))
+    figure = plan.plot()
+    assert {panel.get_xlabel() for panel in figure.axes} == {"KV groups", "query heads", "FFN channels, %"}
+    figure.savefig(tmp_path / "plan.png")
+    table, _, picture = plan._repr_html_().partition('<img alt="units that stay, layer by layer" src="')
+    assert table == plan.render_table_html()
+    assert base64.b64decode(picture.removeprefix("data:image/png;base64,").removesuffix('">'))[:4] == b"\x89PNG"
 
 
 def test_replace_layer_changes_that_layer_alone() -> None:

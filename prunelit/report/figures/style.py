@@ -8,6 +8,7 @@ A figure is as wide as a phone's screen; a wide page shows figures side by side.
 import io
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -192,6 +193,23 @@ def encode_png(figure: "Figure", dots_per_inch: int = 160) -> bytes:
     with apply_style():
         figure.savefig(buffer, format="png", dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
+
+
+def make_notebook_figure(figure: "Figure") -> "Figure":
+    """Let notebooks show a figure that is the last value of a cell, whether or not pyplot is imported.
+
+    Args:
+        figure: a matplotlib figure.
+
+    Returns:
+        The same figure.
+
+    Example:
+        >>> make_notebook_figure(create_figure(1.0))._repr_png_()[:4]
+        b'\\x89PNG'
+    """
+    figure._repr_png_ = partial(encode_png, figure)  # type: ignore[attr-defined]
+    return figure
 
 
 def encode_svg(figure: "Figure") -> str:
