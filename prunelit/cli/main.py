@@ -41,8 +41,8 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `init` and `methods` takes --config FILE_OR_NAME, --print_config and --help. --verbose, of every",
-            "command: stages with their seconds, what libraries say, and the traceback of an error.",
+            "Every command but `init` and `methods` takes --config FILE_OR_NAME, --print_config and --help. All take",
+            "--verbose: stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
 

@@ -163,4 +163,3 @@ def compute_sha256(path: Path) -> str:
     """
     with show_stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-

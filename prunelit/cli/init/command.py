@@ -32,7 +32,7 @@ def answer_init_command(arguments: list[str]) -> str:
 
     Example:
         >>> answer_init_command(["--list"]).splitlines()[1].split()[0]
-        'attach/job'
+        'compare-7b'
     """
     options = [word for word in arguments if word.startswith("-")]
     folders = [word for word in arguments if not word.startswith("-")]
@@ -103,7 +103,7 @@ def _render_list() -> str:
     """Write every name with the first line of its file."""
     names = list_shipped_names()
     width = max(map(len, names))
-    lines = ["Files that every command takes by name, as in `--config quickstart`:"]
+    lines = ["Files that --config takes by name; the first lines of each say which command it is for:"]
     for name in names:
         path = find_shipped_file(name)
         first = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ") if path else ""

@@ -6,7 +6,6 @@ A clone has them at its top, in configs/ and callbacks/; the wheel carries the s
 import difflib
 from pathlib import Path, PurePosixPath
 
-import prunelit
 from prunelit.runtime.errors import suggest_file
 
 FOLDERS = ("configs", "callbacks")
@@ -19,13 +18,13 @@ def get_shipped_folder() -> Path:
         >>> (get_shipped_folder() / "configs" / "quickstart.yaml").is_file()
         True
     """
-    package = Path(prunelit.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[2]
     installed = package / "shipped"
     return installed if installed.is_dir() else package.parent
 
 
 def list_shipped_names() -> list[str]:
-    """List the names of all YAML files: of those in configs/ without the folder, as `--config` takes them.
+    """List the names that `--config` takes: those of the files in configs/ stand without that folder.
 
     Example:
         >>> {"quickstart", "methods/flap", "callbacks/flap"} <= set(list_shipped_names())
@@ -33,7 +32,8 @@ def list_shipped_names() -> list[str]:
     """
     root = get_shipped_folder()
     paths = [path.relative_to(root) for folder in FOLDERS for path in sorted((root / folder).rglob("*.yaml"))]
-    return [path.with_suffix("").as_posix().removeprefix("configs/") for path in paths]
+    names = [path.with_suffix("").as_posix().removeprefix("configs/") for path in paths]
+    return [name for name in names if not name.startswith("attach/")]  # options of another program
 
 
 def find_shipped_file(name: str) -> Path | None:
@@ -93,7 +93,7 @@ def suggest_config(value: str) -> str:
     """
     if beside := suggest_file(value):
         return beside
-    stem = value.removesuffix(".yaml").removesuffix(".yml").removeprefix("./").removeprefix("configs/")
+    stem = value.removesuffix(".yaml").removeprefix("./").removeprefix("configs/")
     names = list_shipped_names()
     same_file = [name for name in names if name.rpartition("/")[2] == stem]
     matches = same_file or difflib.get_close_matches(stem, names, n=3, cutoff=0.7)
