@@ -34,6 +34,7 @@ _MEMORY_OPTIONS = {
 """What the user can lower when memory runs out, for each command."""
 _EXTRAS = {
     "bitsandbytes": "nf4",
+    "gguf": "gguf",
     "lm_eval": "zeroshot",
     "wandb": "wandb",
     "xllamacpp": "llamacpp",

@@ -273,8 +273,8 @@ def fetch_model_source(source: str) -> None:
 
     Example: see `prunelit.data.builtin_models`.
     """
-    found = resolve_model_source(source)
-    if Path(found).is_dir():
+    location = resolve_model_source(source)
+    if Path(location).is_dir():
         return
     from huggingface_hub import snapshot_download
 

@@ -77,8 +77,8 @@ def resolve_config_path(value: str) -> str:
         is_taken = "\n" in value or value.lstrip().startswith("{") or (path.exists() and not path.is_dir())
     except (OSError, ValueError):  # longer than the system's paths, or with a null character
         return value
-    found = None if is_taken else find_shipped_file(value)
-    return value if found is None else str(found)
+    shipped_file = None if is_taken else find_shipped_file(value)
+    return value if shipped_file is None else str(shipped_file)
 
 
 def suggest_config(value: str) -> str:
