@@ -30,7 +30,7 @@ from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
+QUICKSTART = yaml.safe_load((ROOT / "configs" / "compare.yaml").read_text())["model"]
 SEARCHES = get_args(SearchMethod)
 
 

@@ -31,7 +31,7 @@ from prunelit.runtime.text_files import write_json
 from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = yaml.safe_load((ROOT / "configs" / "quickstart.yaml").read_text())["model"]["model"]
+QUICKSTART = yaml.safe_load((ROOT / "configs" / "compare.yaml").read_text())["model"]
 
 
 def main() -> None:

@@ -5,9 +5,9 @@ import tomllib
 from pathlib import Path
 
 import yaml
-from setuptools import find_packages
 
 import prunelit
+from prunelit.cli.init.files import FOLDERS
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -20,15 +20,22 @@ def test_the_citation_is_of_this_version() -> None:
     assert cited["license"] == PROJECT["project"]["license"]
 
 
-def test_every_folder_with_modules_is_a_package_that_is_built() -> None:
-    wanted = {
-        ".".join(path.parent.relative_to(ROOT).parts)
-        for path in (ROOT / "prunelit").rglob("*")
-        if path.suffix in (".py", ".pyi", ".jinja")
-    }
-    find = PROJECT["tool"]["setuptools"]["packages"]["find"]
-    assert find.pop("namespaces") is False
-    assert set(find_packages(str(ROOT), **find)) == wanted
+def test_every_folder_with_modules_is_a_package() -> None:
+    """A folder without __init__.py is built all the same, and found by nothing."""
+    folders = {path.parent for path in (ROOT / "prunelit").rglob("*.py")}
+    assert [folder for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_the_wheel_takes_the_configs_to_where_they_are_looked_for() -> None:
+    wheel = PROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["packages"] == ["prunelit"]
+    assert wheel["force-include"] == {folder: f"prunelit/shipped/{folder}" for folder in FOLDERS}
+    assert all((ROOT / folder).is_dir() for folder in FOLDERS)
+
+
+def test_the_quickstart_needs_no_extra() -> None:
+    names = {re.split(r"[\[<>=,]", requirement)[0] for requirement in PROJECT["project"]["dependencies"]}
+    assert "gguf" in names
 
 
 def test_hooks_have_the_pins_of_the_constraints() -> None:

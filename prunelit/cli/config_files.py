@@ -15,10 +15,11 @@ from typing import Any
 
 import yaml
 
+from prunelit.cli.init.files import resolve_config_path, suggest_config
 from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning import registry
 from prunelit.pruning.registry import list_broken_files, methods
-from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_file, suggest_name
+from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
 from prunelit.runtime.parser_messages import condense_message
 
 _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
@@ -37,6 +38,25 @@ def list_config_paths(arguments: list[str]) -> list[str]:
     """
     separate = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
     return separate + [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+
+
+def resolve_config_names(arguments: list[str]) -> list[str]:
+    """Replace names of config files that come with prunelit by their paths, in every --config of a command line.
+
+    Args:
+        arguments: command line after the command.
+
+    Example:
+        >>> [Path(word).name for word in resolve_config_names(["--config", "quickstart", "--config=callbacks/flap"])]
+        ['--config', 'quickstart.yaml', 'flap.yaml']
+    """
+    resolved = list(arguments)
+    for index, word in enumerate(arguments):
+        if index and arguments[index - 1] == "--config":
+            resolved[index] = resolve_config_path(word)
+        elif word.startswith("--config="):
+            resolved[index] = f"--config={resolve_config_path(word.partition('=')[2])}"
+    return resolved
 
 
 def check_config_files(arguments: list[str]) -> None:
@@ -81,7 +101,7 @@ def read_config_file(path: str) -> Mapping[str, object]:
     except UnicodeDecodeError as error:
         raise SourceNotFound(f"config {path!r}: expected a YAML file, got one that is no text") from error
     except OSError as error:
-        hint = suggest_file(path) if isinstance(error, FileNotFoundError) else ""
+        hint = suggest_config(path) if isinstance(error, FileNotFoundError) else ""
         raise SourceNotFound(f"config {path!r}: cannot be read: {error.strerror}{hint}") from error
     if not isinstance(content, Mapping):
         got = "an empty file" if content is None else f"{content!r:.60}"

@@ -5,6 +5,7 @@ for.
 """
 
 import importlib
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,10 @@ def run_command(command: str, arguments: list[str]) -> int:
     Example:
         python -m prunelit prune --model M --method llm_bip --ratio 0.2 --out DIR
     """
+    named = [command, *arguments]
+    arguments = config_files.resolve_config_names(arguments)
+    if sys.argv[1:] == named:  # Lightning reads it, and starts further ranks with it
+        sys.argv[2:] = arguments
     config_files.check_config_files(arguments)
     with condense_errors(command):
         with show_stage("starting"):

@@ -12,14 +12,15 @@ from prunelit.runtime.text_files import escape_controls
 
 VERBOSE = "--verbose"
 COMMANDS = {
-    "fit": "prune, recover, measure and save a whole run            --config configs/quickstart.yaml",
-    "validate": "validation loop of a run's module and data              --config configs/quickstart.yaml",
+    "fit": "prune, recover, measure and save a whole run            --config quickstart",
+    "validate": "validation loop of a run's module and data              --config quickstart",
     "plan": "what a cut would leave and what serves it; show, diff  --model M --ratio 0.2 --out plan.json",
     "prune": "cut a model and save it, no training                    --model M --method llm_bip --ratio 0.2 --out DIR",
     "export": "write a model in another format, with its proof      --model DIR --format padded --out PATH",
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
-    "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",
+    "compare": "methods x ratios x seeds, as tables and pictures        --config compare-quick",
     "dashboard": "lay out a W&B project for pruning runs          --project P [--out FILE]",
+    "init": "copy the YAML files that come with prunelit             init DIR, init --list",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",
 }
 
@@ -40,8 +41,8 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `methods` takes --config FILE, --print_config and --help. --verbose, of every command:",
-            "stages with their seconds, what libraries say, and the traceback of an error.",
+            "Every command but `init` and `methods` takes --config FILE_OR_NAME, --print_config and --help. All take",
+            "--verbose: stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
 
@@ -100,6 +101,10 @@ def _run_command(arguments: list[str]) -> int:
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
         sys.stdout.write(method_cards.answer_methods_command(rest) + "\n")
+    elif command == "init":
+        from prunelit.cli.init import command as init_command
+
+        sys.stdout.write(init_command.answer_init_command(rest) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.cli import plan_files
 

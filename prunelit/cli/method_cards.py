@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from prunelit.cli.init.files import find_shipped_file
 from prunelit.pruning.registry import Method, list_broken_files, method_class, methods
 from prunelit.report.family_table import list_family_rows, render_family_table
 from prunelit.runtime.errors import BadOption
 
 _PACKAGE = Path(__file__).parents[1]
-_ROOT = _PACKAGE.parent  # of a clone; an installed package has no configs/ beside it
 _BASE_REFERENCE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
 _NEEDS_BY_IMPORT = {"distill": "trains", "fisher": "backward", "taylor": "backward", "search": "search"}
 """{module that a method imports: what the method needs}; the first match counts."""
@@ -216,14 +216,14 @@ def find_7b_command(name: str) -> str | None:
         name: of the method.
 
     Returns:
-        The command; None where there is no clone with configs/ beside the package.
+        The command; None where no such file comes with prunelit.
 
     Example:
         >>> find_7b_command("no such method") is None
         True
     """
-    path = _ROOT / "configs" / "methods" / f"{name}.yaml"
-    match = re.search(r"python -m prunelit .*", path.read_text(encoding="utf-8")) if path.is_file() else None
+    path = find_shipped_file(f"methods/{name}")
+    match = re.search(r"python -m prunelit .*", path.read_text(encoding="utf-8")) if path else None
     return match[0] if match else None
 
 
@@ -267,7 +267,7 @@ def _read_base_tuple(method: Method, class_node: ast.ClassDef, name: str) -> tup
     base = ast.unparse(class_node.bases[0]) if class_node.bases else ""
     for node in ast.walk(_parse_file(method.path)):
         if isinstance(node, ast.ImportFrom) and base in {alias.name for alias in node.names}:
-            path = (_ROOT / (node.module or "").replace(".", "/")).with_suffix(".py")
+            path = (_PACKAGE.parent / (node.module or "").replace(".", "/")).with_suffix(".py")
             return _read_class_tuple(_find_class(path, base), name) if path.is_file() else ()
     return ()
 

