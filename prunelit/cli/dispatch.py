@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from prunelit.cli import config_files
 from prunelit.cli.console import condense_errors, configure_logging
 from prunelit.runtime.progress import show_stage
+from prunelit.runtime.versions import check_lowest_versions
 
 if TYPE_CHECKING:
     from prunelit.cli.plan import FitJob
@@ -29,11 +30,12 @@ def run_command(command: str, arguments: list[str]) -> int:
         The exit code.
 
     Raises:
-        PrunelitError: bad input, in one line.
+        PrunelitError: bad input, or a package that is too old, in one line.
 
     Example:
         python -m prunelit prune --model M --method llm_bip --ratio 0.2 --out DIR
     """
+    check_lowest_versions()
     config_files.check_config_files(arguments)
     with condense_errors(command):
         with show_stage("starting"):
