@@ -1,4 +1,4 @@
-"""Versions of the packages that results depend on, for records and reports, and the lowest ones that prunelit runs on."""
+"""Versions of the packages that results depend on, for records and reports, and the lowest that prunelit runs on."""
 
 import functools
 import platform

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from prunelit.core import architectures
 from prunelit.core.architectures import ARCHITECTURES, Architecture, register
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.model import surgery
+from prunelit.model import per_layer, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadPlan, DeclarationMismatch, UnknownArchitecture
 from tests.tiny import EXPERT_KINDS, FAMILIES, KINDS, MIXTURES, SLIDING, cut, keep, tiny, tokens
@@ -161,6 +161,15 @@ def test_second_cut_takes_a_layer_out(family: str) -> None:
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
     assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
+
+
+def test_caches_that_know_no_empty_layers_count_the_tokens_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with a transformers before 5.23."""
+    monkeypatch.setattr(per_layer, "CACHES_KNOW_EMPTY_LAYERS", False)
+    for kind in ("mixed", "attention"):
+        test_left_padding_changes_nothing("gemma2", kind)
+    test_static_cache_without_the_first_attention("gemma2")
+    test_removed_attention_leaves_sliding_windows_right("gemma2", (0, 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -136,7 +136,9 @@ def test_a_family_that_the_installed_transformers_lacks_is_named_with_the_way_ou
     monkeypatch.setitem(ARCHITECTURES, "of_next_year", ARCHITECTURES["llama"])
     for said in ('{"model_type": "of_next_year"}', '{"model_type": "pruned_of_next_year"}'):
         (tmp_path / "config.json").write_text(said)
-        with pytest.raises(UnknownArchitecture, match="'of_next_year', found .*: pip install -U transformers") as error:
+        with pytest.raises(
+            UnknownArchitecture, match=r"'of_next_year', found .*: pip install -U transformers"
+        ) as error:
             sources.check_prunable_source(str(tmp_path))
         assert one_line(error)
 
