@@ -411,6 +411,8 @@ _MIXTURES: dict[str, Row] = {
 }
 MIXTURES = list_installed(_MIXTURES)
 """Models with mixtures of experts; `cut` also takes EXPERT_KINDS for them."""
+DECLARED = _FAMILIES | _MIXTURES
+"""All rows, also those of families that the installed transformers lacks."""
 EXPERT_METHODS = ("ean", "expert_frequency", "reap")
 """Methods that score nothing but experts: other models are refused."""
 # Heads of one size in layers with a window and of another in the rest: no stock class holds what is cut.
@@ -454,7 +456,7 @@ def _build(family: str, **overrides: Any) -> Any:
 
 def find_row(family: str) -> Row:
     """The row of a family; a test that names one which the installed transformers lacks is skipped."""
-    row = _FAMILIES[family] if family in _FAMILIES else _MIXTURES[family]
+    row = DECLARED[family]
     if row.model_type not in CONFIG_MAPPING:
         pytest.skip(f"the installed transformers has no {row.model_type}")
     return row
