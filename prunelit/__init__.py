@@ -115,6 +115,7 @@ __all__ = ["__version__", *_HOME]
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    importlib.import_module("prunelit.runtime.versions").check_lowest_versions()
     return getattr(importlib.import_module(_HOME[name]), name)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prunelit.cli import config_files
 from prunelit.cli.console import condense_errors, configure_logging
 from prunelit.runtime.progress import show_stage
+from prunelit.runtime.versions import check_lowest_versions
 
 if TYPE_CHECKING:
     from prunelit.cli.plan import FitJob
@@ -30,11 +31,12 @@ def run_command(command: str, arguments: list[str]) -> int:
         The exit code.
 
     Raises:
-        PrunelitError: bad input, in one line.
+        PrunelitError: bad input, or a package that is too old, in one line.
 
     Example:
         python -m prunelit prune --model M --method llm_bip --ratio 0.2 --out DIR
     """
+    check_lowest_versions()
     named = [command, *arguments]
     arguments = config_files.resolve_config_names(arguments)
     if sys.argv[1:] == named:  # Lightning reads it, and starts further ranks with it

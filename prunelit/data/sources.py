@@ -28,7 +28,7 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from safetensors import SafetensorError
 
-from prunelit.core.architectures import get_architecture, get_decoder_config, has_experts
+from prunelit.core.architectures import PRUNED, get_architecture, get_decoder_config, has_experts
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.data import builtin_models
 from prunelit.data.packages import compute_sha256, fetch_gguf_file, parse_package_reference
@@ -113,7 +113,8 @@ def check_prunable_source(source: str) -> None:
 
     Raises:
         SourceNotFound: as for `check_model_source`, or config.json and the files contradict each other.
-        UnknownArchitecture: the model's family is not supported, or not with these settings, or it is a classifier.
+        UnknownArchitecture: the model's family is not supported, or not with these settings, or it is a classifier; or
+            the installed transformers is older than the family.
         BadQuantisation: the weights are in few bits, in another layout than that of prunelit.
 
     Example: see `tests/data/test_sources.py`.
@@ -127,6 +128,7 @@ def check_prunable_source(source: str) -> None:
             get_architecture(config)
         except UnknownArchitecture as error:
             raise UnknownArchitecture(f"model {source!r}: {error}") from None
+        _check_installed_family(source, config)
     if reason := describe_other_head(config):
         raise UnknownArchitecture(f"model {source!r}: {reason}")
     if get_quantization_settings(config).get("quant_method") == QUANT_METHOD:
@@ -138,6 +140,18 @@ def check_prunable_source(source: str) -> None:
         if not get_quantization_settings(config) and (reason := describe_packed_weights(path)):
             raise BadQuantisation(f"model {source!r}: {reason}")
         check_folder_facts(path, config)
+
+
+def _check_installed_family(source: str, config: Any) -> None:
+    """Check that the installed transformers has the family of a model's decoder."""
+    from transformers import CONFIG_MAPPING, __version__
+
+    family = str(get_decoder_config(config).model_type).removeprefix(PRUNED)
+    if family not in CONFIG_MAPPING:
+        raise UnknownArchitecture(
+            f"model {source!r}: expected a transformers that has {family!r}, found {__version__}, which has not: "
+            "pip install -U transformers"
+        )
 
 
 class DecoderFacts(NamedTuple):

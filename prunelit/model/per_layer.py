@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Integers that attention modules keep for themselves, and what they count.
@@ -59,12 +59,24 @@ _CACHE_NUMBERS = ("layer_idx", "layer_id")
 _DIVIDED_BY_ROOT_OF_DEPTH = ("scale_depth",)
 
 
+# Those of transformers 5.19 do not: they take the number of past tokens from such a layer as from any other.
+CACHES_KNOW_EMPTY_LAYERS = hasattr(Cache, "is_dummy")
+
+
 class RemovedAttention(nn.Module):
-    """In place of a removed attention block: adds nothing to the residual stream and stores no keys or values."""
+    """In place of a removed attention block: adds nothing to the residual stream and stores no keys or values.
+
+    With a `counted_as` it stores those of no heads under this number, so that the cache counts its tokens.
+    """
 
     prunelit_removed = True
+    counted_as: int | None = None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        cache = kwargs.get("past_key_values")
+        if self.counted_as is not None and cache is not None:
+            no_heads = hidden_states.new_empty(hidden_states.shape[0], 0, hidden_states.shape[1], 1)
+            cache.update(no_heads, no_heads, self.counted_as)
         return torch.zeros_like(hidden_states), None
 
 
@@ -364,8 +376,9 @@ def settle(model: Any, names: Any) -> None:
 
     The cache finds the number of past tokens in its first layer. Where all layers are of one type, the attentions that
     remain are numbered 0, 1, ...; where types differ (sliding and full, attention and mixer), positions carry the type,
-    so the numbers stay and the removed ones are declared to the cache as layers that store nothing. vLLM has a cache of
-    its own and finds a layer's number of heads by the number of its attention, so there they stay as well.
+    so the numbers stay and the removed ones are declared to the cache as layers that store nothing. An older cache does
+    not know such layers and counts the tokens in them, see `RemovedAttention`. vLLM has a cache of its own and finds a
+    layer's number of heads by the number of its attention, so there they stay as well.
     """
     config = _get_decoder_config(model.config)
     layers = find(model, names.layers)
@@ -400,15 +413,19 @@ def settle(model: Any, names: Any) -> None:
     emptied = [_stores_nothing(attention, mixer) for attention, mixer, _ in blocks]
     if _is_derived(config, "kv_sharing_modes"):
         pass  # the family shares keys and values itself, and only layers without a place in the cache lose theirs
-    elif mixed and any(emptied):
+    elif mixed and any(emptied) and CACHES_KNOW_EMPTY_LAYERS:
         config.kv_sharing_modes = ["reuse" if is_empty else "own" for is_empty in emptied]
     elif getattr(config, "kv_sharing_modes", None) is not None:  # left by an earlier cut
         config.kv_sharing_modes = None
     numbers = list(range(len(layers)))
     if not mixed and not _is_run_by_vllm(config):
         numbers = [sum(not empty for empty in emptied[:index]) for index in numbers]
-    for number, present in zip(numbers, blocks, strict=True):
+    # Layers that use the keys of others have no place in an older cache.
+    counts = mixed and not CACHES_KNOW_EMPTY_LAYERS and not getattr(config, "num_kv_shared_layers", None)
+    for number, is_empty, present in zip(numbers, emptied, blocks, strict=True):
         for block in present:
+            if isinstance(block, RemovedAttention):
+                block.counted_as = number if counts and is_empty else None
             for attribute in _CACHE_NUMBERS:
                 if isinstance(getattr(block, attribute, None), int):
                     setattr(block, attribute, number)
@@ -432,7 +449,9 @@ def _renumber_mixtures(config: Any, has_experts: Sequence[bool]) -> None:
 
 def shares_keys(config: Any) -> bool:
     """Whether layers of a family use the keys and values of others, as its config says."""
-    return _is_derived(config, "kv_sharing_modes") and "reuse" in config.kv_sharing_modes
+    if _is_derived(config, "kv_sharing_modes"):
+        return "reuse" in config.kv_sharing_modes
+    return bool(getattr(config, "num_kv_shared_layers", None))
 
 
 def _is_derived(config: Any, attribute: str) -> bool:

@@ -175,6 +175,13 @@ class NotProved(PrunelitError):
     """
 
 
+class TooOld(PrunelitError):
+    """An installed package is older than what prunelit runs on.
+
+    Example: see `tests/runtime/test_versions.py`.
+    """
+
+
 class OutOfMemory(PrunelitError):
     """The GPU or the machine has no memory left.
 

@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from prunelit.core import architectures
 from prunelit.core.architectures import ARCHITECTURES, Architecture, register
 from prunelit.core.plan import LayerPlan, PruningPlan
-from prunelit.model import surgery
+from prunelit.model import per_layer, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import BadPlan, DeclarationMismatch, UnknownArchitecture
-from tests.tiny import EXPERT_KINDS, FAMILIES, KINDS, MIXTURES, SLIDING, cut, keep, tiny, tokens
+from tests.tiny import DECLARED, EXPERT_KINDS, FAMILIES, KINDS, MIXTURES, SLIDING, cut, keep, tiny, tokens
 from tests.tiny_multimodal import MULTIMODAL
 
 TOLERANCE = 1e-5  # of logits
@@ -112,9 +113,11 @@ def test_eager_attention_counts_the_heads_that_stay(family: str) -> None:
 
 
 def test_every_declared_family_is_tested() -> None:
-    alone = {row.model_type for row in (FAMILIES | MIXTURES).values()}
+    alone = {row.model_type for row in DECLARED.values()}
     inside = {row.config["text_config"]["model_type"] for row in MULTIMODAL.values()}
     assert alone | inside == set(ARCHITECTURES)
+    if [int(part) for part in transformers.__version__.split(".")[:2]] >= [5, 23]:
+        assert DECLARED == FAMILIES | MIXTURES  # none is left out
 
 
 @pytest.mark.parametrize(("family", "kind"), LACKING)
@@ -161,6 +164,15 @@ def test_second_cut_takes_a_layer_out(family: str) -> None:
     surgery.apply(model, plan)
     assert_close(logits(model, tokens()), logits(masked, tokens()))
     assert_close(generated(model, tokens(), use_cache=True), generated(model, tokens(), use_cache=False))
+
+
+def test_caches_that_know_no_empty_layers_count_the_tokens_in_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with transformers 5.19."""
+    monkeypatch.setattr(per_layer, "CACHES_KNOW_EMPTY_LAYERS", False)
+    for kind in ("mixed", "attention"):
+        test_left_padding_changes_nothing("gemma2", kind)
+    test_static_cache_without_the_first_attention("gemma2")
+    test_removed_attention_leaves_sliding_windows_right("gemma2", (0, 2))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from prunelit.core.architectures import ARCHITECTURES
 from prunelit.data import builtin_models, loading, packages, sources
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture
 from tests.data.test_loading import one_line, same_logits
@@ -127,6 +128,17 @@ def test_a_family_that_is_not_declared_is_found_before_anything_is_loaded(tmp_pa
             sources.check_prunable_source(str(tmp_path))
             continue
         with pytest.raises(UnknownArchitecture, match=refused) as error:
+            sources.check_prunable_source(str(tmp_path))
+        assert one_line(error)
+
+
+def test_a_family_that_the_installed_transformers_lacks_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "of_next_year", ARCHITECTURES["llama"])
+    for said in ('{"model_type": "of_next_year"}', '{"model_type": "pruned_of_next_year"}'):
+        (tmp_path / "config.json").write_text(said)
+        with pytest.raises(
+            UnknownArchitecture, match=r"'of_next_year', found .*: pip install -U transformers"
+        ) as error:
             sources.check_prunable_source(str(tmp_path))
         assert one_line(error)
 
