@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -39,7 +40,7 @@ from prunelit.pruning.job import (
     read_callback_states,
 )
 from prunelit.recovery import finish
-from prunelit.recovery.datamodule import TextDataModule
+from prunelit.recovery.datamodule import TextDataModule, WindowLoader
 from prunelit.recovery.module import RecoveryModule
 from prunelit.report import run_page
 from prunelit.report.format_numbers import describe_other_parameters
@@ -125,8 +126,9 @@ class RunReport(Recorder, EventSource):
             check_same_job(read_callback_states(trainer, resumed).get(self.state_key, {}), self._identity)
         self._windows = data.validation if isinstance(data, TextDataModule) else None
         if isinstance(data, TextDataModule):
-            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
-            check_same_on_ranks("data", fingerprint_batches(parts))
+            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}]
+            training_rows = WindowLoader(data.rows, batch_size=1024, seed=None)  # they may not fit into memory
+            check_same_on_ranks("data", fingerprint_batches(chain(parts, training_rows)))
         self.report = {"protocol": self._describe_protocol(model, data), "fingerprints": self._identity}
         self.report |= self._load_earlier_measurements(resumed is not None)
         for name in self.report.keys() & {"dense", "pruned"}:
