@@ -1,6 +1,6 @@
 """Commands that are killed at random moments and run again: is the result that of a run which nothing stopped?
 
-    PYTHONPATH=. python benchmarks/kills.py [--commands prune fit] [--times 20] [--seed 0] [--signals KILL TERM INT INT2 HUP]
+    PYTHONPATH=. python benchmarks/kills.py [--commands prune fit] [--times 20] [--seed 0] [--signals KILL TERM INT2]
 
 A tiny random model with its text is written once. Every command is run undisturbed twice: what differs between the two
 tells time, and is compared without its times. Then, for each try, it is started in a fresh folder, struck by a signal,
@@ -37,25 +37,29 @@ os.environ |= {
     "WANDB_MODE": "offline",
 }
 
-import torch  # noqa: E402
-import yaml  # noqa: E402
+import torch
+import yaml
 
-from prunelit.runtime.text_files import write_json  # noqa: E402
-from prunelit.runtime.versions import collect_versions  # noqa: E402
+from prunelit.runtime.text_files import write_json
+from prunelit.runtime.versions import collect_versions
 
 ROOT = Path(__file__).parents[1]
 SIZES = "--windows 8 --seqlen 16 --seed 3"
 PRUNE = f"prune --model model --ratio 0.3 --text words.txt {SIZES} --align 8 --out out --overwrite true"
 COMMANDS = {
-    "plan": f"plan --model model --ratio 0.3 --method llm_bip --text words.txt {SIZES} --align 8 --out plan.json --overwrite true",
+    "plan": f"plan{PRUNE.removeprefix('prune')} --method llm_bip".replace("--out out", "--out plan.json"),
     "prune": f"{PRUNE} --method llm_bip --repair least_squares",
     "prune_stream": f"{PRUNE} --method llm_bip --stream true --memory_gib 1",
     "evaluate": "evaluate --model model --text words.txt --seqlen 16 --windows 8 --json result.json",
     "compare": "compare --config compare.yaml",
     "fit": "fit --config fit.yaml",
     **{
-        f"export_{name}": f"export --model {'pruned' if name == 'hetero' else 'model'} --format {name} --out out --overwrite true"
-        for name in ("uniform", "hetero", "padded", "gguf", "deci", "int4")
+        f"export_{name}": f"export --model {source} --format {name} --out out --overwrite true"
+        for name, source in (("uniform", "model"), ("hetero", "pruned"), ("padded", "model"), ("gguf", "model"))
+    },
+    **{
+        f"export_{name}": f"export --model model --format {name} --out out --overwrite true"
+        for name in ("deci", "int4")
     },
 }
 FIT: dict[str, Any] = {
@@ -87,9 +91,11 @@ COMPARE = {
 }
 TIMES = {
     *("seconds", "seconds_saved", "peak_memory_mib", "memory_mib", "stages", "start", "time", "started", "finished"),
-    *("commit", "when", "date", "total_seconds", "machine", "milliseconds"),
+    *("commit", "when", "date", "total_seconds", "machine", "milliseconds", "tokens_per_second"),
 }
 """Entries of JSON files and checkpoints that tell time or memory, or which stages were run."""
+_IMPORTED = ("prunelit", "matplotlib", "jinja2", "PIL", "kiwisolver", "safetensors", "gguf", "peft", "accelerate")
+_LIMIT = 300  # seconds of a run, after which it hangs
 _WRITING_EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link", "os.symlink")
 
 
@@ -105,15 +111,24 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="kills-") as scratch:
-        template = write_template(Path(scratch) / "template")
+        template = Path(scratch) / "template"
+        if not (writer := os.fork()):  # a run starts threads, which a fork does not bear
+            write_template(template)
+            os._exit(0)
+        assert _wait_for(writer) == 0
         start: Callable[..., Run] = start_process if options.new_process else fork_run
         if not options.new_process:
             import_everything()
-        rows = []
         for command in options.commands:
             attack = Attack(command, template, Path(scratch), start, options.keep)
-            rows += [attack.strike(name, options.times, options.seed) for name in options.signals]
-            print(json.dumps(rows[-len(options.signals) :]), flush=True)
+            for name in options.signals:
+                rows = [attack.strike(name, options.times, options.seed)]
+                print(json.dumps(rows), flush=True)
+                write_result(rows, options)
+
+
+def write_result(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Put rows into the result file, in place of earlier ones of the same kind."""
     earlier = json.loads(options.out.read_text())["rows"] if options.out.is_file() else []
     kind = "real processes" if options.new_process else "forked runs"
     rows = [row | {"runs": kind} for row in rows]
@@ -160,11 +175,11 @@ def write_template(folder: Path) -> Path:
 
 def import_everything() -> None:
     """What the forked runs need, and proofs in the same process."""
-    import prunelit.cli.compare  # noqa: F401
-    import prunelit.cli.evaluate  # noqa: F401
-    import prunelit.cli.export  # noqa: F401
-    import prunelit.cli.fit  # noqa: F401
-    import prunelit.cli.plan  # noqa: F401
+    import prunelit.cli.compare
+    import prunelit.cli.evaluate
+    import prunelit.cli.export
+    import prunelit.cli.fit
+    import prunelit.cli.plan
     import prunelit.cli.prune  # noqa: F401
     from prunelit.export.proof import compare, reload
 
@@ -172,11 +187,12 @@ def import_everything() -> None:
 
 
 def import_what_was_imported(names: Path) -> None:
-    """Import what a forked run had to import, so that the next one is forked with it."""
+    """Import what a forked run had to import, so that the next one is forked with it; nothing that starts threads."""
     for name in names.read_text().split() if names.is_file() else ():
-        if name not in sys.modules and name != "__main__":
+        if name not in sys.modules and name.partition(".")[0] in _IMPORTED:
             with contextlib.suppress(Exception):
                 importlib.import_module(name)
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork copies locks that other threads hold"
 
 
 class Run:
@@ -215,7 +231,7 @@ def fork_run(arguments: list[str], folder: Path, said: Path, at_change: int = 0,
         count(-1)
         said.with_suffix(".count").write_text(str(count(0)))
         said.with_suffix(".modules").write_text("\n".join(sys.modules))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (as Python's own end of a process)
         import traceback
 
         traceback.print_exc()
@@ -235,11 +251,18 @@ def start_process(arguments: list[str], folder: Path, said: Path, at_change: int
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    return Run(process.pid, process.wait, said)
+    return Run(process.pid, functools.partial(process.wait, _LIMIT), said)
 
 
 def _wait_for(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    deadline = time.monotonic() + _LIMIT
+    while (ended := os.waitpid(pid, os.WNOHANG))[0] == 0:
+        if time.monotonic() > deadline:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            return 124
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(ended[1])
 
 
 def _watch_changes(folder: Path, at_change: int, strike: str) -> Callable[[int], int]:
@@ -300,6 +323,8 @@ class Attack:
             assert status == 0, (command, status, self.said.read_text())
             wanted.append(dict(self._digest()))
             import_what_was_imported(self.said.with_suffix(".modules"))
+        if keep and wanted[0] != wanted[1]:
+            shutil.copytree(self.folder, keep / f"{command}-second", dirs_exist_ok=True)
         assert wanted[0] == wanted[1], (command, sorted(set(wanted[0].items()) ^ set(wanted[1].items())))
         self.wanted = wanted[0]
         counted = self.said.with_suffix(".count")
@@ -347,7 +372,7 @@ class Attack:
         said = self.said.read_text()
         problems = [f"traceback: {said[-700:]}"] if "Traceback" in said else []
         codes = {"KILL": (-9,), "TERM": (143,), "INT": (130,), "INT2": (130,), "HUP": (129,)}[name]
-        # A signal before Python has set its handlers, or after the last line of the command, ends it as the system does.
+        # Before the command has set its handlers, and after its last line, a signal ends it as the system does.
         number = getattr(signal, f"SIG{name.removesuffix('2')}")
         return problems + ([f"exit code {status}: {said[-300:]}"] if status not in (0, *codes, -number) else [])
 

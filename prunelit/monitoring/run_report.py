@@ -15,7 +15,7 @@ import time
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -203,17 +203,18 @@ class RunReport(Recorder, EventSource):
             table = metrics.format_text_table(rows)
             sys.stdout.write(escape_controls(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n"))
 
-    def state_dict(self) -> dict[str, str | None]:
-        """Fingerprints of the dense model and the tokenizer."""
-        return dict(self._identity)
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of the dense model and the tokenizer, and the curves so far."""
+        return {**self._identity, "training": self.record.training}
 
-    def load_state_dict(self, state_dict: dict[str, str | None]) -> None:
-        """Check them; a sharded checkpoint cannot be read before.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check the fingerprints, which of a sharded checkpoint cannot be read before; go on with the curves.
 
         Raises:
             BadPlan: another model or tokenizer.
         """
         check_same_job(state_dict, self._identity)
+        self.record.training = list(state_dict.get("training", self.record.training))
 
     def _measure_state(self, name: str, model: nn.Module, size: dict[str, int]) -> None:
         if name in self.report:

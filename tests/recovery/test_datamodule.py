@@ -130,7 +130,7 @@ def test_of_a_large_text_only_what_is_trained_on_is_tokenised(
 
 def test_a_full_disk_stops_a_large_text_in_one_line(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stored_windows, "MOST_IN_MEMORY", 50)
-    monkeypatch.setattr(stored_windows, "_open_nameless_file", lambda folder: open("/dev/full", "r+b"))
+    monkeypatch.setattr(stored_windows, "_open_nameless_file", lambda folder: open("/dev/full", "r+b"))  # noqa: SIM115
     with pytest.raises(OutputNotWritable, match="No space left on device; make room") as caught:
         data(train=write_rows(tmp_path / "a.jsonl", 200), train_windows=None)
     assert "\n" not in str(caught.value)
