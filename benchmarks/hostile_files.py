@@ -211,7 +211,7 @@ class Reduced:
 
 def list_hostile_values(canary: str) -> list[Any]:
     deep: Any = 0
-    for _ in range(500):
+    for _ in range(150):
         deep = [deep]
     return [
         *(
@@ -382,7 +382,9 @@ def dump_json(value: Any, chance: random.Random) -> bytes:
     what = chance.random()
     if what < 0.05 and dumped.startswith("{"):
         dumped = "{" + dumped[1:-1] + "," + dumped[1:]
-    elif what < 0.1:
+    elif what < 0.08:
+        dumped = dumped.replace(": ", ": " + "[" * 3000 + "]" * 3000 + ', "x": ', 1)
+    elif what < 0.12:
         dumped = dumped[: chance.randrange(len(dumped) + 1)]
     return dumped.encode("utf-16" if what > 0.97 else "utf-8", errors="surrogatepass")
 
