@@ -37,7 +37,7 @@ def test_out_of_memory_names_what_to_lower(command: str, error: Exception, wante
 
 def test_a_rank_that_has_lost_another_says_so_in_one_line() -> None:
     said = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:27547. This is typically caused by"
-    with pytest.raises(PrunelitError, match="^fit: another process of this job has ended"), condense_errors("fit"):
+    with pytest.raises(PrunelitError, match=r"^fit: another process of this job has ended"), condense_errors("fit"):
         raise RuntimeError(said)
 
 
