@@ -233,8 +233,8 @@ def _exchange_folders(staging: Path, target: Path) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, and what it wrote is whole
             shutil.rmtree(old, ignore_errors=True)
             raise OutputNotWritable(
-                f"output {str(target)!r}: another process has written it meanwhile, and its result stays; run again, or "
-                "choose another path"
+                f"output {str(target)!r}: another process has written it meanwhile, and its result stays; run again "
+                "or choose another path"
             ) from error
         if old.exists():
             os.replace(old, target)
