@@ -21,7 +21,8 @@ import struct
 import subprocess
 import sys
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -364,17 +365,15 @@ def _convert_gguf(path: Path) -> Path:
         show_stage(f"converting {path.name}"),
         replace_folder(home, keep_existing=not is_damaged) as staging,
         silence_transformers(),
+        explain_unreadable(f"model {str(path)!r}: cannot be read as GGUF"),
     ):
-        try:
-            gguf_option: dict[str, Any] = {"gguf_file": path.name}
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
-            )
-            model.config._name_or_path = path.stem
-            model.save_pretrained(staging)
-            AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(path)!r}: cannot be read as GGUF: {summarise_error(error)}") from error
+        gguf_option: dict[str, Any] = {"gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
+        )
+        model.config._name_or_path = path.stem
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
     return home
 
 
@@ -405,6 +404,33 @@ def shorten_source(source: str | os.PathLike[str]) -> str:
 def _list_names(folder: Path) -> str:
     names = sorted(item.name for item in folder.iterdir())
     return ", ".join(names[:5]) or "an empty folder"
+
+
+@contextmanager
+def explain_unreadable(beginning: str) -> Iterator[None]:
+    """Turn what libraries raise on damaged files into one `SourceNotFound`.
+
+    Args:
+        beginning: of the message: the source, and what cannot be done.
+
+    Raises:
+        SourceNotFound: the file is damaged, truncated, or contradicts itself.
+
+    Example:
+        >>> with explain_unreadable("model 'x': cannot be loaded"):
+        ...     raise KeyError("vocab")
+        Traceback (most recent call last):
+        prunelit.runtime.errors.SourceNotFound: model 'x': cannot be loaded: 'vocab'
+    """
+    try:
+        yield
+    except UNREADABLE_ERRORS as error:
+        raise SourceNotFound(f"{beginning}: {summarise_error(error)}") from error
+    except BaseException as error:
+        # The tokenizers library raises a plain Exception, and no Exception at all where its code panics.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise SourceNotFound(f"{beginning}: {summarise_error(error)}") from error
 
 
 def summarise_error(error: BaseException) -> str:
