@@ -73,7 +73,8 @@ def write_originals(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={entry: n for n, entry in enumerate(["<s>", "</s>", *alphabet])}, merges=[]))
+    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet, "w1"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("w", "1")]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
@@ -418,7 +419,7 @@ def write_hostile(kind: str, seed: int, folder: Path) -> Path:
         lines = data.split(b"\n")
         for _ in range(chance.choice([1, 3, 30])):
             number = chance.randrange(len(lines))
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 lines[number] = dump_json(mutate_json(json.loads(lines[number]), chance, hostile), chance)
         data = b"\n".join(lines)
     else:

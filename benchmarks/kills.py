@@ -153,8 +153,8 @@ def write_template(folder: Path) -> Path:
 
     folder.mkdir(parents=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet, "w1"])}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("w", "1")]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
