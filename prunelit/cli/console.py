@@ -42,6 +42,10 @@ _EXTRAS = {
 """Optional packages, and the extras that install them."""
 _WRAPPED_ERROR = re.compile(r"Does not validate against|Problem with given class_path '([^']*)'")
 _OUT_OF_MEMORY = re.compile(r"can't allocate memory|not enough memory|out of memory", re.IGNORECASE)
+_LOST_RANK = re.compile(
+    r"Connection (closed|reset) by peer|remote process exited|Timed out waiting \d+ms", re.IGNORECASE
+)
+"""What gloo and NCCL say when another rank is gone."""
 
 
 @contextmanager
@@ -88,6 +92,11 @@ def _translate_error(command: str, error: Exception) -> PrunelitError | None:
     ):
         place = "the GPU" if "OutOfMemoryError" in class_names or "CUDA" in str(error) else "this machine"
         return OutOfMemory(f"{command}: {place} is out of memory; lower {_MEMORY_OPTIONS.get(command, 'the batch')}")
+    if isinstance(error, RuntimeError) and _LOST_RANK.search(str(error)):
+        return PrunelitError(
+            f"{command}: another process of this job has ended, so this one ends too; see what that one said, or "
+            "whether the system has killed it for its memory"
+        )
     if isinstance(error, argparse.ArgumentError | FileNotFoundError | PermissionError) or (
         "MisconfigurationException" in class_names
     ):

@@ -1,8 +1,13 @@
 """python -m prunelit: looks the command up and runs it. What needs no model is answered without importing torch."""
 
 import os
+import signal
 import sys
+import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
 from prunelit import __version__
 from prunelit.cli import method_cards
@@ -54,7 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: command line; None reads sys.argv.
 
     Returns:
-        The exit code: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C.
+        The exit code: 0 on success, 2 on bad input with one line on stderr, 130 on Ctrl-C, 143 on SIGTERM.
 
     Example:
         >>> main(["--version"]) == 0
@@ -72,7 +77,8 @@ def main(arguments: list[str] | None = None) -> int:
     if is_verbose:
         os.environ[progress.VERBOSE_VARIABLE] = "1"
     try:
-        return _run_command(arguments)
+        with _unwind_on_signals():
+            return _run_command(arguments)
     except PrunelitError as error:
         if progress.is_verbose():
             sys.stderr.write(escape_controls(traceback.format_exc()))
@@ -81,11 +87,50 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("prunelit: interrupted\n")
         return 130
+    except _EndedBySignal as end:
+        sys.stderr.write(f"prunelit: ended by {end.name}\n")
+        return 128 + getattr(signal, end.name)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of Ctrl-C
+            sys.stderr.write("prunelit: interrupted\n")
+            return 130
+        raise
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
     finally:
         if is_verbose and previous is None:
             del os.environ[progress.VERBOSE_VARIABLE]
+
+
+class _EndedBySignal(SystemExit):
+    """SIGTERM or SIGHUP asked the process to end; the exit code is a shell's for it."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.name = signal.Signals(number).name
+
+
+@contextmanager
+def _unwind_on_signals() -> Iterator[None]:
+    """Unwind on signals that end a process, as on Ctrl-C, so that what is half written is removed; where nobody else
+    handles them."""
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not on Windows
+    numbers = [number for number in numbers if is_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    for number in numbers:
+        signal.signal(number, _unwind)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _unwind(number: int, frame: FrameType | None) -> None:
+    # While Lightning trains, its own handler is in this one's place and calls it: then a checkpoint is saved first.
+    if signal.getsignal(number) is _unwind:
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the removal
+        raise _EndedBySignal(number)
 
 
 def _remove_flag(option: str, arguments: list[str]) -> tuple[list[str], bool]:

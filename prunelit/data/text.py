@@ -19,7 +19,7 @@ Legend: N windows.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from prunelit.data.rows.chats import warn_of_skipped
-from prunelit.data.rows.row_windows import draw_row_windows, is_drawn_by_rows
+from prunelit.data.rows.row_windows import WHOLE_BYTES, draw_row_windows, is_drawn_by_rows
 from prunelit.data.rows.source_options import parse_source
+from prunelit.data.rows.stored_windows import StoredWindows, store_token_ids
 from prunelit.data.rows.table_rows import TableRows
 from prunelit.data.rows.tables import (
     DOCUMENT_FORMATS,
@@ -40,6 +41,7 @@ from prunelit.data.rows.tables import (
     list_text_files,
 )
 from prunelit.data.rows.text_rows import BUILTIN_TEXT, BuiltinRows, DocumentRows, TextRows
+from prunelit.data.sources import get_cache_folder
 from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound, suggest_file
 from prunelit.runtime.messages import log_on_rank_zero
 from prunelit.runtime.progress import track_progress
@@ -146,17 +148,62 @@ def tokenise_source(source: str, tokenizer: Any) -> Tensor:
 
 def _tokenise_rows(rows: TextRows, tokenizer: Any, most_tokens: int | None) -> Tensor:
     """Tokenise rows as one text, or its beginning of at least `most_tokens` tokens."""
-    _notify_of_builtin(rows.source)
     pieces, count = [], 0
-    for ids in track_progress(rows.iterate_ids(tokenizer), f"tokenising {rows.source}", unit="piece"):
+    for ids in _iterate_ids(rows, tokenizer):
         pieces.append(torch.tensor(ids, dtype=torch.long))
         count += len(ids)
         if most_tokens is not None and count >= most_tokens:
             break
-    warn_of_skipped(f"text {rows.source!r}", rows.skipped, stacklevel=3)
+    _check_has_text(rows)
+    return torch.cat(pieces)
+
+
+def _iterate_ids(rows: TextRows, tokenizer: Any) -> Iterator[list[int]]:
+    _notify_of_builtin(rows.source)
+    return track_progress(rows.iterate_ids(tokenizer), f"tokenising {rows.source}", unit="piece")
+
+
+def _check_has_text(rows: TextRows) -> None:
+    """Check that rows which were read held text, and say which were left out."""
+    warn_of_skipped(f"text {rows.source!r}", rows.skipped, stacklevel=4)
     if not rows.has_text:
         raise NotEnoughText(f"text {rows.source!r}: expected text, got {len(rows)} empty rows")
-    return torch.cat(pieces)
+
+
+def shuffle_source(source: str, tokenizer: Any, seqlen: int, count: int | None, seed: int) -> StoredWindows:
+    """Cut a source into windows in random order, for training; memory does not depend on the size of the source.
+
+    A text of more than `MOST_IN_MEMORY` tokens is tokenised into a file. Where rows of a large source suffice for
+    `count` windows, only rows that are drawn are read, as in `draw_windows`.
+
+    Args:
+        source: a text source.
+        tokenizer: a transformers tokenizer.
+        seqlen: tokens per window.
+        count: number of windows that will be taken, from the front; None: all.
+        seed: of the order.
+
+    Returns:
+        At least `count` windows, or all of the source.
+
+    Raises:
+        SourceNotFound, NotEnoughText: as for `draw_windows`.
+        OutputNotWritable: the disk has no room for the file.
+
+    Example: see `prunelit.recovery.datamodule`, which uses it.
+    """
+    rows = open_text_rows(source)
+    if count is not None and is_drawn_by_rows(rows, seqlen, count):
+        drawn = draw_row_windows(rows, tokenizer, seqlen, count, seed)
+        if len(drawn) == count:
+            warn_of_skipped(f"text {source!r}", rows.skipped, stacklevel=3)
+            return StoredWindows([drawn])
+    elif count is None and rows.has_rows and rows.measure_total() > WHOLE_BYTES:
+        log_on_rank_zero(f"text {source!r}: all of it is tokenised; with data.train_windows only as much as is needed")
+    ids = store_token_ids(_iterate_ids(rows, tokenizer), get_cache_folder)
+    _check_has_text(rows)
+    windows = StoredWindows([_view_as_windows(ids, seqlen, source)])
+    return windows.select(torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)))
 
 
 def _notify_of_builtin(source: str) -> None:
@@ -287,12 +334,17 @@ def cut_into_windows(ids: Tensor, seqlen: int, source: str, stride: int | None =
         tensor([[0, 1, 2],
                 [3, 4, 5]])
     """
+    return _view_as_windows(ids, seqlen, source, stride).contiguous()
+
+
+def _view_as_windows(ids: Tensor, seqlen: int, source: str, stride: int | None = None) -> Tensor:
+    """`cut_into_windows`, as a view of the ids."""
     if len(ids) < seqlen:
         raise NotEnoughText(
             f"text {source!r}: expected at least one window of {seqlen} tokens, got {len(ids)} tokens; "
             "take a longer text or a smaller seqlen"
         )
-    return ids.unfold(0, seqlen, stride or seqlen).contiguous()
+    return ids.unfold(0, seqlen, stride or seqlen)
 
 
 def _looks_like_path(name: str) -> bool:

@@ -354,7 +354,7 @@ def find_expert_tensors(layer: nn.Module, names: Any) -> list[ExpertTensor]:
 def set_expert_tensor(tensor: ExpertTensor, value: torch.Tensor) -> None:
     """Put a tensor of another shape in place of a parameter or buffer with one entry per expert."""
     if isinstance(tensor.value, nn.Parameter):
-        value = nn.Parameter(value, requires_grad=tensor.value.requires_grad)
+        value = _make_successor(tensor.value, value)
     setattr(tensor.owner, tensor.name, value)
     if tensor.name == "weight" and isinstance(getattr(tensor.owner, "out_features", None), int):  # a linear as router
         tensor.owner.out_features = value.shape[0]
@@ -362,13 +362,22 @@ def set_expert_tensor(tensor: ExpertTensor, value: torch.Tensor) -> None:
 
 def set_linear(linear: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
     """Give a linear a weight of another shape ([out, in]; Conv1D: [in, out]), and the counts that go with it."""
-    linear.weight = nn.Parameter(weight, requires_grad=linear.weight.requires_grad)
+    linear.weight = _make_successor(linear.weight, weight)
     if linear.bias is not None and bias is not None:
-        linear.bias = nn.Parameter(bias, requires_grad=linear.bias.requires_grad)
+        linear.bias = _make_successor(linear.bias, bias)
     if hasattr(linear, "nf"):  # Conv1D
         linear.nx, linear.nf = weight.shape
     else:
         linear.out_features, linear.in_features = weight.shape
+
+
+def _make_successor(old: Any, value: torch.Tensor) -> nn.Parameter:
+    """A parameter in place of an old one, with what others have noted on it; not tensors, which have its old shape."""
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for name, note in getattr(old, "__dict__", {}).items():
+        if not isinstance(note, torch.Tensor):
+            setattr(new, name, note)
+    return new
 
 
 def settle(model: Any, names: Any) -> None:
@@ -562,7 +571,7 @@ def keep_entries(attention: nn.Module, path: str, kept: Sequence[int]) -> None:
         setattr(find(attention, parent), name, fewer)
     else:
         value = entries.detach()[torch.tensor(list(kept), device=entries.device)].clone()
-        setattr(find(attention, parent), name, nn.Parameter(value, requires_grad=entries.requires_grad))
+        setattr(find(attention, parent), name, _make_successor(entries, value))
 
 
 class _LayerConfigs(Sequence[Any]):

@@ -13,8 +13,9 @@ import os
 import sys
 import time
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
@@ -39,7 +40,7 @@ from prunelit.pruning.job import (
     read_callback_states,
 )
 from prunelit.recovery import finish
-from prunelit.recovery.datamodule import TextDataModule
+from prunelit.recovery.datamodule import TextDataModule, WindowLoader
 from prunelit.recovery.module import RecoveryModule
 from prunelit.report import run_page
 from prunelit.report.format_numbers import describe_other_parameters
@@ -125,8 +126,9 @@ class RunReport(Recorder, EventSource):
             check_same_job(read_callback_states(trainer, resumed).get(self.state_key, {}), self._identity)
         self._windows = data.validation if isinstance(data, TextDataModule) else None
         if isinstance(data, TextDataModule):
-            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}, data.rows]
-            check_same_on_ranks("data", fingerprint_batches(parts))
+            parts = [{"input_ids": data.validation}, {"input_ids": data.calibration}]
+            training_rows = WindowLoader(data.rows, batch_size=1024, seed=None)  # they may not fit into memory
+            check_same_on_ranks("data", fingerprint_batches(chain(parts, training_rows)))
         self.report = {"protocol": self._describe_protocol(model, data), "fingerprints": self._identity}
         self.report |= self._load_earlier_measurements(resumed is not None)
         for name in self.report.keys() & {"dense", "pruned"}:
@@ -201,17 +203,18 @@ class RunReport(Recorder, EventSource):
             table = metrics.format_text_table(rows)
             sys.stdout.write(escape_controls(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n"))
 
-    def state_dict(self) -> dict[str, str | None]:
-        """Fingerprints of the dense model and the tokenizer."""
-        return dict(self._identity)
+    def state_dict(self) -> dict[str, Any]:
+        """Fingerprints of the dense model and the tokenizer, and the curves so far."""
+        return {**self._identity, "training": self.record.training}
 
-    def load_state_dict(self, state_dict: dict[str, str | None]) -> None:
-        """Check them; a sharded checkpoint cannot be read before.
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Check the fingerprints, which of a sharded checkpoint cannot be read before; go on with the curves.
 
         Raises:
             BadPlan: another model or tokenizer.
         """
         check_same_job(state_dict, self._identity)
+        self.record.training = list(state_dict.get("training", self.record.training))
 
     def _measure_state(self, name: str, model: nn.Module, size: dict[str, int]) -> None:
         if name in self.report:

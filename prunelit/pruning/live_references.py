@@ -2,6 +2,10 @@
 
 A cut puts new parameters in place of old ones, and takes whole modules away. The job goes on without an error if an
 optimiser holds the old ones. So they are watched through weak references, and looked for when all of the job is built.
+
+Only *shared* weights are outdated. A copy of the dense model, such as a teacher or a target network, is a model of its
+own, which a job may want dense. One that follows the cut model is refused by torch itself at its first update, because
+its shapes are others; where its name or type says that it is an average, it is refused here, before training.
 """
 
 import gc

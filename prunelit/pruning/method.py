@@ -40,6 +40,7 @@ from prunelit.planning import budget as budget_rules
 from prunelit.planning import latency, targets
 from prunelit.pruning import registry
 from prunelit.pruning.context import PruningContext
+from prunelit.pruning.parameter_hooks import warn_of_lost_hooks
 from prunelit.repair import bias, merge_experts, reconstruct
 from prunelit.runtime import fingerprints
 from prunelit.runtime.distributed import get_rank
@@ -539,7 +540,7 @@ class PruningMethod(EventSource):
         plan = self._load_or_plan(context, given_plan)
         if self.before_cut is not None:
             self.before_cut(context.decoder, plan)
-        with self.time_stage("cut"):
+        with self.time_stage("cut"), warn_of_lost_hooks(context.decoder.model):
             self._cut_or_restore(context, plan, repaired_file)
         self.applied_plan = plan
         predicted = plan.predicted

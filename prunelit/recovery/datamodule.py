@@ -1,6 +1,6 @@
 """TextDataModule: disjoint windows of text for calibration, training and validation."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prunelit.data import instructions as instruction_data
 from prunelit.data import loading, sources, text
+from prunelit.data.rows.stored_windows import StoredWindows, concatenate_windows
 from prunelit.runtime import fingerprints
 from prunelit.runtime.errors import BadOption, NotEnoughText
 
@@ -86,10 +87,12 @@ class TextDataModule(LightningDataModule):
             return
         tokenizer = loading.load_tokenizer(self.source)
         calibration_count, validation_count, train_count = self.counts
+        most = None
+        if train_count is not None:  # those of validation and calibration, and as many that may be found to equal them
+            own_validation = 0 if self.validation_sources else validation_count
+            most = train_count + 2 * (calibration_count + own_validation) + validation_count
         windows_by_source = [
-            _shuffle_windows(
-                text.cut_into_windows(text.tokenise_source(source, tokenizer), self.seqlen, source), self.seed + number
-            )
+            text.shuffle_source(source, tokenizer, self.seqlen, most, self.seed + number)
             for number, source in enumerate(self.train_sources)
         ]
         self.calibration, windows_by_source = _take_windows_evenly(windows_by_source, calibration_count)
@@ -99,9 +102,11 @@ class TextDataModule(LightningDataModule):
             self.validation, windows_by_source = _take_windows_evenly(windows_by_source, validation_count)
         # Two sources may hold the same text: validation windows are dropped from calibration and training.
         validation_prints = _fingerprint_windows(self.validation)
-        self.calibration = _drop_known_windows(self.calibration, validation_prints)
+        self.calibration = self.calibration[_find_new_windows([self.calibration], validation_prints)]
         known_prints = validation_prints | _fingerprint_windows(self.calibration)
-        self.train = _drop_known_windows(torch.cat(windows_by_source), known_prints)[:train_count]
+        train = concatenate_windows(windows_by_source)
+        train = train.select(_find_new_windows(train.iterate_chunks(), known_prints)).select(slice(train_count))
+        self.train = train.read_all() if train.is_in_memory else train
         self.rows = self._mix_instructions(tokenizer)
         if not len(self.rows["input_ids"]) or not len(self.validation):
             available = sum(map(len, windows_by_source)) + len(self.calibration)
@@ -113,7 +118,7 @@ class TextDataModule(LightningDataModule):
         if stage == "fit":
             self.train_dataloader()  # too little text raises here, before the model is pruned
 
-    def _mix_instructions(self, tokenizer: Any) -> dict[str, Tensor]:
+    def _mix_instructions(self, tokenizer: Any) -> dict[str, Tensor | StoredWindows]:
         """Return the training rows: windows of text, and instruction examples behind them where there are some."""
         if not self.instruction_sources:
             return {"input_ids": self.train}
@@ -122,8 +127,10 @@ class TextDataModule(LightningDataModule):
         ]
         examples = {name: torch.cat([rows[name] for rows in rows_by_source]) for name in rows_by_source[0]}
         order = torch.randperm(len(examples["labels"]), generator=torch.Generator().manual_seed(self.seed))
-        windows = {"input_ids": self.train, "labels": self.train, "attention_mask": torch.ones_like(self.train)}
-        return {name: torch.cat([windows[name], rows[order[: self.examples]]]) for name, rows in examples.items()}
+        chosen = {name: rows[order[: self.examples]] for name, rows in examples.items()}
+        mask = torch.ones(1, 1, dtype=torch.long).expand(len(self.train), self.seqlen)
+        windows = {"input_ids": self.train, "labels": self.train, "attention_mask": mask}
+        return {name: _join_rows(windows[name], rows) for name, rows in chosen.items()}
 
     def train_dataloader(self) -> "WindowLoader":
         """Return batches that are shuffled anew each epoch, and resume at the batch where a checkpoint was saved."""
@@ -142,13 +149,13 @@ class TextDataModule(LightningDataModule):
 
 
 class WindowLoader:
-    """Batches of rows that are held in memory and shared out over ranks; training can resume within an epoch.
+    """Batches of rows that are shared out over ranks; training can resume within an epoch.
 
     Lightning stores `state_dict()` in checkpoints and calls `load_state_dict()` on resume.
 
     Args:
-        rows: {"input_ids": [N, S], ...}; where there is an attention mask, columns that are padding in all rows of a
-            batch are cut off.
+        rows: {"input_ids": [N, S], ...}, in memory or stored; where there is an attention mask, columns that are
+            padding in all rows of a batch are cut off.
         batch_size: rows per batch and rank.
         seed: rows are shuffled with seed + epoch, and those that do not fill a batch on every rank are dropped; None:
             all rows in their order.
@@ -164,7 +171,14 @@ class WindowLoader:
         [[[0, 1], [2, 3]], [[4, 5]]]
     """
 
-    def __init__(self, rows: Mapping[str, Tensor], batch_size: int, seed: int | None, rank: int = 0, world: int = 1):
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor | StoredWindows],
+        batch_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world: int = 1,
+    ):
         self.rows, self.batch_size, self.seed, self.rank, self.world = rows, batch_size, seed, rank, world
         self.size = len(rows["input_ids"])
         self.epoch = self.batch = 0
@@ -200,7 +214,7 @@ class WindowLoader:
 
     def _select_rows(self, index: Tensor) -> dict[str, Tensor]:
         """Select rows by number; -1 selects the last row with all its labels masked."""
-        batch = {name: values[index] for name, values in self.rows.items()}
+        batch: dict[str, Tensor] = {name: values[index] for name, values in self.rows.items()}
         if bool((index < 0).any()):
             labels = batch.get("labels", batch["input_ids"])
             batch["labels"] = labels.masked_fill((index < 0)[:, None], -100)
@@ -222,32 +236,35 @@ def _trim_padding(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: values[:, :longest] for name, values in batch.items()}
 
 
-def _shuffle_windows(windows: Tensor, seed: int) -> Tensor:
-    """Shuffle windows [N, S] along the first axis."""
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))]
+def _join_rows(windows: Tensor | StoredWindows, rows: Tensor) -> Tensor | StoredWindows:
+    """Put rows in memory behind windows that may not be."""
+    if isinstance(windows, Tensor):
+        return torch.cat([windows, rows])
+    return concatenate_windows([windows, StoredWindows([rows])])
 
 
-def _take_windows_evenly(windows_by_source: Sequence[Tensor], count: int) -> tuple[Tensor, list[Tensor]]:
+def _take_windows_evenly(windows_by_source: Sequence[StoredWindows], count: int) -> tuple[Tensor, list[StoredWindows]]:
     """Take windows from the front of every source, as evenly as possible.
 
     Args:
-        windows_by_source: [N, S] of each source.
+        windows_by_source: N windows of each source.
         count: number of windows to take in all.
 
     Returns:
-        The windows that were taken, and those that remain by source.
+        The windows that were taken, [count, S], and those that remain by source.
     """
     source_count = len(windows_by_source)
     counts = [count // source_count + (number < count % source_count) for number in range(source_count)]
     pairs = list(zip(windows_by_source, counts, strict=True))
-    return torch.cat([windows[:size] for windows, size in pairs]), [windows[size:] for windows, size in pairs]
+    taken = torch.cat([windows.select(slice(size)).read_all() for windows, size in pairs])
+    return taken, [windows.select(slice(size, None)) for windows, size in pairs]
 
 
 def _fingerprint_windows(windows: Tensor) -> set[str]:
     return {fingerprints.fingerprint_token_ids(window) for window in windows}
 
 
-def _drop_known_windows(windows: Tensor, known_prints: set[str]) -> Tensor:
-    """Drop the windows whose fingerprint is known."""
-    is_new = [fingerprints.fingerprint_token_ids(window) not in known_prints for window in windows]
-    return windows[torch.tensor(is_new, dtype=torch.bool)] if len(windows) else windows
+def _find_new_windows(chunks: Iterable[Tensor], known_prints: set[str]) -> Tensor:
+    """Find the places of windows whose fingerprint is not known."""
+    is_new = [fingerprints.fingerprint_token_ids(window) not in known_prints for chunk in chunks for window in chunk]
+    return torch.tensor(is_new, dtype=torch.bool).nonzero().flatten()

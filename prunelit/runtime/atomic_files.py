@@ -229,7 +229,13 @@ def _exchange_folders(staging: Path, target: Path) -> None:
         os.replace(target, old)
     try:
         os.replace(staging, target)
-    except OSError:
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, and what it wrote is whole
+            shutil.rmtree(old, ignore_errors=True)
+            raise OutputNotWritable(
+                f"output {str(target)!r}: another process has written it meanwhile, and its result stays; run again "
+                "or choose another path"
+            ) from error
         if old.exists():
             os.replace(old, target)
         raise

@@ -3,7 +3,7 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,7 +120,7 @@ def fingerprint_tokenizer(tokenizer: object) -> str | None:
     return compute_digest(json.dumps([vocabulary(), special], sort_keys=True, default=str))
 
 
-def fingerprint_batches(batches: "Sequence[Mapping[str, Tensor]]") -> str:
+def fingerprint_batches(batches: "Iterable[Mapping[str, Tensor]]") -> str:
     """Hash the tokens, masks and pictures of batches.
 
     Example:

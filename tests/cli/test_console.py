@@ -35,6 +35,12 @@ def test_out_of_memory_names_what_to_lower(command: str, error: Exception, wante
         raise error
 
 
+def test_a_rank_that_has_lost_another_says_so_in_one_line() -> None:
+    said = "[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:27547. This is typically caused by"
+    with pytest.raises(PrunelitError, match=r"^fit: another process of this job has ended"), condense_errors("fit"):
+        raise RuntimeError(said)
+
+
 @pytest.mark.parametrize(("package", "extra"), [("wandb", "wandb"), ("bitsandbytes.nn", "nf4"), ("gguf", "gguf")])
 def test_a_missing_extra_names_the_pip_line(package: str, extra: str) -> None:
     missing = ModuleNotFoundError(f"No module named {package!r}", name=package)

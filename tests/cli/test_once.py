@@ -1,6 +1,8 @@
 """One `prune` looks at a model once before the cut and once after it, and at its config.json once."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -56,24 +58,33 @@ def test_a_config_that_changes_is_read_again(tmp_path: Path) -> None:
     assert folder.read_model_config(tmp_path) == {"num_hidden_layers": 30}
 
 
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
+)
 def test_a_prune_that_is_stopped_while_it_writes_its_report_leaves_nothing_in_the_way(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     source: str,
     words: str,
     tmp_path: Path,
+    name: str,
+    status: int,
+    said: str,
 ) -> None:
     write = run_page.write_run_page
 
     def stop(record: Record, target: Path) -> None:
         assert (target / "report.json").is_file() and (target / "model.safetensors").is_file()
         write(record, target)
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), getattr(signal, name))
 
     command = small(source, words, tmp_path / "out", "--method", "magnitude")
     with monkeypatch.context() as patch:
         patch.setattr(run_page, "write_run_page", stop)
-        assert call(capsys, *command)[0] == 130
+        code, _, err = call(capsys, *command)
+        assert (code, err.splitlines()[-1]) == (status, f"prunelit: {said}")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert sorted(path.name for path in tmp_path.iterdir()) == ["words.txt"]
     code, _, err = call(capsys, *command)
     assert code == 0, err

@@ -194,11 +194,17 @@ def test_cut_keeps_dtype_mode_and_requires_grad(family: str, training: bool) -> 
     model = tiny(family).to(torch.bfloat16).train(training)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("bias" in name or "down" in name)
+        parameter.no_decay, parameter.mask = True, torch.ones_like(parameter)  # type: ignore[attr-defined]
+    dense = list(model.parameters())
     expected = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     surgery.apply(model, cut(model, "mixed"))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert {name: parameter.requires_grad for name, parameter in model.named_parameters()}.items() <= expected.items()
     assert {name for name, module in model.named_modules() if module.training != training} == set()
+    for parameter in model.parameters():
+        assert parameter.no_decay  # type: ignore[attr-defined]
+        is_dense = any(parameter is each for each in dense)
+        assert is_dense or not hasattr(parameter, "mask"), "a tensor beside it has the dense shape"
 
 
 def test_plan_for_another_model_changes_nothing() -> None:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 
 from prunelit.core.architectures import ARCHITECTURES
 from prunelit.data import builtin_models, loading, packages, sources
-from prunelit.runtime.errors import BadQuantisation, SourceNotFound, UnknownArchitecture
+from prunelit.runtime.errors import BadQuantisation, OutputNotWritable, SourceNotFound, UnknownArchitecture
 from tests.data.test_loading import one_line, same_logits
 from tests.tiny import tiny
 
@@ -244,6 +244,34 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
     assert folder.parent == cache / "gguf" and [path.name for path in folder.parent.iterdir()] == [folder.name]
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     assert sources.resolve_model_source(str(gguf_file)) == str(folder)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "gone", "no tokenizer"])
+def test_a_damaged_entry_of_the_cache_is_made_anew(gguf_file, cache, damage):
+    folder = Path(sources.resolve_model_source(str(gguf_file)))
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    if damage == "cut short":
+        weights.write_bytes(whole[:-10])
+    elif damage == "gone":
+        weights.unlink()
+    else:
+        (folder / "tokenizer_config.json").unlink()
+    assert sources.resolve_model_source(str(gguf_file)) == str(folder)
+    assert weights.read_bytes() == whole
+    assert (folder / "tokenizer_config.json").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def raise_no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("PRUNELIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", raise_no_home)
+    with pytest.raises(OutputNotWritable, match="set PRUNELIT_CACHE"):
+        sources.get_cache_folder()
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.01, 0.5, 0.99])

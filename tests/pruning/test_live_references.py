@@ -179,6 +179,18 @@ def test_without_training_it_is_named_too(tmp_path: Path, stage: str) -> None:
     read(SetsInSetup())
 
 
+def test_hooks_on_parameters_that_are_cut_are_named_in_one_line(tmp_path: Path) -> None:
+    module = ForeignModule()
+    layers = module.network.model.layers
+    layers[0].mlp.up_proj.weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    layers[1].mlp.down_proj.weight.register_hook(lambda gradient: gradient * 2)
+    layers[0].input_layernorm.weight.register_hook(lambda gradient: gradient * 2)  # which stays
+    with pytest.warns(
+        UserWarning, match=r"replaced 2 parameters that had hooks, such as model\.layers\.0\.mlp\.up_proj"
+    ):
+        fit(tmp_path, module, cut())
+
+
 @pytest.mark.parametrize("kind", [HoldsLayers, HoldsMethod])
 def test_a_layer_that_was_removed_is_named(tmp_path: Path, kind: Any) -> None:
     with pytest.raises(StaleReference, match=rf"{kind.__name__}\..*set it in the module's setup"):

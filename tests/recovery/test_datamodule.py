@@ -1,5 +1,6 @@
 """TextDataModule: no window in two roles, the same split everywhere, a position to resume from."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 
 from prunelit.data import loading, text
+from prunelit.data.rows import row_windows, stored_windows, text_rows
 from prunelit.recovery.datamodule import TextDataModule, WindowLoader
 from prunelit.runtime import fingerprints
-from prunelit.runtime.errors import BadOption, NotEnoughText, SourceNotFound
+from prunelit.runtime.errors import BadOption, NotEnoughText, OutputNotWritable, SourceNotFound
 from tests.tiny import tiny_tokenizer
 
 
@@ -75,6 +77,62 @@ def test_sources_are_mixed_evenly(data: Any, tmp_path: Path) -> None:
 def test_bad_options(data: Any, options: dict[str, Any], error: type[Exception]) -> None:
     with pytest.raises(error) as caught:
         data(**options)
+    assert "\n" not in str(caught.value)
+
+
+def write_rows(path: Path, count: int) -> str:
+    path.write_text("\n".join(json.dumps({"text": f"row {number} " * (number % 9 + 2)}) for number in range(count)))
+    return str(path)
+
+
+def test_a_text_that_goes_to_a_file_gives_the_same_windows(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "q.jsonl").write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"})] * 3))
+    options = {
+        "train": [write_rows(tmp_path / "a.jsonl", 200), write_rows(tmp_path / "b.jsonl", 90)],
+        "train_windows": None,
+        "instructions": str(tmp_path / "q.jsonl"),
+    }
+    monkeypatch.setenv("PRUNELIT_CACHE", str(tmp_path / "cache"))
+    first = data(**options)
+    monkeypatch.setattr(stored_windows, "MOST_IN_MEMORY", 50)
+    second = data(**options)
+    assert isinstance(first.train, torch.Tensor)
+    assert isinstance(second.train, stored_windows.StoredWindows)
+    assert all(store.dtype == torch.int32 for store in second.train.stores)  # mapped, not held
+    assert list((tmp_path / "cache").iterdir()) == []
+    assert torch.equal(first.calibration, second.calibration) and torch.equal(first.validation, second.validation)
+    for first_batch, second_batch in zip(first.train_dataloader(), second.train_dataloader(), strict=True):
+        assert first_batch.keys() == second_batch.keys() == {"input_ids", "labels", "attention_mask"}
+        assert all(torch.equal(first_batch[name], second_batch[name]) for name in first_batch)
+
+
+def test_of_a_large_text_only_what_is_trained_on_is_tokenised(
+    data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, tokenised = write_rows(tmp_path / "a.jsonl", 4000), []
+    whole = data(train=source, train_windows=20)
+    monkeypatch.setattr(row_windows, "WHOLE_BYTES", 1000)
+    read = text_rows.TextRows.read_ids
+
+    def count(self: Any, *args: Any) -> Any:
+        tokenised.append(args[0])
+        return read(self, *args)
+
+    monkeypatch.setattr(text_rows.TextRows, "read_ids", count)
+    first, second = (data(train=source, train_windows=20) for _ in range(2))
+    assert 0 < len(tokenised) < 2 * 400, len(tokenised)
+    assert len(first.train) == 20 and not torch.equal(first.train, whole.train)
+    assert torch.equal(first.train, second.train) and torch.equal(first.calibration, second.calibration)
+    assert not rows(first.train) & (rows(first.validation) | rows(first.calibration))
+
+
+def test_a_full_disk_stops_a_large_text_in_one_line(data: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_windows, "MOST_IN_MEMORY", 50)
+    monkeypatch.setattr(stored_windows, "_open_nameless_file", lambda folder: open("/dev/full", "r+b"))  # noqa: SIM115
+    with pytest.raises(OutputNotWritable, match="No space left on device; make room") as caught:
+        data(train=write_rows(tmp_path / "a.jsonl", 200), train_windows=None)
     assert "\n" not in str(caught.value)
 
 

@@ -134,6 +134,27 @@ def test_a_disk_that_is_full_when_the_tokenizer_comes(tmp_path: Path, monkeypatc
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_writers_the_slower_one_says_so_and_leaves_nothing(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there:
+        old(tmp_path / "m")
+    replace = os.replace
+
+    def other_is_faster(before: Any, after: Any) -> None:
+        if Path(after) == tmp_path / "m" and not Path(after).exists():
+            Path(after).mkdir()
+            (Path(after) / "other.txt").write_text("whole")
+        replace(before, after)
+
+    monkeypatch.setattr(os, "replace", other_is_faster)
+    with pytest.raises(OutputNotWritable, match="another process has written it meanwhile"):  # noqa: SIM117
+        with replace_folder(tmp_path / "m") as folder:
+            (folder / "mine.txt").write_text("mine")
+    assert names(tmp_path) == ["m"] and names(tmp_path / "m") == ["other.txt"]
+
+
 def test_a_target_that_can_not_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old(tmp_path / "m")
     replace = os.replace

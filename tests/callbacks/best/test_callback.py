@@ -5,12 +5,13 @@ import torch
 
 from prunelit.calibration.partial_forward import PartialForward
 from prunelit.callbacks import Best
-from prunelit.callbacks.best import generated_text
+from prunelit.callbacks.best import distill, generated_text
 from prunelit.callbacks.best.denoise import estimate_signal
 from prunelit.callbacks.best.distill import record_dense_streams
 from prunelit.callbacks.best.fisher import score_fisher
 from prunelit.model.decoder import Decoder
 from prunelit.pruning.context import PruningContext
+from prunelit.repair import reconstruct
 from prunelit.runtime.errors import BadOption
 from tests.tiny import VOCABULARY, tiny
 
@@ -102,6 +103,28 @@ def test_the_model_writes_as_much_as_it_was_given_without_padding(monkeypatch):
     model = tiny("llama")
     Best(0.4, align=1, epochs=0, own_text=2.0).prune(model, [each | {"attention_mask": mask} for each in batches()])
     assert asked == [2 * 16 * 24, 2 * 16 * 6]
+
+
+def test_refit_and_distillation_read_the_calibration_text_and_the_models_own(monkeypatch):
+    own, seen = batches(rows=4, seed=7), {}
+    monkeypatch.setattr(generated_text, "generate_text", lambda *_: own)
+
+    def watch(owner, name, place):
+        real = getattr(owner, name)
+
+        def call(*arguments, **options):
+            seen[name] = torch.cat([batch["input_ids"] for batch in arguments[place]])
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(owner, name, call)
+
+    watch(reconstruct, "apply_least_squares", 2)
+    watch(distill, "record_dense_streams", 1)
+    watch(distill, "distill_layers", 1)
+    pruned(own_text=1.0, epochs=1)
+    wanted = torch.cat([batch["input_ids"] for batch in [*batches(), *own]])
+    assert len(seen) == 3
+    assert all(torch.equal(ids, wanted) for ids in seen.values()), {name: len(ids) for name, ids in seen.items()}
 
 
 def test_a_second_repair_is_refused():
