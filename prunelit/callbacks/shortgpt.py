@@ -39,8 +39,8 @@ class ShortGPT(PruningCallback):
         ratio: least share of the decoder layers' budget to remove, with as few layers as their order allows; give
             either this or `count`.
         count: number of layers to remove, as in the paper.
-        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` say nothing
-            about whole layers.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` are about
+            widths, and whole layers are removed here.
 
     Example:
         >>> import torch, transformers

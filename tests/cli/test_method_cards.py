@@ -76,6 +76,7 @@ def test_the_table_has_a_line_for_every_method() -> None:
 def test_a_card_names_options_commands_and_files_that_are_there(name: str) -> None:
     card = answer_methods_command([name])
     assert methods()[name].card in card
+    assert "say nothing" not in card and "`PruningCallback`" not in card  # where that is, a reader of a card cannot see
     assert all(f"    {option.name} " in card for option in list_method_options(name))
     assert max(map(len, card.splitlines())) <= 140
     assert f"--config configs/methods/{name}.yaml" in card

@@ -38,8 +38,8 @@ class BlockPruner(PruningCallback):
         search_windows: number of calibration sequences that the search evaluates on, from the first; None: all. A
             search runs the text hundreds of times.
         cache_gib: host memory for residual streams, in GiB per process.
-        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` say nothing
-            about whole blocks.
+        kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept` and `uniform_heads` are about
+            widths, and whole blocks are removed here.
 
     Example:
         >>> import torch, transformers
