@@ -15,7 +15,7 @@ from prunelit.runtime.progress import show_stage
 if TYPE_CHECKING:
     from prunelit.cli.plan import FitJob
 
-_MODULES = {"validate": "prunelit.cli.fit"}
+_MODULES = {"validate": "prunelit.cli.fit", "report": "prunelit.cli.reports.diff"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:

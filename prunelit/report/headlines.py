@@ -125,7 +125,7 @@ def list_next_steps(record: Record) -> Iterator[Part]:
         trained = f", and {record.training[-1]['step']:,} steps of training" if record.training else ""
         yield f"Known so far: {', '.join(done)}{trained}. What is done is kept and not computed again."
     if resume := facts.get("resume"):
-        yield Code(resume, "Go on where it stopped, with the options that it had")
+        yield Code(resume, "Go on where it stopped; options after the file replace those in it")
 
 
 def describe_plan_share(record: Record) -> str:

@@ -23,7 +23,7 @@ def is_same_run(first: RunSummary, second: RunSummary) -> bool:
     Args:
         first, second: the runs.
 
-    Example: see `prunelit.cli.report`, which uses it.
+    Example: see `prunelit.cli.reports.diff`, which uses it.
     """
     digests = [run.plan.digest if run.plan else None for run in (first, second)]
     return first.kind == second.kind and first.options == second.options and digests[0] == digests[1]

@@ -57,7 +57,7 @@ def summarize_plan(name: str, plan: PruningPlan) -> RunSummary:
         name: the path that was given.
         plan: the plan.
 
-    Example: see `prunelit.cli.report`, which uses it.
+    Example: see `prunelit.cli.reports.diff`, which uses it.
     """
     sizes = {size: plan.predicted[size] for size in _SIZES if size in plan.predicted}
     return RunSummary(name, "plan", options=_list_plan_options(plan), sizes=sizes, plan=plan)
