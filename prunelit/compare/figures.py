@@ -151,11 +151,22 @@ def _label_line_ends(panel: "Axes", ends: Sequence[_LineEnd], step: float) -> No
     heights = [min(1.0, (math.log(end.perplexity) - lowest) / (highest - lowest)) for end in ranked]
     for end, height, place in zip(ranked, heights, spread_labels(heights, step), strict=True):
         if end.perplexity <= math.exp(highest) and end.label != "dense":
-            line = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
-            panel.annotate("", (end.position, end.perplexity), (_LABEL_PLACE, place), "data", "axes fraction", line)
+            panel.annotate(
+                "",
+                (end.position, end.perplexity),
+                (_LABEL_PLACE, place),
+                xycoords="data",
+                textcoords="axes fraction",
+                arrowprops={"arrowstyle": "-", "color": end.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3},
+            )
         panel.plot(
-            *([_LABEL_PLACE], [place], end.marker),
-            **{"color": end.colour, "markersize": 4.5, "clip_on": False, "transform": panel.transAxes},
+            [_LABEL_PLACE],
+            [place],
+            end.marker,
+            color=end.colour,
+            markersize=4.5,
+            clip_on=False,
+            transform=panel.transAxes,
         )
         value = format_perplexity(end.perplexity) if end.perplexity < 1e5 else format_tick(end.perplexity)
         name = end.label if len(end.label) <= _LONGEST_LABEL else f"{end.label[: _LONGEST_LABEL - 3]}..."

@@ -1,8 +1,8 @@
 """Logging beyond plain numbers: points with their own x axis, figures, tables and artifacts.
 
-Weights & Biases shows all of it. MLflow and Trackio get numbers, figures, tables and the files of artifacts. TensorBoard
-shows numbers, figures, and tables as text. The CSV logger stores numbers, and the rest as files beside its metrics.csv.
-Any other Lightning logger gets the numbers. Call these functions on rank zero.
+Weights & Biases shows all of it. MLflow and Trackio get numbers, figures, tables and the files of artifacts.
+TensorBoard shows numbers, figures, and tables as text. The CSV logger stores numbers, and the rest as files beside its
+metrics.csv. Any other Lightning logger gets the numbers. Call these functions on rank zero.
 """
 
 import csv

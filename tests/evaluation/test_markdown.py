@@ -71,8 +71,8 @@ def handmade_evaluation() -> dict[str, Any]:
         },
         "speed": {
             "protocol": {"batch": 1, "prompt": 512, "new_tokens": 32, "context": 512, "repeats": 9, "dtype": "float32"},
-            **{role: timings for role in ("model", "against")},
-            "ratios": {kind: ratio for kind in ("prefill", "decode")},
+            **dict.fromkeys(("model", "against"), timings),
+            "ratios": dict.fromkeys(("prefill", "decode"), ratio),
         },
         "samples": {"prompts": prompts, "chat": True, "new_tokens": 48, "model": prompts[::-1], "against": prompts},
         "hardware": {"device": "CPU", "threads": 1},
