@@ -1,4 +1,4 @@
-"""One page of the site for each method, written from the card that `methods NAME` prints; nothing is kept in two places."""
+"""One page of the site for each method, written from the card that `methods NAME` prints: nothing is kept twice."""
 
 from pathlib import Path
 
@@ -20,10 +20,10 @@ def render_method_page(method: Method) -> str:
     """Write the page of one method as Markdown."""
     summary, _, description = method.card.partition("\n")
     title, _, purpose = summary.partition(": ")
-    rows = [
-        f"| `{option.name}` | {'required' if option.default is None else f'`{option.default}`'} | {_escape(option.what)} |"
-        for option in method_cards.list_method_options(method.name)
-    ]
+    rows = []
+    for option in method_cards.list_method_options(method.name):
+        default = "required" if option.default is None else f"`{option.default}`"
+        rows.append(f"| `{option.name}` | {default} | {_escape(option.what)} |")
     _, _, commands = method_cards.render_method_card(method).rpartition("\n\nCut a model;")
     return "\n".join(
         [

@@ -36,6 +36,7 @@ def log_everything(logger: Logger, folder: Path) -> None:
     logger.finalize("success")
 
 
+@pytest.mark.filterwarnings("ignore")  # what MLflow calls of pandas and others
 def test_mlflow_in_local_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow", reason="pip install -e '.[mlflow]'")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
