@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
+
+import method_pages  # noqa: E402
 
 from prunelit import __version__  # noqa: E402
 from prunelit.__main__ import render_usage  # noqa: E402
@@ -43,12 +45,13 @@ def plain(app: Any, what: str, name: str, obj: Any, options: Any, lines: list[st
 
 
 def setup(app: Any) -> None:
-    """Bring what lies outside this folder: notebooks, and the commands' list."""
+    """Bring what lies outside this folder: notebooks, the commands' list, and the cards of the methods."""
     app.connect("autodoc-process-docstring", plain, priority=100)  # before napoleon
     made = ROOT / "docs" / "made"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir()
     (made / "usage.txt").write_text(render_usage(), encoding="utf-8")
+    method_pages.write_method_pages(made)
     names = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
     for name in names:
         shutil.copy(ROOT / "notebooks" / name, made / name)

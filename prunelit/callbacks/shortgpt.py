@@ -40,7 +40,7 @@ class ShortGPT(PruningCallback):
             this, `count`, or `parameters` or `memory`.
         count: number of layers to remove, as in the paper.
         kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept`, `uniform_heads`, `rounding` and
-            `speedup` say nothing about whole layers.
+            `speedup` are about widths, and whole layers are removed here.
 
     Example:
         >>> import torch, transformers

@@ -36,6 +36,8 @@ _EXTRAS = {
     "bitsandbytes": "nf4",
     "gguf": "gguf",
     "lm_eval": "zeroshot",
+    "mlflow": "mlflow",
+    "trackio": "trackio",
     "wandb": "wandb",
     "xllamacpp": "llamacpp",
 }

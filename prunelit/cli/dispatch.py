@@ -17,7 +17,7 @@ from prunelit.runtime.versions import check_lowest_versions
 if TYPE_CHECKING:
     from prunelit.cli.plan import FitJob
 
-_MODULES = {"validate": "prunelit.cli.fit"}
+_MODULES = {"validate": "prunelit.cli.fit", "report": "prunelit.cli.reports.diff"}
 
 
 def run_command(command: str, arguments: list[str]) -> int:

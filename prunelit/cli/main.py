@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write a model in another format, with its proof      --model DIR --format padded --out PATH",
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
     "compare": "methods x ratios x seeds, as tables and pictures        --config compare-quick",
+    "report": "how two runs differ: options, cut, size, quality  diff RUN_A RUN_B [--html FILE]",
     "dashboard": "lay out a W&B project for pruning runs          --project P [--out FILE]",
     "init": "copy the YAML files that come with prunelit             init DIR, init --list",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",

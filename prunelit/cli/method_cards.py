@@ -252,7 +252,7 @@ def list_method_options(name: str) -> list[Option]:
             what=f"{base_options['repair'].what} Here: {', '.join(repair_choices)}."
         )
     kwargs_docs = _read_argument_docs(ast.get_docstring(class_node) or "").get("kwargs", "")
-    unused = re.findall(r"`(\w+)`", kwargs_docs) if "say nothing" in kwargs_docs else []
+    unused = re.findall(r"`(\w+)`", kwargs_docs.partition(";")[2])  # named there: those that this method does not use
     unused += _read_class_tuple(class_node, "ignored_options") or _read_base_tuple(
         method, class_node, "ignored_options"
     )

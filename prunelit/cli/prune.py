@@ -19,12 +19,13 @@ from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
-from prunelit.data.sources import check_prunable_source, check_sequence_length, summarise_error
+from prunelit.data.sources import check_prunable_source, check_sequence_length, measure_source_bytes, summarise_error
 from prunelit.export import load_commands
 from prunelit.export.formats import ExportResult
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.model.stored.disk_size import measure_disk_bytes
 from prunelit.model.text_model import count_tower_parameters
 from prunelit.planning.overshoot import describe_overshoot, format_asked_share
 from prunelit.pruning.callback import PruningCallback
@@ -122,6 +123,7 @@ def prune_model(
             "pruned": metrics.measure_model_size(pruned_decoder)
             | {name: value for name, value in plan.predicted.items() if name.startswith("ratio")},
             "tower_parameters": tower_parameters,
+            "disk_bytes": {"dense": measure_source_bytes(model)},
             "calibration": plan.calibration,
         }
         with ExitStack() as save_stage:
@@ -167,6 +169,8 @@ def _write_reports(
         "versions": collect_versions(),
         "seed": plan.seed,
     }
+    disk_bytes = report["disk_bytes"] | {"pruned": measure_disk_bytes(folder)}
+    report["disk_bytes"] = record.facts["disk_bytes"] = {name: size for name, size in disk_bytes.items() if size}
     write_json(folder / "report.json", report)
     for name in ("dense", "pruned"):
         record.on_event("measured", {"name": name, "row": report[name]})

@@ -44,8 +44,8 @@ def render_comparison_page(report: ComparisonReport) -> str:
 
 def _draw_page_pictures(report: ComparisonReport) -> list[PagePicture]:
     caption = (
-        "A line is a method, a point a ratio (small: one seed); dashed is the dense model. Lower is better; a line "
-        "that leaves the picture goes on above it."
+        "A line is a method, a point a ratio (small: one seed); dashed is the dense model. Lower is better. At the end "
+        "of a line is its perplexity at the deepest cut; an arrow marks lines that end above the picture."
     )
     pictures = []
     for axis in figures.list_axes(report):

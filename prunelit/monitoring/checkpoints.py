@@ -182,9 +182,9 @@ def find_newest_checkpoint(trainer: Trainer) -> Path | None:
 
     Example: see `prunelit.cli.fit.PrunelitCLI`.
     """
-    folders = dict.fromkeys(
-        [*(Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath), _get_checkpoint_folder(trainer)]
-    )
+    named_folders = [Path(c.dirpath) for c in _list_model_checkpoints(trainer) if c.dirpath]
+    # Lightning makes `dirpath` absolute; the same folder under two names would be read, and reported, twice.
+    folders = {folder.resolve(): folder for folder in [*named_folders, _get_checkpoint_folder(trainer)]}.values()
     files = [path for folder in folders for path in folder.glob("*.ckpt") if path.exists()]
     for path in sorted(files, key=lambda path: path.stat().st_mtime_ns, reverse=True):
         problem = (

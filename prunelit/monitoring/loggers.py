@@ -1,8 +1,8 @@
 """Logging beyond plain numbers: points with their own x axis, figures, tables and artifacts.
 
-Weights & Biases shows all of it. TensorBoard shows numbers, figures, and tables as text. The CSV logger stores numbers,
-and the rest as files beside its metrics.csv. Any other Lightning logger gets the numbers. Call these functions on rank
-zero.
+Weights & Biases shows all of it. MLflow and Trackio get numbers, figures, tables and the files of artifacts.
+TensorBoard shows numbers, figures, and tables as text. The CSV logger stores numbers, and the rest as files beside its
+metrics.csv. Any other Lightning logger gets the numbers. Call these functions on rank zero.
 """
 
 import csv
@@ -12,13 +12,14 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from prunelit.monitoring import scrub
+from prunelit.monitoring.trackio_logger import TrackioLogger
 from prunelit.runtime.text_files import write_text
 from prunelit.runtime.wandb_settings import WANDB_QUIET
 
@@ -79,7 +80,9 @@ def list_logger_runs(loggers: Iterable[Logger]) -> list[str]:
 
 
 def guard_hyperparameters(loggers: Iterable[Logger]) -> None:
-    """Let only numbers, switches and short plain words of the hyperparameters reach W&B, whoever logs them.
+    """Let only numbers, switches and short plain words of the hyperparameters reach a tracker, whoever logs them.
+
+    Trackers are W&B, MLflow and Trackio, which may send them on; TensorBoard and CSV files stay on this machine.
 
     Args:
         loggers: changed in place.
@@ -87,7 +90,7 @@ def guard_hyperparameters(loggers: Iterable[Logger]) -> None:
     Example: see `prunelit.monitoring.scrub.keep_plain_values`.
     """
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and "log_hyperparams" not in vars(logger):
+        if isinstance(logger, WandbLogger | MLFlowLogger | TrackioLogger) and "log_hyperparams" not in vars(logger):
             logger.log_hyperparams = partial(_log_plain_hyperparameters, logger.log_hyperparams)  # type: ignore[method-assign]
 
 
@@ -117,7 +120,7 @@ def log_points(loggers: Iterable[Logger], values: Mapping[str, float], axis: str
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.log({axis: position, **values})
-        elif isinstance(logger, CSVLogger):
+        elif isinstance(logger, CSVLogger | TrackioLogger):
             logger.log_metrics({axis: position, **values}, position)
         else:
             logger.log_metrics(dict(values), position)
@@ -135,6 +138,8 @@ def log_summary(loggers: Iterable[Logger], values: Mapping[str, float]) -> None:
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.experiment.summary.update(dict(values))
+        elif isinstance(logger, MLFlowLogger):
+            logger.log_metrics(dict(values))
 
 
 def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, step: int) -> None:
@@ -154,12 +159,19 @@ def log_picture(loggers: Iterable[Logger], name: str, png: bytes, caption: str, 
             import wandb
 
             logger.experiment.log({name: wandb.Image(_decode_png(png), caption=caption), "trainer/global_step": step})
+        elif isinstance(logger, TrackioLogger):
+            import trackio
+
+            logger.experiment.log({name: trackio.Image(_decode_png(png), caption=caption)}, step=step)
+        elif isinstance(logger, MLFlowLogger):
+            path_in_run = f"pictures/{_make_file_name(name)}.png"
+            logger.experiment.log_image(logger.run_id, _decode_png(png), path_in_run)
         elif isinstance(logger, TensorBoardLogger):
             import numpy
 
             logger.experiment.add_image(name, numpy.asarray(_decode_png(png)), step, dataformats="HWC")
         elif isinstance(logger, CSVLogger):
-            path = Path(logger.log_dir) / "pictures" / f"{name.replace('/', '_')}.png"
+            path = Path(logger.log_dir) / "pictures" / f"{_make_file_name(name)}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(png)
 
@@ -190,6 +202,14 @@ def log_table(
 
             wandb_table = wandb.Table(columns=list(columns), data=[list(row) for row in rows])
             logger.experiment.log({name: wandb_table, "trainer/global_step": step})
+        elif isinstance(logger, TrackioLogger):
+            import trackio
+
+            trackio_table = trackio.Table(columns=list(columns), data=[list(row) for row in rows])
+            logger.experiment.log({name: trackio_table}, step=step)
+        elif isinstance(logger, MLFlowLogger):
+            content = {column: [row[index] for row in rows] for index, column in enumerate(columns)}
+            logger.experiment.log_table(logger.run_id, content, f"tables/{_make_file_name(name)}.json")
         elif isinstance(logger, TensorBoardLogger):
             lines = [columns, ["---"] * len(columns), *rows]
             text = "\n".join("| " + " | ".join(_escape_table_cell(value) for value in line) + " |" for line in lines)
@@ -197,7 +217,7 @@ def log_table(
         elif isinstance(logger, CSVLogger):
             buffer = io.StringIO()
             csv.writer(buffer).writerows([columns, *rows])
-            write_text(Path(logger.log_dir) / "tables" / f"{name.replace('/', '_')}.csv", buffer.getvalue())
+            write_text(Path(logger.log_dir) / "tables" / f"{_make_file_name(name)}.csv", buffer.getvalue())
 
 
 def log_used_artifact(loggers: Iterable[Logger], name: str, kind: str, metadata: Mapping[str, object]) -> None:
@@ -242,16 +262,38 @@ def log_artifact(
             import wandb
 
             new_artifact = wandb.Artifact(name, kind, metadata=dict(metadata))
-            with TemporaryDirectory() as scratch:
-                for file, source in content.items():
-                    if isinstance(source, Path):
-                        new_artifact.add_file(str(source), file)
-                    else:
-                        copy = Path(scratch) / file
-                        copy.write_text(source, encoding="utf-8")
-                        # "mutable" makes W&B copy the file, which is deleted with the folder.
-                        new_artifact.add_file(str(copy), file, policy="mutable")
-                logger.experiment.log_artifact(new_artifact)
+            # "mutable" makes W&B copy the file, which is deleted with the folder.
+            _log_files(logger, new_artifact, content, policy="mutable")
+        elif isinstance(logger, TrackioLogger):
+            import trackio
+
+            _log_files(logger, trackio.Artifact(name, kind, metadata=dict(metadata)), content)
+        elif isinstance(logger, MLFlowLogger):
+            for file, source in content.items():
+                if isinstance(source, Path):
+                    logger.experiment.log_artifact(logger.run_id, str(source), str(PurePosixPath(name, file).parent))
+                else:
+                    logger.experiment.log_text(logger.run_id, source, f"{name}/{file}")
+            logger.experiment.log_dict(logger.run_id, {"type": kind, **metadata}, f"{name}/metadata.json")
+
+
+def _log_files(
+    logger: WandbLogger | TrackioLogger, artifact: Any, content: Mapping[str, Path | str], **options: str
+) -> None:
+    """Add files and texts to an artifact of W&B or Trackio, and log it; `options` are those of adding a text."""
+    with TemporaryDirectory() as scratch:
+        for file, source in content.items():
+            if isinstance(source, Path):
+                artifact.add_file(str(source), file)
+            else:
+                copy = Path(scratch) / file
+                copy.write_text(source, encoding="utf-8")
+                artifact.add_file(str(copy), file, **options)
+        logger.experiment.log_artifact(artifact)
+
+
+def _make_file_name(name: str) -> str:
+    return name.replace("/", "_")
 
 
 def _decode_png(png: bytes) -> "Image":

@@ -10,9 +10,10 @@ report.html   the same for people, with pictures, what layers keep and completio
 import json
 import logging
 import os
+import shlex
 import sys
 import time
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -28,6 +29,7 @@ from prunelit.evaluation.samples import Samples
 from prunelit.export import load_commands
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
+from prunelit.model.stored.disk_size import measure_disk_bytes
 from prunelit.monitoring.recorder import Recorder
 from prunelit.pruning.callback import find_pruner
 from prunelit.pruning.job import (
@@ -48,7 +50,7 @@ from prunelit.report.record import Record
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
 from prunelit.runtime.environment import describe_hardware, get_peak_memory_mib
-from prunelit.runtime.errors import BadOption, BadPlan
+from prunelit.runtime.errors import BadOption, BadPlan, OutputNotWritable, PrunelitError, describe_error
 from prunelit.runtime.events import EventSource
 from prunelit.runtime.fingerprints import fingerprint_batches
 from prunelit.runtime.messages import log_on_rank_zero
@@ -134,6 +136,7 @@ class RunReport(Recorder, EventSource):
         for name in self.report.keys() & {"dense", "pruned"}:
             self.emit("measured", name=name, row=self.report[name])
         self.record.title = Decoder(model).shape.name
+        self._add_disk_bytes("dense", finish.measure_dense_bytes(pl_module))
         with move_to_device(model, trainer.strategy.root_device):
             self._measure_state("dense", model, metrics.measure_model_size(model))
             self.report["tower_parameters"] = finish.count_trained_tower(model)
@@ -193,6 +196,7 @@ class RunReport(Recorder, EventSource):
                 written = finish.save_recovered_model(merged, run, self.report)
             self.report |= {"format": written.format, "trained_steps": trainer.global_step}
             self.record.facts["load"] = load_commands.list_load_commands(written.format, written.path, run.plan)
+            self._add_disk_bytes("recovered", measure_disk_bytes(written.path))
         trainer.strategy.barrier()
         self._write_report(trainer)
         if trainer.is_global_zero:
@@ -202,6 +206,17 @@ class RunReport(Recorder, EventSource):
             others = describe_other_parameters(self.report["recovered"], self.report["tower_parameters"])
             table = metrics.format_text_table(rows)
             sys.stdout.write(escape_controls(f"\n{table}\n\n{others}\n{self._folder}/: {folders} {files}\n"))
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave a page that says why the run ended and how it goes on; the error itself is raised by Lightning."""
+        if not self.report or not trainer.is_global_zero:
+            return
+        is_signal = isinstance(exception, KeyboardInterrupt | SystemExit)
+        self.record.facts["ended_by"] = "it was stopped" if is_signal else describe_error(exception)
+        if isinstance(exception, PrunelitError):  # one line that says what to do
+            self.record.facts["ended_by"] = str(exception)
+        with suppress(OSError, OutputNotWritable):  # the run ends anyway, by the error that came first
+            run_page.write_run_page(self.record, self._folder)
 
     def state_dict(self) -> dict[str, Any]:
         """Fingerprints of the dense model and the tokenizer, and the curves so far."""
@@ -276,6 +291,10 @@ class RunReport(Recorder, EventSource):
         earlier.facts |= self.record.facts
         self.record = earlier
 
+    def _add_disk_bytes(self, state: str, size: int | None) -> None:
+        if size is not None:
+            self.report.setdefault("disk_bytes", {})[state] = size
+
     def _get_plan(self, trainer: Trainer) -> PruningPlan | None:
         pruner = find_pruner(trainer)
         return pruner.applied_plan if pruner else None
@@ -295,8 +314,12 @@ class RunReport(Recorder, EventSource):
             "seed": int(os.environ.get("PL_GLOBAL_SEED", 0)),
         }
         write_json(self._folder / "report.json", self.report)
-        names = ("protocol", "versions", "seed", "memory", "trained_steps", "tower_parameters")
+        names = ("protocol", "versions", "seed", "memory", "trained_steps", "tower_parameters", "disk_bytes")
         self.record.facts |= {name: self.report[name] for name in names if name in self.report}
+        self.record.facts.pop("ended_by", None)  # of an earlier start
+        if (config := self._folder / "config.yaml").is_file():
+            command = ["python", "-m", "prunelit", "fit", "--config", str(config), "--ckpt_path", "last"]
+            self.record.facts["resume"] = shlex.join(command)
         self.record.facts |= {
             "hardware": describe_hardware(trainer.strategy.root_device),
             "completion_tokens": _COMPLETION_TOKENS,

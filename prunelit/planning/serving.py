@@ -211,6 +211,8 @@ def _judge_padded(pruned: PrunedShape) -> Verdict:
 
 def _describe_savings(pruned: PrunedShape, share: float) -> str:
     planned = pruned.plan.predicted["ratio_of_block_parameters"]
+    if share <= 0:
+        return f"saves nothing: zeros make the layers {1 - share:.3g} times as large as the dense ones"
     return f"saves {share:.1%} of the layers' parameters, of {planned:.1%} cut"
 
 

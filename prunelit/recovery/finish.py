@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
+from prunelit.data.sources import measure_source_bytes
 from prunelit.export.formats import ExportResult
 from prunelit.export.proof.compare import PROOF_FILE
 from prunelit.model.text_model import count_tower_parameters
@@ -139,6 +140,21 @@ def save_recovered_model(model: nn.Module, run: RunFolder, report: dict[str, Any
         fresh_process=True,
         report=report,
     )
+
+
+def measure_dense_bytes(module: Any) -> int | None:
+    """Measure the weight files of the model that a run starts from.
+
+    Args:
+        module: with the hyperparameter `model`.
+
+    Returns:
+        Bytes; None where the files are not in one known place.
+
+    Example: see `prunelit.monitoring.run_report`, which uses it.
+    """
+    source = module.hparams.get("model")
+    return measure_source_bytes(source) if isinstance(source, str) else None
 
 
 def choose_probe_tokens(windows: Tensor | None, model: Any) -> Tensor:

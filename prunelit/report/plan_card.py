@@ -132,7 +132,7 @@ def render_plan_totals(plans: dict[str, PruningPlan]) -> str:
         first_total, second_total = (int(predicted[name]) for predicted in values)
         ratio = f"{second_total / first_total:.3f}" if first_total else "-"
         rows.append([name.replace("_", " "), f"{first_total:,}", f"{second_total:,}", ratio])
-    return _align_columns(rows, right=(1, 2, 3))
+    return align_columns(rows, right=(1, 2, 3))
 
 
 def render_layer_table(plan: PruningPlan) -> str:
@@ -143,7 +143,7 @@ def render_layer_table(plan: PruningPlan) -> str:
 
     Example: see `list_layer_rows`.
     """
-    return _align_columns(list_layer_rows(plan), right=range(1, 1 + len(list_unit_names(plan))))
+    return align_columns(list_layer_rows(plan), right=range(1, 1 + len(list_unit_names(plan))))
 
 
 def list_layer_rows(plan: PruningPlan) -> list[list[str]]:
@@ -210,7 +210,7 @@ def render_serving_table(plan: PruningPlan) -> str:
     """
     rows = [["will it serve?", "", "why", "option", "how known"]]
     rows += [[row.target, row.answer, row.why, row.option, row.known] for row in list_serving_options(plan)]
-    return "\n".join([_align_columns(rows), "", *list_serving_notes(plan)])
+    return "\n".join([align_columns(rows), "", *list_serving_notes(plan)])
 
 
 def render_plan_difference(
@@ -228,16 +228,28 @@ def render_plan_difference(
 
     Example: see `prunelit.cli.plan_files.run_plan_files`.
     """
+    layer_count = len({difference.layer for difference in differences})
+    count = f"{layer_count} of {len(first.layers)} layers differ"
+    totals = render_plan_totals(dict(zip(names, (first, second), strict=True)))
+    return "\n\n".join([totals, align_columns(list_difference_rows(differences, names)), count])
+
+
+def list_difference_rows(differences: Sequence[PlanDifference], names: tuple[str, str]) -> list[list[str]]:
+    """List the cells of a table of differences between two plans; the first row is the head.
+
+    Args:
+        differences: see `prunelit.core.plan_diff`.
+        names: what the two plans are called in the text.
+
+    Example:
+        >>> list_difference_rows([PlanDifference(0, "ffn_channels", (0,), (2, 3), (1, 2))], ("A", "B"))[1]
+        ['0', 'ffn channels', '1 -> 2', '0', '2-3']
+    """
     rows = [["layer", "units", "kept", f"only in {names[0]}", f"only in {names[1]}"]]
-    rows += [
+    return rows + [
         [str(difference.layer), difference.kind.replace("_", " "), *_describe_difference(difference)]
         for difference in differences
     ]
-    layer_count = len({difference.layer for difference in differences})
-    count = f"{layer_count} of {len(first.layers)} layers differ"
-    return "\n\n".join(
-        [render_plan_totals(dict(zip(names, (first, second), strict=True))), _align_columns(rows), count]
-    )
 
 
 def _describe_difference(difference: PlanDifference) -> Iterator[str]:
@@ -250,8 +262,19 @@ def _describe_difference(difference: PlanDifference) -> Iterator[str]:
         yield indices if len(indices) <= 40 else f"{indices[:34].rpartition(',')[0]}, ... ({len(units)})"
 
 
-def _align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Align columns under a head line; columns whose index is in `right` are flush right."""
+def align_columns(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Align columns under a head line.
+
+    Args:
+        rows: of equal length; the first one is the head.
+        right: indices of the columns that are flush right.
+
+    Example:
+        >>> print(align_columns([["a", "b"], ["1", "22"]], right=(1,)))
+        a   b
+        -----
+        1  22
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def format_row(row: Sequence[str]) -> str:

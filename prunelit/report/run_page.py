@@ -14,9 +14,10 @@ from pathlib import Path
 from prunelit.core.plan import PruningPlan
 from prunelit.planning.serving import list_serving_notes, list_serving_options
 from prunelit.report.figures import PICTURES, draw_picture
-from prunelit.report.format_numbers import format_count, format_duration, format_percent, format_perplexity
+from prunelit.report.format_numbers import format_duration, format_percent, format_perplexity
+from prunelit.report.headlines import describe_plan_share, list_headline_facts, list_next_steps
 from prunelit.report.page import html
-from prunelit.report.page.parts import Code, Completions, Fact, Notes, Page, PagePicture, Part, Section, Table
+from prunelit.report.page.parts import Code, Completions, Notes, Page, PagePicture, Part, Section, Table
 from prunelit.report.page.summary import summarize_picture
 from prunelit.report.plan_card import describe_coverage, list_layer_rows
 from prunelit.report.record import STATES, Record, Stage
@@ -70,6 +71,7 @@ def render_run_page(record: Record) -> str:
         True
     """
     sections = (
+        Section("What next", list(list_next_steps(record))),
         Section("Quality and size", list(_list_size_parts(record))),
         Section("Pictures", list(_draw_page_pictures(record))),
         Section("What it writes", list(_list_completion_parts(record))),
@@ -80,19 +82,12 @@ def render_run_page(record: Record) -> str:
         Section("Config", [Code(record.facts["config"])] if record.facts.get("config") else [], folded=True),
     )
     page = Page(
-        _make_title(record),
+        describe_plan_share(record),
         _make_lead(record),
-        list(_list_facts(record)),
+        list(list_headline_facts(record)),
         [section for section in sections if section.parts],
     )
     return html.render_html(page)
-
-
-def _make_title(record: Record) -> str:
-    if record.plan is None:
-        return record.title or "A run of prunelit"
-    share = record.plan.predicted["ratio_of_block_parameters"]
-    return f"{record.plan.model.name}: {share:.1%} of its layers removed by {record.plan.method}"
 
 
 def _make_lead(record: Record) -> str:
@@ -106,33 +101,6 @@ def _make_lead(record: Record) -> str:
     else:
         clauses.append("no training")
     return "; ".join(clauses).capitalize() + "."
-
-
-def _list_facts(record: Record) -> Iterator[Fact]:
-    """List the headline numbers: what was removed, and its effect on quality and cost."""
-    states = [name for name in STATES if name in record.measured]
-    perplexity_by_state = {name: record.measured[name].get("perplexity") for name in states}
-    if any(value is not None for value in perplexity_by_state.values()):
-        formatted = [_format_perplexity(value) for value in perplexity_by_state.values()]
-        yield Fact("Perplexity", " \N{RIGHTWARDS ARROW} ".join(formatted), ", ".join(states), wide=True)
-    if record.plan is not None:
-        predicted = record.plan.predicted
-        share_of_all = f"{predicted['ratio_of_all_parameters']:.1%} of all parameters"
-        yield Fact("Removed of the decoder layers", f"{predicted['ratio_of_block_parameters']:.1%}", share_of_all)
-    if len(states) > 1:
-        first_row, last_row = record.measured[states[0]], record.measured[states[-1]]
-        for name, title in (
-            ("parameters", "Parameters"),
-            ("active_parameters", "Active parameters"),
-            ("macs_per_token", "MACs per token"),
-            ("kv_bytes_per_token", "KV cache per token"),
-        ):
-            if first_row.get(name) and last_row.get(name) is not None:
-                unit = " B" if name.startswith("kv") else ""
-                before, after = first_row[name], last_row[name]
-                note = f"dense {format_count(before)}{unit}; {1 - after / before:.1%} less"
-                value = f"{format_count(after)}{unit}"
-                yield Fact(title, value, note if after != before else "as the dense model")
 
 
 def _format_perplexity(value: float | None) -> str:

@@ -1,6 +1,8 @@
 """`methods`: what the syntax trees say is what the classes are and do."""
 
+import importlib
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +78,7 @@ def test_the_table_has_a_line_for_every_method() -> None:
 def test_a_card_names_options_commands_and_files_that_are_there(name: str) -> None:
     card = answer_methods_command([name])
     assert methods()[name].card in card
+    assert "say nothing" not in card and "`PruningCallback`" not in card  # where that is, a reader of a card cannot see
     assert all(f"    {option.name} " in card for option in list_method_options(name))
     assert max(map(len, card.splitlines())) <= 140
     assert f"--config configs/methods/{name}.yaml" in card
@@ -119,6 +122,17 @@ def test_the_commands_of_a_card_are_parsed(capsys: pytest.CaptureFixture[str]) -
     assert checkpoints["init_args"].items() >= (asked | {"dirpath": None}).items()  # which is default_root_dir's
     sample = yaml.safe_load(answer_methods_command(["flap"]).partition("In YAML\n")[2].partition("\n\n")[0])
     assert sample["trainer"]["callbacks+"][0]["class_path"] == "prunelit.callbacks.FLAP"
+
+
+def test_every_method_has_a_page_of_the_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    importlib.import_module("method_pages").write_method_pages(tmp_path)
+    contents = (tmp_path / "method-pages.md").read_text(encoding="utf-8")
+    for name in METHODS:
+        page = (tmp_path / "methods" / f"{name}.md").read_text(encoding="utf-8")
+        assert all(f"| `{option.name}` |" in page for option in list_method_options(name))
+        assert f"prune --model PATH_OR_ID --method {name} " in page and f"methods.md#{name})" in page
+        assert f"[{name}](methods/{name}.md)" in contents
 
 
 def test_as_data() -> None:

@@ -39,6 +39,47 @@ def test_two_protocols_in_one_table_are_refused() -> None:
         build_perplexity_table({"a": text(12, 3.0), "b": text(16, 3.0)})
 
 
+def handmade_evaluation() -> dict[str, Any]:
+    """Everything that an evaluation against another model can hold."""
+    size = {
+        "parameters": 111_290_688,
+        "block_parameters": 82_978_560,
+        "macs_per_token": 9,
+        "kv_bytes_per_token": 46_080,
+    }
+    metrics = {"acc": 0.5, "acc_stderr": 0.01, "acc_norm": 0.4, "acc_norm_stderr": None}
+    interval = {"difference": -0.01, "low": -0.02, "high": 0.001}
+    task = {"items": 1000, "metrics": metrics}
+    timings = {f"{kind}_tokens_per_second": 12_345.6 for kind in ("prefill", "decode")}
+    timings |= {"time_to_first_token_seconds": 0.5, "of": "process", "loading_counts": True}
+    timings |= {f"{kind}_bytes": 3e8 for kind in ("weight", "peak", "kv")} | {"kv_bytes_predicted": 3e8}
+    ratio = {"median": 1.2, "low": 1.1, "high": 1.3, "promised": 1.27, "promised_by": "MACs", "said": "as promised"}
+    prompts = ["The capital of France is", "w" * 300]
+    return {
+        "command": "python -m prunelit evaluate --model runs/quickstart/model --against HuggingFaceTB/SmolLM2-135M",
+        "model": {"source": "runs/quickstart/model", "adapter": None} | size,
+        "against": {"source": "HuggingFaceTB/SmolLM2-135M", "adapter": None} | size,
+        "perplexity": {name: text(1024, 3.0, 2.5) for name in ("wikitext2", "ptb", "c4")},
+        "zero_shot": {
+            "protocol": {"harness": "lm-evaluation-harness 0.4", "shots": 0, "limit": None, "batch_size": 8}
+            | {"dtype": "float32", "interval": "paired", "rows": "hub"},
+            "tasks": {
+                name: {"model": task, "against": task, "difference": {"acc": interval, "acc_norm": interval}}
+                for name in ("piqa", "arc_challenge")
+            },
+            "averages": {"acc": {"model": 0.5, "against": 0.51, "difference": interval}},
+        },
+        "speed": {
+            "protocol": {"batch": 1, "prompt": 512, "new_tokens": 32, "context": 512, "repeats": 9, "dtype": "float32"},
+            **dict.fromkeys(("model", "against"), timings),
+            "ratios": dict.fromkeys(("prefill", "decode"), ratio),
+        },
+        "samples": {"prompts": prompts, "chat": True, "new_tokens": 48, "model": prompts[::-1], "against": prompts},
+        "hardware": {"device": "CPU", "threads": 1},
+        "versions": {"torch": "2"},
+    }
+
+
 def test_the_whole_report_has_a_table_for_each_protocol() -> None:
     size = {"parameters": 10, "block_parameters": 5, "macs_per_token": 9, "kv_bytes_per_token": 0}
     report = {

@@ -218,6 +218,8 @@ def test_padding_to_the_widest_layer_says_what_it_still_saves() -> None:
     assert compute_padded_widths(narrow) == (9, 3, 64)
     left = 2 * SHAPE.parameters_at(9, 3, 64)
     assert f"saves {1 - left / LLAMA.block_parameters:.1%}" in row(narrow, "transformers, padded").why
+    larger = serving_file._describe_savings(serving_file.PrunedShape(narrow), -0.996)
+    assert larger == "saves nothing: zeros make the layers 2 times as large as the dense ones"
     assert compute_padded_widths(plan_of(FEWER, FEWER, FEWER, family="gpt_neox")) == (
         9,
         3,

@@ -8,16 +8,21 @@ from typing import Any
 import pytest
 
 from prunelit.compare import page as compare_page
+from prunelit.evaluation.page import render_evaluation_page
+from prunelit.report.plan_card import make_dense_plan
 from prunelit.report.record import Record
+from prunelit.report.run_difference import render_difference_page
 from prunelit.report.run_page import render_run_page
+from prunelit.report.run_summary import summarize_plan
 from tests.compare.test_run import handmade
+from tests.evaluation.test_markdown import handmade_evaluation
 from tests.report.test_figures import full
 from tests.report.test_page import NASTY
 
 __all__ = ["full"]  # a fixture
 
 pytestmark = pytest.mark.slow
-WIDTHS, SCHEMES = (360, 768, 1440), ("light", "dark")
+WIDTHS, SCHEMES = (360, 390, 768, 1440), ("light", "dark")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 LEAST_TEXT, LEAST_CONTRAST = 9.0, 4.5  # CSS pixels; WCAG's AA for text
 
@@ -51,6 +56,12 @@ OUTSIDE = """() => [...document.querySelectorAll('figure')].flatMap(card => {
   }).map(text => text.textContent);
 })"""
 
+# Boxes that can be moved sideways, where nothing may be on a phone.
+SIDEWAYS = """() => [...document.body.querySelectorAll('.scroll, pre, figure, dl, section')].filter(
+  box => box.scrollWidth > box.clientWidth + 1).map(box => box.outerHTML.slice(0, 200))"""
+PHONE = 400
+WITH_PICTURES = ("run", "comparison")
+
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
@@ -74,12 +85,15 @@ def pages(full: Record, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
         nasty.on_event("completions", {"prompts": texts, "name": name, "texts": texts[::-1]})
     nasty.facts = {"config": "\n".join(texts), "load": [(texts[0], texts[5])], "versions": {"torch": texts[5]}}
     content = {"run": render_run_page(nasty), "comparison": compare_page.render_comparison_page(handmade())}
+    content["evaluation"] = render_evaluation_page(handmade_evaluation())
+    runs = [summarize_plan(name, plan) for name, plan in (("a", full.plan), (texts[5], make_dense_plan(full.plan)))]
+    content["difference"] = render_difference_page(*runs)
     for name, page in content.items():
         (folder / f"{name}.html").write_text(page, encoding="utf-8")
     return {name: folder / f"{name}.html" for name in content}
 
 
-@pytest.mark.parametrize("name", ["run", "comparison"])
+@pytest.mark.parametrize("name", ["run", "comparison", "evaluation", "difference"])
 def test_it_is_readable_at_every_width_and_in_both_schemes(browser: Any, pages: dict[str, Path], name: str) -> None:
     for scheme in SCHEMES:
         context = browser.new_context(color_scheme=scheme)
@@ -96,8 +110,10 @@ def test_it_is_readable_at_every_width_and_in_both_schemes(browser: Any, pages: 
             page.set_viewport_size({"width": width, "height": 900})
             where = (scheme, width)
             assert page.evaluate("document.scrollingElement.scrollWidth") <= width, where
+            assert width > PHONE or page.evaluate(SIDEWAYS) == [], where
             sizes = page.evaluate(SIZES)
-            assert sizes and min(sizes)[0] >= LEAST_TEXT, (where, min(sizes))
+            assert bool(sizes) == (name in WITH_PICTURES)
+            assert not sizes or min(sizes)[0] >= LEAST_TEXT, (where, min(sizes))
             assert page.evaluate(OUTSIDE) == [], where
         seen = {(colour, behind): text for colour, behind, text in page.evaluate(COLOURS)}
         faint = {pair: text for pair, text in seen.items() if contrast(*pair) < LEAST_CONTRAST}

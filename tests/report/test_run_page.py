@@ -14,7 +14,7 @@ from prunelit.monitoring.run_report import RunReport
 from prunelit.recovery.datamodule import TextDataModule
 from prunelit.recovery.module import RecoveryModule
 from prunelit.report.record import Record
-from prunelit.runtime.errors import BadOption
+from prunelit.runtime.errors import BadOption, DoesNotFit
 from tests.report.test_page import Read, foreign
 
 
@@ -50,7 +50,10 @@ def test_fit(source: str, tmp_path: Path) -> None:
     assert all({"prompt", "dense", "pruned", "recovered"} == set(row) for row in record.completions)
     text = page(tmp_path)
     assert "recovered in 3 steps" in text and "The capital of France is" in text
+    assert "Size on the disk" in text and "Times as fast" in text and "What next" not in text
     report = json.loads((tmp_path / "report.json").read_text())
+    weights = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors"))
+    assert report["disk_bytes"]["recovered"] == weights < report["disk_bytes"]["dense"]
     assert f"{report['dense']['parameters'] - report['dense']['block_parameters']:,}" in text
     assert "parameters outside of them" in text and "tower" not in text and report["tower_parameters"] == 0
     assert f"{report['dense']['parameters']:,}" in text and str(tmp_path / "model") in text
@@ -72,10 +75,18 @@ def test_a_killed_run_has_a_page(source: str, tmp_path: Path, monkeypatch: pytes
         raise SystemExit(9)
 
     monkeypatch.setattr(RecoveryModule, "training_step", killed)
+    (tmp_path / "config.yaml").write_text("seed_everything: 7\n")  # which the command line writes
     with pytest.raises(SystemExit):
         fit(source, tmp_path, 3, prompts=[])
     text = page(tmp_path)
+    assert "it was stopped" in text and f"fit --config {tmp_path}/config.yaml --ckpt_path last" in text
     assert "not finished" in text and "pruned" in text and "What it writes" not in text
+
+
+def test_a_refused_run_says_what_to_do(source: str, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit) as refusal:
+        fit(source, tmp_path, 3, prompts=[], format="gguf")
+    assert str(refusal.value) in page(tmp_path)
 
 
 def test_an_empty_prompt_is_refused() -> None:

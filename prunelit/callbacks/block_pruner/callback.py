@@ -39,7 +39,7 @@ class BlockPruner(PruningCallback):
             search runs the text hundreds of times.
         cache_gib: host memory for residual streams, in GiB per process.
         kwargs: see `PruningCallback`; `scope`, `unit`, `kinds`, `align`, `min_kept`, `uniform_heads`, `rounding` and
-            `speedup` say nothing about whole blocks.
+            `speedup` are about widths, and whole blocks are removed here.
 
     Example:
         >>> import torch, transformers

@@ -1,0 +1,1 @@
+"""Commands on what finished runs have left."""
