@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
+from prunelit.cli.parsing.parsers import parse_command
 from prunelit.monitoring import workspace
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
@@ -48,9 +48,7 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "lay out a W&B project for pruning runs: workspace and report")
-    parser.add_function_arguments(create_dashboard, None, sub_configs=False)
-    options = parse_command_line(parser, arguments)
+    options = parse_command(command, arguments)
     for address in create_dashboard(options.project, options.entity, options.out):
         print_result(address)
     return 0

@@ -2,12 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
+from prunelit.cli.parsing.parsers import build_options
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
@@ -105,10 +105,8 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "write a model in another format, with the proof that it is the same")
-    parser.add_function_arguments(export_model, None, sub_configs=False)
-    options = parse_command_line(parser, arguments)
-    written = export_model(**{name: value for name, value in vars(options).items() if name != "config"})
+    options: dict[str, Any] = build_options(command, arguments)
+    written = export_model(**options)
     rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
     print_result(metrics.format_text_table(rows))
     proof = written.proof
@@ -119,5 +117,5 @@ def run(command: str, arguments: list[str]) -> int:
         print_result(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
     if vllm := proof.get("vllm"):
         print_result(served.format_served_verdict(vllm))
-    print_result(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    print_result(f"{options['out']}{'/' if written.path.is_dir() else ''}: {written.format} model")
     return 0

@@ -13,7 +13,8 @@ import yaml
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.cli.console import print_result
-from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line
+from prunelit.cli.parsing.options import build_method
+from prunelit.cli.parsing.parsers import parse_command
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
@@ -193,12 +194,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "cut a model and save it, no training")
-    kind = add_method_options(parser, arguments, "llm_bip")
-    parser.add_function_arguments(prune_model, None, skip={"method", "sources"}, sub_configs=False)
-    options = parse_command_line(parser, arguments)
+    options = parse_command(command, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
-    method = build_method(kind, options, same)
+    method = build_method(options, same)
     if options.plan and not options.method and method.repair == "none" and method.given_plan is not None:
         _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
