@@ -304,7 +304,8 @@ def build_function(name: str, parameters: list[inspect.Parameter], documentation
     def declared(**options: Any) -> None:
         raise TypeError(f"{name} is a declaration")
 
-    declared.__name__ = declared.__qualname__ = name
+    # jsonargparse looks for the name in the packages around this module, which would import what has it.
+    declared.__name__ = declared.__qualname__ = f"declared_{name}"
     declared.__doc__ = documentation
     declared.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return declared

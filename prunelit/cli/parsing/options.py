@@ -214,7 +214,7 @@ def add_method_options(parser: ArgumentParser, arguments: list[str], default: st
     parser.add_argument("--plan", type=str | None, default=None, help="cut by this plan.json instead of scoring")
     builtin_text = resolve_name("BUILTIN_TEXT", "prunelit.data.text")
     parser.add_argument("--text", type=Sources, default=[builtin_text], help="calibration text source(s)")
-    skipped = {"calibration", *method.job_options}
+    skipped: set[str | int] = {"calibration", *method.job_options}
     if plan:
         parser.add_argument("--ratio", type=float | None, default=None)
         skipped.add("ratio")
@@ -348,7 +348,7 @@ def write_switch_values(arguments: list[str], switches: Collection[str]) -> list
         >>> write_switch_values(["--overwrite", "--stream", "false", "--out", "a"], {"--overwrite", "--stream"})
         ['--overwrite=true', '--stream', 'false', '--out', 'a']
     """
-    following = [*arguments[1:], "--"]
+    following = [*arguments, "--"][1:]
     return [
         f"{word}=true" if word in switches and _OPTION.match(after) else word
         for word, after in zip(arguments, following, strict=True)
