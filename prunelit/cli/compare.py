@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.parsing.parsers import build_options
 from prunelit.compare.run import compare_methods
 
@@ -28,4 +28,5 @@ def run(command: str, arguments: list[str]) -> int:
     print_result(
         f"{out}/: report.html, compare.md, compare.json, cells/" + (f"; {failed} cells failed" if failed else "")
     )
+    report_result(command, out=out, cells=report["cells"])
     return 1 if failed else 0

@@ -9,7 +9,7 @@ from typing import Any
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.parsing.parsers import build_options
 from prunelit.data import sources as model_source
 from prunelit.data import text
@@ -118,4 +118,5 @@ def run(command: str, arguments: list[str]) -> int:
     if json_path:
         write_json(Path(json_path), result)
     print_result(output)
+    report_result(command, **result)
     return 0

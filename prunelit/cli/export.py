@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.parsing.parsers import build_options
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
@@ -118,4 +118,5 @@ def run(command: str, arguments: list[str]) -> int:
     if vllm := proof.get("vllm"):
         print_result(served.format_served_verdict(vllm))
     print_result(f"{options['out']}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    report_result(command, out=options["out"], format=written.format, size=written.size, proof=written.proof)
     return 0

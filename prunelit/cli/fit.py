@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunelit.cli import config_files, plan
+from prunelit.cli.console import report_result
 from prunelit.cli.parsing.fit_options import expand_fit_options
 from prunelit.cli.parsing.options import HELP_EPILOG, peek_option
 from prunelit.data import sources
@@ -225,7 +226,7 @@ def run(command: str, arguments: list[str]) -> int:
     _check_resume_checkpoint(peek_option("ckpt_path", arguments), runs_pickles)
     words = [command, *arguments]
     try:
-        PrunelitCLI(
+        cli = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
             # None lets Lightning read sys.argv, with which it also starts further ranks.
@@ -242,4 +243,6 @@ def run(command: str, arguments: list[str]) -> int:
             f"output {str(error.filename or 'of this run')!r}: cannot be written: {error.strerror}; make room, then "
             "--ckpt_path last goes on from the newest checkpoint"
         ) from error
+    measured = [callback.report for callback in cli.trainer.callbacks if isinstance(callback, RunReport)]
+    report_result(command, out=str(cli.trainer.default_root_dir), **(measured[0] if measured else {}))
     return 0

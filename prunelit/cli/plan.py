@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from prunelit import export
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.parsing.fit_options import is_fit_config, split_plan_options
 from prunelit.cli.parsing.options import build_method
 from prunelit.cli.parsing.parsers import parse_command
@@ -186,14 +186,14 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
     Example: see `tests/cli/test_plan.py`.
     """
     start = time.perf_counter()
+    out: str | None
     if is_fit_config(arguments):
         out, measured, overwrite, rest = split_plan_options(arguments)
-        _check_output_file(out, overwrite)
+        out = _check_output_file(out, overwrite)
         plan, time_saved = make_job_plan(job_of(rest), measured)
     else:
         options = parse_command(command, arguments)
-        out = options.out
-        _check_output_file(out, options.overwrite)
+        out = _check_output_file(options.out, options.overwrite)
         same = ("dtype", "device", "stream", "memory_gib")
         method = build_method(options, (*same, "model", "out", "latency", "overwrite"))
         named = {name: options[name] for name in same}
@@ -203,6 +203,7 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
     print_result(render_plan_card(plan, time_saved))
     if reason := describe_overshoot(plan):
         logging.getLogger("prunelit").warning("%s", reason)
+    report_result(command, out=out, method=plan.method, digest=plan.digest, predicted=plan.predicted)
     if out:
         write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
@@ -210,11 +211,17 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
     return 0
 
 
-def _check_output_file(out: str | None, overwrite: bool) -> None:
+def _check_output_file(out: str | None, overwrite: bool) -> str | None:
     """Before any work is done.
+
+    Returns:
+        The file; in a folder plan.json, the name that `prune` gives it.
 
     Raises:
         OutputNotWritable: a folder or another plan is in the way, or the folder cannot be written.
     """
     if out is not None:
+        if Path(out).is_dir() or out.endswith("/"):
+            out = str(Path(out) / "plan.json")
         export.check_output(out, overwrite, file=True)
+    return out

@@ -12,7 +12,7 @@ import yaml
 
 from prunelit import export
 from prunelit.calibration import metrics
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.parsing.options import build_method
 from prunelit.cli.parsing.parsers import parse_command
 from prunelit.core.plan import PruningPlan
@@ -210,6 +210,7 @@ def run(command: str, arguments: list[str]) -> int:
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    report_result(command, out=options.out, **report)
     if plan is not None and (reason := describe_overshoot(plan)):
         logging.getLogger("prunelit").warning("%s", reason)
     return 0

@@ -192,8 +192,8 @@ def _render_callbacks() -> str:
     names = ", ".join(method.class_name for method in methods().values())
     text = (
         f"A method that cuts is a callback: {names}, each as prunelit.callbacks.NAME; `python -m prunelit methods` "
-        "says what they do, `methods NAME` their options. Others: prunelit.callbacks.Dashboard, and those of Lightning, "
-        "such as ModelCheckpoint, by their names."
+        "says what they do, `methods NAME` their options. Others: prunelit.callbacks.Dashboard, and Lightning's, by "
+        "their names, such as ModelCheckpoint."
     )
     example = "  --trainer.callbacks+ prunelit.callbacks.LLMBIP --trainer.callbacks.ratio 0.2"
     return "\n".join(["callbacks", textwrap.indent(textwrap.fill(text, _WIDTH - 2), "  "), example])
