@@ -108,12 +108,9 @@ def is_progress_shown() -> bool:
         >>> is_progress_shown() in (True, False)
         True
     """
-    return (
-        not (_silent or is_quiet() or writes_json())
-        and is_rank_zero()
-        and sys.stderr is not None
-        and sys.stderr.isatty()
-    )
+    if _silent or is_quiet() or writes_json() or sys.stderr is None:
+        return False
+    return is_rank_zero() and sys.stderr.isatty()
 
 
 def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:
