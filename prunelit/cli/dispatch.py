@@ -60,8 +60,10 @@ def _check_command_line(command: str, arguments: list[str]) -> list[str]:
         The command line that the command parses.
     """
     is_plan_of_fit = command == "plan" and is_fit_config(arguments)
-    if command not in _MODULES and command != "fit" and not is_plan_of_fit:
+    if command in parsers.PARSERS and not is_plan_of_fit:
         parsers.parse_command(command, arguments)
+        return arguments
+    if command not in ("fit", "validate", "plan"):  # one that reads files only, and parses its own few words
         return arguments
     fit_command = "fit" if is_plan_of_fit else command
     for word in ("-h", "--help"):

@@ -11,6 +11,7 @@ from prunelit.cli.parsing.parsers import build_options
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
+from prunelit.export import hub_upload
 from prunelit.export.proof import served
 from prunelit.recovery import prepare
 from prunelit.runtime.errors import BadOption
@@ -106,6 +107,9 @@ def run(command: str, arguments: list[str]) -> int:
     Example: see `tests/cli/test_dashboard.py`.
     """
     options: dict[str, Any] = build_options(command, arguments)
+    repository, public = options.pop("push_to_hub"), options.pop("public")
+    if repository:
+        hub_upload.check_upload(repository)
     written = export_model(**options)
     rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
     print_result(metrics.format_text_table(rows))
@@ -118,5 +122,7 @@ def run(command: str, arguments: list[str]) -> int:
     if vllm := proof.get("vllm"):
         print_result(served.format_served_verdict(vllm))
     print_result(f"{options['out']}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    if repository:
+        print_result(f"uploaded: {hub_upload.upload_model(written.path, repository, public)}")
     report_result(command, out=options["out"], format=written.format, size=written.size, proof=written.proof)
     return 0

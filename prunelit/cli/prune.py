@@ -20,7 +20,7 @@ from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length, summarise_error
-from prunelit.export import load_commands
+from prunelit.export import hub_upload, load_commands
 from prunelit.export.formats import ExportResult
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
@@ -196,7 +196,9 @@ def run(command: str, arguments: list[str]) -> int:
     """
     options = parse_command(command, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
-    method = build_method(options, same)
+    method = build_method(options, (*same, "push_to_hub", "public"))
+    if options.push_to_hub:
+        hub_upload.check_upload(options.push_to_hub)
     if options.plan and not options.method and method.repair == "none" and method.given_plan is not None:
         _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
@@ -210,6 +212,11 @@ def run(command: str, arguments: list[str]) -> int:
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    address = (
+        hub_upload.upload_model(Path(options.out), options.push_to_hub, options.public) if options.push_to_hub else None
+    )
+    if address:
+        print_result(f"uploaded: {address}")
     report_result(command, out=options.out, **report)
     if plan is not None and (reason := describe_overshoot(plan)):
         logging.getLogger("prunelit").warning("%s", reason)

@@ -367,7 +367,7 @@ def peek_option(option: str, arguments: list[str]) -> str | None:
         'flap'
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument(f"--{option}")
+    peek.add_argument(f"--{option}", nargs="?", const="true")  # a switch may stand alone
     peek.add_argument("--config", action="append", default=[])
     known, _ = peek.parse_known_args(arguments)
     if getattr(known, option):

@@ -34,6 +34,7 @@ class CommandParser(NamedTuple):
 def _add_prune_options(parser: ArgumentParser, arguments: list[str]) -> None:
     add_method_options(parser, arguments, "llm_bip")
     _add_parameters(parser, "prunelit.cli.prune", "prune_model", "method", "sources")
+    _add_upload_options(parser)
 
 
 def _add_plan_options(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -48,6 +49,18 @@ def _add_plan_options(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def _add_export_options(parser: ArgumentParser, arguments: list[str]) -> None:
     _add_parameters(parser, "prunelit.cli.export", "export_model")
+    _add_upload_options(parser)
+
+
+def _add_upload_options(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--push_to_hub",
+        type=str | None,
+        default=None,
+        help="also upload the finished model, with its card, to OWNER/NAME on the Hugging Face hub, as a private "
+        "repository; reports stay here; the token is that of hf auth login or HF_TOKEN",
+    )
+    parser.add_argument("--public", type=bool, default=False, help="with push_to_hub: as a public repository")
 
 
 def _add_evaluate_options(parser: ArgumentParser, arguments: list[str]) -> None:
