@@ -212,10 +212,8 @@ def run(command: str, arguments: list[str]) -> int:
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
-    address = (
-        hub_upload.upload_model(Path(options.out), options.push_to_hub, options.public) if options.push_to_hub else None
-    )
-    if address:
+    if options.push_to_hub:
+        address = hub_upload.upload_model(Path(options.out), options.push_to_hub, options.public)
         print_result(f"uploaded: {address}")
     report_result(command, out=options.out, **report)
     if plan is not None and (reason := describe_overshoot(plan)):

@@ -57,8 +57,7 @@ def index_definitions(harness: Path) -> tuple[Mapping[str, Path], Mapping[str, P
     """
     paths: dict[str, dict[str, Path]] = {"task": {}, "group": {}}
     for path in sorted(harness.rglob("*.yaml")):
-        found = {kind: name for kind, name in _TASK_LINE.findall(path.read_text(encoding="utf-8", errors="replace"))}
-        for kind, name in found.items():
+        for kind, name in _TASK_LINE.findall(path.read_text(encoding="utf-8", errors="replace")):
             paths[kind].setdefault(name, path)
     return paths["task"], paths["group"]
 
@@ -97,8 +96,8 @@ def find_harness_task(name: str, harness: Path) -> HarnessTask:
     metrics = [str(entry.get("metric")) for entry in listed] if listed else _DEFAULT_METRICS.get(kind, [])
     if kind not in _DEFAULT_METRICS or "acc" not in metrics:
         raise BadOption(
-            f"tasks: {name!r} is {kind}, scored by {', '.join(metrics) or 'code of its own'}; expected one scored by acc; "
-            "run it with lm_eval itself, which loads the saved folder"
+            f"tasks: {name!r} is {kind}, scored by {', '.join(metrics) or 'code of its own'}; expected one scored by "
+            "acc; run it with lm_eval itself, which loads the saved folder"
         )
     split = content.get("test_split") or content.get("validation_split")
     if not split or not content.get("dataset_path"):

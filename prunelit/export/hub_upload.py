@@ -7,6 +7,7 @@ The upload is tested with a stand-in for the hub's client; it has not run agains
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +95,11 @@ def upload_model(path: Path, repository: str, public: bool = False) -> str:
     return address
 
 
-def _name_sources(calibration: Any) -> Any:
+def _name_sources(calibration: Mapping[str, Any]) -> Mapping[str, Any]:
     """The record of the calibration text, with the last names of its sources."""
-    if not isinstance(calibration, dict) or "source" not in calibration:
+    if "source" not in calibration:
         return calibration
-    return calibration | {"source": [str(source).rpartition("/")[2] for source in calibration["source"]]}
+    return {**calibration, "source": [str(source).rpartition("/")[2] for source in calibration["source"]]}
 
 
 def _describe_refusal(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Local definitions are the harness' own but for their rows; a bad file is named by line and field."""
 
+import json
 from pathlib import Path
 from typing import Any
 
