@@ -21,6 +21,7 @@ COMMANDS = {
     "evaluate": "perplexity, zero-shot tasks, speed, text of any model   --model M --text T --json FILE",
     "compare": "methods x ratios x seeds, as tables and pictures        --config configs/compare-quick.yaml",
     "dashboard": "lay out a W&B project for pruning runs          --project P [--out FILE]",
+    "completion": "script that completes commands and options in a shell    completion bash",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",
 }
 
@@ -32,7 +33,7 @@ def render_usage() -> str:
         >>> render_usage().splitlines()[2]
         'usage: python -m prunelit COMMAND [options]'
     """
-    lines = [f"  {name:9} {description}" for name, description in COMMANDS.items()]
+    lines = [f"  {name:10} {description}" for name, description in COMMANDS.items()]
     return "\n".join(
         [
             f"prunelit {__version__}: make large language models structurally smaller and win their quality back",
@@ -41,7 +42,7 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `methods` takes --config FILE, --print_config and --help. Every command takes",
+            "Every command that works takes --config FILE, --print_config and --help. Every command takes",
             "  --verbose, -v   stages with their seconds, what libraries say, and the traceback of an error",
             "  --quiet, -q     warnings and the result only",
             "  --log json      on stderr one JSON object a line: stages, messages, warnings, the error, the result",
@@ -138,6 +139,10 @@ def _run_command(arguments: list[str]) -> int:
         sys.stdout.write(__version__ + "\n")
     elif command == "methods":
         sys.stdout.write(method_cards.answer_methods_command(rest) + "\n")
+    elif command == "completion":
+        from prunelit.cli.parsing import completion
+
+        sys.stdout.write(completion.answer_completion_command(rest, COMMANDS) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.cli import plan_files
 
