@@ -63,11 +63,12 @@ def build_whole_parser(commands: Iterable[str]) -> ArgumentParser:
         if command in parsers.PARSERS:
             part = parsers.build_command_parser(command, [])
         else:
-            part = ArgumentParser(prog=f"prunelit {command}", exit_on_error=False)
+            part = ArgumentParser(prog=f"prunelit {command}", description=command, exit_on_error=False)
             if command in ("fit", "validate"):
                 part.add_argument("--config", help="YAML file with options")
                 for option in fit_options.list_fit_options(command).values():
-                    part.add_argument(f"--{option.name}", help=option.what.replace("%", "%%"))
+                    if option.name != "verbose":  # every command has it
+                        part.add_argument(f"--{option.name}", help=option.what.replace("%", "%%"))
             elif command == "methods":
                 part.add_argument("name", nargs="?", choices=sorted(methods()))
         for flag, what in (("--verbose", "say more"), ("--quiet", "say less")):
