@@ -243,6 +243,6 @@ def run(command: str, arguments: list[str]) -> int:
             f"output {str(error.filename or 'of this run')!r}: cannot be written: {error.strerror}; make room, then "
             "--ckpt_path last goes on from the newest checkpoint"
         ) from error
-    measured = [callback.report for callback in cli.trainer.callbacks if isinstance(callback, RunReport)]
+    measured = [callback.report for callback in cli.trainer.callbacks if isinstance(callback, RunReport)]  # type: ignore[attr-defined]
     report_result(command, out=str(cli.trainer.default_root_dir), **(measured[0] if measured else {}))
     return 0

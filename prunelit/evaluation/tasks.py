@@ -179,8 +179,8 @@ def find_task(name: str) -> Task:
     if name in TASKS:
         return TASKS[name]
     harness = find_harness_tasks()
-    found = find_harness_task(name, harness)
-    return Task(str(found.definition.relative_to(harness)), found.dataset, found.split, {})
+    task = find_harness_task(name, harness)
+    return Task(str(task.definition.relative_to(harness)), task.dataset, task.split, {})
 
 
 def find_harness_tasks() -> Path:

@@ -197,7 +197,7 @@ def declare_dataclass(module: str, name: str) -> type:
 
     Example:
         >>> declare_dataclass("prunelit.evaluation.speed", "Speed")(prompt=128).repeats
-        5
+        7
     """
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
     fields: list[tuple[str, Any, Any]] = []
