@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -73,7 +74,7 @@ def describe(function: Callable[..., Any]) -> dict[str, tuple[Any, str]]:
     return {
         action.dest: (
             action.default,
-            str(getattr(action, "_typehint", action.type)).replace(declarations.__name__, "M"),
+            re.sub(r"prunelit(\.\w+)*\.", "", str(getattr(action, "_typehint", action.type))),
         )
         for action in parser._actions
         if action.dest.startswith("x.") and not action.dest.endswith(".help")
