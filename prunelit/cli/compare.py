@@ -1,11 +1,10 @@
 """`python -m prunelit compare`: methods x ratios x seeds from one YAML, as tables and figures."""
 
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
-from prunelit.compare.config import Calibration, Latency
+from prunelit.cli.console import print_result, report_result
+from prunelit.cli.parsing.parsers import build_options
 from prunelit.compare.run import compare_methods
 
 
@@ -22,15 +21,12 @@ def run(command: str, arguments: list[str]) -> int:
     Example:
         python -m prunelit compare --config configs/compare-quick.yaml
     """
-    parser = build_parser(command, "methods x ratios x seeds from one YAML, as tables and figures")
-    parser.add_function_arguments(compare_methods, None, sub_configs=False)
-    nested_options = [field.name for kind in (Latency, Calibration) for field in fields(kind)]
-    options = parser.instantiate(parse_command_line(parser, arguments, nested_options))
-    report = compare_methods(**{name: value for name, value in vars(options).items() if name != "config"})
-    print_result((Path(options.out) / "compare.md").read_text(encoding="utf-8"))
+    options: dict[str, Any] = build_options(command, arguments)
+    report, out = compare_methods(**options), options["out"]
+    print_result((Path(out) / "compare.md").read_text(encoding="utf-8"))
     failed = sum(cell["status"] == "failed" for cell in report["cells"])
     print_result(
-        f"{options.out}/: report.html, compare.md, compare.json, cells/"
-        + (f"; {failed} cells failed" if failed else "")
+        f"{out}/: report.html, compare.md, compare.json, cells/" + (f"; {failed} cells failed" if failed else "")
     )
+    report_result(command, out=out, cells=report["cells"])
     return 1 if failed else 0

@@ -109,12 +109,13 @@ def read_config_file(path: str) -> Mapping[str, object]:
     return content
 
 
-def find_misspelling(arguments: list[str], known: Collection[str]) -> str | None:
+def find_misspelling(arguments: list[str], known: Collection[str], check_classes: bool = True) -> str | None:
     """Find an option that a parser of nested options does not know.
 
     Args:
         arguments: of the command.
         known: the command's options, as `trainer.max_steps`.
+        check_classes: check the classes of the Trainer's section too, which imports Lightning.
 
     Returns:
         One line with the nearest known name; None where nothing is wrong.
@@ -136,17 +137,21 @@ def find_misspelling(arguments: list[str], known: Collection[str]) -> str | None
         if argument.startswith("--") and name not in all_names and not is_inside_class:
             return f"--{name}: expected an option of this command{suggest_name(name, all_names)}"
     for option, value in itertools.pairwise(word for argument in arguments for word in argument.split("=", 1)):
-        if option == "--trainer.logger" and not value.startswith("{"):
+        if check_classes and option == "--trainer.logger" and not value.startswith("{"):
             for message in _find_wrong_class(option, value):
                 return message
     for path in list_config_paths(arguments):
-        for message in _find_wrong_names(read_config_file(path), "", all_names, leaves):
+        for message in _find_wrong_names(read_config_file(path), "", all_names, leaves, check_classes):
             return f"config {path!r}: {message}"
     return None
 
 
 def _find_wrong_names(
-    options: Mapping[str, object], prefix: str, all_names: Collection[str], leaves: Collection[str]
+    options: Mapping[str, object],
+    prefix: str,
+    all_names: Collection[str],
+    leaves: Collection[str],
+    check_classes: bool,
 ) -> Iterator[str]:
     """Yield what is wrong with the names in a config file, level by level."""
     siblings = {name.removeprefix(prefix).partition(".")[0] for name in all_names if name.startswith(prefix)}
@@ -155,10 +160,10 @@ def _find_wrong_names(
         if name not in all_names:
             yield f"{name}: expected an option of this command{suggest_name(str(key), siblings)}"
         elif name not in leaves and isinstance(value, Mapping):
-            yield from _find_wrong_names(value, f"{name}.", all_names, leaves)
+            yield from _find_wrong_names(value, f"{name}.", all_names, leaves, check_classes)
         elif name not in leaves and value is not None and not (isinstance(value, str) and Path(value).is_file()):
             yield f"{name}: expected options, `name: value`, got {value!r:.60}"
-        elif name.startswith("trainer."):
+        elif check_classes and name.startswith("trainer."):
             for entry in value if isinstance(value, list) else [value]:
                 yield from _find_wrong_class(name, entry)
 

@@ -6,6 +6,7 @@ in prunelit or in a callback that the user is writing: it keeps its traceback an
 """
 
 import argparse
+import json
 import logging
 import os
 import re
@@ -130,6 +131,15 @@ class _EscapedFormatter(logging.Formatter):
         return escape_controls(super().format(record))
 
 
+class _JsonFormatter(logging.Formatter):
+    """Writes a message as one JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        event = "warning" if record.levelno >= logging.WARNING else "message"
+        content = {"event": event, "time": round(record.created, 3), "message": super().format(record)}
+        return json.dumps(content)
+
+
 class _StderrHandler(logging.StreamHandler[TextIO]):
     """Writes above progress bars, to the `sys.stderr` of now: tests and notebooks replace it between commands."""
 
@@ -147,16 +157,19 @@ class _StderrHandler(logging.StreamHandler[TextIO]):
 
 
 def configure_logging() -> None:
-    """Set log levels: prunelit logs what it does, libraries only warn; with --verbose all of them log more.
+    """Set log levels: prunelit logs what it does, libraries only warn; with --verbose all log more, with --quiet less.
 
     Example: see `prunelit.cli.dispatch.run_command`.
     """
     logger, is_verbose = logging.getLogger("prunelit"), progress.is_verbose()
     if not logger.handlers:
-        handler = _StderrHandler()
-        handler.setFormatter(_EscapedFormatter("%(message)s"))
-        logger.addHandler(handler)
-    logger.setLevel((logging.DEBUG if is_verbose else logging.INFO) if progress.is_rank_zero() else logging.ERROR)
+        logger.addHandler(_StderrHandler())
+    formatter = _JsonFormatter if progress.writes_json() else _EscapedFormatter
+    for handler in logger.handlers:
+        if isinstance(handler, _StderrHandler):
+            handler.setFormatter(formatter("%(message)s"))
+    level = logging.DEBUG if is_verbose else logging.WARNING if progress.is_quiet() else logging.INFO
+    logger.setLevel(level if progress.is_rank_zero() else logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "datasets", "bitsandbytes.backends.cpu.ops"):
         level = logging.WARNING if name.startswith("lightning") else logging.ERROR
         logging.getLogger(name).setLevel(logging.INFO if is_verbose else level)
@@ -179,6 +192,9 @@ _original_show_warning: list[Callable[..., None]] = []
 def _show_warning(message: Warning | str, category: type[Warning], *location: Any, **options: Any) -> None:
     """Show a warning of prunelit in one line, any other one as Python does; above progress bars."""
     message = escape_controls(str(message))
+    if progress.writes_json():
+        progress.write_event("warning", message=message)
+        return
     with tqdm.external_write_mode(file=sys.stderr):
         if issubclass(category, UserWarning) and f"{os.sep}prunelit{os.sep}" in str(location[0] if location else ""):
             sys.stderr.write(f"prunelit: warning: {message}\n")
@@ -198,3 +214,17 @@ def print_result(line: str) -> None:
     """
     with tqdm.external_write_mode(file=sys.stdout):
         sys.stdout.write(escape_controls(line) + "\n")
+
+
+def report_result(command: str, **facts: object) -> None:
+    """Write the result of a command as one JSON object on stderr, with --log json; without it do nothing.
+
+    Args:
+        command: its name.
+        facts: of the result, as the command's files hold them.
+
+    Example:
+        >>> report_result("prune", out="runs/a")
+    """
+    if progress.writes_json():
+        progress.write_event("result", command=command, **facts)

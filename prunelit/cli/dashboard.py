@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
+from prunelit.cli.console import print_result, report_result
+from prunelit.cli.parsing.parsers import parse_command
 from prunelit.monitoring import workspace
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import write_json
@@ -16,7 +16,7 @@ def create_dashboard(project: str, entity: str = "", out: str | None = None) -> 
     Args:
         project: name of the W&B project; it may still be empty.
         entity: user or team that owns it; "" for the key's default.
-        out: write the workspace's layout to this JSON file instead; needs no key and no network.
+        out: write the workspace's layout to this JSON file, or into this folder, instead; needs no key and no network.
 
     Returns:
         The addresses of workspace and report, or the path of the file.
@@ -32,6 +32,8 @@ def create_dashboard(project: str, entity: str = "", out: str | None = None) -> 
     check_wandb_installed("dashboard")
     if out is None:
         return workspace.save_workspace(entity, project)
+    if Path(out).is_dir() or out.endswith("/"):
+        out = str(Path(out) / "layout.json")
     write_json(Path(out), workspace.dump_workspace(entity, project))
     return [out]
 
@@ -48,9 +50,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "lay out a W&B project for pruning runs: workspace and report")
-    parser.add_function_arguments(create_dashboard, None, sub_configs=False)
-    options = parse_command_line(parser, arguments)
-    for address in create_dashboard(options.project, options.entity, options.out):
+    options = parse_command(command, arguments)
+    addresses = create_dashboard(options.project, options.entity, options.out)
+    for address in addresses:
         print_result(address)
+    report_result(command, addresses=addresses)
     return 0

@@ -1,7 +1,7 @@
 """Dispatch of the commands. Each is a module with a plain function, and `run`, which parses options and calls it.
 
-A command's module is imported when the command is run: its imports take seconds, which a misspelt option need not wait
-for.
+Parse first, import later: a command line is parsed before the command's module is imported. Its imports take seconds,
+for which neither a misspelt option nor `--help` waits.
 """
 
 import importlib
@@ -10,7 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from prunelit.cli import config_files
-from prunelit.cli.console import condense_errors, configure_logging
+from prunelit.cli.console import condense_errors, configure_logging, print_result
+from prunelit.cli.parsing import fit_options, parsers
+from prunelit.cli.parsing.aliases import translate_options
+from prunelit.cli.parsing.fit_options import is_fit_config, split_plan_options
 from prunelit.runtime.progress import show_stage
 from prunelit.runtime.versions import check_lowest_versions
 
@@ -37,18 +40,45 @@ def run_command(command: str, arguments: list[str]) -> int:
         python -m prunelit prune --model M --method llm_bip --ratio 0.2 --out DIR
     """
     check_lowest_versions()
-    named = [command, *arguments]
-    arguments = config_files.resolve_config_names(arguments)
-    if sys.argv[1:] == named:  # Lightning reads it, and starts further ranks with it
-        sys.argv[2:] = arguments
+    written = arguments
+    arguments = config_files.resolve_config_names(translate_options(command, written))
     config_files.check_config_files(arguments)
     with condense_errors(command):
+        arguments = _check_command_line(command, arguments)
+        if sys.argv[1:] == [command, *written]:
+            sys.argv[2:] = arguments  # Lightning reads it, and starts further ranks with it
         with show_stage("starting"):
             module = importlib.import_module(_MODULES.get(command, f"prunelit.cli.{command}"))
         configure_logging()  # after the import: Lightning sets its own log level on import
         extra_arguments = {"job_of": _build_fit_job} if command == "plan" else {}
         run: Callable[..., int] = module.run
         return run(command, arguments, **extra_arguments)
+
+
+def _check_command_line(command: str, arguments: list[str]) -> list[str]:
+    """Check a command line without a slow import; `--help` and `--print_config` are answered here, and end the command.
+
+    Returns:
+        The command line that the command parses.
+    """
+    is_plan_of_fit = command == "plan" and is_fit_config(arguments)
+    if command in parsers.PARSERS and not is_plan_of_fit:
+        parsers.parse_command(command, arguments)
+        return arguments
+    if command not in ("fit", "validate", "plan"):  # one that reads files only, and parses its own few words
+        return arguments
+    fit_command = "fit" if is_plan_of_fit else command
+    for word in ("-h", "--help"):
+        if word in arguments:
+            topic = "".join(arguments[arguments.index(word) + 1 :][:1])
+            if topic == "lightning":
+                return ["--help"]
+            print_result(fit_options.render_fit_help(fit_command, "" if topic.startswith("-") else topic))
+            raise SystemExit(0)
+    expanded = fit_options.expand_fit_options(arguments)
+    own_options = split_plan_options(expanded)[-1] if is_plan_of_fit else expanded
+    fit_options.check_fit_command_line(fit_command, own_options)
+    return expanded
 
 
 def _build_fit_job(arguments: list[str]) -> "FitJob":

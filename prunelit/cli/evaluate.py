@@ -3,22 +3,21 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.calibration.batches import TOKENS_PER_BATCH
-from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
+from prunelit.cli.console import print_result, report_result
+from prunelit.cli.parsing.parsers import build_options
 from prunelit.data import sources as model_source
 from prunelit.data import text
 from prunelit.data.loading import choose_device, load_tokenizer
-from prunelit.data.option_types import Dtype, Sources, wrap_in_list
+from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.evaluation import run as whole
 from prunelit.evaluation.markdown import render_evaluation_markdown
 from prunelit.evaluation.perplexities import Text
-from prunelit.evaluation.speed import Speed
 from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.model.modes import move_to_device
 from prunelit.runtime.errors import BadOption
@@ -96,22 +95,9 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "perplexity, zero-shot tasks, speed and text of any model, alone or against another")
-    parser.add_argument(
-        "--text", type=Sources | None, default=None, help="text source(s); built-in where nothing else is asked for"
-    )
-    parser.add_argument("--seqlen", type=int, default=1024, help="of --text: tokens per window")
-    parser.add_argument("--windows", type=int | None, default=None, help="of --text: the first so many; null for all")
-    parser.add_argument(
-        "--stride", type=int | None, default=None, help="of --text: tokens between windows; null: seqlen"
-    )
-    parser.add_argument("--json", type=str | None, default=None, help="also write the result to this file")
-    parser.add_function_arguments(whole.evaluate_model, None, sub_configs=False)
-    nested_options = [field.name for kind in (Speed, Text) for field in fields(kind)]
-    options = parser.instantiate(parse_command_line(parser, arguments, nested_options))
-    if options.json:
-        export.check_output(options.json, overwrite=True, file=True)
-    request = {name: value for name, value in vars(options).items() if name != "config"}
+    request: dict[str, Any] = build_options(command, arguments)
+    if request["json"]:
+        export.check_output(request["json"], overwrite=True, file=True)
     json_path = request.pop("json")
     text_options = {name: request.pop(name) for name in ("text", "seqlen", "windows", "stride")}
     if not any(request[name] for name in _MORE):
@@ -132,4 +118,5 @@ def run(command: str, arguments: list[str]) -> int:
     if json_path:
         write_json(Path(json_path), result)
     print_result(output)
+    report_result(command, **result)
     return 0

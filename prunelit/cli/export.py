@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prunelit import export as writers
 from prunelit.calibration import metrics
-from prunelit.cli.console import print_result
-from prunelit.cli.options import build_parser, parse_command_line
+from prunelit.cli.console import print_result, report_result
+from prunelit.cli.parsing.parsers import build_options
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, sources
 from prunelit.data.option_types import Dtype
+from prunelit.export import hub_upload
 from prunelit.export.proof import served
 from prunelit.recovery import prepare
 from prunelit.runtime.errors import BadOption
@@ -105,10 +106,11 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "write a model in another format, with the proof that it is the same")
-    parser.add_function_arguments(export_model, None, sub_configs=False)
-    options = parse_command_line(parser, arguments)
-    written = export_model(**{name: value for name, value in vars(options).items() if name != "config"})
+    options: dict[str, Any] = build_options(command, arguments)
+    repository, public = options.pop("push_to_hub"), options.pop("public")
+    if repository:
+        hub_upload.check_upload(repository)
+    written = export_model(**options)
     rows = ({} if written.dense is None else {"dense": written.dense}) | {written.format: written.size}
     print_result(metrics.format_text_table(rows))
     proof = written.proof
@@ -119,5 +121,8 @@ def run(command: str, arguments: list[str]) -> int:
         print_result(f"largest difference of logits {proof['largest_difference']:.3g}, limit {proof['limit']:.2g}")
     if vllm := proof.get("vllm"):
         print_result(served.format_served_verdict(vllm))
-    print_result(f"{options.out}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    print_result(f"{options['out']}{'/' if written.path.is_dir() else ''}: {written.format} model")
+    if repository:
+        print_result(f"uploaded: {hub_upload.upload_model(written.path, repository, public)}")
+    report_result(command, out=options["out"], format=written.format, size=written.size, proof=written.proof)
     return 0

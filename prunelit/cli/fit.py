@@ -16,7 +16,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from prunelit.cli import config_files, plan
-from prunelit.cli.options import HELP_EPILOG, peek_option
+from prunelit.cli.console import report_result
+from prunelit.cli.parsing.fit_options import expand_fit_options
+from prunelit.cli.parsing.options import HELP_EPILOG, peek_option
 from prunelit.data import sources
 from prunelit.monitoring import checkpoints
 from prunelit.monitoring.run_report import RunReport
@@ -162,7 +164,7 @@ def build_fit_job(arguments: list[str]) -> plan.FitJob:
         cli = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
-            args=_expand_model_option(arguments),
+            args=expand_fit_options(arguments),
             run=False,
             seed_everything_default=0,
             trainer_defaults={"default_root_dir": "runs/fit"},
@@ -188,18 +190,6 @@ def _check_model_kind(entry: Namespace, source: str) -> None:
         )
 
 
-def _expand_model_option(arguments: list[str]) -> list[str]:
-    """Expand `--model SOURCE`, the form of the other commands, to `--model.model SOURCE`."""
-    expanded = list(arguments)
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == "--model":
-            value = value if equals else "".join(arguments[index + 1 : index + 2])
-            if not value.startswith("{") and Path(value).suffix not in (".yaml", ".yml"):
-                expanded[index] = f"--model.model{equals}{value if equals else ''}"
-    return expanded
-
-
 def _check_resume_checkpoint(path: str | None, runs_pickles: bool) -> None:
     """Check the checkpoint to resume from, before anything is built.
 
@@ -221,7 +211,7 @@ def run(command: str, arguments: list[str]) -> int:
 
     Args:
         command: "fit" or "validate".
-        arguments: command line after it.
+        arguments: command line after it, as `expand_fit_options` writes it.
 
     Returns:
         The exit code.
@@ -234,12 +224,9 @@ def run(command: str, arguments: list[str]) -> int:
     parser_options = {"exit_on_error": False, "epilog": HELP_EPILOG}
     runs_pickles = str(peek_option("weights_only", arguments)).lower() == "false"
     _check_resume_checkpoint(peek_option("ckpt_path", arguments), runs_pickles)
-    if sys.argv[1:] == [command, *arguments]:
-        sys.argv[2:] = _expand_model_option(arguments)
-    arguments = _expand_model_option(arguments)
     words = [command, *arguments]
     try:
-        PrunelitCLI(
+        cli = PrunelitCLI(
             RecoveryModule,
             TextDataModule,
             # None lets Lightning read sys.argv, with which it also starts further ranks.
@@ -256,4 +243,6 @@ def run(command: str, arguments: list[str]) -> int:
             f"output {str(error.filename or 'of this run')!r}: cannot be written: {error.strerror}; make room, then "
             "--ckpt_path last goes on from the newest checkpoint"
         ) from error
+    measured = [callback.report for callback in cli.trainer.callbacks if isinstance(callback, RunReport)]  # type: ignore[attr-defined]
+    report_result(command, out=str(cli.trainer.default_root_dir), **(measured[0] if measured else {}))
     return 0

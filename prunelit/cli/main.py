@@ -12,10 +12,11 @@ from types import FrameType
 from prunelit import __version__
 from prunelit.cli import method_cards
 from prunelit.runtime import progress
-from prunelit.runtime.errors import PrunelitError, suggest_name
+from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.text_files import escape_controls
 
-VERBOSE = "--verbose"
+FLAG_VARIABLES = (progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE, progress.LOG_VARIABLE)
+"""What the flags of every command set, for the time of the command."""
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config quickstart",
     "validate": "validation loop of a run's module and data              --config quickstart",
@@ -27,6 +28,7 @@ COMMANDS = {
     "report": "how two runs differ: options, cut, size, quality  diff RUN_A RUN_B [--html FILE]",
     "dashboard": "lay out a W&B project for pruning runs          --project P [--out FILE]",
     "init": "copy the YAML files that come with prunelit             init DIR, init --list",
+    "completion": "script that completes commands and options in a shell    completion bash",
     "methods": "list the pruning methods, or print the card of one      methods llm_bip",
 }
 
@@ -38,7 +40,7 @@ def render_usage() -> str:
         >>> render_usage().splitlines()[2]
         'usage: python -m prunelit COMMAND [options]'
     """
-    lines = [f"  {name:9} {description}" for name, description in COMMANDS.items()]
+    lines = [f"  {name:10} {description}" for name, description in COMMANDS.items()]
     return "\n".join(
         [
             f"prunelit {__version__}: make large language models structurally smaller and win their quality back",
@@ -47,8 +49,10 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `init` and `methods` takes --config FILE_OR_NAME, --print_config and --help. All take",
-            "--verbose: stages with their seconds, what libraries say, and the traceback of an error.",
+            "Every command that works takes --config FILE_OR_NAME, --print_config and --help. Every command takes",
+            "  --verbose, -v   stages with their seconds, what libraries say, and the traceback of an error",
+            "  --quiet, -q     warnings and the result only",
+            "  --log json      on stderr one JSON object a line: stages, messages, warnings, the error, the result",
         ]
     )
 
@@ -67,23 +71,24 @@ def main(arguments: list[str] | None = None) -> int:
         0.1.0
         True
     """
-    if arguments is None:
-        sys.argv[1:], is_verbose = _remove_flag(
-            VERBOSE, sys.argv[1:]
-        )  # Lightning reads sys.argv, and starts further ranks with it
-        arguments = sys.argv[1:]
-    else:
-        arguments, is_verbose = _remove_flag(VERBOSE, arguments)
-    previous = os.environ.get(progress.VERBOSE_VARIABLE)
-    if is_verbose:
-        os.environ[progress.VERBOSE_VARIABLE] = "1"
+    previous = {name: os.environ.get(name) for name in FLAG_VARIABLES}
     try:
+        if arguments is None:
+            sys.argv[1:], settings = take_flags(sys.argv[1:])  # Lightning reads sys.argv, and starts ranks with it
+            arguments = sys.argv[1:]
+        else:
+            arguments, settings = take_flags(arguments)
+        os.environ.update(settings)
         with _unwind_on_signals():
             return _run_command(arguments)
     except PrunelitError as error:
+        message = " ".join(str(error).split())
+        if progress.writes_json():
+            progress.write_event("error", message=message, code=2)
+            return 2
         if progress.is_verbose():
             sys.stderr.write(escape_controls(traceback.format_exc()))
-        sys.stderr.write(escape_controls(f"prunelit: error: {' '.join(str(error).split())}") + "\n")
+        sys.stderr.write(escape_controls(f"prunelit: error: {message}") + "\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("prunelit: interrupted\n")
@@ -99,8 +104,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
     finally:
-        if is_verbose and previous is None:
-            del os.environ[progress.VERBOSE_VARIABLE]
+        for name, value in previous.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 class _EndedBySignal(SystemExit):
@@ -134,9 +142,40 @@ def _unwind(number: int, frame: FrameType | None) -> None:
         raise _EndedBySignal(number)
 
 
-def _remove_flag(option: str, arguments: list[str]) -> tuple[list[str], bool]:
-    """Return the arguments without a flag, and whether it was there."""
-    return [argument for argument in arguments if argument != option], option in arguments
+def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Take the flags that every command has out of a command line.
+
+    Args:
+        arguments: the whole command line.
+
+    Returns:
+        The rest, and environment variables to set, which further ranks and new processes inherit.
+
+    Raises:
+        BadOption: --quiet and --verbose together, or --log with another word.
+
+    Example:
+        >>> take_flags(["prune", "-q", "--log=json", "--out", "a"])
+        (['prune', '--out', 'a'], {'PRUNELIT_QUIET': '1', 'PRUNELIT_LOG': 'json'})
+    """
+    rest: list[str] = []
+    settings: dict[str, str] = {}
+    words = iter(arguments)
+    for word in words:
+        if word in ("--verbose", "-v"):
+            settings[progress.VERBOSE_VARIABLE] = "1"
+        elif word in ("--quiet", "-q"):
+            settings[progress.QUIET_VARIABLE] = "1"
+        elif word == "--log" or word.startswith("--log="):
+            kind = word[6:] if "=" in word else next(words, "nothing")
+            if kind not in ("json", "text"):
+                raise BadOption(f"log: expected json or text, got {kind!r:.40}{suggest_name(kind, ('json', 'text'))}")
+            settings[progress.LOG_VARIABLE] = kind
+        else:
+            rest.append(word)
+    if {progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE} <= settings.keys():
+        raise BadOption("quiet: expected it without --verbose, got both; leave one of them out")
+    return rest, settings
 
 
 def _run_command(arguments: list[str]) -> int:
@@ -151,6 +190,10 @@ def _run_command(arguments: list[str]) -> int:
         from prunelit.cli.init import command as init_command
 
         sys.stdout.write(init_command.answer_init_command(rest) + "\n")
+    elif command == "completion":
+        from prunelit.cli.parsing import completion
+
+        sys.stdout.write(completion.answer_completion_command(rest, COMMANDS) + "\n")
     elif command == "plan" and rest and not rest[0].startswith("-"):
         from prunelit.cli import plan_files
 

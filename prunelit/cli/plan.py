@@ -8,7 +8,6 @@
 `plan show` and `plan diff`, which need files only, are in `prunelit.cli.plan_files`.
 """
 
-import argparse
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +15,14 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import yaml
 from torch import nn
 
 from prunelit import export
-from prunelit.cli.console import print_result
+from prunelit.cli.console import print_result, report_result
 from prunelit.cli.method_cards import determine_needs
-from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line, peek_option
+from prunelit.cli.parsing.fit_options import is_fit_config, split_plan_options
+from prunelit.cli.parsing.options import build_method, peek_option
+from prunelit.cli.parsing.parsers import parse_command
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.core.scores import Unit
 from prunelit.data import loading, offloaded, text
@@ -30,7 +30,6 @@ from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length
-from prunelit.data.yaml_text import parse_yaml
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
@@ -227,34 +226,15 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
     Example: see `tests/cli/test_plan.py`.
     """
     start = time.perf_counter()
-    if _is_fit_config(arguments):
-        out, measured, overwrite, rest = _split_own_options(arguments)
-        _check_output_file(out, overwrite)
+    out: str | None
+    if is_fit_config(arguments):
+        out, measured, overwrite, rest = split_plan_options(arguments)
+        out = _check_output_file(out, overwrite)
         plan, time_saved = make_job_plan(job_of(rest), measured)
     else:
-        parser = build_parser(command, "what a cut would leave, and what serves it; no weight is touched")
-        kind = add_method_options(parser, arguments, "llm_bip")
-        needs_model = not peek_option("plan", arguments)
-        parser.add_argument(
-            "--model", type=str if needs_model else str | None, required=needs_model, help="model source"
-        )
-        parser.add_argument("--out", type=str | None, default=None, help="write the plan to this file")
-        parser.add_argument("--latency", type=bool, default=False, help="measure small shapes of the model as well")
-        parser.add_argument(
-            "--estimate",
-            type=bool | None,
-            default=None,
-            help="what it would take, from config.json alone: nothing is loaded or scored (default with parameters, "
-            "memory or speedup, unless method, text, out or latency is given)",
-        )
-        parser.add_argument("--overwrite", type=bool, default=False, help="replace the file of --out")
-        parser.add_function_arguments(
-            make_model_plan, None, skip={"model", "method", "sources", "measured"}, sub_configs=False
-        )
-        options = parse_command_line(parser, arguments)
-        out = options.out
+        options = parse_command(command, arguments)
         same = ("dtype", "device", "stream", "memory_gib")
-        method = build_method(kind, options, (*same, "model", "out", "latency", "overwrite", "estimate"))
+        method = build_method(options, (*same, "model", "out", "latency", "overwrite", "estimate"))
         named = {name: options[name] for name in same}
         chosen = options.estimate
         if chosen is None:  # a target alone asks what it would take
@@ -263,13 +243,14 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
         if chosen:
             print_result(describe_estimate(options.model, method, options.dtype, options.device, options.stream))
             return 0
-        _check_output_file(out, options.overwrite)
+        out = _check_output_file(options.out, options.overwrite)
         plan, time_saved = make_model_plan(
             options.model, wrap_in_list(options.text), method, measured=options.latency, **named
         )
     print_result(render_plan_card(plan, time_saved))
     if reason := describe_overshoot(plan):
         logging.getLogger("prunelit").warning("%s", reason)
+    report_result(command, out=out, method=plan.method, digest=plan.digest, predicted=plan.predicted)
     if out:
         write_text(Path(out), plan.to_json())
         took = time.perf_counter() - start
@@ -277,35 +258,17 @@ def run(command: str, arguments: list[str], job_of: Callable[[list[str]], FitJob
     return 0
 
 
-def _is_fit_config(arguments: list[str]) -> bool:
-    """Whether the files of --config are those of `fit`: they have a trainer, or a model with options."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    for path in finder.parse_known_args(arguments)[0].config:
-        try:
-            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser itself says what is wrong with it
-        if isinstance(content, dict) and ("trainer" in content or isinstance(content.get("model"), dict)):
-            return True
-    return False
-
-
-def _split_own_options(arguments: list[str]) -> tuple[str | None, bool, bool, list[str]]:
-    """Our own options among those of `fit`: out, latency, overwrite, and the rest."""
-    ours = argparse.ArgumentParser(prog="prunelit plan", add_help=False, allow_abbrev=False, exit_on_error=False)
-    ours.add_argument("--out")
-    for name in ("--latency", "--overwrite"):
-        ours.add_argument(name, nargs="?", const="true", default="false", choices=["true", "false"])
-    options, rest = ours.parse_known_args(arguments)
-    return options.out, options.latency == "true", options.overwrite == "true", rest
-
-
-def _check_output_file(out: str | None, overwrite: bool) -> None:
+def _check_output_file(out: str | None, overwrite: bool) -> str | None:
     """Before any work is done.
+
+    Returns:
+        The file; in a folder plan.json, the name that `prune` gives it.
 
     Raises:
         OutputNotWritable: a folder or another plan is in the way, or the folder cannot be written.
     """
     if out is not None:
+        if Path(out).is_dir() or out.endswith("/"):
+            out = str(Path(out) / "plan.json")
         export.check_output(out, overwrite, file=True)
+    return out

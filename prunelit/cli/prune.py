@@ -12,15 +12,16 @@ import yaml
 
 from prunelit import export
 from prunelit.calibration import metrics
-from prunelit.cli.console import print_result
-from prunelit.cli.options import add_method_options, build_method, build_parser, parse_command_line
+from prunelit.cli.console import print_result, report_result
+from prunelit.cli.parsing.options import build_method
+from prunelit.cli.parsing.parsers import parse_command
 from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, offloaded, pictures, text
 from prunelit.data.loading import choose_device, load_on_device
 from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length, measure_source_bytes, summarise_error
-from prunelit.export import load_commands
+from prunelit.export import hub_upload, load_commands
 from prunelit.export.formats import ExportResult
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
@@ -200,12 +201,11 @@ def run(command: str, arguments: list[str]) -> int:
 
     Example: see `tests/cli/test_dashboard.py`.
     """
-    parser = build_parser(command, "cut a model and save it, no training")
-    kind = add_method_options(parser, arguments, "llm_bip")
-    parser.add_function_arguments(prune_model, None, skip={"method", "sources"}, sub_configs=False)
-    options = parse_command_line(parser, arguments)
+    options = parse_command(command, arguments)
     same = ("model", "out", "dtype", "device", "overwrite", "stream", "memory_gib", "format", "max_shard_size")
-    method = build_method(kind, options, same)
+    method = build_method(options, (*same, "push_to_hub", "public"))
+    if options.push_to_hub:
+        hub_upload.check_upload(options.push_to_hub)
     if options.plan and not options.method and method.repair == "none" and method.given_plan is not None:
         _warn_missing_repair(method.given_plan)
     report = prune_model(sources=wrap_in_list(options.text), method=method, **{key: options[key] for key in same})
@@ -219,6 +219,10 @@ def run(command: str, arguments: list[str]) -> int:
     removed = f"removed {share[0]:.2%}{asked} of block parameters, {share[1]:.2%} of all; {others}"
     print_result(f"{metrics.format_text_table(rows)}\n\n{removed}")
     print_result(f"{options.out}/: {report['format']} model, plan.json, report.json, report.html")
+    if options.push_to_hub:
+        address = hub_upload.upload_model(Path(options.out), options.push_to_hub, options.public)
+        print_result(f"uploaded: {address}")
+    report_result(command, out=options.out, **report)
     if plan is not None and (reason := describe_overshoot(plan)):
         logging.getLogger("prunelit").warning("%s", reason)
     return 0

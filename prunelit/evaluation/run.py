@@ -113,8 +113,8 @@ def evaluate_model(
         adapter: folder of a PEFT adapter for `model`, merged into it; null for none.
         texts: what perplexity is measured on, {name: {text, file, seqlen, windows, stride}}, lengths in tokens.
         data: folder of text files whose paths are relative; the texts' `file` is read instead of their `text`.
-        tasks: zero-shot tasks by lm-evaluation-harness: all, or some of piqa, hellaswag, winogrande, arc_easy,
-            arc_challenge, boolq, openbookqa; null for none.
+        tasks: zero-shot tasks by lm-evaluation-harness: all (piqa, hellaswag, winogrande, arc_easy, arc_challenge,
+            boolq, openbookqa), or names of its tasks that are scored by accuracy; null for none.
         tasks_folder: folder with NAME.jsonl or NAME.jsonl.gz for each task; null: rows come from the hub.
         limit: use only the first so many items of each task; null for all.
         batch_size: requests of a task per forward pass.
@@ -297,7 +297,7 @@ class Evaluation:
         path = self.request.files.get(name)
         return self._model_keys[role] | {
             "task": name,
-            "rows": fingerprints.fingerprint_file(path) if path else tasks.TASKS[name].dataset,
+            "rows": fingerprints.fingerprint_file(path) if path else tasks.find_task(name).dataset,
             "limit": self.request.limit,
             "batch_size": self.request.batch_size,
             "harness": zero_shot.get_harness_version(),

@@ -15,7 +15,8 @@ from typing import IO, Any
 import yaml
 
 from prunelit.data import sources
-from prunelit.runtime.errors import BadOption, SourceNotFound, suggest_name
+from prunelit.evaluation.harness_tasks import find_harness_task
+from prunelit.runtime.errors import BadOption, SourceNotFound
 from prunelit.runtime.text_files import write_text
 
 _SUFFIXES = (".jsonl.gz", ".jsonl")
@@ -144,24 +145,42 @@ def select_tasks(names: Sequence[str]) -> list[str]:
     """Select tasks by name.
 
     Args:
-        names: of tasks; "all" selects every one.
+        names: of tasks; "all" selects those of `TASKS`. Any other one is looked up in the harness.
 
     Raises:
-        BadOption: no such task, or one twice.
+        BadOption: no such task, one that is not scored by accuracy, or one twice.
 
     Example:
         >>> select_tasks(["piqa", "boolq"])
         ['piqa', 'boolq']
     """
     for name in names:
-        if name != "all" and name not in TASKS:
-            raise BadOption(
-                f"tasks: expected all or some of {', '.join(TASKS)}, got {name!r}{suggest_name(name, TASKS)}"
-            )
+        if name != "all":
+            find_task(name)
     selected = list(TASKS) if "all" in names else list(names)
     if len(set(selected)) < len(selected):
         raise BadOption(f"tasks: expected each once, got {selected}")
     return selected
+
+
+def find_task(name: str) -> Task:
+    """Find a task by name: one of `TASKS`, whose local rows are checked field by field, or any of the harness.
+
+    Args:
+        name: of the task.
+
+    Raises:
+        BadOption: no such task, or one that is not scored by accuracy.
+
+    Example:
+        >>> find_task("piqa").dataset
+        'baber/piqa'
+    """
+    if name in TASKS:
+        return TASKS[name]
+    harness = find_harness_tasks()
+    task = find_harness_task(name, harness)
+    return Task(str(task.definition.relative_to(harness)), task.dataset, task.split, {})
 
 
 def find_harness_tasks() -> Path:
@@ -228,7 +247,7 @@ def _check_task_rows(name: str, path: Path) -> None:
                     ) from error
                 if not isinstance(row, dict):
                     raise SourceNotFound(f"{where}: expected a JSON object, got {row!r:.60}")
-                for field, expected in TASKS[name].fields.items():
+                for field, expected in find_task(name).fields.items():
                     if field not in row:
                         raise SourceNotFound(
                             f"{where}: expected a field {field!r} ({expected.description}), got {sorted(row)}"
@@ -256,7 +275,7 @@ def check_rows_available(names: Sequence[str]) -> None:
     """
     for name in names:
         try:
-            sources.check_hub_access(TASKS[name].dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
+            sources.check_hub_access(find_task(name).dataset, "text", f"--tasks_folder DIR with {name}.jsonl.gz")
         except SourceNotFound as error:
             raise SourceNotFound(f"task {name!r}: {error}") from error
 
@@ -284,7 +303,7 @@ def write_task_definitions(files: Mapping[str, Path], harness: Path, folder: Pat
     """
     definitions = {}
     for name, path in files.items():
-        task = TASKS[name]
+        task = find_task(name)
         splits = dict.fromkeys(("training_split", "validation_split", "test_split"))
         splits[f"{task.split}_split"] = task.split
         content = {
@@ -315,4 +334,4 @@ def list_stock_definitions(names: Sequence[str], harness: Path) -> dict[str, str
         >>> list_stock_definitions(["piqa"], Path("lm_eval/tasks"))
         {'piqa': 'lm_eval/tasks/piqa/piqa.yaml'}
     """
-    return {name: str(harness / TASKS[name].definition) for name in names}
+    return {name: str(harness / find_task(name).definition) for name in names}

@@ -16,6 +16,9 @@ def condense_message(message: str) -> str:
         "n: expected a whole number, got 'x'"
     """
     lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if (missing := _MISSING.search(message)) is not None:
+        names = re.split(r",\s*", missing[1].strip())
+        return f"{', '.join(names)}: expected a value, got none; pass {' and '.join(f'--{name}' for name in names)}"
     condensed = _explain_wrong_value(lines) or _pick_telling_line(lines) or "unknown error"
     return re.sub(r'Parser key "([^"]+)":', r"\1:", condensed)[:400]
 
@@ -39,6 +42,7 @@ def _pick_telling_line(lines: list[str]) -> str:
     return " ".join(lines)
 
 
+_MISSING = re.compile(r"following arguments are required: ([\w., ]+)")
 _VALUE_PATTERN = re.compile(
     r'^Parser key "([^"]+)": Expected an? (typing\.Literal\[(.+)\]|<class \'(?:\w+\.)*(\w+)\'>)\. Got value: (.*)$'
 )

@@ -1,9 +1,10 @@
 """Progress in one style: work of more than a second shows its name, how far it is and how long it will take.
 
 Progress is shown on a terminal and on rank zero only. With --verbose every finished piece of work is also logged with
-its seconds, on a terminal or not.
+its seconds, on a terminal or not; with --quiet nothing is shown; with --log json it is one JSON object a line.
 """
 
+import json
 import logging
 import os
 import sys
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 VERBOSE_VARIABLE = "PRUNELIT_VERBOSE"
 """Environment variable that --verbose sets, so that other ranks and new processes inherit it."""
+QUIET_VARIABLE = "PRUNELIT_QUIET"
+"""Environment variable that --quiet sets."""
+LOG_VARIABLE = "PRUNELIT_LOG"
+"""Environment variable that --log sets: "text" or "json"."""
 _log = logging.getLogger("prunelit")
 _silent: list[bool] = []
 
@@ -43,6 +48,41 @@ def is_verbose() -> bool:
     return bool(os.environ.get(VERBOSE_VARIABLE))
 
 
+def is_quiet() -> bool:
+    """Whether --quiet was given.
+
+    Example:
+        >>> is_quiet() == bool(os.environ.get(QUIET_VARIABLE))
+        True
+    """
+    return bool(os.environ.get(QUIET_VARIABLE))
+
+
+def writes_json() -> bool:
+    """Whether --log json was given: what is said on stderr is one JSON object a line.
+
+    Example:
+        >>> writes_json() == (os.environ.get(LOG_VARIABLE) == "json")
+        True
+    """
+    return os.environ.get(LOG_VARIABLE) == "json"
+
+
+def write_event(event: str, **facts: object) -> None:
+    """Write what happened as one JSON object in one line on stderr, from rank zero.
+
+    Args:
+        event: "stage", "message", "warning", "error" or "result".
+        facts: that belong to it; NaN and infinity become null.
+
+    Example:
+        >>> write_event("stage", name="load_model", seconds=1.5)  # goes to stderr
+    """
+    if is_rank_zero():
+        content = json.loads(json.dumps(facts, default=str), parse_constant=lambda constant: None)
+        sys.stderr.write(json.dumps({"event": event, "time": round(time.time(), 3), **content}) + "\n")
+
+
 def is_rank_zero() -> bool:
     """Whether this process is rank zero of its machine, which writes messages for all.
 
@@ -62,13 +102,15 @@ def silence_progress() -> None:
 
 
 def is_progress_shown() -> bool:
-    """Whether progress is shown: standard error is a terminal, and this is rank zero.
+    """Whether progress is shown: standard error is a terminal for people, and this is rank zero.
 
     Example:
         >>> is_progress_shown() in (True, False)
         True
     """
-    return not _silent and is_rank_zero() and sys.stderr is not None and sys.stderr.isatty()
+    if _silent or is_quiet() or writes_json() or sys.stderr is None:
+        return False
+    return is_rank_zero() and sys.stderr.isatty()
 
 
 def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: int | None = None) -> Iterator[T]:
@@ -99,7 +141,7 @@ def track_progress(items: Iterable[T], what: str, unit: str = "batch", total: in
             yield item
             bar.update()
             count += 1
-    _log.debug("%s: %d x %s, %.1f s", what, count, unit, time.perf_counter() - start)
+    _log_finished_work(what, time.perf_counter() - start, count, unit)
 
 
 @contextmanager
@@ -119,7 +161,17 @@ def show_stage(what: str) -> Iterator[None]:
     what = escape_controls(what)
     with _redraw_every_second(_ElapsedLine(what)):
         yield
-    _log.debug("%s: %.1f s", what, time.perf_counter() - start)
+    _log_finished_work(what, time.perf_counter() - start)
+
+
+def _log_finished_work(what: str, seconds: float, count: int | None = None, unit: str = "") -> None:
+    if writes_json() and not is_quiet():
+        counted = {} if count is None else {"count": count, "unit": unit}
+        write_event("stage", name=what, seconds=round(seconds, 3), **counted)
+    elif count is None:
+        _log.debug("%s: %.1f s", what, seconds)
+    else:
+        _log.debug("%s: %d x %s, %.1f s", what, count, unit, seconds)
 
 
 class _ProgressBar:

@@ -328,7 +328,7 @@ def test_fit_from_the_shell(source: str, words: str, tmp_path: Path, devices: in
     ],
 )
 def test_fit_takes_a_model_as_the_other_commands_do(given: list[str], wanted: list[str]) -> None:
-    assert fit._expand_model_option(given) == wanted
+    assert fit.expand_fit_options(given) == wanted
 
 
 def test_a_plan_needs_one_callback_that_cuts(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Local definitions are the harness' own but for their rows; a bad file is named by line and field."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,25 @@ def test_names() -> None:
         tasks.select_tasks(["arc_eazy"])
     with pytest.raises(BadOption, match="each once"):
         tasks.select_tasks(["piqa", "piqa"])
+
+
+def test_any_task_of_the_harness_that_is_scored_by_accuracy(tmp_path: Path) -> None:
+    assert tasks.select_tasks(["sciq", "mmlu_anatomy"]) == ["sciq", "mmlu_anatomy"]
+    assert tasks.find_task("mmlu_anatomy").dataset == "cais/mmlu"  # from the definition that it includes
+    for name, part in (
+        ("gsm8k", "generate_until, scored by exact_match; expected one scored by acc"),
+        ("mmlu", "is a group of tasks; expected single ones, such as mmlu_"),
+        ("sciqq", "did you mean 'sciq'"),
+    ):
+        with pytest.raises(BadOption, match=part):
+            tasks.select_tasks([name])
+    row = {name: f"the {name}" for name in ("support", "question", "correct_answer")}
+    row |= {f"distractor{number}": f"wrong {number}" for number in (1, 2, 3)}
+    (tmp_path / "sciq.jsonl").write_text(json.dumps(row))
+    files = tasks.find_task_files(["sciq"], str(tmp_path))
+    task = loaded(tasks.write_task_definitions(files, tasks.find_harness_tasks(), tmp_path)["sciq"])
+    task.build_all_requests(limit=None, rank=0, world_size=1)
+    assert [one.arguments[1] for one in task.instances] == [" wrong 1", " wrong 2", " wrong 3", " the correct_answer"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""How command lines are read: options as the source declares them, aliases, parsers, help pages, completion."""
