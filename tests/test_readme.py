@@ -39,6 +39,7 @@ SMALL = {
     "evaluate": "--seqlen 16 --windows 4",
     "export": "",
     "dashboard": "",
+    "report": "",
     "compare": "--model MODEL --calibration.text words.txt --calibration.seqlen 16",
     "fit": f"--model MODEL {_FIT}",
 }
@@ -71,9 +72,14 @@ def key_of(words: list[str]) -> str:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, with the project's configs, a tiny model `MODEL` and a text `words.txt`."""
+    """An empty folder to work in: the project's configs, a tiny model `MODEL`, a text `words.txt`, two equal `runs`."""
     tokenizer = tiny_tokenizer()
-    tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512).save_pretrained(tmp_path / "MODEL")
+    model = tiny("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "MODEL")
+    plan = prunelit.plan(model, "magnitude", ratio=0.3, align=8)
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "plan.json").write_text(plan.to_json())
     tokenizer.save_pretrained(tmp_path / "MODEL")
     (tmp_path / "words.txt").write_text(" ".join(f"w{n * 7 % 101}" for n in range(3000)))
     (tmp_path / "configs").mkdir()

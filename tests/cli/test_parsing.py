@@ -208,7 +208,7 @@ def exit_now() -> Any:
     ("arguments", "parts"),
     [
         (["prune", "--raito", "0.2"], ["--raito", "did you mean 'ratio'?"]),
-        (["prune", "--model", "m"], ["ratio, out: expected a value, got none; pass --ratio and --out"]),
+        (["prune", "--ratio", "0.2"], ["model, out: expected a value, got none; pass --model and --out"]),
         (["prune", "--trust-remote-code"], ["--trust-remote-code: expected a model of a family", "never run"]),
         (["evaluate", "--revision=main"], ["--revision: expected a folder", "hf download"]),
         (["prune", "--text", "a", "-x"], ["unrecognized arguments: -x"]),
