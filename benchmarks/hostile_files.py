@@ -84,10 +84,9 @@ def write_originals(folder: Path) -> Path:
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     }
-    model = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(tokenizer), num_attention_heads=4, num_key_value_heads=2, **sizes)
-    )
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     model.save_pretrained(folder / "model")
     model.save_pretrained(folder / "sharded", max_shard_size="20KB")
     for name in ("model", "sharded"):

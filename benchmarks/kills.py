@@ -164,14 +164,12 @@ def write_template(folder: Path) -> Path:
         "intermediate_size": 96,
         "num_hidden_layers": 3,
         "num_attention_heads": 4,
-    }
-    more: dict[str, Any] = {
         "num_key_value_heads": 2,
         "max_position_embeddings": 64,
         "bos_token_id": 0,
         "eos_token_id": 1,
     }
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), bos_token_id=0, eos_token_id=1, **sizes))
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     (folder / "words.txt").write_text(" ".join(f"w{number * 7 % 101}" for number in range(3000)))
