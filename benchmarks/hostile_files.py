@@ -162,7 +162,7 @@ def _read_adapter(folder: Path) -> None:
     from prunelit.recovery.prepare import prepare_export_model
 
     check_adapter(folder, str(folder.parent / "model"))
-    prepare_export_model(str(folder.parent / "model"), "float32", "uniform", None, str(folder), str)
+    prepare_export_model(str(folder.parent / "model"), "float32", "uniform", None, str(folder), lambda said: None)
 
 
 def _read_yaml(path: Path) -> None:

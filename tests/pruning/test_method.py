@@ -61,7 +61,8 @@ def test_a_plan_from_the_cache_comes_with_its_scores(tmp_path: Path) -> None:
         def on_event(self, event: str, facts: Any) -> None:
             told[-1] += [dict(facts)] if event == "scores" else []
 
-    plans, scored = [], []
+    plans: list[str] = []
+    scored: list[str] = []
     for _ in range(2):
         told.append([])
         method = Counted(0.3, align=8)
