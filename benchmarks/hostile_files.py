@@ -79,8 +79,14 @@ def write_originals(folder: Path) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     model.save_pretrained(folder / "model")
     model.save_pretrained(folder / "sharded", max_shard_size="20KB")
     for name in ("model", "sharded"):
@@ -95,7 +101,7 @@ def write_originals(folder: Path) -> Path:
     (folder / "packed.txt.gz").write_bytes(gzip.compress(" ".join(words).encode()))
     _write_parquet(rows, folder / "rows.parquet")
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
-    adapted.save_pretrained(folder / "adapter")
+    adapted.save_pretrained(str(folder / "adapter"))
     method = Magnitude(ratio=0.3, align=8)
     pruned = copy.deepcopy(model)
     plan = method.prune(pruned)
@@ -156,7 +162,7 @@ def _read_adapter(folder: Path) -> None:
     from prunelit.recovery.prepare import prepare_export_model
 
     check_adapter(folder, str(folder.parent / "model"))
-    prepare_export_model(str(folder.parent / "model"), "float32", "uniform", None, str(folder), len)
+    prepare_export_model(str(folder.parent / "model"), "float32", "uniform", None, str(folder), lambda said: None)
 
 
 def _read_yaml(path: Path) -> None:
@@ -173,7 +179,7 @@ def _read_yaml(path: Path) -> None:
 
 
 # Kind: the file that is changed, the folder or file that is read, how it is changed, who reads it.
-KINDS: dict[str, tuple[str, str, str, Callable[[Path], None]]] = {
+KINDS: dict[str, tuple[str, str, str, Callable[[Path], object]]] = {
     "config": ("model/config.json", "model", "json", _load_model),
     "config of layers": ("hetero/config.json", "hetero", "json", _load_model),
     "generation config": ("model/generation_config.json", "model", "json", _load_model),
@@ -187,7 +193,7 @@ KINDS: dict[str, tuple[str, str, str, Callable[[Path], None]]] = {
     "plan": ("plan.json", "plan.json", "json", _read_plan),
     "adapter config": ("adapter/adapter_config.json", "adapter", "json", _read_adapter),
     "adapter weights": ("adapter/adapter_model.safetensors", "adapter", "header", _read_adapter),
-    "checkpoint": ("last.ckpt", "last.ckpt", "archive", lambda path: read_lightning_file(path) and None),
+    "checkpoint": ("last.ckpt", "last.ckpt", "archive", read_lightning_file),
     "yaml": ("run.yaml", "run.yaml", "yaml", _read_yaml),
     "text jsonl": ("rows.jsonl", "rows.jsonl", "lines", _read_text),
     "text chats": ("chats.jsonl", "chats.jsonl", "lines", _read_text),

@@ -375,7 +375,8 @@ def _make_successor(old: Any, value: torch.Tensor) -> nn.Parameter:
     """A parameter in place of an old one, with what others have noted on it; not tensors, which have its old shape."""
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     for name, note in getattr(old, "__dict__", {}).items():
-        if not isinstance(note, torch.Tensor):
+        # A weight that is still in a file knows by attributes of its own which part of it is meant.
+        if name not in vars(new) and not isinstance(note, torch.Tensor):
             setattr(new, name, note)
     return new
 

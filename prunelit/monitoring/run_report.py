@@ -271,10 +271,13 @@ class RunReport(Recorder, EventSource):
         except (OSError, json.JSONDecodeError):
             return {}
         current = json.loads(json.dumps(self.report))
+        tokens = earlier.get("protocol", {}).get("tokens")
         for part in (earlier.get("protocol", {}), current["protocol"]):
             part.pop("tokens", None)  # known once something is measured
         if any(earlier.get(name) != value for name, value in current.items()):
             return {}
+        if "dense" in earlier and tokens is not None:
+            self.report["protocol"]["tokens"] = tokens
         if resumed:
             self._resume_record()
         return {name: earlier[name] for name in (("dense", "pruned") if resumed else ("dense",)) if name in earlier}

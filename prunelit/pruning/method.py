@@ -11,7 +11,7 @@ This module knows nothing of Lightning. `prunelit.pruning.callback` decides when
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, ClassVar, Literal, get_args
@@ -211,6 +211,7 @@ class PruningMethod(EventSource):
         self.repaired_file: str | None = None
         """Name of the file of repaired weights in `run_cache`."""
         self._calibration_record: dict[str, Any] = {}
+        self._emitted_scores: dict[str, Any] | None = None
 
     # What a method overrides -------------------------------------------------------------------------------------
 
@@ -286,11 +287,12 @@ class PruningMethod(EventSource):
             if self.size_target.is_asked:
                 record = targets.make_target_record(self.size_target, tightest, constraints)
                 self.add_to_calibration_record(target=record)
-            if not scores_emitted and context.listeners:
+            if not scores_emitted and (context.listeners or self.run_cache is not None):
                 scores_emitted = True
                 lists = {kind: _list_scores(getattr(each, kind) for each in scores) for kind in get_args(ScoreKind)}
                 names = [kind for kind in lists if decoder.has_experts or kind not in EXPERT_KINDS]
-                context.emit("scores", **{kind: lists[kind] for kind in names})
+                self._emitted_scores = {kind: lists[kind] for kind in names}
+                context.emit("scores", **self._emitted_scores)
             return layers
 
         return select
@@ -550,6 +552,20 @@ class PruningMethod(EventSource):
         )
         return plan
 
+    def _recall_or_plan(self, context: PruningContext, cache: ResultCache, key: Mapping[str, Any]) -> PruningPlan:
+        """The plan of an earlier run, with the scores that listeners of this one have not been told, or a new plan."""
+        self._emitted_scores = None
+
+        def compute() -> dict[str, Any]:
+            return {"plan": self.plan(context).to_json(), "scores": self._emitted_scores}
+
+        found, seconds_saved = cache.get_or_compute(f"{self.name}-plan", key, compute)
+        self._add_recalled(seconds_saved)
+        if self._emitted_scores is None and found["scores"]:
+            context.emit("scores", **found["scores"])
+        self._emitted_scores = None
+        return PruningPlan.from_json(found["plan"])
+
     def _load_or_plan(self, context: PruningContext, given_plan: PruningPlan | None) -> PruningPlan:
         """The plan to cut by: the given one, that of an earlier run with the same options, or a new one."""
         given_plan = given_plan or self.given_plan
@@ -568,10 +584,7 @@ class PruningMethod(EventSource):
                 if self.run_cache is None or key is None:
                     plan = self.plan(context)
                 else:
-                    name = f"{self.name}-plan"
-                    text, seconds_saved = self.run_cache.get_or_compute(name, key, lambda: self.plan(context).to_json())
-                    self._add_recalled(seconds_saved)
-                    plan = PruningPlan.from_json(text)
+                    plan = self._recall_or_plan(context, self.run_cache, key)
             else:
                 plan = given_plan
             plan = bias.declare_biases(decoder, plan, self.repair == "bias")

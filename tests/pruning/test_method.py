@@ -1,6 +1,7 @@
 """`prune` and `plan_model` from Python: what is no model, no text or no list is one clear line, and nothing is cut."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from prunelit.calibration.batches import convert_batches
+from prunelit.calibration.result_cache import ResultCache
 from prunelit.callbacks import LLMBIP, Magnitude
+from prunelit.pruning.context import PruningContext
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, DeclarationMismatch, NoCalibration, PrunelitError
 from tests.tiny import tiny, tokens
 
 BATCHES = [{"input_ids": tokens(2, 8)}]
+
+
+class Counted(LLMBIP):
+    """Notes how often it scores."""
+
+    seen: list[str]
+
+    def score(self, context: PruningContext) -> Any:
+        self.seen.append("scored")
+        return super().score(context)
 
 
 class Endless(IterableDataset[Tensor]):
@@ -38,6 +51,25 @@ def test_the_plan_depends_neither_on_threads_nor_on_the_size_of_batches(method: 
         finally:
             torch.set_num_threads(1)
     assert all(plan == plans[0] for plan in plans)
+
+
+def test_a_plan_from_the_cache_comes_with_its_scores(tmp_path: Path) -> None:
+    """A run that was killed after it had planned has told its page of scores that the next one does not compute."""
+    told: list[list[Any]] = []
+
+    class Page:
+        def on_event(self, event: str, facts: Any) -> None:
+            told[-1] += [dict(facts)] if event == "scores" else []
+
+    plans: list[str] = []
+    scored: list[str] = []
+    for _ in range(2):
+        told.append([])
+        method = Counted(0.3, align=8)
+        method.run_cache, method.listeners, method.seen = ResultCache(tmp_path), [Page()], scored
+        plans.append(method.plan_model(tiny("llama"), BATCHES).digest)
+    assert len(scored) == 1 and plans[0] == plans[1]
+    assert told[0] == told[1] and len(told[0]) == 1 and told[0][0]["channels"]
 
 
 @pytest.mark.parametrize("act", ["prune", "plan_model"])
