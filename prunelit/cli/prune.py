@@ -222,9 +222,9 @@ def run(command: str, arguments: list[str]) -> int:
     if options.push_to_hub:
         address = hub_upload.upload_model(Path(options.out), options.push_to_hub, options.public)
         print_result(f"uploaded: {address}")
-    report_result(command, out=options.out, **report)
     if plan is not None and (reason := describe_overshoot(plan)):
         logging.getLogger("prunelit").warning("%s", reason)
+    report_result(command, out=options.out, **report)
     return 0
 
 

@@ -215,6 +215,7 @@ def exit_now() -> Any:
         (["prune", "--overwrite", "yess"], ["overwrite: expected true or false, got 'yess'"]),
         (["methods", "-q", "-v"], ["quiet: expected it without --verbose"]),
         (["methods", "--log", "jsn"], ["log: expected json or text, got 'jsn'; did you mean 'json'?"]),
+        (["fit", "--sparsity", "0.2"], ["--sparsity: expected the method as a callback: --trainer.callbacks+"]),
         (["fit", "--model.lora-rnk=3"], ["--model.lora_rnk", "did you mean 'model.lora_rank'?"]),
         (["fit", "--text", "a", "--seqlen", "x"], ["data.seqlen: expected a whole number, got 'x'"]),
     ],

@@ -1,4 +1,4 @@
-"""Other spellings of options: what peers call them, dashes for underscores, `-q` and `-v`; and what is refused by name.
+"""Other spellings of options: what peers call them, dashes for underscores; and what is refused by name.
 
 They are translated before a parser sees the command line, so help pages and config files know one name for each thing.
 """
@@ -49,8 +49,8 @@ REFUSED: Mapping[str, str] = {
     ),
 }
 """Options that others have and prunelit refuses, with the reason."""
-SHORT_FLAGS: Mapping[str, str] = {"-q": "--quiet", "-v": "--verbose"}
-"""Short forms of the flags that every command takes."""
+_OF_A_METHOD = ("ratio", "method")
+"""Options that `fit` has once for every callback."""
 
 
 def translate_options(command: str, arguments: list[str]) -> list[str]:
@@ -63,7 +63,7 @@ def translate_options(command: str, arguments: list[str]) -> list[str]:
         arguments: command line after the command.
 
     Raises:
-        BadOption: an option that is refused, with the reason.
+        BadOption: an option that is refused, with the reason, or one of a method, which is a callback in `fit`.
 
     Example:
         >>> translate_options("prune", ["--sparsity", "0.2", "--max-shard-size=2GB", "--out", "a-b"])
@@ -81,6 +81,11 @@ def translate_options(command: str, arguments: list[str]) -> list[str]:
             if name in REFUSED:
                 raise BadOption(f"{command}: --{written[2:]}: {REFUSED[name]}")
             name = name_alias(name) or name
+            if name in _OF_A_METHOD and command in ("fit", "validate"):
+                raise BadOption(
+                    f"{command}: --{written[2:]}: expected the method as a callback: --trainer.callbacks+ "
+                    "prunelit.callbacks.LLMBIP --trainer.callbacks.ratio 0.2"
+                )
             argument = f"--{own_names.get(name, name)}{append}{equals}{value}"
         translated.append(argument)
     return translated
