@@ -41,7 +41,7 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Every command but `methods` and `report` takes --config FILE, --print_config and --help. --verbose, of all:",
+            "All but `methods` and `report` take --config FILE, --print_config and --help. --verbose, of every command:",
             "stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
