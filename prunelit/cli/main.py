@@ -41,7 +41,7 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "All but `methods` and `report` take --config FILE, --print_config and --help. --verbose, of every command:",
+            "All but `methods` and `report` take --config FILE, --print_config and --help. --verbose, of any command:",
             "stages with their seconds, what libraries say, and the traceback of an error.",
         ]
     )
