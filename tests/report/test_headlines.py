@@ -10,9 +10,18 @@ from prunelit.report.record import Record
 from prunelit.report.run_page import render_run_page
 from tests.report.test_page import Read
 
+PROTOCOL = {
+    "text": ["a.txt"],
+    "windows": 2,
+    "sequence_length": 8,
+    "stride": 8,
+    "mean": "over tokens",
+    "dtype": "float32",
+}
+
 
 def fitted(**facts: object) -> Record:
-    record = Record(kind="fit", title="tiny", facts={"protocol": {"tokens": 1000}, **facts})
+    record = Record(kind="fit", title="tiny", facts={"protocol": PROTOCOL | {"tokens": 1000}, **facts})
     for name, perplexity, seconds in (("dense", 10.0, 2.0), ("pruned", 40.0, 1.6), ("recovered", 20.0, 1.0)):
         record.on_event("measured", {"name": name, "row": {"perplexity": perplexity, "parameters": 1000}})
         record.on_event("stage", {"name": f"evaluate_{name}", "seconds": seconds})

@@ -146,6 +146,10 @@ def use_whole_number_ticks(axis: "Axis", most: int = 7) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
+    # A single value would get ticks between two whole numbers, which the locator does not know.
+    low, high = sorted(axis.get_view_interval())
+    if high - low < 1:
+        axis.set_view_interval(low - 0.5, high + 0.5, ignore=True)
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 

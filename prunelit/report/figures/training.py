@@ -49,7 +49,7 @@ def draw_training(record: Record) -> "Figure | None":
     panels = list(figure.subplots(sum(has_panel), 1, squeeze=False, sharex=True)[:, 0])
     if loss:
         panel = clear_background(panels[0])
-        panel.plot(*zip(*loss, strict=True), color=KEPT, linewidth=1.4)
+        panel.plot(*zip(*loss, strict=True), color=KEPT, linewidth=1.4, marker=_choose_marker(loss), markersize=3)
         panel.set_ylabel("training loss")
     if perplexity:
         _draw_perplexity(clear_background(panels[-1]), perplexity, record)

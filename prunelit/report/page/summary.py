@@ -102,10 +102,8 @@ def _summarize_training(record: Record) -> str:
         if points:
             quantity = quantity or "validation perplexity"
             (first_step, first_value), (last_step, last_value) = points[0], points[-1]
-            clauses.append(
-                f"{quantity} {format_perplexity(first_value)} at step {first_step}, "
-                f"{format_perplexity(last_value)} at {last_step}"
-            )
+            end = f", {format_perplexity(last_value)} at {last_step}" if last_step > first_step else ""
+            clauses.append(f"{quantity} {format_perplexity(first_value)} at step {first_step}{end}")
     return f"{'; '.join(clauses)}.".capitalize() if clauses else "Validation over the steps of training."
 
 
