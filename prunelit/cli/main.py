@@ -49,7 +49,7 @@ def render_usage() -> str:
             "",
             *lines,
             "",
-            "Those that read or write models take --config FILE_OR_NAME, --print_config and --help. Every command takes",
+            "What reads or writes models takes --config FILE_OR_NAME, --print_config and --help. Every command takes",
             "  --verbose, -v   stages with their seconds, what libraries say, and the traceback of an error",
             "  --quiet, -q     warnings and the result only",
             "  --log json      on stderr one JSON object a line: stages, messages, warnings, the error, the result",

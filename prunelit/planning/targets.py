@@ -185,10 +185,10 @@ def check_ratio_or_target(ratio: float | None, budget: str, rounding: str, targe
         BadOption: nothing says how much, or an option belongs to a ratio that is not there.
 
     Example:
-        >>> check_ratio_or_target(None, "parameters", "above", SizeTarget())
+        >>> check_ratio_or_target(None, "parameters", "above", SizeTarget(parameters=1000))
+        >>> check_ratio_or_target(None, "macs", "above", SizeTarget(parameters=1000))
         Traceback (most recent call last):
-        prunelit.runtime.errors.BadOption: ratio: expected it, or parameters, memory or speedup, got none of them; give
-        how much is to go, such as ratio 0.2 or parameters 6B
+        prunelit.runtime.errors.BadOption: budget: says what ratio counts; expected ratio beside it, got 'macs' alone
     """
     if ratio is None and not target.is_asked:
         raise BadOption(
@@ -196,7 +196,7 @@ def check_ratio_or_target(ratio: float | None, budget: str, rounding: str, targe
             "ratio 0.2 or parameters 6B"
         )
     if ratio is None and budget != "parameters":
-        raise BadOption(f"budget: says what ratio counts; expected ratio beside it, got budget {budget!r} alone")
+        raise BadOption(f"budget: says what ratio counts; expected ratio beside it, got {budget!r} alone")
     if rounding == "below" and target.is_asked:
         raise BadOption(
             "rounding: expected 'above' with parameters, memory or speedup, which are limits, got 'below'; leave it out"

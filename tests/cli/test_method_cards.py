@@ -18,7 +18,7 @@ from tests.test_configs import ROOT, arguments, call
 from tests.tiny import EXPERT_METHODS, family_for, tiny, tokens
 
 METHODS = tuple(methods())
-WIDTHS = {"scope", "unit", "kinds", "align", "min_kept", "uniform_heads"}
+WIDTHS = {"scope", "unit", "kinds", "align", "min_kept", "uniform_heads", "rounding", "speedup"}
 
 
 @pytest.mark.parametrize("name", METHODS)
