@@ -216,7 +216,7 @@ def print_result(line: str) -> None:
         sys.stdout.write(escape_controls(line) + "\n")
 
 
-def report_result(command: str, **facts: object) -> None:
+def report_result(command: str, /, **facts: object) -> None:
     """Write the result of a command as one JSON object on stderr, with --log json; without it do nothing.
 
     Args:
@@ -227,4 +227,4 @@ def report_result(command: str, **facts: object) -> None:
         >>> report_result("prune", out="runs/a")
     """
     if progress.writes_json():
-        progress.write_event("result", command=command, **facts)
+        progress.write_event("result", **{**facts, "command": command})  # evaluate.json has a `command` of its own

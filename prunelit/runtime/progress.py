@@ -68,7 +68,7 @@ def writes_json() -> bool:
     return os.environ.get(LOG_VARIABLE) == "json"
 
 
-def write_event(event: str, **facts: object) -> None:
+def write_event(event: str, /, **facts: object) -> None:
     """Write what happened as one JSON object in one line on stderr, from rank zero.
 
     Args:
@@ -80,7 +80,9 @@ def write_event(event: str, **facts: object) -> None:
     """
     if is_rank_zero():
         content = json.loads(json.dumps(facts, default=str), parse_constant=lambda constant: None)
-        sys.stderr.write(json.dumps({"event": event, "time": round(time.time(), 3), **content}) + "\n")
+        sys.stderr.write(
+            json.dumps({"event": event, "time": round(time.time(), 3)} | content | {"event": event}) + "\n"
+        )
 
 
 def is_rank_zero() -> bool:

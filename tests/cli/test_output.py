@@ -28,7 +28,7 @@ def say_everything(command: str, arguments: list[str]) -> int:
     logging.getLogger("prunelit").warning("a risk")
     warnings.warn("another risk", stacklevel=1)
     print_result("the result")
-    report_result(command, ratio=float("nan"), out="o")
+    report_result(command, **{"ratio": float("nan"), "out": "o", "command": "the whole line", "event": "x"})
     if arguments:
         raise PrunelitError("wrong\ninput")
     return 0
