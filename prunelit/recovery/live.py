@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from prunelit.model.context_length import check_context_length
 from prunelit.recovery.datamodule import WindowLoader
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime.errors import BadOption, NotEnoughText, suggest_name
+from prunelit.runtime.progress import is_progress_shown
 
 How = Literal["lora", "distill", "all_weights"]
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
@@ -108,12 +110,15 @@ def recover(
     with isolate_rng(), _keep_trainable(*live_models), _quiet_lightning(trainer is None):
         torch.manual_seed(seed)
         model.train()
+        is_shown = is_progress_shown()
         chosen = trainer or Trainer(
             max_steps=steps,
             gradient_clip_val=1.0,
             logger=False,
             enable_checkpointing=False,
             enable_model_summary=False,
+            enable_progress_bar=is_shown,
+            callbacks=[TQDMProgressBar()] if is_shown else [],
             limit_val_batches=0,
             accelerator="auto",
             devices=1,

@@ -31,7 +31,7 @@ def draw_perplexity_bars(texts: Sequence[str], values: Mapping[str, Sequence[flo
 
     Example:
         >>> figure = draw_perplexity_bars(["wiki"], {"against": [20.0], "model": [30.0]})
-        >>> [round(bar.get_width(), 1) for bar in figure.axes[0].patches]
+        >>> [float(bar.get_width()) for bar in figure.axes[0].patches]
         [20.0, 30.0]
     """
     colours = (DENSE, RECOVERED) if len(values) > 1 else (RECOVERED,)

@@ -12,6 +12,7 @@ PAGE = Path(prunelit.__file__).parents[1] / "docs" / "howto" / "own-loop.md"
 BLOCKS = re.findall(r"^## (.+?)\n.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of other people's trainers
 @pytest.mark.parametrize(("host", "block"), BLOCKS, ids=[host for host, _ in BLOCKS])
 def test_a_block_runs(host: str, block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

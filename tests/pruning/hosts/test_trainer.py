@@ -113,6 +113,7 @@ def test_copies_of_a_cut_model_save_themselves(tmp_path: Path) -> None:
     assert prunelit.load(tmp_path)(tokens()).logits.abs().max() == 0 < model(tokens()).logits.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of TRL about transformers
 def test_sft_of_trl_cuts_first_and_adapts_then(tmp_path: Path, source: str) -> None:
     trl = pytest.importorskip("trl")
