@@ -88,7 +88,7 @@ def test_mistakes_get_one_line() -> None:
     size = model.num_parameters()
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"ratoi": 0.3}, "got 'ratoi'; did you mean 'ratio'"),
-        ({"ratio": 0.3, "texxt": "a"}, "got 'texxt'; did you mean 'text'"),
+        ({"ratio": 0.3, "textt": "a"}, "got 'textt'; did you mean 'text'"),
         ({"ratio": 0.3, "target": "student"}, "got 'target'"),
         ({}, "llm_bip: expected ratio"),
         ({"ratio": "much"}, "ratio"),
