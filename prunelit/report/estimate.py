@@ -4,7 +4,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from prunelit.core.plan import PruningPlan
-from prunelit.planning.targets import SizeTarget, count_memory, describe_target, format_memory_size
+from prunelit.planning.amounts import format_memory_size
+from prunelit.planning.targets import SizeTarget, count_memory, describe_target
 from prunelit.report.format_numbers import format_count, format_duration
 from prunelit.report.plan_card import make_dense_plan, render_layer_table, render_plan_totals
 

@@ -12,8 +12,9 @@ from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, text
 from prunelit.model.decoder import Decoder
 from prunelit.planning import latency
+from prunelit.planning.amounts import parse_memory_size, parse_parameter_count
 from prunelit.planning.overshoot import measure_overshoot
-from prunelit.planning.targets import count_memory, describe_target, parse_memory_size, parse_parameter_count
+from prunelit.planning.targets import count_memory, describe_target
 from prunelit.pruning.method import plan as make_plan
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 from tests.cli.test_fit import call, refused, small
