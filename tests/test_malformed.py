@@ -293,7 +293,6 @@ FILES: list[Row] = [
     (REPLAY + " --plan {binary}", ["binary"]),
     (REPLAY + " --plan {folder}", ["folder"]),
     ("plan --model {model} --plan {other_plan}", ["num_hidden_layers", "2", "3"]),
-    (PLAN + " --out {folder}", ["expected a file, got a folder"]),
     (PRUNE + " --out {words}", ["expected a folder, got a file"]),
     (PRUNE + " --out {words}/below", ["cannot be written", "is a file"]),
     (PRUNE + " --out {full}", ["full", "--overwrite"]),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning.pytorch import Trainer
 
 import prunelit
 from prunelit.calibration.batches import split_into_batches
@@ -43,7 +42,13 @@ SMALL = {
     "compare": "--model MODEL --calibration.text words.txt --calibration.seqlen 16",
     "fit": f"--model MODEL {_FIT}",
 }
-PLACEHOLDERS = {"PATH_OR_ID": "MODEL", "FILE_OR_ID": "words.txt", "DIR": "smaller", "builtin:python-docs": "words.txt"}
+PLACEHOLDERS = {
+    "PATH_OR_ID": "MODEL",
+    "6B": "90K",
+    "FILE_OR_ID": "words.txt",
+    "DIR": "smaller",
+    "builtin:python-docs": "words.txt",
+}
 
 
 def blocks(language: str, page: Path = README) -> list[str]:
@@ -180,10 +185,10 @@ def test_the_method_of_the_how_to_passes_its_own_test(monkeypatch: pytest.Monkey
     names["test_an_unknown_aggregate_is_refused"]()
 
 
-def test_the_attach_example_builds_a_trainer() -> None:
-    names: dict[str, Any] = {}
-    exec(python("Trainer("), names)
-    assert isinstance(names["trainer"], Trainer)
+def test_the_python_example_cuts(place: Path) -> None:
+    block = python("prunelit.prune(").replace("ratio=0.2", "ratio=0.3, align=8, windows=8, seqlen=16")
+    exec(block.replace("seqlen=512", "seqlen=16"), {"__name__": "readme"})
+    assert (place / "plan.png").is_file() and (place / "smaller" / "plan.json").is_file()
 
 
 def test_every_python_block_is_one_of_those() -> None:

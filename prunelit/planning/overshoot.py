@@ -174,7 +174,8 @@ def _share_of_alternative(plan: PruningPlan, changes: dict[str, Any]) -> float |
     """Share that the plan's method would remove with other options; None where it cannot. All units score alike."""
     from prunelit.planning.budget import prepare_removal  # loads torch, which `plan show` does without
 
-    options = {name: plan.options[name] for name in _OPTIONS if name in plan.options} | changes
+    # An option that the method chooses itself, as `best` its min_kept, is None there.
+    options = {name: plan.options[name] for name in _OPTIONS if plan.options.get(name) is not None} | changes
     rounding = options.pop("rounding", plan.options.get("rounding", "above"))
     cost = None
     if options.get("budget") == "macs":
