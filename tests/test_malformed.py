@@ -47,7 +47,7 @@ WORDS: list[Row] = [  # of the command line itself
     ("methods llm_bop", ["llm_bop", "did you mean 'llm_bip'"]),
     ("methods llm_bip flap", ["methods", "flap"]),
     ("prune", ["model"]),
-    ("prune --model {model}", ["ratio"]),
+    ("prune --model {model}", ["out"]),
     (PRUNE + " --method ../../x", ["../../x", "expected one of", "flap"]),
     ("plan --model {model} --ratio 0.2 --method ..", ["method '..'", "expected one of"]),
     (PRUNE + " --ratoi 0.2", ["--ratoi", "did you mean 'ratio'"]),

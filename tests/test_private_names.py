@@ -17,11 +17,14 @@ PAGE = ROOT.parent / "docs" / "reference" / "versions.md"
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(ROOT.rglob("*.py"))}
 # Without underscore, and yet without a page in the documentation: parts of transformers that load and save weights.
 INTERNAL_MODULES = ("transformers.conversion_mapping", "transformers.core_model_loading")
-STANDARD = {"_asdict", "_fields", "_replace", "_getframe"}  # of Python itself, documented in spite of their names
+# Of Python itself and of notebooks, documented in spite of their names.
+STANDARD = {"_asdict", "_fields", "_replace", "_getframe", "_repr_png_", "_repr_html_"}
 # Set on objects while they are made, by these modules.
-ATTRIBUTES_OF_LIVE_MODELS = {
+ATTRIBUTES_OF_LIVE_OBJECTS = {
     "model._weight_conversions": "transformers.core_model_loading",
     "compiled._orig_mod": "torch._dynamo.eval_frame",
+    "action._typehint": "jsonargparse._typehints",
+    "host._models": "accelerate.accelerator",
 }
 ROW = re.compile(r"^\| `([\w.()\[\]]+)` \| ([^|]+) \|", re.MULTILINE)
 
@@ -98,8 +101,8 @@ def resolve(path: str) -> Any:
 def test_the_installed_packages_have_it(path: str) -> None:
     if path.startswith("wandb"):
         pytest.importorskip("wandb_workspaces")
-    if path in ATTRIBUTES_OF_LIVE_MODELS:
-        source = inspect.getsource(importlib.import_module(ATTRIBUTES_OF_LIVE_MODELS[path]))
+    if path in ATTRIBUTES_OF_LIVE_OBJECTS:
+        source = inspect.getsource(importlib.import_module(ATTRIBUTES_OF_LIVE_OBJECTS[path]))
         assert path.partition(".")[2] in source
     else:
         resolve(path)

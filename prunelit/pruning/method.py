@@ -559,12 +559,12 @@ class PruningMethod(EventSource):
         def compute() -> dict[str, Any]:
             return {"plan": self.plan(context).to_json(), "scores": self._emitted_scores}
 
-        found, seconds_saved = cache.get_or_compute(f"{self.name}-plan", key, compute)
+        result, seconds_saved = cache.get_or_compute(f"{self.name}-plan", key, compute)
         self._add_recalled(seconds_saved)
-        if self._emitted_scores is None and found["scores"]:
-            context.emit("scores", **found["scores"])
+        if self._emitted_scores is None and result["scores"]:
+            context.emit("scores", **result["scores"])
         self._emitted_scores = None
-        return PruningPlan.from_json(found["plan"])
+        return PruningPlan.from_json(result["plan"])
 
     def _load_or_plan(self, context: PruningContext, given_plan: PruningPlan | None) -> PruningPlan:
         """The plan to cut by: the given one, that of an earlier run with the same options, or a new one."""

@@ -1,6 +1,6 @@
 """`prunelit.recover`: a live model that was cut, trained back to quality under Lightning's Trainer, in one call.
 
-The training is that of `RecoveryModule`, with the options of configs/recover-*.yaml.
+The training is that of `RecoveryModule`, with the options of `configs/recover-*.yaml`.
 """
 
 import logging
@@ -59,7 +59,7 @@ def recover(
     Args:
         model: a live transformers model, which is changed in place; or a model source, which is loaded.
         how: "lora" trains adapters on next tokens; "distill" adapters towards the dense model's distributions;
-            "all_weights" all weights on next tokens. The defaults of the three are those of configs/recover-*.yaml.
+            "all_weights" all weights on next tokens. The defaults of the three are those of `configs/recover-*.yaml`.
         text: what is trained on: a text source (path, dataset, "builtin:python-docs"), a list of texts, rows with a
             column `text`, or token ids [N, S]. None: "builtin:python-docs".
         tokenizer: of the model; None: from where the model was loaded.

@@ -12,6 +12,7 @@ import yaml
 
 from prunelit.cli import fit
 from prunelit.cli import plan as command
+from prunelit.cli.parsing.fit_options import is_fit_config
 from prunelit.core.plan import PruningPlan
 from prunelit.core.plan_diff import find_plan_differences
 from prunelit.data import loading, text
@@ -188,7 +189,7 @@ def test_a_file_of_fit_needs_one_pruning_callback(
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_which_files_are_those_of_fit(path: Path) -> None:
-    assert command._is_fit_config(["--config", str(path)]) == (path.stem.split("-")[0] in ("quickstart", "recover"))
+    assert is_fit_config(["--config", str(path)]) == (path.stem.split("-")[0] in ("quickstart", "recover"))
 
 
 # Edited and replayed -------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_a_plan_is_not_overwritten_unasked(
     monkeypatch.setattr(loading, "load", lambda *a: pytest.fail("the model was loaded"))
     refused(call(capsys, *arguments), "--overwrite")
     assert path.read_text() == "mine"
-    refused(call(capsys, *planned(source, words, tmp_path)), "folder")
+    refused(call(capsys, *planned(source, words, tmp_path)), "plan.json")  # in the folder that was named
 
 
 def test_nonsense_is_one_line(capsys: pytest.CaptureFixture[str], source: str, tmp_path: Path) -> None:

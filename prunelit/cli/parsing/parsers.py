@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from prunelit.cli.parsing.declarations import build_real_value, declare_function, list_fields
 from prunelit.cli.parsing.options import add_method_options, build_parser, parse_command_line, peek_option
 from prunelit.data.option_types import Sources
+from prunelit.planning.targets import TARGET_OPTIONS, SizeTarget, check_ratio_or_target
 
 
 class CommandParser(NamedTuple):
@@ -151,7 +152,17 @@ def parse_command(command: str, arguments: list[str]) -> Namespace:
         'p'
     """
     nested_options = [field for module, name in PARSERS[command].nested for field in list_fields(module, name)]
-    return parse_command_line(build_command_parser(command, arguments), arguments, nested_options)
+    options = parse_command_line(build_command_parser(command, arguments), arguments, nested_options)
+    _check_amount(options)
+    return options
+
+
+def _check_amount(options: Namespace) -> None:
+    """Check that options of a method say how much is cut; its constructor does so too, after seconds of imports."""
+    if not set(TARGET_OPTIONS) <= set(vars(options)) or options.plan or options.get("count") is not None:
+        return
+    target = SizeTarget.from_options(*(options[name] for name in TARGET_OPTIONS))
+    check_ratio_or_target(options.ratio, options.get("budget", "parameters"), options.get("rounding", "above"), target)
 
 
 def build_options(command: str, arguments: list[str]) -> dict[str, object]:
