@@ -72,13 +72,8 @@ def parse_method_options(
             raise BadOption(
                 f"{where}: expected options of the method, got {name!r}{_suggest_names(name, names, others)}"
             )
-    defaults = {}
-    if any(action.dest == "ratio" and action.required for action in parser._actions) and "ratio" not in options:
-        if not options.get("plan_file"):
-            raise BadOption(f"{where}: expected ratio, the share to remove in (0, 1) as in ratio=0.2, got none")
-        defaults = {"ratio": 0.5}  # which a plan that is carried out does not read
-    typed = parse_options(parser, defaults | dict(options), where)
-    return {name: typed[name] for name in (*defaults, *options)}
+    typed = parse_options(parser, dict(options), where)
+    return {name: typed[name] for name in options}
 
 
 def _suggest_names(name: str, names: Collection[str], others: Collection[str]) -> str:

@@ -90,7 +90,7 @@ def test_mistakes_get_one_line() -> None:
         ({"ratoi": 0.3}, "got 'ratoi'; did you mean 'ratio'"),
         ({"ratio": 0.3, "textt": "a"}, "got 'textt'; did you mean 'text'"),
         ({"ratio": 0.3, "target": "student"}, "got 'target'"),
-        ({}, "llm_bip: expected ratio"),
+        ({}, "^ratio: expected it, or parameters"),
         ({"ratio": "much"}, "ratio"),
         ({"ratio": 0.3, "scope": "lyer"}, "did you mean 'layer'"),
         ({"ratio": 0.3, "text": 7}, "got a int"),
