@@ -22,7 +22,7 @@ def warn_of_lost_hooks(model: nn.Module) -> Iterator[None]:
     Example:
         >>> model = nn.Linear(2, 2)
         >>> handle = model.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
-        >>> with warnings.catch_warnings(record=True) as caught, warn_of_lost_hooks(model):
+        >>> with warnings.catch_warnings(action="always", record=True) as caught, warn_of_lost_hooks(model):
         ...     model.weight = nn.Parameter(model.weight[:1])
         >>> str(caught[0].message)[:51]
         'the cut replaced 1 parameters that had hooks, such '
