@@ -15,7 +15,7 @@ from prunelit.planning import latency
 from prunelit.planning.amounts import parse_memory_size, parse_parameter_count
 from prunelit.planning.overshoot import measure_overshoot
 from prunelit.planning.targets import count_memory, describe_target
-from prunelit.pruning.method import plan as make_plan
+from prunelit.pruning.one_call import plan as make_plan
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 from tests.cli.test_fit import call, refused, small
 from tests.cli.test_fit import words as words  # a fixture
