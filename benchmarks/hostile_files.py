@@ -65,18 +65,14 @@ CANARY = "canary"
 def write_originals(folder: Path) -> Path:
     """Whole files of every kind, from a tiny random model."""
     from peft import LoraConfig, get_peft_model
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from prunelit.callbacks import Magnitude
     from prunelit.export.write import save
+    from tests.tiny import tiny_byte_tokenizer
 
     folder.mkdir(parents=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet, "w1"])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("w", "1")]))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer = tiny_byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     torch.manual_seed(0)
     sizes: dict[str, Any] = {

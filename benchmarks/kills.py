@@ -28,7 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ |= {
     "OMP_NUM_THREADS": "1",
@@ -145,19 +145,14 @@ def write_result(rows: list[dict[str, Any]], options: argparse.Namespace) -> Non
 
 def write_template(folder: Path) -> Path:
     """A model, a pruned one with layers of different shapes, a text and the configs."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from prunelit.callbacks import LLMBIP
     from prunelit.export.write import save
+    from tests.tiny import tiny_byte_tokenizer
 
     folder.mkdir(parents=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {entry: number for number, entry in enumerate(["<s>", "</s>", *alphabet, "w1"])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("w", "1")]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+    tokenizer = tiny_byte_tokenizer()
     torch.manual_seed(0)
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -203,28 +198,29 @@ def import_what_was_imported(names: Path) -> None:
     assert len(os.listdir("/proc/self/task")) == 1, "a fork copies locks that other threads hold"
 
 
-class Run:
+class Run(NamedTuple):
     """A command that runs in a process of its own.
 
-    Args:
+    Attributes:
+        pid: of the process.
         wait: waits for its end and returns the exit status, negative for a signal.
     """
 
-    def __init__(self, pid: int, wait: Callable[[], int], said: Path):
-        self.pid, self.wait, self.said = pid, wait, said
+    pid: int
+    wait: Callable[[], int]
 
 
-def fork_run(arguments: list[str], folder: Path, said: Path, at_change: int = 0, strike: str = "KILL") -> Run:
-    """Fork a run of the command line; it strikes itself at a change of files, and counts them in `said`.count."""
+def fork_run(arguments: list[str], folder: Path, output_file: Path, at_change: int = 0, strike: str = "KILL") -> Run:
+    """Fork a run of the command line; it strikes itself at a change of files, and counts them beside `output_file`."""
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
-        return Run(pid, functools.partial(_wait_for, pid), said)
+        return Run(pid, functools.partial(_wait_for, pid))
     code = 70
     try:
         os.setsid()
         os.chdir(folder)
-        output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        output = os.open(output_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
         os.dup2(output, 2)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -237,8 +233,8 @@ def fork_run(arguments: list[str], folder: Path, said: Path, at_change: int = 0,
         except SystemExit as stop:
             code = int(stop.code or 0)
         count(-1)
-        said.with_suffix(".count").write_text(str(count(0)))
-        said.with_suffix(".modules").write_text("\n".join(sys.modules))
+        output_file.with_suffix(".count").write_text(str(count(0)))
+        output_file.with_suffix(".modules").write_text("\n".join(sys.modules))
     except BaseException:  # noqa: BLE001  (as Python's own end of a process)
         import traceback
 
@@ -251,15 +247,17 @@ def fork_run(arguments: list[str], folder: Path, said: Path, at_change: int = 0,
     raise AssertionError
 
 
-def start_process(arguments: list[str], folder: Path, said: Path, at_change: int = 0, strike: str = "KILL") -> Run:
+def start_process(
+    arguments: list[str], folder: Path, output_file: Path, at_change: int = 0, strike: str = "KILL"
+) -> Run:
     """Start a real process; it can be struck at a time only."""
-    with said.open("w") as output:
+    with output_file.open("w") as output:
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "prunelit", *arguments]
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output, start_new_session=True
         )
-    return Run(process.pid, functools.partial(process.wait, _LIMIT), said)
+    return Run(process.pid, functools.partial(process.wait, _LIMIT))
 
 
 def _wait_for(pid: int) -> int:
@@ -321,21 +319,24 @@ class Attack:
         self.scratch = scratch / command
         self.scratch.mkdir()
         self.folder = self.scratch / "here"  # always the same path, which files may hold
-        self.said = self.scratch / "said.txt"
-        wanted = []
+        self.output_file = self.scratch / "output.txt"
+        undisturbed = []
         for _ in range(2):
             self._begin_anew()
             begin = time.perf_counter()
             status = self._run().wait()
             self.seconds = time.perf_counter() - begin
-            assert status == 0, (command, status, self.said.read_text())
-            wanted.append(dict(self._digest()))
-            import_what_was_imported(self.said.with_suffix(".modules"))
-        if keep and wanted[0] != wanted[1]:
+            assert status == 0, (command, status, self.output_file.read_text())
+            undisturbed.append(dict(self._digest()))
+            import_what_was_imported(self.output_file.with_suffix(".modules"))
+        if keep and undisturbed[0] != undisturbed[1]:
             shutil.copytree(self.folder, keep / f"{command}-second", dirs_exist_ok=True)
-        assert wanted[0] == wanted[1], (command, sorted(set(wanted[0].items()) ^ set(wanted[1].items())))
-        self.wanted = wanted[0]
-        counted = self.said.with_suffix(".count")
+        assert undisturbed[0] == undisturbed[1], (
+            command,
+            sorted(set(undisturbed[0].items()) ^ set(undisturbed[1].items())),
+        )
+        self.expected = undisturbed[0]
+        counted = self.output_file.with_suffix(".count")
         self.changes = int(counted.read_text()) if counted.is_file() else 0
 
     def strike(self, name: str, times: int, seed: int) -> dict[str, Any]:
@@ -359,10 +360,10 @@ class Attack:
             problems = self._judge_end(name, status)
             left = self._list_hidden()
             status = self._run().wait()
-            found = dict(self._digest())
-            garbage = sorted(set(found) - set(self.wanted))
-            wrong = sorted(path for path, digest in self.wanted.items() if found.get(path) != digest)
-            problems += [f"the second run ended with {status}: {self.said.read_text()[-500:]}"] if status else []
+            digests = dict(self._digest())
+            garbage = sorted(set(digests) - set(self.expected))
+            wrong = sorted(path for path, digest in self.expected.items() if digests.get(path) != digest)
+            problems += [f"the second run ended with {status}: {self.output_file.read_text()[-500:]}"] if status else []
             problems += [f"garbage: {', '.join(garbage)}"] if garbage else []
             problems += [f"not equal: {', '.join(wrong)}"] if wrong else []
             row["equal"] += not wrong and not status
@@ -377,15 +378,15 @@ class Attack:
 
     def _judge_end(self, name: str, status: int) -> list[str]:
         """What is wrong about how a struck run ended: a traceback, or an exit code of success with an error."""
-        said = self.said.read_text()
-        problems = [f"traceback: {said[-700:]}"] if "Traceback" in said else []
+        output = self.output_file.read_text()
+        problems = [f"traceback: {output[-700:]}"] if "Traceback" in output else []
         codes = {"KILL": (-9,), "TERM": (143,), "INT": (130,), "INT2": (130,), "HUP": (129,)}[name]
         # Before the command has set its handlers, and after its last line, a signal ends it as the system does.
         number = getattr(signal, f"SIG{name.removesuffix('2')}")
-        return problems + ([f"exit code {status}: {said[-300:]}"] if status not in (0, *codes, -number) else [])
+        return problems + ([f"exit code {status}: {output[-300:]}"] if status not in (0, *codes, -number) else [])
 
     def _run(self, at_change: int = 0, strike: str = "KILL") -> Run:
-        return self.start(COMMANDS[self.command].split(), self.folder, self.said, at_change, strike)
+        return self.start(COMMANDS[self.command].split(), self.folder, self.output_file, at_change, strike)
 
     def _begin_anew(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

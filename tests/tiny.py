@@ -559,3 +559,15 @@ def tiny_tokenizer() -> Any:
     core.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=core, clean_up_tokenization_spaces=False, **special)
+
+
+def tiny_byte_tokenizer() -> Any:
+    """Byte-level BPE with one merge, of a kind that GGUF files hold; it is not trained, which would start threads."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    entries = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "w1"]
+    vocabulary = {entry: number for number, entry in enumerate(entries)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[("w", "1")]))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
