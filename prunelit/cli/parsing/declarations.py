@@ -201,11 +201,10 @@ def declare_dataclass(module: str, name: str) -> type:
     """
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
     fields: list[tuple[str, Any, Any]] = []
-    for statement in node.body:
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            kind = evaluate_expression(statement.annotation, module)
-            default = dataclasses.MISSING if statement.value is None else evaluate_expression(statement.value, module)
-            fields.append((statement.target.id, kind, dataclasses.field(default=default)))
+    for field, statement in _read_own_fields(node).items():
+        kind = evaluate_expression(statement.annotation, module)
+        default = dataclasses.MISSING if statement.value is None else evaluate_expression(statement.value, module)
+        fields.append((field, kind, dataclasses.field(default=default)))
 
     # jsonargparse finds a class by its module and name.
     members = {"__doc__": ast.get_docstring(node), "__module__": __name__}
@@ -245,11 +244,16 @@ def list_fields(module: str, name: str) -> list[str]:
     """
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
     inherited = [field for base in _list_bases(node, module) for field in list_fields(*base)]
-    return inherited + [
-        statement.target.id
+    return [*inherited, *_read_own_fields(node)]
+
+
+def _read_own_fields(node: ast.ClassDef) -> dict[str, ast.AnnAssign]:
+    """The fields that a class itself declares."""
+    return {
+        statement.target.id: statement
         for statement in node.body
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    ]
+    }
 
 
 def _list_bases(node: ast.ClassDef, module: str) -> list[tuple[str, str]]:
