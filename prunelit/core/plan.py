@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from html import escape
 from itertools import groupby
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from prunelit.core import plan_json
@@ -233,6 +233,18 @@ class PruningPlan:
             f"<PruningPlan {self.digest}: {self.method} on {self.model.name or self.model.model_type}, "
             f"{len(self.layers)} layers, {removed:.2%} of their parameters removed>"
         )
+
+    def without_paths(self) -> "PruningPlan":
+        """Return the plan as it may leave the machine: paths in options and calibration become file names."""
+
+        def remove_path(value: object) -> object:
+            if isinstance(value, str):
+                return PureWindowsPath(value).name if "/" in value or "\\" in value else value  # knows both slashes
+            return [remove_path(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+        options = {name: remove_path(value) for name, value in self.options.items()}
+        calibration = {name: remove_path(value) for name, value in self.calibration.items()}
+        return replace(self, options=options, calibration=calibration)
 
     def plot(self) -> Any:
         """Draw which units stay in every layer: a matplotlib figure, which notebooks show and `savefig` writes."""

@@ -1,15 +1,13 @@
 """Upload of a finished model to the Hugging Face hub: private unless asked otherwise, with its card, without reports.
 
-report.json, record.json and report.html stay here: they name folders and texts of this machine. Of the plan's
-calibration sources the last names go along. The token is that of `hf auth login` or HF_TOKEN, and is never printed.
+report.json, record.json and report.html stay here: they name folders and texts of this machine. Of paths in
+the plan the last names go along. The token is that of `hf auth login` or HF_TOKEN, and is never printed.
 
 The upload is tested with a stand-in for the hub's client; it has not run against the hub itself.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import huggingface_hub
 from huggingface_hub import constants
@@ -21,6 +19,8 @@ from prunelit.runtime.errors import BadOption, OutputNotWritable, get_first_line
 
 _PRIVATE_FILES = ("report.json", "record.json", "report.html", "plan.json", ".*")
 """What is not uploaded as it is."""
+_HUB_ERRORS = (cast("type[Exception]", HfHubHTTPError.__base__), OSError)
+"""What the client raises: errors of its HTTP library, of which its own are a kind, where no answer comes too."""
 
 
 def check_upload(repository: str) -> None:
@@ -46,7 +46,7 @@ def check_upload(repository: str) -> None:
         raise BadOption(f"push_to_hub {repository!r}: expected a token, got none; run hf auth login, or set HF_TOKEN")
     try:
         huggingface_hub.HfApi().whoami()
-    except (HfHubHTTPError, OSError) as error:
+    except _HUB_ERRORS as error:
         raise BadOption(f"push_to_hub {repository!r}: the hub refuses: {_describe_refusal(error)}") from error
 
 
@@ -83,23 +83,15 @@ def upload_model(path: Path, repository: str, public: bool = False) -> str:
             repo_id=repository, folder_path=path, commit_message=message, ignore_patterns=list(_PRIVATE_FILES)
         )
         if (path / "plan.json").is_file():
-            plan = PruningPlan.load(path / "plan.json")
-            content = dataclasses.replace(plan, calibration=_name_sources(plan.calibration)).to_json().encode()
+            content = PruningPlan.load(path / "plan.json").without_paths().to_json().encode()
             client.upload_file(
                 path_or_fileobj=content, path_in_repo="plan.json", repo_id=repository, commit_message="Its plan"
             )
-    except (HfHubHTTPError, OSError) as error:
+    except _HUB_ERRORS as error:
         raise OutputNotWritable(
             f"push_to_hub {repository!r}: the hub refuses: {_describe_refusal(error)}; the model is in {path}"
         ) from error
     return address
-
-
-def _name_sources(calibration: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The record of the calibration text, with the last names of its sources."""
-    if "source" not in calibration:
-        return calibration
-    return {**calibration, "source": [str(source).rpartition("/")[2] for source in calibration["source"]]}
 
 
 def _describe_refusal(error: Exception) -> str:

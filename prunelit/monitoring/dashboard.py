@@ -18,7 +18,6 @@ It logs, in addition to what the job logs itself (`prunelit.monitoring.loggers` 
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -158,7 +157,7 @@ class Dashboard(Recorder):
             base = {"model_type": plan.model.model_type, "parameters": plan.model.parameters}
             loggers.log_used_artifact(self._loggers, base_name, "base-model", base)
             facts = {"of": base_name, "method": plan.method, "digest": plan.digest, **predicted}
-            loggers.log_artifact(self._loggers, "plan", "plan", facts, {"plan.json": _remove_paths(plan).to_json()})
+            loggers.log_artifact(self._loggers, "plan", "plan", facts, {"plan.json": plan.without_paths().to_json()})
 
     def _log_step(self, values: Mapping[str, float], step: int) -> None:
         numbers = {}
@@ -206,7 +205,7 @@ class Dashboard(Recorder):
         folder = Path(trainer.default_root_dir) / "model"
         if self.artifacts == "model" and self.record.plan is not None and (folder / "config.json").is_file():
             facts = {"plan": self.record.plan.digest, **self.record.measured.get("recovered", {})}
-            plan = _remove_paths(self.record.plan).to_json()
+            plan = self.record.plan.without_paths().to_json()
             loggers.log_artifact(self._loggers, "model", "model", facts, list_shareable_files(folder, plan))
 
     @property
@@ -282,19 +281,6 @@ def list_shareable_files(folder: Path, plan: str) -> dict[str, Path | str]:
     private_names = ("README.md", "plan.json", "report.json", "proof.json")
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     return {name: path for name, path in files.items() if path.name not in private_names} | {"plan.json": plan}
-
-
-def _remove_paths(plan: PruningPlan) -> PruningPlan:
-    """Return the plan as it may leave the machine: paths become file names."""
-
-    def remove_path(value: object) -> object:
-        if isinstance(value, str):
-            return Path(value).name if "/" in value or "\\" in value else value
-        return [remove_path(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-    options = {name: remove_path(value) for name, value in plan.options.items()}
-    calibration = {name: remove_path(value) for name, value in plan.calibration.items()}
-    return replace(plan, options=options, calibration=calibration)
 
 
 def _sanitize_artifact_name(model: str) -> str:

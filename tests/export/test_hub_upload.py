@@ -1,5 +1,6 @@
 """Upload to the hub, with a stand-in for its client: what goes there, how, and what stays here."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,11 +8,15 @@ from typing import Any
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.errors import HfHubHTTPError
 
+import prunelit
+from prunelit.core.plan import PruningPlan
 from prunelit.export.hub_upload import check_upload, upload_model
 from prunelit.runtime.errors import BadOption, OutputNotWritable
 from tests.cli.test_fit import call, small
 from tests.cli.test_fit import words as words  # a fixture
+from tests.tiny import tiny
 
 TOKEN = "hf_secret"
 
@@ -101,9 +106,13 @@ def test_what_can_be_known_is_known_before_any_work(
         check_upload("o/n")
 
 
-def test_the_token_is_not_printed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+# No answer at all is an error of the HTTP library under the hub's client.
+@pytest.mark.parametrize("kind", [OSError, HfHubHTTPError.__base__], ids=["refused", "no-answer"])
+def test_the_token_is_not_printed(
+    hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: type[Exception]
+) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(f"401 for {TOKEN}\nmore")
+        raise kind(f"401 for {TOKEN}\nmore")
 
     monkeypatch.setattr(hub, "create_repo", refuse)
     monkeypatch.setattr(hub, "whoami", refuse)
@@ -111,3 +120,14 @@ def test_the_token_is_not_printed(hub: FakeHub, monkeypatch: pytest.MonkeyPatch,
         upload_model(tmp_path, "o/n")
     with pytest.raises(BadOption, match=r"the hub refuses: 401 for \*\*\*$"):
         check_upload("o/n")
+
+
+def test_paths_in_options_of_the_plan_stay_here(hub: FakeHub, tmp_path: Path) -> None:
+    model = tiny("llama")
+    plan = prunelit.plan(model, "magnitude", ratio=0.3, align=8)
+    options = plan.options | {"journal": "/home/me/secret/j.jsonl"}
+    calibration = {"source": ["C:\\me\\t.txt", "wikitext"]}
+    replace(plan, options=options, calibration=calibration).save(tmp_path / "plan.json")
+    upload_model(tmp_path, "o/n")
+    uploaded = PruningPlan.from_json(hub.files["plan.json"].decode())
+    assert uploaded.options["journal"] == "j.jsonl" and uploaded.calibration["source"] == ["t.txt", "wikitext"]
