@@ -82,24 +82,16 @@ def main(arguments: list[str] | None = None) -> int:
         with _unwind_on_signals():
             return _run_command(arguments)
     except PrunelitError as error:
-        message = " ".join(str(error).split())
-        if progress.writes_json():
-            progress.write_event("error", message=message, code=2)
-            return 2
-        if progress.is_verbose():
+        if progress.is_verbose() and not progress.writes_json():
             sys.stderr.write(escape_controls(traceback.format_exc()))
-        sys.stderr.write(escape_controls(f"prunelit: error: {message}") + "\n")
-        return 2
+        return _report_end(" ".join(str(error).split()), 2, "error: ")
     except KeyboardInterrupt:
-        sys.stderr.write("prunelit: interrupted\n")
-        return 130
+        return _report_end("interrupted", 130)
     except _EndedBySignal as end:
-        sys.stderr.write(f"prunelit: ended by {end.name}\n")
-        return 128 + getattr(signal, end.name)
+        return _report_end(f"ended by {end.name}", 128 + getattr(signal, end.name))
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of Ctrl-C
-            sys.stderr.write("prunelit: interrupted\n")
-            return 130
+            return _report_end("interrupted", 130)
         raise
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
@@ -109,6 +101,15 @@ def main(arguments: list[str] | None = None) -> int:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _report_end(message: str, code: int, kind: str = "") -> int:
+    """Say on stderr why a command ended early, as a line or as a JSON object; returns its exit code."""
+    if progress.writes_json():
+        progress.write_event("error", message=message, code=code)
+    else:
+        sys.stderr.write(escape_controls(f"prunelit: {kind}{message}") + "\n")
+    return code
 
 
 class _EndedBySignal(SystemExit):
