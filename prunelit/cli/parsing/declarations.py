@@ -201,9 +201,9 @@ def declare_dataclass(module: str, name: str) -> type:
     """
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
     fields: list[tuple[str, Any, Any]] = []
-    for field, statement in _read_own_fields(node).items():
-        kind = evaluate_expression(statement.annotation, module)
-        default = dataclasses.MISSING if statement.value is None else evaluate_expression(statement.value, module)
+    for field, (statement, home) in _read_fields(module, name).items():
+        kind = evaluate_expression(statement.annotation, home)
+        default = dataclasses.MISSING if statement.value is None else evaluate_expression(statement.value, home)
         fields.append((field, kind, dataclasses.field(default=default)))
 
     # jsonargparse finds a class by its module and name.
@@ -242,18 +242,19 @@ def list_fields(module: str, name: str) -> list[str]:
         >>> list_fields("prunelit.evaluation.perplexities", "Text")
         ['text', 'seqlen', 'windows', 'stride', 'file']
     """
+    return list(_read_fields(module, name))
+
+
+def _read_fields(module: str, name: str) -> dict[str, tuple[ast.AnnAssign, str]]:
+    """The fields of a class, those of its base classes first, and the modules that declare them."""
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
-    inherited = [field for base in _list_bases(node, module) for field in list_fields(*base)]
-    return [*inherited, *_read_own_fields(node)]
-
-
-def _read_own_fields(node: ast.ClassDef) -> dict[str, ast.AnnAssign]:
-    """The fields that a class itself declares."""
-    return {
-        statement.target.id: statement
-        for statement in node.body
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-    }
+    fields: dict[str, tuple[ast.AnnAssign, str]] = {}
+    for base in _list_bases(node, module):
+        fields |= _read_fields(*base)
+    for statement in node.body:
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            fields[statement.target.id] = statement, module
+    return fields
 
 
 def _list_bases(node: ast.ClassDef, module: str) -> list[tuple[str, str]]:

@@ -47,7 +47,7 @@ _MOST_USED = (
     *("logger", "callbacks", "default_root_dir"),
 )
 """Options of the Trainer on the short page."""
-_OWN_DEFAULTS = {"trainer.default_root_dir": "runs/fit", "trainer.callbacks": "none", "seed_everything": "0"}
+_OWN_DEFAULTS = {"trainer.default_root_dir": "runs/fit", "trainer.callbacks": "none"}
 TOPICS = ("model", "data", "report", "trainer", "callbacks", "all", "lightning")
 """What may stand behind `fit --help`."""
 _WIDTH = 118
@@ -81,7 +81,7 @@ def list_fit_options(command: str) -> Mapping[str, FitOption]:
     Example: see `FitOption`.
     """
     options = [
-        FitOption("seed_everything", None, "seed of everything that is drawn"),
+        FitOption("seed_everything", "0", "seed of everything that is drawn"),
         FitOption("plan", "null", "cut by this plan.json instead of scoring"),
         FitOption("optimizer", "null", "class of another optimizer than the built-in AdamW"),
         FitOption("lr_scheduler", "null", "class of another schedule of the learning rate"),
@@ -93,7 +93,8 @@ def list_fit_options(command: str) -> Mapping[str, FitOption]:
     }
     trainer = cast(ast.ClassDef, declarations.parse_module(_TRAINER)["Trainer"])
     run = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == command)
-    options += [FitOption(name, "null", what.get(name, "")) for name in _list_defaults(run, _TRAINER) if name in what]
+    defaults = _list_defaults(run, _TRAINER)
+    options += [FitOption(name, default, what[name]) for name, default in defaults.items() if name in what]
     for section, (module, class_name, _) in _SECTIONS.items():
         node = cast(ast.ClassDef, declarations.parse_module(module)[class_name])
         constructor = next(x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
