@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from jsonargparse import ArgumentParser
 
 from prunelit.data import text
+from prunelit.planning.targets import TARGET_OPTIONS
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, suggest_name
 
@@ -20,7 +21,7 @@ from prunelit.data.option_types import parse_options
 Value = TypeVar("Value")
 _SET_BY_TABLE = {
     "ratio": "ratios",
-    **dict.fromkeys(("parameters", "memory", "speedup", "context", "batch"), "ratios, which all rows share"),
+    **dict.fromkeys(TARGET_OPTIONS, "ratios, which all rows share"),
     "seed": "seeds",
     "calibration": "calibration.text",
     "windows": "calibration.windows",

@@ -3,11 +3,11 @@
 `prunelit.report.run_difference` compares two of these. Nothing here opens a file.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from prunelit.core.plan import PruningPlan
+from prunelit.report.format_numbers import exponentiate_nll
 from prunelit.report.record import STATES
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import JsonObject
@@ -131,7 +131,7 @@ def _summarize_cell(name: str, content: JsonObject) -> RunSummary:
     key = content["key"]
     options = dict(_flatten_options({part: key.get(part) for part in ("model", "dtype", "device", "calibration")}))
     options = {"method": str(key["method"]), **dict(_flatten_options(key.get("options", {}))), **options}
-    quality = {f"perplexity on {text}": _exponentiate(entry["nll"]) for text, entry in content.get("texts", {}).items()}
+    quality = {f"perplexity on {text}": exponentiate_nll(entry) for text, entry in content.get("texts", {}).items()}
     if "failed" in content:
         options["failed"] = str(content["failed"])
     sizes = _pick_numbers({**content.get("size", {}), **content}, _SIZES)
@@ -160,7 +160,7 @@ def _summarize_evaluation(name: str, content: JsonObject) -> RunSummary:
     quality: dict[str, float] = {}
     protocol: JsonObject = {}
     for text, entry in content.get("perplexity", {}).items():
-        quality[f"perplexity on {text}"] = _exponentiate(entry["model"]["nll"])
+        quality[f"perplexity on {text}"] = exponentiate_nll(entry["model"])
         protocol[text] = entry["protocol"]
     zero_shot = content.get("zero_shot", {})
     quality |= {f"zero-shot, mean {metric}": float(a["model"]) for metric, a in zero_shot.get("averages", {}).items()}
@@ -174,7 +174,7 @@ def _summarize_evaluation(name: str, content: JsonObject) -> RunSummary:
 
 
 def _summarize_perplexity(name: str, content: JsonObject) -> RunSummary:
-    quality = {"perplexity": _exponentiate(content["nll"])}
+    quality = {"perplexity": exponentiate_nll({"nll": content["nll"]})}
     protocol = dict(_flatten_options(content["protocol"]))
     seconds = {"evaluate": float(content["seconds"])}
     options = {"model": str(content.get("model"))}
@@ -197,10 +197,6 @@ def _pick_numbers(values: Mapping[str, object], names: tuple[str, ...]) -> dict[
 
 def _read_seconds(content: JsonObject) -> dict[str, float]:
     return {str(stage).replace("_", " "): float(value) for stage, value in content.get("seconds", {}).items()}
-
-
-def _exponentiate(nll: float) -> float:
-    return math.exp(nll) if nll < 700 else math.inf
 
 
 def _flatten_options(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
