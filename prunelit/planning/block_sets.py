@@ -250,7 +250,7 @@ class RemovalGoal:
         return list_constraints(shape, self.target, self.ratio, self.budget)
 
     def _compute_saved_share(self, shape: ModelShape, removed: Collection[Block], constraint: Constraint) -> float:
-        if constraint.cost is None:
+        if constraint.cost is None or constraint.name == "ratio":
             return self.compute_share(shape, removed)
         return sum_block_costs(shape, removed, cost=constraint.cost) / constraint.of_layers
 

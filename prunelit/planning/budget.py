@@ -17,6 +17,7 @@ import torch
 
 from prunelit.core.plan import LayerPlan, LayerShape
 from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, Unit
+from prunelit.planning.layer_costs import get_budget_cost
 from prunelit.planning.removal_steps import (
     RemovalSequence,
     StepKind,
@@ -30,13 +31,6 @@ Scope = Literal["layer", "global", "layer_mean"]
 Budget = Literal["parameters", "active_parameters", "macs", "kv_bytes", "latency"]
 Rounding = Literal["above", "below"]
 
-_COST_FUNCTIONS: dict[str, Cost] = {
-    "parameters": LayerShape.parameters_at,
-    "active_parameters": partial(LayerShape.parameters_at, active=True),
-    # Per unit of hidden size, and per byte of an element: factors that all layers share do not change a ratio.
-    "macs": lambda shape, *widths, **mixture: shape.macs_at(1, *widths, **mixture),
-    "kv_bytes": lambda shape, heads, groups, channels, **mixture: shape.kv_elements_at(groups),
-}
 _KINDS: tuple[StepKind, ...] = get_args(StepKind)
 _SHARE_PER_DEVIATION = 0.25
 """Scope "layer_mean": a layer's share moves by this much of `ratio` for one deviation of its mean importance."""
@@ -249,7 +243,7 @@ def prepare_removal(
 
     Example: see `PreparedRemoval`.
     """
-    layer_cost = cost or _COST_FUNCTIONS.get(budget)
+    layer_cost = cost or get_budget_cost(budget)
     if layer_cost is None:
         raise BadOption(
             f"budget: expected a measured cost for {budget!r}, got none; "

@@ -5,11 +5,11 @@ Units are removed in steps, so small models, wide steps (`align`) and whole KV g
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
-from prunelit.planning.targets import describe_target, score_alike
+from prunelit.core.plan import PruningPlan
+from prunelit.planning.layer_costs import get_budget_cost
+from prunelit.planning.targets import describe_target, score_alike, sum_layer_costs
 from prunelit.runtime.errors import PrunelitError
 
 if TYPE_CHECKING:
@@ -60,11 +60,10 @@ def measure_overshoot(plan: PruningPlan) -> Overshoot | None:
         return None
     if budget == "parameters":
         return Overshoot(ratio, float(plan.predicted["ratio_of_block_parameters"]), budget)
-    if budget == "latency":
+    cost = get_budget_cost(budget, plan.model.hidden_size)
+    if cost is None:
         return None
-    shapes = plan.model.layers
-    dense = sum(_count_cost(plan, shape, LayerPlan.dense(shape)) for shape in shapes)
-    kept = sum(_count_cost(plan, shape, layer) for shape, layer in zip(shapes, plan.layers, strict=True))
+    dense, kept = (sum_layer_costs(plan.model, cost, layers) for layers in (None, plan.layers))
     return Overshoot(ratio, 1 - kept / dense, budget) if dense else None
 
 
@@ -78,7 +77,7 @@ def format_asked_share(plan: PruningPlan) -> str:
         "" where the budget of the plan is not a ratio of parameters.
 
     Example:
-        >>> from prunelit.core.plan import ModelShape
+        >>> from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
         >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer,))
         >>> format_asked_share(PruningPlan("random", model, (LayerPlan.dense(layer),), {"ratio": 0.2}))
@@ -92,15 +91,6 @@ def format_asked_share(plan: PruningPlan) -> str:
     return f" (asked: {'at most ' if plan.options.get('rounding') == 'below' else ''}{overshoot.ratio:.2%})"
 
 
-def _count_cost(plan: PruningPlan, shape: LayerShape, kept: LayerPlan) -> float:
-    budget = plan.options["budget"]
-    if budget == "kv_bytes":
-        return shape.kv_elements_at(len(kept.kv_groups))
-    if budget == "macs":
-        return shape.macs_at(plan.model.hidden_size, **kept.counts)
-    return shape.parameters_at(**kept.counts, active=True)
-
-
 def describe_overshoot(plan: PruningPlan) -> str:
     """Describe an overshoot of more than one point, and the option that removes nearly what was asked for.
 
@@ -111,7 +101,7 @@ def describe_overshoot(plan: PruningPlan) -> str:
         One sentence for a warning; "" where the plan is near its ratio.
 
     Example:
-        >>> from prunelit.core.plan import ModelShape
+        >>> from prunelit.core.plan import LayerPlan, LayerShape, ModelShape
         >>> layer = LayerShape(4, 2, 8, 32, 3, 256, 256, 48, 1552, 1552)
         >>> model = ModelShape("llama", "tiny", 16, 10000, 0, 4, "", (layer, layer))
         >>> kept = LayerPlan((0, 1, 2, 3), (0, 1), tuple(range(16)))
@@ -177,19 +167,13 @@ def _share_of_alternative(plan: PruningPlan, changes: dict[str, Any]) -> float |
     # An option that the method chooses itself, as `best` its min_kept, is None there.
     options = {name: plan.options[name] for name in _OPTIONS if plan.options.get(name) is not None} | changes
     rounding = options.pop("rounding", plan.options.get("rounding", "above"))
-    cost = None
-    if options.get("budget") == "macs":
-        cost = partial(_count_macs, plan.model.hidden_size)
+    cost = get_budget_cost(options.get("budget", "parameters"), plan.model.hidden_size)
     try:
         scores = score_alike(plan.model, _find_removed_kinds(plan))
         removal = prepare_removal(plan.model.layers, scores, cost=cost, **options)
         return removal.compute_share(removal.choose_steps(float(plan.options["ratio"]), rounding))
     except PrunelitError:
         return None
-
-
-def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: Any) -> float:
-    return shape.macs_at(hidden_size, *widths, **mixture)
 
 
 def _find_removed_kinds(plan: PruningPlan) -> "set[ScoreKind]":

@@ -19,6 +19,7 @@ from prunelit.planning.amounts import (
     parse_memory_size,
     parse_parameter_count,
 )
+from prunelit.planning.layer_costs import get_budget_cost
 from prunelit.runtime.errors import BadOption, InfeasibleBudget
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ class Constraint(NamedTuple):
         name: of the option: "ratio", "parameters", "memory" or "speedup".
         ratio: share of the layers' cost to remove; not above 0 where the dense model reaches it already.
         budget: what is counted, for messages.
-        cost: of a layer; None: that of the budget named `budget`.
+        cost: of a layer; None for a budget that is measured, before it is.
         dense: of the whole model, in the same measure.
         of_layers: of the decoder layers, in the same measure; 0 for "ratio", which needs neither.
         unit_format: writes such a number for people.
@@ -195,7 +196,8 @@ def list_constraints(
         target: what is asked of the whole model.
         ratio: share of the layers' `budget` that has to go besides; None: no such share.
         budget: what `ratio` counts.
-        budget_cost: cost of a layer in that budget; None: the budget's own count.
+        budget_cost: cost of a layer in that budget, where it is measured or a repair adds to it; None: the budget's
+            own count.
         parameter_cost: counts parameters of a layer; a repair may add some.
         times: measured; None: a speedup is left out.
 
@@ -216,7 +218,10 @@ def list_constraints(
     if times is not None and target.speedup is not None:
         seconds = sum_layer_costs(shape, times.cost) + times.outside
         measures.append(("speedup", seconds / target.speedup, seconds, times.cost, lambda x: f"{1e3 * x:.1f} ms"))
-    constraints = [Constraint("ratio", ratio, budget, budget_cost)] if ratio is not None else []
+    constraints = []
+    if ratio is not None:
+        budget_cost = budget_cost or get_budget_cost(budget, shape.hidden_size)
+        constraints.append(Constraint("ratio", ratio, budget, budget_cost))
     reached = []
     for name, most, dense, cost, unit_format in measures:
         if most is None:
@@ -307,8 +312,9 @@ def select_tightest(
 ) -> tuple[tuple[LayerPlan, ...], Constraint]:
     """Select the units that remain under several constraints.
 
-    Each constraint alone leads to a choice. The one that leaves least reaches the others too, but for the last step,
-    which its budget may have given back; then it removes a little more.
+    Each constraint alone leads to a choice. Of those that reach the others too, the one that leaves least is taken.
+    Where none does, for instance because of the last step, which its budget has given back, the one that leaves least
+    removes a little more until all are reached.
 
     Args:
         shape: of the dense model.
@@ -326,21 +332,23 @@ def select_tightest(
     choices = [(_select_one(constraint, constraint.ratio, select), constraint) for constraint in constraints]
     if len(choices) == 1:
         return choices[0]
-    layers, tightest = min(choices, key=lambda each: sum_layer_costs(shape, LayerShape.parameters_at, each[0]))
-    measured = [constraint for constraint in constraints if constraint.cost is not None]
+    reaching = [choice for choice in choices if all(is_reached(shape, choice[0], each) for each in constraints)]
+    layers, tightest = min(
+        reaching or choices, key=lambda choice: sum_layer_costs(shape, LayerShape.parameters_at, choice[0])
+    )
     ratio = tightest.ratio
-    while not all(is_reached(shape, layers, constraint) for constraint in measured):
+    while not all(is_reached(shape, layers, constraint) for constraint in constraints):
         ratio += 0.001
         layers = _select_one(tightest, ratio, select)
     return layers, tightest
 
 
 def is_reached(shape: ModelShape, layers: Sequence[LayerPlan], constraint: Constraint) -> bool:
-    """Whether what remains in the layers reaches a constraint that has a cost.
+    """Whether what remains in the layers reaches a constraint.
 
     Example: see `select_tightest`.
     """
-    assert constraint.cost is not None
+    assert constraint.cost is not None, f"{constraint.budget} was not measured"
     dense = sum_layer_costs(shape, constraint.cost)
     return sum_layer_costs(shape, constraint.cost, layers) <= dense * (1 - constraint.ratio) * (1 + 1e-9)
 

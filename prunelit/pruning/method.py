@@ -302,8 +302,6 @@ class PruningMethod(EventSource):
         parameter_cost = bias.make_bias_cost(decoder) if self.repair == "bias" else LayerShape.parameters_at
         budget_cost: Cost | None = parameter_cost if self.repair == "bias" and self.budget == "parameters" else None
         times: targets.LayerTimes | None = None
-        if self.budget == "macs":  # of the model's own hidden size, since those of a mixer do not depend on it
-            budget_cost = partial(_count_macs, shape.hidden_size)
         if self.budget == "latency" or self.size_target.speedup is not None:
             table = latency.measure_latency_table(decoder, self.unit, self.align)
             record = dict(table.record)
@@ -691,10 +689,6 @@ def _check_ranks_agree(plan: PruningPlan) -> None:
         dist.all_gather_object(digests, plan.digest)
         if len(set(digests)) > 1:
             raise BadPlan(f"plan: ranks disagree: {digests}; the method must not depend on the rank")
-
-
-def _count_macs(hidden_size: int, shape: LayerShape, *widths: Any, **mixture: Any) -> float:
-    return shape.macs_at(hidden_size, *widths, **mixture)
 
 
 def _list_scores(scores: Iterable[Tensor | None]) -> list[list[float] | None]:

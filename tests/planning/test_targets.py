@@ -232,3 +232,21 @@ def test_a_job_refuses_a_target_before_its_text(monkeypatch: pytest.MonkeyPatch)
     method.check_size_target(DENSE)
     assert "the tightest; also ratio 0.2" in said[0]
     assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("budget", ["kv_bytes", "macs", "parameters"])
+def test_a_ratio_beside_a_target_is_reached_in_its_own_budget(budget: str) -> None:
+    plan = Random(0.3, budget=budget, scope="global", align=8, parameters=asked_of(DENSE, 0.3)).plan_model(
+        tiny("llama")
+    )
+    alone = PruningPlan("random", plan.model, plan.layers, {"ratio": 0.3, "budget": budget})
+    overshoot = measure_overshoot(alone)
+    assert overshoot is not None and overshoot.achieved >= 0.3
+    assert plan.predicted["parameters"] <= asked_of(DENSE, 0.3)
+
+
+def test_a_budget_of_macs_is_estimated_as_it_is_cut() -> None:
+    model = tiny("bamba")
+    method = Random(0.2, budget="macs", align=8)
+    estimated, cut = method.estimate_plan(Decoder(model).shape), method.plan_model(model)
+    assert [layer.widths for layer in estimated.layers] == [layer.widths for layer in cut.layers]
