@@ -41,7 +41,7 @@ ALLOWED = {
         "recovery",
         "evaluation",
     },
-    "compare": {"runtime", "model", "report", "calibration", "data", "pruning"},
+    "compare": {"runtime", "model", "planning", "report", "calibration", "data", "pruning"},
     "cli": {
         "runtime",
         "core",
