@@ -53,19 +53,16 @@ def parse_given_text(given: Any, tokens: int | None = None, sequences: int | Non
         given = [str(given)]
     if isinstance(given, Tensor | Mapping) or not isinstance(given, Iterable):
         return convert_batches(given)
-    if isinstance(given, list | tuple):
-        items: Iterable[Any] = given
-    else:
-        items = iter(given)
-    first = next(iter(items), None) if isinstance(items, list | tuple) else next(items, None)  # type: ignore[call-overload]
+    is_stream = not isinstance(given, list | tuple)
+    remaining = iter(given)
+    first = next(remaining, None)
     if first is None:
         raise NoCalibration("text: expected a source, texts or batches of token ids, got nothing in it")
-    if not isinstance(given, list | tuple):
-        items = itertools.chain([first], items)
+    items = itertools.chain([first], remaining)
     if not isinstance(first, str) and not _is_text_row(first):
-        return convert_batches(given) if items is given else _collect_batches(items, sequences)
-    texts = _collect_texts(items, None if tokens is None or items is given else tokens * BYTES_PER_TOKEN)
-    if not isinstance(given, list | tuple):
+        return _collect_batches(items, sequences) if is_stream else convert_batches(given)
+    texts = _collect_texts(items, tokens * BYTES_PER_TOKEN if is_stream and tokens is not None else None)
+    if is_stream:
         return TextRows("text given in Python", texts)
     sources = [text for text in texts if _is_source(text)]
     if sources and len(sources) < len(texts):

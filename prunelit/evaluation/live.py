@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prunelit.data.given_text import is_tokenised, load_own_tokenizer, parse_given_text, stack_windows
 from prunelit.data.option_types import Dtype, wrap_in_list
-from prunelit.data.rows.text_rows import BUILTIN_TEXT
+from prunelit.data.rows.text_rows import BUILTIN_TEXT, TextRows
 from prunelit.data.text import check_text_source
 from prunelit.evaluation.markdown import build_evaluation_sections, render_evaluation_markdown
 from prunelit.evaluation.perplexities import Text
@@ -20,6 +20,7 @@ from prunelit.evaluation.run import Evaluation
 from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.model.context_length import check_context_length
 from prunelit.model.decoder import Decoder
+from prunelit.model.live_model import check_transformers_model
 from prunelit.report.figures.perplexities import draw_perplexity_bars
 from prunelit.report.format_numbers import exponentiate_nll, format_perplexity
 from prunelit.report.page.notebook import render_cell_html
@@ -199,12 +200,17 @@ def _parse_texts(text: Any, seqlen: int, windows: int | None) -> dict[str, tuple
         if "text" not in own:
             raise BadOption(f"text.{name}: expected a text, got only {', '.join(own) or 'an empty mapping'}")
         length, count = own.get("seqlen", seqlen), own.get("windows", windows)
+        for option, value, least in (("seqlen", length, 2), ("windows", count, 1)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise BadOption(f"text.{name}: {option}: expected a whole number of at least {least}, got {value!r}")
         rows = parse_given_text(own.pop("text"), None if count is None else count * length, count)
         if is_tokenised(rows):
+            if own.get("stride") is not None:
+                raise BadOption(f"text.{name}: stride: expected none beside token ids, which do not overlap, got one")
             rows = stack_windows(rows)[:count]
             label, own["seqlen"] = ["token ids given in Python"], rows.shape[1]
         else:
-            label = [rows.source] if hasattr(rows, "source") else rows
+            label = [rows.source] if isinstance(rows, TextRows) else rows
             own["seqlen"] = length
         parsed[str(name)] = Text(text=label, windows=count, **{k: v for k, v in own.items() if k != "windows"}), rows
         for source in rows if isinstance(rows, list) else ():
@@ -215,10 +221,7 @@ def _parse_texts(text: Any, seqlen: int, windows: int | None) -> dict[str, tuple
 def _make_subject(model: Any, tokenizer: Any, needs_tokenizer: bool, dtype: Dtype, device: str) -> EvaluatedModel:
     if isinstance(model, str | os.PathLike):
         return EvaluatedModel(str(model), None, dtype, device)
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
-        raise BadOption(f"model: expected a transformers model or a model source, got a {type(model).__name__}")
+    check_transformers_model(model)
     own = load_own_tokenizer(model, tokenizer) if needs_tokenizer else None
     name = Path(str(getattr(model.config, "_name_or_path", ""))).name or type(model).__name__
     return _LiveModel(name, device=device, live=model, tokenizer=own)

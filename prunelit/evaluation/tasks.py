@@ -234,6 +234,7 @@ def find_task_files(names: Sequence[str], folder: str) -> dict[str, Path]:
 def _check_task_rows(name: str, path: Path) -> None:
     """Check every row of a task file; the message names line and field."""
     open_file: Callable[..., IO[str]] = gzip.open if path.suffix == ".gz" else open
+    fields = find_task(name).fields
     line_number = 0
     try:
         with open_file(path, "rt", encoding="utf-8") as file:
@@ -247,7 +248,7 @@ def _check_task_rows(name: str, path: Path) -> None:
                     ) from error
                 if not isinstance(row, dict):
                     raise SourceNotFound(f"{where}: expected a JSON object, got {row!r:.60}")
-                for field, expected in find_task(name).fields.items():
+                for field, expected in fields.items():
                     if field not in row:
                         raise SourceNotFound(
                             f"{where}: expected a field {field!r} ({expected.description}), got {sorted(row)}"

@@ -32,6 +32,7 @@ from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.core.scores import EXPERT_KINDS, Cost, LayerScores, ScoreKind
 from prunelit.data import pictures, text
 from prunelit.data.given_text import is_tokenised, parse_given_text, split_given_batches
+from prunelit.data.rows.text_rows import TextRows
 from prunelit.data.sources import read_decoder_facts
 from prunelit.model import surgery
 from prunelit.model.context_length import check_context_length
@@ -658,7 +659,7 @@ class PruningMethod(EventSource):
             tokenizer = tokenizer.tokenizer
         ids = text.draw_windows(given, tokenizer, self.seqlen, self.windows, self.seed)
         return self.record_calibration(
-            split_into_batches(ids), *([given.source] if hasattr(given, "source") else given)
+            split_into_batches(ids), *([given.source] if isinstance(given, TextRows) else given)
         )
 
     def record_calibration(self, batches: list[Batch], *sources: str) -> list[Batch]:

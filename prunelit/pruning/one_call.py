@@ -21,6 +21,7 @@ from prunelit.data.given_text import is_tokenised, load_own_reader, parse_given_
 from prunelit.data.rows.text_rows import BUILTIN_TEXT
 from prunelit.data.sources import check_prunable_source
 from prunelit.model.decoder import Decoder
+from prunelit.model.live_model import check_transformers_model
 from prunelit.model.modes import move_to_device
 from prunelit.model.saved_shapes import rebuild_shapes
 from prunelit.pruning.hosts.saving import make_savable
@@ -114,8 +115,9 @@ def prune_live_model(
 
     Example: see `prune`.
     """
-    target = model.device if device is None else torch.device(device) if device != "auto" else None
-    target = loading.choose_device("auto") if target is None else target
+    target = model.device if device is None else loading.choose_device(str(device))
+    if method.size_target.is_asked:
+        method.check_size_target(Decoder(model).shape)
     batches = read_calibration(method, model, text, tokenizer)
     watched = WatchedModel(model)
     with isolate_rng(), move_to_device(model, target):
@@ -186,19 +188,9 @@ def check_live_model(model: Any) -> None:
         ...
         prunelit.runtime.errors.BadOption: model: expected a transformers model or a model source, got a Linear
     """
-    from transformers import PreTrainedModel
-
     if isinstance(model, nn.Module):
         check_no_adapters(model)
-    if isinstance(model, PreTrainedModel):
-        return
-    inner = model.modules() if isinstance(model, nn.Module) else ()
-    if any(isinstance(module, PreTrainedModel) for module in inner):
-        raise BadOption(
-            f"model: expected a transformers model, got a {type(model).__name__} around one; cut the model before it "
-            "is wrapped, prepared or set up"
-        )
-    raise BadOption(f"model: expected a transformers model or a model source, got a {type(model).__name__}")
+    check_transformers_model(model)
 
 
 def plan(

@@ -25,6 +25,7 @@ from prunelit.data.rows.text_rows import BUILTIN_TEXT
 from prunelit.data.sources import check_model_source, check_sequence_length
 from prunelit.model import copies
 from prunelit.model.context_length import check_context_length
+from prunelit.model.live_model import check_transformers_model
 from prunelit.recovery.datamodule import WindowLoader
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime.errors import BadOption, NotEnoughText, suggest_name
@@ -96,14 +97,16 @@ def recover(
         check_sequence_length(str(model), seqlen)
         tokenizer = loading.load_tokenizer(model) if tokenizer is None else tokenizer
         model = loading.load(model, "float32")
+    check_transformers_model(model)
     settings = {**DEFAULTS[how], **_parse_module_options(options)}
     if settings.get("loss") == "distill":
         teacher = _find_teacher(model, teacher)
     elif teacher is not None:
         raise BadOption("teacher: expected none without loss 'distill', got one; pass how='distill'")
     module = _build_module(model, teacher, settings)
-    given = parse_given_text(text if text is not None else BUILTIN_TEXT, steps * batch_size * seqlen)
-    windows = _draw_training_windows(given, model, tokenizer, seqlen, steps * batch_size, seed)
+    count = steps * batch_size
+    given = parse_given_text(text if text is not None else BUILTIN_TEXT, count * seqlen, count)
+    windows = _draw_training_windows(given, model, tokenizer, seqlen, count, seed)
     check_context_length(model.config, windows.shape[1])
     device = model.device
     live_models = [each for each in (model, teacher) if each is not None and not isinstance(each, str | Path)]

@@ -50,6 +50,9 @@ def test_what_cannot_be_measured_is_refused_in_one_line(source: str) -> None:
     cases: tuple[tuple[dict[str, Any], str], ...] = (
         ({"text": {"a": {"text": ROWS, "seqln": 8}}}, "text.a: expected .* got 'seqln'; did you mean 'seqlen'"),
         ({"text": {"a": {"seqlen": 8}}}, "text.a: expected a text"),
+        ({"text": ROWS, "windows": -1}, "text.text: windows: expected a whole number of at least 1, got -1"),
+        ({"text": {"a": {"text": TEXTS, "seqlen": "8"}}}, "text.a: seqlen: expected a whole number of at least 2"),
+        ({"text": {"a": {"text": ROWS, "stride": 4}}}, "text.a: stride: expected none beside token ids"),
         ({"text": TEXTS}, "tokenizer: expected that of the model, got none"),
         ({"text": [ROWS[:, :4], ROWS]}, "of one length"),
         ({"text": ["One text.", "builtin:python-docs"]}, "expected sources or texts, got both"),

@@ -8,7 +8,7 @@ import torch
 
 import prunelit
 from prunelit.core.plan import get_applied_plans
-from prunelit.runtime.errors import BadOption, NoCalibration, PrunelitError, SourceNotFound
+from prunelit.runtime.errors import BadOption, InfeasibleBudget, NoCalibration, PrunelitError, SourceNotFound
 from tests.tiny import tiny, tiny_tokenizer, tokens
 
 CUT: dict[str, Any] = {"ratio": 0.3, "align": 8, "windows": 4, "seqlen": 16}
@@ -94,6 +94,7 @@ def test_mistakes_get_one_line() -> None:
         ({"ratio": "much"}, "ratio"),
         ({"ratio": 0.3, "scope": "lyer"}, "did you mean 'layer'"),
         ({"ratio": 0.3, "text": 7}, "got a int"),
+        ({"ratio": 0.3, "text": tokens(), "device": "gpuu"}, "device 'gpuu': expected 'auto', 'cpu'"),
         ({"ratio": 0.3, "text": "a text without a tokenizer"}, "tokenizer"),
         ({"ratio": 0.3, "method": "flpa"}, "did you mean 'flap'"),
         ({"ratio": 0.3, "method": torch.nn.Linear}, "a subclass of PruningCallback"),
@@ -108,6 +109,8 @@ def test_mistakes_get_one_line() -> None:
             prunelit.prune(model, text=name, tokenizer=tiny_tokenizer(), **CUT)
     with pytest.raises(NoCalibration, match="nothing in it"):
         prunelit.prune(model, text=[], **CUT)
+    with pytest.raises(InfeasibleBudget, match="parameters: the smallest"):  # before any text is read
+        prunelit.prune(model, parameters=10, text="no such file.txt", tokenizer=tiny_tokenizer())
     wrapped = torch.nn.Sequential(model)
     with pytest.raises(BadOption, match="got a Sequential around one"):
         prunelit.prune(wrapped, text=tokens(), **CUT)

@@ -1,5 +1,6 @@
 """`prunelit.recover`: a live model comes back better, merged, and as it was in all else."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def test_what_cannot_be_recovered_is_refused_in_one_line() -> None:
         prunelit.recover(model, text=ROWS, batch_size=32)
     with pytest.raises(BadOption, match="float16"):
         prunelit.recover(cut().half(), text=ROWS)
+
+
+def test_of_an_endless_loader_as_much_is_read_as_is_trained_on() -> None:
+    served = []
+
+    def serve() -> Iterator[Any]:
+        while len(served) < 1000:
+            served.append(len(served))
+            yield {"input_ids": ROWS[:2]}
+
+    prunelit.recover(cut(), text=serve(), steps=2, batch_size=2, how="all_weights")
+    assert len(served) == 2
+    with pytest.raises(BadOption, match="got a Linear"):
+        prunelit.recover(torch.nn.Linear(2, 2), text=ROWS, steps=1)  # type: ignore[arg-type]
 
 
 def test_texts_are_tokenised_and_a_name_is_loaded(source: str) -> None:
