@@ -7,12 +7,11 @@ import torch
 from prunelit.core.shapes import ModelShape
 from prunelit.data.loading import DTYPES, find_saved_class
 from prunelit.data.option_types import Dtype
-from prunelit.data.sources import UNREADABLE_ERRORS, find_config_folder, resolve_model_source, summarise_error
+from prunelit.data.sources import explain_unreadable, find_config_folder, resolve_model_source
 from prunelit.model.decoder import Decoder
 from prunelit.model.quiet import silence_transformers
 from prunelit.model.stored.folder import build_meta_model
 from prunelit.quantization import int4_folder
-from prunelit.runtime.errors import SourceNotFound
 
 
 def read_model_shape(source: str, dtype: Dtype = "auto", is_cpu: bool = True, fetch: bool = False) -> ModelShape | None:
@@ -44,11 +43,9 @@ def read_model_shape(source: str, dtype: Dtype = "auto", is_cpu: bool = True, fe
         return None
     saved_class = find_saved_class(str(folder)) if is_saved_here else None
     with silence_transformers():
-        try:
+        with explain_unreadable(f"model {source!r}: cannot be built"):
             chosen = DTYPES.get(dtype) or _get_config_dtype(folder, is_cpu)
             model = build_meta_model(folder, saved_class, chosen, torch.device("cpu"))
-        except UNREADABLE_ERRORS as error:
-            raise SourceNotFound(f"model {source!r}: cannot be built: {summarise_error(error)}") from error
         return Decoder(model).shape
 
 

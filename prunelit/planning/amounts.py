@@ -55,9 +55,7 @@ def parse_memory_size(value: Amount) -> int:
 def _parse_amount(name: str, value: Amount, units: Mapping[str, int], expected: str) -> int:
     text = f"{value:.17g}" if isinstance(value, float) else str(value)
     match = None if isinstance(value, bool) else _NUMBER.fullmatch(text.strip())
-    if match is None or match[2] not in units or not (amount := float(match[1]) * units[match[2]]) >= 1:
-        raise BadOption(f"{name}: expected {expected}, got {value!r:.40}")
-    if amount == math.inf:
+    if match is None or match[2] not in units or not 1 <= (amount := float(match[1]) * units[match[2]]) < math.inf:
         raise BadOption(f"{name}: expected {expected}, got {value!r:.40}")
     return round(amount)
 

@@ -285,8 +285,10 @@ class RemovalGoal:
         if self.ratio is not None and self.ratio > largest_share:
             raise self.make_infeasible_error(f"{largest_share:.4f} of the {self.budget}")
         for constraint in self.list_constraints(shape):
+            if constraint.name == "ratio":
+                continue
             share = max(self._compute_saved_share(shape, blocks, constraint) for blocks in removable_sets)
-            if constraint.name != "ratio" and constraint.ratio > share:
+            if constraint.ratio > share:
                 raise make_unreachable_error(constraint, share)
 
     def make_record(self, shape: ModelShape) -> dict[str, Any]:

@@ -18,7 +18,6 @@ from inspect import signature
 from typing import Any, Literal, cast
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from prunelit.core.plan import LayerPlan, LayerShape, PruningPlan
@@ -28,7 +27,7 @@ from prunelit.model.context_length import get_context_limit
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.per_layer import find
-from prunelit.runtime.distributed import get_rank
+from prunelit.runtime.distributed import broadcast_from_rank_zero, get_rank
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.timing import run_in_rounds
 
@@ -119,10 +118,7 @@ def measure_latency_table(
         curves = [
             _measure_curves(decoder, shape, unit, align, points, repeats, make_timer) for shape in distinct_shapes
         ]
-    if dist.is_initialized():
-        broadcast = [curves]
-        dist.broadcast_object_list(broadcast, src=0)
-        curves = broadcast[0]
+    curves = broadcast_from_rank_zero(curves)
     layer_shapes = [layer.shape for layer in decoder]
     record = {
         "mode": mode,
@@ -221,11 +217,7 @@ def measure_outside_seconds(decoder: Decoder, tokens: int = 512, repeats: int = 
 
         (measured,) = run_in_rounds([run], repeats, "measuring what is outside the layers")
         seconds = statistics.median(measured)
-    if dist.is_initialized():
-        broadcast = [seconds]
-        dist.broadcast_object_list(broadcast, src=0)
-        seconds = broadcast[0]
-    return seconds
+    return broadcast_from_rank_zero(seconds)
 
 
 def _measure_curves(

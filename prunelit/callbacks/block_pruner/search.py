@@ -318,9 +318,9 @@ class _Search:
         return self.goal.is_met(self.shape, removed, len(removed))
 
     def _describe_progress(self, state: _SearchState) -> str:
-        progress = (
-            f"{self.goal.compute_share(self.shape, state.removed):.1%} of {self.goal.ratio:.1%}"
-            if self.goal.ratio
-            else (f"block {len(state.order) + 1} of {self.goal.count}")
-        )
+        if self.goal.count is not None:
+            progress = f"block {len(state.order) + 1} of {self.goal.count}"
+        else:
+            progress = f"{self.goal.compute_share(self.shape, state.removed):.1%}"
+            progress += f" of {self.goal.ratio:.1%}" if self.goal.ratio else " gone"
         return f"{progress}, perplexity {convert_nll_to_perplexity(state.nll):.2f}"
