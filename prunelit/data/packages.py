@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -161,5 +162,12 @@ def compute_sha256(path: Path) -> str:
         >>> compute_sha256(Path(os.devnull))[:8]
         'e3b0c442'
     """
+    status = path.stat()
+    return _compute_sha256_once(path, status.st_mtime_ns, status.st_size)
+
+
+@lru_cache(maxsize=16)
+def _compute_sha256_once(path: Path, modified: int, size: int) -> str:
+    """`compute_sha256` of a file as it is: one command asks several times for the model that it was given."""
     with show_stage(f"checking {path.name}"), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
