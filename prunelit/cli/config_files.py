@@ -8,6 +8,7 @@ import argparse
 import importlib
 import inspect
 import itertools
+import os
 import pydoc
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -26,37 +27,63 @@ _CLASSES = ("callbacks", "loggers", "strategies", "plugins", "profilers")
 """Modules of Lightning whose classes a config may name without the module."""
 
 
-def list_config_paths(arguments: list[str]) -> list[str]:
-    """List the values of --config on a command line.
+def list_configs(arguments: list[str]) -> list[str]:
+    """List the values of --config on a command line, in its order.
 
     Args:
         arguments: command line after the command.
 
     Example:
-        >>> list_config_paths(["--config", "a.yaml", "--model", "m", "--config=b.yaml"])
+        >>> list_configs(["--config=a.yaml", "--model", "m", "--config", "b.yaml"])
         ['a.yaml', 'b.yaml']
     """
-    separate = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
-    return separate + [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    words = itertools.pairwise(["", *arguments])
+    return [
+        word.removeprefix("--config=") for before, word in words if before == "--config" or word.startswith("--config=")
+    ]
 
 
-def resolve_config_names(arguments: list[str]) -> list[str]:
-    """Replace names of config files that come with prunelit by their paths, in every --config of a command line.
+def resolve_configs(arguments: list[str]) -> list[str]:
+    """Replace names of config files that come with prunelit by their paths, and pipes by what is in them.
+
+    A pipe can be read only once, while several readers of a command line need its options.
 
     Args:
         arguments: command line after the command.
 
     Example:
-        >>> [Path(word).name for word in resolve_config_names(["--config", "quickstart", "--config=callbacks/flap"])]
+        >>> [Path(word).name for word in resolve_configs(["--config", "quickstart", "--config=callbacks/flap"])]
         ['--config', 'quickstart.yaml', 'flap.yaml']
     """
     resolved = list(arguments)
     for index, word in enumerate(arguments):
         if index and arguments[index - 1] == "--config":
-            resolved[index] = resolve_config_path(word)
+            resolved[index] = _resolve_config(word)
         elif word.startswith("--config="):
-            resolved[index] = f"--config={resolve_config_path(word.partition('=')[2])}"
+            resolved[index] = f"--config={_resolve_config(word.removeprefix('--config='))}"
     return resolved
+
+
+def _resolve_config(config: str) -> str:
+    if _is_text(config):
+        return config
+    is_pipe = os.path.exists(config) and Path(config).is_fifo()
+    return f"{_read_text(config)}\n" if is_pipe else resolve_config_path(config)
+
+
+def _is_text(config: str) -> bool:
+    """Whether a value of --config is YAML text itself, which jsonargparse takes too."""
+    return "\n" in config or config.lstrip().startswith("{")
+
+
+def _read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SourceNotFound(f"config {path!r}: expected a YAML file, got one that is no text") from error
+    except OSError as error:
+        hint = suggest_config(path) if isinstance(error, FileNotFoundError) else ""
+        raise SourceNotFound(f"config {path!r}: cannot be read: {error.strerror}{hint}") from error
 
 
 def check_config_files(arguments: list[str]) -> None:
@@ -72,41 +99,39 @@ def check_config_files(arguments: list[str]) -> None:
     Example:
         >>> check_config_files(["--model", "m"])
     """
-    for path in list_config_paths(arguments):
-        read_config_file(path)
+    for config in list_configs(arguments):
+        read_config(config)
 
 
-def read_config_file(path: str) -> Mapping[str, object]:
-    """Read the options of a config file.
+def read_config(config: str) -> Mapping[str, object]:
+    """Read the options of a config.
 
     Args:
-        path: value of --config. YAML text on the command line and pipes give no options: the parser reads them.
+        config: value of --config: a file, or YAML text.
 
     Raises:
         SourceNotFound, BadOption: as `check_config_files`.
 
     Example:
-        >>> read_config_file("{seed: 1}")
-        {}
+        >>> read_config("{seed: 1}")
+        {'seed': 1}
     """
-    # A pipe can be read only once, and the parser has to read it.
-    if "\n" in path or path.lstrip().startswith("{") or Path(path).is_fifo():
-        return {}
     try:
-        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(config if _is_text(config) else _read_text(config))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise SourceNotFound(f"config {path!r}: no YAML{where}: {getattr(error, 'problem', None) or error}") from error
-    except UnicodeDecodeError as error:
-        raise SourceNotFound(f"config {path!r}: expected a YAML file, got one that is no text") from error
-    except OSError as error:
-        hint = suggest_config(path) if isinstance(error, FileNotFoundError) else ""
-        raise SourceNotFound(f"config {path!r}: cannot be read: {error.strerror}{hint}") from error
+        raise SourceNotFound(
+            f"config {_name_config(config)}: no YAML{where}: {getattr(error, 'problem', None) or error}"
+        ) from error
     if not isinstance(content, Mapping):
         got = "an empty file" if content is None else f"{content!r:.60}"
-        raise BadOption(f"config {path!r}: expected options, `name: value`, got {got}")
+        raise BadOption(f"config {_name_config(config)}: expected options, `name: value`, got {got}")
     return content
+
+
+def _name_config(config: str) -> str:
+    return "given as text" if _is_text(config) else repr(config)
 
 
 def find_misspelling(arguments: list[str], known: Collection[str], check_classes: bool = True) -> str | None:
@@ -140,9 +165,9 @@ def find_misspelling(arguments: list[str], known: Collection[str], check_classes
         if check_classes and option == "--trainer.logger" and not value.startswith("{"):
             for message in _find_wrong_class(option, value):
                 return message
-    for path in list_config_paths(arguments):
-        for message in _find_wrong_names(read_config_file(path), "", all_names, leaves, check_classes):
-            return f"config {path!r}: {message}"
+    for config in list_configs(arguments):
+        for message in _find_wrong_names(read_config(config), "", all_names, leaves, check_classes):
+            return f"config {_name_config(config)}: {message}"
     return None
 
 

@@ -41,10 +41,12 @@ def run_command(command: str, arguments: list[str]) -> int:
     """
     check_lowest_versions()
     written = arguments
-    arguments = config_files.resolve_config_names(translate_options(command, written))
+    arguments = config_files.resolve_configs(written)
     config_files.check_config_files(arguments)
+    is_plan_of_fit = command == "plan" and is_fit_config(arguments)
+    arguments = translate_options("plan of fit" if is_plan_of_fit else command, arguments)
     with condense_errors(command):
-        arguments = _check_command_line(command, arguments)
+        arguments = _check_command_line("plan of fit" if is_plan_of_fit else command, arguments)
         if sys.argv[1:] == [command, *written]:
             sys.argv[2:] = arguments  # Lightning reads it, and starts further ranks with it
         with show_stage("starting"):
@@ -58,15 +60,19 @@ def run_command(command: str, arguments: list[str]) -> int:
 def _check_command_line(command: str, arguments: list[str]) -> list[str]:
     """Check a command line without a slow import; `--help` and `--print_config` are answered here, and end the command.
 
+    Args:
+        command: its name; "plan of fit" for `plan` with a config of `fit`.
+        arguments: command line after it.
+
     Returns:
         The command line that the command parses.
     """
-    is_plan_of_fit = command == "plan" and is_fit_config(arguments)
-    if command in parsers.PARSERS and not is_plan_of_fit:
+    if command in parsers.PARSERS:
         parsers.parse_command(command, arguments)
         return arguments
-    if command not in ("fit", "validate", "plan"):  # one that reads files only, and parses its own few words
+    if command not in ("fit", "validate", "plan of fit"):  # one that reads files only, and parses its own few words
         return arguments
+    is_plan_of_fit = command == "plan of fit"
     fit_command = "fit" if is_plan_of_fit else command
     for word in ("-h", "--help"):
         if word in arguments:

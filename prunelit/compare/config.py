@@ -7,16 +7,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from jsonargparse import ArgumentParser
-
 from prunelit.data import text
+from prunelit.data.option_types import ClassOptions
 from prunelit.planning.targets import TARGET_OPTIONS
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadOption, suggest_name
 
 if TYPE_CHECKING:  # Lightning takes seconds to import, and `evaluate` needs only the texts
     from prunelit.pruning.callback import PruningCallback
-from prunelit.data.option_types import parse_options
 
 Value = TypeVar("Value")
 _SET_BY_TABLE = {
@@ -178,7 +176,7 @@ def parse_method_rows(methods: Sequence[object], common: Mapping[str, object]) -
 
 def _parse_row_options(
     label: str, method: str, row_options: Mapping[str, object], common: Mapping[str, object]
-) -> tuple[dict[str, object], set[str]]:
+) -> tuple[dict[str, object], frozenset[str]]:
     """Check the types of a row's options; return them and the names that its method accepts."""
     from prunelit.pruning.callback import PruningCallback
 
@@ -190,21 +188,12 @@ def _parse_row_options(
             raise BadOption(f"method {label!r}: options: expected {{name: value}}, got the name {name!r}")
         if name in _SET_BY_TABLE:
             raise BadOption(f"method {label!r}: options: {name!r} is set for all rows by {_SET_BY_TABLE[name]}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, None, skip=set(_SET_BY_TABLE), sub_configs=False)
-    accepted = {str(name) for name in vars(parser.get_defaults())} - {*kind.ignored_options, *kind.job_options}
-    for name in row_options:
-        if name not in accepted:
-            raise BadOption(
-                f"method {label!r}: options: expected one of {', '.join(sorted(accepted))}, got {name!r}"
-                f"{suggest_name(name, accepted)}"
-            )
-    shared = {name: value for name, value in common.items() if name in accepted}
+    known = ClassOptions(kind, skip=(*_SET_BY_TABLE, *kind.ignored_options, *kind.job_options))
+    shared = {name: value for name, value in common.items() if name in known.names}
     if shared.get("repair") not in kind.repair_choices:  # a repair for all rows may not suit this method
         shared.pop("repair", None)
     merged = shared | dict(row_options)
-    typed = parse_options(parser, merged, f"method {label!r}: options")
-    return {name: typed[name] for name in merged}, accepted
+    return known.parse(merged, f"method {label!r}: options", "options of the method"), known.names
 
 
 def select_method_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:

@@ -1,12 +1,9 @@
 """A method from its name and options, as Python code gives them; names and types are checked first."""
 
-import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
-from prunelit.data.option_types import parse_options
+from prunelit.data.option_types import ClassOptions
 from prunelit.pruning.method import PruningMethod
 from prunelit.pruning.registry import get_method_name, method_class
 from prunelit.runtime.errors import BadOption
@@ -64,20 +61,5 @@ def parse_method_options(
 
     Example: see `build_method_by_name`.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, None, skip={*kind.job_options}, sub_configs=False)
-    names = {action.dest for action in parser._actions} - {"help", "calibration", *kind.ignored_options}
-    for name in options:
-        if name not in names:
-            raise BadOption(
-                f"{where}: expected options of the method, got {name!r}{_suggest_names(name, names, others)}"
-            )
-    typed = parse_options(parser, dict(options), where)
-    return {name: typed[name] for name in options}
-
-
-def _suggest_names(name: str, names: Collection[str], others: Collection[str]) -> str:
-    matches = difflib.get_close_matches(name, sorted({*names, *others}), n=2)
-    if matches:
-        return f"; did you mean {' or '.join(map(repr, matches))}?"
-    return f"; there are {', '.join(sorted(names))}"
+    known = ClassOptions(kind, skip=("calibration", *kind.job_options, *kind.ignored_options))
+    return known.parse(options, where, "options of the method", others)

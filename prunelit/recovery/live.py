@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -20,7 +19,7 @@ from torch import Tensor
 from prunelit.core.plan import get_applied_plans
 from prunelit.data import loading, text
 from prunelit.data.given_text import is_tokenised, load_own_tokenizer, parse_given_text, stack_windows
-from prunelit.data.option_types import parse_options
+from prunelit.data.option_types import ClassOptions
 from prunelit.data.rows.text_rows import BUILTIN_TEXT
 from prunelit.data.sources import check_model_source, check_sequence_length
 from prunelit.model import copies
@@ -170,15 +169,8 @@ def _keep_trainable(*models: Any) -> Iterator[None]:
 
 
 def _parse_module_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RecoveryModule, None, skip={"model", "dtype"}, sub_configs=False)
-    known = {action.dest for action in parser._actions} - {"help"}
-    for name in options:
-        if name not in known:
-            hint = suggest_name(name, {*known, *_OWN_OPTIONS}) or f"; there are {', '.join(sorted(known))}"
-            raise BadOption(f"recover: expected its options or those of RecoveryModule, got {name!r}{hint}")
-    typed = parse_options(parser, options, "recover")
-    return {name: typed[name] for name in options}
+    known = ClassOptions(RecoveryModule, skip=("model", "dtype"))
+    return known.parse(options, "recover", "its options or those of RecoveryModule", others=_OWN_OPTIONS)
 
 
 def _find_teacher(model: Any, teacher: Any) -> Any:

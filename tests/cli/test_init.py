@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunelit.cli.config_files import read_config_file, resolve_config_names
+from prunelit.cli.config_files import read_config, resolve_configs
 from prunelit.cli.init import files
 from prunelit.cli.main import main
 from prunelit.runtime.errors import SourceNotFound
@@ -50,8 +50,8 @@ def test_an_installed_package_has_them_inside(place: Path, monkeypatch: pytest.M
 def test_a_file_wins_over_a_name_and_a_folder_does_not(place: Path) -> None:
     (place / "plan").mkdir()
     (place / "quickstart").write_text("seed_everything: 7\n")
-    assert resolve_config_names(["--config", "quickstart"]) == ["--config", "quickstart"]
-    assert Path(resolve_config_names(["--config=plan"])[0].partition("=")[2]).samefile(ROOT / "configs" / "plan.yaml")
+    assert resolve_configs(["--config", "quickstart"]) == ["--config", "quickstart"]
+    assert Path(resolve_configs(["--config=plan"])[0].partition("=")[2]).samefile(ROOT / "configs" / "plan.yaml")
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_what_is_no_name_stays_as_it_is(place: Path, value: str) -> None:
 )
 def test_an_unknown_name_is_answered_with_the_nearest(place: Path, value: str, near: str) -> None:
     with pytest.raises(SourceNotFound) as error:
-        read_config_file(value)
+        read_config(value)
     assert f"did you mean {near}?" in str(error.value) and "\n" not in str(error.value)
 
 

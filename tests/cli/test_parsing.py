@@ -3,14 +3,17 @@
 import dataclasses
 import inspect
 import json
+import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 
 from prunelit.calibration.metrics import perplexity
@@ -206,6 +209,37 @@ def test_others_spellings_reach_the_command(monkeypatch: pytest.MonkeyPatch) -> 
 
 def exit_now() -> Any:
     raise SystemExit(0)
+
+
+def pipe_text(path: Path, text: str) -> threading.Thread:
+    """Make a pipe that can be read once, as a shell does for `<(...)`."""
+    os.mkfifo(path)
+    writer = threading.Thread(target=path.write_text, args=(text,), daemon=True)
+    writer.start()
+    return writer
+
+
+@pytest.mark.timeout(60)  # a second reader of a pipe would wait without end
+def test_a_config_may_come_through_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    writer = pipe_text(tmp_path / "prune", "{method: flap, model: m, out: o, ratio: 0.3}")
+    code, printed, _ = call(capsys, "prune", "--config", str(tmp_path / "prune"), "--print_config")
+    options = yaml.safe_load(printed)
+    assert code == 0 and (options["method"], options["model"], options["ratio"]) == ("flap", "m", 0.3)
+    writer.join()
+    pipe_text(tmp_path / "wrong", "model: m\nraito: 0.3\n").join(0)
+    code, _, error = call(capsys, "prune", "--config", str(tmp_path / "wrong"), "--out", "o")
+    assert code == 2 and "did you mean 'ratio'?" in error
+    pipe_text(tmp_path / "fit", "trainer:\n  max_step: 3\n").join(0)
+    code, _, error = call(capsys, "plan", f"--config={tmp_path / 'fit'}")
+    assert code == 2 and "config given as text: trainer.max_step" in error and "'max_steps'" in error
+
+
+def test_plan_of_a_file_of_fit_takes_the_spellings_of_fit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    words = ["plan", "--config", str(ROOT / "configs" / "recover-lora.yaml")]
+    code, _, error = call(capsys, *words, "--max-seq-length", "x", "--output_dir", str(tmp_path))
+    assert code == 2 and "data.seqlen: expected a whole number, got 'x'" in error
+    code, _, error = call(capsys, *words, "--sparsity", "0.2")
+    assert code == 2 and "plan: --sparsity: expected the method as a callback" in error
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ REFUSED: Mapping[str, str] = {
 """Options that others have and prunelit refuses, with the reason."""
 _OF_A_METHOD = ("ratio", "method")
 """Options that `fit` has once for every callback."""
+_OWN_OPTIONS_OF_FIT: Mapping[str, tuple[str, ...]] = {"fit": (), "validate": (), "plan of fit": ("out",)}
+"""{command with the options of `fit`: those of this list that it has itself}."""
 
 
 def translate_options(command: str, arguments: list[str]) -> list[str]:
@@ -59,7 +61,7 @@ def translate_options(command: str, arguments: list[str]) -> list[str]:
     `fit --model` is left to `prunelit.cli.parsing.fit_options`: it may also hold the options of a model.
 
     Args:
-        command: its name.
+        command: its name; "plan of fit" for `plan` with a config of `fit`.
         arguments: command line after the command.
 
     Raises:
@@ -71,7 +73,10 @@ def translate_options(command: str, arguments: list[str]) -> list[str]:
         >>> translate_options("fit", ["--output-dir", "runs/a"])
         ['--trainer.default_root_dir', 'runs/a']
     """
-    own_names = OWN_NAMES.get("fit" if command == "validate" else command, {})
+    has_options_of_fit = command in _OWN_OPTIONS_OF_FIT
+    own_names = {**OWN_NAMES.get("fit" if has_options_of_fit else command, {})}
+    for name in _OWN_OPTIONS_OF_FIT.get(command, ()):
+        del own_names[name]
     translated = []
     for argument in arguments:
         written, equals, value = argument.partition("=")
@@ -81,10 +86,10 @@ def translate_options(command: str, arguments: list[str]) -> list[str]:
             if name in REFUSED:
                 raise BadOption(f"{command}: --{written[2:]}: {REFUSED[name]}")
             name = name_alias(name) or name
-            if name in _OF_A_METHOD and command in ("fit", "validate"):
+            if name in _OF_A_METHOD and has_options_of_fit:
                 raise BadOption(
-                    f"{command}: --{written[2:]}: expected the method as a callback: --trainer.callbacks+ "
-                    "prunelit.callbacks.LLMBIP --trainer.callbacks.ratio 0.2"
+                    f"{command.partition(' ')[0]}: --{written[2:]}: expected the method as a callback: "
+                    "--trainer.callbacks+ prunelit.callbacks.LLMBIP --trainer.callbacks.ratio 0.2"
                 )
             argument = f"--{own_names.get(name, name)}{append}{equals}{value}"
         translated.append(argument)

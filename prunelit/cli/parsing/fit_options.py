@@ -15,7 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple, cast
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from prunelit.cli import config_files
@@ -28,7 +27,6 @@ from prunelit.cli.parsing.options import (
     parse_command_line,
     write_switch_values,
 )
-from prunelit.data.yaml_text import parse_yaml
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import BadOption, suggest_name
 
@@ -294,16 +292,8 @@ def is_fit_config(arguments: list[str]) -> bool:
         >>> is_fit_config(["--model", "m"])
         False
     """
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--config", action="append", default=[])
-    for path in finder.parse_known_args(arguments)[0].config:
-        try:
-            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, yaml.YAMLError):
-            continue  # the parser itself says what is wrong with it
-        if isinstance(content, dict) and ("trainer" in content or isinstance(content.get("model"), dict)):
-            return True
-    return False
+    configs = [config_files.read_config(config) for config in config_files.list_configs(arguments)]
+    return any("trainer" in config or isinstance(config.get("model"), Mapping) for config in configs)
 
 
 def split_plan_options(arguments: list[str]) -> tuple[str | None, bool, bool, list[str]]:

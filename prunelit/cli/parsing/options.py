@@ -7,12 +7,12 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Collection
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from prunelit.cli.config_files import list_configs, read_config
 from prunelit.cli.method_cards import list_method_options
 from prunelit.cli.parsing.aliases import name_alias
 from prunelit.cli.parsing.declarations import (
@@ -368,15 +368,6 @@ def peek_option(option: str, arguments: list[str]) -> str | None:
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument(f"--{option}", nargs="?", const="true")  # a switch may stand alone
-    peek.add_argument("--config", action="append", default=[])
-    known, _ = peek.parse_known_args(arguments)
-    if getattr(known, option):
-        return str(getattr(known, option))
-    for path in reversed(known.config):
-        try:
-            content = parse_yaml(Path(path).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
-            continue  # the parser reports what is wrong with the file
-        if isinstance(content, dict) and content.get(option):
-            return str(content[option])
-    return None
+    value = getattr(peek.parse_known_args(arguments)[0], option)
+    values = [value, *(read_config(config).get(option) for config in reversed(list_configs(arguments)))]
+    return next((str(value) for value in values if value), None)

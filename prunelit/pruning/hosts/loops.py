@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from prunelit.core.plan import PruningPlan
-from prunelit.pruning.live_references import list_optimizers_of
+from prunelit.pruning.hosts.checks import check_no_optimizer_yet, choose_method
 from prunelit.pruning.method import PruningMethod
-from prunelit.pruning.method_options import build_method_by_name
 from prunelit.pruning.one_call import check_live_model, cut_by_saved_plan, prune_live_model
 from prunelit.runtime.errors import BadOption, StaleReference
 
@@ -61,9 +60,7 @@ def prune_in_loop(
         ...
         prunelit.runtime.errors.StaleReference: optimizer SGD: expected one that is built after the cut, ...
     """
-    chosen = None if plan is not None else build_method_by_name(method, options, _OWN_OPTIONS)
-    if plan is not None and options:
-        raise BadOption(f"plan: expected no options of a method beside it, got {', '.join(options)}; leave one out")
+    chosen = choose_method(method, options, plan, _OWN_OPTIONS)
     device = getattr(host, "device", None)
     if host is not None and not isinstance(device, torch.device):
         raise BadOption(f"host: expected an Accelerator, a Fabric or None, got a {type(host).__name__}")
@@ -73,13 +70,10 @@ def prune_in_loop(
             "before accelerator.prepare, fabric.setup or the like"
         )
     check_live_model(model)
-    for optimizer, name in list_optimizers_of(model):
-        raise StaleReference(
-            f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds "
-            f"{name}; call prune_in_loop first"
-        )
-    if chosen is None:
-        return cut_by_saved_plan(model, plan or "")
+    check_no_optimizer_yet(model, "call prune_in_loop first")
+    if plan is not None:
+        return cut_by_saved_plan(model, plan)
+    assert chosen is not None
     return prune_live_model(chosen, model, text, tokenizer, device)
 
 

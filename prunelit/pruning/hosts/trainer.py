@@ -14,11 +14,11 @@ from transformers import TrainerCallback
 
 from prunelit.calibration.result_cache import ResultCache
 from prunelit.core.plan import PruningPlan
+from prunelit.pruning.hosts.checks import check_no_optimizer_yet, choose_method
 from prunelit.pruning.hosts.saving import PLAN_FILE
 from prunelit.pruning.job import check_no_adapters
-from prunelit.pruning.live_references import WatchedModel, list_optimizers_of, list_stale_optimizers
+from prunelit.pruning.live_references import WatchedModel, list_stale_optimizers
 from prunelit.pruning.method import PruningMethod
-from prunelit.pruning.method_options import build_method_by_name
 from prunelit.pruning.one_call import check_live_model, cut_by_saved_plan, prune_live_model
 from prunelit.runtime.errors import BadOption, NoModel, StaleReference
 
@@ -59,9 +59,7 @@ class PruneBeforeTraining(TrainerCallback):
         plan: PruningPlan | str | os.PathLike[str] | None = None,
         **options: Any,
     ):
-        if plan is not None and options:
-            raise BadOption(f"plan: expected no options of a method beside it, got {', '.join(options)}; leave one out")
-        self.method = None if plan is not None else build_method_by_name(method, options, _OWN_OPTIONS)
+        self.method = choose_method(method, options, plan, _OWN_OPTIONS)
         self._saved_plan = plan if isinstance(plan, PruningPlan | None) else PruningPlan.load(plan)
         self.text, self.tokenizer = text, tokenizer
         self.plan: PruningPlan | None = None
@@ -85,19 +83,16 @@ class PruneBeforeTraining(TrainerCallback):
                 f"{type(model).__name__}: expected whole weights, got some that DeepSpeed has spread over processes "
                 "already; prune in one process with `python -m prunelit prune`, and train the folder"
             )
-        for optimizer, name in list_optimizers_of(model):
-            raise StaleReference(
-                f"optimizer {type(optimizer).__name__}: expected one that is built after the cut, got one that holds "
-                f"{name}; let the Trainer build it (args.optim), or override create_optimizer"
-            )
+        check_no_optimizer_yet(model, "let the Trainer build it (args.optim), or override create_optimizer")
         self._watched = WatchedModel(model)
         saved_plan = self._saved_plan
         if saved_plan is None and isinstance(args.resume_from_checkpoint, str):
             file = Path(args.resume_from_checkpoint) / PLAN_FILE
             saved_plan = PruningPlan.load(file) if file.is_file() else None
-        if saved_plan is not None or self.method is None:
-            self.plan = cut_by_saved_plan(model, saved_plan or "")
+        if saved_plan is not None:
+            self.plan = cut_by_saved_plan(model, saved_plan)
         else:
+            assert self.method is not None
             self.method.run_cache = self.method.cache = ResultCache(Path(args.output_dir) / "kept")
             tokenizer = self.tokenizer if self.tokenizer is not None else others.get("processing_class")
             device = None if next(model.parameters()).is_cuda else args.device
