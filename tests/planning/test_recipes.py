@@ -6,19 +6,28 @@ from pathlib import Path
 import pytest
 
 from prunelit.data import loading, text
+from prunelit.report.format_numbers import format_duration
 from tests.cli.test_fit import ROOT, call
 from tests.recipe_shapes import PARAMETERS, SHAPES, write_shape
 
+GPU_RATE = 1e14  # multiply-accumulates a second
 RECIPES = {path.stem: path for path in sorted((ROOT / "configs" / "recipes").glob("*.yaml"))}
 
 
 def summarise(printed: str) -> str:
-    """What an estimate says, in the three lines that a recipe has in its head."""
+    """What an estimate says, in the lines that a recipe has in its head."""
     asked = re.search(r"^asked: (.*)$", printed, re.MULTILINE)
     planned = re.search(r"^memory, planned: (.*)$", printed, re.MULTILINE)
     work = re.search(r"^scoring: .* passes, (.*?) multiply-accumulates.*; weights (.*)$", printed, re.MULTILINE)
     assert asked and planned and work, printed
-    parts = asked[1], f"leaves {planned[1]}", f"scoring: {work[1]} multiply-accumulates, weights {work[2]}"
+    count, unit = work[1].split()
+    seconds = float(count) * {"T": 1e12, "P": 1e15}[unit] / GPU_RATE
+    parts = (
+        asked[1],
+        f"leaves {planned[1]}",
+        f"scoring: {work[1]} multiply-accumulates, weights {work[2]}",
+        f"that takes {format_duration(seconds)} at 100 T a second, a fifth of an H100's bfloat16 peak",
+    )
     return "\n#     ".join(parts)
 
 
