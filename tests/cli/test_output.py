@@ -100,7 +100,6 @@ def test_completion_knows_every_command_and_its_options(capsys: pytest.CaptureFi
 
 
 def test_the_script_completes_in_bash(tmp_path: Path) -> None:
-    pytest.importorskip("shtab")
     done = subprocess.run(
         [sys.executable, "-m", "prunelit", "completion", "bash"], capture_output=True, text=True, check=True
     )
