@@ -40,12 +40,13 @@ def export_model(
             goes along, and a report.json tells the model card what was measured.
         out: folder, or file where the format is one, to write to.
         format: "auto" (uniform where a stock class holds the shapes, else hetero; int4 for an int4 folder), "uniform",
-            "hetero", "padded", "gguf" (llama.cpp), "deci" (vLLM's layout), "int4"; what each is and what loads it:
-            docs/export.md.
+            "hetero", "padded", "gguf" (llama.cpp), "deci" (vLLM's layout), "int4", "w4a16" (4 bits for vLLM); what
+            each is and what loads it: docs/export.md.
         type: number format of the weights (gguf), or "ffn_mult" for deci in steps of 256 for old readers; ""
             for the format's default.
         dtype: the weights are converted to it first; "auto" leaves them as they are.
-        group_size: inputs per group where a model in full precision becomes int4: 16, 32 (default), 64 or 128.
+        group_size: inputs per group where a model in full precision becomes int4 or w4a16: 16 (not w4a16), 32
+            (default), 64 or 128.
         adapter: folder in PEFT's format (LoRA) that is merged into the model first; made for this very model.
         max_shard_size: of one weight file, as 5GB or 500MB.
         overwrite: replace what is there, a file or a folder that prunelit wrote, once the new one is proved.

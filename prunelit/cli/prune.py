@@ -22,7 +22,7 @@ from prunelit.data.model_shape import read_model_shape
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.data.sources import check_prunable_source, check_sequence_length, measure_source_bytes, summarise_error
 from prunelit.export import hub_upload, load_commands
-from prunelit.export.formats import ExportResult
+from prunelit.export.formats import FOUR_BIT_FORMATS, ExportResult
 from prunelit.model import copies, surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.modes import move_to_device
@@ -68,7 +68,7 @@ def prune_model(
         stream: leave the decoder layers on disk and load one at a time, for a model that does not fit; it must be a
             local folder with safetensors, and the method one that observes the model once.
         memory_gib: with `stream`, most weights and activations held at once, GiB; null for no limit.
-        format: "auto", or one of those of `export`, but for "int4".
+        format: "auto", or one of those of `export`, but for those in 4 bits.
         max_shard_size: of one weight file, as 5GB or 500MB.
 
     Returns:
@@ -83,8 +83,8 @@ def prune_model(
         text.check_text_source(source)
     reads = [model, *sources, *([method.plan_file] if method.plan_file else [])]
     export.check_export_request(out, format, "", overwrite, max_shard_size, stream=stream, reads=reads)
-    if format == "int4":
-        raise BadOption("format: expected one in full precision, got int4; prune, then `export --format int4`")
+    if format in FOUR_BIT_FORMATS:
+        raise BadOption(f"format: expected one in full precision, got {format}; prune, then `export --format {format}`")
     if Path(out).suffix == ".gguf":
         raise BadOption(f"out: expected a folder, which holds plan.json and report.json too, got {out!r}")
     if method.needs_text():

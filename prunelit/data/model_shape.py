@@ -39,7 +39,7 @@ def read_model_shape(source: str, dtype: Dtype = "auto", is_cpu: bool = True, fe
     if folder is None:
         return None
     is_saved_here = folder.is_dir()
-    if is_saved_here and int4_folder.read_int4_config(str(folder)) is not None:
+    if is_saved_here and int4_folder.read_stored_int4(str(folder)) is not None:
         return None
     saved_class = find_saved_class(str(folder)) if is_saved_here else None
     with silence_transformers():

@@ -53,9 +53,9 @@ class ClassOptions:
     """
 
     def __init__(self, kind: type, skip: Collection[str] = ()):
-        self._parser = ArgumentParser(exit_on_error=False)
-        self._parser.add_class_arguments(kind, None, skip={*skip}, sub_configs=False)
-        self.names = frozenset(vars(self._parser.get_defaults()))
+        self._typed_parser = ArgumentParser(exit_on_error=False)
+        self._typed_parser.add_class_arguments(kind, None, skip={*skip}, sub_configs=False)
+        self.names = frozenset(vars(self._typed_parser.get_defaults()))
 
     def parse(
         self, options: Mapping[str, Any], where: str, expected: str, others: Collection[str] = ()
@@ -78,7 +78,7 @@ class ClassOptions:
             if name not in self.names:
                 hint = suggest_name(name, {*self.names, *others}) or f"; there are {', '.join(sorted(self.names))}"
                 raise BadOption(f"{where}: expected {expected}, got {name!r}{hint}")
-        typed = parse_options(self._parser, options, where)
+        typed = parse_options(self._typed_parser, options, where)
         return {name: typed[name] for name in options}
 
 

@@ -38,7 +38,8 @@ from prunelit.model.quiet import silence_transformers
 from prunelit.model.stored.disk_size import measure_disk_bytes
 from prunelit.model.stored.folder import read_model_config
 from prunelit.model.stored.folder_facts import check_folder_facts, describe_packed_weights, read_folder_facts
-from prunelit.quantization.int4_folder import QUANT_METHOD
+from prunelit.quantization.int4_folder import parse_stored_int4
+from prunelit.quantization.int4_layouts import METAL
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.errors import (
     BadQuantisation,
@@ -148,13 +149,14 @@ def check_prunable_source(source: str) -> None:
         _check_installed_family(source, config)
     if reason := describe_other_head(config):
         raise UnknownArchitecture(f"model {source!r}: {reason}")
-    if get_quantization_settings(config).get("quant_method") == QUANT_METHOD:
-        return  # an int4 folder, which is dequantised while it is loaded
+    settings = get_quantization_settings(config)
+    if settings.get("quant_method") == METAL.method or parse_stored_int4(settings, source) is not None:
+        return  # in 4 bits, and dequantised while it is loaded
     if reason := describe_quantized_weights(config):
         raise BadQuantisation(f"model {source!r}: {reason}")
     # A hub id's folder in the cache may lack files, which are fetched while it is loaded.
     if (path := Path(source).expanduser()).is_dir():
-        if not get_quantization_settings(config) and (reason := describe_packed_weights(path)):
+        if not settings and (reason := describe_packed_weights(path)):
             raise BadQuantisation(f"model {source!r}: {reason}")
         check_folder_facts(path, config)
 

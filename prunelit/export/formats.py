@@ -11,8 +11,11 @@ from prunelit.model.decoder import Decoder
 from prunelit.model.stored.folder import find_auto_class
 from prunelit.runtime.errors import BadOption, suggest_name
 
-FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4")
-"""Names of the formats; each is a module of this package that is imported when it is used."""
+FORMATS = ("uniform", "hetero", "padded", "gguf", "deci", "int4", "w4a16")
+"""Names of the formats; each is a module that is imported when it is used."""
+_MODULES = {"int4": "four_bits.int4", "w4a16": "four_bits.w4a16"}
+FOUR_BIT_FORMATS = ("int4", "w4a16")
+"""Formats of models in groups of 4-bit codes."""
 AUTO_FORMATS = ("uniform", "hetero")
 """Formats that "auto" tries, in this order."""
 
@@ -102,6 +105,7 @@ class Format:
             reads shapes and configs, no weight, so it can be called before a model is trained.
         accepts_streamed: whether it writes a model whose layers are on disk.
         text_only: whether it holds causal LMs only; of a multimodal model the causal LM inside is written.
+        base: quantisation of the models that it holds, as of `get_quantization`; "" for plain weights.
 
     Example: see `tests/runtime/test_atomic_files.py`.
     """
@@ -118,6 +122,7 @@ class Format:
     check: Callable[[Any, Any], None] = _accept_any_model
     accepts_streamed: bool = False
     text_only: bool = False
+    base: str = ""
 
     def render_load_snippet(self, config: Any) -> str:
         """Render `load_snippet` for a model: a multimodal one is loaded by another class, with its processor.
@@ -150,5 +155,5 @@ def load_export_format(name: str) -> Format:
     """
     if name not in FORMATS:
         raise BadOption(f"format {name!r}: expected one of auto, {', '.join(FORMATS)}{suggest_name(name, FORMATS)}")
-    export_format: Format = importlib.import_module(f"prunelit.export.{name}").FORMAT
+    export_format: Format = importlib.import_module(f"prunelit.export.{_MODULES.get(name, name)}").FORMAT
     return export_format

@@ -15,7 +15,7 @@ from prunelit.model.stored.folder import read_model_config
 from prunelit.planning.serving import LLAMA_CPP_TRIED, list_serving_options
 from prunelit.planning.vllm_models import VLLM_VERSION, judge_vllm_backend
 
-_LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "gguf")
+_LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "w4a16", "gguf")
 
 
 def list_load_commands(
@@ -46,7 +46,14 @@ def list_load_commands(
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:
         commands.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{python_path}")'))
-    commands += list_serve_commands(name, shell_path, str(settings.get("model_type", "")), plan)
+    model_type = str(settings.get("model_type", ""))
+    if name == "w4a16":
+        shapes = "hetero" if "auto_map" in settings else "uniform"
+        known = f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)"
+        served = list_serve_commands(shapes, shell_path, model_type, plan)
+        commands += [(known, command) for heading, command in served if heading.startswith("With vLLM")]
+    else:
+        commands += list_serve_commands(name, shell_path, model_type, plan)
     if name not in ("gguf", "deci"):
         commands.append(("Measured again", f"python -m prunelit evaluate --model {shell_path}"))
     return commands

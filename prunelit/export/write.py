@@ -213,7 +213,7 @@ def write_model(
     if base := get_quantization(model):
         if base == "int4" and format == "auto":
             candidates = ("int4",)
-        elif base != format:
+        elif base != load_export_format(candidates[0]).base:
             raise DoesNotFit(
                 f"format {format!r}: expected plain linears, got {base}; call "
                 "prunelit.quantization.quantize.dequantize_model first"

@@ -115,6 +115,11 @@ class RunReport(Recorder, EventSource):
         self._folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             self._check_folders(trainer, pl_module)
+        if self.format == "w4a16":
+            raise BadOption(
+                "report.format: expected a format of the trained weights, got w4a16, which rounds them once more; "
+                "`python -m prunelit export --format w4a16` writes it from the saved model"
+            )
         if self.format == "int4" and pl_module.hparams.get("base") != "int4":
             raise BadOption(
                 f"report.format: expected int4 with base int4, got base {pl_module.hparams.get('base')}; "

@@ -131,7 +131,7 @@ def list_family_formats(family: str) -> list[str]:
 
     Example:
         >>> list_family_formats("qwen3"), list_family_formats("lfm2")
-        (['uniform', 'hetero', 'padded', 'gguf', 'int4'], ['uniform', 'hetero', 'padded', 'int4'])
+        (['uniform', 'hetero', 'padded', 'gguf', 'int4', 'w4a16'], ['uniform', 'hetero', 'padded', 'int4', 'w4a16'])
     """
     text_family = ARCHITECTURES[family].text_family or family  # under which the decoder is written without its tower
     fits = {
@@ -143,6 +143,7 @@ def list_family_formats(family: str) -> list[str]:
         "int4": family not in _CONV1D_FAMILIES
         and (ARCHITECTURES[family].mixture is None or family in _ALSO_WITHOUT_EXPERTS),
     }
+    fits["w4a16"] = fits["int4"]
     return [name for name, can_hold in fits.items() if can_hold]
 
 

@@ -91,8 +91,20 @@ def round_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     return codes.view(rows, -1)[:, :width], scale, low
 
 
-def _pack_codes(codes: Tensor, group_size: int) -> Tensor:
-    """Pack two codes into a byte, the even column in the low half: [O, I] -> [O, G S / 2]; padding has code 0."""
+def pack_codes(codes: Tensor, group_size: int) -> Tensor:
+    """Pack two codes into a byte, the even column in the low half.
+
+    Args:
+        codes: uint8 [O, I] in 0..15.
+        group_size: S; the last group is filled up with code 0.
+
+    Returns:
+        uint8 [O, G S / 2].
+
+    Example:
+        >>> pack_codes(torch.tensor([[1, 2, 3, 0]], dtype=torch.uint8), group_size=4).tolist()
+        [[33, 3]]
+    """
     padded = functional.pad(codes, (0, -codes.shape[1] % group_size))
     return padded[:, ::2] | padded[:, 1::2] << 4
 
@@ -188,7 +200,7 @@ class Int4Linear(nn.Module):
             BadOption: the group size is not one of GROUP_SIZES.
         """
         codes, scale, zero = round_to_int4(weight, group_size)
-        return cls.from_parts(_pack_codes(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
+        return cls.from_parts(pack_codes(codes, group_size), scale, zero, weight.shape[1], bias, compute_dtype)
 
     @classmethod
     def from_parts(

@@ -1,21 +1,15 @@
-"""INT4 linears in safetensors, laid out as transformers' "metal" quantisation reads them.
+"""Folders with INT4 linears in safetensors, in one of the layouts of `prunelit.quantization.int4_layouts`.
 
-    weight    uint32 [O, I / 8]   eight codes each, the first in the lowest bits
-    scales    [O, I / S]          alpha
-    qbiases   [O, I / S]          zero, in the units of the weight
-
-    W~ = scales * code + qbiases
-
-It is the only 4-bit layout of transformers with a float offset that can be saved and that loads on any device without a
-quantisation package: with kernels on Apple GPUs, as plain linears in the dtype of `scales` elsewhere. The whole model
-has one group size S, which divides every width. A linear with larger groups is written with its scales repeated.
+The whole model has one group size S, which divides every width. A linear with larger groups is written with its scales
+repeated.
 
 Legend: O outputs, I inputs, S group size.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,39 +19,62 @@ from prunelit.core.architectures import get_architecture
 from prunelit.model.per_layer import replace_module
 from prunelit.model.stored.folder import SafetensorsFolder, build_meta_model, read_model_config
 from prunelit.quantization.int4 import Int4Linear
+from prunelit.quantization.int4_layouts import CODES_PER_WORD, LAYOUTS, METAL, Int4Layout
 from prunelit.quantization.linears import DecoderLinear, list_decoder_linears
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
-from prunelit.runtime.text_files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-QUANT_METHOD = "metal"
-CODES_PER_WORD = 8
-"""Codes in one uint32; group sizes are multiples of it."""
+
+class StoredInt4(NamedTuple):
+    """How the 4-bit linears of a folder are stored.
+
+    Example: see `read_stored_int4`.
+    """
+
+    layout: Int4Layout
+    group_size: int
 
 
-def read_int4_config(folder: str | Path) -> JsonObject | None:
-    """Read `quantization_config` of a folder in this layout; None for any other folder.
+def read_stored_int4(folder: str | Path) -> StoredInt4 | None:
+    """Read from config.json how the 4-bit linears of a folder are stored; None for any other folder.
 
     Raises:
         SourceNotFound: its group size is not a positive multiple of 8.
 
     Example:
-        >>> read_int4_config("no_such_folder") is None
+        >>> read_stored_int4("no_such_folder") is None
         True
     """
-    config = read_model_config(folder).get("quantization_config")
-    if not isinstance(config, dict) or config.get("quant_method") != QUANT_METHOD or config.get("bits") != 4:
+    return parse_stored_int4(read_model_config(folder).get("quantization_config"), str(folder))
+
+
+def parse_stored_int4(settings: Any, source: str) -> StoredInt4 | None:
+    """Parse `quantization_config`: how 4-bit linears are stored; None where there are none, or in another layout.
+
+    Args:
+        settings: of config.json; may be None.
+        source: of the model, for the message.
+
+    Raises:
+        SourceNotFound: the group size is not a positive multiple of 8.
+
+    Example:
+        >>> parse_stored_int4(METAL.make_settings(32, ()), "m").group_size
+        32
+    """
+    layout = LAYOUTS.get(str(settings.get("quant_method"))) if isinstance(settings, dict) else None
+    size = None if layout is None else layout.find_group_size(settings)
+    if layout is None or size is None:
         return None
-    size = config.get("group_size")
     if type(size) is not int or size < CODES_PER_WORD or size % CODES_PER_WORD:
         raise SourceNotFound(
-            f"model {str(folder)!r}: cannot be loaded: config.json: group_size: expected a multiple of "
+            f"model {source!r}: cannot be loaded: config.json: group_size: expected a multiple of "
             f"{CODES_PER_WORD}, got {size!r:.40}"
         )
-    return config
+    return StoredInt4(layout, size)
 
 
 def find_common_group_size(model: nn.Module) -> int:
@@ -99,7 +116,13 @@ def find_common_group_size(model: nn.Module) -> int:
 
 
 def make_int4_tensors(
-    linear: Int4Linear, size: int, outputs: int, inputs: int, parts: int, dtype: torch.dtype
+    linear: Int4Linear,
+    size: int,
+    outputs: int,
+    inputs: int,
+    parts: int,
+    dtype: torch.dtype,
+    layout: Int4Layout = METAL,
 ) -> dict[str, Tensor]:
     """Make the tensors of a linear as the file has them, by the last part of their names; the bias too.
 
@@ -110,6 +133,7 @@ def make_int4_tensors(
         inputs: columns in the file: I, rounded up to a multiple of `size`.
         parts: number of equal blocks of rows in the linear, 2 for a fused gate and up; rows of zeros are added to each.
         dtype: of scales, zeros and bias.
+        layout: of the file.
 
     Example:
         >>> linear = Int4Linear(in_features=32, out_features=4)
@@ -119,10 +143,11 @@ def make_int4_tensors(
     """
     repeat, groups = linear.group_size // size, inputs // size
     codes = pad_row_blocks(linear.packed[:, : inputs // 2], outputs, parts)
-    tensors = {"weight": codes.contiguous().view(torch.uint32)}
-    for name, values in (("scales", linear.scale), ("qbiases", linear.zero)):
-        file_values = values.repeat_interleave(repeat, 1)[:, :groups].to(dtype)
-        tensors[name] = pad_row_blocks(file_values, outputs, parts).contiguous()
+    scale, zero = (
+        pad_row_blocks(values.repeat_interleave(repeat, 1)[:, :groups], outputs, parts).contiguous()
+        for values in (linear.scale, linear.zero)
+    )
+    tensors = layout.pack(codes, scale, zero, dtype)
     if linear.bias is not None:
         tensors["bias"] = pad_row_blocks(linear.bias.detach()[:, None], outputs, parts)[:, 0].to(dtype).contiguous()
     return tensors
@@ -141,10 +166,10 @@ def pad_row_blocks(values: Tensor, rows: int, parts: int = 1) -> Tensor:
 
 @torch.no_grad()
 def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: torch.dtype | str) -> "PreTrainedModel":
-    """Read the model of a folder in this layout; its linears stay in 4 bits.
+    """Read the model of a folder with 4-bit linears, which stay in 4 bits.
 
     Args:
-        folder: local, with safetensors.
+        folder: local, with safetensors, of which `read_stored_int4` knows the layout.
         kind: class with per-layer shapes; None for a stock folder.
         dtype: of all other weights; "auto": as saved.
 
@@ -156,28 +181,16 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
 
     Example: see `prunelit.load`.
     """
-    files, config = SafetensorsFolder(folder), read_model_config(folder)
+    files, config, stored = SafetensorsFolder(folder), read_model_config(folder), read_stored_int4(folder)
+    assert stored is not None
     other_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
     model = build_meta_model(folder, kind, other_dtype, torch.device("cpu"))
     del model.config.quantization_config
     names = files.match_names(model)
     for name, module in list(model.named_modules()):
-        weight = next(iter(names.get(f"{name}.weight", ())), "")
-        offset_names = [f"{weight.removesuffix('weight')}{last}" for last in ("scales", "qbiases")]
-        if isinstance(module, nn.Linear) and all(key in files.file_by_tensor for key in offset_names):
-            codes, scale, zero = (files.map_tensor(key) for key in (weight, *offset_names))
-            if codes.shape != (module.out_features, module.in_features // CODES_PER_WORD):
-                raise _make_shape_error(
-                    folder, weight, f"[{module.out_features}, {module.in_features // CODES_PER_WORD}]", codes
-                )
-            groups = module.in_features // config["quantization_config"]["group_size"]
-            if not scale.shape == zero.shape == (module.out_features, groups):
-                expected = f"scales and qbiases [{module.out_features}, {groups}]"
-                raise _make_shape_error(
-                    folder, name, expected, scale if scale.shape != (module.out_features, groups) else zero
-                )
-            packed = codes.clone().view(torch.uint8)
-            parts = (packed, scale.float().clone(), zero.float().clone())
+        if isinstance(module, nn.Linear) and (tensors := _map_linear(files, names, name, stored.layout)):
+            _check_linear_shapes(folder, name, module, tensors, stored)
+            parts = stored.layout.unpack(tensors)
             replace_module(model, name, Int4Linear.from_parts(*parts, module.in_features, module.bias))
     missing = set()
     for name, empty in model.state_dict(keep_vars=True).items():
@@ -198,6 +211,36 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
             f"({unread[0]}, ...); the files are incomplete or belong to another config"
         )
     return model.requires_grad_(False).eval()
+
+
+def _map_linear(
+    files: SafetensorsFolder, names: Mapping[str, tuple[str, ...]], name: str, layout: Int4Layout
+) -> dict[str, Tensor]:
+    """The tensors of a linear by their suffixes; {} where it is not in 4 bits."""
+    first, *others = layout.suffixes
+    codes = next(iter(names.get(f"{name}.{first}", ())), "")
+    prefix = codes.removesuffix(first)
+    if not codes or any(f"{prefix}{suffix}" not in files.file_by_tensor for suffix in others):
+        return {}
+    suffixes = (*layout.suffixes, "weight_zero_point")  # which a symmetric folder lacks
+    return {last: files.map_tensor(f"{prefix}{last}") for last in suffixes if f"{prefix}{last}" in files.file_by_tensor}
+
+
+def _check_linear_shapes(
+    folder: Path, name: str, module: nn.Linear, tensors: Mapping[str, Tensor], stored: StoredInt4
+) -> None:
+    """Compare the tensors of a 4-bit linear with the shape that config.json gives it."""
+    first, *offsets = stored.layout.suffixes
+    rows, groups = module.out_features, module.in_features // stored.group_size
+    words = rows, module.in_features // CODES_PER_WORD
+    if tensors[first].shape != words:
+        raise _make_shape_error(folder, f"{name}.{first}", str([*words]), tensors[first])
+    for last in offsets:
+        if tensors[last].shape != (rows, groups):
+            raise _make_shape_error(folder, name, f"{stored.layout.offsets} [{rows}, {groups}]", tensors[last])
+    points = tensors.get("weight_zero_point")
+    if points is not None and points.shape != (expected := (-(-rows // CODES_PER_WORD), groups)):
+        raise _make_shape_error(folder, name, f"weight_zero_point {[*expected]}", points)
 
 
 def _is_down_projection(linear: DecoderLinear, down: str) -> bool:

@@ -17,6 +17,7 @@ from prunelit.core.architectures import get_architecture, has_experts
 from prunelit.model.decoder import get_weight_out_in, is_conv1d
 from prunelit.model.per_layer import find, replace_module, set_linear
 from prunelit.quantization.int4 import Int4Linear, check_group_size, compute_error_bound
+from prunelit.quantization.integer_zeros import make_linear_with_integer_zeros
 from prunelit.quantization.linears import (
     get_linear_widths,
     get_quantization,
@@ -29,6 +30,7 @@ from prunelit.runtime.errors import BadOption, BadQuantisation, UnknownArchitect
 from prunelit.runtime.progress import track_progress
 
 Base = Literal["none", "nf4", "int4"]
+Zeros = Literal["float", "integer"]
 Model = TypeVar("Model", bound=nn.Module)
 BASES = ("none", "nf4", "int4")
 _NF4_BLOCK = 64  # on CPUs, other sizes give wrong weights at more widths
@@ -181,6 +183,7 @@ def quantize_model(
     group_size: int = 32,
     compute_dtype: torch.dtype | None = None,
     double_quant: bool = True,
+    zeros: Zeros = "float",
 ) -> list[QuantizedLinear]:
     """Replace every prunable linear of the decoder layers by a 4-bit one, in place, and freeze the model.
 
@@ -194,6 +197,8 @@ def quantize_model(
         group_size: inputs per group of int4; nf4 has blocks of 64.
         compute_dtype: dtype of the products; None: the dtype of the input with int4, of the weight with nf4.
         double_quant: whether nf4's statistics are quantised too.
+        zeros: of int4: "float" for groups that begin at any number, "integer" for those of format w4a16, in which the
+            number 0 is a code.
 
     Returns:
         One record per linear, in the order of the layers.
@@ -224,7 +229,8 @@ def quantize_model(
         old = find(model, name)
         weight = get_weight_out_in(old)
         if base == "int4":
-            new: nn.Module = Int4Linear.from_weight(weight, old.bias, group_size, compute_dtype)
+            make = Int4Linear.from_weight if zeros == "float" else make_linear_with_integer_zeros
+            new: nn.Module = make(weight, old.bias, group_size, compute_dtype)
         else:
             new = _make_nf4_linear(weight, old.bias, compute_dtype or weight.dtype, double_quant)
         bound = compute_error_bound(group_size) if base == "int4" else _NF4_ERROR_BOUND

@@ -24,7 +24,8 @@ from prunelit.core.architectures import get_architecture
 from prunelit.model.decoder import is_conv1d
 from prunelit.model.stored.folder import INDEX_FILE, SINGLE, SafetensorsFolder
 from prunelit.quantization.int4 import GroupLora
-from prunelit.quantization.int4_folder import CODES_PER_WORD, pad_row_blocks, read_int4_config
+from prunelit.quantization.int4_folder import pad_row_blocks, read_stored_int4
+from prunelit.quantization.int4_layouts import CODES_PER_WORD
 from prunelit.quantization.linears import get_linear_widths, list_decoder_linears, unwrap_peft_model
 from prunelit.quantization.quantize import CONV1D_MARK
 from prunelit.recovery.lora import build_peft_config, list_adapter_targets
@@ -172,13 +173,15 @@ def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """[O, I] of the matrices in a model folder, by name; nothing where the folder is not local."""
     if not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE)):
         return {}
-    codes = CODES_PER_WORD if read_int4_config(folder) else 1
+    stored = read_stored_int4(folder)
+    codes, scales = stored.layout.suffixes[:2] if stored else ("weight", "")
     files, shapes = SafetensorsFolder(folder), {}
     for key in files.file_by_tensor:
-        shape = tuple(files.map_tensor(key).shape) if key.endswith(".weight") else ()
-        name = key.removesuffix(".weight")
+        name, _, last = key.rpartition(".")
+        shape = tuple(files.map_tensor(key).shape) if last in ("weight", codes) else ()
         if len(shape) == 2:
-            shapes[name] = (shape[0], shape[1] * (codes if f"{name}.scales" in files.file_by_tensor else 1))
+            is_packed = stored is not None and f"{name}.{scales}" in files.file_by_tensor
+            shapes[name] = (shape[0], shape[1] * (CODES_PER_WORD if is_packed else 1))
     return shapes
 
 

@@ -9,13 +9,14 @@ import torch
 
 import prunelit
 from prunelit.core.plan import PruningPlan
-from prunelit.export import int4 as writer
 from prunelit.export import write_model
 from prunelit.export.formats import ExportJob
+from prunelit.export.four_bits import folder as four_bits
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
+from prunelit.quantization.int4_layouts import METAL
 from prunelit.quantization.linears import list_decoder_linears
 from prunelit.recovery.lora import add_lora
 from prunelit.recovery.merge import merge_adapters
@@ -140,21 +141,21 @@ def test_no_linear_is_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = odd("llama", 8)
     quantize.quantize_model(model, "int4", 16)
     monkeypatch.setattr(int4, "_unpack_weight", lambda *args: pytest.fail("unpacked"))
-    writer.write_int4(ExportJob(model, tmp_path))
+    four_bits.write_4_bits(ExportJob(model, tmp_path), "int4", METAL)
     assert (tmp_path / "model.safetensors").is_file()
 
 
 def test_a_wrong_folder_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     quantize.quantize_model(model, "int4", 16)
-    whole = writer._collect_int4_tensors
+    whole = four_bits._collect_int4_tensors
 
     def wrong(*args: Any) -> Any:
         weights, facts = whole(*args)
         name = next(name for name in weights if name.endswith("qbiases"))
         return weights | {name: weights[name] + 0.5}, facts
 
-    monkeypatch.setattr(writer, "_collect_int4_tensors", wrong)
+    monkeypatch.setattr(four_bits, "_collect_int4_tensors", wrong)
     with pytest.raises(NotProved, match="does not read back equal"):
         prunelit.save(model, tmp_path / "m", format="int4")
     assert not (tmp_path / "m").exists()

@@ -15,6 +15,7 @@ from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.quantization import int4_folder, quantize
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
+from prunelit.quantization.int4_layouts import METAL
 from prunelit.quantization.linears import get_quantization, list_decoder_linears
 from prunelit.runtime.errors import BadQuantisation, SourceNotFound
 from tests.tiny import cut, keep, tiny, tokens
@@ -154,16 +155,18 @@ def test_damaged_folders_are_refused(saved: tuple[Any, Path], tmp_path: Path, ch
 
 
 def test_only_folders_in_this_layout_are_taken_for_one(saved: tuple[Any, Path], tmp_path: Path) -> None:
-    assert int4_folder.read_int4_config(saved[1]) == {
+    assert int4_folder.read_stored_int4(saved[1]) == (METAL, 32)
+    config = json.loads((saved[1] / "config.json").read_text())
+    assert config["quantization_config"] == {
         "quant_method": "metal",
         "bits": 4,
         "group_size": 32,
         "modules_to_not_convert": ["lm_head"],
     }
-    assert int4_folder.read_int4_config(tmp_path) is None
+    assert int4_folder.read_stored_int4(tmp_path) is None
     for other in ({}, {"quantization_config": None}, {"quantization_config": {"quant_method": "metal", "bits": 8}}):
         (tmp_path / "config.json").write_text(json.dumps(other))
-        assert int4_folder.read_int4_config(tmp_path) is None
+        assert int4_folder.read_stored_int4(tmp_path) is None
 
 
 @pytest.mark.parametrize("size", [0, 12, -8, "32", None])
@@ -172,4 +175,4 @@ def test_a_group_size_that_is_none_is_said(saved: tuple[Any, Path], tmp_path: Pa
     config["quantization_config"]["group_size"] = size
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceNotFound, match="group_size: expected a multiple of 8"):
-        int4_folder.read_int4_config(tmp_path)
+        int4_folder.read_stored_int4(tmp_path)

@@ -26,7 +26,7 @@ from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved
 FOLDERS_WITH_CODE = frozenset({"hetero", "deci"})
 """Formats whose folders vLLM reads with `--trust-remote-code`."""
 SERVED_FORMATS = ("uniform", "hetero", "padded", "deci")
-"""Formats that vLLM reads."""
+"""Formats whose folders vLLM runs in float32, in which they are compared; w4a16 has kernels in 16 bits only."""
 LOGPROB_LIMIT = 1e-3
 """Largest difference of log-probabilities in float32."""
 _NEW_TOKENS = 8
