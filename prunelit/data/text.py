@@ -128,24 +128,6 @@ def read_source_text(source: str, tokenizer: Any = None) -> str:
     return text
 
 
-def tokenise_source(source: str, tokenizer: Any) -> Tensor:
-    """Tokenise a whole source as one text.
-
-    Args:
-        source: a text source.
-        tokenizer: a transformers tokenizer.
-
-    Returns:
-        [tokens] int64, with the special tokens that the tokenizer adds to one text.
-
-    Raises:
-        SourceNotFound, NotEnoughText: as for `read_source_text`.
-
-    Example: see `tests/data/test_text.py`.
-    """
-    return _tokenise_rows(open_text_rows(source), tokenizer, None)
-
-
 def _tokenise_rows(rows: TextRows, tokenizer: Any, most_tokens: int | None) -> Tensor:
     """Tokenise rows as one text, or its beginning of at least `most_tokens` tokens."""
     pieces, count = [], 0
@@ -193,12 +175,10 @@ def shuffle_source(source: str, tokenizer: Any, seqlen: int, count: int | None, 
     Example: see `prunelit.recovery.datamodule`, which uses it.
     """
     rows = open_text_rows(source)
-    if count is not None and is_drawn_by_rows(rows, seqlen, count):
-        drawn = draw_row_windows(rows, tokenizer, seqlen, count, seed)
-        if len(drawn) == count:
-            warn_of_skipped(f"text {source!r}", rows.skipped, stacklevel=3)
-            return StoredWindows([drawn])
-    elif count is None and rows.has_rows and rows.measure_total() > WHOLE_BYTES:
+    drawn = None if count is None else _draw_from_rows(rows, tokenizer, seqlen, count, seed)
+    if drawn is not None:
+        return StoredWindows([drawn])
+    if count is None and rows.has_rows and rows.measure_total() > WHOLE_BYTES:
         log_on_rank_zero(f"text {source!r}: all of it is tokenised; with data.train_windows only as much as is needed")
     ids = store_token_ids(_iterate_ids(rows, tokenizer), get_cache_folder)
     _check_has_text(rows)
@@ -279,11 +259,10 @@ def _draw_source_windows(
     """`draw_windows` of one source."""
     rows = open_text_rows(source) if isinstance(source, str) else source
     source = rows.source
-    if count is not None and seed is not None and stride is None and is_drawn_by_rows(rows, seqlen, count):
-        windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
-        if len(windows) == count:
-            warn_of_skipped(f"text {source!r}", rows.skipped, stacklevel=3)
-            return windows  # else the rests of rows are needed too, so the text is taken as a whole
+    if count is not None and seed is not None and stride is None:
+        drawn = _draw_from_rows(rows, tokenizer, seqlen, count, seed)
+        if drawn is not None:
+            return drawn
     # The first windows need the beginning of the text alone.
     most_tokens = seqlen + (count - 1) * (stride or seqlen) if count is not None and seed is None else None
     windows = cut_into_windows(_tokenise_rows(rows, tokenizer, most_tokens), seqlen, source, stride)
@@ -291,6 +270,21 @@ def _draw_source_windows(
         generator = torch.Generator().manual_seed(seed)
         windows = windows[torch.randperm(len(windows), generator=generator)[:count].sort().values]
     return windows[:count]
+
+
+def _draw_from_rows(rows: TextRows, tokenizer: Any, seqlen: int, count: int, seed: int) -> Tensor | None:
+    """Draw windows from some rows of a large source.
+
+    Returns:
+        `count` windows; None where all of the text is needed: it is small, or the rests of its rows count too.
+    """
+    if not is_drawn_by_rows(rows, seqlen, count):
+        return None
+    windows = draw_row_windows(rows, tokenizer, seqlen, count, seed)
+    if len(windows) < count:
+        return None
+    warn_of_skipped(f"text {rows.source!r}", rows.skipped, stacklevel=4)
+    return windows
 
 
 def check_stride(stride: int | None, seqlen: int, sources: Sequence[object]) -> None:

@@ -47,9 +47,9 @@ def parquet(path: Path, **columns: Any) -> str:
 )
 def test_a_row_that_is_no_text_is_named_with_its_column(tmp_path: Path, row: dict[str, Any], column: str) -> None:
     source = rows_in(tmp_path / "a.jsonl", row)
-    for read in (text.tokenise_source, lambda name, tokenizer: instructions.read_instructions(name, tokenizer, 64)):
+    for read in (text.draw_windows, instructions.read_instructions):
         with pytest.raises(SourceNotFound, match=f"row 0: expected .* in the column '{column}'") as error:
-            read(source, templated())
+            read(source, templated(), 64)
         assert one_line(error)
 
 
@@ -125,7 +125,7 @@ def test_rows_whose_windows_do_not_suffice_are_taken_as_a_whole(
 ) -> None:
     source = rows_in(tmp_path / "a.jsonl", *[{"messages": CHAT}] * 60)
     monkeypatch.setattr("prunelit.data.text.is_drawn_by_rows", lambda *_: True)
-    tokens = len(text.tokenise_source(source, templated()))
+    tokens = text.draw_windows(source, templated(), 2).numel()
     # A window takes a whole chat and drops its rest, so half of the windows are all that drawn rows can give.
     seqlen = tokens // 60 // 2
     assert len(text.draw_windows(source, templated(), seqlen, 100, seed=0)) == 100
