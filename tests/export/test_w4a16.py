@@ -57,8 +57,9 @@ def test_families_of_every_layout(family: str, tmp_path: Path) -> None:
     model = tiny(family, **{name: size for name, size in sizes.items() if family != "opt" or "key" not in name})
     surgery.apply(model, cut(model, "mlp"))
     prunelit.save(quantized(model), tmp_path / "m", format="w4a16")
-    assert torch.allclose(logits(by_transformers(tmp_path / "m")), logits(model), atol=1e-6)
-    assert torch.allclose(logits(loading.load(tmp_path / "m")), logits(model), atol=1e-6)
+    expected = logits(model)
+    for stored in (by_transformers(tmp_path / "m"), loading.load(tmp_path / "m")):
+        assert (logits(stored) - expected).abs().max() <= 5e-6 * expected.abs().max()
 
 
 def test_prunelit_reads_it_without_a_package_and_keeps_the_bits(tmp_path: Path) -> None:
