@@ -71,7 +71,7 @@ def round_with_integer_zeros(weight: Tensor, group_size: int, dtype: torch.dtype
         points = compute_points(scale, low)
         codes = _round_groups(grouped, scale, points)
         error = ((codes - points[..., None].float()) * scale[..., None] - grouped).square_().sum(-1)
-        candidate = error, scale, points, codes
+        candidate: tuple[Tensor, ...] = error, scale, points, codes
         if best:
             is_better = error < best[0]
             candidate = tuple(

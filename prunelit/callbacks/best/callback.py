@@ -5,7 +5,7 @@ Source: ours, from parts of the field. In order:
    1906.10771, 2204.09656), per parameter. All layers and kinds are ranked in one list, and `min_kept` limits the cut of
    a layer.
 2. The dense model generates as many tokens as the calibration text has (LLM-QAT, arXiv 2305.17888), see
-   `prunelit.callbacks.best.generated_text`.
+   `prunelit.callbacks.best.generated_text`; texts begin as the model needs it to write other than repetitions.
 3. On both texts the output projections are refitted on the pruned prefix (`prunelit.repair.reconstruct`).
 4. The pruned model is distilled from the dense model's distributions for some passes, without labels
    (`prunelit.callbacks.best.distill`); of the changes only what exceeds noise is applied
@@ -124,7 +124,7 @@ class Best(PruningCallback):
         all_batches = list(batches)
         if tokens:
             all_batches += self.compute_cached(
-                "text", context, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed)
+                "text", context, lambda: generated_text.generate_text(decoder.model, tokens, length, self.seed, batches)
             )
         own_batches = take_rank_share(all_batches)
         dense_streams = distill.record_dense_streams(decoder, own_batches) if self.epochs else []

@@ -1,6 +1,7 @@
 """Text a model writes itself."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -59,3 +60,49 @@ def test_no_end_of_a_turn_is_written():
     model.generation_config = GenerationConfig(eos_token_id=[2, 7, 9, 999])
     ids = generated_text.generate_text(model, 64 * 16, 16)[0]["input_ids"]
     assert not torch.isin(ids, torch.tensor([2, 7, 9])).any()
+
+
+def make_probe(distinct: dict[int | None, int], asked: list[int | None]) -> Any:
+    """Sampling that writes so many distinct tokens after a random (None) or a certain first token."""
+
+    def sample(model: Any, rows: int, length: int, seed: int, first_token: int | None = None) -> torch.Tensor:
+        asked.append(first_token)
+        return torch.arange(length)[None].expand(rows, -1) % distinct[first_token]
+
+    return sample
+
+
+@pytest.mark.parametrize(
+    ("distinct", "start", "chosen"),
+    [
+        ({None: 12, 1: 1}, 1, None),
+        ({None: 2, 1: 12}, 1, 1),
+        ({None: 2, 1: 3}, 1, "none"),
+        ({None: 2}, None, "none"),
+    ],
+)
+def test_texts_begin_where_the_model_does_not_repeat_itself(
+    distinct: dict[int | None, int],
+    start: Any,
+    chosen: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model, asked = tiny("llama"), []
+    model.config.bos_token_id = model.generation_config.bos_token_id = start
+    monkeypatch.setattr(generated_text, "_sample_tokens", make_probe(distinct, asked))
+    like = [{"input_ids": torch.arange(32).view(2, 16), "attention_mask": torch.ones(2, 16)}]
+    batches = generated_text.generate_text(model, 32, length=16, like=like)
+    if chosen == "none":
+        assert batches == [] and "own text: left out, because the model repeats itself" in caplog.text
+    else:
+        assert asked[-1] == chosen and len(batches) == 1
+    assert asked[0] is None
+
+
+def test_padding_of_the_calibration_text_is_no_repetition() -> None:
+    model = tiny("llama")
+    mask = torch.zeros(2, 32, dtype=torch.long)
+    mask[:, :4] = 1
+    like = [{"input_ids": torch.arange(64).view(2, 32) * mask, "attention_mask": mask}]
+    assert generated_text.generate_text(model, 64, 32, like=like)
