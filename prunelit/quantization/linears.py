@@ -1,7 +1,7 @@
 """Lists what adapters and 4-bit bases replace: the prunable linears of a model by layer and block, whether plain,
 quantised or with adapters; and its mixtures of experts, whose weights are tensors and not linears."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.runtime.errors import DeclarationMismatch
 
 LinearKind = Literal["attention", "ffn"]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 class DecoderLinear(NamedTuple):
@@ -153,6 +154,23 @@ def has_adapters(model: nn.Module) -> bool:
         False
     """
     return hasattr(model, "peft_config") or any(isinstance(module, GroupLora) for module in model.modules())
+
+
+def clear_adapter_mark(model: Model) -> Model:
+    """Remove what PEFT before 0.19 leaves on a model whose adapters were merged or removed, and return the model.
+
+    Args:
+        model: without adapters.
+
+    Example:
+        >>> linear = nn.Linear(2, 2)
+        >>> linear.peft_config = {}
+        >>> hasattr(clear_adapter_mark(linear), "peft_config")
+        False
+    """
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
 
 
 def get_quantization(model: nn.Module) -> Literal["nf4", "int4"] | None:

@@ -8,7 +8,13 @@ from torch import nn
 from prunelit.model.copies import copy_sharing_tensors
 from prunelit.model.decoder import Decoder, is_conv1d
 from prunelit.model.per_layer import replace_module, set_counters, set_linear
-from prunelit.quantization.linears import get_linear_widths, get_quantization, has_adapters, list_decoder_linears
+from prunelit.quantization.linears import (
+    clear_adapter_mark,
+    get_linear_widths,
+    get_quantization,
+    has_adapters,
+    list_decoder_linears,
+)
 from prunelit.quantization.quantize import CONV1D_MARK
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,7 +71,7 @@ def view_without_adapters(model: nn.Module) -> nn.Module:
         return model
     copied = copy_sharing_tensors(model)
     if hasattr(copied, "peft_config"):
-        return copied.unload()
+        return clear_adapter_mark(copied.unload())
     for linear in list_decoder_linears(copied):
         replace_module(copied, linear.name, getattr(linear.module, "base_layer", linear.module))
     return copied

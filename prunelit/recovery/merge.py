@@ -19,6 +19,7 @@ from prunelit.model.per_layer import find, replace_module
 from prunelit.model.quiet import silence_transformers
 from prunelit.quantization.int4 import GroupLora, Int4Linear
 from prunelit.quantization.linears import (
+    clear_adapter_mark,
     get_linear_widths,
     get_quantization,
     has_adapters,
@@ -66,7 +67,7 @@ def merge_adapter_folder(model: Any, folder: str | os.PathLike[str]) -> Any:
         with show_stage("merging the adapter"), silence_transformers(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", PATTERN_WARNING)
             warnings.filterwarnings("error", "Found missing adapter keys")  # PEFT would go on with random adapters
-            return PeftModel.from_pretrained(model, str(path)).merge_and_unload()
+            return clear_adapter_mark(PeftModel.from_pretrained(model, str(path)).merge_and_unload())
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, UserWarning) as error:
         reason = " ".join(str(error).split())
         if "size mismatch" in reason:  # of experts, whose number the shapes do not tell
@@ -153,7 +154,7 @@ def merge_adapters(model: Any) -> nn.Module:
         )
     if hasattr(model, "merge_and_unload"):
         with show_stage("merging the adapters"):
-            return cast(nn.Module, model.merge_and_unload())
+            return clear_adapter_mark(cast(nn.Module, model.merge_and_unload()))
     for linear in list_decoder_linears(model):
         if isinstance(linear.module, GroupLora):
             replace_module(model, linear.name, linear.module.merge())
@@ -208,4 +209,4 @@ def merge_into_full_precision(full_base: Any, adapted: Any) -> nn.Module:
     with show_stage("merging the adapters"):
         peft_model: Any = get_peft_model(full_base, config)
         set_peft_model_state_dict(peft_model, adapter_state)
-        return cast(nn.Module, peft_model.merge_and_unload())
+        return clear_adapter_mark(cast(nn.Module, peft_model.merge_and_unload()))

@@ -342,6 +342,7 @@ def test_int4_is_asked_for_with_its_base(wide: str, tmp_path: Path) -> None:
 
 
 def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     module, trainer, _ = run(wide, tmp_path, 8, base="nf4", lora_dropout=0.0, align=64)
     base, windows = module._full_precision_model[0], trainer.datamodule.validation
     plain = {name: value.clone() for name, value in base.state_dict().items()}
@@ -352,6 +353,7 @@ def test_nf4_is_merged_into_the_cut_weights(wide: str, tmp_path: Path) -> None:
 
 
 def test_options_of_adapters_reach_them(wide: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
     module, trainer, _ = run(
         wide, tmp_path / "a", 2, ffn_lora_rank=2, ffn_learning_rate=1e-3, optimizer="adamw8bit", base="int4", align=64
     )
@@ -377,6 +379,8 @@ def test_options_of_adapters_reach_them(wide: str, tmp_path: Path) -> None:
 def test_a_format_that_can_not_hold_the_cut_model_is_refused_before_training(
     tmp_path: Path, format: str, family: str, base: str, cut: dict[str, Any], why: str
 ) -> None:
+    if format == "gguf":
+        pytest.importorskip("xllamacpp")
     tokenizer = tiny_tokenizer()
     tiny(family, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "source")
     tokenizer.save_pretrained(tmp_path / "source")

@@ -209,7 +209,7 @@ def _joins_rows(conversion: Any) -> bool:
     return (
         [type(operation) for operation in operations] == [Concatenate]
         and operations[0].dim == 0
-        and operations[0].num_shards_attribute is None
+        and getattr(operations[0], "num_shards_attribute", None) is None  # transformers before 5.15 joins no shards
         and len(conversion.target_patterns) == 1
         and not any("*" in pattern for pattern in conversion.source_patterns)
     )

@@ -189,7 +189,8 @@ def _treats_experts_alike(operation: Any) -> bool:
     from transformers.core_model_loading import Concatenate, Interleave, Transpose
 
     if type(operation) is Concatenate:
-        return operation.num_shards_attribute is None and operation.dim % _AXES != 0
+        # transformers before 5.15 joins no shards
+        return getattr(operation, "num_shards_attribute", None) is None and operation.dim % _AXES != 0
     if type(operation) is Transpose:
         return not operation.check_dims and operation.dim0 % _AXES != 0 and operation.dim1 % _AXES != 0
     return type(operation) is Interleave and operation.dim % _AXES != 0
