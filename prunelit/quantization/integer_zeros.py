@@ -118,8 +118,8 @@ def round_zeros(model: nn.Module, dtype: torch.dtype) -> dict[str, float]:
     Example:
         >>> linear = Int4Linear.from_weight(torch.tensor([[-0.26, 0.49] * 8]), group_size=16)
         >>> changes = round_zeros(nn.Sequential(linear), torch.float32)
-        >>> f"{changes['0']:.3f}", find_float_zeros(linear) is None
-        ('0.026', True)
+        >>> 0.02 < changes["0"] < 0.03, find_float_zeros(linear) is None
+        (True, True)
     """
     changes = {}
     for name, linear in model.named_modules():

@@ -44,9 +44,11 @@ def words(tmp_path: Path) -> str:
 def test_every_format_leaves_the_mark(format: str, unproved: bool, tmp_path: Path) -> None:
     if format == "gguf" and not unproved:
         pytest.importorskip("llama_cpp")
+    if format == "w4a16" and not unproved:
+        pytest.importorskip("compressed_tensors")
     model, spoken = tiny("llama", **WIDE), tokenizer()
-    if format == "int4":
-        quantize.quantize_model(model, "int4", 16)
+    if format in formats.FOUR_BIT_FORMATS:
+        quantize.quantize_model(model, "int4", 32, zeros="integer")
     if format == "gguf":
         model.resize_token_embeddings(len(spoken))
     save(model, tmp_path / "m", spoken if format == "gguf" else None, format=format, unproved=unproved)
