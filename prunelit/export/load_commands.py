@@ -51,7 +51,10 @@ def list_load_commands(
         shapes = "hetero" if "auto_map" in settings else "uniform"
         known = f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)"
         served = list_serve_commands(shapes, shell_path, model_type, plan)
-        commands += [(known, command) for heading, command in served if heading.startswith("With vLLM")]
+        serve_commands = [command for heading, command in served if heading.startswith("With vLLM")]
+        if plan is None:  # of a model that was not cut, vLLM knows the shapes
+            serve_commands = [format_serve_command(shell_path, shapes)]
+        commands += [(known, command) for command in serve_commands]
     else:
         commands += list_serve_commands(name, shell_path, model_type, plan)
     if name not in ("gguf", "deci"):
