@@ -12,7 +12,7 @@ from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
 from prunelit.export.proof.served import format_serve_command
 from prunelit.model.stored.folder import read_model_config
-from prunelit.planning.serving import LLAMA_CPP_TRIED, list_serving_options
+from prunelit.planning.serving import LLAMA_CPP_TRIED, ServingRow, list_serving_options
 from prunelit.planning.vllm_models import VLLM_VERSION, judge_vllm_backend
 
 _LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "w4a16", "gguf")
@@ -46,17 +46,7 @@ def list_load_commands(
     commands = [(f"As its format, {name}, is loaded", snippet)]
     if name in _LOADED_BY_PRUNELIT:
         commands.append(("With prunelit", f'import prunelit\n\nmodel = prunelit.load("{python_path}")'))
-    model_type = str(settings.get("model_type", ""))
-    if name == "w4a16":
-        shapes = "hetero" if "auto_map" in settings else "uniform"
-        known = f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)"
-        served = list_serve_commands(shapes, shell_path, model_type, plan)
-        serve_commands = [command for heading, command in served if heading.startswith("With vLLM")]
-        if plan is None:  # of a model that was not cut, vLLM knows the shapes
-            serve_commands = [format_serve_command(shell_path, shapes)]
-        commands += [(known, command) for command in serve_commands]
-    else:
-        commands += list_serve_commands(name, shell_path, model_type, plan)
+    commands += list_serve_commands(name, shell_path, str(settings.get("model_type", "")), plan)
     if name not in ("gguf", "deci"):
         commands.append(("Measured again", f"python -m prunelit evaluate --model {shell_path}"))
     return commands
@@ -81,24 +71,20 @@ def list_serve_commands(
         >>> list_serve_commands("hetero", "out", "pruned_llama", plan=None)
         [('With vLLM (tried with 0.32.0)', 'vllm serve out --trust-remote-code')]
     """
-    commands, family = [], model_type.removeprefix(PRUNED)
+    commands = []
     answers = {option.target: option for option in list_serving_options(plan)} if plan else {}
-    own_class = answers.get("vLLM, stock class")
     if verdict is not None:
         command = format_serve_command(path, name, verdict["model_impl"])
         commands.append((f"With vLLM (run with {verdict['versions']['vllm']}, see the proof)", command))
-    elif name == "deci":
-        commands.append((f"With vLLM (tried with {VLLM_VERSION})", format_serve_command(path, name)))
-    elif name == "hetero" and family in ARCHITECTURES and (backend := judge_vllm_backend(family)).answer != "no":
-        known = f"tried with {VLLM_VERSION}" if backend.answer == "yes" else "not tried with this family"
-        commands.append((f"With vLLM ({known})", format_serve_command(path, name)))
-    elif name == "padded":
-        known = f"tried with {VLLM_VERSION}" if family == "llama" else "not tried with this family"
-        commands.append((f"With vLLM ({known})", format_serve_command(path, name)))
-    elif name == "uniform" and own_class is not None and own_class.answer == "yes":
-        model_impl = "transformers" if "--model-impl transformers" in own_class.why else "auto"
-        known = f"tried with {VLLM_VERSION}" if own_class.known == "tried" else "read in its code, not run"
-        commands.append((f"With vLLM ({known})", format_serve_command(path, name, model_impl)))
+    elif name == "w4a16":  # its class is chosen as for plain weights
+        shapes = "hetero" if model_type.startswith(PRUNED) else "uniform"
+        found = _find_vllm_command(shapes, path, model_type, answers)
+        if plan is None:  # vLLM knows the shapes of a model that was not cut
+            found = "", format_serve_command(path, shapes)
+        if found is not None:
+            commands.append((f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)", found[1]))
+    elif found := _find_vllm_command(name, path, model_type, answers):
+        commands.append((f"With vLLM ({found[0]})", found[1]))
     if name == "gguf":
         commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"llama-cli -m {path}"))
     elif name != "deci" and any(
@@ -107,3 +93,22 @@ def list_serve_commands(
         export = f"python -m prunelit export --model {path} --format gguf --out model.gguf"
         commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"{export}\nllama-cli -m model.gguf"))
     return commands
+
+
+def _find_vllm_command(
+    name: str, path: str, model_type: str, answers: Mapping[str, ServingRow]
+) -> tuple[str, str] | None:
+    """What is known of vLLM with a format of plain weights, and its command; None where it does not run it."""
+    family, own_class = model_type.removeprefix(PRUNED), answers.get("vLLM, stock class")
+    tried = f"tried with {VLLM_VERSION}"
+    if name == "deci":
+        return tried, format_serve_command(path, name)
+    if name == "hetero" and family in ARCHITECTURES and (backend := judge_vllm_backend(family)).answer != "no":
+        return tried if backend.answer == "yes" else "not tried with this family", format_serve_command(path, name)
+    if name == "padded":
+        return tried if family == "llama" else "not tried with this family", format_serve_command(path, name)
+    if name == "uniform" and own_class is not None and own_class.answer == "yes":
+        model_impl = "transformers" if "--model-impl transformers" in own_class.why else "auto"
+        known = tried if own_class.known == "tried" else "read in its code, not run"
+        return known, format_serve_command(path, name, model_impl)
+    return None

@@ -68,6 +68,7 @@ def test_prunelit_reads_it_without_a_package_and_keeps_the_bits(tmp_path: Path) 
     again = loading.load(tmp_path / "m", four_bit=True)
     stored = load_file(tmp_path / "m" / "model.safetensors")
     assert not [name for name in stored if name.endswith("proj.weight")]
+    assert "vllm serve PATH" in (tmp_path / "m" / "README.md").read_text()
     assert get_quantization(again) == "int4" and integer_zeros.find_float_zeros(again) is None
     assert list_4_bit_tensors(again) == list_4_bit_tensors(model)
     assert write_model(again, tmp_path / "n", format="int4").format == "int4"  # float zeros hold whole steps too
