@@ -62,8 +62,8 @@ def load(source: str | os.PathLike[str], dtype: str | torch.dtype = "auto", four
         torch.device("cpu"),
         explain_unreadable(f"model {str(source)!r}: cannot be loaded"),
     ):
-        if int4_folder.read_stored_int4(folder) is not None:
-            model = int4_folder.read_int4_folder(Path(folder), find_saved_class(folder), target_dtype)
+        if stored := int4_folder.read_stored_int4(folder):
+            model = int4_folder.read_int4_folder(Path(folder), stored, find_saved_class(folder), target_dtype)
             return model if four_bit else quantize.dequantize_model(model)
         saved_class = find_saved_class(folder)
         model_class, options = saved_class, {}

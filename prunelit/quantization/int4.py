@@ -23,7 +23,8 @@ from torch.nn import functional
 from prunelit.runtime.errors import BadOption
 
 GROUP_SIZES = (16, 32, 64, 128)
-_MAX_CODE = 15
+MAX_CODE = 15
+"""Largest 4-bit code."""
 
 
 def check_group_size(group_size: int) -> None:
@@ -54,7 +55,7 @@ def compute_error_bound(group_size: int) -> float:
         >>> round(compute_error_bound(32), 3)
         0.154
     """
-    return (group_size / (6 * _MAX_CODE**2)) ** 0.5
+    return (group_size / (6 * MAX_CODE**2)) ** 0.5
 
 
 @torch.no_grad()
@@ -85,9 +86,9 @@ def round_to_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
         values = torch.cat([values, values[:, -1:].expand(-1, missing)], 1)
     grouped = values.reshape(rows, -1, group_size)
     low, high = grouped.aminmax(dim=-1)
-    scale = (high - low) / _MAX_CODE
+    scale = (high - low) / MAX_CODE
     steps = torch.where(scale > 0, scale, 1.0)[..., None]
-    codes = ((grouped - low[..., None]) / steps).round_().clamp_(0, _MAX_CODE).to(torch.uint8)
+    codes = ((grouped - low[..., None]) / steps).round_().clamp_(0, MAX_CODE).to(torch.uint8)
     return codes.view(rows, -1)[:, :width], scale, low
 
 

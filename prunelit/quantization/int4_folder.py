@@ -165,11 +165,14 @@ def pad_row_blocks(values: Tensor, rows: int, parts: int = 1) -> Tensor:
 
 
 @torch.no_grad()
-def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: torch.dtype | str) -> "PreTrainedModel":
+def read_int4_folder(
+    folder: Path, stored: StoredInt4, kind: "type[PreTrainedModel] | None", dtype: torch.dtype | str
+) -> "PreTrainedModel":
     """Read the model of a folder with 4-bit linears, which stay in 4 bits.
 
     Args:
-        folder: local, with safetensors, of which `read_stored_int4` knows the layout.
+        folder: local, with safetensors.
+        stored: as of `read_stored_int4`.
         kind: class with per-layer shapes; None for a stock folder.
         dtype: of all other weights; "auto": as saved.
 
@@ -181,8 +184,7 @@ def read_int4_folder(folder: Path, kind: "type[PreTrainedModel] | None", dtype: 
 
     Example: see `prunelit.load`.
     """
-    files, config, stored = SafetensorsFolder(folder), read_model_config(folder), read_stored_int4(folder)
-    assert stored is not None
+    files, config = SafetensorsFolder(folder), read_model_config(folder)
     other_dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, config.get("dtype") or "float32")
     model = build_meta_model(folder, kind, other_dtype, torch.device("cpu"))
     del model.config.quantization_config
@@ -217,30 +219,28 @@ def _map_linear(
     files: SafetensorsFolder, names: Mapping[str, tuple[str, ...]], name: str, layout: Int4Layout
 ) -> dict[str, Tensor]:
     """The tensors of a linear by their suffixes; {} where it is not in 4 bits."""
-    first, *others = layout.suffixes
+    first = layout.suffixes[0]
     codes = next(iter(names.get(f"{name}.{first}", ())), "")
-    prefix = codes.removesuffix(first)
-    if not codes or any(f"{prefix}{suffix}" not in files.file_by_tensor for suffix in others):
+    name_by_suffix = {last: f"{codes.removesuffix(first)}{last}" for last in (*layout.suffixes, *layout.optional)}
+    present = {last: key for last, key in name_by_suffix.items() if key in files.file_by_tensor}
+    if not codes or not present.keys() >= {*layout.suffixes}:
         return {}
-    suffixes = (*layout.suffixes, "weight_zero_point")  # which a symmetric folder lacks
-    return {last: files.map_tensor(f"{prefix}{last}") for last in suffixes if f"{prefix}{last}" in files.file_by_tensor}
+    return {last: files.map_tensor(key) for last, key in present.items()}
 
 
 def _check_linear_shapes(
     folder: Path, name: str, module: nn.Linear, tensors: Mapping[str, Tensor], stored: StoredInt4
 ) -> None:
     """Compare the tensors of a 4-bit linear with the shape that config.json gives it."""
-    first, *offsets = stored.layout.suffixes
-    rows, groups = module.out_features, module.in_features // stored.group_size
-    words = rows, module.in_features // CODES_PER_WORD
-    if tensors[first].shape != words:
-        raise _make_shape_error(folder, f"{name}.{first}", str([*words]), tensors[first])
-    for last in offsets:
-        if tensors[last].shape != (rows, groups):
-            raise _make_shape_error(folder, name, f"{stored.layout.offsets} [{rows}, {groups}]", tensors[last])
-    points = tensors.get("weight_zero_point")
-    if points is not None and points.shape != (expected := (-(-rows // CODES_PER_WORD), groups)):
-        raise _make_shape_error(folder, name, f"weight_zero_point {[*expected]}", points)
+    layout = stored.layout
+    shapes = layout.list_shapes(module.out_features, module.in_features, stored.group_size)
+    for last, tensor in tensors.items():
+        if tensor.shape == shapes[last]:
+            continue
+        if last == layout.suffixes[0]:
+            raise _make_shape_error(folder, f"{name}.{last}", str([*shapes[last]]), tensor)
+        label = last if last in layout.optional else layout.offsets
+        raise _make_shape_error(folder, name, f"{label} {[*shapes[last]]}", tensor)
 
 
 def _is_down_projection(linear: DecoderLinear, down: str) -> bool:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prunelit.quantization.int4 import pack_codes
 from prunelit.quantization.integer_zeros import compute_points, compute_zeros
 
 CODES_PER_WORD = 8
@@ -37,7 +38,9 @@ class Int4Layout(NamedTuple):
     Attributes:
         method: `quant_method` in config.json.
         suffixes: names of the tensors of a linear after its own name, the codes first, then what must be there too.
-        offsets: the last of them, in words, for messages.
+        optional: names of further tensors, which may lack.
+        list_shapes: (O, I, S) -> shape by suffix.
+        offsets: all suffixes but the first, in words, for messages.
         group_sizes: that its readers take; None: all multiples of 8.
         rows_per_word: the rows of a linear are multiples of it.
         make_settings: (group size, names of plain linears) -> `quantization_config`.
@@ -52,6 +55,8 @@ class Int4Layout(NamedTuple):
 
     method: str
     suffixes: tuple[str, ...]
+    optional: tuple[str, ...]
+    list_shapes: Callable[[int, int, int], dict[str, tuple[int, ...]]]
     offsets: str
     group_sizes: tuple[int, ...] | None
     rows_per_word: int
@@ -59,6 +64,11 @@ class Int4Layout(NamedTuple):
     find_group_size: Callable[[Mapping[str, Any]], Any]
     pack: Callable[[Tensor, Tensor, Tensor, torch.dtype], dict[str, Tensor]]
     unpack: Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor, Tensor]]
+
+
+def _list_metal_shapes(rows: int, width: int, group_size: int) -> dict[str, tuple[int, ...]]:
+    offsets = rows, width // group_size
+    return {"weight": (rows, width // CODES_PER_WORD), "scales": offsets, "qbiases": offsets}
 
 
 def _make_metal_settings(group_size: int, plain_linears: Collection[str]) -> dict[str, Any]:
@@ -81,6 +91,8 @@ def _unpack_metal(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor
 METAL = Int4Layout(
     "metal",
     ("weight", "scales", "qbiases"),
+    (),
+    _list_metal_shapes,
     "scales and qbiases",
     None,
     1,
@@ -89,6 +101,15 @@ METAL = Int4Layout(
     _pack_metal,
     _unpack_metal,
 )
+
+
+def _list_compressed_shapes(rows: int, width: int, group_size: int) -> dict[str, tuple[int, ...]]:
+    groups = width // group_size
+    return {
+        "weight_packed": (rows, width // CODES_PER_WORD),
+        "weight_scale": (rows, groups),
+        "weight_zero_point": (-(-rows // CODES_PER_WORD), groups),
+    }
 
 
 def _make_compressed_settings(group_size: int, plain_linears: Collection[str]) -> dict[str, Any]:
@@ -118,12 +139,11 @@ def _find_compressed_group_size(settings: Mapping[str, Any]) -> Any:
 
 
 def _pack_compressed(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    points = compute_points(scale, zero).T
-    bytes_ = points[:, ::2] | points[:, 1::2] << 4
+    packed_points = pack_codes(compute_points(scale, zero).T, CODES_PER_WORD)
     return {
         "weight_packed": codes.contiguous().view(torch.int32),
         "weight_scale": scale.to(dtype),
-        "weight_zero_point": bytes_.flatten().view(torch.int32).view(len(points), -1).T.contiguous(),
+        "weight_zero_point": packed_points.flatten().view(torch.int32).view(len(packed_points), -1).T.contiguous(),
         "weight_shape": torch.tensor([len(codes), 2 * codes.shape[1]]),
     }
 
@@ -141,6 +161,8 @@ def _unpack_compressed(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, T
 COMPRESSED_TENSORS = Int4Layout(
     "compressed-tensors",
     ("weight_packed", "weight_scale"),
+    ("weight_zero_point",),
+    _list_compressed_shapes,
     "weight_scale",
     (32, 64, 128),
     CODES_PER_WORD,

@@ -11,10 +11,8 @@ Legend: O outputs, I inputs, S group size, G groups.
 import torch
 from torch import Tensor, nn
 
-from prunelit.quantization.int4 import Int4Linear, pack_codes
+from prunelit.quantization.int4 import MAX_CODE, Int4Linear, pack_codes
 from prunelit.runtime.errors import BadQuantisation
-
-_MAX_CODE = 15
 
 
 def compute_points(scale: Tensor, zero: Tensor) -> Tensor:
@@ -28,7 +26,7 @@ def compute_points(scale: Tensor, zero: Tensor) -> Tensor:
         >>> compute_points(torch.tensor([[0.5]]), torch.tensor([[-2.0]])).item()
         4
     """
-    return (-zero / torch.where(scale > 0, scale, 1.0)).round().clamp(0, _MAX_CODE).to(torch.uint8)
+    return (-zero / torch.where(scale > 0, scale, 1.0)).round().clamp(0, MAX_CODE).to(torch.uint8)
 
 
 def compute_zeros(scale: Tensor, points: Tensor) -> Tensor:
@@ -62,10 +60,10 @@ def round_with_integer_zeros(weight: Tensor, group_size: int, dtype: torch.dtype
     values = nn.functional.pad(weight.detach().float(), (0, -width % group_size))
     grouped = values.view(rows, -1, group_size)
     low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
-    scale = ((high - low) / _MAX_CODE).to(dtype).float()
+    scale = ((high - low) / MAX_CODE).to(dtype).float()
     points = compute_points(scale, low)
     steps = torch.where(scale > 0, scale, 1.0)[..., None]
-    codes = ((grouped / steps).round() + points[..., None]).clamp_(0, _MAX_CODE).to(torch.uint8)
+    codes = ((grouped / steps).round() + points[..., None]).clamp_(0, MAX_CODE).to(torch.uint8)
     return codes.view(rows, -1)[:, :width], scale, compute_zeros(scale, points)
 
 
@@ -127,7 +125,7 @@ def round_zeros(model: nn.Module, dtype: torch.dtype) -> dict[str, float]:
             weight = linear.dequantize_weight()
             codes, scale, zero = round_with_integer_zeros(weight, linear.group_size, dtype)
             own_points = -linear.zero / linear.scale
-            is_kept = (own_points.round() >= 0) & (own_points.round() <= _MAX_CODE)  # not where a scale is 0
+            is_kept = (own_points.round() >= 0) & (own_points.round() <= MAX_CODE)  # not where a scale is 0
             own_scale = linear.scale.to(dtype).float()
             own_zero = compute_zeros(own_scale, compute_points(linear.scale, linear.zero))
             packed = pack_codes(codes, linear.group_size).view(*scale.shape, -1)

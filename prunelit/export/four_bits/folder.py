@@ -54,15 +54,12 @@ def write_4_bits(job: ExportJob, format: str, layout: Int4Layout) -> dict[str, A
     like = next(p for p in model.parameters() if p.is_floating_point())
     shell = (hetero.build_per_layer_model(plain_view) if stock is None else stock).to(like.dtype)
     weights, facts = _collect_int4_tensors(model, plain_view, size, layout)
-    state = model.state_dict()
+    state, in_4_bits = model.state_dict(), {linear.name for linear in list_decoder_linears(model)}
     for name, empty in shell.state_dict().items():
-        is_in_4_bits = f"{name.removesuffix('.weight')}.{layout.suffixes[0]}" in weights
-        if name not in weights and not is_in_4_bits:
+        if name not in weights and name.removesuffix(".weight") not in in_4_bits:
             weights[name] = state[name] if name in state else like.new_zeros(empty.shape)
     plain_linears = [
-        name
-        for name, module in shell.named_modules()
-        if isinstance(module, nn.Linear) and f"{name}.{layout.suffixes[1]}" not in weights
+        name for name, module in shell.named_modules() if isinstance(module, nn.Linear) and name not in in_4_bits
     ]
     shell.config.quantization_config = layout.make_settings(size, plain_linears)
     shell.generation_config = model.generation_config
