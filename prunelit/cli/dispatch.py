@@ -43,10 +43,10 @@ def run_command(command: str, arguments: list[str]) -> int:
     written = arguments
     arguments = config_files.resolve_configs(written)
     config_files.check_config_files(arguments)
-    is_plan_of_fit = command == "plan" and is_fit_config(arguments)
-    arguments = translate_options("plan of fit" if is_plan_of_fit else command, arguments)
+    kind = "plan of fit" if command == "plan" and is_fit_config(arguments) else command
+    arguments = translate_options(kind, arguments)
     with condense_errors(command):
-        arguments = _check_command_line("plan of fit" if is_plan_of_fit else command, arguments)
+        arguments = _check_command_line(kind, arguments)
         if sys.argv[1:] == [command, *written]:
             sys.argv[2:] = arguments  # Lightning reads it, and starts further ranks with it
         with show_stage("starting"):

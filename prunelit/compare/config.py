@@ -193,7 +193,7 @@ def _parse_row_options(
     if shared.get("repair") not in kind.repair_choices:  # a repair for all rows may not suit this method
         shared.pop("repair", None)
     merged = shared | dict(row_options)
-    return known.parse(merged, f"method {label!r}: options", "options of the method"), known.names
+    return known.parse_mapping(merged, f"method {label!r}: options", "options of the method"), known.names
 
 
 def select_method_rows(method_rows: Sequence[MethodRow], labels: Sequence[str] | None) -> list[MethodRow]:

@@ -44,9 +44,9 @@ class ClassOptions:
         >>> class Windows:
         ...     def __init__(self, count: int = 64, seqlen: int = 512): ...
         >>> options = ClassOptions(Windows)
-        >>> options.parse({"count": 8}, "text", "its options")
+        >>> options.parse_mapping({"count": 8}, "text", "its options")
         {'count': 8}
-        >>> options.parse({"cuont": 8}, "text", "its options")
+        >>> options.parse_mapping({"cuont": 8}, "text", "its options")
         Traceback (most recent call last):
         ...
         prunelit.runtime.errors.BadOption: text: expected its options, got 'cuont'; did you mean 'count'?
@@ -57,7 +57,7 @@ class ClassOptions:
         self._typed_parser.add_class_arguments(kind, None, skip={*skip}, sub_configs=False)
         self.names = frozenset(vars(self._typed_parser.get_defaults()))
 
-    def parse(
+    def parse_mapping(
         self, options: Mapping[str, Any], where: str, expected: str, others: Collection[str] = ()
     ) -> dict[str, Any]:
         """Check names and types of options.

@@ -78,13 +78,13 @@ def list_serve_commands(
         commands.append((f"With vLLM (run with {verdict['versions']['vllm']}, see the proof)", command))
     elif name == "w4a16":  # its class is chosen as for plain weights
         shapes = "hetero" if model_type.startswith(PRUNED) else "uniform"
-        found = _find_vllm_command(shapes, path, model_type, answers)
+        answer = _find_vllm_command(shapes, path, model_type, answers)
         if plan is None:  # vLLM knows the shapes of a model that was not cut
-            found = "", format_serve_command(path, shapes)
-        if found is not None:
-            commands.append((f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)", found[1]))
-    elif found := _find_vllm_command(name, path, model_type, answers):
-        commands.append((f"With vLLM ({found[0]})", found[1]))
+            answer = "", format_serve_command(path, shapes)
+        if answer is not None:
+            commands.append((f"With vLLM ({VLLM_VERSION} reads it; its 4-bit kernels have not run here)", answer[1]))
+    elif answer := _find_vllm_command(name, path, model_type, answers):
+        commands.append((f"With vLLM ({answer[0]})", answer[1]))
     if name == "gguf":
         commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"llama-cli -m {path}"))
     elif name != "deci" and any(

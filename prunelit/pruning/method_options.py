@@ -62,4 +62,4 @@ def parse_method_options(
     Example: see `build_method_by_name`.
     """
     known = ClassOptions(kind, skip=("calibration", *kind.job_options, *kind.ignored_options))
-    return known.parse(options, where, "options of the method", others)
+    return known.parse_mapping(options, where, "options of the method", others)

@@ -182,11 +182,7 @@ def check_live_model(model: Any) -> None:
     Raises:
         BadOption: it is not.
 
-    Example:
-        >>> check_live_model(nn.Linear(2, 2))
-        Traceback (most recent call last):
-        ...
-        prunelit.runtime.errors.BadOption: model: expected a transformers model or a model source, got a Linear
+    Example: see `check_transformers_model`.
     """
     if isinstance(model, nn.Module):
         check_no_adapters(model)

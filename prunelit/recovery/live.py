@@ -170,7 +170,7 @@ def _keep_trainable(*models: Any) -> Iterator[None]:
 
 def _parse_module_options(options: Mapping[str, Any]) -> dict[str, Any]:
     known = ClassOptions(RecoveryModule, skip=("model", "dtype"))
-    return known.parse(options, "recover", "its options or those of RecoveryModule", others=_OWN_OPTIONS)
+    return known.parse_mapping(options, "recover", "its options or those of RecoveryModule", others=_OWN_OPTIONS)
 
 
 def _find_teacher(model: Any, teacher: Any) -> Any:

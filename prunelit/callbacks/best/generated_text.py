@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prunelit.calibration.batches import Batch
+from prunelit.calibration.per_sample_gradients import split_into_samples
 from prunelit.core.architectures import get_decoder_config
 from prunelit.model.modes import use_eval_mode, use_generation_config
 from prunelit.model.text_model import list_picture_tokens
@@ -35,7 +36,6 @@ _PROBE_ROWS, _PROBE_LENGTH = 8, 64
 # Share of distinct tokens in a sequence, against that of the calibration text: SmolLM2 has 0.98 of it, Gemma 3 0.14
 # to 0.18 from random tokens and 1.0 from its first special token.
 _LEAST_VARIETY = 0.6
-_NO_TEXT = -1  # in place of a first token
 
 
 @torch.no_grad()
@@ -69,11 +69,11 @@ def generate_text(
     sizes = [min(_ROWS_PER_CHUNK, rows - start) for start in range(0, rows, _ROWS_PER_CHUNK)]
     own_chunks: dict[int, Tensor] = {}
     with use_eval_mode(model):
-        first_token = _choose_first_token(model, min(length, _PROBE_LENGTH), seed, like) if like else None
-        if first_token == _NO_TEXT:
+        start = _find_start(model, min(length, _PROBE_LENGTH), seed, like) if like else [None]
+        if not start:
             return []
         for chunk, size in track_progress(take_rank_share(list(enumerate(sizes))), "sampling text"):
-            own_chunks[chunk] = _sample_tokens(model, size, length, seed + chunk, first_token)
+            own_chunks[chunk] = _sample_tokens(model, size, length, seed + chunk, start[0])
     chunks_by_rank = [own_chunks]
     if dist.is_initialized():
         chunks_by_rank = [own_chunks] * dist.get_world_size()
@@ -82,37 +82,30 @@ def generate_text(
     return [{"input_ids": ids_by_chunk[chunk]} for chunk in range(len(sizes))]
 
 
-def _choose_first_token(model: Any, length: int, seed: int, like: Sequence[Batch]) -> int | None:
-    """Choose how texts begin, by a probe of every way.
+def _find_start(model: Any, length: int, seed: int, like: Sequence[Batch]) -> list[int | None]:
+    """Find the first way to begin texts after which a probe does not repeat itself.
 
     Returns:
-        The first special token; None for random ones; `_NO_TEXT` where the model repeats itself after both.
+        A list of one first token, None for random ones; an empty one where the model repeats itself after both.
     """
-    rows = [
-        ids[mask.bool()][:length]
-        for batch in like
-        for ids, mask in zip(
-            batch["input_ids"], batch.get("attention_mask", torch.ones_like(batch["input_ids"])), strict=True
-        )
-    ]
-    expected = _measure_variety(rows)
+    expected = _measure_variety([sample.ids[:length] for sample in split_into_samples(like)])
+    start_token = _get_start_token(model)
     shares: list[float] = []
-    for first_token in (None, _get_start_token(model)):
-        if first_token is not None or not shares:
-            shares.append(_measure_variety(_sample_tokens(model, _PROBE_ROWS, length, seed, first_token)))
-            if broadcast_from_rank_zero(shares[-1] >= _LEAST_VARIETY * expected):
-                if first_token is not None:
-                    log_on_rank_zero(
-                        f"own text: begins with token {first_token}; after random ones the model repeats itself "
-                        f"({shares[0]:.0%} distinct tokens, {expected:.0%} in the calibration text)"
-                    )
-                return first_token
+    for first_token in (None,) if start_token is None else (None, start_token):
+        shares.append(_measure_variety(_sample_tokens(model, _PROBE_ROWS, length, seed, first_token)))
+        if broadcast_from_rank_zero(shares[-1] >= _LEAST_VARIETY * expected):
+            if first_token is not None:
+                log_on_rank_zero(
+                    f"own text: begins with token {first_token}; after random ones the model repeats itself "
+                    f"({shares[0]:.0%} distinct tokens, {expected:.0%} in the calibration text)"
+                )
+            return [first_token]
     logging.getLogger("prunelit").warning(
         "own text: left out, because the model repeats itself when it writes (%.0f%% distinct tokens, %.0f%% in the "
         "calibration text)",
         *(100 * max(shares), 100 * expected),
     )
-    return _NO_TEXT
+    return []
 
 
 def _measure_variety(rows: "Sequence[Tensor] | Tensor") -> float:
