@@ -188,7 +188,8 @@ class _Functions(TorchFunctionMode):
         else:
             there, dtypes, is_copy = DEVICE if func is torch.Tensor.cuda else CPU, [], False
         if there.type == "meta" or _real_device(tensor).type == "meta":
-            return tensor.to(*dtypes[:1], device=there if there.type == "meta" else CPU)
+            dtype = dtypes[0] if dtypes else tensor.dtype
+            return tensor.to(device=there if there.type == "meta" else CPU, dtype=dtype)
         there = DEVICE if there.type == "cuda" else CPU
         if there != here and there == CPU:
             fake.count_synchronization("to")
