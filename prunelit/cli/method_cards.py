@@ -113,7 +113,7 @@ def _render_commands(method: Method) -> str:
             f"    python -m prunelit prune --model PATH_OR_ID --method {name} --ratio 0.2 --text FILE_OR_ID --out DIR",
             # A list on the command line replaces the whole list of the file, so ModelCheckpoint is repeated here.
             "    python -m prunelit fit --config configs/recover-lora.yaml --trainer.callbacks ModelCheckpoint \\",
-            "        --trainer.callbacks.save_last true --trainer.callbacks.every_n_train_steps 50 \\",
+            "        --trainer.callbacks.save_last true --trainer.callbacks.save_on_train_epoch_end false \\",
             f"        --trainer.callbacks+ {class_path} --trainer.callbacks.ratio 0.2",
             f"    python your_job.py fit --config your_job.yaml --config callbacks/{name}.yaml",
             f"    Trainer(callbacks=[prunelit.{method.class_name}(ratio=0.2)])",

@@ -31,6 +31,7 @@ from prunelit.runtime.torch_files import (
 from prunelit.strategies.sharding import is_sharded_strategy
 
 _SHARDED_END = "meta.pt"  # the last file that Lightning writes into a sharded checkpoint
+_IS_DUE = "validation_due"  # entry of a checkpoint
 _SIGTERM_EXIT = 143  # 128 + 15, a shell's exit code of a process that SIGTERM ended
 
 
@@ -85,6 +86,8 @@ class SaveOnSigterm(Callback):
     Lightning notes the signal and ends the run after the current batch. The file goes to the folder of the first
     `ModelCheckpoint`, else to `checkpoints` in `default_root_dir`. Between two steps of gradient accumulation the
     gradients are saved too, in any checkpoint; with several processes, their mean. Sharded gradients are not saved.
+    A checkpoint may come before a validation of the same step, or in the middle of it; Lightning would go on without
+    it. A run resumed from such a checkpoint validates first, if steps are left to train.
 
     A SIGTERM before training ends the process at once: all results so far are cached. A SIGTERM after training is
     ignored, because the run is about to end.
@@ -96,6 +99,8 @@ class SaveOnSigterm(Callback):
     def __init__(self) -> None:
         self._accumulating = False
         self._gradients: dict[str, Tensor] | None = None
+        self._validated_batches = 0  # training batches before the last whole validation
+        self._is_validation_due = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
@@ -107,7 +112,11 @@ class SaveOnSigterm(Callback):
         self._accumulating = not stepped
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, object]) -> None:
-        """Save the gradients of an unfinished accumulation step."""
+        """Save the gradients of an unfinished accumulation step, and whether a validation is yet to come."""
+        training = trainer.fit_loop.epoch_loop
+        if self._validated_batches <= training.total_batch_idx:
+            fetcher = trainer.fit_loop._data_fetcher
+            checkpoint[_IS_DUE] = fetcher is not None and training._should_check_val_fx(fetcher)
         if self._accumulating and not is_sharded_strategy(trainer.strategy):
             gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.grad is not None}
             checkpoint["gradients"] = {name: _average_over_ranks(gradient) for name, gradient in gradients.items()}
@@ -115,13 +124,22 @@ class SaveOnSigterm(Callback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Hold the gradients until the optimiser exists."""
         self._gradients = checkpoint.get("gradients")
+        self._is_validation_due = bool(checkpoint.get(_IS_DUE))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Restore the gradients."""
+        """Restore the gradients, and validate where the earlier run did not come to it."""
+        if self._is_validation_due:
+            self._is_validation_due = False
+            _validate(trainer)
         for name, parameter in pl_module.named_parameters() if self._gradients else ():
             if name in (self._gradients or {}):
                 parameter.grad = (self._gradients or {})[name].to(parameter.device, copy=True)
         self._accumulating, self._gradients = self._gradients is not None, None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note the training batch after which a validation ended."""
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._validated_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save on SIGTERM only: after any other exception the state may be that of half a step.
@@ -140,6 +158,16 @@ class SaveOnSigterm(Callback):
             writer.last_model_path = str(path)
         trainer.save_checkpoint(path)
         log_on_rank_zero(f"SIGTERM: saved step {trainer.global_step} in {path}; --ckpt_path last goes on from it")
+
+
+def _validate(trainer: Trainer) -> None:
+    """Run the validation of a fit from its first batch, between training batches."""
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.restarting = False
+    trainer.validating = True
+    validation.run()
+    validation._has_run = False  # else the loop of a run that is resumed at the end of an epoch takes it for its own
+    trainer.training = True
 
 
 def _average_over_ranks(gradient: Tensor) -> Tensor:

@@ -119,6 +119,49 @@ def test_sigterm_saves_the_step_where_it_came_and_the_run_goes_on(
     assert all(torch.equal(resumed[name], value) for name, value in straight[accumulate].items())
 
 
+class Validations(Callback):
+    """Keeps the perplexity of every validation, by the training batches before it."""
+
+    def __init__(self) -> None:
+        self.perplexities: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        assert batches not in self.perplexities
+        self.perplexities[batches] = float(trainer.callback_metrics["val_perplexity"])
+
+
+@pytest.mark.parametrize("step", [2, 3, 4, 6])
+def test_a_checkpoint_before_a_validation_is_followed_by_it(source: str, words: str, tmp_path: Path, step: int) -> None:
+    keep = ModelCheckpoint(filename="{step}", every_n_train_steps=step, save_top_k=-1)
+    whole, resumed = Validations(), Validations()
+    weights = fit(source, words, tmp_path, keep, whole)
+    again = fit(source, words, tmp_path, resumed, resume=str(tmp_path / f"checkpoints/step={step}.ckpt"))
+    assert list(whole.perplexities) == [2, 4, 6, 8]
+    assert resumed.perplexities == {batches: x for batches, x in whole.perplexities.items() if batches >= step}
+    assert all(torch.equal(again[name], value) for name, value in weights.items())
+
+
+def test_a_checkpoint_after_a_validation_is_not_followed_by_it_again(source: str, words: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(filename="{step}", save_on_train_epoch_end=False, save_top_k=-1)
+    whole, resumed = Validations(), Validations()
+    fit(source, words, tmp_path, keep, whole)
+    fit(source, words, tmp_path, resumed, resume=str(tmp_path / "checkpoints/step=4.ckpt"))
+    assert resumed.perplexities == {batches: x for batches, x in whole.perplexities.items() if batches > 4}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_validation_that_sigterm_broke_off_is_done_again(
+    source: str, words: str, straight: Any, tmp_path: Path, accumulate: int
+) -> None:
+    whole, resumed = Validations(), Validations()
+    fit(source, words, tmp_path / "whole", whole, enable_checkpointing=False, accumulate_grad_batches=accumulate)
+    with pytest.raises(SystemExit):
+        fit(source, words, tmp_path, Terminate(2, validating=True), accumulate_grad_batches=accumulate)
+    fit(source, words, tmp_path, resumed, resume="last", accumulate_grad_batches=accumulate)
+    assert resumed.perplexities == whole.perplexities
+
+
 def test_a_checkpoint_holds_all_that_a_run_needs(source: str, words: str, tmp_path: Path) -> None:
     fit(source, words, tmp_path, ModelCheckpoint(every_n_train_steps=3, save_last=True))
     saved = torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)
@@ -383,7 +426,7 @@ def nursery() -> Any:
 
 
 def prepare(folder: Path, source: str, words: str) -> Path:
-    """run.yaml with a checkpoint of every second step."""
+    """run.yaml with a checkpoint after each validation, every second step."""
     folder.mkdir(exist_ok=True)
     pruner = {"ratio": 0.3, "align": 8, "repair": "least_squares"}
     run = {
@@ -406,7 +449,7 @@ def prepare(folder: Path, source: str, words: str) -> Path:
             "enable_progress_bar": False,
             "callbacks": [
                 {"class_path": "prunelit.callbacks.LLMBIP", "init_args": pruner},
-                {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "every_n_train_steps": 2}},
+                {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_on_train_epoch_end": False}},
             ],
         },
         "ckpt_path": "last",
@@ -423,7 +466,14 @@ def wanted(nursery: Nursery, source: str, words: str, tmp_path_factory: pytest.T
     assert status == 0, said
     assert "no checkpoint in" in said  # `last` is no error where there is none
     assert counts(folder) == ["repair", "score"]
-    return load_file(folder / "model/model.safetensors"), json.loads((folder / "report.json").read_text()), seconds
+    report = json.loads((folder / "report.json").read_text()) | {"curve": read_curve(folder)}
+    return load_file(folder / "model/model.safetensors"), report, seconds
+
+
+def read_curve(folder: Path) -> list[tuple[float, float]]:
+    """Steps and perplexities of all validations. The loss of a step before the resume is not logged again."""
+    points = json.loads((folder / "record.json").read_text())["training"]
+    return [(point["step"], point["val_perplexity"]) for point in points]
 
 
 def counts(folder: Path) -> list[str]:
@@ -437,6 +487,7 @@ def check_equal(folder: Path, wanted: Any) -> None:
     assert all(torch.equal(found[name], value) for name, value in weights.items())
     again = json.loads((folder / "report.json").read_text())
     assert all(again[row] == report[row] for row in ("dense", "pruned", "recovered"))
+    assert read_curve(folder) == report["curve"] and len(report["curve"]) == STEPS // 2
     assert not [path.name for path in folder.rglob(".*") if path.suffix == ".ckpt"]
 
 
