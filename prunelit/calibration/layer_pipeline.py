@@ -34,6 +34,7 @@ from prunelit.model.decoder import Decoder, Layer
 from prunelit.model.experts import Experts
 from prunelit.model.modes import use_eval_mode
 from prunelit.model.stored.lazy_weight import load_lazy_weights
+from prunelit.runtime.atomic_files import make_scratch_folder
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import track_progress
 
@@ -146,10 +147,10 @@ class SequentialPipeline:
         bytes_left = self.check_budget(decoder, max(sizes, default=0))
         element_bytes = next(decoder.model.parameters()).element_size()
         partial_forward = OffloadedPartialForward(decoder)
-        with tempfile.TemporaryDirectory(prefix=".prunelit-streams.", dir=self.scratch) as folder:
+        with make_scratch_folder(Path(self.scratch or tempfile.gettempdir()), "prunelit-streams") as folder:
             stream_bytes = sum(sizes) * int(decoder.config.hidden_size) * element_bytes
             use_files = stream_bytes > bytes_left
-            store = _StreamStore(Path(folder) if use_files else None)
+            store = _StreamStore(folder if use_files else None)
             bytes_for_rounds = bytes_left - (0 if use_files else stream_bytes)
 
             def run(layer: Layer, number: int, batch: Batch) -> None:

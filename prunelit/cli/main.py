@@ -5,9 +5,11 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 from prunelit import __version__
 from prunelit.cli import method_cards
@@ -17,6 +19,7 @@ from prunelit.runtime.text_files import escape_controls
 
 FLAG_VARIABLES = (progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE, progress.LOG_VARIABLE)
 """What the flags of every command set, for the time of the command."""
+_AGAIN_SECONDS = 0.01
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config quickstart",
     "validate": "validation loop of a run's module and data              --config quickstart",
@@ -129,9 +132,12 @@ def _unwind_on_signals() -> Iterator[None]:
     numbers = [number for number in numbers if is_main_thread and signal.getsignal(number) is signal.SIG_DFL]
     for number in numbers:
         signal.signal(number, _unwind)
+    report_lost = sys.unraisablehook
+    sys.unraisablehook = partial(_raise_lost_signal, report_lost)
     try:
         yield
     finally:
+        sys.unraisablehook = report_lost
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
 
@@ -141,6 +147,26 @@ def _unwind(number: int, frame: FrameType | None) -> None:
     if signal.getsignal(number) is _unwind:
         signal.signal(number, signal.SIG_IGN)  # a second one would stop the removal
         raise _EndedBySignal(number)
+
+
+def _raise_lost_signal(report_lost: Callable[[Any], object], lost: Any) -> None:
+    """Send a signal once more whose exception was raised where Python drops exceptions: while an object is freed."""
+    error = lost.exc_value
+    if not isinstance(error, _EndedBySignal | KeyboardInterrupt):
+        report_lost(lost)
+        return
+    number = signal.SIGINT
+    if isinstance(error, _EndedBySignal):
+        number = signal.Signals[error.name]
+        signal.signal(number, _unwind)
+    threading.Timer(_AGAIN_SECONDS, _signal_main_thread, [number]).start()  # at once, it would be lost here as well
+
+
+def _signal_main_thread(number: int) -> None:
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
+    else:  # Windows
+        signal.raise_signal(number)
 
 
 def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:

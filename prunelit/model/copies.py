@@ -1,7 +1,6 @@
 """Copies of a model that share its tensors, or hold them on the meta device or on disk."""
 
 import copy
-import tempfile
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from prunelit.runtime.atomic_files import make_scratch_folder
 from prunelit.runtime.progress import show_stage
 from prunelit.runtime.torch_files import write_torch_file
 
@@ -53,14 +53,14 @@ def copy_to_disk(model: Any, folder: Path) -> Any:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
         >>> model = LlamaForCausalLM(LlamaConfig(**sizes))
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     copied = copy_to_disk(model, Path(folder))
         >>> bool((copied.lm_head.weight == model.lm_head.weight).all())
         True
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as temporary:
-        path = Path(temporary) / "weights.pt"
+    with make_scratch_folder(folder, "weights") as temporary:
+        path = temporary / "weights.pt"
         with show_stage("writing the pruned weights to disk"):
             write_torch_file(path, model.state_dict())
         weights = torch.load(path, map_location="cpu", mmap=True, weights_only=True)

@@ -5,6 +5,7 @@ process that writes to the same target.
 """
 
 import errno
+import itertools
 import os
 import platform
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 from prunelit.runtime.errors import OutputNotWritable
 
 _OLD = ".old"
+_SCRATCH_NUMBERS = itertools.count()
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -93,7 +95,41 @@ def replace_folder(target: Path, file: bool = False, keep_existing: bool = False
         except OSError as error:
             raise OutputNotWritable(f"output {str(target)!r}: cannot be replaced: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_folder(staging)
+
+
+@contextmanager
+def make_scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """Yield a new folder for files that only this process reads; it is removed when the block ends.
+
+    Args:
+        parent: folder that it is made in, and that is made if it does not exist.
+        name: what it is for; several of one name may be in use.
+
+    Raises:
+        OutputNotWritable: the folder cannot be made.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     with make_scratch_folder(Path(parent), "streams") as folder:
+        ...         folder.is_dir()
+        ...     list(Path(parent).iterdir())
+        True
+        []
+    """
+    target = parent.absolute() / name
+    of_process = temporary_path(target)
+    folder = of_process / str(next(_SCRATCH_NUMBERS))
+    try:
+        with explain_refusal(folder):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(target)
+            folder.mkdir(parents=True)
+        yield folder
+    finally:
+        _remove_folder(folder)
+        with suppress(OSError):  # another one is in it
+            of_process.rmdir()
 
 
 def check_folder(target: str | os.PathLike[str]) -> None:
@@ -167,9 +203,9 @@ def try_replacing_folder(path: Path) -> None:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
             raise
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        _remove_folder(staging)
         if marker is not None and marker.is_dir():  # nothing else is ever removed here
-            shutil.rmtree(occupied, ignore_errors=True)
+            _remove_folder(occupied)
 
 
 @contextmanager
@@ -221,6 +257,15 @@ def remove_leftovers(target: Path) -> None:
             os.replace(left, target)
     for left in find_leftovers(target):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def _remove_folder(folder: Path) -> None:
+    """Remove a folder, also where a signal breaks into that: it is raised as an exception, and raised on afterwards."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _exchange_folders(staging: Path, target: Path) -> None:

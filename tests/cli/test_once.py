@@ -1,8 +1,6 @@
 """One `prune` looks at a model once before the cut and once after it, and at its config.json once."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +8,6 @@ import pytest
 
 from prunelit.model.decoder import Decoder
 from prunelit.model.stored import folder
-from prunelit.report import run_page
-from prunelit.report.record import Record
 from tests.cli.test_fit import call, small
 from tests.cli.test_fit import words as words  # a fixture
 
@@ -56,42 +52,3 @@ def test_a_config_that_changes_is_read_again(tmp_path: Path) -> None:
         assert folder.read_model_config(tmp_path) == {"num_hidden_layers": layers}
     folder.read_model_config(tmp_path).clear()  # a caller's change stays with the caller
     assert folder.read_model_config(tmp_path) == {"num_hidden_layers": 30}
-
-
-@pytest.mark.parametrize(
-    ("name", "status", "said"),
-    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
-)
-def test_a_prune_that_is_stopped_while_it_writes_its_report_leaves_nothing_in_the_way(
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    source: str,
-    words: str,
-    tmp_path: Path,
-    name: str,
-    status: int,
-    said: str,
-) -> None:
-    number = getattr(signal, name)
-    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
-    previous = signal.signal(number, handler)  # a runner of tests may ignore it
-    write = run_page.write_run_page
-
-    def stop(record: Record, target: Path) -> None:
-        assert (target / "report.json").is_file() and (target / "model.safetensors").is_file()
-        write(record, target)
-        os.kill(os.getpid(), number)
-
-    command = small(source, words, tmp_path / "out", "--method", "magnitude")
-    with monkeypatch.context() as patch:
-        patch.setattr(run_page, "write_run_page", stop)
-        code, _, err = call(capsys, *command)
-        assert (code, err.splitlines()[-1]) == (status, f"prunelit: {said}")
-    assert signal.signal(number, previous) is handler
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["words.txt"]
-    code, _, err = call(capsys, *command)
-    assert code == 0, err
-    assert {"report.json", "report.html", "record.json", "proof.json"} <= {x.name for x in (tmp_path / "out").iterdir()}
-    stages = {stage["name"] for stage in json.loads((tmp_path / "out" / "record.json").read_text())["stages"]}
-    assert "save" in stages and "save" in json.loads((tmp_path / "out" / "report.json").read_text())["seconds"]
-    assert str(tmp_path / "out") in (tmp_path / "out" / "report.html").read_text()

@@ -221,7 +221,7 @@ def test_streams_wait_in_files_where_they_exceed_the_budget(in_files: bool, tmp_
     seen = set()
 
     def look(layer: Any, x: Any) -> None:
-        seen.add(len(list((tmp_path / "scratch").glob("*/*"))))
+        seen.add(len(list((tmp_path / "scratch").glob("*/*/*"))))
 
     (tmp_path / "scratch").mkdir()
     far = offloaded.load_offloaded(folder, memory_gib=(budget + 0.5) / 2**30, scratch=tmp_path / "scratch")

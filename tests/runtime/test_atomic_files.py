@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from prunelit.export import check_export_request, check_output, formats, save, write, write_model
-from prunelit.runtime.atomic_files import replace_folder
+from prunelit.runtime.atomic_files import make_scratch_folder, replace_folder
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved, OutputNotWritable
 from tests.tiny import tiny, tiny_tokenizer
 
@@ -74,6 +74,39 @@ def test_a_killed_export_leaves_the_target_as_it_was(source: str, there: bool, t
         assert (target / "old.txt").read_text() == "old"
     save(tiny("llama"), target, overwrite=True)  # and the next one tidies up
     assert names(tmp_path) == ["m"] and "model.safetensors" in names(target) and "old.txt" not in names(target)
+
+
+def test_a_signal_within_the_removal_of_what_is_half_written_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+    calls = []
+
+    def interrupted(path: Path, ignore_errors: bool) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), replace_folder(tmp_path / "m") as staging:
+        (staging / "weights").write_text("half")
+        raise ValueError
+    assert len(calls) == 2 and not names(tmp_path)
+
+
+def test_scratch_folders_go_with_their_block_or_with_the_next_process(tmp_path: Path, dead: int) -> None:
+    left = tmp_path / f".streams.{platform.node()}.{dead}"
+    (left / "0").mkdir(parents=True)
+    living = tmp_path / f".streams.{platform.node()}.{os.getppid()}"
+    living.mkdir()
+    with make_scratch_folder(tmp_path, "streams") as first, make_scratch_folder(tmp_path, "streams") as second:
+        assert first != second and first.is_dir() and second.is_dir()
+        assert not left.exists()
+    assert names(tmp_path) == [living.name]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputNotWritable, match="is a file, not a folder"), make_scratch_folder(tmp_path / "file", "x"):
+        raise AssertionError
 
 
 def test_what_living_processes_write_is_left_alone(tmp_path: Path) -> None:
