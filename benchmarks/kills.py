@@ -59,7 +59,7 @@ COMMANDS = {
     },
     **{
         f"export_{name}": f"export --model model --format {name} --out out --overwrite true"
-        for name in ("deci", "int4")
+        for name in ("deci", "int4", "w4a16")
     },
 }
 FIT: dict[str, Any] = {
@@ -77,7 +77,7 @@ FIT: dict[str, Any] = {
                 "class_path": "prunelit.callbacks.LLMBIP",
                 "init_args": {"ratio": 0.3, "align": 8, "repair": "least_squares"},
             },
-            {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "every_n_train_steps": 2}},
+            {"class_path": "ModelCheckpoint", "init_args": {"save_last": True, "save_on_train_epoch_end": False}},
         ],
     },
     "ckpt_path": "last",
@@ -368,7 +368,7 @@ class Attack:
             problems += [f"not equal: {', '.join(wrong)}"] if wrong else []
             row["equal"] += not wrong and not status
             row["garbage"] += bool(garbage)
-            if name != "KILL" and left:
+            if name not in ("KILL", "INT2") and left:  # a second Ctrl-C may break off the removal
                 problems.append(f"left at the signal: {', '.join(left)}")
             if problems:
                 row["failures"].append({"moment": moment, "problems": problems})
@@ -379,7 +379,8 @@ class Attack:
     def _judge_end(self, name: str, status: int) -> list[str]:
         """What is wrong about how a struck run ended: a traceback, or an exit code of success with an error."""
         output = self.output_file.read_text()
-        problems = [f"traceback: {output[-700:]}"] if "Traceback" in output else []
+        begin = output.find("Traceback")
+        problems = [f"traceback: {output[max(0, begin - 300) : begin + 1500]}"] if begin >= 0 else []
         codes = {"KILL": (-9,), "TERM": (143,), "INT": (130,), "INT2": (130,), "HUP": (129,)}[name]
         # Before the command has set its handlers, and after its last line, a signal ends it as the system does.
         number = getattr(signal, f"SIG{name.removesuffix('2')}")
