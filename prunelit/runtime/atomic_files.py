@@ -17,6 +17,7 @@ from pathlib import Path
 from prunelit.runtime.errors import OutputNotWritable
 
 _OLD = ".old"
+_IS_THERE = (errno.ENOTEMPTY, errno.EEXIST)  # what systems say of a folder that is moved onto one with files
 _SCRATCH_NUMBERS = itertools.count()
 
 
@@ -89,7 +90,9 @@ def replace_folder(target: Path, file: bool = False, keep_existing: bool = False
             if file:
                 for path in sorted(staging.iterdir(), key=lambda path: path.name != target.name):
                     os.replace(path, target.with_name(path.name))
-            elif not (keep_existing and target.is_dir()):
+            elif keep_existing:
+                _move_unless_there(staging, target)
+            else:
                 _exchange_folders(staging, target)
             _sync_folder(target.parent)
         except OSError as error:
@@ -200,7 +203,7 @@ def try_replacing_folder(path: Path) -> None:
                 f"output {str(path)!r}: expected a folder that can be replaced as a whole, got a mount point or one "
                 "that the system keeps in place; choose a folder inside it"
             ) from error
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not path.is_dir():
+        if error.errno not in _IS_THERE or not path.is_dir():
             raise
     finally:
         _remove_folder(staging)
@@ -268,6 +271,15 @@ def _remove_folder(folder: Path) -> None:
         raise
 
 
+def _move_unless_there(staging: Path, target: Path) -> None:
+    try:
+        if not target.is_dir():
+            os.replace(staging, target)
+    except OSError as error:
+        if error.errno not in _IS_THERE:
+            raise
+
+
 def _exchange_folders(staging: Path, target: Path) -> None:
     old = temporary_path(target, _OLD)
     if target.exists():
@@ -275,7 +287,7 @@ def _exchange_folders(staging: Path, target: Path) -> None:
     try:
         os.replace(staging, target)
     except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # another process was faster, and what it wrote is whole
+        if error.errno in _IS_THERE:  # another process was faster, and what it wrote is whole
             shutil.rmtree(old, ignore_errors=True)
             raise OutputNotWritable(
                 f"output {str(target)!r}: another process has written it meanwhile, and its result stays; run again "

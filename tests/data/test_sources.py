@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -244,6 +245,23 @@ def test_a_gguf_file_is_converted_once(gguf_file, cache, monkeypatch):
     assert folder.parent == cache / "gguf" and [path.name for path in folder.parent.iterdir()] == [folder.name]
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     assert sources.resolve_model_source(str(gguf_file)) == str(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_two_processes_convert_one_gguf_file_at_once(gguf_file, cache):
+    children = []
+    for _ in range(2):
+        if not (child := os.fork()):
+            code = 1
+            try:
+                code = int(not Path(sources.resolve_model_source(str(gguf_file))).is_dir())
+            finally:
+                os._exit(code)
+        children.append(child)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+    folder = Path(sources.resolve_model_source(str(gguf_file)))
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert same_logits(tiny("llama"), loading.load(folder, "float32"), 1e-2)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "gone", "no tokenizer"])

@@ -1,6 +1,8 @@
 """Every method on two gloo ranks: the plan of one process, and the same weights on both ranks."""
 
+import os
 import socket
+import time
 from pathlib import Path
 
 import pytest
@@ -70,11 +72,14 @@ def worker(rank, port, folder):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     found = tmp_path_factory.mktemp("ranks")
+    mp.spawn(worker, (find_free_port(), str(found)), nprocs=2)
+    return found
+
+
+def find_free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(worker, (port, str(found)), nprocs=2)
-    return found
+        return free.getsockname()[1]
 
 
 @pytest.mark.slow
@@ -105,3 +110,26 @@ def test_two_ranks_make_the_plan_of_one(folder, name, family):
         if name in TRAINED:
             continue
         torch.testing.assert_close(first[path], weight, rtol=1e-2, atol=1e-3, msg=path)
+
+
+def worker_of_two(rank, port, folder):
+    """Rank 1 ends without a word in the middle of the scoring; what rank 0 says of it goes into a file."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+
+    model = tiny("llama")
+    if rank == 1:
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: os._exit(0))
+    begin = time.monotonic()
+    try:
+        method_class("llm_bip")(ratio=0.3, align=8).prune(model, batches())
+    except RuntimeError as error:
+        (Path(folder) / "error.txt").write_text(f"{time.monotonic() - begin:.1f} {type(error).__name__}")
+    os._exit(0)
+
+
+@pytest.mark.slow
+def test_a_rank_whose_partner_is_gone_ends_at_once(tmp_path):
+    mp.spawn(worker_of_two, (find_free_port(), str(tmp_path)), nprocs=2)
+    seconds, error = (tmp_path / "error.txt").read_text().split()
+    assert float(seconds) < 60 and error == "RuntimeError"

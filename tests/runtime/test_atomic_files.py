@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,24 @@ def test_a_signal_within_the_removal_of_what_is_half_written_leaves_nothing(
         (staging / "weights").write_text("half")
         raise ValueError
     assert len(calls) == 2 and not names(tmp_path)
+
+
+@pytest.mark.parametrize("keep_existing", [True, False])
+def test_of_two_writers_into_a_cache_the_slower_one_takes_what_is_there(
+    keep_existing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, replace = tmp_path / "m", os.replace
+
+    def beaten(before: Path, after: Path) -> None:
+        if after == target:  # between the last look at it and the move
+            (target / "by another").mkdir(parents=True)
+        replace(before, after)
+
+    monkeypatch.setattr(os, "replace", beaten)
+    refusal = nullcontext() if keep_existing else pytest.raises(OutputNotWritable, match="another process")
+    with refusal, replace_folder(target, keep_existing=keep_existing) as staging:
+        (staging / "ours").mkdir()
+    assert names(tmp_path) == ["m"] and names(target) == ["by another"]
 
 
 def test_scratch_folders_go_with_their_block_or_with_the_next_process(tmp_path: Path, dead: int) -> None:
