@@ -99,7 +99,7 @@ class SaveOnSigterm(Callback):
     def __init__(self) -> None:
         self._accumulating = False
         self._gradients: dict[str, Tensor] | None = None
-        self._validated_batches = 0  # training batches before the last whole validation
+        self._validated_batches = 0  # training batches before the last whole validation, or before this start
         self._is_validation_due = False
 
     def on_train_batch_end(
@@ -128,18 +128,23 @@ class SaveOnSigterm(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore the gradients, and validate where the earlier run did not come to it."""
-        if self._is_validation_due:
-            self._is_validation_due = False
+        is_due, self._is_validation_due = self._is_validation_due, False
+        if is_due:
             _validate(trainer)
+        else:
+            self._note_validation(trainer)
         for name, parameter in pl_module.named_parameters() if self._gradients else ():
             if name in (self._gradients or {}):
                 parameter.grad = (self._gradients or {})[name].to(parameter.device, copy=True)
         self._accumulating, self._gradients = self._gradients is not None, None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the training batch after which a validation ended."""
+        """Note after which training batch a validation ended."""
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
-            self._validated_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+            self._note_validation(trainer)
+
+    def _note_validation(self, trainer: Trainer) -> None:
+        self._validated_batches = trainer.fit_loop.epoch_loop.total_batch_idx + 1
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save on SIGTERM only: after any other exception the state may be that of half a step.
