@@ -5,9 +5,8 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -75,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         True
     """
     previous = {name: os.environ.get(name) for name in FLAG_VARIABLES}
+    received: list[int] = []
     try:
         if arguments is None:
             sys.argv[1:], settings = take_flags(sys.argv[1:])  # Lightning reads sys.argv, and starts ranks with it
@@ -82,22 +82,28 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             arguments, settings = take_flags(arguments)
         os.environ.update(settings)
-        with _unwind_on_signals():
+        with _unwind_on_signals(received):
             return _run_command(arguments)
     except PrunelitError as error:
+        if received:
+            return _report_signal(received[0])
         if progress.is_verbose() and not progress.writes_json():
             sys.stderr.write(escape_controls(traceback.format_exc()))
         return _report_end(" ".join(str(error).split()), 2, "error: ")
     except KeyboardInterrupt:
-        return _report_end("interrupted", 130)
+        return _report_signal(signal.SIGINT)
     except _EndedBySignal as end:
-        return _report_end(f"ended by {end.name}", 128 + getattr(signal, end.name))
+        return _report_signal(end.number)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of Ctrl-C
-            return _report_end("interrupted", 130)
+            return _report_signal(signal.SIGINT)
         raise
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
+    except Exception:
+        if received:  # code in C made another error of the one that was to end the command
+            return _report_signal(received[0])
+        raise
     finally:
         for name, value in previous.items():
             if value is None:
@@ -115,51 +121,64 @@ def _report_end(message: str, code: int, kind: str = "") -> int:
     return code
 
 
+def _report_signal(number: int) -> int:
+    name = signal.Signals(number).name
+    return _report_end("interrupted" if name == "SIGINT" else f"ended by {name}", 128 + number)
+
+
 class _EndedBySignal(SystemExit):
     """SIGTERM or SIGHUP asked the process to end; the exit code is a shell's for it."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
-        self.name = signal.Signals(number).name
+        self.number = number
+
+
+_HANDLED: dict[str, Any] = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}
+"""Signals, and the handlers that say that nobody else handles them. Windows has not all of them."""
 
 
 @contextmanager
-def _unwind_on_signals() -> Iterator[None]:
-    """Unwind on signals that end a process, as on Ctrl-C, so that what is half written is removed; where nobody else
-    handles them."""
+def _unwind_on_signals(received: list[int]) -> Iterator[None]:
+    """Unwind on signals that end a process, so that what is half written is removed; where nobody else handles them.
+
+    Args:
+        received: the numbers of those that came are added to it.
+    """
     is_main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not on Windows
-    numbers = [number for number in numbers if is_main_thread and signal.getsignal(number) is signal.SIG_DFL]
+    handlers = {getattr(signal, name): handler for name, handler in _HANDLED.items() if hasattr(signal, name)}
+    numbers = [number for number in handlers if is_main_thread and signal.getsignal(number) is handlers[number]]
+
+    def unwind(number: int, frame: FrameType | None) -> None:
+        # While Lightning trains, its own handler is in this one's place and calls it: then a checkpoint is saved first.
+        if signal.getsignal(number) is not unwind:
+            return
+        received.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # the next one stops the removal too
+        signal.signal(number, signal.SIG_IGN)  # a second one would stop the removal
+        raise _EndedBySignal(number)
+
+    def send_again(lost: Any) -> None:
+        error = lost.exc_value
+        if not isinstance(error, _EndedBySignal | KeyboardInterrupt):
+            report_lost(lost)
+            return
+        number = error.number if isinstance(error, _EndedBySignal) else signal.SIGINT
+        if number in numbers:
+            signal.signal(number, unwind)
+        # Python drops what is raised while an object is freed. Sent at once, it would be lost here as well.
+        threading.Timer(_AGAIN_SECONDS, _signal_main_thread, [number]).start()
+
     for number in numbers:
-        signal.signal(number, _unwind)
-    report_lost = sys.unraisablehook
-    sys.unraisablehook = partial(_raise_lost_signal, report_lost)
+        signal.signal(number, unwind)
+    report_lost, sys.unraisablehook = sys.unraisablehook, send_again
     try:
         yield
     finally:
         sys.unraisablehook = report_lost
         for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _unwind(number: int, frame: FrameType | None) -> None:
-    # While Lightning trains, its own handler is in this one's place and calls it: then a checkpoint is saved first.
-    if signal.getsignal(number) is _unwind:
-        signal.signal(number, signal.SIG_IGN)  # a second one would stop the removal
-        raise _EndedBySignal(number)
-
-
-def _raise_lost_signal(report_lost: Callable[[Any], object], lost: Any) -> None:
-    """Send a signal once more whose exception was raised where Python drops exceptions: while an object is freed."""
-    error = lost.exc_value
-    if not isinstance(error, _EndedBySignal | KeyboardInterrupt):
-        report_lost(lost)
-        return
-    number = signal.SIGINT
-    if isinstance(error, _EndedBySignal):
-        number = signal.Signals[error.name]
-        signal.signal(number, _unwind)
-    threading.Timer(_AGAIN_SECONDS, _signal_main_thread, [number]).start()  # at once, it would be lost here as well
+            signal.signal(number, handlers[number])
 
 
 def _signal_main_thread(number: int) -> None:

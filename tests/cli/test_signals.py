@@ -11,6 +11,7 @@ import pytest
 from prunelit.cli import main
 from prunelit.report import run_page
 from prunelit.report.record import Record
+from prunelit.runtime.errors import BadOption
 from tests.cli.test_fit import call, small
 from tests.cli.test_fit import words as words  # a fixture
 
@@ -80,4 +81,35 @@ def test_a_signal_that_comes_while_an_object_is_freed_ends_the_command_too(
     assert main.main(["methods"]) == status
     assert time.monotonic() - begin < 10
     assert "Exception ignored" not in capsys.readouterr().err
+    assert signal.signal(number, previous) is handler
+
+
+@pytest.mark.parametrize("error", [ValueError("could not determine the shape"), BadOption("model: cannot be loaded")])
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "ended by SIGTERM"), ("SIGHUP", 129, "ended by SIGHUP")],
+)
+def test_a_signal_of_which_another_error_is_made_is_still_what_ended_the_command(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    name: str,
+    status: int,
+    said: str,
+) -> None:
+    number = getattr(signal, name)
+    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    previous = signal.signal(number, handler)
+
+    def run(arguments: list[str]) -> int:
+        try:
+            signal.raise_signal(number)
+            time.sleep(5)
+        except BaseException:  # noqa: BLE001  (as code in C does)
+            raise error from None
+        return 0
+
+    monkeypatch.setattr(main, "_run_command", run)
+    assert main.main(["methods"]) == status
+    assert capsys.readouterr().err == f"prunelit: {said}\n"
     assert signal.signal(number, previous) is handler
