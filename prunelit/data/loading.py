@@ -141,7 +141,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
             base = _find_base_class(folder)
             # With a config of the family transformers does not ask to run the code that the folder holds.
             options = {} if base is None else {"config": base.config_class()}
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+            tokenizer("a word", verbose=False)  # some settings of a wrong type are met only here
+            return tokenizer
 
 
 def load_text_reader(source: str | os.PathLike[str]) -> Any:

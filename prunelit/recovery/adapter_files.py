@@ -140,7 +140,7 @@ def read_adapter_settings(folder: Path) -> Any:
                 f"adapter {str(folder)!r}: expected peft_type LORA, got {kind!r}; merge it with PEFT itself"
             )
         settings = LoraConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} cannot be read: {error}") from error
     if settings.use_dora or settings.bias != "none":
         raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
