@@ -30,7 +30,13 @@ def test_a_hostile_file_is_read_or_refused_in_one_line_and_runs_no_code(
     module, originals = hostile
     monkeypatch.setenv("PRUNELIT_CACHE", str(tmp_path / "cache"))
     tries = [(kind, seed) for kind in module.KINDS for seed in (1000, 1001)]
-    tries += [("adapter config", 8), ("tokenizer config", 15)]  # once tracebacks
+    tries += [
+        ("adapter config", 8),
+        ("adapter config", 5015),
+        ("tokenizer config", 15),
+        ("config", 5005),
+        ("index", 5015),
+    ]
     found = {(kind, seed): module.attempt(kind, seed, originals, tmp_path, in_memory=True) for kind, seed in tries}
     assert len(found) >= 40
     assert {pair: row for pair, row in found.items() if row[0] not in ("read", "refused")} == {}

@@ -27,7 +27,7 @@ def read_model_config(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     prefix = f"model {str(folder)!r}: cannot be loaded: config.json: "
-    content = parse_json_file(path, prefix, _read_text_once(path, *_get_version(path)))
+    content = parse_json_file(path, prefix, lambda: _read_text_once(path, *_get_version(path)))
     if not isinstance(content, dict):
         raise SourceNotFound(f"{prefix}expected a JSON object, got {content!r:.40}")
     return content

@@ -7,7 +7,7 @@ job. transformers reads the same files in the same order: one safetensors file, 
 import json
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +18,7 @@ from prunelit.runtime.errors import SourceNotFound
 
 LARGEST_HEADER = 100_000_000
 """Bytes of a safetensors header, or of a JSON file beside it, that are still read; the format's own limit."""
+_LONGEST_NAME = 255  # bytes of a part of a path, of most file systems
 SINGLE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 """Names of a folder's weights in one file, and of the index of those in several."""
 _FILES = (SINGLE, INDEX_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -143,18 +144,20 @@ def read_weight_map(index: Path) -> dict[str, str]:
         raise SourceNotFound(f"{prefix}expected a weight_map from tensors to files, got {weight_map!r:.60}")
     for name in sorted(set(weight_map.values())):
         # Not resolved: the files of the hub's cache are links to another folder.
-        if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        parts = Path(name).parts
+        is_too_long = any(len(part.encode(errors="surrogatepass")) > _LONGEST_NAME for part in parts)
+        if not name or Path(name).is_absolute() or ".." in parts or is_too_long:
             raise SourceNotFound(f"{prefix}expected names of files in this folder, got {name!r:.100}")
     return weight_map
 
 
-def parse_json_file(path: Path, prefix: str, text: str | None = None) -> Any:
+def parse_json_file(path: Path, prefix: str, read: Callable[[], str] | None = None) -> Any:
     """Parse a JSON file that anybody may have written: one that is huge or nested without end is an error.
 
     Args:
         path: the file.
         prefix: of the error message.
-        text: its content where it is known already.
+        read: gives its content, which may be known already; None: it is read.
 
     Raises:
         SourceNotFound: it cannot be read, or is not JSON.
@@ -164,7 +167,7 @@ def parse_json_file(path: Path, prefix: str, text: str | None = None) -> Any:
     try:
         if (size := path.stat().st_size) > LARGEST_HEADER:
             raise SourceNotFound(f"{prefix}expected at most {LARGEST_HEADER:,} bytes, got {size:,}")
-        return json.loads(path.read_text(encoding="utf-8") if text is None else text)
+        return json.loads(path.read_text(encoding="utf-8") if read is None else read())
     except RecursionError as error:
         raise SourceNotFound(f"{prefix}expected plain settings, got JSON that is nested too deeply") from error
     except (OSError, ValueError) as error:
