@@ -40,7 +40,7 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {
-    "planning.amounts": ["tests/planning/test_budget.py"],
+    "planning.amounts": ["tests/planning/test_targets.py", "prunelit/planning/amounts.py"],
     "planning.budget": ["tests/planning/test_budget.py", "tests/planning/test_budget_of_mixtures.py"],
     "planning.overshoot": ["tests/planning/test_overshoot.py"],
     "planning.removal_steps": ["tests/planning"],
@@ -71,8 +71,8 @@ TARGETS = {
     "recovery.lora": ["tests/recovery/test_lora.py", "tests/recovery/test_module.py"],
     "recovery.merge": ["tests/recovery/test_lora.py", "tests/recovery/test_module.py"],
     "recovery.losses": ["tests/recovery/test_losses.py"],
-    "monitoring.checkpoints": ["tests/monitoring", "tests/pruning/test_restore.py"],
-    "pruning.resume": ["tests/pruning", "tests/monitoring/test_checkpoints.py"],
+    "monitoring.checkpoints": ["tests/monitoring/test_checkpoints.py"],
+    "pruning.resume": ["tests/pruning/test_restore.py", "tests/monitoring/test_checkpoints.py"],
     "core.plan": ["tests/core/test_plan.py", "tests/core/test_plan_edits.py", "tests/core/test_plan_json.py"],
     "core.plan_json": ["tests/core/test_plan.py", "tests/core/test_plan_json.py"],
     "core.saved_plans": ["tests/pruning/test_restore.py", "tests/monitoring/test_checkpoints.py"],
