@@ -40,7 +40,7 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 TARGETS = {
-    "planning.amounts": ["tests/planning/test_targets.py", "prunelit/planning/amounts.py"],
+    "planning.amounts": ["tests/planning/test_targets.py"],
     "planning.budget": ["tests/planning/test_budget.py", "tests/planning/test_budget_of_mixtures.py"],
     "planning.overshoot": ["tests/planning/test_overshoot.py"],
     "planning.removal_steps": ["tests/planning"],
@@ -69,7 +69,7 @@ TARGETS = {
     "quantization.int4_layouts": ["tests/quantization"],
     "quantization.integer_zeros": ["tests/quantization/test_integer_zeros.py", "tests/export/test_w4a16.py"],
     "recovery.lora": ["tests/recovery/test_lora.py", "tests/recovery/test_module.py"],
-    "recovery.merge": ["tests/recovery/test_lora.py", "tests/recovery/test_module.py"],
+    "recovery.merge": ["tests/recovery/test_adapter_files.py", "tests/recovery/test_module.py"],
     "recovery.losses": ["tests/recovery/test_losses.py"],
     "monitoring.checkpoints": ["tests/monitoring/test_checkpoints.py"],
     "pruning.resume": ["tests/pruning/test_restore.py", "tests/monitoring/test_checkpoints.py"],
@@ -83,7 +83,7 @@ TARGETS = {
     "export.gguf.writer": ["tests/export/gguf"],
     "export.safetensors_parts": ["tests/export/test_write.py", "tests/data/test_offloaded.py"],
 }
-"""Modules, and the tests that answer for them."""
+"""Modules, and the tests that answer for them, beside the examples in their docstrings."""
 
 LIMIT_FACTOR, LIMIT_EXTRA = 5, 60
 """A mutant whose tests take longer than this many times the unchanged ones', and this many seconds, hangs."""
@@ -158,7 +158,7 @@ def try_module(module: str, mutants: int, seed: int, select: str) -> dict[str, A
     name, path = f"prunelit.{module}", ROOT / "prunelit" / f"{module.replace('.', '/')}.py"
     tests = TARGETS[module]
     source = path.read_text(encoding="utf-8")
-    arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", *_QUIET, *tests]
+    arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", *_QUIET, *tests, str(path)]
     begin = time.monotonic()
     ended, output = run_tests(name, path, ast.parse(source), arguments, limit=900)
     seconds = time.monotonic() - begin
