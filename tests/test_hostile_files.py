@@ -33,6 +33,7 @@ def test_a_hostile_file_is_read_or_refused_in_one_line_and_runs_no_code(
     tries += [
         ("adapter config", 8),
         ("adapter config", 5015),
+        ("adapter config", 9028),
         ("tokenizer config", 15),
         ("config", 5005),
         ("index", 5015),

@@ -142,6 +142,9 @@ def read_adapter_settings(folder: Path) -> Any:
         settings = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise BadAdapter(f"adapter {str(folder)!r}: {CONFIG_FILE} cannot be read: {error}") from error
+    names = settings.target_parameters
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise BadAdapter(f"adapter {str(folder)!r}: target_parameters: expected a list of names, got {names!r:.60}")
     if settings.use_dora or settings.bias != "none":
         raise BadAdapter(f"adapter {str(folder)!r}: expected plain LoRA, got DoRA or biases; merge it with PEFT itself")
     return settings
