@@ -1,11 +1,12 @@
 """Mistakes put into the code one by one: does a test notice each?
 
-    PYTHONPATH=. python benchmarks/mutations.py [--modules planning.budget] [--mutants 12] [--seed 0]
+    PYTHONPATH=. python benchmarks/mutations.py [--modules planning.budget] [--mutants 12] [--seed 0] [--again]
 
 For every module below, some places are drawn at random and changed: a comparison, an operator, a number, a condition, a
 flag; or a statement is left out. The tests named beside the module then run in a process that a parent with torch and
 transformers imported forks for this mutant. A mutant that no test notices survives and is listed with its line. Texts
-of messages, docstrings and annotations are left as they are.
+of messages, docstrings and annotations are left as they are. With --again those that survived are tried once more, with
+all quick tests of the packages that use the module; what is noticed then is taken from the list.
 
 mutmut and cosmic-ray run every mutant, thousands here, and start a process that imports torch for each, or rewrite each
 function into a dispatcher, which is no longer the source that prunelit's own caches take digests of.
@@ -46,30 +47,34 @@ TARGETS = {
     "planning.removal_steps": ["tests/planning"],
     "model.surgery": ["tests/core/test_architectures.py", "tests/core/test_mixtures.py"],
     "model.unit_indices": ["tests/model", "tests/core/test_architectures.py"],
-    "calibration.observe": ["tests/calibration"],
+    "calibration.observe": ["tests/calibration/test_observe.py", "tests/callbacks/test_scores_of_experts.py"],
     "calibration.paired_streams": ["tests/repair", "tests/callbacks/best"],
-    "calibration.per_sample_gradients": ["tests/calibration", "tests/callbacks/test_taylor.py", "tests/callbacks/best"],
+    "calibration.per_sample_gradients": [
+        "tests/calibration",
+        "tests/callbacks/test_taylor.py",
+        "tests/callbacks/best/test_fisher.py",
+    ],
     "callbacks.llm_bip": ["tests/callbacks/test_llm_bip.py"],
     "callbacks.flap": ["tests/callbacks/test_flap.py"],
-    "callbacks.wanda_sp": ["tests/callbacks/test_wanda_sp.py"],
+    "callbacks.wanda_sp": ["tests/callbacks/test_wanda_sp.py", "tests/callbacks/test_scores_of_experts.py"],
     "callbacks.shortgpt": ["tests/callbacks/test_shortgpt.py"],
-    "callbacks.best.callback": ["tests/callbacks/best"],
-    "callbacks.best.denoise": ["tests/callbacks/best"],
-    "callbacks.best.distill": ["tests/callbacks/best"],
-    "callbacks.best.fisher": ["tests/callbacks/best"],
-    "callbacks.best.generated_text": ["tests/callbacks/best"],
+    "callbacks.best.callback": ["tests/callbacks/best/test_callback.py"],
+    "callbacks.best.denoise": ["tests/callbacks/best/test_denoise.py", "tests/callbacks/best/test_callback.py"],
+    "callbacks.best.distill": ["tests/callbacks/best/test_distill.py", "tests/callbacks/best/test_callback.py"],
+    "callbacks.best.fisher": ["tests/callbacks/best/test_fisher.py", "tests/callbacks/best/test_callback.py"],
+    "callbacks.best.generated_text": ["tests/callbacks/best/test_generated_text.py"],
     "callbacks.block_pruner.search": ["tests/callbacks/block_pruner"],
     "callbacks.greedy_output.attention_similarity": ["tests/callbacks/greedy_output"],
     "callbacks.greedy_output.two_step": ["tests/callbacks/greedy_output"],
     "callbacks.saap.callback": ["tests/callbacks/saap"],
     "repair.bias": ["tests/repair/test_bias.py"],
     "repair.least_squares": ["tests/repair"],
-    "repair.reconstruct": ["tests/repair/test_reconstruct.py"],
+    "repair.reconstruct": ["tests/repair/test_reconstruct.py", "tests/repair/test_expert_refit.py"],
     "quantization.int4": ["tests/quantization/test_int4.py"],
     "quantization.int4_layouts": ["tests/quantization"],
     "quantization.integer_zeros": ["tests/quantization/test_integer_zeros.py", "tests/export/test_w4a16.py"],
-    "recovery.lora": ["tests/recovery/test_lora.py", "tests/recovery/test_module.py"],
-    "recovery.merge": ["tests/recovery/test_adapter_files.py", "tests/recovery/test_module.py"],
+    "recovery.lora": ["tests/recovery/test_lora.py", "tests/recovery/test_lora_experts.py"],
+    "recovery.merge": ["tests/recovery/test_adapter_files.py", "tests/export/test_int4.py"],
     "recovery.losses": ["tests/recovery/test_losses.py"],
     "monitoring.checkpoints": ["tests/monitoring/test_checkpoints.py"],
     "pruning.resume": ["tests/pruning/test_restore.py", "tests/monitoring/test_checkpoints.py"],
@@ -85,6 +90,20 @@ TARGETS = {
 }
 """Modules, and the tests that answer for them, beside the examples in their docstrings."""
 
+WIDER = {
+    "calibration": ["tests/calibration", "tests/callbacks", "tests/repair"],
+    "callbacks": ["tests/callbacks", "tests/pruning"],
+    "core": ["tests/core", "tests/cli/test_plan.py", "tests/pruning", "tests/export/test_write.py"],
+    "export": ["tests/export"],
+    "model": ["tests/model", "tests/core", "tests/callbacks/test_taylor.py", "tests/callbacks/best"],
+    "monitoring": ["tests/monitoring", "tests/pruning"],
+    "planning": ["tests/planning", "tests/callbacks", "tests/cli"],
+    "pruning": ["tests/pruning", "tests/monitoring"],
+    "quantization": ["tests/quantization", "tests/export/test_int4.py", "tests/export/test_w4a16.py"],
+    "recovery": ["tests/recovery", "tests/export/test_int4.py"],
+    "repair": ["tests/repair", "tests/callbacks/test_contract.py", "tests/callbacks/best"],
+}
+"""Tests of the packages that use a package's modules."""
 LIMIT_FACTOR, LIMIT_EXTRA = 5, 60
 """A mutant whose tests take longer than this many times the unchanged ones', and this many seconds, hangs."""
 _QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # a plugin's module was imported before pytest began
@@ -133,6 +152,7 @@ def main() -> None:
     parser.add_argument("--modules", nargs="*", default=list(TARGETS), choices=list(TARGETS), metavar="MODULE")
     parser.add_argument("--mutants", type=int, default=12, help="of each module, at most")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--again", action="store_true", help="only those that survived, with more tests")
     parser.add_argument("--select", default="not slow", help="pytest's -m")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "mutations.json")
     options = parser.parse_args()
@@ -140,9 +160,17 @@ def main() -> None:
     torch.set_num_threads(1)
     os.chdir(ROOT)
     for module in options.modules:
-        row = try_module(module, options.mutants, options.seed, options.select)
-        print(json.dumps(row), flush=True)
-        write_row(row, options)
+        survivors = read_survivors(module, options.out) if options.again else None
+        if survivors != []:
+            row = try_module(module, options.mutants, options.seed, options.select, survivors)
+            print(json.dumps(row), flush=True)
+            write_row(row, options)
+
+
+def read_survivors(module: str, path: Path) -> list[dict[str, Any]]:
+    """Read which changes of a module survived earlier."""
+    rows = json.loads(path.read_text())["modules"] if path.is_file() else []
+    return [change for row in rows if row["module"] == module for change in row["survivors"]]
 
 
 def write_row(row: dict[str, Any], options: argparse.Namespace) -> None:
@@ -153,10 +181,10 @@ def write_row(row: dict[str, Any], options: argparse.Namespace) -> None:
     options.out.write_text(json.dumps({"command": command, "modules": rows}, indent=2) + "\n")
 
 
-def try_module(module: str, mutants: int, seed: int, select: str) -> dict[str, Any]:
-    """Try a module's mutants, and first the module as it is."""
+def try_module(module: str, mutants: int, seed: int, select: str, only: list[dict[str, Any]] | None) -> dict[str, Any]:
+    """Try a module's mutants, and first the module as it is; of the mutants `only` some, with more tests."""
     name, path = f"prunelit.{module}", ROOT / "prunelit" / f"{module.replace('.', '/')}.py"
-    tests = TARGETS[module]
+    tests = TARGETS[module] if only is None else WIDER[module.partition(".")[0]]
     source = path.read_text(encoding="utf-8")
     arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", *_QUIET, *tests, str(path)]
     begin = time.monotonic()
@@ -166,6 +194,8 @@ def try_module(module: str, mutants: int, seed: int, select: str) -> dict[str, A
     drawn = draw_mutants(source, mutants, random.Random(f"{module} {seed}"))
     survivors = []
     for mutant in drawn:
+        if only is not None and {"line": mutant.line, "change": mutant.change} not in only:
+            continue
         limit = LIMIT_FACTOR * seconds + LIMIT_EXTRA
         ended, _ = run_tests(name, path, mutant.tree, arguments, limit)
         if ended == 0:
@@ -259,6 +289,7 @@ class Place(NamedTuple):
 
 def list_places(tree: ast.Module) -> Iterator[Place]:
     """All places of a module that can be changed."""
+    guards: set[ast.AST] = set()
     for node in _walk(tree):
         for field in ("body", "orelse"):
             statements = getattr(node, field, None)
@@ -272,7 +303,9 @@ def list_places(tree: ast.Module) -> Iterator[Place]:
             yield Place(node.test, _set_field(node, "test", ast.UnaryOp(ast.Not(), node.test)), "not that")
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             yield Place(node, _set_field(node, "op", ast.UAdd()))
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float, bool):
+        if isinstance(node, ast.keyword) and node.arg == "strict":  # a guard: the lengths are equal by construction
+            guards.add(node.value)
+        if isinstance(node, ast.Constant) and node not in guards and type(node.value) in (int, float, bool):
             other = not node.value if isinstance(node.value, bool) else node.value + 1
             yield Place(node, _set_field(node, "value", other))
 
