@@ -16,7 +16,8 @@ from prunelit.runtime import progress
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.text_files import escape_controls
 
-FLAG_VARIABLES = (progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE, progress.LOG_VARIABLE)
+_TQDM_VARIABLE = "TQDM_DISABLE"  # transformers has bars that nothing else turns off
+FLAG_VARIABLES = (progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE, progress.LOG_VARIABLE, _TQDM_VARIABLE)
 """What the flags of every command set, for the time of the command."""
 _AGAIN_SECONDS = 0.01
 COMMANDS = {
@@ -202,7 +203,7 @@ def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
     Example:
         >>> take_flags(["prune", "-q", "--log=json", "--out", "a"])
-        (['prune', '--out', 'a'], {'PRUNELIT_QUIET': '1', 'PRUNELIT_LOG': 'json'})
+        (['prune', '--out', 'a'], {'PRUNELIT_QUIET': '1', 'TQDM_DISABLE': '1', 'PRUNELIT_LOG': 'json'})
     """
     rest: list[str] = []
     settings: dict[str, str] = {}
@@ -212,6 +213,7 @@ def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
             settings[progress.VERBOSE_VARIABLE] = "1"
         elif word in ("--quiet", "-q"):
             settings[progress.QUIET_VARIABLE] = "1"
+            settings[_TQDM_VARIABLE] = "1"
         elif word == "--log" or word.startswith("--log="):
             kind = word[6:] if "=" in word else next(words, "nothing")
             if kind not in ("json", "text"):
