@@ -235,6 +235,8 @@ def fork_run(arguments: list[str], folder: Path, output_file: Path, at_change: i
             code = run_command()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # the command has ended; what follows is ours
         count(-1)
         output_file.with_suffix(".count").write_text(str(count(0)))
         output_file.with_suffix(".modules").write_text("\n".join(sys.modules))

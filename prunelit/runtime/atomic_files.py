@@ -130,9 +130,11 @@ def make_scratch_folder(parent: Path, name: str) -> Iterator[Path]:
             folder.mkdir(parents=True)
         yield folder
     finally:
-        _remove_folder(folder)
-        with suppress(OSError):  # another one is in it
-            of_process.rmdir()
+        try:
+            _remove_folder(folder)
+        finally:
+            with suppress(OSError):  # another one is in it
+                of_process.rmdir()
 
 
 def check_folder(target: str | os.PathLike[str]) -> None:
