@@ -106,7 +106,7 @@ WIDER = {
 """Tests of the packages that use a package's modules."""
 LIMIT_FACTOR, LIMIT_EXTRA = 5, 60
 """A mutant whose tests take longer than this many times the unchanged ones', and this many seconds, hangs."""
-_QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")  # a plugin's module was imported before pytest began
+_PLAIN = "--assert=plain"  # pytest would import what is named on its command line itself, past `_ChangedModule`
 _OTHER = {
     ast.Lt: ast.LtE,
     ast.LtE: ast.Lt,
@@ -186,7 +186,7 @@ def try_module(module: str, mutants: int, seed: int, select: str, only: list[dic
     name, path = f"prunelit.{module}", ROOT / "prunelit" / f"{module.replace('.', '/')}.py"
     tests = TARGETS[module] if only is None else WIDER[module.partition(".")[0]]
     source = path.read_text(encoding="utf-8")
-    arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", *_QUIET, *tests, str(path)]
+    arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", _PLAIN, *tests, str(path)]
     begin = time.monotonic()
     ended, output = run_tests(name, path, ast.parse(source), arguments, limit=900)
     seconds = time.monotonic() - begin
