@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from prunelit.calibration.per_sample_gradients import split_into_samples, visit_sample_gradients
+from prunelit.calibration.per_sample_gradients import compute_sample_loss, split_into_samples, visit_sample_gradients
 from prunelit.calibration.taylor import TAYLOR_FORMS, score_each_sample, score_mean_loss
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
 from prunelit.model.unit_indices import collect_layer_slices
 from prunelit.runtime.errors import NoCalibration, NonFinite
 from tests.tiny import FAMILIES, cut, tiny
+from tests.tiny_multimodal import inputs_with_picture, tiny_multimodal
 
 
 def batches_for(model, padded=True, seed=1):
@@ -116,6 +117,28 @@ def test_sequences_without_a_target_are_left_out():
         score_mean_loss(Decoder(tiny("llama")), [], "first")
 
 
+def test_token_types_are_trimmed_with_the_tokens_and_pictures_stay_whole():
+    ids, pixels = torch.arange(10, 16)[None], torch.zeros(1, 3, 4, 4)
+    batch = {"input_ids": ids, "attention_mask": torch.tensor([[0, 1, 1, 1, 1, 0]]), "pixel_values": pixels}
+    types = {name: torch.arange(6)[None] for name in ("token_type_ids", "mm_token_type_ids")}
+    (sample,) = split_into_samples([batch | types])
+    assert sample.ids.tolist() == [11, 12, 13, 14] and sample.mask is None
+    assert all(sample.tower_inputs[name].tolist() == [[1, 2, 3, 4]] for name in types)
+    assert torch.equal(sample.tower_inputs["pixel_values"], pixels)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_a_picture_is_context_and_not_a_target(family):
+    model, inputs = tiny_multimodal(family), inputs_with_picture(family)
+    ids, likelihoods = inputs["input_ids"][0].tolist(), model(**inputs).logits[0].double().log_softmax(-1)
+    losses = [-likelihoods[place, word].item() for place, word in enumerate(ids[1:]) if word != 90]
+    assert 0 < len(losses) < len(ids) - 1
+    (sample,) = split_into_samples([inputs])
+    assert compute_sample_loss(Decoder(model), sample, "sum").item() == pytest.approx(sum(losses), rel=1e-5)
+    assert compute_sample_loss(Decoder(model), sample).item() == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+
+
 # Memory and numerics -------------------------------------------------------------------------------------------------
 
 
@@ -191,7 +214,8 @@ def test_float16_gradients_do_not_vanish():
     whole, half = tiny("llama"), tiny("llama").half()
     with torch.no_grad():
         for model in (whole, half):  # a flat loss: gradients below the least float16 number
-            model.lm_head.weight.mul_(1e-3)
+            model.lm_head.weight.mul_(1e-2)
+            model.model.norm.weight.mul_(1e-3)
     batches = batches_for(whole)
     expected, found = (score_mean_loss(Decoder(model), batches, "first")[1].channels for model in (whole, half))
     torch.testing.assert_close(found, expected, rtol=0.05, atol=0)

@@ -1,5 +1,7 @@
 """FLAP's scores, its selection over all layers, and its compensation, each against the paper's code written again."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -165,6 +167,17 @@ def test_channels_that_are_all_alike_score_zero():
     scores = FLAP(0.3).score(PruningContext(Decoder(model), batches_for(model)))[1]
     assert not scores.heads.any() and not scores.channels.any()
     assert FLAP(0.3, align=8).prune(model, batches_for(model)).predicted["ratio_of_block_parameters"] >= 0.3
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_the_fewest_channels_are_made_comparable_too(width):
+    """Two values lie half the square root of two, their deviation, from their mean; one value does not deviate."""
+    model = tiny("llama", intermediate_size=width)
+    batches = batches_for(model)
+    for layer, scores in zip(Decoder(model), FLAP(0.3).score(PruningContext(Decoder(model), batches)), strict=True):
+        raw = metric_of("WIFV", layer.down, rows_at(model, layer.down, batches, "input")).tolist()
+        expected = [0.0] if width == 1 else [math.copysign(0.5**0.5, x - y) for x, y in (raw, raw[::-1])]
+        assert scores.channels.tolist() == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(("kind", "lost", "left"), [("attention", "heads", "channels"), ("mlp", "channels", "heads")])

@@ -121,6 +121,18 @@ def test_what_can_not_be_met_is_refused_and_nothing_is_cut(options):
     assert metrics.measure_model_size(model) == metrics.measure_model_size(tiny("llama"))
 
 
+@pytest.mark.parametrize("options", [{"count": 4}, {"ratio": 0.9}, {"ratio": 0.4, "protect": (0, 1)}], ids=str)
+def test_what_can_not_be_met_is_refused_from_the_shape_alone(options, tmp_path):
+    model, plan_file = tiny("llama"), str(tmp_path / "plan.json")
+    shape = Decoder(model).shape
+    with pytest.raises(InfeasibleBudget, match="expected at most"):
+        ShortGPT(**options).check_size_target(shape)
+    ShortGPT(**options).check_size_target(None)  # no model is at hand yet
+    ShortGPT(count=1).check_size_target(shape)
+    ShortGPT(count=1).plan_model(model, batches_for(model)).save(plan_file)
+    ShortGPT(**options, plan_file=plan_file).check_size_target(shape)  # the plan decides what goes
+
+
 @pytest.mark.parametrize("kind", ["attention", "mlp"])
 def test_layers_that_lack_a_block_go_whole_and_the_last_attention_stays(kind):
     model = tiny("llama")

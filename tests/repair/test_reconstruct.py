@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from prunelit.calibration.paired_streams import PairedStreams
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
@@ -309,6 +310,17 @@ def test_records_are_what_one_measures_afterwards(family):
         wanted = rows_at(model, new.down, batches) + left
         assert record["after"] == pytest.approx(float(left.norm() / wanted.norm()), rel=1e-3)
     assert records[0]["before"] == records[0]["after"] == 0 and records[1]["before"] > 0.5
+
+
+def test_targets_are_what_blocks_return_where_the_layer_adds_to_it_in_place():
+    """Falcon adds the attention to the tensor that the FFN returns."""
+    model, batches = tiny("falcon"), text()
+    streams = PairedStreams(Decoder(model), batches)
+    for index, layer in enumerate(Decoder(model)):
+        streams.enter_layer(index, ("attention_output", "mlp_output"))
+        for point, linear in (("attention_output", layer.output), ("mlp_output", layer.down)):
+            targets = torch.cat([streams.get_target(point, place) for place in range(len(batches))])
+            torch.testing.assert_close(targets.double(), rows_at(model, linear, batches), rtol=1e-4, atol=1e-5)
 
 
 def test_an_output_bias_is_refitted_and_none_is_added():

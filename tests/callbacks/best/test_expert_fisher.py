@@ -21,18 +21,29 @@ def score_by_masks(model: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
     of_channels = torch.zeros(experts.channels, dtype=torch.float64)
     masks: list[tuple[int, torch.Tensor, torch.Tensor]] = []
 
-    def forward(hidden: torch.Tensor, chosen: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    def forward(hidden: torch.Tensor, *routing: torch.Tensor) -> torch.Tensor:
         output = torch.zeros_like(hidden)
-        for token in range(len(hidden)):
-            for place, expert in enumerate(chosen[token].tolist()):
-                weights = experts.get_weights(expert)
-                expert_mask = torch.ones((), requires_grad=True)
-                channel_mask = torch.ones(experts.channels, requires_grad=True)
-                channels = experts.compute_channels(weights, hidden[token : token + 1]) * channel_mask
-                outputs = experts.compute_output(weights, channels)[0] * gates[token, place] * expert_mask
-                output = output.index_add(0, torch.tensor([token]), outputs[None])
-                masks.append((expert, expert_mask, channel_mask))
+        for row, expert, gate in list_visits(hidden, *routing):
+            weights = experts.get_weights(expert)
+            expert_mask = torch.ones((), requires_grad=True)
+            channel_mask = torch.ones(experts.channels, requires_grad=True)
+            channels = experts.compute_channels(weights, hidden[row : row + 1]) * channel_mask
+            outputs = experts.compute_output(weights, channels)[0] * gate * expert_mask
+            output = output.index_add(0, torch.tensor([row]), outputs[None])
+            masks.append((expert, expert_mask, channel_mask))
         return output
+
+    def list_visits(hidden: torch.Tensor, *routing: torch.Tensor) -> list[tuple[int, int, Any]]:
+        """(row, expert, gate) of what is sent; without a routing the rows are scaled tokens of one expert each."""
+        if not routing:
+            tokens_of_expert = len(hidden) // experts.count
+            return [(row, row // tokens_of_expert, 1.0) for row in range(len(hidden)) if hidden[row].any()]
+        chosen, gates = routing
+        return [
+            (token, expert, gates[token, place])
+            for token in range(len(hidden))
+            for place, expert in enumerate(chosen[token].tolist())
+        ]
 
     experts.module.forward = forward
     total = 0
@@ -49,6 +60,14 @@ def score_by_masks(model: Any, index: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_scores_are_squared_gradients_of_masks(family: str) -> None:
+    check_scores(family)
+
+
+def test_scores_where_the_router_scales_what_experts_read() -> None:
+    check_scores("llama4_text")
+
+
+def check_scores(family: str) -> None:
     index = 1
     scores = score_fisher(Decoder(tiny(family)), BATCHES)[index]
     experts, channels = score_by_masks(tiny(family), index)

@@ -29,6 +29,12 @@ def test_sequences_are_sampled_from_the_model_and_repeat_with_the_seed():
     assert len(ids[:, 0].unique()) > 20
 
 
+def test_sequences_may_outnumber_the_vocabulary():
+    ids = torch.cat([batch["input_ids"] for batch in generated_text.generate_text(tiny("llama", vocab_size=8), 128, 2)])
+    assert list(ids.shape) == [64, 2]
+    assert set(ids[:, 0].tolist()) == {3, 4, 5, 6, 7}
+
+
 @torch.no_grad()
 def test_the_model_finds_its_own_text_likely():
     model = tiny("llama")
@@ -72,6 +78,7 @@ def make_probe(distinct: dict[int | None, int], asked: list[int | None]) -> Any:
     return sample
 
 
+@pytest.mark.parametrize("rows", [1, 2])
 @pytest.mark.parametrize(
     ("distinct", "start", "chosen"),
     [
@@ -79,19 +86,22 @@ def make_probe(distinct: dict[int | None, int], asked: list[int | None]) -> Any:
         ({None: 2, 1: 12}, 1, 1),
         ({None: 2, 1: 3}, 1, "none"),
         ({None: 2}, None, "none"),
+        ({None: 8}, None, "none"),  # half as many as in the calibration text
+        ({None: 10}, None, None),
     ],
 )
 def test_texts_begin_where_the_model_does_not_repeat_itself(
     distinct: dict[int | None, int],
     start: Any,
     chosen: Any,
+    rows: int,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     model, asked = tiny("llama"), []
     model.config.bos_token_id = model.generation_config.bos_token_id = start
     monkeypatch.setattr(generated_text, "_sample_tokens", make_probe(distinct, asked))
-    like = [{"input_ids": torch.arange(32).view(2, 16), "attention_mask": torch.ones(2, 16)}]
+    like = [{"input_ids": torch.arange(16 * rows).view(rows, 16), "attention_mask": torch.ones(rows, 16)}]
     batches = generated_text.generate_text(model, 32, length=16, like=like)
     if chosen == "none":
         assert batches == [] and "own text: left out, because the model repeats itself" in caplog.text

@@ -235,7 +235,8 @@ def test_layer_runs_are_what_really_ran():
     for layer in Decoder(model):  # an attention runs in every layer run, as only FFNs go
         layer.attention.register_forward_hook(lambda *_: ran.append(1))
     evaluator = BlockEvaluator(Decoder(model), batches)
-    ran.clear()  # of the probe for tuples
+    evaluator.measure_perplexity(blocks("M1", "M3"))
+    ran.clear()  # of the probe for tuples, and of what was measured before the search
     record = search_blocks(evaluator, RemovalGoal(count=3), "mlp", "greedy").record
     assert record["layer_runs"] == pytest.approx(len(ran) / 3, abs=0.01)
     assert record["layer_runs_full"] == 5 * (1 + 5 + 4 + 3) and record["evaluations_full"] == 1 + 5 + 4 + 3
@@ -410,6 +411,31 @@ def test_the_margin_follows_what_removals_make_up_for():
         value = landscape(seed, 6, 0.02, noise=0.05)
         same += search_blocks(Landscape(value, 6), RemovalGoal(count=6)).removed == greedy_on(value, 6, 6)
     assert same >= 28
+
+
+def table(values, other):
+    """Losses of some sets, by the names of their blocks in order; all others have the same."""
+    return lambda removed: values.get(" ".join(sorted(names(removed))), other)
+
+
+def test_a_candidate_within_the_margin_is_evaluated_and_may_win():
+    """Eight candidates are evaluated first; M4 was 0.001 worse than the best of them, and is 0.001 better now."""
+    first = ["A1", "A2", "A3", "A4", "M0", "M1", "M2", "M3"]
+    values = {"": 3, "A0": 3.1, "M4": 3.501, "A0 M4": 3.499}
+    values |= dict.fromkeys(first, 3.2) | {f"A0 {name}": 3.5 for name in first}
+    evaluator = Landscape(table(values, other=9.0), 6)
+    found = search_blocks(evaluator, RemovalGoal(count=2))
+    assert names(found.removed) == ["A0", "M4"]
+    assert found.record["evaluations"] == 1 + 12 + 9  # A5 and M5 were far off
+
+
+def test_a_set_that_was_far_off_is_not_asked_for_on_another_way_to_it():
+    """A0 and A1 are the best alone and bad together; the beam comes to both of them from either."""
+    singles = [f"{kind}{index}" for kind in "AM" for index in range(6)]
+    values = {"": 3, "A0": 3.1, "A1": 3.11, "A0 A1": 9} | dict.fromkeys(singles[2:], 3.2)
+    evaluator = Landscape(table(values, other=3.3), 6)
+    record = search_blocks(evaluator, RemovalGoal(count=2), method="beam", beam_width=2).record
+    assert record["recalled"] == 0 and record["evaluations"] == 1 + 12 + 11 + 10
 
 
 def test_thirty_layers_and_four_blocks_take_a_fourth_of_the_layer_runs():
