@@ -113,10 +113,10 @@ def test_of_equal_layers_the_first_goes_and_protected_ones_stay():
         ShortGPT(count=1, protect=(3,)).prune(tiny("llama"), batches_for(model))
 
 
-INFEASIBLE = [{"count": 3}, {"ratio": 0.7}, {"count": 2, "protect": (0, 1)}, {"ratio": 0.9}]
+INFEASIBLE = [{"count": 3}, {"count": 2, "protect": (0, 1)}, {"ratio": 0.9}]
 
 
-@pytest.mark.parametrize("options", INFEASIBLE, ids=str)
+@pytest.mark.parametrize("options", [*INFEASIBLE, {"ratio": 0.7}], ids=str)  # two of three layers are 0.67
 def test_what_can_not_be_met_is_refused_and_nothing_is_cut(options, monkeypatch):
     monkeypatch.setattr(ShortGPT, "check_size_target", lambda self, shape: None)  # as of a model without a known shape
     model = tiny("llama")
