@@ -183,6 +183,11 @@ def test_group_sizes_are_checked(group_size: object) -> None:
         Int4Linear(64, 8, group_size)  # type: ignore[arg-type]
 
 
+def test_groups_have_32_inputs_by_default() -> None:
+    for layer in (Int4Linear(64, 8), Int4Linear.from_weight(torch.randn(8, 64))):
+        assert layer.group_size == 32 and layer.scale.shape == layer.zero.shape == (8, 2)
+
+
 @pytest.mark.parametrize("draw", ["normal", "uniform", "laplace", "cubed"])
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_error_bound_holds_for_heavy_and_light_tails(draw: str, group_size: int) -> None:

@@ -73,6 +73,12 @@ def test_groups_without_the_number_0_are_rounded_anew() -> None:
     assert torch.allclose(constant.dequantize_weight(), torch.tensor(-0.5))
 
 
+def test_a_weight_of_zeros_does_not_change() -> None:
+    linear = Int4Linear.from_weight(torch.zeros(8, 16), None, 16)
+    assert round_zeros(nn.Sequential(linear), torch.float32) == {"0": 0.0}
+    assert not linear.dequantize_weight().any()
+
+
 def test_plain_linears_are_refused() -> None:
     with pytest.raises(BadQuantisation, match="expected a model in 4 bits"):
         round_zeros(nn.Linear(4, 4), torch.float32)

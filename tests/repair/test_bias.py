@@ -18,7 +18,7 @@ from prunelit.recovery.lora import add_lora
 from prunelit.recovery.merge import merge_adapters
 from prunelit.repair import bias
 from prunelit.runtime.errors import BadPlan, NoCalibration, NonFinite
-from tests.tiny import FAMILIES, cut, tiny, tokens
+from tests.tiny import FAMILIES, cut, keep, tiny, tokens
 
 BARE = ("llama", "phi3", "falcon", "gemma2", "cohere", "qwen2", "olmo2")  # no biases on the output projections
 BIASED = ("gpt2", "opt", "gpt_neox", "llama-biases", "phi")
@@ -193,6 +193,16 @@ def test_the_budgets_cost_is_what_a_layer_then_holds(family: str) -> None:
         assert cost(shapes[0], *LayerPlan.dense(shapes[0]).widths) == shapes[0].parameters
 
 
+def test_the_budgets_cost_counts_biases_of_blocks_that_keep_one_unit() -> None:
+    model = tiny("llama-mha")
+    cost, shape = bias.make_bias_cost(Decoder(model)), Decoder(model).shape
+    layers = (keep(shape.layers[0], groups=(2,)), keep(shape.layers[1], channels=(5,)), keep(shape.layers[2], ()))
+    expected = [cost(layer, *kept.widths) for layer, kept in zip(shape.layers, layers, strict=True)]
+    compensated(model, PruningPlan("test", shape, layers), batches_for(model))
+    assert [sum(p.numel() for p in layer.module.parameters()) for layer in Decoder(model)] == expected
+    assert linears(model, 0)[0].bias is not None and linears(model, 1)[1].bias is not None
+
+
 @pytest.mark.parametrize("other", [{"num_hidden_layers": 2}, {"num_attention_heads": 12, "intermediate_size": 128}])
 def test_another_models_plan_is_refused_before_anything_happens(other: dict[str, int]) -> None:
     model, plan = tiny("llama"), cut(tiny("llama", **other), "mixed" if len(other) > 1 else "channel")
@@ -218,6 +228,14 @@ def test_no_text_is_refused_before_the_cut(batches: Any) -> None:
     model = tiny("llama")
     with pytest.raises(NoCalibration):
         bias.apply_bias_compensation(model, cut(model, "channel"), batches)
+    assert Decoder(model).shape.layers == Decoder(tiny("llama")).shape.layers
+
+
+def test_means_of_fewer_layers_are_refused_before_the_cut() -> None:
+    model = tiny("llama")
+    means = [{"channels": torch.zeros(96)}] * 2
+    with pytest.raises(ValueError, match="shorter"):
+        bias.apply_bias_compensation(model, cut(model, "channel"), [], means)
     assert Decoder(model).shape.layers == Decoder(tiny("llama")).shape.layers
 
 

@@ -177,10 +177,12 @@ def test_no_error_and_no_input_change_nothing():
         assert not equations.solve(1e-4).weight.any()
 
 
+@pytest.mark.parametrize("size", [1.0, 0.01])  # of outputs; their squared errors are above 1 and below
 @pytest.mark.parametrize("bias", [False, True])
-def test_equations_follow_a_correction_and_a_cut_without_data(bias):
+def test_equations_follow_a_correction_and_a_cut_without_data(bias, size):
     torch.manual_seed(0)
     x, weight, offset, y = torch.randn(80, 6) + 1, torch.randn(3, 6), torch.randn(3), torch.randn(80, 3)
+    weight, offset, y = size * weight, size * offset, size * y
     offset = offset if bias else torch.zeros(3)
     equations = NormalEquations(6, 3, bias)
     equations.add_batch(x, y - x @ weight.T - offset, y)
@@ -191,8 +193,9 @@ def test_equations_follow_a_correction_and_a_cut_without_data(bias):
     fresh = NormalEquations(3, 3, bias)
     fresh.add_batch(x[:, columns], y - x[:, columns] @ weight[:, columns].T - offset, y)
     for name in ("gram", "cross", "squares"):
-        torch.testing.assert_close(getattr(found, name), getattr(fresh, name), rtol=1e-4, atol=1e-2)
-    torch.testing.assert_close(found.solve(1e-3).weight, fresh.solve(1e-3).weight, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(getattr(found, name), getattr(fresh, name), rtol=1e-4, atol=1e-2 * size**2)
+    assert bool(fresh.squares[0] < 1) is (size < 1)
+    torch.testing.assert_close(found.solve(1e-3).weight, fresh.solve(1e-3).weight, rtol=1e-3, atol=1e-4 * size)
 
 
 # The repair, against two whole models ---------------------------------------------------------------------------------
@@ -321,6 +324,20 @@ def test_targets_are_what_blocks_return_where_the_layer_adds_to_it_in_place():
         for point, linear in (("attention_output", layer.output), ("mlp_output", layer.down)):
             targets = torch.cat([streams.get_target(point, place) for place in range(len(batches))])
             torch.testing.assert_close(targets.double(), rows_at(model, linear, batches), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_attention_alone_makes_up_for_an_ffn_that_is_gone(family):
+    """What it leaves is measured at the end of the layer, with experts in the removed FFN or without."""
+    dense, batches = tiny(family), text()
+    model = copy.deepcopy(dense)
+    records = reconstruct.apply_least_squares(model, cut(dense, "mlp"), batches)
+    record = next(record for record in records if record["layer"] == 0)
+    old, new = Decoder(dense).layers[0], Decoder(model).layers[0]
+    left = rows_at(dense, old.module, batches) - rows_at(model, new.module, batches)
+    wanted = rows_at(model, new.output, batches) + left
+    assert record["block"] == "attention"
+    assert record["after"] == pytest.approx(float(left.norm() / wanted.norm()), rel=1e-3)
 
 
 def test_an_output_bias_is_refitted_and_none_is_added():

@@ -268,6 +268,11 @@ def test_one_threshold_over_cells_takes_more_from_the_more_redundant():
     assert rank_similar_units([Cell(FOUR, MOMENTS, 3), Cell(close, MOMENTS, 3)], 0.05) == [(1, 0), (1, 1), (1, 2)]
 
 
+def test_a_cell_that_similar_units_filled_gives_no_unit_of_small_moment():
+    apart = Cell([[0.0, 0.5], [0.5, 0.0]], [9.0, 8.0], 1)
+    assert select_redundant_units([Cell(FOUR, MOMENTS, 1), apart], 2, 0.12) == [(0, 0), (1, 1)]
+
+
 @given(
     st.lists(st.integers(2, 5), min_size=1, max_size=4),
     st.integers(0, 999),

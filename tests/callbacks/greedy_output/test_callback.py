@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prunelit.calibration import metrics
-from prunelit.callbacks.greedy_output import attention_similarity
+from prunelit.callbacks.greedy_output import attention_similarity, two_step
 from prunelit.callbacks.greedy_output.callback import GreedyOutput
 from prunelit.callbacks.magnitude import Magnitude
 from prunelit.core.plan import PruningPlan
@@ -287,6 +287,16 @@ def test_with_a_dense_prefix_nothing_is_fitted(family):
     assert torch.equal(get_weight_out_in(old.down)[:, rows], get_weight_out_in(new.down))
     changed = zip(Decoder(dense).layers[1].qkv, Decoder(model).layers[1].qkv, strict=True)
     assert not any(torch.equal(before.weight, after.weight) for before, after in changed)
+
+
+def test_the_last_layer_is_not_run_once_more_when_it_is_fitted():
+    model, batches, calls = tiny("llama"), text(), [0, 0, 0]
+    for index, layer in enumerate(Decoder(model)):
+        layer.down.register_forward_pre_hook(lambda *_, index=index: calls.__setitem__(index, calls[index] + 1))
+    two_step.reconstruct_two_step(Decoder(model), cut(model, "channel").layers, batches)
+    probe = 1  # two tokens, to see what layers return
+    on_to_the_next = probe + 3 * len(batches)  # dense targets; fit of the output projection; on to the next layer
+    assert calls == [on_to_the_next, on_to_the_next, probe + 2 * len(batches)]
 
 
 @pytest.mark.parametrize("criterion", ["both", "second_moment"])

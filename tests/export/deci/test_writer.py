@@ -85,6 +85,8 @@ def test_what_the_config_says(kind: str, widths: list[int], tmp_path: Path) -> N
     assert [block.attention.n_heads_in_group for block in config.block_configs] == [4, 2, 4]
     assert [block.attention.no_op for block in config.block_configs] == [False] * 3
     assert [block.ffn.no_op for block in config.block_configs] == [False, False, True]
+    blocks = [part for block in config.block_configs for part in (block.attention, block.ffn)]
+    assert not any(block.replace_with_linear for block in blocks)
     ffns = [block.ffn for block in config.block_configs[:2]]
     assert all(hasattr(ffn, "ffn_mult") == (kind == "ffn_mult") for ffn in ffns)  # vLLM prefers it where it is there
     found = [ffn.intermediate_size if kind == "exact" else reader.compute_ffn_width(ffn.ffn_mult, 256) for ffn in ffns]

@@ -26,6 +26,7 @@ ALL_LAYERS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"mlp_only_layers": []},
 }
 GRAPHS = {"mixtral": "llama", "olmoe": "olmoe", "qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"}
+SIZES = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
 
 
 def build_mixture(family: str, kind: str | None = None, **config: Any) -> Any:
@@ -75,11 +76,15 @@ def test_types(kind: str, tmp_path: Path) -> None:
     assert field(reader, "expert_feed_forward_length") == (32 if kind == "q8_0" else 16)
 
 
+def test_a_mixture_of_one_layer(tmp_path: Path) -> None:
+    reader = written(build_mixture("qwen2_moe", num_hidden_layers=1), tmp_path / "m.gguf")
+    assert [field(reader, name) for name in SIZES] == [6, 2, 40, 48]
+
+
 def test_every_tensor_of_a_cut_mixture(tmp_path: Path) -> None:
     model = build_mixture("qwen2_moe", "experts")
     reader = written(model, tmp_path / "m.gguf")
-    names = ("expert_count", "expert_used_count", "expert_feed_forward_length", "expert_shared_feed_forward_length")
-    assert [field(reader, name) for name in names] == [5, 2, 40, 48]
+    assert [field(reader, name) for name in SIZES] == [5, 2, 40, 48]
     found, block = tensors(reader), model.model.layers[1].mlp
     expected = {
         "ffn_gate_inp": block.gate.weight,

@@ -120,6 +120,7 @@ def test_types(kind: str, matrix: str, tmp_path: Path) -> None:
     assert {found for name, found in types.items() if "norm" in name} == {"F32"}
     assert {found for name, found in types.items() if "norm" not in name} == {matrix}
     assert field(reader, "feed_forward_length") == (64 if kind == "q8_0" else 50)
+    assert field_of(reader, "general.file_type") == {"f32": 0, "f16": 1, "q8_0": 7, "bf16": 32}[kind]  # GGUF's numbers
     found, step = tensors(reader)["blk.0.ffn_down.weight"][:, :50], {"f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 127}
     expected = model.model.layers[0].mlp.down_proj.weight
     assert (found - expected).abs().max() <= step.get(kind, 0) * expected.abs().max()
@@ -129,6 +130,17 @@ def test_rows_that_make_no_blocks_stay_float16(tmp_path: Path) -> None:
     facts = writer.write_gguf(ExportJob(build("llama"), tmp_path / "m.gguf", tokenizer(), kind="q8_0"))
     # H = 72 is no multiple of 32; but 96 channels are
     assert facts["matrices_left_f16"] == 2 + 3 * 6 and "18" not in facts["note"] and "20 matrices" in facts["note"]
+
+
+def test_a_model_of_one_layer_and_its_name(tmp_path: Path) -> None:
+    model = build("llama", num_hidden_layers=1)
+    model.config.name_or_path = "owner/small"
+    reader = written(model, tmp_path / "m.gguf")
+    assert field_of(reader, "general.name") == "small"
+    expected = {"block_count": 1, "feed_forward_length": 96, "vocab_size": VOCABULARY, "embedding_length": 72}
+    expected |= {"attention.head_count": 9, "attention.head_count_kv": 3, "rope.dimension_count": 8}
+    expected |= {"attention.key_length": 8, "attention.value_length": 8}
+    assert {name: field(reader, name) for name in expected} == expected
 
 
 def test_tied_embeddings_are_there_once(tmp_path: Path) -> None:
@@ -273,6 +285,9 @@ def test_a_weight_beyond_float16(tmp_path: Path) -> None:
     with pytest.raises(DoesNotFit, match=r"blk.1.ffn_up.weight: expected weights up to 65504 for f16, got 7e\+04"):
         save(model, tmp_path / "m.gguf", tokenizer(), format="gguf", kind="f16")
     assert tensors(written(model, tmp_path / "m.gguf", "bf16"))["blk.1.ffn_up.weight"][3, 5] == -70144
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = -65504.0  # the largest that there is
+    assert tensors(written(model, tmp_path / "f16.gguf", "f16"))["blk.1.ffn_up.weight"][3, 5] == -65504
 
 
 def test_activations_beyond_float16(tmp_path: Path) -> None:
