@@ -207,6 +207,22 @@ def test_cut_keeps_dtype_mode_and_requires_grad(family: str, training: bool) -> 
         assert is_dense or not hasattr(parameter, "mask"), "a tensor beside it has the dense shape"
 
 
+def test_config_of_a_uniform_cut_builds_what_is_left() -> None:
+    """The first layer goes as a whole, so its widths are no layer's."""
+    model = tiny("llama")
+    layers = Decoder(model).shape.layers
+    first, *others = (
+        keep(shape, groups=(0, 2) if index else (), channels=tuple(range(64)) if index else ())
+        for index, shape in enumerate(layers)
+    )
+    surgery.apply(model, PruningPlan("test", Decoder(model).shape, (first, *others)))
+    assert model.config.intermediate_size == 64 and model.config.num_key_value_heads == 2
+    built = type(model)(model.config)
+    assert [parameter.shape for parameter in built.parameters()] == [
+        parameter.shape for parameter in model.parameters()
+    ]
+
+
 def test_plan_for_another_model_changes_nothing() -> None:
     model, plan = tiny("llama"), cut(tiny("llama-mha"), "mixed")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

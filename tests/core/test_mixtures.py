@@ -131,6 +131,22 @@ def test_shared_expert_goes_with_the_mixture_only() -> None:
     assert removed.mlp_removed and not removed.removed
 
 
+def test_shared_experts_and_dense_layers_have_widths_of_their_own() -> None:
+    """The mixtures come first, and the dense FFN in the last layer is of another width than their shared one."""
+    model = tiny("qwen2_moe", mlp_only_layers=[2])
+    shape = Decoder(model).shape
+    layers = tuple(
+        replace(LayerPlan.dense(layer), ffn_channels=tuple(range(32 if layer.experts else 64)))
+        for layer in shape.layers
+    )
+    surgery.apply(model, PruningPlan("test", shape, layers))
+    assert (model.config.intermediate_size, model.config.shared_expert_intermediate_size) == (64, 32)
+    built = type(model)(model.config)
+    assert [parameter.shape for parameter in built.parameters()] == [
+        parameter.shape for parameter in model.parameters()
+    ]
+
+
 @pytest.mark.parametrize("kind", ["expert", "expert_channel", "mlp", "mixed"])
 def test_plan_reads_back_equal(kind: str) -> None:
     plan = cut(tiny("qwen2_moe"), kind)

@@ -6,10 +6,14 @@ import torch
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder, get_weight_out_in
-from prunelit.model.unit_indices import collect_layer_slices
-from tests.tiny import FAMILIES, keep, tiny
+from prunelit.model.unit_indices import collect_expert_slices, collect_layer_slices
+from tests.tiny import EXPERT_KINDS, FAMILIES, MIXTURES, cut, keep, tiny, tokens
 
 FFN = 96  # channels of the tiny models
+
+
+def tiny_layer(family):
+    return Decoder(tiny(family)).layers[0]
 
 
 def rows_gone(model, plan):
@@ -71,3 +75,65 @@ def test_every_row_of_what_is_cut_has_one_owner(family):
         for of in collect_layer_slices(layer):
             owned = torch.cat([units.flatten() for units in of.owners.values()]).tolist()
             assert sorted(owned) == list(range(len(of.arrange_by_slice(of.linear.weight))))
+
+
+def test_a_gated_query_head_owns_its_query_and_its_gate():
+    """Against the gradient: the output of a head depends on no other rows of q."""
+    model = tiny("qwen3_5_text")
+    layer = next(layer for layer in Decoder(model) if layer.has_attention)
+    outputs = []
+    layer.output.register_forward_pre_hook(lambda module, args: outputs.append(args[0]))
+    model(input_ids=tokens())
+    query, _, _, output, *_ = collect_layer_slices(layer)
+    assert query.linear is layer.qkv[0] and output.linear is layer.output
+    for owned, columns in zip(query.owners["query"], output.owners["query"], strict=True):
+        of_head = outputs[0][..., columns].sum()
+        (gradient,) = torch.autograd.grad(of_head, query.weight, retain_graph=True)
+        assert gradient.abs().sum(1).nonzero().flatten().tolist() == owned.tolist()
+
+
+def test_heads_that_can_not_be_pruned_have_no_slices():
+    model, whole = tiny("llama"), tiny_layer("olmo2")
+    surgery.apply(model, cut(model, "attention"))
+    without_attention = Decoder(model).layers[0]
+    assert not without_attention.has_attention and not whole.shape.heads_prunable
+    for layer in (without_attention, whole):
+        assert [list(of.owners) for of in collect_layer_slices(layer)] == [["channel"]] * 3
+
+
+# Mixtures of experts --------------------------------------------------------------------------------------------------
+
+
+def arrange_experts(model):
+    """For each layer, the slices of its mixture, and their values."""
+    return [
+        [(of, of.arrange_by_slice(*(p.detach() for p in of.parameters))) for of in collect_expert_slices(layer)]
+        for layer in Decoder(model)
+    ]
+
+
+@pytest.mark.parametrize("kind", EXPERT_KINDS)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_surgery_leaves_the_slices_of_the_experts_and_channels_that_stay(family, kind):
+    model = tiny(family)
+    plan, dense = cut(model, kind), arrange_experts(model)
+    surgery.apply(model, plan)
+    assert any(dense)
+    for kept, before, after in zip(plan.layers, dense, arrange_experts(model), strict=True):
+        units = kept.experts if kind == "expert" else kept.expert_channels
+        for (of, values), (_, remaining) in zip(before, after, strict=True):
+            gone = [] if kind not in of.owners else [unit for unit in range(len(of.owners[kind])) if unit not in units]
+            owned = {int(i) for unit in gone for i in of.owners[kind][unit]}
+            assert torch.equal(remaining, values[[i for i in range(len(values)) if i not in owned]])
+
+
+def test_biases_of_experts_belong_to_the_rows_they_are_added_to():
+    """Those of the last linear belong to no channel."""
+    layer = tiny_layer("gpt_oss")
+    names = {id(parameter): name for name, parameter in layer.experts.block.named_parameters()}
+    assert [[names[id(parameter)] for parameter in of.parameters] for of in collect_expert_slices(layer)] == [
+        ["experts.gate_up_proj", "experts.gate_up_proj_bias"],
+        ["experts.down_proj"],
+        ["router.weight", "router.bias"],
+    ]
+    assert collect_expert_slices(tiny_layer("llama")) == []

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.core.scores import LayerScores
 from prunelit.planning.budget import check_budget_options, select_units
+from prunelit.planning.removal_steps import RemovalSequence, RemovalStep, tie_sequences
 from prunelit.runtime.errors import BadOption, InfeasibleBudget, NonFinite
 
 
@@ -313,6 +314,12 @@ def test_options_are_checked_before_the_layers_are_known() -> None:
 def test_wrong_number_of_scores_is_refused() -> None:
     with pytest.raises(BadOption, match="layer 0: expected 32 channel scores, got 31"):
         select_units((layer_shape(),), [LayerScores(channels=torch.rand(31))], 0.2)
+
+
+def test_scores_of_too_few_layers_leave_none_uncut_in_silence() -> None:
+    shapes = (layer_shape(),) * 2
+    with pytest.raises(ValueError, match="shorter"):
+        select_units(shapes, [scores_of(shapes[0])], 0.2, align=8)
 
 
 def test_infeasible_budget_says_what_is_possible() -> None:
@@ -748,6 +755,30 @@ def test_uniform_heads_says_why_a_budget_can_not_be_met() -> None:
         select_units(shapes, scores, 0.45, align=8, protect=[0], uniform_heads=True)
     with pytest.raises(BadOption, match="uniform_heads: expected true or false"):
         check_budget_options(0.2, "layer", "kv_group", 1, (), uniform_heads="yes")
+
+
+@pytest.mark.parametrize("between", [(), (layer_shape(0, 1, 8),)], ids=["alike", "one without attention"])
+def test_layers_with_one_group_lose_the_same_number_of_heads(between: tuple[LayerShape, ...]) -> None:
+    """For 228 parameters one head of 70 in both attentions is too little, and two are enough."""
+    attentive = layer_shape(1, 4, 0)
+    shapes = (attentive, *between, attentive)
+    scores = [LayerScores(heads=torch.arange(float(shape.query_heads))) for shape in shapes]
+    ratio = 228 / sum(shape.parameters for shape in shapes)
+    for scope in ("layer", "global"):
+        plans = select_units(shapes, scores, ratio, scope, "query_head", uniform_heads=True)
+        assert [plan.query_heads for plan in plans] == [(2, 3) if shape.kv_groups else () for shape in shapes]
+
+
+def test_tied_sequences_have_the_means_of_their_layers() -> None:
+    """The first layer takes two units in two steps, the second in one, so the tied sequence has one step of two."""
+    first = RemovalSequence(
+        *(0, "attention", 3, 2.0, 3.0),
+        steps=(RemovalStep(1.0, 10.0, (2,), 0, 1), RemovalStep(3.0, 10.0, (0,), 1, 2)),
+    )
+    second = RemovalSequence(1, "attention", 4, 6.0, 8.0, (RemovalStep(5.0, 30.0, (0, 1), 0, 2),))
+    tied = tie_sequences([first, second])
+    assert (tied.mean_score, tied.mean_magnitude, tied.unit_count) == (4.0, 5.5, 3)
+    assert tied.steps == (RemovalStep((1.0 + 3.0 + 2 * 5.0) / 4, 50.0, (), 0, 2),)
 
 
 # Below ---------------------------------------------------------------------------------------------------------------

@@ -7,12 +7,20 @@ from typing import Any
 import pytest
 
 from prunelit.callbacks import Random, ShortGPT
+from prunelit.core.plan import LayerPlan, LayerShape, ModelShape, PruningPlan
 from prunelit.planning.overshoot import describe_overshoot, format_asked_share, measure_overshoot
 from tests.cli.test_fit import call, small
 from tests.cli.test_fit import words as words  # a fixture
 from tests.tiny import tiny, tokens
 
 EXPERTS = {"kinds": ["experts"]}
+WIDE = LayerShape(4, 2, 8, 1024, 3, 256, 256, 48, 1552, 49168)  # 50,720 parameters
+HEADS_IN_LARGE_GROUPS = LayerShape(16, 2, 8, 32, 3, 256, 256, 48, 4608, 1552)  # 6,160 parameters
+
+
+def plan_of(shape: LayerShape, kept: LayerPlan, options: dict[str, Any], **calibration: Any) -> PruningPlan:
+    model = ModelShape("llama", "tiny", 16, 100_000, 0, 4, "", (shape,))
+    return PruningPlan("random", model, (kept,), options, calibration=calibration)
 
 
 @pytest.mark.parametrize(
@@ -49,6 +57,67 @@ def test_the_option_that_is_named_keeps_its_word(family: str, options: dict[str,
             assert other.achieved == pytest.approx(float(change[1]) / 100, abs=6e-4)
         if options.get("budget", "parameters") == "parameters":
             assert format_asked_share(below) == " (asked: at most 25.00%)"
+
+
+def narrow_until_reached(ratio: float, align: int) -> tuple[int, float]:
+    """Width of the layer's FFN, cut in steps of `align`, and the share of parameters that is removed."""
+    width = 1024
+    while (1024 - width) * 48 < ratio * 50_720:
+        width -= align
+    return width, (1024 - width) * 48 / 50_720
+
+
+@pytest.mark.parametrize(("ratio", "align"), [(0.2, 8), (0.33, 32), (0.6, 128), (0.65, 16)])
+def test_the_first_align_within_a_point_is_named(ratio: float, align: int) -> None:
+    """It need not be the finest one."""
+    width, _ = narrow_until_reached(ratio, 256)
+    plan = plan_of(WIDE, LayerPlan((0, 1, 2, 3), (0, 1), tuple(range(width))), {"ratio": ratio, "align": 256})
+    shares = {finer: narrow_until_reached(ratio, finer)[1] for finer in (128, 64, 32, 16, 8, 4, 2, 1)}
+    assert align == next(finer for finer, share in shares.items() if share - ratio <= 0.01)
+    assert shares[1] < shares[align]
+    assert f"; --align {align} would remove about {shares[align]:.1%}" in describe_overshoot(plan)
+
+
+@pytest.mark.parametrize(
+    ("budget", "named"),
+    [
+        # Of each group 3 heads of 256 parameters: 3 * 2 * 256 of 6,160 are the first such share above a fifth.
+        ("parameters", "steps of kv_group; --unit query_head would remove about 24.9%"),
+        ("kv_bytes", "steps of kv_group; no option makes finer ones"),
+    ],
+)
+def test_single_heads_are_finer_than_groups_but_save_no_cache(budget: str, named: str) -> None:
+    kept = LayerPlan(tuple(range(8)), (0,), tuple(range(32)))
+    options = {"ratio": 0.2, "unit": "kv_group", "budget": budget}
+    assert named in describe_overshoot(plan_of(HEADS_IN_LARGE_GROUPS, kept, options))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, ""),
+        ({"ratio": None}, ""),
+        ({"ratio": True}, ""),
+        ({"ratio": "0.2"}, ""),
+        ({"ratio": 0.2, "budget": "latency"}, ""),
+        ({"ratio": 0.2}, "memory: 1.0 MiB"),
+    ],
+    ids=str,
+)
+def test_what_is_no_ratio_is_not_measured(options: dict[str, Any], said: str) -> None:
+    kept = LayerPlan((0, 1), (0,), tuple(range(256)))
+    plan = plan_of(WIDE, kept, options, **({"target": {"said": said}} if said else {}))
+    assert measure_overshoot(plan) is None
+    assert describe_overshoot(plan) == ""
+    assert format_asked_share(plan) == (f" (asked: {said})" if said else "")
+
+
+def test_a_ratio_of_another_budget_stands_behind_no_share_of_parameters() -> None:
+    kept = LayerPlan((0, 1), (0,), tuple(range(1024)))
+    plan = plan_of(WIDE, kept, {"ratio": 0.2, "budget": "kv_bytes"})
+    overshoot = measure_overshoot(plan)
+    assert overshoot is not None and overshoot.achieved == 0.5
+    assert format_asked_share(plan) == ""
 
 
 def test_a_plan_near_its_ratio_is_not_remarked_on() -> None:

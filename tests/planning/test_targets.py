@@ -12,7 +12,12 @@ from prunelit.core.plan import PruningPlan
 from prunelit.data import loading, text
 from prunelit.model.decoder import Decoder
 from prunelit.planning import latency
-from prunelit.planning.amounts import parse_memory_size, parse_parameter_count
+from prunelit.planning.amounts import (
+    format_memory_size,
+    format_parameter_count,
+    parse_memory_size,
+    parse_parameter_count,
+)
 from prunelit.planning.overshoot import measure_overshoot
 from prunelit.planning.targets import count_memory, describe_target
 from prunelit.pruning.one_call import plan as make_plan
@@ -45,6 +50,25 @@ def test_a_bad_size_in_memory_is_refused(value: Any) -> None:
 def test_numbers_need_no_text() -> None:
     assert parse_parameter_count(1.5e9) == parse_parameter_count(1_500_000_000) == parse_parameter_count("1.5B")
     assert parse_memory_size("0.5GiB") == 2**29
+
+
+def test_every_unit_is_as_large_as_it_is() -> None:
+    """In steps of 1000, or of 1024 where it has an i."""
+    count = 3
+    for unit in ("", "K", "M", "B", "T"):
+        assert parse_parameter_count(f"3{unit}") == count
+        count *= 1000
+    size, binary_size = 3_000_000, 3 * 1024 * 1024
+    for letter in "MGT":
+        assert (parse_memory_size(f"3{letter}B"), parse_memory_size(f"3{letter}iB")) == (size, binary_size)
+        size, binary_size = size * 1000, binary_size * 1024
+
+
+def test_a_size_is_written_in_the_largest_unit_that_it_fills() -> None:
+    counts = (1_000_000_000, 999_900_000, 1_000_000, 999_999)
+    assert [format_parameter_count(count) for count in counts] == ["1.00B", "999.9M", "1.0M", "999,999"]
+    sizes = (1024**3, 1023 * 1024**2, 1024**2, 1023 * 1024)
+    assert [format_memory_size(size) for size in sizes] == ["1.00 GiB", "1023.0 MiB", "1.0 MiB", "1023.0 KiB"]
 
 
 @pytest.mark.parametrize(
