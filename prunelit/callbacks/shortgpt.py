@@ -83,11 +83,7 @@ class ShortGPT(PruningCallback):
 
     def check_size_target(self, shape: ModelShape | None) -> None:
         if shape is not None and self.given_plan is None:
-            removable = list_blocks(shape, protect=self.protect)
-            layers = {block.layer for block in removable}
-            with_attention = {block.layer for block in list_blocks(shape) if block.kind == "attention"}
-            # One attention stays, see `can_remove_blocks`.
-            self.goal.check_feasible(shape, removable, len(layers) - (with_attention <= layers))
+            self.goal.check_feasible(shape, list_blocks(shape, protect=self.protect), whole_layers=True)
 
     def plan(self, context: PruningContext) -> PruningPlan:
         decoder = context.decoder

@@ -107,8 +107,7 @@ def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
         False
     """
     removed = set(removed)
-    mixing = set(list_blocks(shape, "attention"))
-    attention = {block for block in mixing if block.kind == "attention"} or mixing
+    attention = _list_needed_attention(shape)
     if len(removed) >= len(list_blocks(shape)) or (attention and attention <= removed):
         return False
     return all(
@@ -116,6 +115,20 @@ def can_remove_blocks(shape: ModelShape, removed: Collection[Block]) -> bool:
         for index, layer in enumerate(shape.layers)
         if layer.fixed or not layer.attention_removable
     )
+
+
+def _list_needed_attention(shape: ModelShape) -> set[Block]:
+    """List the attentions, one of which stays; where there is none, the mixers in their place."""
+    mixing = set(list_blocks(shape, "attention"))
+    return {block for block in mixing if block.kind == "attention"} or mixing
+
+
+def _count_units(candidates: Collection[Block], removed: set[Block], whole_layers: bool) -> int:
+    """Count the blocks that are removed, or the layers all of whose candidates are."""
+    if not whole_layers:
+        return len(removed)
+    layers = {block.layer for block in candidates}
+    return len(layers - {block.layer for block in set(candidates) - removed})
 
 
 def _can_remove_layer_blocks(layer: LayerShape, removed: Collection[BlockKind]) -> bool:
@@ -266,21 +279,23 @@ class RemovalGoal:
         constraints = self.list_constraints(shape)
         return all(self._compute_saved_share(shape, removed, each) >= each.ratio for each in constraints)
 
-    def check_feasible(self, shape: ModelShape, candidates: Collection[Block], units: int) -> None:
+    def check_feasible(self, shape: ModelShape, candidates: Collection[Block], whole_layers: bool = False) -> None:
         """Check that the goal can be met.
 
         Args:
             shape: the dense model.
             candidates: the blocks that may be removed.
-            units: the most units that can be removed; compared with `count`.
+            whole_layers: `count` counts layers, which go with all their candidates; else it counts blocks.
 
         Raises:
             InfeasibleBudget: the candidates do not hold enough.
         """
-        if self.count is not None and self.count > units:
-            raise self.make_infeasible_error(str(units))
-        attention = [block for block in list_blocks(shape, "attention") if block.kind == "attention"]
+        attention = _list_needed_attention(shape)
         removable_sets = [set(candidates) - {remaining} for remaining in attention] or [set(candidates)]
+        if self.count is not None:
+            most = max(_count_units(candidates, blocks, whole_layers) for blocks in removable_sets)
+            if self.count > most:
+                raise self.make_infeasible_error(str(most))
         largest_share = max(self.compute_share(shape, blocks) for blocks in removable_sets)
         if self.ratio is not None and self.ratio > largest_share:
             raise self.make_infeasible_error(f"{largest_share:.4f} of the {self.budget}")

@@ -86,8 +86,7 @@ class BlockPruner(PruningCallback):
 
     def check_size_target(self, shape: ModelShape | None) -> None:
         if shape is not None and self.given_plan is None:
-            candidates = list_blocks(shape, self.blocks, self.protect)
-            self.goal.check_feasible(shape, candidates, len(candidates))
+            self.goal.check_feasible(shape, list_blocks(shape, self.blocks, self.protect))
 
     def plan(self, context: PruningContext) -> PruningPlan:
         decoder, batches = context.decoder, context.batches

@@ -108,8 +108,7 @@ def search_blocks(
     """
     shape = evaluator.decoder.shape
     candidates = list_blocks(shape, kinds, protect)
-    all_attention = set(list_blocks(shape, "attention"))
-    goal.check_feasible(shape, candidates, len(candidates) - (bool(candidates) and all_attention <= set(candidates)))
+    goal.check_feasible(shape, candidates)
     search = _Search(evaluator, shape, goal, candidates, exact=method == "greedy")
     dense_nll = evaluator.evaluate_sets([frozenset()])[0].nll
     if not math.isfinite(dense_nll):
