@@ -3,15 +3,11 @@
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Any
 
 from prunelit import __version__
 from prunelit.cli import method_cards
+from prunelit.cli.signals import EndedBySignal, unwind_on_signals
 from prunelit.runtime import progress
 from prunelit.runtime.errors import BadOption, PrunelitError, suggest_name
 from prunelit.runtime.text_files import escape_controls
@@ -19,7 +15,6 @@ from prunelit.runtime.text_files import escape_controls
 _TQDM_VARIABLE = "TQDM_DISABLE"  # transformers has bars that nothing else turns off
 FLAG_VARIABLES = (progress.VERBOSE_VARIABLE, progress.QUIET_VARIABLE, progress.LOG_VARIABLE, _TQDM_VARIABLE)
 """What the flags of every command set, for the time of the command."""
-_AGAIN_SECONDS = 0.01
 COMMANDS = {
     "fit": "prune, recover, measure and save a whole run            --config quickstart",
     "validate": "validation loop of a run's module and data              --config quickstart",
@@ -75,7 +70,6 @@ def main(arguments: list[str] | None = None) -> int:
         True
     """
     previous = {name: os.environ.get(name) for name in FLAG_VARIABLES}
-    received: list[int] = []
     try:
         if arguments is None:
             sys.argv[1:], settings = take_flags(sys.argv[1:])  # Lightning reads sys.argv, and starts ranks with it
@@ -83,17 +77,15 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             arguments, settings = take_flags(arguments)
         os.environ.update(settings)
-        with _unwind_on_signals(received):
+        with unwind_on_signals():
             return _run_command(arguments)
     except PrunelitError as error:
-        if received:
-            return _report_signal(received[0])
         if progress.is_verbose() and not progress.writes_json():
             sys.stderr.write(escape_controls(traceback.format_exc()))
         return _report_end(" ".join(str(error).split()), 2, "error: ")
     except KeyboardInterrupt:
         return _report_signal(signal.SIGINT)
-    except _EndedBySignal as end:
+    except EndedBySignal as end:
         return _report_signal(end.number)
     except SystemExit as stop:
         if isinstance(stop.__context__, KeyboardInterrupt):  # Lightning makes exit code 1 of Ctrl-C
@@ -101,10 +93,6 @@ def main(arguments: list[str] | None = None) -> int:
         raise
     except BrokenPipeError:  # `| head` closed the pipe
         return 0
-    except Exception:
-        if received:  # code in C made another error of the one that was to end the command
-            return _report_signal(received[0])
-        raise
     finally:
         for name, value in previous.items():
             if value is None:
@@ -125,68 +113,6 @@ def _report_end(message: str, code: int, kind: str = "") -> int:
 def _report_signal(number: int) -> int:
     name = signal.Signals(number).name
     return _report_end("interrupted" if name == "SIGINT" else f"ended by {name}", 128 + number)
-
-
-class _EndedBySignal(SystemExit):
-    """SIGTERM or SIGHUP asked the process to end; the exit code is a shell's for it."""
-
-    def __init__(self, number: int):
-        super().__init__(128 + number)
-        self.number = number
-
-
-_HANDLED: dict[str, Any] = {"SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL, "SIGINT": signal.default_int_handler}
-"""Signals, and the handlers that say that nobody else handles them. Windows has not all of them."""
-
-
-@contextmanager
-def _unwind_on_signals(received: list[int]) -> Iterator[None]:
-    """Unwind on signals that end a process, so that what is half written is removed; where nobody else handles them.
-
-    Args:
-        received: the numbers of those that came are added to it.
-    """
-    is_main_thread = threading.current_thread() is threading.main_thread()
-    handlers = {getattr(signal, name): handler for name, handler in _HANDLED.items() if hasattr(signal, name)}
-    numbers = [number for number in handlers if is_main_thread and signal.getsignal(number) is handlers[number]]
-
-    def unwind(number: int, frame: FrameType | None) -> None:
-        # While Lightning trains, its own handler is in this one's place and calls it: then a checkpoint is saved first.
-        if signal.getsignal(number) is not unwind:
-            return
-        received.append(number)
-        if number == signal.SIGINT:
-            raise KeyboardInterrupt  # the next one stops the removal too
-        signal.signal(number, signal.SIG_IGN)  # a second one would stop the removal
-        raise _EndedBySignal(number)
-
-    def send_again(lost: Any) -> None:
-        error = lost.exc_value
-        if not isinstance(error, _EndedBySignal | KeyboardInterrupt):
-            report_lost(lost)
-            return
-        number = error.number if isinstance(error, _EndedBySignal) else signal.SIGINT
-        if number in numbers:
-            signal.signal(number, unwind)
-        # Python drops what is raised while an object is freed. Sent at once, it would be lost here as well.
-        threading.Timer(_AGAIN_SECONDS, _signal_main_thread, [number]).start()
-
-    for number in numbers:
-        signal.signal(number, unwind)
-    report_lost, sys.unraisablehook = sys.unraisablehook, send_again
-    try:
-        yield
-    finally:
-        sys.unraisablehook = report_lost
-        for number in numbers:
-            signal.signal(number, handlers[number])
-
-
-def _signal_main_thread(number: int) -> None:
-    if hasattr(signal, "pthread_kill"):
-        signal.pthread_kill(threading.main_thread().ident or 0, number)
-    else:  # Windows
-        signal.raise_signal(number)
 
 
 def take_flags(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
