@@ -125,7 +125,6 @@ def make_scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     folder = of_process / str(next(_SCRATCH_NUMBERS))
     try:
         with explain_refusal(folder):
-            target.parent.mkdir(parents=True, exist_ok=True)
             remove_leftovers(target)
             folder.mkdir(parents=True)
         yield folder
@@ -257,11 +256,11 @@ def remove_leftovers(target: Path) -> None:
         return
     for left in find_leftovers(target, _OLD):
         if target.exists():
-            shutil.rmtree(left, ignore_errors=True)
+            _remove_folder(left)
         else:
             os.replace(left, target)
     for left in find_leftovers(target):
-        shutil.rmtree(left, ignore_errors=True)
+        _remove_folder(left)
 
 
 def _remove_folder(folder: Path) -> None:
@@ -290,7 +289,7 @@ def _exchange_folders(staging: Path, target: Path) -> None:
         os.replace(staging, target)
     except OSError as error:
         if error.errno in _IS_THERE:  # another process was faster, and what it wrote is whole
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_folder(old)
             raise OutputNotWritable(
                 f"output {str(target)!r}: another process has written it meanwhile, and its result stays; run again "
                 "or choose another path"
@@ -298,7 +297,7 @@ def _exchange_folders(staging: Path, target: Path) -> None:
         if old.exists():
             os.replace(old, target)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_folder(old)
 
 
 def _get_prefix(path: Path) -> str:
