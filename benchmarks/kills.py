@@ -11,7 +11,7 @@ Checkpoints of `fit` are counted apart. Lightning saves the newest, copies it to
 three steps, and a run that is struck between them and has no step left to train does not take the others again.
 
 A parent that has imported everything forks the runs, so that a try costs no import. What exports prove in a new process
-is proved in the same one; `--new_process true` starts real processes with real proofs instead.
+is proved in the same one; `--new_process` starts real processes with real proofs instead.
 """
 
 import argparse

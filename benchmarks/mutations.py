@@ -21,6 +21,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -185,22 +186,23 @@ def try_module(module: str, mutants: int, seed: int, select: str, only: list[dic
     """Try a module's mutants, and first the module as it is; of the mutants `only` some, with more tests."""
     name, path = f"prunelit.{module}", ROOT / "prunelit" / f"{module.replace('.', '/')}.py"
     tests = TARGETS[module] if only is None else WIDER[module.partition(".")[0]]
-    source = path.read_text(encoding="utf-8")
+    source, chance = path.read_text(encoding="utf-8"), random.Random(f"{module} {seed}")
     arguments = ["-x", "-q", "-m", select, "-p", "no:cacheprovider", _PLAIN, *tests, str(path)]
     begin = time.monotonic()
     ended, output = run_tests(name, path, ast.parse(source), arguments, limit=900)
     seconds = time.monotonic() - begin
     assert ended == 0, f"{module}: its tests fail without a change\n{output[-2000:]}"
-    drawn = draw_mutants(source, mutants, random.Random(f"{module} {seed}"))
-    survivors = []
-    for mutant in drawn:
-        if only is not None and {"line": mutant.line, "change": mutant.change} not in only:
-            continue
-        limit = LIMIT_FACTOR * seconds + LIMIT_EXTRA
-        ended, _ = run_tests(name, path, mutant.tree, arguments, limit)
-        if ended == 0:
-            survivors.append({"line": mutant.line, "change": mutant.change})
-    row = {"module": module, "tests": tests, "seconds_unchanged": round(seconds, 1)}
+    drawn = {mutant: {"line": mutant.line, "change": mutant.change} for mutant in draw_mutants(source, mutants, chance)}
+    tried = drawn if only is None else {mutant: told for mutant, told in drawn.items() if told in only}
+    assert all(told in tried.values() for told in only or ()), (
+        f"{module} has changed, or --mutants or --seed is another"
+    )
+    limit = LIMIT_FACTOR * seconds + LIMIT_EXTRA
+    survivors = [told for mutant, told in tried.items() if run_tests(name, path, mutant.tree, arguments, limit)[0] == 0]
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout
+    row = {"module": module, "commit": commit.strip(), "tests": tests, "seconds_unchanged": round(seconds, 1)}
     return row | {"mutants": len(drawn), "noticed": len(drawn) - len(survivors), "survivors": survivors}
 
 
@@ -318,7 +320,7 @@ def _list_left_out(statements: list[ast.stmt]) -> Iterator[Place]:
 
 
 def _walk(node: ast.AST) -> Iterator[ast.AST]:
-    """Nodes of running code: no annotations, defaults of types, messages, docstrings, or imports for type checkers."""
+    """Nodes of running code: no annotations, messages, docstrings, or imports for type checkers."""
     if isinstance(node, ast.JoinedStr | ast.Import | ast.ImportFrom):
         return
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":

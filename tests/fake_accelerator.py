@@ -187,13 +187,12 @@ class _Functions(TorchFunctionMode):
             is_copy = bool(kwargs.get("copy"))
         else:
             there, dtypes, is_copy = DEVICE if func is torch.Tensor.cuda else CPU, [], False
+        dtype = dtypes[0] if dtypes else tensor.dtype
         if there.type == "meta" or _real_device(tensor).type == "meta":
-            dtype = dtypes[0] if dtypes else tensor.dtype
             return tensor.to(device=there if there.type == "meta" else CPU, dtype=dtype)
         there = DEVICE if there.type == "cuda" else CPU
         if there != here and there == CPU:
             fake.count_synchronization("to")
-        dtype = dtypes[0] if dtypes else tensor.dtype
         if there == here and dtype == tensor.dtype and not is_copy:
             return tensor
         with fake.copy_to(there):

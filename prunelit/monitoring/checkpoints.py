@@ -130,7 +130,7 @@ class SaveOnSigterm(Callback):
         """Restore the gradients, and validate where the earlier run did not come to it."""
         is_due, self._is_validation_due = self._is_validation_due, False
         if is_due:
-            _validate(trainer)
+            _run_validation(trainer)
         else:
             self._note_validation(trainer)
         for name, parameter in pl_module.named_parameters() if self._gradients else ():
@@ -165,7 +165,7 @@ class SaveOnSigterm(Callback):
         log_on_rank_zero(f"SIGTERM: saved step {trainer.global_step} in {path}; --ckpt_path last goes on from it")
 
 
-def _validate(trainer: Trainer) -> None:
+def _run_validation(trainer: Trainer) -> None:
     """Run the validation of a fit from its first batch, between training batches."""
     validation = trainer.fit_loop.epoch_loop.val_loop
     validation.restarting = False

@@ -13,8 +13,7 @@ import pytest
 import yaml
 
 from prunelit.callbacks import Magnitude
-from prunelit.cli import compare as compare  # imported before the forks
-from prunelit.cli import evaluate, export, fit, plan, prune  # noqa: F401
+from prunelit.cli import compare, evaluate, export, fit, plan, prune  # noqa: F401  (imported before the forks)
 from prunelit.cli.main import main
 from prunelit.data import loading
 from prunelit.export import save
