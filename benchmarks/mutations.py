@@ -75,9 +75,16 @@ TARGETS = {
     "quantization.int4_layouts": ["tests/quantization/test_int4_layouts.py", "tests/export/test_w4a16.py"],
     "quantization.integer_zeros": ["tests/quantization/test_integer_zeros.py", "tests/export/test_w4a16.py"],
     "recovery.lora": ["tests/recovery/test_lora.py", "tests/recovery/test_lora_experts.py"],
-    "recovery.merge": ["tests/recovery/test_adapter_files.py", "tests/export/test_int4.py"],
+    "recovery.merge": [
+        "tests/recovery/test_adapter_files.py",
+        "tests/recovery/test_lora.py",
+        "tests/recovery/test_lora_experts.py",
+    ],
     "recovery.losses": ["tests/recovery/test_losses.py"],
-    "monitoring.checkpoints": ["tests/monitoring/test_checkpoints.py"],
+    "monitoring.checkpoints": [
+        "tests/monitoring/test_checkpoints.py",
+        "tests/monitoring/test_untrusted_checkpoints.py",
+    ],
     "pruning.resume": ["tests/pruning/test_restore.py", "tests/monitoring/test_checkpoints.py"],
     "core.plan": ["tests/core/test_plan.py", "tests/core/test_plan_edits.py", "tests/core/test_mixtures.py"],
     "core.plan_json": ["tests/core/test_plan.py", "tests/core/test_plan_json.py"],

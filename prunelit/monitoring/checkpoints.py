@@ -135,7 +135,7 @@ class SaveOnSigterm(Callback):
             self._note_validation(trainer)
         for name, parameter in pl_module.named_parameters() if self._gradients else ():
             if name in (self._gradients or {}):
-                parameter.grad = (self._gradients or {})[name].to(parameter.device, copy=True)
+                parameter.grad = (self._gradients or {})[name].to(parameter.device)
         self._accumulating, self._gradients = self._gradients is not None, None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -19,6 +19,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 
 from prunelit.callbacks import LLMBIP, Magnitude
@@ -56,8 +57,8 @@ def fit(source: str, words: str, folder: Path, *callbacks: Any, resume: Any = No
         accelerator="cpu",
         max_steps=STEPS // options.get("accumulate_grad_batches", 1),
         limit_val_batches=2,
-        val_check_interval=2,
-        callbacks=[pruner, SaveOnSigterm(), *callbacks],
+        val_check_interval=options.pop("val_check_interval", 2),
+        callbacks=[pruner, options.pop("saver", None) or SaveOnSigterm(), *callbacks],
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -100,7 +101,7 @@ def straight(source: str, words: str, tmp_path_factory: pytest.TempPathFactory) 
 
 EVERY_BATCH = [(batch, False, n) for n in (1, 3) for batch in range(1, STEPS) if n == 1 or batch < 5]
 IN_VALIDATION = [(2, True, 1), (4, True, 1), (2, True, 3)]
-QUICK = [(3, False, 1), (4, False, 1), (2, True, 1), (2, False, 3)]
+QUICK = [(3, False, 1), (4, False, 1), (2, True, 1), (4, False, 3)]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +143,18 @@ def test_a_checkpoint_before_a_validation_is_followed_by_it(source: str, words: 
     assert all(torch.equal(again[name], value) for name, value in weights.items())
 
 
+def test_a_validation_of_every_batch_is_made_up_for_once(source: str, words: str, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    fit(source, words, tmp_path, keep, val_check_interval=1)
+    resumed, saver = Validations(), SaveOnSigterm()
+    options = {"val_check_interval": 1, "resume": str(tmp_path / "checkpoints/step=3.ckpt"), "saver": saver}
+    fit(source, words, tmp_path, resumed, **options)
+    assert list(resumed.perplexities) == [3, 4, 5, 6, 7, 8]
+    other = Validations()  # the same callback in a run that starts anew
+    fit(source, words, tmp_path, other, val_check_interval=1, saver=saver)
+    assert list(other.perplexities) == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
 def test_a_checkpoint_after_a_validation_is_not_followed_by_it_again(source: str, words: str, tmp_path: Path) -> None:
     keep = ModelCheckpoint(filename="{step}", save_on_train_epoch_end=False, save_top_k=-1)
     whole, resumed = Validations(), Validations()
@@ -160,6 +173,20 @@ def test_a_validation_that_sigterm_broke_off_is_done_again(
         fit(source, words, tmp_path, Terminate(2, validating=True), accumulate_grad_batches=accumulate)
     fit(source, words, tmp_path, resumed, resume="last", accumulate_grad_batches=accumulate)
     assert resumed.perplexities == whole.perplexities
+
+
+def test_sigterm_saves_where_nothing_else_writes_checkpoints(source: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit):
+        fit(source, words, tmp_path, Terminate(3, validating=False), enable_checkpointing=False)
+    assert torch.load(tmp_path / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "checkpoints"), ("mine", "mine")])
+def test_checkpoints_go_where_the_next_run_looks(tmp_path: Path, given: str | None, expected: str) -> None:
+    keep = ModelCheckpoint(given and tmp_path / given)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=CSVLogger(tmp_path), callbacks=[keep])
+    checkpoints.configure_checkpoints(trainer)
+    assert keep.dirpath == str(tmp_path / expected)
 
 
 def test_a_checkpoint_holds_all_that_a_run_needs(source: str, words: str, tmp_path: Path) -> None:

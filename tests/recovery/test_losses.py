@@ -69,6 +69,13 @@ def test_hidden_distance_is_relative_to_the_teacher():
     assert compute_hidden_distance(spoilt, teacher, LABELS).item() == 0
 
 
+def test_hidden_distance_of_one_small_token_is_relative_and_of_none_or_nothing_is_zero():
+    teacher, labels = torch.full((1, 2, 4), 1e-3), torch.tensor([[3, -100]])
+    assert compute_hidden_distance([0.5 * teacher], [teacher], labels).item() == pytest.approx(0.25)
+    assert compute_hidden_distance([teacher], [teacher], torch.full((1, 2), -100)).item() == 0
+    assert compute_hidden_distance([0 * teacher], [0 * teacher], labels).item() == 0
+
+
 def test_labels_leave_padding_out():
     ids, mask = torch.tensor([[5, 6, 0]]), torch.tensor([[1, 1, 0]])
     assert derive_labels({"input_ids": ids}).tolist() == [[5, 6, 0]]
