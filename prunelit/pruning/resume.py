@@ -19,7 +19,7 @@ def find_resumed_plan(
     checkpoint: Path,
     content: Mapping[str, Any],
     saved: Mapping[str, Any],
-    has_weights: bool = False,
+    has_weights: bool,
 ) -> PruningPlan | None:
     """Find the plan of a checkpoint's last cut, in the file or beside it (a sharded one is a folder).
 

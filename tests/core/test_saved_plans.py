@@ -1,4 +1,4 @@
-"""The plans inside a checkpoint: written beside what a module saves itself, and anything else in their place refused."""
+"""The plans inside a checkpoint: beside what a module saves itself; anything else in their place is refused."""
 
 import json
 from typing import Any
