@@ -9,7 +9,9 @@ same prompts. Text and log-probabilities are compared as `export --prove vllm` c
 Part "formats" goes through formats and kinds of cut on a few families. Part "families" saves a model of every declared
 family as `hetero`: the first layer has no attention, the second fewer KV groups, the third fewer query heads and no
 FFN, and widths differ. What vLLM refuses is a result too. Heads have 32 dimensions, the smallest number that vLLM's
-kernels for CPUs take. The results are written to benchmarks/results/served_formats.json and served_families.json after
+kernels for CPUs take. Part "adapters" puts LoRA adapters of two ranks onto a model of every family, cut alike where its
+stock class can hold that and unevenly, saves base and adapters as `fit` does, and vLLM serves the adapters on the base.
+The results are written to benchmarks/results/served_formats.json, served_families.json and served_adapters.json after
 every batch of folders; cases that are there already are not run again. Part "architectures" writes which classes for
 text vLLM's registry has, of its own or by name for its Transformers backend, to vllm_architectures.json.
 """
@@ -25,11 +27,14 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-PARTS = ("architectures", "formats", "families")
+PARTS = ("architectures", "formats", "families", "adapters")
 NEW_TOKENS = 8
 BATCH = 8
 """Folders in one process of vLLM; one that crashes takes its batch along, which is then asked one by one."""
 HEAD_DIM = 32
+ADAPTED = "adapters"
+"""Name of the kind of cut that has adapters."""
+_RANK, _FFN_RANK = 4, 6
 _SCALE = 4  # from the sizes of tests/tiny.py, whose heads have 8 dimensions
 _SCALED = (
     *("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "head_dim", "mamba_d_head", "mamba_d_ssm"),
@@ -88,10 +93,13 @@ def main() -> None:
         (arguments.out / "vllm_architectures.json").write_text(table + "\n", encoding="utf-8")
     if "formats" in arguments.part:
         run_part("formats", FORMATS, arguments)
+    families = [name for name in (*FAMILIES, *MIXTURES) if "-" not in name or name == "modernbert-decoder"]
+    families.sort(key=lambda name: COMMON.index(name) if name in COMMON else len(COMMON))
     if "families" in arguments.part:
-        families = [name for name in (*FAMILIES, *MIXTURES) if "-" not in name or name == "modernbert-decoder"]
-        families.sort(key=lambda name: COMMON.index(name) if name in COMMON else len(COMMON))
         run_part("families", [("hetero", "mixed", name) for name in families], arguments)
+    if "adapters" in arguments.part:
+        cases = [(format, ADAPTED, name) for name in families for format in ("uniform", "hetero")]
+        run_part("adapters", cases, arguments)
 
 
 def run_part(part: str, cases: list[tuple[str, str, str]], arguments: argparse.Namespace) -> None:
@@ -183,12 +191,51 @@ def write_case(format: str, kind: str, family: str, path: Path) -> dict[str, Any
             surgery.apply(model, uniform(model, groups=1))
         case "biases":
             compensate(model, cut(model, "channel"))
+        case "adapters":
+            surgery.apply(model, cut(model, "mixed") if format == "hetero" else cut_alike(model))
         case _:
             surgery.apply(model, cut(model, kind))
     prunelit.save(model, path, format=format)
     prompts = tokens(3, 10)
     question = list_serve_folders([(path, format)])[0] | {"prompts": prompts.tolist()}
+    if kind == ADAPTED:
+        model, question["adapter"] = add_adapters(model, path)
     return {"expected": compute_greedy_answers(model, prompts, NEW_TOKENS), "question": question}
+
+
+def cut_alike(model: Any) -> Any:
+    """Plan to remove the last eight FFN channels, or experts' channels, of every layer."""
+    from dataclasses import replace
+
+    from prunelit.core.plan import LayerPlan
+    from prunelit.model.decoder import Decoder
+    from tests.export.alike import plan_with
+
+    kept = []
+    for shape in Decoder(model).shape.layers:
+        layer = LayerPlan.dense(shape)
+        channels = tuple(range(shape.ffn_channels - 8)) if shape.ffn_channels else layer.ffn_channels
+        kept.append(replace(layer, ffn_channels=channels))
+    return plan_with(model, *kept)
+
+
+def add_adapters(model: Any, base: Path) -> tuple[Any, dict[str, Any]]:
+    """Put random adapters onto a model and save them; returns the model with them, and where vLLM finds them."""
+    import torch
+
+    from prunelit.export.proof.served import round_up_lora_rank
+    from prunelit.recovery.adapter_files import write_adapter
+    from prunelit.recovery.lora import add_lora
+
+    adapted = add_lora(model, _RANK, 2 * _RANK, 0.0, {"ffn": _FFN_RANK}).eval()
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder = base.with_name(f"{base.name}-adapter")
+    folder.mkdir()
+    write_adapter(adapted, folder, str(base))
+    return adapted, {"folder": str(folder), "rank": round_up_lora_rank(_FFN_RANK)}
 
 
 def build_wide(family: str) -> Any:

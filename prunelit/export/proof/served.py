@@ -30,6 +30,7 @@ SERVED_FORMATS = ("uniform", "hetero", "padded", "deci")
 LOGPROB_LIMIT = 1e-3
 """Largest difference of log-probabilities in float32."""
 _NEW_TOKENS = 8
+_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # of vLLM's --max-lora-rank
 
 
 def check_vllm_python(python: str) -> None:
@@ -146,6 +147,39 @@ def format_serve_command(path: str, format: str, model_impl: str = "auto") -> st
     """
     options = " --trust-remote-code" if format in FOLDERS_WITH_CODE else ""
     return f"vllm serve {path}{options}" + ("" if model_impl == "auto" else f" --model-impl {model_impl}")
+
+
+def format_adapter_options(path: str, rank: int) -> str:
+    """Format the options by which vLLM serves a LoRA adapter beside its base model.
+
+    Args:
+        path: of the adapter's folder, quoted for a shell.
+        rank: the largest of its ranks.
+
+    Raises:
+        DoesNotFit: vLLM takes no rank as large.
+
+    Example:
+        >>> format_adapter_options("run/adapter", 12)
+        '--enable-lora --max-lora-rank 16 --lora-modules adapter=run/adapter'
+    """
+    return f"--enable-lora --max-lora-rank {round_up_lora_rank(rank)} --lora-modules adapter={path}"
+
+
+def round_up_lora_rank(rank: int) -> int:
+    """Round the largest rank of an adapter up to one that vLLM reserves room for.
+
+    Raises:
+        DoesNotFit: it has none as large.
+
+    Example:
+        >>> round_up_lora_rank(12)
+        16
+    """
+    for reserved in _LORA_RANKS:
+        if rank <= reserved:
+            return reserved
+    raise DoesNotFit(f"adapter: expected ranks of at most {_LORA_RANKS[-1]}, which vLLM has room for, got {rank}")
 
 
 def format_served_verdict(verdict: Mapping[str, Any]) -> str:

@@ -24,8 +24,9 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
     """Load folders one after the other, and let each answer the prompts greedily in float32.
 
     Args:
-        question: {"folders": [{"folder", "model_impl": those to try, the first that runs answers, "remote_code"}],
-            "prompts": token ids [B][S], the same length in all rows, "new_tokens"}.
+        question: {"folders": [{"folder", "model_impl": those to try, the first that runs answers, "remote_code",
+            "adapter": {"folder", "rank"} of a LoRA adapter, if any}], "prompts": token ids [B][S], the same length in
+            all rows, "new_tokens"}.
 
     Returns:
         {"versions": of vLLM, transformers and torch, "answers": one for each folder: {"model_impl", "model_class",
@@ -44,7 +45,7 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
         errors: dict[str, str] = {}
         for model_impl in item["model_impl"]:
             try:
-                answer = _ask_engine(item["folder"], model_impl, item["remote_code"], prompts, question["new_tokens"])
+                answer = _ask_engine(item, model_impl, prompts, question["new_tokens"])
             except Exception as error:  # noqa: BLE001  # whatever vLLM raises is the answer
                 errors[model_impl] = _find_reason(error)
             else:
@@ -57,14 +58,17 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
     return {"versions": versions, "answers": answers}
 
 
-def _ask_engine(
-    folder: str, model_impl: str, remote_code: bool, prompts: list[list[int]], new_tokens: int
-) -> dict[str, Any]:
-    """Load one folder and let it answer."""
+def _ask_engine(item: dict[str, Any], model_impl: str, prompts: list[list[int]], new_tokens: int) -> dict[str, Any]:
+    """Load one folder, with its adapter if it has one, and let it answer."""
     from vllm import LLM, SamplingParams
 
+    adapter, more = item.get("adapter"), {}
+    if adapter:
+        from vllm.lora.request import LoRARequest
+
+        more["lora_request"] = LoRARequest("adapter", 1, adapter["folder"])
     engine = LLM(
-        folder,
+        item["folder"],
         dtype="float32",
         enforce_eager=True,
         skip_tokenizer_init=True,
@@ -72,15 +76,15 @@ def _ask_engine(
         max_num_seqs=len(prompts),
         max_num_batched_tokens=max(64, len(prompts) * (len(prompts[0]) + new_tokens)),
         num_gpu_blocks_override=64 * len(prompts),  # a small KV cache; by default it takes most of a GPU
-        trust_remote_code=remote_code,
+        trust_remote_code=item["remote_code"],
         model_impl=model_impl,
         seed=0,
+        **({"enable_lora": True, "max_lora_rank": adapter["rank"]} if adapter else {}),
     )
     # No min_tokens: until they are reached, vLLM would give no token that ends a text, as transformers may.
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True)
-    outputs = [
-        answer.outputs[0] for answer in engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling)
-    ]
+    answers = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, **more)
+    outputs = [answer.outputs[0] for answer in answers]
     tokens = [list(output.token_ids) for output in outputs]
     logprobs = [
         [step[token].logprob for token, step in zip(output.token_ids, output.logprobs or (), strict=True)]
