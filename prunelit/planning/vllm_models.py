@@ -3,6 +3,7 @@
 Both lists are read from results of benchmarks/served_folders.py, which asks vLLM itself; a test compares them.
 """
 
+from prunelit.core.architectures import PRUNED
 from prunelit.planning.stock_shapes import Verdict
 
 VLLM_VERSION = "0.32.0"
@@ -105,6 +106,12 @@ VLLM_REFUSES_PER_LAYER: dict[str, str] = {
 }
 """Families of which it did not run one, and why."""
 
+VLLM_REFUSES_ADAPTERS: dict[str, str] = {
+    "gpt2": "it has no LoRA for this family",
+    "mixtral": "it takes no adapters on experts in PEFT's format",
+}
+"""Families of which it did not serve LoRA adapters on a cut base, and why; it did with all others that were tried."""
+
 
 def judge_vllm_backend(family: str) -> Verdict:
     """Judge whether vLLM's Transformers backend runs models of a family whose layers differ.
@@ -121,3 +128,17 @@ def judge_vllm_backend(family: str) -> Verdict:
     if family in VLLM_REFUSES_PER_LAYER:
         return Verdict("no", f"vLLM {VLLM_VERSION}: {VLLM_REFUSES_PER_LAYER[family]}")
     return Verdict("?", f"its Transformers backend was not tried with {family}")
+
+
+def explain_missing_adapters(model_type: str) -> str:
+    """Explain why vLLM does not serve LoRA adapters on a model; "" where nothing is known against it.
+
+    Args:
+        model_type: of its config.json.
+
+    Example:
+        >>> explain_missing_adapters("llama"), explain_missing_adapters("pruned_gpt2")
+        ('', 'vLLM 0.32.0: it has no LoRA for this family')
+    """
+    reason = VLLM_REFUSES_ADAPTERS.get(model_type.removeprefix(PRUNED))
+    return f"vLLM {VLLM_VERSION}: {reason}" if reason else ""

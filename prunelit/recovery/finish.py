@@ -12,12 +12,15 @@ from prunelit import export
 from prunelit.calibration import metrics
 from prunelit.core.plan import PruningPlan
 from prunelit.data.sources import measure_source_bytes
+from prunelit.export.card import CARD_FILE
 from prunelit.export.formats import ExportResult
 from prunelit.export.proof.compare import PROOF_FILE
+from prunelit.model.stored.folder import read_model_config
 from prunelit.model.text_model import count_tower_parameters
 from prunelit.quantization import int4_folder, quantize, views
 from prunelit.quantization.linears import get_quantization, has_adapters
 from prunelit.recovery import adapter_files
+from prunelit.recovery.adapter_card import render_adapter_card
 from prunelit.recovery.module import RecoveryModule
 from prunelit.runtime.atomic_files import replace_folder
 from prunelit.runtime.distributed import get_rank
@@ -223,6 +226,9 @@ def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, An
         adapter_files.write_adapter(adapted, staging, str(folder.resolve()) if run.save_base else "", padded_base)
         if run.plan is not None:
             run.plan.save(staging / "plan.json")
+        model_type = str(read_model_config(folder).get("model_type", "")) if base_format else base.config.model_type
+        card = render_adapter_card(base_format or "", model_type, run.plan, adapter_files.get_largest_rank(staging))
+        (staging / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(staging / PROOF_FILE, _ADAPTER_VERDICT)
     return base_format
 

@@ -16,6 +16,8 @@ from prunelit.cli import export
 from prunelit.export import write_model
 from prunelit.export.proof import served, vllm_script
 from prunelit.model import surgery
+from prunelit.recovery.adapter_files import write_adapter
+from prunelit.recovery.lora import add_lora
 from prunelit.runtime.errors import BadOption, DoesNotFit, NotProved
 from tests.cli.test_fit import call
 from tests.export.alike import uniform
@@ -138,6 +140,18 @@ def test_a_tie_ends_the_comparison_of_a_text() -> None:
     assert not lost["passed"]
 
 
+def answer_with_adapters(model: Any, prompts: torch.Tensor, folder: Path) -> dict[str, Any]:
+    """Put random adapters of two ranks onto a model, save them, and answer with them."""
+    adapted = add_lora(model, 4, 8, 0.0, {"ffn": 6}).eval()
+    torch.manual_seed(0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    folder.mkdir()
+    write_adapter(adapted, folder, "")
+    return served.compute_greedy_answers(adapted, prompts, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_PYTHON, reason="PRUNELIT_VLLM_PYTHON names no Python with vLLM")
 def test_the_real_engine(tmp_path: Path) -> None:
@@ -149,23 +163,35 @@ def test_the_real_engine(tmp_path: Path) -> None:
         ("hetero", "channel", "qwen3"),
         ("hetero", "mixed", "llama"),
         ("deci", "mixed", "qwen2"),
+        ("uniform", "adapters", "llama"),
+        ("hetero", "adapters", "qwen3"),
     ]
-    written, folders, sizes = [], [], []
+    written, folders, sizes, adapters = [], [], [], {}
     for index, (format, kind, family) in enumerate(cases):
         model = tiny(
             family, hidden_size=288, head_dim=32
         )  # heads of 32 dimensions, the fewest that vLLM's kernels take
         plans = {"uniform": lambda m: uniform(m, heads_in_group=1), "groups": lambda m: uniform(m, groups=1)}
+        plans["adapters"] = (lambda m: uniform(m, groups=1)) if format == "uniform" else (lambda m: cut(m, "mixed"))
         if kind:
             surgery.apply(model, plans[kind](model) if kind in plans else cut(model, kind))
         prompts = metrics.make_fixed_tokens(model)
         sizes.append(metrics.measure_model_size(model))
+        if kind == "adapters":
+            write_model(model, tmp_path / str(index), format=format)
+            folders.append((tmp_path / str(index), format))
+            adapters[index] = tmp_path / f"{index}-adapter"
+            written.append(answer_with_adapters(model, prompts, adapters[index]))
+            continue
         written.append(served.compute_greedy_answers(model, prompts, 8))
         if index == 0:  # a token that ends a text is one that may be written
             model.generation_config.eos_token_id = written[0]["tokens"][0][0]
         write_model(model, tmp_path / str(index), format=format)
         folders.append((tmp_path / str(index), format))
-    question = {"folders": served.list_serve_folders(folders), "prompts": prompts.tolist(), "new_tokens": 8}
+    items = served.list_serve_folders(folders)
+    for index, folder in adapters.items():
+        items[index]["adapter"] = {"folder": str(folder), "rank": served.round_up_lora_rank(6)}
+    question = {"folders": items, "prompts": prompts.tolist(), "new_tokens": 8}
     reply = served.ask_vllm(REAL_PYTHON, question, tmp_path)
     for case, expected, answer in zip(cases, written, reply["answers"], strict=True):
         assert "error" not in answer, (case, answer)

@@ -1,0 +1,64 @@
+"""The card of saved adapters, README.md: what they are, and how PEFT and vLLM load them onto their base."""
+
+import yaml
+
+from prunelit.core.plan import PruningPlan
+from prunelit.export.load_commands import list_serve_commands
+from prunelit.export.proof.served import format_adapter_options
+from prunelit.planning.vllm_models import explain_missing_adapters
+from prunelit.runtime.errors import DoesNotFit
+
+_LOAD = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("BASE"{options})
+model = PeftModel.from_pretrained(base, "ADAPTER")"""
+_LOAD_OPTIONS = {"hetero": ", trust_remote_code=True", "int4": ', device_map="cpu"'}
+
+
+def render_adapter_card(base_format: str, model_type: str, plan: PruningPlan | None, rank: int) -> str:
+    """Render the card of adapters.
+
+    Args:
+        base_format: format of the base; "" where it was not saved.
+        model_type: of the base's config.json.
+        plan: the plan by which the base was cut.
+        rank: the largest rank of the adapters.
+
+    Returns:
+        Markdown with the front matter of the Hugging Face hub; the base is BASE in it, the adapters ADAPTER.
+
+    Example:
+        >>> card = render_adapter_card("int4", "llama", None, rank=8)
+        >>> print(card.split("## Serve")[1].strip())
+        vLLM does not serve these: it does not read the base's format int4. Export `model/`, in which they are merged.
+    """
+    head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["prunelit", "pruned", "lora"]}
+    name = f"Adapters of {plan.model.name}, cut" if plan else "Adapters"
+    base = "`base/` beside this folder" if base_format else "the cut model, which was not saved (`--report.save_base`)"
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}\n\nLoRA adapters that prunelit trained on {base}. `model/` has them merged.",
+        f"## Load\n\n```python\n{_LOAD.format(options=_LOAD_OPTIONS.get(base_format, ''))}\n```",
+        f"## Serve\n\n{_describe_serving(base_format, model_type, plan, rank)}",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _describe_serving(base_format: str, model_type: str, plan: PruningPlan | None, rank: int) -> str:
+    """The command by which vLLM serves the adapters, or why it does not."""
+    merged = "Export `model/`, in which they are merged."
+    if base_format == "int4":
+        return f"vLLM does not serve these: it does not read the base's format int4. {merged}"
+    if reason := explain_missing_adapters(model_type):
+        return f"vLLM does not serve these: {reason}. {merged}"
+    commands = list_serve_commands(base_format, "BASE", model_type, plan)
+    known = next(((heading, command) for heading, command in commands if heading.startswith("With vLLM")), None)
+    if known is None:
+        return f"It is not known whether vLLM serves the base. {merged}"
+    try:
+        options = format_adapter_options("ADAPTER", rank)
+    except DoesNotFit as error:
+        return f"vLLM does not serve these: {error}. {merged}"
+    return f"{known[0]}:\n\n```sh\n{known[1]} {options}\n```"
