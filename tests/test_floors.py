@@ -28,7 +28,7 @@ ALLOWED = {
     "pruning": {"runtime", "core", "model", "planning", "calibration", "data", "repair", "export"},
     "recovery": {"runtime", "core", "model", "quantization", "strategies", "calibration", "data", "export"},
     "callbacks": {"runtime", "core", "model", "planning", "calibration", "repair", "pruning"},
-    "evaluation": {"runtime", "model", "report", "calibration", "data", "recovery"},
+    "evaluation": {"runtime", "core", "model", "report", "calibration", "data", "export", "recovery"},
     "monitoring": {
         "runtime",
         "core",

@@ -24,7 +24,7 @@ from prunelit.runtime.errors import BadOption
 from prunelit.runtime.text_files import JsonObject, write_json
 from prunelit.runtime.versions import collect_versions
 
-_MORE = ("against", "texts", "tasks", "speed", "samples", "prompts", "out")
+_MORE = ("against", "texts", "tasks", "speed", "vllm_python", "samples", "prompts", "out")
 """Options that need a whole evaluation."""
 
 

@@ -1,6 +1,7 @@
 """An evaluation as tables, from the content of evaluate.json alone. Each measurement protocol has its own table."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from prunelit.evaluation import perplexities
 from prunelit.evaluation.zero_shot import AVERAGES, METRICS
@@ -13,7 +14,18 @@ EvaluationReport = JsonObject
 """The content of evaluate.json, see `prunelit.evaluation.run`."""
 
 _SIZES = ("parameters", "block_parameters", "macs_per_token", "kv_bytes_per_token")
+_SPEED_ROWS: tuple[tuple[str, str, float, str | None], ...] = (
+    ("prefill, tokens/s", "prefill_tokens_per_second", 1.0, "prefill"),
+    ("time to first token, ms", "time_to_first_token_seconds", 1e-3, None),
+    ("decode, tokens/s", "decode_tokens_per_second", 1.0, "decode"),
+)
 _MIB = 2**20
+_MEMORY_ROWS: tuple[tuple[str, str, float, str | None], ...] = (
+    ("weights, MiB", "weight_bytes", _MIB, None),
+    ("peak memory, MiB", "peak_bytes", _MIB, None),
+    ("KV cache, MiB, measured", "kv_bytes", _MIB, None),
+    ("KV cache, MiB, predicted", "kv_bytes_predicted", _MIB, None),
+)
 
 
 def render_evaluation_markdown(report: EvaluationReport) -> str:
@@ -174,22 +186,7 @@ def _list_speed_parts(report: EvaluationReport) -> list[Part]:
     """Build the table of speed and memory, with its protocol above and the verdict on each ratio below."""
     speed, models = report["speed"], _list_models(report)
     protocol, ratios = speed["protocol"], speed.get("ratios")
-    rows = [["", *models, *["times as fast", "quartiles", "promised"] * bool(ratios)]]
-    empty_cells = [""] * (3 if ratios else 0)
-    for title, name, unit, ratio_name in (
-        ("prefill, tokens/s", "prefill_tokens_per_second", 1.0, "prefill"),
-        ("time to first token, ms", "time_to_first_token_seconds", 1e-3, None),
-        ("decode, tokens/s", "decode_tokens_per_second", 1.0, "decode"),
-        ("weights, MiB", "weight_bytes", _MIB, None),
-        ("peak memory, MiB", "peak_bytes", _MIB, None),
-        ("KV cache, MiB, measured", "kv_bytes", _MIB, None),
-        ("KV cache, MiB, predicted", "kv_bytes_predicted", _MIB, None),
-    ):
-        rows.append([title, *(f"{speed[model][name] / unit:,.1f}" for model in models), *empty_cells])
-        if ratios and ratio_name:
-            ratio = ratios[ratio_name]
-            spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
-            rows[-1][-3:] = [f"{ratio['median']:.2f}", spread, f"{ratio['promised']:.2f} ({ratio['promised_by']})"]
+    rows = _list_speed_rows(speed, models, (*_SPEED_ROWS, *_MEMORY_ROWS))
     lead = (
         f"Batch {protocol['batch']}; prefill of {protocol['prompt']} tokens; {protocol['new_tokens']} new tokens after "
         f"{protocol['context']} in the cache; medians of {protocol['repeats']} rounds"
@@ -203,7 +200,30 @@ def _list_speed_parts(report: EvaluationReport) -> list[Part]:
     if speed["model"]["loading_counts"]:
         memory_note += ", loading included"
     notes = [f"{ratio['said']}" for ratio in (ratios or {}).values()]
-    return [lead, _make_table(rows), Notes([*notes, f"peak memory: {memory_note}"])]
+    parts: list[Part] = [lead, _make_table(rows), Notes([*notes, f"peak memory: {memory_note}"])]
+    if served := speed.get("vllm"):
+        versions = served["versions"]
+        parts += [
+            f"In vLLM {versions['vllm']} (transformers {versions['transformers']}), the same lengths and batch:",
+            _make_table(_list_speed_rows(served, models, _SPEED_ROWS)),
+            Notes([f"vLLM, {ratio['said']}" for ratio in served.get("ratios", {}).values()]),
+        ]
+    return parts
+
+
+def _list_speed_rows(
+    speed: Mapping[str, Any], models: Sequence[str], kinds: Sequence[tuple[str, str, float, str | None]]
+) -> list[list[str]]:
+    """The heading and one row for each kind of number, with its ratio where there are two models."""
+    ratios = speed.get("ratios")
+    rows = [["", *models, *["times as fast", "quartiles", "promised"] * bool(ratios)]]
+    for title, name, unit, ratio_name in kinds:
+        rows.append([title, *(f"{speed[model][name] / unit:,.1f}" for model in models), *[""] * (3 if ratios else 0)])
+        if ratios and ratio_name:
+            ratio = ratios[ratio_name]
+            spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+            rows[-1][-3:] = [f"{ratio['median']:.2f}", spread, f"{ratio['promised']:.2f} ({ratio['promised_by']})"]
+    return rows
 
 
 def _list_sample_parts(report: EvaluationReport) -> list[Part]:

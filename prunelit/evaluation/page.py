@@ -41,6 +41,9 @@ def _list_facts(report: EvaluationReport) -> Iterator[Fact]:
         yield Fact(f"Zero-shot, mean {metric}", f"{average['model']:.3f}", note)
     for kind, ratio in report.get("speed", {}).get("ratios", {}).items():
         yield Fact(f"{kind.capitalize()}, times as fast", f"{ratio['median']:.2f}", f"promised {ratio['promised']:.2f}")
+    for kind, ratio in report.get("speed", {}).get("vllm", {}).get("ratios", {}).items():
+        title = f"{kind.capitalize()} in vLLM, times as fast"
+        yield Fact(title, f"{ratio['median']:.2f}", f"promised {ratio['promised']:.2f}")
     for name, title, unit in (("parameters", "Parameters", ""), ("kv_bytes_per_token", "KV cache per token", " B")):
         values = [f"{format_count(report[role][name])}{unit}" for role in ("model", "against") if role in report]
         yield Fact(title, values[0], f"against {values[1]}" if len(values) > 1 else "")

@@ -29,6 +29,7 @@ class EvaluationRequest:
         limit: items of each task; None for all.
         batch_size: requests of a task per forward pass.
         speed: what is timed; None: nothing.
+        vllm_python: Python of an environment with vLLM, in which the models are timed too; None: they are not.
         samples: which prompts are completed; None: none.
 
     Example:
@@ -44,6 +45,7 @@ class EvaluationRequest:
     limit: int | None = None
     batch_size: int = 8
     speed: Speed | None = None
+    vllm_python: str | None = None
     samples: Samples | None = None
 
 

@@ -25,6 +25,7 @@ from prunelit.data import text
 from prunelit.data.loading import choose_device
 from prunelit.data.option_types import Dtype, wrap_in_list
 from prunelit.evaluation import memory, perplexities, samples, speed, tasks, zero_shot
+from prunelit.evaluation.engines import vllm_speed
 from prunelit.evaluation.markdown import render_evaluation_markdown
 from prunelit.evaluation.memory import PeakMemory
 from prunelit.evaluation.page import render_evaluation_page
@@ -34,6 +35,7 @@ from prunelit.evaluation.samples import Samples
 from prunelit.evaluation.speed import Speed, Timings
 from prunelit.evaluation.subject import EvaluatedModel
 from prunelit.evaluation.zero_shot import TaskResult
+from prunelit.export.proof.served import check_vllm_python
 from prunelit.model.modes import move_to_device
 from prunelit.runtime import fingerprints
 from prunelit.runtime.atomic_files import check_folder
@@ -97,6 +99,7 @@ def evaluate_model(
     limit: int | None = None,
     batch_size: int = 8,
     speed: Speed | bool = False,
+    vllm_python: str | None = None,
     samples: bool = False,
     prompts: str | list[str] | None = None,
     chat: bool = False,
@@ -119,6 +122,7 @@ def evaluate_model(
         limit: use only the first so many items of each task; null for all.
         batch_size: requests of a task per forward pass.
         speed: true, or {prompt, new_tokens, context, batch, repeats}: prefill, decode, memory.
+        vllm_python: path of the Python of an environment that has vLLM: speed is measured in its engine too.
         samples: write greedy completions of the built-in prompts.
         prompts: your own prompts to complete; null for the built-in ones.
         chat: send each prompt as a user's message in the chat template.
@@ -141,6 +145,11 @@ def evaluate_model(
         subjects["against"] = EvaluatedModel(against, None, dtype, device)
     for subject in subjects.values():
         subject.check_source()
+    if vllm_python is not None:
+        if not speed:
+            raise BadOption(f"vllm_python {vllm_python!r}: expected --speed beside it, got none")
+        vllm_speed.check_vllm_can_load(subjects)
+        check_vllm_python(vllm_python)
     with ExitStack() as stack:
         if out is not None:
             check_folder(out)
@@ -149,6 +158,7 @@ def evaluate_model(
             **prepare_text_request(texts or {}, data),
             **prepare_task_request(wrap_in_list(tasks or []), tasks_folder, folder / "tasks", limit, batch_size),
             speed=speed if isinstance(speed, Speed) else Speed() if speed else None,
+            vllm_python=vllm_python,
             samples=Samples(tuple(wrap_in_list(prompts)) if prompts else Samples.prompts, chat, sample_tokens)
             if samples or prompts
             else None,
@@ -362,6 +372,11 @@ class Evaluation:
         }
         if "against" in result:
             result["ratios"] = speed.compute_speed_ratios(result["model"], result["against"])
+        if python := self.request.vllm_python:
+            measure = partial(
+                vllm_speed.measure_vllm_speed, self.subjects, networks, measured["models"], options, python
+            )
+            result["vllm"] = self._recall_or_compute("speed-vllm", key | {"python": python}, measure)
         return result
 
 

@@ -83,10 +83,10 @@ class Speed:
             raise BadOption(f"speed: expected at most {limit} tokens, the model's positions, got {longest}")
 
 
-class Timings(TypedDict):
-    """What `measure_speed` returns of one model; the two lists hold one value per round.
+class Rounds(TypedDict):
+    """Seconds of prefill and decode, one value per round, and the rates that follow from their medians.
 
-    Example: see `measure_speed`.
+    Example: see `summarize_rounds`.
     """
 
     prefill_seconds: list[float]
@@ -94,6 +94,14 @@ class Timings(TypedDict):
     time_to_first_token_seconds: float
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
+
+
+class Timings(Rounds):
+    """What `measure_speed` returns of one model.
+
+    Example: see `measure_speed`.
+    """
+
     kv_bytes: int
     kv_bytes_predicted: int
     weight_bytes: int
@@ -191,15 +199,10 @@ def measure_speed(networks: Mapping[str, "PreTrainedModel"], speed: Speed) -> di
     results: dict[str, Timings] = {}
     for (name, timer), rounds in zip(timers.items(), seconds_by_model, strict=True):
         prefill, decode = ([pair[column] for pair in rounds] for column in (0, 1))
-        first_token_seconds, step_seconds = statistics.median(prefill), statistics.median(decode) / speed.new_tokens
         size = metrics.measure_model_size(timer.network)
         prefill_macs, decode_bytes = _count_work(timer, size, speed)
         results[name] = {
-            "prefill_seconds": prefill,
-            "decode_seconds": decode,
-            "time_to_first_token_seconds": first_token_seconds,
-            "prefill_tokens_per_second": speed.batch * speed.prompt / first_token_seconds,
-            "decode_tokens_per_second": speed.batch / step_seconds,
+            **summarize_rounds(prefill, decode, speed),
             "kv_bytes": timer.count_kv_bytes(),
             "kv_bytes_predicted": size["kv_bytes_per_token"] * speed.tokens_in_cache * speed.batch,
             "weight_bytes": sum(weight.numel() * weight.element_size() for weight in timer.network.parameters()),
@@ -207,6 +210,28 @@ def measure_speed(networks: Mapping[str, "PreTrainedModel"], speed: Speed) -> di
             "decode_bytes": decode_bytes,
         }
     return results
+
+
+def summarize_rounds(prefill: list[float], decode: list[float], speed: Speed) -> Rounds:
+    """Compute rates from the median seconds of all rounds.
+
+    Args:
+        prefill: seconds of the prompt, one value per round.
+        decode: seconds of all new tokens.
+        speed: what was timed.
+
+    Example:
+        >>> summarize_rounds([0.5], [2.0], Speed(prompt=100, new_tokens=4))["decode_tokens_per_second"]
+        2.0
+    """
+    first_token_seconds, step_seconds = statistics.median(prefill), statistics.median(decode) / speed.new_tokens
+    return {
+        "prefill_seconds": prefill,
+        "decode_seconds": decode,
+        "time_to_first_token_seconds": first_token_seconds,
+        "prefill_tokens_per_second": speed.batch * speed.prompt / first_token_seconds,
+        "decode_tokens_per_second": speed.batch / step_seconds,
+    }
 
 
 def _count_work(timer: ModelTimer, size: Mapping[str, int], speed: Speed) -> tuple[int, int]:

@@ -10,10 +10,11 @@ from typing import Any
 from prunelit.core.architectures import ARCHITECTURES, PRUNED
 from prunelit.core.plan import PruningPlan
 from prunelit.export.formats import load_export_format
-from prunelit.export.proof.served import format_serve_command
+from prunelit.export.proof.served import SERVED_FORMATS, format_adapter_options, format_serve_command
 from prunelit.model.stored.folder import read_model_config
 from prunelit.planning.serving import LLAMA_CPP_TRIED, ServingRow, list_serving_options
-from prunelit.planning.vllm_models import VLLM_VERSION, judge_vllm_backend
+from prunelit.planning.vllm_models import VLLM_VERSION, explain_missing_adapters, judge_vllm_backend
+from prunelit.runtime.errors import DoesNotFit
 
 _LOADED_BY_PRUNELIT = ("uniform", "hetero", "padded", "int4", "w4a16", "gguf")
 
@@ -72,7 +73,7 @@ def list_serve_commands(
         [('With vLLM (tried with 0.32.0)', 'vllm serve out --trust-remote-code')]
     """
     commands = []
-    answers = {option.target: option for option in list_serving_options(plan)} if plan else {}
+    answers = _get_answers(plan)
     if verdict is not None:
         command = format_serve_command(path, name, verdict["model_impl"])
         commands.append((f"With vLLM (run with {verdict['versions']['vllm']}, see the proof)", command))
@@ -93,6 +94,41 @@ def list_serve_commands(
         export = f"python -m prunelit export --model {path} --format gguf --out model.gguf"
         commands.append((f"With llama.cpp (tried with {LLAMA_CPP_TRIED})", f"{export}\nllama-cli -m model.gguf"))
     return commands
+
+
+def find_adapter_command(base_format: str, model_type: str, plan: PruningPlan | None, rank: int) -> tuple[str, str]:
+    """Find the command by which vLLM serves LoRA adapters on their base, with what is known of the base.
+
+    Args:
+        base_format: format of the base; "" where it was not saved.
+        model_type: of the base's config.json.
+        plan: the plan by which the base was cut.
+        rank: the largest rank of the adapters.
+
+    Returns:
+        A heading and the command, in which the base is BASE and the adapters are ADAPTER.
+
+    Raises:
+        DoesNotFit: vLLM does not serve them, or nothing is known of it.
+
+    Example:
+        >>> find_adapter_command("hetero", "pruned_llama", None, rank=12)[1]
+        'vllm serve BASE --trust-remote-code --enable-lora --max-lora-rank 16 --lora-modules adapter=ADAPTER'
+    """
+    if base_format not in SERVED_FORMATS:
+        raise DoesNotFit(
+            f"adapters: expected a base that vLLM reads, got {f'format {base_format}' if base_format else 'none'}"
+        )
+    if reason := explain_missing_adapters(model_type):
+        raise DoesNotFit(f"adapters: {reason}")
+    known = _find_vllm_command(base_format, "BASE", model_type, _get_answers(plan))
+    if known is None:
+        raise DoesNotFit("adapters: expected a base that vLLM runs, got one of which nothing is known")
+    return f"With vLLM ({known[0]})", f"{known[1]} {format_adapter_options('ADAPTER', rank)}"
+
+
+def _get_answers(plan: PruningPlan | None) -> dict[str, ServingRow]:
+    return {option.target: option for option in list_serving_options(plan)} if plan else {}
 
 
 def _find_vllm_command(

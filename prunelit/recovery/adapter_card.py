@@ -3,9 +3,7 @@
 import yaml
 
 from prunelit.core.plan import PruningPlan
-from prunelit.export.load_commands import list_serve_commands
-from prunelit.export.proof.served import format_adapter_options
-from prunelit.planning.vllm_models import explain_missing_adapters
+from prunelit.export.load_commands import find_adapter_command
 from prunelit.runtime.errors import DoesNotFit
 
 _LOAD = """\
@@ -31,8 +29,8 @@ def render_adapter_card(base_format: str, model_type: str, plan: PruningPlan | N
 
     Example:
         >>> card = render_adapter_card("int4", "llama", None, rank=8)
-        >>> print(card.split("## Serve")[1].strip())
-        vLLM does not serve these: it does not read the base's format int4. Export `model/`, in which they are merged.
+        >>> print(card.split("## Serve")[1].strip()[:88])
+        vLLM does not serve these: adapters: expected a base that vLLM reads, got format int4. E
     """
     head = {"library_name": "peft", "pipeline_tag": "text-generation", "tags": ["prunelit", "pruned", "lora"]}
     name = f"Adapters of {plan.model.name}, cut" if plan else "Adapters"
@@ -48,17 +46,8 @@ def render_adapter_card(base_format: str, model_type: str, plan: PruningPlan | N
 
 def _describe_serving(base_format: str, model_type: str, plan: PruningPlan | None, rank: int) -> str:
     """The command by which vLLM serves the adapters, or why it does not."""
-    merged = "Export `model/`, in which they are merged."
-    if base_format == "int4":
-        return f"vLLM does not serve these: it does not read the base's format int4. {merged}"
-    if reason := explain_missing_adapters(model_type):
-        return f"vLLM does not serve these: {reason}. {merged}"
-    commands = list_serve_commands(base_format, "BASE", model_type, plan)
-    known = next(((heading, command) for heading, command in commands if heading.startswith("With vLLM")), None)
-    if known is None:
-        return f"It is not known whether vLLM serves the base. {merged}"
     try:
-        options = format_adapter_options("ADAPTER", rank)
+        heading, command = find_adapter_command(base_format, model_type, plan, rank)
     except DoesNotFit as error:
-        return f"vLLM does not serve these: {error}. {merged}"
-    return f"{known[0]}:\n\n```sh\n{known[1]} {options}\n```"
+        return f"vLLM does not serve these: {error}. Export `model/`, in which they are merged."
+    return f"{heading}:\n\n```sh\n{command}\n```"

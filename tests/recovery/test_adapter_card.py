@@ -24,9 +24,9 @@ MERGED = "Export `model/`, in which they are merged."
             "vllm serve BASE --enable-lora --max-lora-rank 16 --lora-modules adapter=ADAPTER",
         ),
         ("uniform", "mixtral", None, f"it takes no adapters on experts in PEFT's format. {MERGED}"),
-        ("int4", "llama", "channel", f"it does not read the base's format int4. {MERGED}"),
-        ("uniform", "never_seen", None, f"It is not known whether vLLM serves the base. {MERGED}"),
-        ("", "llama", None, f"It is not known whether vLLM serves the base. {MERGED}"),
+        ("int4", "llama", "channel", f"expected a base that vLLM reads, got format int4. {MERGED}"),
+        ("uniform", "never_seen", None, f"got one of which nothing is known. {MERGED}"),
+        ("", "llama", None, f"expected a base that vLLM reads, got none. {MERGED}"),
     ],
 )
 def test_it_says_how_the_adapters_are_served(base_format: str, model_type: str, kind: str, served: str) -> None:

@@ -1,0 +1,1 @@
+"""Speed of saved models in programs that serve them; vLLM so far."""
