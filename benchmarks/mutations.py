@@ -99,7 +99,7 @@ TARGETS = {
     "export.padded": ["tests/export/test_padded.py", "tests/export/test_mixtures.py"],
     "export.deci.writer": ["tests/export/deci"],
     "export.gguf.writer": ["tests/export/gguf"],
-    "export.safetensors_parts": ["tests/export/test_write.py", "tests/data/test_offloaded.py"],
+    "export.safetensors_parts": ["tests/export/test_safetensors_parts.py"],
 }
 """Modules, and the tests that answer for them, beside the examples in their docstrings."""
 
@@ -107,7 +107,7 @@ WIDER = {
     "calibration": ["tests/calibration", "tests/callbacks", "tests/repair"],
     "callbacks": ["tests/callbacks", "tests/pruning"],
     "core": ["tests/core", "tests/cli/test_plan.py", "tests/pruning", "tests/export/test_write.py"],
-    "export": ["tests/export"],
+    "export": ["tests/export", "tests/test_multimodal.py", "tests/cli/test_once.py"],
     "model": ["tests/model", "tests/core", "tests/callbacks/test_taylor.py", "tests/callbacks/best"],
     "monitoring": ["tests/monitoring", "tests/pruning"],
     "planning": ["tests/planning", "tests/callbacks", "tests/cli"],
