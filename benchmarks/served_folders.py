@@ -141,6 +141,7 @@ def serve_batch(python: str, cases: list[tuple[str, str, str]], folder: Path, re
             results[name] = {"not_written": f"{type(error).__name__}: {error}"[:300]}
     answers = ask_in_batch(python, [item["question"] for item in written.values()], folder, report)
     for (name, item), answer in zip(written.items(), answers, strict=True):
+        answer = json.loads(json.dumps(answer).replace(f"{folder}/", ""))  # messages name the scratch folder
         if "error" in answer:
             results[name] = {"runs": False, **answer}
             continue

@@ -96,7 +96,9 @@ def list_serve_commands(
     return commands
 
 
-def find_adapter_command(base_format: str, model_type: str, plan: PruningPlan | None, rank: int) -> tuple[str, str]:
+def find_adapter_command(
+    base_format: str, model_type: str, plan: PruningPlan | None, rank: int, on_experts: bool = False
+) -> tuple[str, str]:
     """Find the command by which vLLM serves LoRA adapters on their base, with what is known of the base.
 
     Args:
@@ -104,6 +106,7 @@ def find_adapter_command(base_format: str, model_type: str, plan: PruningPlan | 
         model_type: of the base's config.json.
         plan: the plan by which the base was cut.
         rank: the largest rank of the adapters.
+        on_experts: whether some sit on experts or routers, in PEFT's form for parameters that are no linears.
 
     Returns:
         A heading and the command, in which the base is BASE and the adapters are ADAPTER.
@@ -119,7 +122,7 @@ def find_adapter_command(base_format: str, model_type: str, plan: PruningPlan | 
         raise DoesNotFit(
             f"adapters: expected a base that vLLM reads, got {f'format {base_format}' if base_format else 'none'}"
         )
-    if reason := explain_missing_adapters(model_type):
+    if reason := explain_missing_adapters(model_type, on_experts):
         raise DoesNotFit(f"adapters: {reason}")
     known = _find_vllm_command(base_format, "BASE", model_type, _get_answers(plan))
     if known is None:

@@ -108,9 +108,8 @@ VLLM_REFUSES_PER_LAYER: dict[str, str] = {
 
 VLLM_REFUSES_ADAPTERS: dict[str, str] = {
     "gpt2": "it has no LoRA for this family",
-    "mixtral": "it takes no adapters on experts in PEFT's format",
 }
-"""Families of which it did not serve LoRA adapters on a cut base, and why; it did with all others that were tried."""
+"""Families of which it runs cut models but serves no LoRA adapters on them, and why."""
 
 
 def judge_vllm_backend(family: str) -> Verdict:
@@ -130,15 +129,20 @@ def judge_vllm_backend(family: str) -> Verdict:
     return Verdict("?", f"its Transformers backend was not tried with {family}")
 
 
-def explain_missing_adapters(model_type: str) -> str:
+def explain_missing_adapters(model_type: str, on_experts: bool) -> str:
     """Explain why vLLM does not serve LoRA adapters on a model; "" where nothing is known against it.
 
     Args:
         model_type: of its config.json.
+        on_experts: whether some adapters sit on experts or routers.
 
     Example:
-        >>> explain_missing_adapters("llama"), explain_missing_adapters("pruned_gpt2")
-        ('', 'vLLM 0.32.0: it has no LoRA for this family')
+        >>> explain_missing_adapters("llama", on_experts=False)
+        ''
+        >>> explain_missing_adapters("pruned_mixtral", on_experts=True)
+        "vLLM 0.32.0 takes no adapters on experts in PEFT's format"
     """
+    if on_experts:
+        return f"vLLM {VLLM_VERSION} takes no adapters on experts in PEFT's format"
     reason = VLLM_REFUSES_ADAPTERS.get(model_type.removeprefix(PRUNED))
     return f"vLLM {VLLM_VERSION}: {reason}" if reason else ""

@@ -172,15 +172,6 @@ def read_adapter_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (b[name], a[name]) for name in a}
 
 
-def get_largest_rank(folder: Path) -> int:
-    """The largest rank of a saved adapter, which programs that serve it reserve room for.
-
-    Example: see `prunelit.recovery.finish.save_adapter`.
-    """
-    settings = read_adapter_settings(folder)
-    return int(max(settings.r, *settings.rank_pattern.values()) if settings.rank_pattern else settings.r)
-
-
 def _read_model_shapes(folder: Path) -> dict[str, tuple[int, int]]:
     """[O, I] of the matrices in a model folder, by name; nothing where the folder is not local."""
     if not any((folder / name).is_file() for name in (INDEX_FILE, SINGLE)):

@@ -227,7 +227,8 @@ def save_adapter(module: RecoveryModule, run: RunFolder, report: Mapping[str, An
         if run.plan is not None:
             run.plan.save(staging / "plan.json")
         model_type = str(read_model_config(folder).get("model_type", "")) if base_format else base.config.model_type
-        card = render_adapter_card(base_format or "", model_type, run.plan, adapter_files.get_largest_rank(staging))
+        settings = adapter_files.read_adapter_settings(staging)
+        card = render_adapter_card(base_format or "", model_type, run.plan, settings)
         (staging / CARD_FILE).write_text(card, encoding="utf-8")
         write_json(staging / PROOF_FILE, _ADAPTER_VERDICT)
     return base_format
