@@ -62,7 +62,7 @@ def _ask_engine(item: dict[str, Any], model_impl: str, prompts: list[list[int]],
     """Load one folder, with its adapter if it has one, and let it answer."""
     from vllm import LLM, SamplingParams
 
-    adapter, more = item.get("adapter"), {}
+    adapter, more = item.get("adapter"), dict[str, Any]()
     if adapter:
         from vllm.lora.request import LoRARequest
 
@@ -83,6 +83,8 @@ def _ask_engine(item: dict[str, Any], model_impl: str, prompts: list[list[int]],
     )
     # No min_tokens: until they are reached, vLLM would give no token that ends a text, as transformers may.
     sampling = SamplingParams(temperature=0, max_tokens=new_tokens, logprobs=1, detokenize=False, ignore_eos=True)
+    # vLLM divides by what its progress bar has counted, which is nothing where TQDM_DISABLE is set, as -q does.
+    more["use_tqdm"] = False
     answers = engine.generate([{"prompt_token_ids": ids} for ids in prompts], sampling, **more)
     outputs = [answer.outputs[0] for answer in answers]
     tokens = [list(output.token_ids) for output in outputs]

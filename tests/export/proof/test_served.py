@@ -47,7 +47,8 @@ class FakeLLM:
         )
 
     @torch.no_grad()
-    def generate(self, prompts: list[dict[str, list[int]]], sampling: Step) -> list[Step]:
+    def generate(self, prompts: list[dict[str, list[int]]], sampling: Step, use_tqdm: bool) -> list[Step]:
+        assert not use_tqdm  # vLLM fails with TQDM_DISABLE, which -q sets
         answers = []
         for prompt in prompts:
             tokens, steps = list(prompt["prompt_token_ids"]), []
