@@ -37,6 +37,13 @@ def test_weights_alone_say_in_their_mark_how_they_were_cut(tmp_path: Path) -> No
     assert find_resumed_plan(Magnitude(0.3, align=8), tmp_path / "x.ckpt", mark(plan), {}, True) == plan
 
 
+def test_the_plan_of_another_method_is_not_taken(tmp_path: Path) -> None:
+    plan = make_plan()
+    content = {"callbacks": {"LLMBIP": {"plan": plan.to_json(), "repaired": None, "cut_weights": None}}}
+    with pytest.raises(BadPlan, match="its model was cut by LLMBIP, this run cuts by Magnitude"):
+        find_resumed_plan(Magnitude(0.3, align=8), tmp_path / "x.ckpt", content, {}, True)
+
+
 @pytest.mark.parametrize("where", ["inside", "beside"])
 def test_a_sharded_checkpoint_has_its_plan_in_a_file(tmp_path: Path, where: str) -> None:
     plan, checkpoint = make_plan(), tmp_path / "x.ckpt"

@@ -331,8 +331,9 @@ def test_merge_into_wants_the_same_cut_in_full_precision() -> None:
     surgery.apply(other, PruningPlan("test", shape, narrow))
     with pytest.raises(BadQuantisation, match=r"layers.0.mlp.down_proj.* \(64, 128\) .* \(64, 64\); prune full_base"):
         merge_into_full_precision(other, adapted)
-    with pytest.raises(BadQuantisation, match="full_base: expected a plain model"):
-        merge_into_full_precision(adapted, adapted)
+    for wrong in (adapted, model, add_lora(copy.deepcopy(full), 2, 4, 0.0)):
+        with pytest.raises(BadQuantisation, match="full_base: expected a plain model"):
+            merge_into_full_precision(wrong, adapted)
     with pytest.raises(BadQuantisation, match="adapted: expected a PEFT model"):
         merge_into_full_precision(full, tiny("llama"))
     assert not any("lora" in name for name, _ in full.named_modules())
