@@ -129,6 +129,8 @@ def test_shared_expert_goes_with_the_mixture_only() -> None:
         plan.replace_layer(1, ffn_channels=[])
     removed = plan.replace_layer(1, experts=[]).layers[1]
     assert removed.mlp_removed and not removed.removed
+    fewer = plan.replace_layer(1, experts=[0, 1, 2, 3, 4]).layers[1]
+    assert fewer.experts == (0, 1, 2, 3, 4) and fewer.ffn_channels == plan.layers[1].ffn_channels
 
 
 def test_shared_experts_and_dense_layers_have_widths_of_their_own() -> None:

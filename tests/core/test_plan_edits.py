@@ -78,3 +78,15 @@ def test_heads_and_groups_follow_each_other(edit: dict[str, object], heads: obje
 def test_an_edit_that_makes_no_plan_is_refused(index: int, edit: dict[str, object], expected: str) -> None:
     with pytest.raises(BadPlan, match=expected):
         plan_of().replace_layer(index, **edit)  # type: ignore[arg-type]
+
+
+def test_a_plan_leaves_the_machine_without_paths() -> None:
+    options = {
+        "text": ["/home/me/a.txt", "C:\\me\\b.txt", "owner"],
+        "pair": ("/x/y", 3),
+        "ratio": 0.3,
+        "file": "/z/q.json",
+    }
+    left = replace(plan_of(), options=options, calibration={"text": "/home/me/c.txt", "windows": 8}).without_paths()
+    assert left.options == {"text": ["a.txt", "b.txt", "owner"], "pair": ["y", 3], "ratio": 0.3, "file": "q.json"}
+    assert left.calibration == {"text": "c.txt", "windows": 8}

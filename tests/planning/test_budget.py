@@ -734,6 +734,27 @@ def test_uniform_heads_keeps_as_many_in_every_layer(case: Case, scope: Any, stan
             assert spare < case.attention_step(case.shapes[0]) * len(case.shapes)
 
 
+def test_uniform_heads_stay_where_one_layer_has_to_keep_its_own() -> None:
+    """No group may go in the first layer, which is protected, so none goes anywhere; channels do."""
+    shapes, channels = [layer_shape(2, 1, 32)] * 3, torch.arange(32.0)
+    scores = [LayerScores(torch.tensor([0.0, 0.1]), channels + 9)] * 3
+    options: dict[str, Any] = {"standardise": False, "uniform_heads": True}
+    layers = select_units(shapes, scores, 0.2, "global", "kv_group", 1, [0], **options)
+    assert head_counts(layers) == {(2, 2)}
+    assert len(layers[1].ffn_channels) < 32
+
+
+def test_tied_steps_have_the_mean_score_of_their_own_units_alone() -> None:
+    scores = [(1.0, 5.0, 9.0), (3.0, 7.0, 11.0)]
+    sequences = [
+        RemovalSequence(
+            layer, "attention", 4, 0.5, 0.5, tuple(RemovalStep(x, 8.0, (i,), i, i + 1) for i, x in enumerate(each))
+        )
+        for layer, each in enumerate(scores)
+    ]
+    assert [step.score for step in tie_sequences(sequences).steps] == [2.0, 6.0, 10.0]
+
+
 def test_uniform_heads_go_by_their_mean_over_layers() -> None:
     """A cheap group beside a dear one in the other layer: on average both are dear, so channels go instead."""
     shapes, channels = [layer_shape(2, 1, 32)] * 2, torch.arange(32.0)

@@ -201,6 +201,7 @@ def test_the_budgets_cost_counts_biases_of_blocks_that_keep_one_unit() -> None:
     compensated(model, PruningPlan("test", shape, layers), batches_for(model))
     assert [sum(p.numel() for p in layer.module.parameters()) for layer in Decoder(model)] == expected
     assert linears(model, 0)[0].bias is not None and linears(model, 1)[1].bias is not None
+    assert cost(shape.layers[0], 9, 9, 0) == shape.layers[0].parameters_at(9, 9, 0)  # a removed FFN needs no bias
 
 
 @pytest.mark.parametrize("other", [{"num_hidden_layers": 2}, {"num_attention_heads": 12, "intermediate_size": 128}])

@@ -144,6 +144,18 @@ def test_min_kept_and_protect_hold_for_similar_heads_too():
     assert len(plan.layers[1].ffn_channels) == 96
 
 
+def test_min_kept_holds_where_a_threshold_is_sought():
+    """All heads of a layer are alike, so nothing but `min_kept` keeps any."""
+    dense = tiny("llama-mha")
+    with torch.no_grad():
+        for layer in Decoder(dense):
+            for linear in layer.qkv[:2]:
+                weight = linear.weight.view(9, layer.head_dim, -1)
+                weight.copy_(weight[:1].expand_as(weight))
+    plan = pruned(dense, ratio=0.5, scope="global", min_kept=0.4)
+    assert min(len(layer.kv_groups) for layer in plan.layers) == 4
+
+
 def test_query_heads_compete_within_their_group():
     dense = tiny("llama")
     with torch.no_grad():
