@@ -39,7 +39,7 @@ from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
 
 Q8_BLOCK_SIZE = 32
-"""Numbers in a block of Q8_0; also the channels of zeros in place of a removed FFN."""
+"""Numbers in a block of Q8_0 and other types; also the channels of zeros in place of a removed FFN."""
 FLOAT16_MAX = 65504.0
 """Largest number of float16."""
 
@@ -241,7 +241,7 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
 
     Args:
         decoder: the model.
-        kind: type of the matrices; "q8_0" needs whole blocks of 32 channels.
+        kind: type of the matrices; those of few bits ("q8_0", "q4_k_m", ...) get whole blocks of 32 channels.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -255,7 +255,7 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
         heads, groups, channels = shape.query_heads, shape.kv_groups, shape.expert_channels or shape.ffn_channels
         if layer.index == 0 and not heads:  # llama.cpp takes the head size from layer 0
             heads = groups = 1
-        unit = Q8_BLOCK_SIZE if kind == "q8_0" or not channels else 1
+        unit = Q8_BLOCK_SIZE if kind.startswith("q") or not channels else 1
         channels = -(-max(channels, 1) // unit) * unit
         shared_channels = -(-shape.ffn_channels // unit) * unit if shape.experts else 0
         layers.append(LayerSizes(heads, groups, dim, channels, shape.experts, shared_channels))

@@ -34,7 +34,7 @@ from prunelit.runtime.versions import collect_versions
 
 LOGPROB_LIMIT = 0.01
 """Largest allowed difference of a log-probability in float32, in nats."""
-MEAN_LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3}
+MEAN_LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3, "q6_k": 0.5, "q5_k_m": 1.2, "q4_k_m": 1.2}
 """Largest allowed mean difference of a log-probability by type, in nats: three to five times that of SmolLM2-135M."""
 PROMPTS = (
     "The capital of France is",

@@ -350,3 +350,7 @@ def test_where_llama_cpp_is_not_installed(
     assert code == 0, err
     assert "not proved, as asked" in said and (tmp_path / "m.gguf").is_file()
     assert json.loads((tmp_path / "m.proof.json").read_text())["passed"] is None
+    rounded = [*options[:-1], str(tmp_path / "q.gguf"), "--type", "q4_k_m", "--unproved", "true"]
+    refused(
+        call(capsys, *rounded), "type q4_k_m: expected llama.cpp, which rounds to it", "'prunelit[llamacpp]'", "q8_0"
+    )
