@@ -25,6 +25,7 @@ from prunelit.data.gguf.graphs import (
     MIXTRAL_NAMES,
     MODEL_TENSORS,
     QWEN2,
+    SCALED_BY_HEADS,
     FileGraph,
 )
 from prunelit.data.gguf.layer_shapes import LayerTensors, describe_layers, measure_layer
@@ -51,6 +52,12 @@ def can_convert_gguf(path: Path) -> bool:
     """
     import gguf
 
+    with path.open("rb") as file:  # nearly always it is the first entry; reading all of them takes seconds
+        start = file.read(256)
+    key = b"general.architecture"
+    if start[:4] == b"GGUF" and start[32 : 32 + len(key)] == key:
+        length = int.from_bytes(start[56:64], "little")
+        return start[64 : 64 + length].decode(errors="replace") in GRAPHS
     field = gguf.GGUFReader(path).get_field("general.architecture")
     return field is not None and field.contents() in GRAPHS
 
@@ -100,6 +107,7 @@ class _GgufFile:
         }
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
         self.graph: FileGraph = GRAPHS[architecture]
+        self.modules = LAYER_MODULES | dict(self.graph.names)
         if architecture == "llama" and self.settings.get("expert_count"):
             self.graph = MIXTRAL
         self._check_names()
@@ -111,7 +119,7 @@ class _GgufFile:
         """Check that every tensor has a place in the family."""
         for name in self.tensors:
             middle = name.split(".")[2:3] if name.startswith("blk.") else []
-            is_known = name in MODEL_TENSORS or name == _FACTORS or (middle and middle[0] in LAYER_MODULES)
+            is_known = name in MODEL_TENSORS or name == _FACTORS or (middle and middle[0] in self.modules)
             if not is_known and not (middle and middle[0] in EXPERT_LINEARS and self.graph.config_experts):
                 raise ValueError(f"expected tensors of {self.graph.family}, got {name!r}")
 
@@ -171,8 +179,8 @@ class _GgufFile:
         graph = self._choose_family(biases)
         config_biases = self._find_config_biases(biases)
         widths = describe_layers(self.layers, config_biases)
-        config |= dict(graph.settings) | widths
-        if graph in (LLAMA, MISTRAL):
+        config |= dict(graph.settings) | widths | self._describe_scales(widths)
+        if graph.family in ("llama", "mistral", "granite"):
             config |= {"attention_bias": "attn_q" in config_biases, "mlp_bias": "ffn_up" in config_biases}
         if (
             graph is LLAMA
@@ -194,12 +202,25 @@ class _GgufFile:
 
     def _find_config_biases(self, biases: frozenset[str]) -> frozenset[str]:
         """Find the biases that every layer of the class has; zeros stand for those that the file lacks."""
-        if self.graph is not LLAMA:
+        if self.graph.family not in ("llama", "granite"):
             return _ATTENTION_INPUTS if self.graph.family == "qwen2" else frozenset()
         attention = _ATTENTION_INPUTS | {"attn_output"} if biases & _ATTENTION_INPUTS else frozenset()
         if self._choose_family(biases).family == "qwen2":
             return _ATTENTION_INPUTS
         return attention | (_FFN_INPUTS | {"ffn_down"} if biases & _FFN_INPUTS else frozenset())
+
+    def _describe_scales(self, widths: Mapping[str, Any]) -> dict[str, Any]:
+        """Describe what single families have beside Llama's settings, from metadata and from what the graph fixes."""
+        described = {name: self.settings[key] for key, name in self.graph.metadata if key in self.settings}
+        if self.metadata["general.architecture"] in SCALED_BY_HEADS:
+            by_heads = self.layer_count == SCALED_BY_HEADS[self.metadata["general.architecture"]]
+            hidden = int(self.settings["embedding_length"])
+            described["query_pre_attn_scalar"] = hidden / widths["num_attention_heads"] if by_heads else self.head_dim
+        if self.graph.family == "gemma3_text":
+            rope = describe_rope(self.settings, None, self.head_dim)
+            local = {"rope_type": "default", "rope_theta": 10000.0}
+            described["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+        return described
 
     def _describe_mixtures(self, widths: Mapping[str, Any]) -> dict[str, Any]:
         """Describe mixtures, which are the same in all layers."""
@@ -224,7 +245,8 @@ class _GgufFile:
         names = MIXTRAL_NAMES if self.graph is MIXTRAL else {}
         for name in track_progress(list(self.tensors), "reading gguf", unit="tensor"):
             if name in MODEL_TENSORS:
-                yield MODEL_TENSORS[name], self._read_tensor(name)
+                offset = self.graph.norm_offset if name == "output_norm.weight" else 0.0
+                yield MODEL_TENSORS[name], self._read_tensor(name) - offset
             if not name.startswith("blk."):
                 continue
             _, index, module, last = name.split(".")
@@ -243,7 +265,9 @@ class _GgufFile:
                 value = _separate_rotary_rows(value, heads)
             if module == "ffn_gate_inp_shexp":
                 value = value.reshape(1, -1)
-            path = LAYER_MODULES[module]
+            if module.endswith("norm"):
+                value -= self.graph.norm_offset
+            path = self.modules[module]
             yield f"{prefix}{names.get(path, path)}.{last}", value
         yield from self._make_missing_biases()
 

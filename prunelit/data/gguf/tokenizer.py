@@ -97,7 +97,8 @@ def _read_by_transformers(path: Path, metadata: Mapping[str, Any]) -> Any:
 
     source = gguf.GGUFReader(path)
     with tempfile.TemporaryDirectory() as scratch:
-        writer = gguf.GGUFWriter(Path(scratch, "tokenizer.gguf"), "llama")
+        is_gemma = metadata["general.architecture"].startswith("gemma")
+        writer = gguf.GGUFWriter(Path(scratch, "tokenizer.gguf"), "gemma2" if is_gemma else "llama")
         writer.add_name(path.stem)
         writer.add_block_count(1)
         for name, field in source.fields.items():

@@ -23,8 +23,8 @@ from torch import nn
 
 from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import llama_cpp, tokenizer
-from prunelit.export.gguf.layout import FLOAT16_MAX
-from prunelit.export.llama_layers import compute_context_limit
+from prunelit.export.gguf.layout import FLOAT16_MAX, GRAPHS, choose_graph
+from prunelit.export.gguf.settings import compute_file_context
 from prunelit.export.proof import new_process
 from prunelit.export.proof.float32 import use_float32_model
 from prunelit.model.decoder import Decoder
@@ -180,7 +180,8 @@ def _tokenize_prompts(model: Any, tokenizer: Any) -> tuple[list[list[int]], int]
         DoesNotFit: the context is too short.
     """
     prompts = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
-    longest, context = max(map(len, prompts)), compute_context_limit(Decoder(model))
+    decoder = Decoder(model)
+    longest, context = max(map(len, prompts)), compute_file_context(decoder, GRAPHS[choose_graph(decoder)].settings)
     if context < longest + 2:
         raise DoesNotFit(
             f"format 'gguf': expected a context of more than {longest + 2} tokens for the proof, got {context} (the "

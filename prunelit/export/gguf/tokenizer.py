@@ -176,7 +176,10 @@ def _match_sentencepiece_rules(settings: dict[str, Any]) -> str:
         DoesNotFit: the tokenizer changes or splits a text in another way.
     """
     normalizers = {step["type"] for step in _flatten_steps(settings["normalizer"], "normalizers")}
-    splits = {step["type"] for step in _flatten_steps(settings["pre_tokenizer"], "pretokenizers")}
+    # Gemma's splits at spaces that its normaliser has replaced before.
+    spent = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    steps = _flatten_steps(settings["pre_tokenizer"], "pretokenizers")
+    splits = {step["type"] for step in steps if step != spent or "Replace" not in normalizers}
     if others := sorted((normalizers - {"Prepend", "Replace"}) | (splits - {"Metaspace"})):
         raise DoesNotFit(
             f"format 'gguf': expected a tokenizer that makes pieces with their spaces, got {', '.join(others)} in it; "

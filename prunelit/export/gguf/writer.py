@@ -22,7 +22,7 @@ from prunelit.export.gguf.layout import (
     compute_layer_sizes,
     list_tensor_entries,
 )
-from prunelit.export.llama_layers import compute_context_limit
+from prunelit.export.gguf.settings import compute_file_context, write_graph_settings
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.runtime.progress import track_progress
@@ -137,7 +137,8 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     per_layer = GRAPHS[graph].per_layer
     writer.add_type("model")
     writer.add_name(decoder.shape.name)
-    writer.add_context_length(compute_context_limit(decoder))
+    settings = GRAPHS[graph].settings
+    writer.add_context_length(compute_file_context(decoder, settings))
     writer.add_embedding_length(int(config.hidden_size))
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(channels if per_layer else channels[0])
@@ -152,7 +153,7 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     writer.add_key_length(dims[0])
     writer.add_value_length(dims[0])
     writer.add_rope_dimension_count(dims[0])
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    write_graph_settings(writer, decoder, settings)
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     types = gguf.LlamaFileType

@@ -20,6 +20,7 @@ from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import SourceNotFound
 from tests.cli.test_fit import call
 from tests.export.alike import compensate, plan_with, uniform
+from tests.export.gguf.test_families import SETTINGS, build_family, tokenizer_of
 from tests.export.gguf.test_mixtures import build_mixture
 from tests.export.gguf.test_writer import LINEAR, LLAMA3, build
 from tests.export.tokenizers_of import KINDS, tokenizer
@@ -109,6 +110,20 @@ def test_rope(rope: dict[str, Any], tmp_path: Path) -> None:
 def test_mixtures(family: str, kind: str, tmp_path: Path) -> None:
     model = build_mixture(family, kind)
     assert_same_model(read_back(model, tmp_path / "m.gguf"), model)
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+@pytest.mark.parametrize("family", [name for name in SETTINGS if name != "phi3"])
+def test_families_with_graphs_of_their_own(family: str, groups: int | None, tmp_path: Path) -> None:
+    model = build_family(family)
+    surgery.apply(model, uniform(model, groups))
+    assert_same_model(read_back(model, tmp_path / "m.gguf"), model)
+
+
+def test_phi3_is_left_to_transformers(tmp_path: Path) -> None:
+    model = build_family("phi3")
+    writer.write_gguf(ExportJob(model, tmp_path / "m.gguf", tokenizer_of("phi3"), kind="f32"))
+    assert (logits(loading.load(tmp_path / "m.gguf", "float32")) - logits(model)).abs().max() < 1e-2
 
 
 @pytest.mark.parametrize(

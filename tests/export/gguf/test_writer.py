@@ -255,7 +255,7 @@ def test_a_file_that_llama_cpp_can_not_load(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (lambda: build("gemma"), "expected a model of .*, got 'gemma'"),
+        (lambda: build("cohere"), "expected a model of .*, got 'cohere'"),
         (lambda: build("qwen3", "channel"), "qwen3 graph needs, got layers that differ; export format 'padded'"),
         (lambda: build("qwen3", rope_parameters=LINEAR), "qwen3 graph does not read a scaled rope"),
         (lambda: build("qwen3", attention_bias=True), "qwen3 graph does not read biases on k, o, q, v"),
