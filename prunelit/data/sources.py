@@ -2,7 +2,7 @@
 
 A source is one of
     folder                                     saved by transformers or prunelit
-    path to .gguf                              dequantised once and cached as safetensors
+    path to .gguf                              dequantised once and cached as safetensors, see `prunelit.data.gguf`
     pypi:NAME==VERSION[#sha256=HEX]            a package whose wheel holds a GGUF file; needs the package index only
     builtin:NAME                               a hub id, or a package where the hub cannot be reached; for first steps
     hub id                                     owner/name on the Hugging Face hub
@@ -32,6 +32,7 @@ from safetensors import SafetensorError
 from prunelit.core.architectures import PRUNED, get_architecture, get_decoder_config, has_experts
 from prunelit.core.unsupported import describe_other_head, describe_quantized_weights, get_quantization_settings
 from prunelit.data import builtin_models
+from prunelit.data.gguf import can_convert_gguf, convert_gguf_file
 from prunelit.data.packages import compute_sha256, fetch_gguf_file, parse_package_reference
 from prunelit.model.context_length import check_position_table
 from prunelit.model.quiet import silence_transformers
@@ -50,6 +51,8 @@ from prunelit.runtime.errors import (
 )
 from prunelit.runtime.progress import show_stage
 
+_READER_VERSION = 2
+"""Of what reads GGUF files, in the names of converted folders: those of another reader are not taken."""
 _FILES_OF_A_MODEL = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 # Errors that libraries raise on files that are damaged, truncated, or contradict themselves.
@@ -378,8 +381,11 @@ def check_hub_access(name: str, what: str, instead: str) -> None:
 
 
 def _convert_gguf(path: Path) -> Path:
-    """Return a folder with the model of a GGUF file in float16 and its tokenizer, converted at the first call."""
-    home = get_cache_folder() / "gguf" / f"{path.stem}-{compute_sha256(path)[:12]}"
+    """Return a folder with the model of a GGUF file and its tokenizer, converted at the first call.
+
+    Files for graphs that `prunelit.data.gguf` knows are read there, the others by transformers, in float16.
+    """
+    home = get_cache_folder() / "gguf" / f"{path.stem}-{compute_sha256(path)[:12]}-{_READER_VERSION}"
     if _is_whole_model(home):
         return home
     is_damaged = home.is_dir()
@@ -387,22 +393,26 @@ def _convert_gguf(path: Path) -> Path:
         import gguf  # noqa: F401
     except ImportError as error:
         raise SourceNotFound(f"model {str(path)!r}: reading GGUF needs the package gguf: pip install gguf") from error
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
     with (
         show_stage(f"converting {path.name}"),
         replace_folder(home, keep_existing=not is_damaged) as staging,
         silence_transformers(),
         explain_unreadable(f"model {str(path)!r}: cannot be read as GGUF"),
     ):
-        gguf_option: dict[str, Any] = {"gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
-        )
-        model.config._name_or_path = path.stem
-        model.save_pretrained(staging)
-        AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(staging)
+        (convert_gguf_file if can_convert_gguf(path) else _convert_by_transformers)(path, staging)
     return home
+
+
+def _convert_by_transformers(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    gguf_option: dict[str, Any] = {"gguf_file": path.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        str(path.parent), dtype=torch.float16, quantization_config=GgufConfig(dequantize=True), **gguf_option
+    )
+    model.config._name_or_path = path.stem
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(str(path.parent), **gguf_option).save_pretrained(folder)
 
 
 def _is_whole_model(folder: Path) -> bool:

@@ -99,7 +99,8 @@ class Format:
         kinds: types of the weights, or of the layout, to choose from (`--type`), the default first; empty: there is
             one layout, in the model's own dtype.
         library: `library_name` on the hub.
-        check_installed: raises a `PrunelitError` if a package is missing; called before a model is loaded.
+        check_installed: type of the weights ("" for the default) -> None; raises a `PrunelitError` if a package is
+            missing; called before a model is loaded.
         check_proof_installed: the same for packages that only the proof needs.
         check: (model, tokenizer) -> None; raises the `DoesNotFit` of `write` where the format cannot hold the model. It
             reads shapes and configs, no weight, so it can be called before a model is trained.
@@ -117,7 +118,7 @@ class Format:
     suffix: str = ""
     kinds: tuple[str, ...] = ()
     library: str = "transformers"
-    check_installed: Callable[[], None] = _require_nothing
+    check_installed: Callable[[str], None] = lambda kind: None
     check_proof_installed: Callable[[], None] = _require_nothing
     check: Callable[[Any, Any], None] = _accept_any_model
     accepts_streamed: bool = False

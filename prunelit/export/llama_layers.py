@@ -6,11 +6,12 @@ its code. A model that they cannot express is refused here, in one line, before 
 Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunelit.core.architectures import PRUNED
 from prunelit.model.decoder import Decoder, Layer
@@ -29,12 +30,12 @@ def get_model_family(decoder: Decoder) -> str:
     return str(decoder.config.model_type).removeprefix(PRUNED)
 
 
-def collect_projections(layer: Layer) -> dict[str, nn.Module]:
+def collect_projections(layer: Layer) -> dict[str, Any]:
     """Collect the linears of a layer by role.
 
     Returns:
         Linears with weights q [Q * D, H], k and v [G * D, H], o [H, Q * D], gate and up [F, H], down [H, F]. The
-        linears of a removed block are missing.
+        linears of a removed block are missing. Of a fused linear, the views of its rows stand for the linears.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,12 +44,24 @@ def collect_projections(layer: Layer) -> dict[str, nn.Module]:
         >>> {role: list(linear.weight.shape) for role, linear in collect_projections(decoder.layers[0]).items()}["down"]
         [16, 24]
     """
-    linears: dict[str, nn.Module] = {}
+    linears: dict[str, Any] = {}
     if layer.has_attention:
-        linears |= dict(zip("qkv", layer.qkv, strict=True)) | {"o": layer.output}
+        shape = layer.shape
+        rows = [heads * shape.head_dim for heads in (shape.query_heads, shape.kv_groups, shape.kv_groups)]
+        linears |= dict(zip("qkv", _split_rows(layer.qkv, rows), strict=True)) | {"o": layer.output}
     if layer.has_mlp:
-        linears |= dict(zip(("gate", "up"), layer.ffn_in, strict=True)) | {"down": layer.down}
+        rows = [layer.shape.ffn_channels] * 2
+        linears |= dict(zip(("gate", "up"), _split_rows(layer.ffn_in, rows), strict=True)) | {"down": layer.down}
     return linears
+
+
+def _split_rows(linears: Sequence[Any], rows: Sequence[int]) -> Sequence[Any]:
+    """Split a fused linear, where there is one, into views of the linears in it: (weight, bias) with these rows."""
+    if len(linears) == len(rows):
+        return linears
+    weights = linears[0].weight.split(list(rows))
+    biases = [None] * len(rows) if linears[0].bias is None else linears[0].bias.split(list(rows))
+    return [SimpleNamespace(weight=weight, bias=bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
 def compute_rope_factors(decoder: Decoder, format: str) -> Tensor | None:
@@ -114,13 +127,19 @@ def compute_context_limit(decoder: Decoder) -> int:
     return min(limit, int(window)) if window and "sliding_attention" in types else limit
 
 
-def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] = LLAMA_LIKE_FAMILIES) -> None:
+def check_llama_layers(
+    decoder: Decoder,
+    format: str,
+    families: Collection[str] = LLAMA_LIKE_FAMILIES,
+    activations: Sequence[str] = ("silu", "swish"),
+) -> None:
     """Check the family of a model, and the options of its config that change the computation.
 
     Args:
         decoder: the model.
         format: name of the format, for the message.
         families: families that the format knows.
+        activations: names of the activation that the format computes, the usual one first.
 
     Raises:
         DoesNotFit: the format cannot express the model; the message names a format that can.
@@ -132,9 +151,11 @@ def check_llama_layers(decoder: Decoder, format: str, families: Collection[str] 
         raise DoesNotFit(
             f"format {format!r}: expected a model of {', '.join(sorted(families))}, got {family!r}; use 'hetero'"
         )
-    activation = str(getattr(config, "hidden_act", "silu"))
-    if activation not in ("silu", "swish"):
-        raise DoesNotFit(f"format {format!r}: expected hidden_act 'silu', got {activation!r}; use format 'hetero'")
+    activation = str(getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", "silu"))
+    if activation not in activations:
+        raise DoesNotFit(
+            f"format {format!r}: expected hidden_act {activations[0]!r}, got {activation!r}; use format 'hetero'"
+        )
     head = cast(Any, decoder.model).get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise DoesNotFit(f"format {format!r}: expected an output head without bias, got one with; use format 'hetero'")

@@ -75,7 +75,7 @@ def check_export_request(
         raise BadOption(f"type {kind!r}: expected {expected} with format {format!r}")
     if not re.fullmatch(r"\d+(\.\d+)?(KB|MB|GB|TB)", max_shard_size):
         raise BadOption(f"max_shard_size: expected a size as '5GB' or '500MB', got {max_shard_size!r}")
-    chosen.check_installed()
+    chosen.check_installed(kind)
     if not unproved:
         chosen.check_proof_installed()
     _check_accepts_streamed(chosen, stream)

@@ -60,7 +60,10 @@ LLAMA_CPP_TRIED = "xllamacpp 2026.10"
 """The wheel of llama.cpp that proved GGUF files here."""
 LLAMA_CPP_MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
 """Mixtures of experts that llama.cpp's graphs compute."""
-LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | LLAMA_CPP_MIXTURES | {"qwen3"}
+_LLAMA_CPP_OWN_GRAPHS = frozenset({"gemma", "gemma2", "gemma3_text", "granite", "phi3", "qwen3", "smollm3"})
+_LLAMA_CPP_COUNTED_LAYERS = frozenset({"gemma3_text", "smollm3"})  # whose graphs know a layer's kind by its number
+_LLAMA_CPP_SQUARE = frozenset({"phi3"})
+LLAMA_CPP_FAMILIES = LLAMA_LIKE_FAMILIES | LLAMA_CPP_MIXTURES | _LLAMA_CPP_OWN_GRAPHS
 """Families of which a GGUF file can be written."""
 MIXER_BESIDE_ATTENTION = frozenset({"falcon_h1"})
 """Hybrids whose layers have an attention and a mixer; in the other ones a mixer stands in an attention's place."""
@@ -312,9 +315,17 @@ def _judge_llama_cpp(pruned: PrunedShape) -> Verdict:
         return refuse_unequal_layers(pruned)
     if pruned.family in LLAMA_CPP_MIXTURES:
         return _judge_llama_cpp_mixture(pruned)
-    if pruned.family == "qwen3" and pruned.biases:
-        return Verdict("no", "its qwen3 graph has no biases", "repair: none")
-    has_graph = pruned.family == "qwen3" or (
+    if pruned.family in _LLAMA_CPP_OWN_GRAPHS - {"granite"} and pruned.biases:
+        return Verdict("no", f"its {pruned.family} graph has no biases", "repair: none")
+    if pruned.family in _LLAMA_CPP_SQUARE and not pruned.has_config_head_size:
+        return Verdict(
+            "no", f"its {pruned.family} graph has heads of all the hidden size", suggest_keeping_heads(pruned)
+        )
+    if pruned.family in _LLAMA_CPP_COUNTED_LAYERS and any(
+        remaining.attention_removed for remaining in pruned.plan.layers
+    ):
+        return Verdict("no", f"its {pruned.family} graph knows the kind of a layer by its number")
+    has_graph = pruned.family in _LLAMA_CPP_OWN_GRAPHS or (
         pruned.family == "qwen2" and pruned.has_config_head_size and not pruned.biases
     )
     return Verdict("yes", f"as {pruned.family if has_graph else 'llama'}")

@@ -22,7 +22,7 @@ NOTES = (
     "blocks: what can be removed; later layers: all but the first ones, which get features of the images; where no "
     "layer is named, what a layer computes depends on its number",
     "formats: gguf is for llama.cpp, deci for vLLM, the others for transformers; uniform needs layers of one shape, as "
-    "gguf of qwen3 and of mixtures does; padded needs mixtures of one shape",
+    "gguf of qwen3, gemma, granite, smollm3, phi3 and of mixtures does; padded needs mixtures of one shape",
 )
 """What the columns mean."""
 

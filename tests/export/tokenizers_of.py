@@ -6,8 +6,8 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from prunelit.data.gguf.splitting_rules import PRE_TOKENIZERS
 from prunelit.export.gguf import proof
-from prunelit.export.gguf import tokenizer as gguf_tokenizer
 
 VOCABULARY = 384
 KINDS = ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "sentencepiece")
@@ -32,7 +32,7 @@ def _core(kind: str) -> str:
         known = [*_SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256))]
         texts, alphabet = (["The capital of France is", "a small robot, once upon a time"], [])
     else:
-        rules = {name: rules for rules, name in gguf_tokenizer.PRE_TOKENIZERS.items()}[kind]
+        rules = {name: rules for rules, name in PRE_TOKENIZERS.items()}[kind]
         core = Tokenizer(models.BPE(ignore_merges=rules.ignore_merges))
         steps = []
         for split in rules.splits:

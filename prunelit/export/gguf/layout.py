@@ -16,13 +16,14 @@ of q and k are therefore reordered, in each layer by its own number of heads.
 Legend: H hidden size, Q query heads, G KV groups, D head size, F FFN channels, E experts, C channels of an expert.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prunelit.export.gguf.settings import GELU, GraphSettings, check_graph_settings
 from prunelit.export.llama_layers import (
     check_llama_layers,
     collect_projections,
@@ -39,7 +40,7 @@ from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
 
 Q8_BLOCK_SIZE = 32
-"""Numbers in a block of Q8_0; also the channels of zeros in place of a removed FFN."""
+"""Numbers in a block of Q8_0 and other types; also the channels of zeros in place of a removed FFN."""
 FLOAT16_MAX = 65504.0
 """Largest number of float16."""
 
@@ -57,6 +58,7 @@ class LlamaCppGraph(NamedTuple):
         equal_heads: there must be as many KV heads as query heads.
         needs_experts: every layer must be a mixture of experts.
         normalizes_chosen: whether it divides the weights of the chosen experts by their sum.
+        settings: what else it computes, and reads from the config, see `prunelit.export.gguf.settings`.
 
     Example: `LlamaCppGraph` is used further down in this module.
     """
@@ -70,6 +72,7 @@ class LlamaCppGraph(NamedTuple):
     equal_heads: bool = False
     needs_experts: bool = False
     normalizes_chosen: bool = True
+    settings: GraphSettings = GraphSettings()
 
 
 _TENSOR_NAMES = {
@@ -104,6 +107,29 @@ GRAPHS = {
         needs_experts=True,
         normalizes_chosen=False,
     ),
+    "granite": LlamaCppGraph(
+        rotates_neighbours=True, biases=frozenset(_TENSOR_NAMES), settings=GraphSettings(multipliers=True)
+    ),
+    "smollm3": LlamaCppGraph(rotates_neighbours=True, biases=frozenset(), settings=GraphSettings(no_rope_interval=4)),
+    "phi3": LlamaCppGraph(
+        rotates_neighbours=False, biases=frozenset(), square_attention=True, settings=GraphSettings(joins_inputs=True)
+    ),
+    "gemma": LlamaCppGraph(
+        rotates_neighbours=False, biases=frozenset(), settings=GraphSettings(activation=GELU, needs_tied=True)
+    ),
+    "gemma2": LlamaCppGraph(
+        rotates_neighbours=False,
+        biases=frozenset(),
+        settings=GraphSettings(
+            activation=GELU, needs_tied=True, post_norms=True, softcaps=True, window_interval=2, scaled_by_heads=46
+        ),
+    ),
+    "gemma3": LlamaCppGraph(
+        rotates_neighbours=False,
+        biases=frozenset(),
+        qk_norm=True,
+        settings=GraphSettings(activation=GELU, post_norms=True, window_interval=6, two_ropes=True, scaled_by_heads=62),
+    ),
 }
 GRAPHS_OF_FAMILY: dict[str, tuple[str, ...]] = dict.fromkeys(LLAMA_LIKE_FAMILIES, ("llama", "deci")) | {
     "qwen2": ("qwen2", "llama", "deci"),
@@ -112,6 +138,12 @@ GRAPHS_OF_FAMILY: dict[str, tuple[str, ...]] = dict.fromkeys(LLAMA_LIKE_FAMILIES
     "qwen2_moe": ("qwen2moe",),
     "qwen3_moe": ("qwen3moe",),
     "olmoe": ("olmoe",),
+    "granite": ("granite",),
+    "smollm3": ("smollm3",),
+    "phi3": ("phi3",),
+    "gemma": ("gemma",),
+    "gemma2": ("gemma2",),
+    "gemma3_text": ("gemma3",),
 }
 """Graphs that suit a family, in the order in which they are tried."""
 
@@ -164,7 +196,9 @@ def choose_graph(decoder: Decoder) -> str:
         'llama'
     """
     family = get_model_family(decoder)
-    check_llama_layers(decoder, "gguf", GRAPHS_OF_FAMILY)
+    settings = GRAPHS[GRAPHS_OF_FAMILY[family][0]].settings if family in GRAPHS_OF_FAMILY else GraphSettings()
+    check_llama_layers(decoder, "gguf", GRAPHS_OF_FAMILY, settings.activation)
+    check_graph_settings(decoder, settings)
     _check_mixtures(decoder)
     widths = {LayerWidths.from_shape(layer.shape) for layer in decoder}
     one_width = next(iter(widths))
@@ -174,7 +208,7 @@ def choose_graph(decoder: Decoder) -> str:
     biased = {
         role for layer in decoder for role, linear in collect_projections(layer).items() if linear.bias is not None
     }
-    is_scaled = compute_rope_factors(decoder, "gguf") is not None
+    is_scaled = not settings.two_ropes and compute_rope_factors(decoder, "gguf") is not None
     for name in GRAPHS_OF_FAMILY[family]:
         graph = GRAPHS[name]
         reads_shapes = graph.per_layer or (
@@ -241,7 +275,7 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
 
     Args:
         decoder: the model.
-        kind: type of the matrices; "q8_0" needs whole blocks of 32 channels.
+        kind: type of the matrices; those of few bits ("q8_0", "q4_k_m", ...) get whole blocks of 32 channels.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -255,7 +289,7 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
         heads, groups, channels = shape.query_heads, shape.kv_groups, shape.expert_channels or shape.ffn_channels
         if layer.index == 0 and not heads:  # llama.cpp takes the head size from layer 0
             heads = groups = 1
-        unit = Q8_BLOCK_SIZE if kind == "q8_0" or not channels else 1
+        unit = Q8_BLOCK_SIZE if kind.startswith("q") or not channels else 1
         channels = -(-max(channels, 1) // unit) * unit
         shared_channels = -(-shape.ffn_channels // unit) * unit if shape.experts else 0
         layers.append(LayerSizes(heads, groups, dim, channels, shape.experts, shared_channels))
@@ -276,13 +310,13 @@ def list_tensor_entries(decoder: Decoder, graph: LlamaCppGraph, layers: list[Lay
     table, head = model.get_input_embeddings().weight.detach(), model.get_output_embeddings().weight.detach()
     hidden = table.shape[1]
     yield TensorEntry("token_embd.weight", tuple(table.shape), lambda: table)
-    factors = compute_rope_factors(decoder, "gguf")
+    factors = compute_rope_factors(decoder, "gguf") if graph.rope_factors else None
     if factors is not None:
         yield TensorEntry("rope_freqs.weight", tuple(factors.shape), lambda: factors)
     for layer, sizes in zip(decoder, layers, strict=True):
         yield from _list_layer_entries(layer, graph, sizes, hidden)
     final_norm = find(model, decoder.architecture.layers.rpartition(".")[0] + ".norm")
-    yield _make_norm_entry("output_norm.weight", final_norm, hidden)
+    yield _make_norm_entry("output_norm.weight", final_norm, hidden, decoder.architecture.norm_offset)
     if not has_tied_embeddings(model):
         yield TensorEntry("output.weight", tuple(head.shape), lambda: head)
 
@@ -292,15 +326,24 @@ def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, h
 
     Where the file needs a block that was removed, its matrices are zeros and its norm is ones.
     """
-    block, dim = f"blk.{layer.index}.", sizes.head_dim
+    block, dim, offset = f"blk.{layer.index}.", sizes.head_dim, layer.architecture.norm_offset
     channels, ffn_suffix = (sizes.shared_channels, "_shexp") if sizes.experts else (sizes.channels, "")
     shapes = {"gate": (channels, hidden), "up": (channels, hidden), "down": (hidden, channels)} if channels else {}
     if sizes.query_heads:
         queries, keys = sizes.query_heads * dim, sizes.kv_groups * dim
         shapes |= {"q": (queries, hidden), "k": (keys, hidden), "v": (keys, hidden), "o": (hidden, queries)}
-        yield _make_norm_entry(f"{block}attn_norm.weight", layer.get_norm("attention_norm"), hidden)
-    yield _make_norm_entry(f"{block}ffn_norm.weight", layer.get_norm("mlp_norm"), hidden)
+        yield _make_norm_entry(f"{block}attn_norm.weight", layer.get_norm("attention_norm"), hidden, offset)
+    yield _make_norm_entry(f"{block}ffn_norm.weight", layer.get_norm("mlp_norm"), hidden, offset)
+    if graph.settings.post_norms:
+        for name, role in (("post_attention_norm", "attention_post_norm"), ("post_ffw_norm", "mlp_post_norm")):
+            yield _make_norm_entry(f"{block}{name}.weight", layer.get_norm(role), hidden, offset)
     linears = collect_projections(layer)
+    joined = (("attn_qkv", ("q", "k", "v")), ("ffn_up", ("gate", "up"))) if graph.settings.joins_inputs else ()
+    for name, roles in joined:
+        parts = [(find(linears.get(role), "weight"), shapes.pop(role)) for role in roles if role in shapes]
+        if parts:
+            rows = sum(shape[0] for _, shape in parts)
+            yield TensorEntry(f"{block}{name}.weight", (rows, hidden), partial(_join_rows, parts))
     for role, shape in shapes.items():
         linear, name = linears.get(role), f"{block}{_TENSOR_NAMES[role]}{ffn_suffix if role in _FFN_ROLES else ''}"
         heads = {"q": sizes.query_heads, "k": sizes.kv_groups}.get(role, 0) if graph.rotates_neighbours else 0
@@ -310,7 +353,7 @@ def _list_layer_entries(layer: Layer, graph: LlamaCppGraph, sizes: LayerSizes, h
     if graph.qk_norm:  # of every head, or of all heads together
         for name in ("q", "k"):
             norm = find(layer.attention, f"{name}_norm")
-            yield _make_norm_entry(f"{block}attn_{name}_norm.weight", norm, len(norm.weight))
+            yield _make_norm_entry(f"{block}attn_{name}_norm.weight", norm, len(norm.weight), offset)
     if layer.experts is not None:
         yield from _list_mixture_entries(layer.experts, block, sizes, hidden)
 
@@ -328,8 +371,16 @@ def _list_mixture_entries(experts: Experts, block: str, sizes: LayerSizes, hidde
         yield TensorEntry(f"{block}ffn_gate_inp_shexp.weight", (hidden,), lambda: shared_gate.detach().flatten())
 
 
-def _make_norm_entry(name: str, norm: Any, size: int) -> TensorEntry:
-    return TensorEntry(name, (size,), lambda: torch.ones(size) if norm is None else norm.weight.detach())
+def _make_norm_entry(name: str, norm: Any, size: int, offset: float) -> TensorEntry:
+    """Make the entry of a norm; graphs multiply by the weight as it is, some families add `offset` to it first."""
+    return TensorEntry(
+        name, (size,), lambda: torch.ones(size) if norm is None else norm.weight.detach().float() + offset
+    )
+
+
+def _join_rows(parts: Sequence[tuple[Tensor | None, tuple[int, ...]]]) -> Tensor:
+    """Join weights, each brought into its shape first."""
+    return torch.cat([_arrange_rows(weight, shape, 0) for weight, shape in parts])
 
 
 def _arrange_rows(x: Tensor | None, shape: tuple[int, ...], heads: int) -> Tensor:

@@ -23,8 +23,8 @@ from torch import nn
 
 from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import llama_cpp, tokenizer
-from prunelit.export.gguf.layout import FLOAT16_MAX
-from prunelit.export.llama_layers import compute_context_limit
+from prunelit.export.gguf.layout import FLOAT16_MAX, GRAPHS, choose_graph
+from prunelit.export.gguf.settings import compute_file_context
 from prunelit.export.proof import new_process
 from prunelit.export.proof.float32 import use_float32_model
 from prunelit.model.decoder import Decoder
@@ -34,7 +34,7 @@ from prunelit.runtime.versions import collect_versions
 
 LOGPROB_LIMIT = 0.01
 """Largest allowed difference of a log-probability in float32, in nats."""
-MEAN_LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3}
+MEAN_LOGPROB_LIMITS = {"f32": 0.01, "f16": 0.01, "bf16": 0.1, "q8_0": 0.3, "q6_k": 0.5, "q5_k_m": 1.2, "q4_k_m": 1.2}
 """Largest allowed mean difference of a log-probability by type, in nats: three to five times that of SmolLM2-135M."""
 PROMPTS = (
     "The capital of France is",
@@ -180,7 +180,8 @@ def _tokenize_prompts(model: Any, tokenizer: Any) -> tuple[list[list[int]], int]
         DoesNotFit: the context is too short.
     """
     prompts = [list(map(int, tokenizer(prompt)["input_ids"])) for prompt in PROMPTS]
-    longest, context = max(map(len, prompts)), compute_context_limit(Decoder(model))
+    decoder = Decoder(model)
+    longest, context = max(map(len, prompts)), compute_file_context(decoder, GRAPHS[choose_graph(decoder)].settings)
     if context < longest + 2:
         raise DoesNotFit(
             f"format 'gguf': expected a context of more than {longest + 2} tokens for the proof, got {context} (the "

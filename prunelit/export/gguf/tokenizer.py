@@ -2,8 +2,8 @@ r"""A Hugging Face tokenizer as the GGUF metadata from which llama.cpp builds it
 
 llama.cpp has the rules for splitting a text in its code, and chooses them by name (`tokenizer.ggml.pre`). This module
 finds the name from the rules that the tokenizer states: normaliser, pre-tokeniser and merge rule. Rules that are not in
-the table are refused, since with a wrong name llama.cpp silently reads other tokens. The proof of the file then
-compares both tokenizers on texts (see `prunelit.export.gguf.proof`).
+the table (`prunelit.data.gguf.splitting_rules`) are refused, since with a wrong name llama.cpp silently reads other
+tokens. The proof of the file then compares both tokenizers on texts (see `prunelit.export.gguf.proof`).
 
 There are two kinds: byte-level BPE ("gpt2"), and BPE over characters with byte fallback ("llama", SentencePiece). The
 latter has a score per token instead of a list of merges: minus the rank of the first merge that makes the token.
@@ -12,46 +12,12 @@ latter has a score per token instead of a list of merges: minus the rank of the 
 import json
 from typing import Any, NamedTuple
 
+from prunelit.data.gguf.splitting_rules import DIGITS, GPT2, PRE_TOKENIZERS, SplittingRules
 from prunelit.runtime.errors import DoesNotFit
 
 # Token types of llama.cpp (gguf.TokenType).
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 _SPACE_MARK = "▁"
-
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_WORD_PREFIX = r"[^\r\n\p{L}\p{N}]?"
-_CASED_WORDS = rf"{_WORD_PREFIX}{_UPPER}*{_LOWER}+|{_WORD_PREFIX}{_UPPER}+{_LOWER}*"
-
-
-class _SplittingRules(NamedTuple):
-    """The rules that decide where a text is split.
-
-    Attributes:
-        splits: regular expressions, or names of built-in rules, in the order in which they are applied.
-        normalizer: types of the normalisers, joined by "+".
-        ignore_merges: a word that is itself a token is not split by merges.
-    """
-
-    splits: tuple[str, ...]
-    normalizer: str | None = None
-    ignore_merges: bool = False
-
-
-_GPT2 = "ByteLevel"  # stands for the built-in expression of this pre-tokeniser
-_DIGITS = "Digits"
-PRE_TOKENIZERS = {
-    _SplittingRules((_GPT2,)): "gpt-2",
-    _SplittingRules((_DIGITS, _GPT2)): "smollm",
-    _SplittingRules((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",), ignore_merges=True): "llama-bpe",
-    _SplittingRules((rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",), "NFC"): "qwen2",
-    _SplittingRules(
-        (rf"{_CASED_WORDS}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",), ignore_merges=True
-    ): "tekken",
-}
-"""Names of splitting rules in llama.cpp."""
 
 
 class Vocabulary(NamedTuple):
@@ -210,7 +176,10 @@ def _match_sentencepiece_rules(settings: dict[str, Any]) -> str:
         DoesNotFit: the tokenizer changes or splits a text in another way.
     """
     normalizers = {step["type"] for step in _flatten_steps(settings["normalizer"], "normalizers")}
-    splits = {step["type"] for step in _flatten_steps(settings["pre_tokenizer"], "pretokenizers")}
+    # Gemma's splits at spaces that its normaliser has replaced before.
+    spent = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+    steps = _flatten_steps(settings["pre_tokenizer"], "pretokenizers")
+    splits = {step["type"] for step in steps if step != spent or "Replace" not in normalizers}
     if others := sorted((normalizers - {"Prepend", "Replace"}) | (splits - {"Metaspace"})):
         raise DoesNotFit(
             f"format 'gguf': expected a tokenizer that makes pieces with their spaces, got {', '.join(others)} in it; "
@@ -230,16 +199,16 @@ def _match_pre_tokenizer(settings: dict[str, Any]) -> str:
     for step in steps:
         match step["type"]:
             case "ByteLevel" if not step["add_prefix_space"]:
-                splits += [_GPT2] if step["use_regex"] else []
+                splits += [GPT2] if step["use_regex"] else []
             case "Digits" if step["individual_digits"]:
-                splits.append(_DIGITS)
+                splits.append(DIGITS)
             case "Split" if step["behavior"] == "Isolated" and not step["invert"] and "Regex" in step["pattern"]:
                 splits.append(step["pattern"]["Regex"])
             case other:
                 splits.append(f"unknown {other}")
     normalizers = [step["type"] for step in _flatten_steps(settings["normalizer"], "normalizers")]
     ignore_merges = bool(settings["model"].get("ignore_merges"))
-    rules = _SplittingRules(tuple(splits), "+".join(normalizers) or None, ignore_merges)
+    rules = SplittingRules(tuple(splits), "+".join(normalizers) or None, ignore_merges)
     if not steps or steps[-1]["type"] != "ByteLevel" or rules not in PRE_TOKENIZERS:
         raise DoesNotFit(
             f"format 'gguf': expected a tokenizer that splits text as {', '.join(PRE_TOKENIZERS.values())} or "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunelit.export.formats import ExportJob, Format
-from prunelit.export.gguf import proof
+from prunelit.export.gguf import proof, quantize
 from prunelit.export.gguf import tokenizer as gguf_tokenizer
 from prunelit.export.gguf.layout import (
     FLOAT16_MAX,
@@ -22,36 +22,49 @@ from prunelit.export.gguf.layout import (
     compute_layer_sizes,
     list_tensor_entries,
 )
-from prunelit.export.llama_layers import compute_context_limit
+from prunelit.export.gguf.settings import compute_file_context, write_graph_settings
 from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.runtime.progress import track_progress
 
-WEIGHT_TYPES = ("f16", "bf16", "f32", "q8_0")
+WEIGHT_TYPES = ("f16", "bf16", "f32", "q8_0", *quantize.K_TYPES)
 """Types of the matrices, the default first."""
+ROUNDED_TYPES = ("q8_0", *quantize.K_TYPES)
+"""Those of blocks, which need rows of whole blocks."""
 
 
 def write_gguf(job: ExportJob) -> dict[str, Any]:
     """Write a model and its tokenizer to the file `job.path`.
 
-    `job.kind` is the type of the matrices; vectors are float32. With "q8_0", FFNs are padded with zeros to a multiple
-    of 32 channels, and a matrix whose row length is no multiple of 32 stays float16.
+    `job.kind` is the type of the matrices; vectors are float32. With the types of few bits, FFNs are padded with zeros
+    to a multiple of 32 channels. `prunelit.export.gguf.quantize` says what a matrix with other rows than the type has
+    blocks for becomes.
 
     Returns:
-        {"note", "architecture": the graph, "type", "bytes", "matrices_left_f16"}.
+        {"note", "architecture": the graph, "type", "bytes", "other_types": matrices in another type because of their
+        rows, "matrices_left_f16"}.
 
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for the model, or a weight is beyond float16.
+        PrunelitError: llama.cpp, which rounds to the type, is not installed.
 
     Example: `prunelit.export.write_model(model, "model.gguf", tokenizer, format="gguf")` calls it.
     """
     check_gguf(job.model, job.tokenizer)
-    graph, float16_count = write_gguf_file(job.model, job.tokenizer, job.path, job.kind)
+    graph, matrices = write_gguf_file(job.model, job.tokenizer, job.path, job.kind)
     size = job.path.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
-    if float16_count:
-        note += f"; {float16_count} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
-    return {"note": note, "architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": float16_count}
+    facts: dict[str, Any] = {"architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": 0}
+    if job.kind in ROUNDED_TYPES:
+        float16_count = sum(tensor_type == "F16" for _, _, tensor_type in matrices)
+        other_types = quantize.describe_other_types(job.kind, matrices)
+        if float16_count:
+            note += f"; {float16_count} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
+        if job.kind in quantize.K_TYPES and other_types:
+            described = "; ".join(f"{place}: {types}" for place, types in other_types.items())
+            note += f"; in other types, as {quantize.K_BLOCK_SIZE} does not divide their rows: {described}"
+        facts |= {"other_types": other_types, "matrices_left_f16": float16_count}
+    return {"note": note} | facts
 
 
 def check_gguf(model: Any, tokenizer: Any) -> None:
@@ -68,7 +81,7 @@ def check_gguf(model: Any, tokenizer: Any) -> None:
     gguf_tokenizer.read_vocabulary(tokenizer, model)
 
 
-def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, int]:
+def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[str, list[tuple[str, int, str]]]:
     """Write a model and its tokenizer to a GGUF file.
 
     Args:
@@ -78,15 +91,17 @@ def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[
         kind: type of the matrices, one of `WEIGHT_TYPES`.
 
     Returns:
-        The name of the graph, and the number of matrices of a "q8_0" file that are float16.
+        The name of the graph, and name, row length and type of each matrix that is rounded.
 
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for the model, or a weight is beyond float16.
+        PrunelitError: llama.cpp, which rounds to the type, is not installed.
 
     Example: see `write_gguf`.
     """
     import gguf
 
+    quantize.check_quantizer_installed(kind)
     decoder = Decoder(model)
     graph = choose_graph(decoder)
     vocabulary = gguf_tokenizer.read_vocabulary(tokenizer, model)
@@ -108,9 +123,9 @@ def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[
         for entry in track_progress(tensors, "writing gguf", unit="tensor"):
             values = entry.values().float().cpu().contiguous().numpy()
             _check_float16_range(entry.name, values, tensor_types[entry.name])
-            writer.write_tensor_data(gguf.quants.quantize(values, tensor_types[entry.name]))
-    float16_count = sum(tensor_type.name == "F16" for tensor_type in tensor_types.values())
-    return graph, float16_count if kind == "q8_0" else 0
+            writer.write_tensor_data(quantize.quantize_rows(values, tensor_types[entry.name]))
+    matrices = [(entry.name, entry.shape[-1], tensor_types[entry.name].name) for entry in tensors]
+    return graph, [matrix for matrix in matrices if matrix[-1] != "F32"]
 
 
 def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[LayerSizes], kind: str) -> None:
@@ -122,7 +137,8 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     per_layer = GRAPHS[graph].per_layer
     writer.add_type("model")
     writer.add_name(decoder.shape.name)
-    writer.add_context_length(compute_context_limit(decoder))
+    settings = GRAPHS[graph].settings
+    writer.add_context_length(compute_file_context(decoder, settings))
     writer.add_embedding_length(int(config.hidden_size))
     writer.add_block_count(len(layers))
     writer.add_feed_forward_length(channels if per_layer else channels[0])
@@ -137,12 +153,11 @@ def _write_metadata(writer: Any, decoder: Decoder, graph: str, layers: list[Laye
     writer.add_key_length(dims[0])
     writer.add_value_length(dims[0])
     writer.add_rope_dimension_count(dims[0])
-    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    write_graph_settings(writer, decoder, settings)
     writer.add_layer_norm_rms_eps(float(config.rms_norm_eps))
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
     types = gguf.LlamaFileType
-    names = {"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16, "q8_0": types.MOSTLY_Q8_0}
-    writer.add_file_type(names[kind])
+    writer.add_file_type(types.ALL_F32 if kind == "f32" else types[f"MOSTLY_{kind.upper()}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
@@ -151,12 +166,15 @@ def _choose_tensor_types(tensors: list[TensorEntry], kind: str) -> dict[str, Any
     import gguf
 
     types = gguf.GGMLQuantizationType
-    matrix_type = {"f32": types.F32, "f16": types.F16, "bf16": types.BF16, "q8_0": types.Q8_0}[kind]
+    head = "output.weight" if any(entry.name == "output.weight" for entry in tensors) else "token_embd.weight"
+    places = quantize.list_places([entry.name for entry in tensors])
 
     def choose_type(name: str, shape: tuple[int, ...]) -> Any:
         if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):  # rounded router weights choose other experts
             return types.F32
-        return types.F16 if kind == "q8_0" and shape[-1] % Q8_BLOCK_SIZE else matrix_type
+        if kind not in ROUNDED_TYPES:
+            return types[kind.upper()]
+        return types[quantize.choose_quantized_type(name, shape[-1], kind, name == head, places[name])]
 
     return {entry.name: choose_type(entry.name, entry.shape) for entry in tensors}
 
@@ -185,9 +203,10 @@ def _check_float16_range(name: str, values: "np.ndarray[Any, Any]", tensor_type:
         )
 
 
-def _check_gguf_installed() -> None:
+def _check_gguf_installed(kind: str) -> None:
     if importlib.util.find_spec("gguf") is None:
         raise PrunelitError("format 'gguf': expected the package gguf, got none; pip install gguf")
+    quantize.check_quantizer_installed(kind)
 
 
 def _check_xllamacpp_installed() -> None:

@@ -30,6 +30,11 @@ def use_float32_model(model: nn.Module) -> Iterator[Any]:
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
         restore_rope(model)
+        embedding = model.get_input_embeddings()
+        if (
+            scale := getattr(embedding, "scalar_embed_scale", None)
+        ) is not None:  # Gemma's, rounded by the cast as well
+            embedding.embed_scale.fill_(scale)
     with use_eval_mode(model):
         yield model
 
@@ -43,6 +48,7 @@ def restore_rope(model: Any) -> None:
     Example: `restore_rope` is used further down in this module.
     """
     rotary = find(model, "model.rotary_emb")
-    recomputed = type(rotary)(config=model.config).to(rotary.inv_freq.device)
-    if recomputed.inv_freq.shape == rotary.inv_freq.shape:
+    tables = dict(rotary.named_buffers())
+    recomputed = type(rotary)(config=model.config).to(next(iter(tables.values())).device)
+    if {name: x.shape for name, x in recomputed.named_buffers()} == {name: x.shape for name, x in tables.items()}:
         model.model.rotary_emb = recomputed

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import GenerationConfig, GPT2Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
+from prunelit.data.gguf.splitting_rules import PRE_TOKENIZERS
 from prunelit.export import save, write_model
 from prunelit.export.formats import ExportJob
 from prunelit.export.gguf import tokenizer as gguf_tokenizer
@@ -131,7 +132,7 @@ def test_more_tokens_than_rows(tmp_path: Path) -> None:
 
 def test_the_proof_reads_texts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tokens = tokenizer("qwen2")
-    wrong = dict.fromkeys(gguf_tokenizer.PRE_TOKENIZERS, "gpt-2")
+    wrong = dict.fromkeys(PRE_TOKENIZERS, "gpt-2")
     monkeypatch.setattr(gguf_tokenizer, "PRE_TOKENIZERS", wrong)
     with pytest.raises(NotProved, match=r"llama\.cpp reads other tokens than the model's tokenizer in"):
         save(model(), tmp_path / "m.gguf", tokens, format="gguf")

@@ -255,7 +255,7 @@ def test_a_file_that_llama_cpp_can_not_load(monkeypatch: pytest.MonkeyPatch, tmp
 @pytest.mark.parametrize(
     ("model", "why"),
     [
-        (lambda: build("gemma"), "expected a model of .*, got 'gemma'"),
+        (lambda: build("cohere"), "expected a model of .*, got 'cohere'"),
         (lambda: build("qwen3", "channel"), "qwen3 graph needs, got layers that differ; export format 'padded'"),
         (lambda: build("qwen3", rope_parameters=LINEAR), "qwen3 graph does not read a scaled rope"),
         (lambda: build("qwen3", attention_bias=True), "qwen3 graph does not read biases on k, o, q, v"),
@@ -350,3 +350,7 @@ def test_where_llama_cpp_is_not_installed(
     assert code == 0, err
     assert "not proved, as asked" in said and (tmp_path / "m.gguf").is_file()
     assert json.loads((tmp_path / "m.proof.json").read_text())["passed"] is None
+    rounded = [*options[:-1], str(tmp_path / "q.gguf"), "--type", "q4_k_m", "--unproved", "true"]
+    refused(
+        call(capsys, *rounded), "type q4_k_m: expected llama.cpp, which rounds to it", "'prunelit[llamacpp]'", "q8_0"
+    )
