@@ -70,6 +70,10 @@ def write_adapter(model: Any, folder: Path, base: str, wide: Any = None) -> None
             adapter: Any = module
             pairs[name] = adapter.lora_A["default"].weight, adapter.lora_B["default"].weight
     config = _build_adapter_config(model, pairs)
+    if not isinstance(config.target_modules, str):  # PEFT makes sets of names, whose order differs from run to run
+        config.target_modules = sorted(config.target_modules or ())
+    if config.target_parameters:
+        config.target_parameters = sorted(config.target_parameters)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -86,8 +90,6 @@ def _build_adapter_config(model: Any, pairs: Mapping[str, tuple[Tensor, Tensor]]
     linears = list_decoder_linears(model)
     if hasattr(model, "peft_config"):
         config = copy.deepcopy(model.peft_config["default"])
-        if config.target_parameters:  # PEFT has made a set of it, whose order differs from run to run
-            config.target_parameters = sorted(config.target_parameters)
     else:
         ranks = [len(pairs[linear.name][0]) for linear in linears]
         rank = Counter(ranks).most_common(1)[0][0]

@@ -185,3 +185,11 @@ def test_a_damaged_base_is_one_line(change: Any, tmp_path: Path) -> None:
     with pytest.raises(SourceNotFound, match=r"cannot be loaded: model\.safetensors") as error:
         adapter_files.check_adapter(folder / "adapter", str(folder / "base"))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("base", ["none", "int4"])
+def test_names_stand_in_one_order_in_every_process(base: str, tmp_path: Path) -> None:
+    """PEFT holds them in a set."""
+    adapter_files.write_adapter(adapted("llama", base), tmp_path, "base")
+    names = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
+    assert len(names) == 7 and names == sorted(names)

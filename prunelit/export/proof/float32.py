@@ -30,10 +30,9 @@ def use_float32_model(model: nn.Module) -> Iterator[Any]:
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
         restore_rope(model)
-        embedding = model.get_input_embeddings()
-        if (
-            scale := getattr(embedding, "scalar_embed_scale", None)
-        ) is not None:  # Gemma's, rounded by the cast as well
+        embedding: Any = model.get_input_embeddings()
+        scale = getattr(embedding, "scalar_embed_scale", None)  # Gemma's, rounded by the cast as well
+        if scale is not None:
             embedding.embed_scale.fill_(scale)
     with use_eval_mode(model):
         yield model
