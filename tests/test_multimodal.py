@@ -20,8 +20,9 @@ from prunelit.model.text_model import extract_text_model, list_picture_tokens, l
 from prunelit.planning.block_sets import list_blocks
 from prunelit.pruning.registry import method_class
 from prunelit.runtime.errors import BadPlan
+from tests.export.alike import plan_with
 from tests.export.tokenizers_of import VOCABULARY, tokenizer
-from tests.tiny import cut, tiny_tokenizer, tokens
+from tests.tiny import cut, keep, tiny_tokenizer, tokens
 from tests.tiny_multimodal import inputs_with_picture, tiny_multimodal
 
 TOLERANCE = 1e-5  # of logits
@@ -108,6 +109,19 @@ def test_per_layer_folder_names_both_types(tmp_path: Path) -> None:
     write_model(model, tmp_path / "out", tiny_tokenizer())
     config = prunelit.load(tmp_path / "out").config
     assert (config.model_type, config.text_config.model_type) == ("pruned_llava", "pruned_llama")
+
+
+def test_a_hetero_folder_of_layers_alike_becomes_a_stock_class(tmp_path: Path) -> None:
+    model = tiny_multimodal("llava")
+    surgery.apply(model, cut(model, "channel"))
+    write_model(model, tmp_path / "first", tiny_tokenizer())
+    again = prunelit.load(tmp_path / "first")
+    narrowest = min(shape.ffn_channels for shape in Decoder(again).shape.layers)
+    alike = [keep(shape, channels=tuple(range(narrowest))) for shape in Decoder(again).shape.layers]
+    surgery.apply(again, plan_with(again, *alike))
+    assert write_model(again, tmp_path / "out", tiny_tokenizer()).format == "uniform"
+    config = prunelit.load(tmp_path / "out").config
+    assert (config.model_type, config.text_config.model_type) == ("llava", "llama")
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,13 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, MistralForCausa
 from prunelit.calibration import metrics
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.data import loading
-from prunelit.export import save
+from prunelit.export import hetero, save
+from prunelit.export.formats import FORMATS, load_export_format
 from prunelit.export.uniform import build_if_shapes_match
+from prunelit.export.write import check_format_fits
 from prunelit.model import surgery
 from prunelit.model.decoder import Decoder
-from prunelit.runtime.errors import OutputNotWritable, PrunelitError
+from prunelit.runtime.errors import DoesNotFit, OutputNotWritable, PrunelitError
 from tests.export.alike import assert_equal, compensate, logits, plan_with, uniform
 from tests.runtime.test_atomic_files import old
 from tests.tiny import FAMILIES, NEVER_STOCK, cut, keep, tiny, tiny_tokenizer, tokens
@@ -466,6 +469,35 @@ def test_old_folder_survives_a_failed_overwrite(tmp_path: Path, monkeypatch: pyt
         save(model, tmp_path / "m", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
     assert (tmp_path / "m" / "old.txt").read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("format", "family", "fits"),
+    [
+        ("uniform", "llama", False),
+        ("hetero", "llama", True),
+        ("padded", "llama", True),
+        ("deci", "llama", True),
+        ("deci", "gpt2", False),
+        ("gguf", "qwen3", False),
+    ],
+)
+def test_what_a_format_can_hold_is_known_before_anything_is_written(format: str, family: str, fits: bool) -> None:
+    model = tiny(family)
+    surgery.apply(model, cut(model, "mixed"))
+    with nullcontext() if fits else pytest.raises(DoesNotFit, match=f"^format '{format}': expected"):
+        check_format_fits(model, tiny_tokenizer(), format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_two_formats_are_written_from_disk(format: str) -> None:
+    assert load_export_format(format).accepts_streamed == (format in ("uniform", "hetero"))
+
+
+def test_a_head_size_that_no_config_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hetero, "build_if_shapes_match", lambda *arguments: None)
+    with pytest.raises(DoesNotFit, match="no dense LlamaForCausalLM has heads of size 8; prune channels or"):
+        hetero.build_per_layer_model(tiny("llama"))
 
 
 def test_uniform_can_not_be_forced(tmp_path: Path) -> None:
