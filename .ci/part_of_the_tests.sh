@@ -12,7 +12,7 @@ import prunelit
 
 print(", ".join(f"{name} {version}" for name, version in collect_versions("huggingface_hub", "jsonargparse").items()))
 for module in pkgutil.walk_packages(prunelit.__path__, "prunelit."):
-    if module.name not in ("prunelit.__main__", "prunelit.export.proof.vllm_script"):
+    if module.name not in ("prunelit.__main__", "prunelit.export.proof.vllm_script", "prunelit.evaluation.engines.vllm_script"):
         importlib.import_module(module.name)
 EOF
 OMP_NUM_THREADS=1 "$python" -m pytest -m "not slow" "$@" \
@@ -23,7 +23,9 @@ OMP_NUM_THREADS=1 "$python" -m pytest -m "not slow" "$@" \
     tests/callbacks/test_contract.py \
     tests/data/test_offloaded.py \
     tests/data/test_offloaded_mixtures.py \
+    tests/evaluation/test_speed.py \
     tests/export/test_write.py \
+    tests/planning/test_latency.py \
     tests/pruning/test_attach.py \
     tests/recovery/test_module.py \
-    -k "${ONLY:-llama or gpt2 or phi3 or mixtral or test_attach or test_module or private or versions}"
+    -k "${ONLY:-llama or gpt2 or phi3 or mixtral or test_attach or test_module or private or versions or speed or latency}"

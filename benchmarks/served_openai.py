@@ -142,16 +142,19 @@ def continue_greedily(model: Any, tokenizer: Any, prompt: str) -> dict[str, Any]
     """What transformers adds to a prompt: text, pieces, log-probabilities, and leads over the next likely token."""
     import torch
 
+    from prunelit.model.modes import get_cache_name
+
+    name = get_cache_name(model)
     ids, cache = torch.tensor([tokenizer(prompt).input_ids]), None
     tokens, logprobs, leads = [], [], []
     with torch.no_grad():
         for _ in range(NEW_TOKENS):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            output = model(input_ids=ids, **{name: cache}, use_cache=True)
             best = output.logits[0, -1].log_softmax(-1).topk(2)
             tokens.append(int(best.indices[0]))
             logprobs.append(float(best.values[0]))
             leads.append(float(best.values[0] - best.values[1]))
-            ids, cache = best.indices[:1][None], output.past_key_values
+            ids, cache = best.indices[:1][None], getattr(output, name)
     texts = [tokenizer.decode(tokens[:n], skip_special_tokens=True) for n in range(len(tokens) + 1)]
     pieces = [after[len(before) :] for before, after in itertools.pairwise(texts)]
     return {"text": texts[-1], "pieces": pieces, "logprobs": logprobs, "leads": leads}

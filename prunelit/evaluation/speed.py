@@ -22,7 +22,7 @@ from torch import Tensor
 from prunelit.calibration import metrics
 from prunelit.model.context_length import get_context_limit
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import use_eval_mode
+from prunelit.model.modes import get_cache_name, use_eval_mode
 from prunelit.runtime import timing
 from prunelit.runtime.errors import BadOption
 from prunelit.runtime.progress import show_stage
@@ -133,6 +133,7 @@ class ModelTimer:
         self.token_ids = torch.randint(vocabulary, (speed.batch, length), generator=generator).to(self.device)
         parameters = inspect.signature(self.network.forward).parameters
         self.last_logits_only = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}  # as in `generate`
+        self.cache_name = get_cache_name(network)
         self.context = self.prefill(speed.tokens_in_cache)[1]
 
     @torch.no_grad()
@@ -144,7 +145,7 @@ class ModelTimer:
         """
         with use_eval_mode(self.network):
             output = self.network(input_ids=self.token_ids[:, :tokens], use_cache=True, **self.last_logits_only)
-        return output.logits[:, -1:].argmax(-1), output.past_key_values
+        return output.logits[:, -1:].argmax(-1), getattr(output, self.cache_name)
 
     @torch.no_grad()
     def decode(self, cache: "Cache") -> None:
@@ -152,7 +153,7 @@ class ModelTimer:
         token = self.token_ids[:, :1]
         with use_eval_mode(self.network):
             for _ in range(self.speed.new_tokens):
-                output = self.network(input_ids=token, past_key_values=cache, use_cache=True)
+                output = self.network(input_ids=token, **{self.cache_name: cache}, use_cache=True)
                 token = output.logits[:, -1:].argmax(-1)
         token.tolist()  # CUDA runs asynchronously: copying the last token waits for it
 

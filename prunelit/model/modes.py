@@ -1,5 +1,6 @@
-"""Context managers that change a model for a block of code: eval mode, generation settings, device."""
+"""How a model runs: context managers for eval mode, generation settings and device, and its name for the KV cache."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,6 +28,18 @@ def use_eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def get_cache_name(model: nn.Module) -> str:
+    """Get the name of the KV cache among a model's arguments and outputs; transformers 5.24 has changed it.
+
+    Example:
+        >>> class Model(nn.Module):
+        ...     def forward(self, input_ids, past_key_values=None): ...
+        >>> get_cache_name(Model())
+        'past_key_values'
+    """
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 @contextmanager

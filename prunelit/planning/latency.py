@@ -25,7 +25,7 @@ from prunelit.core.scores import Unit
 from prunelit.model import surgery
 from prunelit.model.context_length import get_context_limit
 from prunelit.model.decoder import Decoder
-from prunelit.model.modes import use_eval_mode
+from prunelit.model.modes import get_cache_name, use_eval_mode
 from prunelit.model.per_layer import find
 from prunelit.runtime.distributed import broadcast_from_rank_zero, get_rank
 from prunelit.runtime.errors import BadOption
@@ -285,6 +285,7 @@ def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: i
     device = decoder.device
     ids = (torch.arange(length + 1, device=device)[None] * 7 + 3) % int(decoder.config.vocab_size)
     cache: Any = None
+    cache_name = get_cache_name(decoder.backbone)
     stamps: list[float] = []
 
     def add_stamp(*args: Any) -> None:
@@ -300,7 +301,7 @@ def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: i
                 if mode == "prefill":
                     decoder.backbone(input_ids=ids[:, :length], use_cache=False)
                 else:  # the cache grows by one token with every run
-                    decoder.backbone(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+                    decoder.backbone(input_ids=ids[:, -1:], **{cache_name: cache}, use_cache=True)
         finally:
             for handle in handles:
                 handle.remove()
@@ -308,7 +309,7 @@ def _make_layer_timer(mode: LatencyMode, length: int, model: nn.Module, index: i
 
     if mode == "decode":
         with torch.no_grad(), use_eval_mode(model):
-            cache = decoder.backbone(input_ids=ids[:, :length], use_cache=True).past_key_values
+            cache = getattr(decoder.backbone(input_ids=ids[:, :length], use_cache=True), cache_name)
     return run
 
 

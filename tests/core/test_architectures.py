@@ -18,6 +18,7 @@ from prunelit.core.architectures import ARCHITECTURES, Architecture, register
 from prunelit.core.plan import LayerPlan, PruningPlan
 from prunelit.model import per_layer, surgery
 from prunelit.model.decoder import Decoder
+from prunelit.model.modes import get_cache_name
 from prunelit.runtime.errors import BadPlan, DeclarationMismatch, UnknownArchitecture
 from tests.tiny import DECLARED, EXPERT_KINDS, FAMILIES, KINDS, MIXTURES, SLIDING, cut, keep, tiny, tokens
 from tests.tiny_multimodal import MULTIMODAL
@@ -182,7 +183,8 @@ def test_static_cache_without_the_first_attention(family: str) -> None:
     plan = PruningPlan("test", shape, (keep(shape.layers[0], groups=()), *map(LayerPlan.dense, shape.layers[1:])))
     surgery.apply(model, plan)
     cache = StaticCache(config=model.config, max_cache_len=32)
-    assert_close(generated(model, tokens(), past_key_values=cache), generated(model, tokens(), use_cache=False))
+    with_cache = generated(model, tokens(), **{get_cache_name(model): cache})
+    assert_close(with_cache, generated(model, tokens(), use_cache=False))
 
 
 # What a cut leaves alone ----------------------------------------------------------------------------------------------
