@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ def use_float32_model(model: nn.Module) -> Iterator[Any]:
     if next(model.parameters()).dtype != torch.float32:
         model = copy.deepcopy(model).float()
         restore_rope(model)
-        embedding: Any = model.get_input_embeddings()
+        embedding = cast(Any, model).get_input_embeddings()
         scale = getattr(embedding, "scalar_embed_scale", None)  # Gemma's, rounded by the cast as well
         if scale is not None:
             embedding.embed_scale.fill_(scale)
