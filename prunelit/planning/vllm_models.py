@@ -70,46 +70,110 @@ VLLM_OWN_CLASSES = frozenset(
 
 VLLM_RUNS_PER_LAYER = frozenset(
     {
+        "apertus",
+        "arcee",
+        "biogpt",
         "cohere",
+        "cohere2",
+        "ctrl",
+        "cwm",
+        "dots1",
+        "ernie4_5",
+        "exaone4",
+        "exaone_moe",
+        "gemma",
         "gemma2",
         "gemma3_text",
+        "gemma3n_text",
         "gemma4_text",
+        "gemma4_unified_text",
+        "glm",
         "glm4",
+        "glm4_moe",
+        "gpt_bigcode",
         "gpt_neox",
         "gpt_oss",
         "granite",
+        "granite_swa",
+        "granitemoe",
+        "granitemoeshared",
+        "helium",
+        "hunyuan_v1_dense",
+        "hyperclovax",
+        "internlm3",
+        "iquestcoder",
+        "jais2",
         "llama",
+        "ministral",
         "ministral3",
         "mistral",
         "mixtral",
+        "nanochat",
+        "nemotron",
+        "olmo",
         "olmo2",
         "olmo3",
         "opt",
+        "persimmon",
         "phi",
         "phi3",
+        "phi4_multimodal",
         "qwen2",
+        "qwen2_moe",
         "qwen3",
         "qwen3_moe",
+        "seed_oss",
         "smollm3",
+        "solar_open",
         "stablelm",
         "starcoder2",
+        "vaultgemma",
     }
 )
 """Families of which vLLM's Transformers backend computed a tiny hetero model as transformers does."""
 
 VLLM_REFUSES_PER_LAYER: dict[str, str] = {
+    "bamba": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "cohere_compass_text": "it fails while it loads the weights (RuntimeError)",
+    "diffllama": "its attention does not go through transformers' interface",
     "falcon": "its attention does not go through transformers' interface",
+    "falcon_h1": "it computes something else",
+    "flex_olmo": "it fails on norms of queries and keys that differ between layers",
     "gpt2": "its layers reshape what vLLM's attention returns",
+    "gpt_neo": "its attention does not go through transformers' interface",
+    "gptj": "its attention does not go through transformers' interface",
+    "granitemoehybrid": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "hy_v3": "it stops with an AssertionError",
+    "jamba": "layers that are no attention (linear_attention) do not go through transformers' interface",
     "lfm2": "layers that are no attention (conv) do not go through transformers' interface",
+    "lfm2_moe": "layers that are no attention (conv) do not go through transformers' interface",
+    "llama4_text": "it looks for the weights under other names",
+    "mellum": "it fails on its config (TypeError)",
+    "minimax_m2": "it stops with an AssertionError",
+    "modernbert-decoder": "it looks for the weights under other names",
     "nemotron_h": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "olmo_hybrid": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "olmoe": "it fails on norms of queries and keys that differ between layers",
+    "phimoe": "it fails on what its router returns (ValueError)",
+    "qwen3_5_moe_text": "layers that are no attention (linear_attention) do not go through transformers' interface",
     "qwen3_5_text": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "qwen3_next": "layers that are no attention (linear_attention) do not go through transformers' interface",
+    "xglm": "its attention does not go through transformers' interface",
 }
 """Families of which it did not run one, and why."""
 
+VLLM_UNTRIED_PER_LAYER = frozenset(
+    {"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kolibri1", "lfm3", "minicpm3", "youtu"}
+)
+"""Families that its transformers does not know yet, or whose tiny models have heads that its kernels for CPUs lack."""
+
 VLLM_REFUSES_ADAPTERS: dict[str, str] = {
     "gpt2": "it has no LoRA for this family",
+    "gpt_bigcode": "it computes something else with adapters",
+    "gptj": "it has no LoRA for this family",
+    "phi4_multimodal": "it takes the adapters for those of pictures and speech",
 }
-"""Families of which it runs cut models but serves no LoRA adapters on them, and why."""
+"""Families of which it runs models but serves no LoRA adapters on them, and why."""
 
 
 def judge_vllm_backend(family: str) -> Verdict:
