@@ -8,7 +8,8 @@ float32; then vLLM, in an environment of its own, reads each folder and answers 
 
 vLLM's wheel for CPUs has its 4-bit product for AVX-512 only. Where it is missing, or cannot run in float32, a plain
 product with the unpacked weight takes its place (--product plain, the default), so that vLLM's reading of the files is
-tried: names, shapes, joined queries, keys and values, zero points. --product own leaves vLLM as it is.
+tried: names, shapes, joined queries, keys and values, zero points. --product own leaves vLLM as it is, and both sides
+compute in bfloat16, in which log-probabilities differ by more than the limit for float32, so texts are what counts.
 The result is written to benchmarks/results/served_four_bits.json.
 """
 
@@ -41,12 +42,16 @@ def main() -> None:
     from prunelit.export.proof.served import compare_served_answers, list_serve_folders
     from prunelit.runtime.versions import collect_versions
 
+    dtype = "float32" if arguments.product == "plain" else "bfloat16"
     prompts = torch.randint(3, 128, (5, 12), generator=torch.Generator().manual_seed(1))
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch) / str(index) for index in range(len(CASES))]
-        expected = [write_model(*case, folder, prompts) for case, folder in zip(CASES.values(), folders, strict=True)]
+        expected = [
+            write_model(*case, folder, prompts, dtype) for case, folder in zip(CASES.values(), folders, strict=True)
+        ]
         shapes = ["hetero" if differ else "uniform" for _, differ in CASES.values()]
-        question = {"folders": list_serve_folders(list(zip(folders, shapes, strict=True)))}
+        items = list_serve_folders(list(zip(folders, shapes, strict=True)))
+        question: dict[str, Any] = {"folders": [item | {"dtype": dtype} for item in items]}
         question |= {"prompts": prompts.tolist(), "new_tokens": NEW_TOKENS, "product": arguments.product}
         options = {"python": arguments.vllm_python}
         reply = json.loads(new_process.run_proof_script(__file__, question, Path(scratch), "vLLM's process", **options))
@@ -58,6 +63,7 @@ def main() -> None:
     results = {
         "command": "benchmarks/served_four_bits.py --vllm_python ENV/bin/python",
         "product": arguments.product,
+        "dtype": dtype,
         "cases": cases,
         "vllm": reply["versions"],
         "versions": collect_versions("compressed_tensors"),
@@ -65,7 +71,7 @@ def main() -> None:
     arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def write_model(family: str, layers_differ: bool, path: Path, prompts: Any) -> dict[str, Any]:
+def write_model(family: str, layers_differ: bool, path: Path, prompts: Any, dtype: str) -> dict[str, Any]:
     """Round a tiny random model to 4 bits, save it, and return its greedy answers as transformers reads it."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -90,7 +96,7 @@ def write_model(family: str, layers_differ: bool, path: Path, prompts: Any) -> d
         surgery.apply(model, PruningPlan("by hand", shape, layers))
     quantize.quantize_model(model, "int4", 32, zeros="integer")
     write(model, path, format="w4a16")
-    stored = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=True)
+    stored = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), trust_remote_code=True)
     return compute_greedy_answers(stored, prompts, NEW_TOKENS)
 
 

@@ -21,11 +21,11 @@ _SETTINGS = {
 
 
 def answer_question(question: dict[str, Any]) -> dict[str, Any]:
-    """Load folders one after the other, and let each answer the prompts greedily in float32.
+    """Load folders one after the other, and let each answer the prompts greedily.
 
     Args:
         question: {"folders": [{"folder", "model_impl": those to try, the first that runs answers, "remote_code",
-            "adapter": {"folder", "rank"} of a LoRA adapter, if any}], "prompts": token ids [B][S], the same length in
+            "adapter": {"folder", "rank"} of a LoRA adapter, if any, "dtype": other than float32}], "prompts": token ids [B][S], the same length in
             all rows, "new_tokens"}.
 
     Returns:
@@ -69,7 +69,7 @@ def _ask_engine(item: dict[str, Any], model_impl: str, prompts: list[list[int]],
         more["lora_request"] = LoRARequest("adapter", 1, adapter["folder"])
     engine = LLM(
         item["folder"],
-        dtype="float32",
+        dtype=item.get("dtype", "float32"),
         enforce_eager=True,
         skip_tokenizer_init=True,
         max_model_len=len(prompts[0]) + new_tokens,
