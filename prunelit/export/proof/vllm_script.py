@@ -25,8 +25,8 @@ def answer_question(question: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         question: {"folders": [{"folder", "model_impl": those to try, the first that runs answers, "remote_code",
-            "adapter": {"folder", "rank"} of a LoRA adapter, if any, "dtype": other than float32}], "prompts": token ids [B][S], the same length in
-            all rows, "new_tokens"}.
+            "adapter": {"folder", "rank"} of a LoRA adapter, if any, "dtype": other than float32}], "prompts": token
+            ids [B][S], the same length in all rows, "new_tokens"}.
 
     Returns:
         {"versions": of vLLM, transformers and torch, "answers": one for each folder: {"model_impl", "model_class",

@@ -108,7 +108,8 @@ def test_a_wheel_without_the_function(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_without_llama_cpp_it_is_said_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None)
+    find = quantize.importlib.util.find_spec
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: None if name == "xllamacpp" else find(name))
     with pytest.raises(PrunelitError, match=r"type q4_k_m: expected llama\.cpp, which rounds to it, got none"):
         write_model(cut_model(), tmp_path / "m.gguf", tokenizer(), format="gguf", kind="q4_k_m")
     assert not list(tmp_path.iterdir())
