@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prunelit.export.gguf.quantize import BLOCK_SIZE, ROUNDED_TYPES
 from prunelit.export.gguf.settings import GELU, GraphSettings, check_graph_settings
 from prunelit.export.llama_layers import (
     check_llama_layers,
@@ -39,8 +40,6 @@ from prunelit.model.per_layer import find
 from prunelit.planning.serving import LLAMA_LIKE_FAMILIES
 from prunelit.runtime.errors import DoesNotFit
 
-Q8_BLOCK_SIZE = 32
-"""Numbers in a block of Q8_0 and other types; also the channels of zeros in place of a removed FFN."""
 FLOAT16_MAX = 65504.0
 """Largest number of float16."""
 
@@ -289,7 +288,8 @@ def compute_layer_sizes(decoder: Decoder, kind: str) -> list[LayerSizes]:
         heads, groups, channels = shape.query_heads, shape.kv_groups, shape.expert_channels or shape.ffn_channels
         if layer.index == 0 and not heads:  # llama.cpp takes the head size from layer 0
             heads = groups = 1
-        unit = Q8_BLOCK_SIZE if kind.startswith("q") or not channels else 1
+        # A removed FFN has a block of zeros in any type.
+        unit = BLOCK_SIZE if kind in ROUNDED_TYPES or not channels else 1
         channels = -(-max(channels, 1) // unit) * unit
         shared_channels = -(-shape.ffn_channels // unit) * unit if shape.experts else 0
         layers.append(LayerSizes(heads, groups, dim, channels, shape.experts, shared_channels))

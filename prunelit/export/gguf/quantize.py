@@ -2,7 +2,7 @@
 
 The K types round blocks of 256 numbers of a row. Where 256 does not divide the rows, llama.cpp takes a type of blocks
 of 32 with about as many bits, and float16 where 32 does not divide them either. The choices here are those of
-`llama-quantize` for dense models; benchmarks and tests compare the types of whole files.
+`llama-quantize` for dense models; tests hold what it chose for a file of eight layers, the lab log for two others.
 
 The rounding is llama.cpp's own code too, `ggml_quantize_chunk` in the wheel that also proves the file. The package
 `gguf` rounds to few types only.
@@ -21,6 +21,8 @@ from prunelit.runtime.errors import PrunelitError
 
 K_TYPES = {"q6_k": ("Q6_K", "Q6_K"), "q5_k_m": ("Q5_K", "Q6_K"), "q4_k_m": ("Q4_K", "Q6_K")}
 """Types of most matrices, and of the sensitive ones, by the names of the mixtures."""
+ROUNDED_TYPES = ("q8_0", *K_TYPES)
+"""Those of blocks, which need rows of whole blocks."""
 BLOCK_SIZE, K_BLOCK_SIZE = 32, 256
 """Numbers in a block of a plain type, and of a K type."""
 _FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "Q8_0": "Q8_0"}

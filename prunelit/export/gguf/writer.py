@@ -15,7 +15,6 @@ from prunelit.export.gguf import tokenizer as gguf_tokenizer
 from prunelit.export.gguf.layout import (
     FLOAT16_MAX,
     GRAPHS,
-    Q8_BLOCK_SIZE,
     LayerSizes,
     TensorEntry,
     choose_graph,
@@ -27,10 +26,8 @@ from prunelit.model.decoder import Decoder
 from prunelit.runtime.errors import DoesNotFit, NotProved, PrunelitError
 from prunelit.runtime.progress import track_progress
 
-WEIGHT_TYPES = ("f16", "bf16", "f32", "q8_0", *quantize.K_TYPES)
+WEIGHT_TYPES = ("f16", "bf16", "f32", *quantize.ROUNDED_TYPES)
 """Types of the matrices, the default first."""
-ROUNDED_TYPES = ("q8_0", *quantize.K_TYPES)
-"""Those of blocks, which need rows of whole blocks."""
 
 
 def write_gguf(job: ExportJob) -> dict[str, Any]:
@@ -55,11 +52,11 @@ def write_gguf(job: ExportJob) -> dict[str, Any]:
     size = job.path.stat().st_size
     note = f"gguf: graph {graph!r}, {job.kind}, {size / 2**20:.1f} MiB"
     facts: dict[str, Any] = {"architecture": graph, "type": job.kind, "bytes": size, "matrices_left_f16": 0}
-    if job.kind in ROUNDED_TYPES:
+    if job.kind in quantize.ROUNDED_TYPES:
         float16_count = sum(tensor_type == "F16" for _, _, tensor_type in matrices)
         other_types = quantize.describe_other_types(job.kind, matrices)
         if float16_count:
-            note += f"; {float16_count} matrices are float16, their rows are no multiple of {Q8_BLOCK_SIZE}"
+            note += f"; {float16_count} matrices are float16, their rows are no multiple of {quantize.BLOCK_SIZE}"
         if job.kind in quantize.K_TYPES and other_types:
             described = "; ".join(f"{place}: {types}" for place, types in other_types.items())
             note += f"; in other types, as {quantize.K_BLOCK_SIZE} does not divide their rows: {described}"
@@ -95,13 +92,12 @@ def write_gguf_file(model: Any, tokenizer: Any, file: Path, kind: str) -> tuple[
 
     Raises:
         DoesNotFit: llama.cpp has no graph or tokenizer for the model, or a weight is beyond float16.
-        PrunelitError: llama.cpp, which rounds to the type, is not installed.
+        PrunelitError: the installed llama.cpp does not round to the type.
 
     Example: see `write_gguf`.
     """
     import gguf
 
-    quantize.check_quantizer_installed(kind)
     decoder = Decoder(model)
     graph = choose_graph(decoder)
     vocabulary = gguf_tokenizer.read_vocabulary(tokenizer, model)
@@ -172,7 +168,7 @@ def _choose_tensor_types(tensors: list[TensorEntry], kind: str) -> dict[str, Any
     def choose_type(name: str, shape: tuple[int, ...]) -> Any:
         if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):  # rounded router weights choose other experts
             return types.F32
-        if kind not in ROUNDED_TYPES:
+        if kind not in quantize.ROUNDED_TYPES:
             return types[kind.upper()]
         return types[quantize.choose_quantized_type(name, shape[-1], kind, name == head, places[name])]
 
